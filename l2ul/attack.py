@@ -1,0 +1,136 @@
+"""Targeted L2-PGD, and the adversarial set of a forget set made with it on the original weights."""
+
+from collections.abc import Callable
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+import torch.nn.functional as F
+
+from l2ul import Progress, seeds
+from l2ul.data import as_pixels, other_class
+from l2ul.modes import frozen
+
+BATCH_SIZE = {"cpu": 128, "mps": 512, "cuda": 2048}  # (image, target) pairs attacked at once
+
+
+def pgd_l2(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    *,
+    eps: float,
+    alpha: float,
+    steps: int,
+    start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Adversarial examples that `model` calls `targets`, within an L2 ball around the images.
+
+    images   (N, 3, H, W) float in [0,1] or uint8; targets (N,) int64 classes to be called
+    eps      radius of the ball, alpha length of a step: L2 norms over all pixels of an image, in [0,1] units
+    start    a first perturbation (N, 3, H, W), brought into the ball and the range of pixels; by default u - x with
+             u uniform in [0,1], from `generator`
+    returns  (N, 3, H, W) float: inside [0,1] exactly, inside the ball to rounding
+
+    Each step: δ ← δ - α g / max(‖g‖₂, 1e-6) with g = ∇_δ CE(model(x + δ), target), then x + δ clipped to [0,1], then δ
+    projected on the ball. Clipping comes first, as in the library behind the paper (arXiv 2301.11578) [METHOD: Attack];
+    shrinking δ toward 0 afterwards cannot leave [0,1]. The model runs in eval mode, its weights without gradients.
+    Raises ValueError for a negative or undefined eps, alpha or steps.
+    """
+    for name, value in {"eps": eps, "alpha": alpha, "steps": steps}.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; expected a number of at least 0")
+    x = as_pixels(images)
+    if start is None:
+        start = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device) - x
+    delta = _clip(x, _project(start, eps))
+    with frozen(model):
+        for _ in range(steps):
+            example = (x + delta).requires_grad_()
+            loss = F.cross_entropy(model(example), targets, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, example)
+            delta = delta - alpha * gradient / _norm(gradient).clamp_min(1e-6)
+            delta = _project(_clip(x, delta), eps)
+            if progress:
+                progress(len(x))
+    return (x + delta).clamp_(0, 1)  # the sum may round to a hair outside
+
+
+def _norm(pixels: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(pixels, dim=(1, 2, 3), keepdim=True)  # (N, 1, 1, 1)
+
+
+def _project(delta: Tensor, eps: float) -> Tensor:
+    return delta * (eps / _norm(delta).clamp_min(1e-12)).clamp_max(1)
+
+
+def _clip(x: Tensor, delta: Tensor) -> Tensor:
+    return (x + delta).clamp_(0, 1) - x
+
+
+def adversarial_set(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    num_adv_images: int,
+    eps: float,
+    alpha: float,
+    steps: int,
+    seed: int,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor]:
+    """D_adv: `num_adv_images` targeted examples of each image, each with its own random target and start.
+
+    images   (k, 3, H, W) uint8 or float in [0,1]; labels (k,) int64, the true classes
+    returns  examples (k · num_adv_images, 3, H, W) float in [0,1] and their targets (k · num_adv_images,), the draws
+             of the first image first
+
+    Target (uniform over the classes other than the true one) and start of a draw depend on (seed, position of the
+    image, draw) alone, so the set of the first k images is the head of the set of more. Pairs are attacked
+    `batch_size` at a time (by default 128 on a CPU, 2048 on a GPU), whatever images they belong to; where memory runs
+    out, half as many.
+    """
+    starts, targets = _draws(images, labels, num_classes, num_adv_images, seed)
+    pixels = as_pixels(images)
+    owners = torch.arange(len(images), device=images.device).repeat_interleave(num_adv_images)
+    size = min(batch_size or BATCH_SIZE[images.device.type], len(owners))
+    examples = torch.empty(len(owners), *pixels.shape[1:], device=images.device, memory_format=torch.channels_last)
+    done = 0
+    while done < len(owners):
+        # equal batches: a small last one would be computed by other kernels, and so be rounded otherwise
+        left = len(owners) - done
+        part = slice(done, done + math.ceil(left / math.ceil(left / size)))
+        x = pixels[owners[part]]
+        try:
+            examples[part] = pgd_l2(
+                model, x, targets[part], eps=eps, alpha=alpha, steps=steps, start=starts(part) - x, progress=progress
+            )
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = math.ceil(size / 2)
+            continue
+        done = part.stop
+    return examples, targets
+
+
+def _draws(
+    images: Tensor, labels: Tensor, num_classes: int, draws: int, seed: int
+) -> tuple[Callable[[slice], Tensor], Tensor]:
+    """A function from a slice of the pairs to the images (n, 3, H, W) they start from, and all targets (k · draws,)."""
+    keys = [(position, draw) for position in range(len(images)) for draw in range(draws)]
+    others = [seeds.stream(seed, "target", *key).integers(num_classes - 1) for key in keys]
+    targets = other_class(labels.repeat_interleave(draws), torch.tensor(others, device=labels.device))
+
+    def starts(part: slice) -> Tensor:
+        shape = tuple(images.shape[1:])
+        noise = [seeds.stream(seed, "start", *key).random(shape, dtype=np.float32) for key in keys[part]]
+        return torch.from_numpy(np.stack(noise)).to(images.device)
+
+    return starts, targets

@@ -1,0 +1,60 @@
+"""What a model calls the images of a data set, in one pass, and accuracies read from that."""
+
+import torch
+from torch import Tensor, nn
+
+from l2ul import Progress
+from l2ul.data import FolderImages, as_pixels, batches
+from l2ul.errors import Diverged, InputError
+from l2ul.modes import evaluating
+
+
+def predict(
+    model: nn.Module,
+    images: Tensor | FolderImages,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """The class (N,) int64, on the CPU, that the model gives each image, in eval mode.
+
+    images are uint8 or float in [0,1]. Raises Diverged if any logit is not finite: argmax would call those a class.
+    """
+    device = next(model.parameters()).device
+    found = []
+    with torch.inference_mode(), evaluating(model):
+        for batch in batches(images, batch_size, device, workers):
+            logits = model(batch)
+            found.append(torch.where(logits.isfinite().all(1), logits.argmax(1), -1))
+            if progress:
+                progress(len(batch))
+    classes = torch.cat(found).cpu()
+    if (classes < 0).any():
+        raise Diverged(f"{int((classes < 0).sum())} of {len(classes)} images got logits that are not finite")
+    return classes
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """Percent of predictions (n,) that equal the labels (n,)."""
+    return 100 * (predictions == labels.cpu()).double().mean().item()
+
+
+def complement(indices: Tensor, num_images: int) -> Tensor:
+    """The indices of D_r, ascending: all of 0 … num_images - 1 that are not in D_f's `indices`."""
+    kept = torch.ones(num_images, dtype=torch.bool)
+    kept[indices.cpu()] = False
+    return kept.nonzero().flatten()
+
+
+def check_fit(model: nn.Module, images: Tensor | FolderImages, num_classes: int) -> None:
+    """Raise InputError unless the model takes one of the images and gives `num_classes` logits for it."""
+    pixels = images[torch.tensor([0])]
+    try:
+        with torch.inference_mode(), evaluating(model):
+            classes = model(as_pixels(pixels).to(next(model.parameters()).device)).shape[1]
+    except (RuntimeError, AssertionError, ValueError) as error:
+        size = " x ".join(map(str, pixels.shape[2:]))
+        raise InputError(f"the model does not take images of {size} pixels ({str(error).splitlines()[0]})") from None
+    if classes != num_classes:
+        raise InputError(f"the model tells {classes} classes apart, the data set has {num_classes}")

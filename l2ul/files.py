@@ -1,0 +1,58 @@
+"""Files that are either whole or absent, and their hashes."""
+
+from collections.abc import Iterator
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+import shutil
+import tempfile
+import uuid
+
+from l2ul.errors import InputError
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write a file or a folder to; renamed to `path` if the block ends well.
+
+    A process killed in the block leaves a hidden `.<name>.<random>.part`, which `remove_parts` clears away.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    try:
+        yield part
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path, older_than: float) -> None:
+    """Delete what killed processes left half-written in `folder` before `older_than` (seconds since the epoch)."""
+    for part in Path(folder).glob(".*.part"):
+        with contextlib.suppress(OSError):  # another process may be clearing up too
+            if part.stat().st_mtime < older_than:
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_writable(folder: Path) -> None:
+    """Create `folder` and raise InputError if no file can be made there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder} ({error.strerror}); choose a folder that you may write to"
+        ) from None

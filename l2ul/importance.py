@@ -1,0 +1,44 @@
+"""How much each weight matters for the images to be forgotten (MAS), and from it which weights are held."""
+
+import torch
+from torch import Tensor, nn
+
+from l2ul import Progress
+from l2ul.data import as_pixels
+from l2ul.modes import evaluating
+
+
+def mas_importance(model: nn.Module, images: Tensor, progress: Progress | None = None) -> dict[str, Tensor]:
+    """Ω of each trainable parameter: mean over single images of |∂‖g(x)‖₂ / ∂θ|, with g the logits.
+
+    images   (k, 3, H, W) uint8 or float in [0,1]
+    returns  {parameter name: Ω, of the parameter's shape, at least 0}
+
+    Aljundi et al., Memory Aware Synapses (ECCV 2018), as in arXiv 2301.11578; a gradient per image, in eval mode. A
+    parameter that the logits do not depend on has Ω = 0.
+    """
+    names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    with evaluating(model):
+        for image in as_pixels(images).split(1):
+            norm = torch.linalg.vector_norm(model(image))
+            gradients = torch.autograd.grad(norm, parameters, materialize_grads=True)
+            torch._foreach_add_(total, torch._foreach_abs(gradients))
+            if progress:
+                progress(1)
+    torch._foreach_div_(total, len(images))
+    return dict(zip(names, total, strict=True))
+
+
+def held_weights(importance: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Ω̄ = 1 - Ω, with Ω scaled min-max to [0,1] within each tensor: 0 is free to move, 1 is held.
+
+    A tensor whose Ω is constant tells nothing apart and is held whole.
+    """
+    return {name: 1 - _min_max(omega) for name, omega in importance.items()}
+
+
+def _min_max(omega: Tensor) -> Tensor:
+    low, high = omega.aminmax()
+    span = high - low
+    return torch.where(span > 0, (omega - low) / span, torch.zeros_like(omega))

@@ -1,0 +1,114 @@
+"""The methods: what each computes its loss from at a step. A new one is a function here; nothing else changes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+import torch.nn.functional as F
+
+from l2ul.errors import InputError
+from l2ul.objective import forget_loss
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images (n, 3, H, W) float in [0,1] and labels (n,) int64: true ones, new ones or adversarial targets."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a method may use at one step of the loop; what it did not say it needs is None."""
+
+    model: nn.Module
+    goal: str
+    forget: Batch
+    adv: Batch | None = None
+    retain: Batch | None = None
+    penalty: Callable[[], Tensor] | None = None  # ½ Σ Ω̄ (θ - θ⁰)²
+    reg_lamb: float = 0.0
+
+
+Terms = dict[str, Tensor]  # the loss is their sum; each is a column of the curve
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named method: its terms, and what they need of `adv`, `importance` and `retain`."""
+
+    name: str
+    terms: Callable[[Step], Terms] | None
+    needs: frozenset[str]
+    summary: str
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str, *needs: str) -> Callable[[Callable[[Step], Terms]], Callable[[Step], Terms]]:
+    """Register the function below as the method `name`; its docstring's first line is its summary."""
+
+    def register(terms: Callable[[Step], Terms]) -> Callable[[Step], Terms]:
+        METHODS[name] = Method(name, terms, frozenset(needs), terms.__doc__.split("\n")[0])
+        return terms
+
+    return register
+
+
+def get(name: str) -> Method:
+    """The method called `name`; InputError if there is none."""
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+METHODS["before"] = Method("before", None, frozenset(), "the classifier as it was given, θ⁰")
+
+
+@method("neggrad")
+def neggrad(step: Step) -> Terms:
+    """L_forget alone: gradient ascent on D_f (to relabel: fine-tuning on the new labels)"""
+    return {"forget": forget_loss(step.model(step.forget.images), step.forget.labels, step.goal)}
+
+
+@method("oracle", "retain")
+def oracle(step: Step) -> Terms:
+    """CE on batches of D_r + L_forget, with the remaining training set that the others do without"""
+    forgotten, kept = _together(step.model, step.forget, step.retain)
+    return {
+        "forget": forget_loss(forgotten, step.forget.labels, step.goal),
+        "retain": F.cross_entropy(kept, step.retain.labels),
+    }
+
+
+@method("adv", "adv")
+def adv(step: Step) -> Terms:
+    """L_forget + CE on D_adv, each weighted by its part of the joint batch (arXiv 2301.11578)"""
+    forgotten, kept = _together(step.model, step.forget, step.adv)
+    share = len(forgotten) / (len(forgotten) + len(kept))  # n_f / (n_f + n_a)
+    return {
+        "forget": share * forget_loss(forgotten, step.forget.labels, step.goal),
+        "adv": (1 - share) * F.cross_entropy(kept, step.adv.labels),
+    }
+
+
+@method("adv_imp", "adv", "importance")
+def adv_imp(step: Step) -> Terms:
+    """the terms of adv + λ · the importance penalty (arXiv 2301.11578)"""
+    return adv(step) | {"importance": step.reg_lamb * step.penalty()}
+
+
+def _together(model: nn.Module, forget: Batch, keep: Batch) -> tuple[Tensor, Tensor]:
+    """Logits of the two batches of a step.
+
+    In eval mode from one forward pass. In train mode batch-norm would mix their statistics, so each goes by itself, as
+    in the released scripts: the batch to keep first.
+    """
+    if model.training:
+        kept = model(keep.images)
+        return model(forget.images), kept
+    logits = model(torch.cat([forget.images, keep.images]))
+    return logits[: len(forget.labels)], logits[len(forget.labels) :]

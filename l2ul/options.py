@@ -1,0 +1,254 @@
+"""The flags that the scripts share, in groups, and their defaults for each data set."""
+
+import argparse
+from collections.abc import Callable, Sequence
+import math
+from pathlib import Path
+import sys
+
+from l2ul import methods, objective, unlearn
+from l2ul.pretrain import PRECISIONS, SCHEDULES, Recipe
+
+# The released run scripts' settings [METHOD.md, R], and our own for the embedded digits, a data set a row.
+DEFAULTS = {  #          ε, α in L2 of pixels in [0,1]; times; images; SGD; λ
+    "digits": {"model": "resnet20", "pgd_eps": 4.0, "num_adv_images": 20, "pgd_iter": 20, "unlearn_k": [16]},
+    "cifar10": {"model": "resnet18", "max_passes": 1000, "unlearn_k": [16, 64, 128, 256]},
+    "cifar100": {"model": "resnet50_cifar100", "num_adv_images": 200, "max_passes": 100},
+    "imagenet": {
+        "model": "torchvision:resnet50",
+        "num_adv_images": 200,
+        "batch_size": 16,
+        "adv_batch_size": 128,
+        "max_passes": 100,
+    },
+}
+COMMON_DEFAULTS = {  # for every data set that has no value of its own above
+    "model": "torchvision:resnet50",
+    "pgd_eps": 4.0,
+    "pgd_alpha": 0.1,
+    "pgd_iter": 100,
+    "num_adv_images": 20,
+    "unlearn_lr": 1e-3,
+    "reg_lamb": 1.0,
+    "batch_size": 32,
+    "adv_batch_size": 256,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "max_passes": 1000,
+    "bn": "train",
+    "unlearn_k": [16, 64, 128, 256],
+}
+
+
+def default(dataset: str, flag: str) -> object:
+    """The value of a flag that was not given, for a data set."""
+    return DEFAULTS.get(dataset, {}).get(flag, COMMON_DEFAULTS[flag])
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that takes `_` for `-` in every flag, and says what is wrong in one sentence."""
+
+    def __init__(self, description: str, **options):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+            **options,
+        )
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        return super().parse_known_args([_dashed(word) for word in (sys.argv[1:] if args is None else args)], namespace)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _dashed(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
+
+
+def _number(kind: Callable[[str], float], low: float, strict: bool, expected: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and (value > low if strict else value >= low)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected {expected}")
+        return value
+
+    return parse
+
+
+positive_float = _number(float, 0, True, "a number above 0")
+nonnegative_float = _number(float, 0, False, "a number of at least 0")
+positive_int = _number(int, 1, False, "a whole number of at least 1")
+nonnegative_int = _number(int, 0, False, "a whole number of at least 0")
+
+
+def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) -> None:
+    group = parser.add_argument_group("data and classifier")
+    _add(
+        group,
+        "--dataset",
+        "digits, cifar10, cifar100, imagenet, or any folder below --data-dir that holds train and val",
+        default=dataset,
+        metavar="NAME",
+    )
+    _add(
+        group,
+        "--data-dir",
+        "holds cifar-10-batches-py, cifar-100-python, imagenet/train and imagenet/val, weights",
+        type=Path,
+        default=Path("data"),
+        metavar="FOLDER",
+    )
+    _add(group, "--image-size", "side of the square cut from images of a folder", type=positive_int, default=224)
+    _add(group, "--workers", "processes that decode images of a folder", type=nonnegative_int, default=2)
+    _add(
+        group,
+        "--model",
+        "resnet18|34|50, resnet18|34|50_cifar100, resnet20|32|44|56, torchvision:NAME or hf:NAME_OR_FOLDER",
+        metavar="NAME",
+        **({"default": model} if model else {}),
+    )
+    _add(group, "--mean", "input means a channel (default: the weights' or the model's)", type=float, nargs=3)
+    _add(group, "--std", "input standard deviations a channel, likewise", type=positive_float, nargs=3)
+
+
+def add_weights(parser: Parser) -> None:
+    group = parser.add_argument_group("weights")
+    _add(
+        group,
+        "--checkpoint",
+        "weights of the model, a file; for torchvision:NAME also the name of one of its own sets of weights "
+        "(default: <data-dir>/weights/<dataset>_<model>.safetensors, then the released scripts' layout)",
+        metavar="FILE",
+    )
+
+
+def add_machine(parser: Parser) -> None:
+    group = parser.add_argument_group("machine")
+    _add(group, "--device", "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
+    _add(group, "--no-cuda", "do not use a CUDA GPU", action="store_true")
+    _add(group, "--threads", "CPU threads (default: torch's choice)", type=positive_int)
+
+
+def add_attack(parser: Parser) -> None:
+    group = parser.add_argument_group("adversarial examples (methods adv and adv_imp)")
+    _add(group, "--num-adv-images", "examples of each image of D_f", type=positive_int)
+    _add(group, "--pgd-eps", "radius ε, an L2 norm over pixels in [0,1]", type=nonnegative_float)
+    _add(group, "--pgd-alpha", "length of a step, likewise", type=nonnegative_float)
+    _add(group, "--pgd-iter", "steps", type=positive_int)
+    _add(
+        group,
+        "--attack-batch-size",
+        "pairs of image and target attacked at once, halved where memory runs out (default: CPU 128, GPU 2048)",
+        type=positive_int,
+    )
+
+
+def add_unlearning(parser: Parser) -> None:
+    group = parser.add_argument_group("unlearning")
+    every = list(methods.METHODS)
+    _add(group, "--method", f"one or more of {', '.join(every)} (default: all)", nargs="+", default=every)
+    _add(group, "--goal", "what forgetting means", choices=objective.GOALS, default="misclassify")
+    _add(group, "--unlearn-k", "images to forget, one number or more", type=int, nargs="+")
+    _add(group, "--seed", "of forget set, attack and loop, one or more", type=nonnegative_int, nargs="+", default=[0])
+    _add(
+        group,
+        "--forget-file",
+        "indices of D_f in the training set, one a line, in place of a random choice; the first K, by default all",
+        type=Path,
+    )
+    _add(
+        group,
+        "--relabel-file",
+        "new labels for --goal relabel, one a line in the order of D_f (default: random other classes)",
+        type=Path,
+    )
+    _add(group, "--unlearn-lr", "learning rate of SGD", type=positive_float)
+    _add(group, "--momentum", "of SGD", type=nonnegative_float)
+    _add(group, "--weight-decay", "of SGD", type=nonnegative_float)
+    _add(group, "--batch-size", "images of D_f a step", type=positive_int)
+    _add(group, "--adv-batch-size", "images of D_adv (oracle: of D_r) a step", type=positive_int)
+    _add(group, "--reg-lamb", "weight λ of the importance penalty", type=nonnegative_float)
+    _add(
+        group,
+        "--max-passes",
+        "times through D_adv (oracle: D_r; neggrad: D_f) before giving up",
+        type=positive_int,
+    )
+    _add(
+        group,
+        "--bn",
+        "train: batch-norm learns and updates its statistics, as the released scripts do; eval: they are kept, and "
+        "dropout is off",
+        choices=unlearn.BN_MODES,
+    )
+
+
+def add_pretraining(parser: Parser, recipe: Recipe) -> None:
+    group = parser.add_argument_group("recipe")
+    _add(group, "--epochs", "times through the training set", type=positive_int, default=recipe.epochs)
+    _add(group, "--lr", "learning rate, of onecycle the highest", type=positive_float, default=recipe.lr)
+    _add(group, "--weight-decay", "of the optimizer", type=nonnegative_float, default=recipe.weight_decay)
+    _add(group, "--batch-size", "images a step", type=positive_int, default=recipe.batch_size)
+    _add(group, "--schedule", "of the learning rate", choices=SCHEDULES, default=recipe.schedule)
+    _add(group, "--precision", "of forward and backward pass; bf16 needs a GPU", choices=PRECISIONS, default="fp32")
+    _add(group, "--seed", "of first weights, order and augmentation", type=nonnegative_int, default=0)
+    _add(group, "--exclude", "indices of training images to leave out, one a line (a retrained reference)", type=Path)
+    group = parser.add_argument_group("output")
+    _add(group, "--output", "file of the weights (default: where main_unlearn.py looks for them)", type=Path)
+    _add(group, "--resume", "go on from the last finished epoch of a run that was stopped", action="store_true")
+    _add(group, "--rerun", "train again where the weights exist", action="store_true")
+    _add(group, "--test-batch-size", "images a batch when measuring", type=positive_int, default=256)
+
+
+def add_output(parser: Parser) -> None:
+    group = parser.add_argument_group("results")
+    _add(group, "--result-dir", "records are written to runs in it", type=Path, default=Path("result_data"))
+    _add(group, "--test-batch-size", "images a batch when measuring", type=positive_int, default=256)
+    _add(group, "--save-model", "keep each unlearned net, in models beside runs", action="store_true")
+    _add(group, "--rerun", "do runs again whose record exists", action="store_true")
+    _add(group, "--dry-run", "check everything, list the runs and which are done, run none", action="store_true")
+
+
+def _add(group: argparse._ArgumentGroup, flag: str, text: str, **keywords) -> argparse.Action:
+    """Add a flag; its help ends in its default: the data set's where it has one, else the one given here."""
+    name = flag.removeprefix("--").replace("-", "_")
+    if keywords.get("type") in (positive_int, nonnegative_int, int):
+        keywords.setdefault("metavar", "N")
+    elif keywords.get("type") is Path:
+        keywords.setdefault("metavar", "PATH")
+    elif "choices" not in keywords and "action" not in keywords:
+        keywords.setdefault("metavar", "X")
+    if name in COMMON_DEFAULTS and "default" not in keywords:
+        text += f" {_by_dataset(name)}"
+    elif "default" in keywords and "(default" not in text:
+        text += f" (default: {_shown(keywords['default'])})"
+    return group.add_argument(flag, help=text, **keywords)
+
+
+def _by_dataset(flag: str) -> str:
+    rows = {
+        name: row[flag]
+        for name, row in DEFAULTS.items()
+        if row.get(flag, COMMON_DEFAULTS[flag]) != COMMON_DEFAULTS[flag]
+    }
+    others = "".join(f"; {name}: {_shown(value)}" for name, value in rows.items())
+    return f"(default: {_shown(COMMON_DEFAULTS[flag])}{others})"
+
+
+def _shown(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def fill_defaults(options: argparse.Namespace) -> None:
+    """Give every flag that was not given its data set's default; seeds and k in ascending order, none twice."""
+    for flag in COMMON_DEFAULTS:
+        if getattr(options, flag, ...) is None and not (flag == "unlearn_k" and options.forget_file):
+            setattr(options, flag, default(options.dataset, flag))
+    options.method = list(dict.fromkeys(options.method))
+    options.seed = list(dict.fromkeys(options.seed))

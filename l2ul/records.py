@@ -1,0 +1,99 @@
+"""One file a finished run, whole or absent, and the table made from them: no other state is kept."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from l2ul.files import atomic
+
+FORGOTTEN, CAP, DONE, DIVERGED, FAILED = STATUSES = ("forgotten", "cap", "done", "diverged", "failed")
+KEYS = (  # of every record, first and in this order: tables and other people's tools rely on them
+    *("dataset", "model", "checkpoint_sha256", "method", "needs_retain", "goal", "k", "seed", "continual_step"),
+    *("status", "steps", "acc_forget", "acc_retain", "acc_test"),
+    *("acc_forget_before", "acc_retain_before", "acc_test_before"),
+    *("seconds_attack", "seconds_importance", "seconds_unlearn", "seconds_evaluate", "peak_memory_mib", "device"),
+)
+MARKS = {CAP: "cap", DIVERGED: "diverged", FAILED: "failed"}  # how the table points at runs that did not forget
+MEASURED = ("acc_forget", "acc_retain", "acc_test", "steps")
+
+
+def run_id(settings: dict[str, object]) -> str:
+    """Sixteen hex digits from everything that decides a run's result, whatever the order of the keys."""
+    text = json.dumps(settings, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class RunFiles:
+    """The files of one run below `<result_dir>`: runs/<id>.json, .txt, .npz and .csv, and models/<id>…"""
+
+    def __init__(self, result_dir: Path, identity: str, model_suffix: str = ".safetensors"):
+        self.identity = identity
+        self.record = Path(result_dir) / "runs" / f"{identity}.json"
+        self.model = Path(result_dir) / "models" / f"{identity}{model_suffix}"
+
+    def read(self) -> dict[str, object] | None:
+        """The finished run's record; None where there is none, or it is damaged."""
+        return read(self.record)
+
+    def write(
+        self,
+        record: dict[str, object],
+        forget: Tensor,
+        predictions: dict[str, Tensor],
+        curve: list[dict[str, float]],
+    ) -> None:
+        """Everything of a finished run; the record comes last, so where it is, the rest is too."""
+        with atomic(self.record.with_suffix(".txt")) as part:
+            part.write_text("".join(f"{index}\n" for index in forget.tolist()))
+        with atomic(self.record.with_suffix(".npz")) as part, open(part, "wb") as file:
+            np.savez_compressed(file, **{name: _small(classes) for name, classes in predictions.items()})
+        with atomic(self.record.with_suffix(".csv")) as part:
+            pd.DataFrame(curve, columns=list(curve[0]) if curve else ["step"]).to_csv(part, index=False)
+        ordered = {key: record[key] for key in KEYS} | record
+        with atomic(self.record) as part:
+            part.write_text(json.dumps(ordered, indent=1, allow_nan=False) + "\n")
+
+
+def _small(classes: Tensor) -> np.ndarray:
+    """Classes in as few bytes as hold them."""
+    values = classes.cpu().numpy()
+    return values.astype(np.uint8 if values.max(initial=0) < 256 else np.uint16)
+
+
+def read(path: Path) -> dict[str, object] | None:
+    """A record; None where the file is missing or is not one."""
+    try:
+        record = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "method" in record else None
+
+
+def table(records: list[dict[str, object]]) -> pd.DataFrame:
+    """A row for each method and k, in the order given: mean (± standard deviation over seeds) of what was measured.
+
+    Runs that diverged or failed have no accuracies and are left out of the means; the last column counts every run
+    that did not forget.
+    """
+    rows = []
+    frame = pd.DataFrame(records)
+    for (method, k), runs in frame.groupby(["method", "k"], sort=False):
+        row = {"method": method, "k": k} | {name: _mean(runs[name]) for name in MEASURED}
+        row["seconds"] = _mean(runs.filter(like="seconds_").sum(axis=1))
+        counts = runs["status"].map(MARKS).value_counts()
+        row["not forgotten"] = ", ".join(f"{count} {mark}" for mark, count in counts.items())
+        rows.append(row | {"runs": len(runs)})
+    names = {"acc_forget": "D_f %", "acc_retain": "D_r %", "acc_test": "D_test %"}
+    return pd.DataFrame(rows).rename(columns=names)
+
+
+def _mean(values: pd.Series) -> str:
+    measured = values.dropna().astype(float)
+    if not len(measured):
+        return "-"
+    spread = f" ± {measured.std():.2f}" if len(measured) > 1 else ""
+    return f"{measured.mean():.2f}{spread}"

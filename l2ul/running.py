@@ -1,0 +1,103 @@
+"""How a script runs: on which device, with what progress shown, and how it ends when something is wrong."""
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from l2ul import Progress
+from l2ul.errors import InputError
+
+
+def choose_device(asked: str | None, no_cuda: bool = False, threads: int | None = None) -> torch.device:
+    """The device asked for, or the best there is, with so many CPU threads; InputError where it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if no_cuda:
+        if asked == "cuda":
+            raise InputError("--device cuda and --no-cuda contradict each other; give one of them")
+        there["cuda"] = False
+    found = [name for name, is_there in there.items() if is_there]
+    if asked and asked not in found:
+        raise InputError(f"--device {asked} is not there on this machine; expected one of {', '.join(found)}")
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.device(asked or found[0])
+
+
+def clock(device: torch.device) -> float:
+    """A clock in seconds, read once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """The most memory held so far, MiB: of the GPU by torch, else of this process; None where it is not told."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def device_name(device: torch.device) -> str:
+    """What a record calls the device: the GPU's own name, or the kind and number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int | None, estimate: bool = False) -> Iterator[Progress]:
+    """A bar on a terminal; elsewhere nothing, or one line with an estimate of the time where that was asked for."""
+    bar = tqdm(desc=what, total=total, unit_scale=True, leave=False, disable=None)
+    started, done, told = time.perf_counter(), 0, not (estimate and bar.disable)
+
+    def advance(count: int) -> None:
+        nonlocal done, told
+        done += count
+        bar.update(count)
+        elapsed = time.perf_counter() - started
+        if not told and elapsed > 2:
+            print(f"{what}: about {elapsed / done * total:.0f} s", flush=True)
+            told = True
+
+    with bar:
+        yield advance
+
+
+@contextlib.contextmanager
+def ending(program: str) -> Iterator[None]:
+    """How a script ends: bad input exits with 2, Ctrl-C with 130, memory or disk used up with 1, a sentence each."""
+    try:
+        yield
+    except InputError as error:
+        _exit(2, f"{program}: {error}")
+    except KeyboardInterrupt:
+        _exit(130, f"\n{program}: stopped; finished runs are kept and the same command goes on from there")
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        _exit(1, f"{program}: out of memory ({_first_line(error)}); take smaller batches, finished runs are kept")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        _exit(1, f"{program}: out of memory ({_first_line(error)}); take smaller batches, finished runs are kept")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _exit(1, f"{program}: the disk is full ({error.filename}); make room, finished runs are kept")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _exit(code: int, sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+    raise SystemExit(code)

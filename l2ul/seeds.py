@@ -1,0 +1,27 @@
+"""Random streams: each choice of a run has its own, named by its purpose, from the one seed in the options."""
+
+from collections.abc import Iterator
+import contextlib
+import zlib
+
+import numpy as np
+import torch
+
+
+def stream(seed: int, purpose: str, *counters: int) -> np.random.Generator:
+    """A counter-based stream for one (seed, purpose, counters): the same on every machine and in any order of work."""
+    key = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *counters])
+    return np.random.Generator(np.random.Philox(key))
+
+
+def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
+    """The same for torch's own functions: a CPU generator for one (seed, purpose, counters)."""
+    return torch.Generator().manual_seed(int(stream(seed, purpose, *counters).integers(2**63)))
+
+
+@contextlib.contextmanager
+def first_weights(seed: int) -> Iterator[None]:
+    """Modules built inside the block draw their first weights under the seed; torch's own generator is put back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(stream(seed, "first weights").integers(2**63)))
+        yield

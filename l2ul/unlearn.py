@@ -1,0 +1,191 @@
+"""The loop: step until every image is forgotten, the cap is reached or the numbers are no longer finite."""
+
+from collections.abc import Callable, Iterator
+import copy
+from dataclasses import dataclass, field
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from l2ul import attack, methods, objective, seeds
+from l2ul.data import Split, as_pixels
+from l2ul.importance import held_weights, mas_importance
+from l2ul.modes import evaluating
+
+BN_MODES = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of the loop; their source is the released run scripts' [METHOD.md, R]."""
+
+    unlearn_lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    batch_size: int = 32  # images of D_f a step
+    adv_batch_size: int = 256  # images of D_adv (oracle: of D_r) a step
+    reg_lamb: float = 1.0  # λ
+    max_passes: int = 1000  # times through D_adv (oracle: D_r; neggrad: D_f) before giving up
+    bn: str = "train"  # as released; or "eval": running statistics kept, dropout off
+    seed: int = 0  # of the order of the batches
+
+
+@dataclass
+class Outcome:
+    """An unlearned model and how it came about. status: forgotten, cap, diverged, or done (`before`)."""
+
+    model: nn.Module
+    status: str
+    steps: int
+    curve: list[dict[str, float]] = field(default_factory=list)  # a row a step: terms, percent of D_f
+
+
+def unlearn(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    method: str,
+    *,
+    num_classes: int | None = None,
+    new_labels: Tensor | None = None,
+    adv: tuple[Tensor, Tensor] | None = None,
+    importance: dict[str, Tensor] | None = None,
+    retain: Split | None = None,
+    num_adv_images: int = 20,
+    eps: float = 4.0,
+    alpha: float = 0.1,
+    attack_steps: int = 100,
+    settings: Settings | None = None,
+    on_step: Callable[[dict[str, float]], object] | None = None,
+) -> Outcome:
+    """The whole of a method on tensors: attack and importance where the method needs them, then the loop.
+
+    model       pixels in [0,1] in, logits out; left as it is, a copy is unlearned
+    images      D_f: (k, 3, H, W), uint8 or float in [0,1]; labels (k,) int64, the true classes
+    method      a name of `methods.METHODS`
+    new_labels  (k,) the classes to be called instead; without them, any class but the true one
+    adv         D_adv, made here from num_adv_images, eps, alpha, attack_steps and the seed if needed and not given
+    importance  Ω by parameter name, likewise
+    retain      D_r, for the methods that need it
+    num_classes needed where D_adv is made here
+    on_step     called with each row of the curve
+
+    Raises ValueError where something needed is missing.
+    """
+    chosen, settings = methods.get(method), settings or Settings()
+    if "retain" in chosen.needs and retain is None:
+        raise ValueError(f"method {method!r} trains on the remaining training set; give it as retain")
+    if "adv" in chosen.needs and adv is None:
+        if num_classes is None:
+            raise ValueError(f"method {method!r} makes adversarial examples; give num_classes, or adv")
+        size = {"num_adv_images": num_adv_images, "eps": eps, "alpha": alpha, "steps": attack_steps}
+        adv = attack.adversarial_set(model, images, labels, num_classes, seed=settings.seed, **size)
+    if "importance" in chosen.needs and importance is None:
+        importance = mas_importance(model, images)
+    unlearned = copy.deepcopy(model)
+    if chosen.terms is None:
+        return Outcome(unlearned, "done", 0)
+    keep = Split(*adv) if "adv" in chosen.needs else retain if "retain" in chosen.needs else None
+    held = held_weights(importance) if "importance" in chosen.needs else None
+    forget = objective.Forget(as_pixels(images), labels, new_labels)
+    return _loop(unlearned, forget, keep, held, chosen, settings, on_step)
+
+
+def _loop(
+    model: nn.Module,
+    forget: objective.Forget,
+    keep: Split | None,
+    held: dict[str, Tensor] | None,
+    method: methods.Method,
+    settings: Settings,
+    on_step: Callable[[dict[str, float]], object] | None,
+) -> Outcome:
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=settings.unlearn_lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    outcome = Outcome(model, "cap", 0)
+    model.train(settings.bn == "train")
+    steps = _steps(model, forget, keep, held, method, settings)
+    for step in itertools.islice(steps, max_steps(len(forget), len(keep) if keep else 0, settings)):
+        terms = method.terms(step)
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+        outcome.steps += 1
+        row = {"step": outcome.steps} | {name: term.item() for name, term in terms.items()}
+        row |= _progress_on(forget, model)
+        outcome.curve.append(row)
+        if on_step:
+            on_step(row)
+        if not (math.isfinite(sum(row.values())) and _finite_weights(model)):
+            outcome.status = "diverged"
+            break
+        if row["forgotten"] == 100:
+            outcome.status = "forgotten"
+            break
+    model.eval()
+    return outcome
+
+
+def max_steps(num_forget: int, num_keep: int, settings: Settings) -> int:
+    """The cap in steps: max_passes times through the keep set, or through D_f where there is none (num_keep = 0)."""
+    size, batch = (num_keep, settings.adv_batch_size) if num_keep else (num_forget, settings.batch_size)
+    return settings.max_passes * math.ceil(size / batch)
+
+
+def _steps(
+    model: nn.Module,
+    forget: objective.Forget,
+    keep: Split | None,
+    held: dict[str, Tensor] | None,
+    method: methods.Method,
+    settings: Settings,
+) -> Iterator[methods.Step]:
+    """Endless steps: the next batch of D_f with the next one of the set that the method keeps hold of."""
+    wanted = Split(forget.images, forget.wanted)
+    forget_batches = _batches(wanted, settings.batch_size, seeds.generator(settings.seed, "forget batches"))
+    keep_batches = itertools.repeat(None)
+    if keep:
+        keep_batches = _batches(keep, settings.adv_batch_size, seeds.generator(settings.seed, "keep batches"))
+    keep_name = "adv" if "adv" in method.needs else "retain"
+    penalty = _penalty(model, held) if held else None
+    for first, second in zip(forget_batches, keep_batches, strict=False):
+        yield methods.Step(
+            model, forget.goal, first, **{keep_name: second}, penalty=penalty, reg_lamb=settings.reg_lamb
+        )
+
+
+def _batches(split: Split, batch_size: int, generator: torch.Generator) -> Iterator[methods.Batch]:
+    """Endless batches of a set, newly shuffled each time through it."""
+    while True:
+        for indices in torch.randperm(len(split), generator=generator).split(batch_size):
+            images = as_pixels(split.images[indices].to(split.labels.device))
+            yield methods.Batch(images, split.labels[indices])
+
+
+def _penalty(model: nn.Module, held: dict[str, Tensor]) -> Callable[[], Tensor]:
+    parameters = [(parameter, held[name]) for name, parameter in model.named_parameters() if name in held]
+    now, weights = zip(*parameters, strict=True)
+    before = [parameter.detach().clone() for parameter in now]
+    return lambda: objective.importance_penalty(now, before, weights)
+
+
+def _progress_on(forget: objective.Forget, model: nn.Module) -> dict[str, float]:
+    """Percent of D_f that is called its true class, and that is forgotten, in eval mode; nan where logits are."""
+    with torch.inference_mode(), evaluating(model):
+        logits = torch.cat([model(part) for part in forget.images.split(512)])
+    if not logits.isfinite().all():
+        return {"acc_forget": math.nan, "forgotten": math.nan}
+    called = logits.argmax(1)
+    found = {"acc_forget": called == forget.labels, "forgotten": forget.done(called)}
+    return {name: 100 * which.double().mean().item() for name, which in found.items()}
+
+
+def _finite_weights(model: nn.Module) -> bool:
+    tensors = [t for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point()]
+    return bool(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).isfinite().all())

@@ -1,0 +1,122 @@
+"""Any Hugging Face image classifier, by hub name or local folder, its processor's steps as differentiable layers."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+import torchvision.transforms.v2.functional as transforms
+
+from l2ul.errors import InputError
+from models.classifier import Normalize
+
+PREFIX = "hf:"
+INTERPOLATION = {  # PIL's filter numbers, as processors store them
+    0: InterpolationMode.NEAREST,
+    2: InterpolationMode.BILINEAR,
+    3: InterpolationMode.BICUBIC,
+}
+
+
+class Resize(nn.Module):
+    """Differentiable resize of (N, 3, H, W) pixels: to `size` (height, width), or the short side to a number."""
+
+    def __init__(self, size: list[int] | int, interpolation: InterpolationMode):
+        super().__init__()
+        self.size, self.interpolation = size, interpolation
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return transforms.resize(pixels, self.size, self.interpolation, antialias=True)
+
+
+class CenterCrop(nn.Module):
+    """The middle (height, width) of (N, 3, H, W) pixels."""
+
+    def __init__(self, size: list[int]):
+        super().__init__()
+        self.size = size
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return transforms.center_crop(pixels, self.size)
+
+
+def build(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
+    """The net, untrained, and its input layers, from the configuration in the folder or on the hub."""
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    config = _read(name, AutoConfig.from_pretrained, num_labels=num_classes)
+    return AutoModelForImageClassification.from_config(config), _preprocess(name)
+
+
+def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
+    """The trained net and its input layers."""
+    from transformers import AutoModelForImageClassification
+
+    net, report = _read(name, AutoModelForImageClassification.from_pretrained, output_loading_info=True)
+    lacking = sorted(report["missing_keys"])
+    if lacking:
+        raise InputError(f"{name} lacks weights of its own net ({', '.join(lacking[:3])}); name a trained classifier")
+    if net.config.num_labels != num_classes:
+        raise InputError(
+            f"{name} tells {net.config.num_labels} classes apart, the data set has {num_classes}; "
+            f"name a classifier trained on this data set"
+        )
+    return net, _preprocess(name)
+
+
+def _read(name: str, from_pretrained, **options):
+    """What `from_pretrained` gives for the folder or hub name; code in the repository is never run."""
+    place = name.removeprefix(PREFIX)
+    try:
+        return from_pretrained(place, trust_remote_code=False, **options)
+    except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own for a bad folder
+        if Path(place).is_dir():
+            hint = "expected what save_pretrained writes: config.json, weights, preprocessor_config.json"
+        else:
+            hint = "there is no such folder and it could not be had from the hub"
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"cannot load {name}: {hint} ({first.strip()[:160]})") from None
+
+
+def _preprocess(name: str) -> nn.Sequential:
+    """The processor's resize, crop and normalisation as layers, for pixels in [0,1] of any size."""
+    from transformers import AutoImageProcessor
+
+    processor = _read(name, AutoImageProcessor.from_pretrained)
+    layers: list[nn.Module] = []
+    size, crop = _sides(processor, "size"), _sides(processor, "crop_size")
+    if getattr(processor, "do_resize", False) and size is not None:
+        if isinstance(size, int) and getattr(processor, "crop_pct", None) and size < 384:  # ConvNeXt's convention
+            crop, size = [size, size], int(size / processor.crop_pct)
+        elif isinstance(size, int) and crop is None and getattr(processor, "crop_pct", None):
+            size = [size, size]
+        layers.append(Resize(size, INTERPOLATION.get(int(processor.resample), InterpolationMode.BILINEAR)))
+    if crop is not None and (getattr(processor, "do_center_crop", False) or getattr(processor, "crop_pct", None)):
+        layers.append(CenterCrop(crop))
+    if getattr(processor, "do_normalize", False):
+        layers.append(Normalize(processor.image_mean, processor.image_std))
+    else:
+        layers.append(Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+    return nn.Sequential(*layers)
+
+
+def _sides(processor, attribute: str) -> list[int] | int | None:
+    """[height, width], or the length of the short side, from a processor's size; None where it has none."""
+    size = getattr(processor, attribute, None)
+    if size is None:
+        return None
+    size = dict(size) if not isinstance(size, int) else {"shortest_edge": size}
+    if size.get("height") and size.get("width"):
+        return [size["height"], size["width"]]
+    if size.get("shortest_edge"):
+        return size["shortest_edge"]
+    raise InputError(f"the processor's {attribute} is {size}; expected height and width, or shortest_edge")
+
+
+def save(net: nn.Module, name: str, folder: Path) -> None:
+    """The net and its processor with `save_pretrained`, so that plain transformers code loads them."""
+    from transformers import AutoImageProcessor
+
+    with torch.no_grad():
+        net.save_pretrained(folder)
+    _read(name, AutoImageProcessor.from_pretrained).save_pretrained(folder)

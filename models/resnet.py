@@ -1,0 +1,14 @@
+"""The released CIFAR-10 family: torchvision's ResNet-18/34/50 with a 3 × 3 stride-1 stem, max-pool kept."""
+
+from torch import nn
+from torchvision.models import resnet as torchvision_resnet
+
+NAMES = ("resnet18", "resnet34", "resnet50")
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10
+
+
+def build(name: str, num_classes: int) -> nn.Module:
+    net = getattr(torchvision_resnet, name)(num_classes=num_classes)
+    net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return net

@@ -1,0 +1,53 @@
+"""torchvision's classification nets by their torchvision name, with torchvision's own weights or a file's."""
+
+from urllib.error import URLError
+
+from torch import Tensor, nn
+import torchvision
+
+from l2ul.errors import InputError
+
+PREFIX = "torchvision:"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+COMMON = [  # whose weights people have lying about: a file that does not fit is compared with these
+    PREFIX + name
+    for name in ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "mobilenet_v3_small", "squeezenet1_0")
+] + [PREFIX + name for name in ("squeezenet1_1", "densenet121", "vgg16", "vgg16_bn", "efficientnet_b0", "vit_b_16")]
+
+
+def names() -> list[str]:
+    return [PREFIX + name for name in torchvision.models.list_models(module=torchvision.models)]
+
+
+def build(name: str, num_classes: int) -> nn.Module:
+    return torchvision.models.get_model(name.removeprefix(PREFIX), weights=None, num_classes=num_classes)
+
+
+def own_weights(name: str, num_classes: int, choice: str | None) -> tuple[dict[str, Tensor], str, tuple, tuple]:
+    """State, description, mean and std of torchvision's own weights: those called `choice`, or the first set of them.
+
+    The first set (IMAGENET1K_V1 for most nets) is what papers report on; newer ones are asked for by name.
+    """
+    weights = torchvision.models.get_model_weights(name.removeprefix(PREFIX))
+    if choice is not None and choice not in weights.__members__:
+        raise InputError(f"{name} has no weights called {choice}; expected one of {', '.join(weights.__members__)}")
+    chosen = weights[choice] if choice else next(iter(weights))
+    classes = len(chosen.meta["categories"])
+    if classes != num_classes:
+        raise InputError(
+            f"torchvision's own weights of {name} tell {classes} classes apart, the data set has {num_classes}; "
+            f"name weights for it with --checkpoint"
+        )
+    try:
+        state = chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (URLError, OSError) as error:
+        raise InputError(
+            f"{chosen.url} could not be downloaded ({error}); fetch it elsewhere and name the file with --checkpoint"
+        ) from None
+    transforms = chosen.transforms()
+    return state, f"torchvision {chosen}", tuple(transforms.mean), tuple(transforms.std)
+
+
+def has_weights(name: str, choice: str) -> bool:
+    """Whether `choice` is the name of one of torchvision's own sets of weights for this net."""
+    return choice in torchvision.models.get_model_weights(name.removeprefix(PREFIX)).__members__

@@ -1,0 +1,100 @@
+"""What the tests share: a tiny trained net, where the real data are, and scripts called as a user calls them."""
+
+import l2ul  # isort: skip  # first: it sets the environment before torch is imported
+
+import os
+from pathlib import Path
+import sys
+
+import pytest
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+REALDATA = Path(os.environ.get("L2UL_REALDATA", ROOT.parent / "shared" / "data"))
+CLASSES = 5
+
+assert l2ul
+
+
+def pytest_collection_modifyitems(items):
+    missing = {
+        "realdata": pytest.mark.skip(reason=f"no real data in {REALDATA}; name their folder in L2UL_REALDATA"),
+        "cuda": pytest.mark.skip(reason="no CUDA GPU"),
+    }
+    there = {"realdata": REALDATA.is_dir(), "cuda": torch.cuda.is_available()}
+    for item in items:
+        for name, skip in missing.items():
+            if item.get_closest_marker(name) and not there[name]:
+                item.add_marker(skip)
+
+
+class TinyNet(nn.Module):
+    """Two convolutions with batch-norm, dropout and a linear head, for (N, 3, 8, 8)."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.1),
+        )
+        self.head = nn.Linear(16 * 16, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def tiny_net(seed: int = 0) -> TinyNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TinyNet().eval()
+
+
+@pytest.fixture(scope="session")
+def _trained():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (40, 3, 8, 8), generator=generator).to(torch.uint8)
+    labels = torch.arange(40) % CLASSES
+    model = tiny_net().train()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images / 255), labels).backward()
+        optimizer.step()
+    model.eval()
+    assert (model(images / 255).argmax(1) == labels).all()
+    return model.state_dict(), images, labels
+
+
+@pytest.fixture
+def trained(_trained):
+    """A tiny net that knows its 40 images, those images (uint8) and their labels."""
+    state, images, labels = _trained
+    model = tiny_net()
+    model.load_state_dict(state)
+    return model, images.clone(), labels.clone()
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Call a script's main with arguments; returns exit code, standard output and standard error."""
+    monkeypatch.chdir(ROOT)
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

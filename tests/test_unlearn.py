@@ -1,0 +1,191 @@
+"""Objective, methods and loop: values worked out by hand, and what each method must do to a net."""
+
+import math
+
+from conftest import CLASSES
+import pytest
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+from l2ul import attack, importance, methods, objective
+from l2ul.data import Split, random_new_labels
+from l2ul.errors import InputError
+from l2ul.unlearn import Settings, max_steps, unlearn
+
+K, DRAWS = 6, 5
+FAST = {"batch_size": 4, "adv_batch_size": 16, "unlearn_lr": 0.02}
+
+
+@pytest.fixture
+def request_(trained):
+    """Model, D_f, D_adv and importance, as keyword arguments of `unlearn`."""
+    model, images, labels = trained
+    x, y = images[:K], labels[:K]
+    adv = attack.adversarial_set(model, x, y, CLASSES, num_adv_images=DRAWS, eps=2.0, alpha=0.2, steps=20, seed=0)
+    retain = Split(images[K:], labels[K:])
+    weighed = importance.mas_importance(model, x)
+    return {"model": model, "images": x, "labels": y, "adv": adv, "importance": weighed, "retain": retain}
+
+
+def called(model, images):
+    with torch.inference_mode():
+        return model(images / 255).argmax(1)
+
+
+def test_objective_equals_values_worked_out_by_hand():
+    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])  # probabilities (1/4, 3/4) and (1/2, 1/2)
+    labels = torch.tensor([0, 1])
+    ce = (math.log(4) + math.log(2)) / 2
+    assert objective.forget_loss(logits, labels, "misclassify").item() == pytest.approx(-ce, rel=1e-6)
+    assert objective.forget_loss(logits, labels, "relabel").item() == pytest.approx(ce, rel=1e-6)
+    now, before = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])], [torch.tensor([0.0, 4.0]), torch.tensor([[2.5]])]
+    held = [torch.tensor([0.5, 1.0]), torch.tensor([[0.2]])]
+    # ½ (0.5 · 1² + 1 · 2² + 0.2 · 0.5²)
+    assert objective.importance_penalty(now, before, held).item() == pytest.approx(2.275, rel=1e-6)
+
+
+class Fixed(nn.Module):
+    """Logits that are the pixels themselves: (n, C, 1, 1) in, (n, C) out."""
+
+    def forward(self, x):
+        return x.flatten(1)
+
+
+def test_terms_of_each_method_equal_values_worked_out_by_hand():
+    forget = methods.Batch(torch.tensor([[0.0, math.log(3.0)]]).view(1, 2, 1, 1), torch.tensor([0]))  # CE log 4
+    kept = methods.Batch(torch.zeros(3, 2, 1, 1), torch.tensor([0, 1, 1]))  # CE log 2
+    step = methods.Step(
+        Fixed().eval(), "misclassify", forget, adv=kept, retain=kept, penalty=lambda: torch.tensor(7.0), reg_lamb=0.1
+    )
+    expected = {
+        "neggrad": {"forget": -math.log(4)},
+        "oracle": {"forget": -math.log(4), "retain": math.log(2)},
+        "adv": {"forget": -math.log(4) / 4, "adv": math.log(2) * 3 / 4},
+        "adv_imp": {"forget": -math.log(4) / 4, "adv": math.log(2) * 3 / 4, "importance": 0.7},
+    }
+    for name, terms in expected.items():
+        found = {term: value.item() for term, value in methods.get(name).terms(step).items()}
+        assert found == pytest.approx(terms, rel=1e-6), name
+
+
+def test_train_mode_normalises_each_batch_by_itself(trained):
+    model, images, labels = trained
+    one, two = methods.Batch(images[:4] / 255, labels[:4]), methods.Batch(images[4:20] / 255, labels[4:20])
+    model.features[7].p = 0.0  # dropout would differ between the passes
+    model.train()
+    forgotten, kept = methods._together(model, one, two)
+    assert torch.allclose(kept, model(two.images), atol=1e-5)
+    assert torch.allclose(forgotten, model(one.images), atol=1e-5)
+    model.eval()
+    forgotten, kept = methods._together(model, one, two)
+    assert torch.allclose(torch.cat([forgotten, kept]), model(images[:20] / 255), atol=1e-5)
+
+
+@pytest.mark.parametrize("bn", ["train", "eval"])
+@pytest.mark.parametrize("method", ["neggrad", "oracle", "adv", "adv_imp"])
+def test_forgets_and_leaves_the_original_alone(request_, method, bn):
+    original = {name: tensor.clone() for name, tensor in request_["model"].state_dict().items()}
+    rows = []
+    outcome = unlearn(method=method, **request_, settings=Settings(**FAST, bn=bn), on_step=rows.append)
+    assert outcome.status == "forgotten"
+    assert outcome.steps == len(outcome.curve) == len(rows) > 0
+    assert (called(outcome.model, request_["images"]) != request_["labels"]).all()
+    assert outcome.curve[-1]["acc_forget"] == 0
+    assert all(row["acc_forget"] > 0 for row in outcome.curve[:-1])  # it stopped as soon as it could
+    assert not outcome.model.training
+    after = outcome.model.state_dict()
+    assert all(torch.equal(original[name], tensor) for name, tensor in request_["model"].state_dict().items())
+    assert not torch.equal(original["head.weight"], after["head.weight"])
+    kept = torch.equal(original["features.1.running_mean"], after["features.1.running_mean"])
+    assert kept == (bn == "eval")
+
+
+@pytest.mark.parametrize("method", ["neggrad", "oracle", "adv", "adv_imp"])
+def test_relabels(request_, method):
+    new = random_new_labels(request_["labels"], CLASSES, seed=0)
+    outcome = unlearn(method=method, **request_, new_labels=new, settings=Settings(**FAST))
+    assert outcome.status == "forgotten"
+    assert torch.equal(called(outcome.model, request_["images"]), new)
+
+
+def test_before_is_the_model_itself(request_):
+    outcome = unlearn(method="before", **request_)
+    assert (outcome.status, outcome.steps, outcome.curve) == ("done", 0, [])
+    assert outcome.model is not request_["model"]
+    for found, given in zip(outcome.model.parameters(), request_["model"].parameters(), strict=True):
+        assert torch.equal(found, given)
+
+
+def test_importance_holds_the_weights_that_do_not_matter_for_the_forgotten(request_):
+    held = importance.held_weights(request_["importance"])
+    given = dict(request_["model"].named_parameters())
+
+    def moved(method):
+        settings = Settings(
+            batch_size=6, adv_batch_size=30, unlearn_lr=0.01, max_passes=4, reg_lamb=5.0, weight_decay=0
+        )
+        loop = unlearn(method=method, **(request_ | {"images": request_["images"].flip(3)}), settings=settings)
+        parameters = dict(loop.model.named_parameters())
+        squares = {name: (parameters[name] - given[name]).square() for name in held}
+        weights = {name: held[name] > 0.5 for name in held}
+        return loop.steps, sum(squares[n][weights[n]].sum().item() for n in held)
+
+    (adv_steps, adv), (imp_steps, imp) = moved("adv"), moved("adv_imp")
+    assert adv_steps == imp_steps
+    assert 0 < imp < 0.9 * adv
+
+
+def test_one_step_is_sgd_on_the_objective(request_):
+    settings = Settings(batch_size=K, adv_batch_size=K * DRAWS, unlearn_lr=0.01, max_passes=1, bn="eval")
+    outcome = unlearn(method="adv", **request_, settings=settings)
+    model, (adv, targets) = request_["model"], request_["adv"]
+    share = K / (K + len(adv))
+    loss = -share * F.cross_entropy(model(request_["images"] / 255), request_["labels"])
+    loss = loss + (1 - share) * F.cross_entropy(model(adv), targets)
+    gradient = torch.autograd.grad(loss, model.head.weight)[0] + 1e-4 * model.head.weight
+    assert torch.allclose(outcome.model.head.weight, model.head.weight - 0.01 * gradient, atol=1e-7)
+
+
+def test_gives_up_at_the_cap(request_):
+    settings = Settings(batch_size=4, adv_batch_size=16, unlearn_lr=1e-9, max_passes=3)
+    outcome = unlearn(method="adv", **request_, settings=settings)
+    assert outcome.status == "cap"
+    assert outcome.steps == 3 * math.ceil(K * DRAWS / 16) == max_steps(K, K * DRAWS, settings)
+    assert unlearn(method="neggrad", **request_, settings=settings).steps == 3 * math.ceil(K / 4)
+
+
+@pytest.mark.parametrize("bn", ["train", "eval"])
+def test_numbers_that_are_no_longer_finite_end_the_run(request_, bn):
+    settings = Settings(unlearn_lr=1e30, bn=bn)
+    outcome = unlearn(method="neggrad", **(request_ | {"images": request_["images"][:1], "labels": torch.tensor([0])}))
+    assert outcome.status == "forgotten"
+    outcome = unlearn(method="adv", **request_, settings=settings)
+    assert outcome.status == "diverged"
+    assert outcome.steps < 10
+
+
+def test_same_seed_same_weights(request_):
+    def weights(seed):
+        settings = Settings(**FAST, seed=seed, max_passes=2)
+        return torch.cat([p.flatten() for p in unlearn(method="adv", **request_, settings=settings).model.parameters()])
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_makes_what_a_method_needs_and_says_what_is_missing(trained):
+    model, images, labels = trained
+    asked = {"num_classes": CLASSES, "num_adv_images": 3, "eps": 1.0, "attack_steps": 5, "settings": Settings(**FAST)}
+    assert unlearn(model, images[:3], labels[:3], "adv_imp", **asked).status == "forgotten"
+    with pytest.raises(ValueError, match="num_classes"):
+        unlearn(model, images[:3], labels[:3], "adv")
+    with pytest.raises(ValueError, match="remaining training set"):
+        unlearn(model, images[:3], labels[:3], "oracle")
+    with pytest.raises(InputError, match="unknown method 'sgd'; expected one of before, neggrad"):
+        unlearn(model, images[:3], labels[:3], "sgd")
+
+
+def test_summary_of_each_method_is_one_line():
+    assert list(methods.METHODS) == ["before", "neggrad", "oracle", "adv", "adv_imp"]
+    assert all(method.summary and "\n" not in method.summary for method in methods.METHODS.values())
