@@ -37,7 +37,7 @@ def train(opts, recipe: pretrain.Recipe) -> None:
         kept = evaluate.complement(excluded, len(images.train))
         images = dataclasses.replace(images, train=images.train.subset(kept))
     images = images.to(device)
-    with seeds.first_weights(opts.seed):
+    with seeds.drawing(device, opts.seed, "first weights"):
         classifier = models.build(opts.model, images.num_classes, opts.mean, opts.std).to(device)
     state_file = output.with_suffix(".training.pt")
     with running.progress("train", recipe.epochs * len(images.train), estimate=True) as advance:

@@ -20,6 +20,7 @@ from models import checkpoint
 PROGRAM = "main_unlearn.py"
 
 
+@running.ending(PROGRAM)
 def main() -> None:
     opts = parse()
     device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
@@ -127,5 +128,4 @@ def announce(opts: argparse.Namespace, device, runs: list[Run], pending: list[Ru
 
 
 if __name__ == "__main__":
-    with running.ending(PROGRAM):
-        main()
+    main()

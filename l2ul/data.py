@@ -152,7 +152,7 @@ def _short_patience(seconds: float = 30) -> Iterator[None]:
 def _image_folder(name: str, folder: Path, size: int) -> Images:
     if not (folder / "train").is_dir():
         raise InputError(
-            f"unknown data set {name!r}: expected {', '.join(SMALL)}, or the name of a folder of images with "
+            f"there is no data set {name!r}: expected {', '.join(SMALL)}, or the name of a folder of images with "
             f"train and val in it, and there is no {folder / 'train'}"
         )
     held_out = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), folder / "val")

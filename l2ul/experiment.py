@@ -23,7 +23,7 @@ NEEDS_FLAGS = {  # the hyper-parameters that a method depends on, by what it nee
 HYPER_PARAMETERS = (*LOOP_FLAGS, *ATTACK_FLAGS, "adv_batch_size", "reg_lamb")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One row of a table: a method on one D_f. `settings` is all that decides its result; its id is their hash."""
 

@@ -10,8 +10,16 @@ from l2ul import methods, objective, unlearn
 from l2ul.pretrain import PRECISIONS, SCHEDULES, Recipe
 
 # The released run scripts' settings [METHOD.md, R], and our own for the embedded digits, a data set a row.
-DEFAULTS = {  #          ε, α in L2 of pixels in [0,1]; times; images; SGD; λ
-    "digits": {"model": "resnet20", "pgd_eps": 4.0, "num_adv_images": 20, "pgd_iter": 20, "unlearn_k": [16]},
+DEFAULTS = {
+    "digits": {
+        "model": "resnet20",
+        "unlearn_k": [16],
+        "num_adv_images": 10,
+        "pgd_alpha": 0.4,
+        "pgd_iter": 20,
+        "adv_batch_size": 32,
+        "unlearn_lr": 5e-3,
+    },
     "cifar10": {"model": "resnet18", "max_passes": 1000, "unlearn_k": [16, 64, 128, 256]},
     "cifar100": {"model": "resnet50_cifar100", "num_adv_images": 200, "max_passes": 100},
     "imagenet": {
@@ -81,6 +89,7 @@ def _number(kind: Callable[[str], float], low: float, strict: bool, expected: st
     return parse
 
 
+finite_float = _number(float, -math.inf, False, "a number")
 positive_float = _number(float, 0, True, "a number above 0")
 nonnegative_float = _number(float, 0, False, "a number of at least 0")
 positive_int = _number(int, 1, False, "a whole number of at least 1")
@@ -113,7 +122,7 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
         metavar="NAME",
         **({"default": model} if model else {}),
     )
-    _add(group, "--mean", "input means a channel (default: the weights' or the model's)", type=float, nargs=3)
+    _add(group, "--mean", "input means a channel (default: the weights' or the model's)", type=finite_float, nargs=3)
     _add(group, "--std", "input standard deviations a channel, likewise", type=positive_float, nargs=3)
 
 

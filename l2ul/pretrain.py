@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 from pathlib import Path
+import pickle
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,9 @@ def fit(
     scheduler = _scheduler(optimizer, recipe, len(train))
     history = _restore(state_file, recipe, seed, model, optimizer, scheduler) if resume else []
     for epoch in range(len(history), recipe.epochs):
-        loss = _epoch(model, train, recipe, optimizer, scheduler, seeds.generator(seed, "pretrain", epoch), progress)
+        generator = seeds.generator(seed, "pretrain", epoch)
+        with seeds.drawing(device, seed, "dropout", epoch):
+            loss = _epoch(model, train, recipe, optimizer, scheduler, generator, progress)
         found = evaluate.predict(model, test.images, batch_size=test_batch_size)
         history.append({"epoch": epoch + 1, "loss": loss, "acc_test": evaluate.accuracy(found, test.labels)})
         _keep(state_file, recipe, seed, model, optimizer, scheduler, history)
@@ -141,7 +144,10 @@ def _restore(state_file: Path, recipe: Recipe, seed: int, model, optimizer, sche
     """Load what `_keep` wrote; returns the history so far, empty where there is nothing to go on from."""
     if not state_file.exists():
         return []
-    state = torch.load(state_file, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise InputError(f"{state_file} is damaged ({type(error).__name__}); delete it to train anew") from None
     if state["recipe"] != dataclasses.asdict(recipe) | {"seed": seed}:
         raise InputError(f"{state_file} is from another recipe: {state['recipe']}; give its settings, or no --resume")
     model.load_state_dict(state["model"])

@@ -20,8 +20,8 @@ def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def first_weights(seed: int) -> Iterator[None]:
-    """Modules built inside the block draw their first weights under the seed; torch's own generator is put back."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(stream(seed, "first weights").integers(2**63)))
+def drawing(device: torch.device, seed: int, purpose: str, *counters: int) -> Iterator[None]:
+    """What draws from torch's own generators inside the block (first weights, dropout) does so from one stream."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(stream(seed, purpose, *counters).integers(2**63)))
         yield

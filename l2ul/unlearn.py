@@ -90,7 +90,8 @@ def unlearn(
     keep = Split(*adv) if "adv" in chosen.needs else retain if "retain" in chosen.needs else None
     held = held_weights(importance) if "importance" in chosen.needs else None
     forget = objective.Forget(as_pixels(images), labels, new_labels)
-    return _loop(unlearned, forget, keep, held, chosen, settings, on_step)
+    with seeds.drawing(labels.device, settings.seed, "dropout"):
+        return _loop(unlearned, forget, keep, held, chosen, settings, on_step)
 
 
 def _loop(

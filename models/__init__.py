@@ -142,7 +142,7 @@ def save(classifier: Classifier, path: Path, settings: dict[str, object]) -> Non
         "mean": _decimals(classifier.normalize.mean),
         "std": _decimals(classifier.normalize.std),
     }
-    checkpoints.write(path, classifier.net, described | settings)
+    checkpoints.write(path, classifier.net, settings | described)
 
 
 def saved_suffix(classifier: Classifier) -> str:

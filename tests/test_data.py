@@ -96,7 +96,7 @@ def test_reads_a_folder_of_images_as_a_stream(tmp_path):
 
 
 def test_a_folder_that_does_not_fit_is_refused(tmp_path):
-    with pytest.raises(InputError, match="unknown data set 'nothing': expected digits, cifar10"):
+    with pytest.raises(InputError, match="there is no data set 'nothing': expected digits, cifar10"):
         data.load("nothing", tmp_path)
     write_folder(tmp_path / "one", parts=("train",))
     with pytest.raises(InputError, match="val"):

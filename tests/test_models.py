@@ -300,7 +300,9 @@ def test_hugging_face_layers_equal_its_processor(vit_folder):
     expected = processor(image[0], return_tensors="pt")["pixel_values"]
     found = classifier.preprocess(image / 255)
     assert found.shape == expected.shape == (1, 3, 48, 48)
-    assert (found - expected).abs().max() < 0.5 / 255 / 0.2 + 1e-3  # the processor rounds to 8 bits after resizing
+    difference = (found - expected).abs() * torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1) * 255  # in 8-bit levels
+    assert difference.max() < 1.01  # the processor resizes in 8 bits: each of its two passes rounds
+    assert difference.mean() < 0.5
     pixels = (image / 255).requires_grad_()
     classifier(pixels)[0, 0].backward()
     assert pixels.grad.abs().max() > 0

@@ -13,8 +13,8 @@ from l2ul.data import Split, random_new_labels
 from l2ul.errors import InputError
 from l2ul.unlearn import Settings, max_steps, unlearn
 
-K, DRAWS = 6, 5
-FAST = {"batch_size": 4, "adv_batch_size": 16, "unlearn_lr": 0.02}
+K, DRAWS = 3, 5  # three classes of five: a net that calls everything one class can forget them too
+FAST = {"batch_size": 2, "adv_batch_size": 8, "unlearn_lr": 0.01}
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def request_(trained):
     """Model, D_f, D_adv and importance, as keyword arguments of `unlearn`."""
     model, images, labels = trained
     x, y = images[:K], labels[:K]
-    adv = attack.adversarial_set(model, x, y, CLASSES, num_adv_images=DRAWS, eps=2.0, alpha=0.2, steps=20, seed=0)
+    adv = attack.adversarial_set(model, x, y, CLASSES, num_adv_images=DRAWS, eps=1.0, alpha=0.1, steps=20, seed=0)
     retain = Split(images[K:], labels[K:])
     weighed = importance.mas_importance(model, x)
     return {"model": model, "images": x, "labels": y, "adv": adv, "importance": weighed, "retain": retain}
@@ -122,18 +122,13 @@ def test_importance_holds_the_weights_that_do_not_matter_for_the_forgotten(reque
     given = dict(request_["model"].named_parameters())
 
     def moved(method):
-        settings = Settings(
-            batch_size=6, adv_batch_size=30, unlearn_lr=0.01, max_passes=4, reg_lamb=5.0, weight_decay=0
-        )
-        loop = unlearn(method=method, **(request_ | {"images": request_["images"].flip(3)}), settings=settings)
-        parameters = dict(loop.model.named_parameters())
-        squares = {name: (parameters[name] - given[name]).square() for name in held}
-        weights = {name: held[name] > 0.5 for name in held}
-        return loop.steps, sum(squares[n][weights[n]].sum().item() for n in held)
+        settings = Settings(batch_size=K, adv_batch_size=K * DRAWS, unlearn_lr=0.005, max_passes=6, reg_lamb=20.0)
+        outcome = unlearn(method=method, **request_, settings=settings)
+        assert (outcome.status, outcome.steps) == ("cap", 6)
+        parameters = dict(outcome.model.named_parameters())
+        return sum((parameters[n] - given[n])[held[n] > 0.5].square().sum().item() for n in held)
 
-    (adv_steps, adv), (imp_steps, imp) = moved("adv"), moved("adv_imp")
-    assert adv_steps == imp_steps
-    assert 0 < imp < 0.9 * adv
+    assert 0 < moved("adv_imp") < 0.9 * moved("adv")
 
 
 def test_one_step_is_sgd_on_the_objective(request_):

@@ -1,0 +1,358 @@
+"""The main script as users call it: runs, records, what is not done twice, and every kind of bad input."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+from conftest import REALDATA, ROOT
+import numpy as np
+import pytest
+import torch
+
+from l2ul import attack, data, experiment, methods, options, records
+from l2ul.data import Split
+from l2ul.errors import InputError
+import main_unlearn
+import models
+
+FAST = ["--unlearn-k", 2, "--num-adv-images", 3, "--pgd-iter", 2, "--max-passes", 2, "--batch-size", 2]
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """The digits cut down to 40 training and 20 test images, so that a whole command takes a second."""
+    digits = data.load("digits", "nowhere")
+    few = dataclasses.replace(
+        digits,
+        train=Split(digits.train.images[:40], digits.train.labels[:40]),
+        test=Split(digits.test.images[:20], digits.test.labels[:20]),
+    )
+    monkeypatch.setattr(data, "_digits", lambda: few)
+    return few
+
+
+@pytest.fixture
+def run(script, tmp_path, few_digits):
+    def call(*arguments):
+        return script(main_unlearn.main, "--result-dir", tmp_path, *FAST, *arguments)
+
+    return call
+
+
+def found(folder):
+    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))}
+
+
+def but_for_costs(record):
+    return {key: v for key, v in record.items() if not key.startswith("seconds_") and key != "peak_memory_mib"}
+
+
+def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
+    code, out, err = run()
+    assert code == 0, err
+    by_method = {record["method"]: record for record in found(tmp_path).values()}
+    assert set(by_method) == set(methods.METHODS)
+    assert [line.split()[0] for line in out.splitlines()[2:7]] == list(methods.METHODS)
+    for name, record in by_method.items():
+        assert list(record)[: len(records.KEYS)] == list(records.KEYS)
+        assert (
+            record["checkpoint_sha256"]
+            == models.load("resnet20", 10, ROOT / "data/weights/digits_resnet20.safetensors").sha256
+        )
+        assert (record["dataset"], record["model"], record["k"], record["seed"]) == ("digits", "resnet20", 2, 0)
+        assert record["needs_retain"] == (name == "oracle")
+        assert record["status"] in ("forgotten", "cap", "done")
+        assert (record["reg_lamb"] is None) == (name != "adv_imp")
+        assert (record["pgd_eps"] is None) == (name not in ("adv", "adv_imp"))
+        assert (record["seconds_attack"] > 0) == (name in ("adv", "adv_imp"))
+        assert record["continual_step"] is None
+        assert record["acc_test_before"] == by_method["before"]["acc_test"]
+    for identity, record in found(tmp_path).items():
+        indices = [int(line) for line in (tmp_path / "runs" / f"{identity}.txt").read_text().split()]
+        assert indices == data.choose_forget(40, 2, 0).tolist()
+        with np.load(tmp_path / "runs" / f"{identity}.npz") as kept:
+            labels = few_digits.train.labels[indices].numpy()
+            assert 100 * (kept["forget_after"] == labels).mean() == record["acc_forget"]
+            assert 100 * (kept["test_after"] == few_digits.test.labels.numpy()).mean() == pytest.approx(
+                record["acc_test"]
+            )
+            assert len(kept["retain_before"]) == 38
+        curve = (tmp_path / "runs" / f"{identity}.csv").read_text().splitlines()
+        assert len(curve) == record["steps"] + 1
+
+
+def test_what_is_recorded_is_not_done_again_and_rerun_gives_the_same(run, tmp_path, monkeypatch):
+    run()
+    first = found(tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    code, out, _ = run()
+    assert code == 0
+    assert "0 runs to do, 5 done" in out
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert run("--rerun")[0] == 0
+    again = found(tmp_path)
+    assert first.keys() == again.keys()
+    for identity, record in again.items():
+        assert but_for_costs(record) == but_for_costs(first[identity])
+    # what a method does not use does not make it run again
+    assert "2 runs to do, 3 done" in run("--pgd-eps", 1.0, "--dry-run")[1]
+    assert "1 runs to do, 4 done" in run("--reg-lamb", 2.0, "--dry-run")[1]
+    assert "5 runs to do, 0 done" in run("--seed", 1, "--dry-run")[1]
+    damaged = next((tmp_path / "runs").glob("*.json"))
+    damaged.write_text("{")
+    assert "1 runs to do, 4 done" in run()[1]
+    assert json.loads(damaged.read_text())["method"]
+
+
+def test_one_attack_and_one_measurement_of_before_serve_all_runs_of_a_seed(run, tmp_path, monkeypatch):
+    sizes, measured = [], []
+    true_set, true_predict = attack.adversarial_set, experiment.Experiment.predict
+    monkeypatch.setattr(
+        attack, "adversarial_set", lambda m, x, *a, **o: sizes.append(len(x)) or true_set(m, x, *a, **o)
+    )
+    monkeypatch.setattr(
+        experiment.Experiment, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
+    )
+    code, _, err = run("--unlearn-k", 4, 2, "--method", "before", "adv", "adv_imp")
+    assert code == 0, err
+    assert sizes == [4]
+    assert measured == ["measure before"] + ["measure after"] * 4
+    together = found(tmp_path)
+    code, out, _ = run("--unlearn-k", 2, "--method", "adv", "--rerun")
+    alone = {i: r for i, r in found(tmp_path).items() if r["method"] == "adv" and r["k"] == 2}
+    for identity, record in alone.items():
+        assert but_for_costs(record) == but_for_costs(together[identity])
+
+
+def test_dry_run_lists_and_runs_nothing(run, tmp_path):
+    code, out, _ = run("--dry_run", "--seed", 0, 1, "--unlearn-k", 1, 2, "--method", "neggrad", "adv")
+    assert code == 0
+    assert "8 runs to do, 0 done" in out
+    assert out.count("to do ") == 8
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_relabels_and_takes_files(run, tmp_path, few_digits):
+    (tmp_path / "forget.txt").write_text("7\n3\n11\n")
+    new = (few_digits.train.labels[[7, 3, 11]] + 1) % 10
+    (tmp_path / "labels.txt").write_text("".join(f"{label}\n" for label in new))
+    arguments = [
+        "--goal",
+        "relabel",
+        "--forget_file",
+        tmp_path / "forget.txt",
+        "--relabel_file",
+        tmp_path / "labels.txt",
+    ]
+    code, _, err = run(*arguments, "--unlearn-k", 3, "--method", "neggrad", "--max-passes", 60, "--unlearn-lr=0.02")
+    assert code == 0, err
+    ((identity, record),) = found(tmp_path).items()
+    assert (record["goal"], record["k"], record["status"], record["acc_relabel"]) == ("relabel", 3, "forgotten", 100.0)
+    assert record["acc_forget"] == 0
+    assert (tmp_path / "runs" / f"{identity}.txt").read_text() == "7\n3\n11\n"
+
+
+def test_keeps_the_unlearned_model_and_makes_it_again_if_it_is_gone(run, tmp_path, few_digits):
+    arguments = ["--method", "before", "neggrad", "--save-model"]
+    assert run(*arguments)[0] == 0
+    (path,) = (tmp_path / "models").iterdir()
+    record = found(tmp_path)[path.stem]
+    assert record["method"] == "neggrad"
+    classifier = models.load("resnet20", 10, path)
+    with torch.inference_mode():
+        called = classifier(few_digits.test.images / 255).argmax(1)
+    assert 100 * (called == few_digits.test.labels).double().mean().item() == pytest.approx(record["acc_test"])
+    assert "0 runs to do" in run(*arguments)[1]
+    path.unlink()
+    assert "1 runs to do, 1 done" in run(*arguments)[1]
+    assert path.exists()
+
+
+def test_a_diverged_run_has_no_accuracy(run, tmp_path):
+    code, out, err = run("--method", "adv", "--unlearn-lr", "1e30", "--bn", "eval")
+    assert code == 0, err
+    (record,) = found(tmp_path).values()
+    assert record["status"] == "diverged"
+    assert record["acc_test"] is record["acc_forget"] is record["acc_retain"] is None
+    assert record["acc_test_before"] > 90
+    assert "1 diverged" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--dataset", "mnist"], "there is no data set 'mnist'"),
+        (["--model", "resnet19"], "unknown model 'resnet19'"),
+        (["--method", "sgd"], "unknown method 'sgd'"),
+        (["--checkpoint", "none.pt"], "there is no checkpoint none.pt"),
+        (["--checkpoint", "README.md"], "README.md is damaged or is no checkpoint"),
+        (["--model", "resnet56"], "no weights of resnet56 for digits: looked for"),
+        (["--unlearn-k", "0"], "--unlearn-k is 0; expected 1 or more"),
+        (["--unlearn-k", "16", "-4"], "--unlearn-k is -4; expected 1 or more"),
+        (["--unlearn-k", "41"], "k is 41; expected 1 to 40"),
+        (["--unlearn-k", "many"], "invalid int value: 'many'"),
+        (["--pgd-eps", "-1"], "'-1' is not allowed; expected a number of at least 0"),
+        (["--pgd-eps", "nan"], "'nan' is not allowed"),
+        (["--unlearn-lr", "0"], "expected a number above 0"),
+        (["--unlearn-lr", "inf"], "'inf' is not allowed"),
+        (["--reg_lamb", "-0.5"], "'-0.5' is not allowed"),
+        (["--pgd-iter", "0"], "expected a whole number of at least 1"),
+        (["--seed", "-1"], "expected a whole number of at least 0"),
+        (["--forget-file", "none.txt"], "cannot read the forget file none.txt"),
+        (["--relabel-file", "labels.txt"], "add --goal relabel"),
+        (["--goal", "relabel", "--relabel-file", "x", "--seed", "0", "1"], "add --forget-file"),
+        (["--goal", "erase"], "invalid choice: 'erase'"),
+        (["--std", "1", "0", "1"], "expected a number above 0"),
+        (["--result-dir", "README.md"], "cannot write to README.md"),
+        (["--result-dir", "/proc/here"], "cannot write to /proc/here"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (
+            ["--model", "torchvision:vit_b_16", "--checkpoint", "data/weights/digits_resnet20.safetensors"],
+            "does not fit",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(run, arguments, complaint, monkeypatch):
+    def never(*arguments, **options):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(experiment.Experiment, "carry_out", never)
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert complaint in err
+    assert err.startswith("main_unlearn.py: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert out == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_gpu_that_is_not_there(run):
+    code, _, err = run("--device", "cuda")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--device cuda is not there on this machine; expected one of" in err
+
+
+def test_bad_forget_and_relabel_files(run, tmp_path, few_digits):
+    true = few_digits.train.labels[data.choose_forget(40, 2, 0)].tolist()
+    for flag, text, complaint in (
+        ("--forget-file", "1\nx\n", "line 2"),
+        ("--forget-file", "1\n1\n", "more than once"),
+        ("--forget-file", "1\n40\n", "index 40; expected 0 to 39"),
+        ("--forget-file", "1\n", "--unlearn-k is 2, but"),
+        ("--relabel-file", "1\n", "has 1 labels, but 2 images"),
+        ("--relabel-file", f"{(true[0] + 1) % 10}\n{true[1]}\n", "is the image's true label"),
+    ):
+        (tmp_path / "file.txt").write_text(text)
+        goal = ["--goal", "relabel"] if flag == "--relabel-file" else []
+        code, _, err = run(*goal, flag, tmp_path / "file.txt")
+        assert (code, err.count("\n")) == (2, 1)
+        assert complaint in err
+
+
+def test_stops_with_a_sentence_when_interrupted_or_out_of_memory_or_disk(run, tmp_path, monkeypatch):
+    for error, expected, sentence in (
+        (KeyboardInterrupt(), 130, "finished runs are kept"),
+        (torch.OutOfMemoryError("tried 8 GiB"), 1, "out of memory (tried 8 GiB)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
+        (OSError(28, "No space left on device", "runs/x.json"), 1, "the disk is full (runs/x.json)"),
+    ):
+
+        def fail(*arguments, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(experiment.unlearn, "unlearn", fail)
+        code, _, err = run("--method", "neggrad")
+        assert code == expected
+        assert sentence in err
+        assert err.strip().count("\n") == 0
+
+
+def test_defaults_a_data_set_are_the_released_ones():
+    def given(dataset):
+        opts = main_unlearn.parse(["--dataset", dataset])
+        return {name: getattr(opts, name) for name in ("model", *experiment.HYPER_PARAMETERS)}
+
+    expected = {
+        "model": "resnet18",
+        "unlearn_lr": 1e-3,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "batch_size": 32,
+        "adv_batch_size": 256,
+        "max_passes": 1000,
+        "bn": "train",
+        "num_adv_images": 20,
+        "pgd_eps": 4.0,
+        "pgd_alpha": 0.1,
+        "pgd_iter": 100,
+        "reg_lamb": 1.0,
+    }
+    assert given("cifar10") == expected
+    hundred = {"model": "resnet50_cifar100", "num_adv_images": 200, "max_passes": 100}
+    assert given("cifar100") == expected | hundred
+    large = {"model": "torchvision:resnet50", "batch_size": 16, "adv_batch_size": 128}
+    assert given("imagenet") == expected | hundred | large
+
+
+def test_help_shows_groups_and_defaults(run, capsys):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "adversarial examples" in out
+    assert "L2 norm over pixels in [0,1] (default: 4.0)" in " ".join(out.split())
+    assert all(f"--{name.replace('_', '-')}" in out for name in experiment.HYPER_PARAMETERS)
+
+
+def test_library_knows_no_command_line():
+    with pytest.raises(InputError):
+        methods.get("none")
+    for path in (ROOT / "l2ul").glob("*.py"):
+        text = path.read_text()
+        assert "import models" not in text, path
+        assert "from models" not in text, path
+        if path.name not in ("options.py", "running.py"):
+            assert "argparse" not in text, path
+            assert "print(" not in text, path
+    assert options.default("elsewhere", "pgd_eps") == 4.0
+
+
+def command(folder, *arguments):
+    return [sys.executable, "main_unlearn.py", "--result-dir", folder, *map(str, [*FAST, *arguments])]
+
+
+def test_killed_at_random_moments_it_leaves_no_damage_and_goes_on(tmp_path):
+    """Six kills here; twenty are in the note of the change that made this."""
+    words = command(str(tmp_path), "--method", "before", "neggrad", "--threads", 1, "--unlearn-k", 1, 2, 3, 4)
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    moments, done = random.Random(0), {}
+    for _ in range(6):
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        time.sleep(moments.uniform(6, 14))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        now = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
+        assert all(records.read(path) for path in now)
+        assert all(now[path] == when for path, when in done.items())
+        done = now
+    subprocess.run(words, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert len(found(tmp_path)) == 8
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+
+
+@pytest.mark.realdata
+def test_third_party_classifier_on_the_real_test_set(tmp_path):
+    words = [sys.executable, str(REALDATA / "unpack_cifar10.py"), str(tmp_path)]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    images = data.load("cifar10", tmp_path, download=False)
+    from l2ul import evaluate
+
+    classifier = models.load("resnet20", 10, REALDATA / "weights" / "resnet20-12fca82f.th")
+    assert evaluate.accuracy(evaluate.predict(classifier, images.test.images), images.test.labels) == pytest.approx(
+        91.73
+    )
