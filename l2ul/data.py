@@ -50,6 +50,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def pixels(self) -> Tensor:
+        """All images as one tensor: for sets that are small, such as D_f."""
+        return self.images[torch.arange(len(self))]
+
     def subset(self, indices: Tensor) -> "Split":
         """The images at `indices`, in that order."""
         if isinstance(self.images, FolderImages):
@@ -247,6 +251,6 @@ def other_class(labels: Tensor, draws: Tensor) -> Tensor:
 def forget_sha256(forget: Split, indices: Tensor, new_labels: Tensor | None) -> str:
     """Hex sha256 of what is to be forgotten: indices, labels, new labels where there are any, and pixels."""
     digest = hashlib.sha256()
-    for tensor in (indices, forget.labels, new_labels, forget.images):
+    for tensor in (indices, forget.labels, new_labels, forget.pixels()):
         digest.update(b"none" if tensor is None else np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
     return digest.hexdigest()

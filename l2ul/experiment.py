@@ -75,13 +75,16 @@ class Experiment:
 
     def plan(self, names: list[str], sizes: list[int], seed: int, forget: Tensor, new: Tensor | None) -> list[Run]:
         """The runs of a seed, each k of `sizes` with each method: on the first k of D_f's indices `forget`."""
-        return [
-            self._planned(methods.get(name), seed, forget[:k], new[:k] if new is not None else None)
-            for k in sorted(set(sizes))
-            for name in names
-        ]
+        runs = []
+        for k in sorted(set(sizes)):
+            chosen, labels = forget[:k], new[:k] if new is not None else None
+            digest = data.forget_sha256(self.images.train.subset(chosen), chosen, labels)
+            runs += [self._planned(methods.get(name), seed, chosen, labels, digest) for name in names]
+        return runs
 
-    def _planned(self, method: methods.Method, seed: int, forget: Tensor, new_labels: Tensor | None) -> Run:
+    def _planned(
+        self, method: methods.Method, seed: int, forget: Tensor, new_labels: Tensor | None, digest: str
+    ) -> Run:
         used = set(LOOP_FLAGS if method.terms else ()).union(*(NEEDS_FLAGS[need] for need in method.needs))
         size = getattr(self.images.train.images, "size", None)
         statistics = {
@@ -103,7 +106,7 @@ class Experiment:
             "image_size": size if isinstance(size, int) else None,
             "num_train": len(self.images.train),
             "num_test": len(self.images.test),
-            "forget_sha256": data.forget_sha256(self.images.train.subset(forget), forget, new_labels),
+            "forget_sha256": digest,
             "method_version": METHOD_VERSION,
         }
         files = records.RunFiles(self.result_dir, records.run_id(settings), self.model_suffix)
@@ -143,7 +146,7 @@ class Experiment:
 
     def _forget(self, run: Run) -> tuple[Tensor, Tensor]:
         forget = self.images.train.subset(run.forget)
-        return forget.images[torch.arange(run.k)].to(self.device), forget.labels
+        return forget.pixels().to(self.device), forget.labels
 
     def _attack(self, runs: list[Run]) -> tuple[tuple[Tensor, Tensor], float] | None:
         """D_adv of the largest k of a seed, and the seconds that an image of D_f took; None if no run needs it."""

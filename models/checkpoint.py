@@ -49,8 +49,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 names = file.keys()
                 return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "Weights only" in str(error):
+    except pickle.UnpicklingError:
+        if _first_bytes(path) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):  # a whole pickle
             raise InputError(
                 f"{path} holds more than tensors and could run code when read, so it was not read; "
                 f"save its state_dict() again, best as safetensors"
@@ -60,6 +60,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is damaged or is no checkpoint ({first[:120]}); fetch it again") from None
     return _tensors(content, path), {}
+
+
+def _first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(2)
 
 
 def _tensors(content: object, path: Path) -> dict[str, Tensor]:

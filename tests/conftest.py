@@ -84,6 +84,21 @@ def trained(_trained):
     return model, images.clone(), labels.clone()
 
 
+@pytest.fixture(scope="session")
+def vit_folder(tmp_path_factory):
+    """A small untrained ViT of ten classes, saved as `save_pretrained` saves it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(image_size=48, patch_size=16, num_labels=10, **size)
+    folder = tmp_path_factory.mktemp("vit")
+    transformers.ViTForImageClassification(config).eval().save_pretrained(folder)
+    transformers.ViTImageProcessor(
+        size={"height": 48, "width": 48}, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]
+    ).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Call a script's main with arguments; returns exit code, standard output and standard error."""

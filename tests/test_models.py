@@ -277,24 +277,10 @@ def test_torchvision_own_weights(tmp_path, monkeypatch):
         models.load("torchvision:squeezenet1_1", 1000)
 
 
-@pytest.fixture(scope="module")
-def vit_folder(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.ViTConfig(image_size=48, patch_size=16, num_labels=7, **size)
-    folder = tmp_path_factory.mktemp("vit")
-    transformers.ViTForImageClassification(config).eval().save_pretrained(folder)
-    transformers.ViTImageProcessor(
-        size={"height": 48, "width": 48}, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]
-    ).save_pretrained(folder)
-    return folder
-
-
 def test_hugging_face_layers_equal_its_processor(vit_folder):
     import transformers
 
-    classifier = models.load(f"hf:{vit_folder}", 7)
+    classifier = models.load(f"hf:{vit_folder}", 10)
     image = torch.randint(0, 256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     processor = transformers.AutoImageProcessor.from_pretrained(vit_folder)
     expected = processor(image[0], return_tensors="pt")["pixel_values"]
@@ -311,7 +297,7 @@ def test_hugging_face_layers_equal_its_processor(vit_folder):
 def test_hugging_face_model_is_saved_for_plain_transformers_code(vit_folder, tmp_path):
     import transformers
 
-    classifier = models.load(f"hf:{vit_folder}", 7)
+    classifier = models.load(f"hf:{vit_folder}", 10)
     with torch.no_grad():
         classifier.net.classifier.bias += 1.0
     models.save(classifier, tmp_path / "unlearned", {"k": 1})
@@ -319,13 +305,13 @@ def test_hugging_face_model_is_saved_for_plain_transformers_code(vit_folder, tmp
     transformers.AutoImageProcessor.from_pretrained(tmp_path / "unlearned")
     pixels = torch.rand(2, 3, 32, 32)
     assert torch.allclose(net(classifier.preprocess(pixels)).logits, classifier(pixels), atol=1e-6)
-    assert torch.allclose(models.load(f"hf:{tmp_path / 'unlearned'}", 7)(pixels), classifier(pixels), atol=1e-6)
+    assert torch.allclose(models.load(f"hf:{tmp_path / 'unlearned'}", 10)(pixels), classifier(pixels), atol=1e-6)
     assert models.build(f"hf:{vit_folder}", 3)(pixels).shape == (2, 3)
 
 
 def test_bad_hugging_face_folders(vit_folder, tmp_path):
-    with pytest.raises(InputError, match="tells 7 classes apart, the data set has 10"):
-        models.load(f"hf:{vit_folder}", 10)
+    with pytest.raises(InputError, match="tells 10 classes apart, the data set has 7"):
+        models.load(f"hf:{vit_folder}", 7)
     with pytest.raises(InputError, match="cannot load hf:.*expected what save_pretrained writes"):
         models.load(f"hf:{tmp_path}", 10)
     (tmp_path / "config.json").write_text((vit_folder / "config.json").read_text())
@@ -333,7 +319,7 @@ def test_bad_hugging_face_folders(vit_folder, tmp_path):
     del state["classifier.weight"]
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="lacks weights of its own net .classifier.weight"):
-        models.load(f"hf:{tmp_path}", 7)
+        models.load(f"hf:{tmp_path}", 10)
 
 
 @pytest.mark.realdata
