@@ -18,7 +18,7 @@ DEFAULTS = {
         "pgd_alpha": 0.4,
         "pgd_iter": 20,
         "adv_batch_size": 32,
-        "unlearn_lr": 5e-3,
+        "unlearn_lr": 1e-2,
     },
     "cifar10": {"model": "resnet18", "max_passes": 1000, "unlearn_k": [16, 64, 128, 256]},
     "cifar100": {"model": "resnet50_cifar100", "num_adv_images": 200, "max_passes": 100},
