@@ -113,9 +113,11 @@ class Experiment:
         return Run(method, seed, forget, new_labels, settings, files)
 
     def is_done(self, run: Run) -> bool:
-        """Whether the run's record exists, and its model where models are kept."""
-        keeps_model = self.save_model and run.method.terms
-        return run.files.read() is not None and (not keeps_model or run.files.model.exists())
+        """Whether the run's record exists, and its model where models are kept and there is one to keep."""
+        record = run.files.read()
+        if record is None or not (self.save_model and run.method.terms):
+            return record is not None
+        return record["status"] == records.DIVERGED or run.files.model.exists()
 
     def carry_out(self, runs: list[Run]) -> None:
         """Do these runs, in their order, and record each; what several of them need is made once."""

@@ -184,7 +184,7 @@ def _progress_on(forget: objective.Forget, model: nn.Module) -> dict[str, float]
         return {"acc_forget": math.nan, "forgotten": math.nan}
     called = logits.argmax(1)
     found = {"acc_forget": called == forget.labels, "forgotten": forget.done(called)}
-    return {name: 100 * which.double().mean().item() for name, which in found.items()}
+    return {name: 100 * int(which.sum()) / len(which) for name, which in found.items()}
 
 
 def _finite_weights(model: nn.Module) -> bool:
