@@ -36,7 +36,7 @@ def pgd_l2(
     returns  (N, 3, H, W) float: inside [0,1] exactly, inside the ball to rounding
 
     Each step: δ ← δ - α g / max(‖g‖₂, 1e-6) with g = ∇_δ CE(model(x + δ), target), then x + δ clipped to [0,1], then δ
-    projected on the ball. Clipping comes first, as in the library behind the paper (arXiv 2301.11578) [METHOD: Attack];
+    projected on the ball. Clipping comes first, as in the library behind the paper (arXiv 2301.11578);
     shrinking δ toward 0 afterwards cannot leave [0,1]. The model runs in eval mode, its weights without gradients.
     Raises ValueError for a negative or undefined eps, alpha or steps.
     """

@@ -9,7 +9,8 @@ import sys
 from l2ul import methods, objective, unlearn
 from l2ul.pretrain import PRECISIONS, SCHEDULES, Recipe
 
-# The released run scripts' settings [METHOD.md, R], and our own for the embedded digits, a data set a row.
+# Settings of the paper's released run scripts (github.com/csm9493/L2UL), but for the embedded digits, which are ours:
+# chosen so that every method forgets within seconds. A data set that has no value of its own takes the common one.
 DEFAULTS = {
     "digits": {
         "model": "resnet20",
@@ -20,7 +21,7 @@ DEFAULTS = {
         "adv_batch_size": 32,
         "unlearn_lr": 1e-2,
     },
-    "cifar10": {"model": "resnet18", "max_passes": 1000, "unlearn_k": [16, 64, 128, 256]},
+    "cifar10": {"model": "resnet18"},
     "cifar100": {"model": "resnet50_cifar100", "num_adv_images": 200, "max_passes": 100},
     "imagenet": {
         "model": "torchvision:resnet50",
@@ -30,21 +31,21 @@ DEFAULTS = {
         "max_passes": 100,
     },
 }
-COMMON_DEFAULTS = {  # for every data set that has no value of its own above
+COMMON_DEFAULTS = {
     "model": "torchvision:resnet50",
-    "pgd_eps": 4.0,
-    "pgd_alpha": 0.1,
-    "pgd_iter": 100,
-    "num_adv_images": 20,
+    "unlearn_k": [16, 64, 128, 256],  # images of D_f
+    "num_adv_images": 20,  # examples of each of them
+    "pgd_eps": 4.0,  # ε, L2 norm over the pixels of an image in [0,1]
+    "pgd_alpha": 0.1,  # likewise
+    "pgd_iter": 100,  # steps
     "unlearn_lr": 1e-3,
-    "reg_lamb": 1.0,
-    "batch_size": 32,
-    "adv_batch_size": 256,
     "momentum": 0.9,
     "weight_decay": 1e-4,
-    "max_passes": 1000,
+    "batch_size": 32,  # images of D_f a step
+    "adv_batch_size": 256,  # images of D_adv, or of D_r, a step
+    "reg_lamb": 1.0,  # λ
+    "max_passes": 1000,  # times through D_adv, D_r or D_f
     "bn": "train",
-    "unlearn_k": [16, 64, 128, 256],
 }
 
 

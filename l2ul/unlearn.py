@@ -19,7 +19,7 @@ BN_MODES = ("train", "eval")
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the loop; their source is the released run scripts' [METHOD.md, R]."""
+    """The settings of the loop; the defaults are the paper's released run scripts'."""
 
     unlearn_lr: float = 1e-3
     momentum: float = 0.9
