@@ -26,7 +26,8 @@ class Resize(nn.Module):
         self.size, self.interpolation = size, interpolation
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return transforms.resize(pixels, self.size, self.interpolation, antialias=True)
+        resized = transforms.resize(pixels, self.size, self.interpolation, antialias=True)
+        return resized.clamp(0, 1)  # bicubic overshoots; the processor's 8-bit pixels cannot
 
 
 class CenterCrop(nn.Module):
@@ -90,7 +91,7 @@ def _preprocess(name: str) -> nn.Sequential:
             crop, size = [size, size], int(size / processor.crop_pct)
         elif isinstance(size, int) and crop is None and getattr(processor, "crop_pct", None):
             size = [size, size]
-        layers.append(Resize(size, INTERPOLATION.get(int(processor.resample), InterpolationMode.BILINEAR)))
+        layers.append(Resize(size, INTERPOLATION.get(processor.resample, InterpolationMode.BILINEAR)))
     if crop is not None and (getattr(processor, "do_center_crop", False) or getattr(processor, "crop_pct", None)):
         layers.append(CenterCrop(crop))
     if getattr(processor, "do_normalize", False):

@@ -13,7 +13,7 @@ import torchvision
 
 from l2ul.errors import InputError
 import models
-from models import checkpoint, resnet_small
+from models import checkpoint, huggingface, resnet_small
 
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
@@ -277,21 +277,39 @@ def test_torchvision_own_weights(tmp_path, monkeypatch):
         models.load("torchvision:squeezenet1_1", 1000)
 
 
-def test_hugging_face_layers_equal_its_processor(vit_folder):
+PROCESSORS = {
+    "ViTImageProcessor": {"size": {"height": 48, "width": 32}, "image_mean": [0.5, 0.4, 0.3]},
+    "DeiTImageProcessor": {},
+    "CLIPImageProcessor": {"size": {"shortest_edge": 64}, "crop_size": {"height": 48, "width": 48}},
+    "ConvNextImageProcessor": {"size": {"shortest_edge": 64}, "crop_pct": 0.875},
+    "MobileNetV2ImageProcessor": {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}},
+    "BitImageProcessor": {"do_normalize": False},
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_hugging_face_layers_equal_its_processor(tmp_path, kind):
     import transformers
 
-    classifier = models.load(f"hf:{vit_folder}", 10)
-    image = torch.randint(0, 256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    processor = transformers.AutoImageProcessor.from_pretrained(vit_folder)
+    getattr(transformers, kind)(**PROCESSORS[kind]).save_pretrained(tmp_path)
+    image = torch.randint(0, 256, (1, 3, 20, 30), generator=torch.Generator().manual_seed(0)).float()
+    image = torch.nn.functional.interpolate(image, size=(120, 90), mode="bilinear").to(torch.uint8)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     expected = processor(image[0], return_tensors="pt")["pixel_values"]
-    found = classifier.preprocess(image / 255)
-    assert found.shape == expected.shape == (1, 3, 48, 48)
-    difference = (found - expected).abs() * torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1) * 255  # in 8-bit levels
-    assert difference.max() < 1.01  # the processor resizes in 8 bits: each of its two passes rounds
-    assert difference.mean() < 0.5
-    pixels = (image / 255).requires_grad_()
+    layers = huggingface._preprocess(f"hf:{tmp_path}")
+    found = layers(image / 255)
+    assert found.shape == expected.shape
+    levels = (found - expected).abs() * layers[-1].std * 255  # 8-bit levels: the processor rounds in each of two passes
+    assert levels.max() < 2
+    assert levels.mean() < 0.5
+
+
+def test_gradients_reach_the_pixels_of_the_data_set(vit_folder):
+    classifier = models.load(f"hf:{vit_folder}", 10)
+    pixels = torch.rand(2, 3, 32, 32, requires_grad=True)
     classifier(pixels)[0, 0].backward()
-    assert pixels.grad.abs().max() > 0
+    assert pixels.grad[0].abs().max() > 0
+    assert pixels.grad[1].abs().max() == 0
 
 
 def test_hugging_face_model_is_saved_for_plain_transformers_code(vit_folder, tmp_path):
