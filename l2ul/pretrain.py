@@ -56,6 +56,7 @@ def fit(
     device = train.labels.device
     if recipe.precision == "bf16" and device.type != "cuda":
         raise InputError("--precision bf16 needs a CUDA GPU (a CPU without its instructions is far slower); use fp32")
+    model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
