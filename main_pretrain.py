@@ -5,6 +5,7 @@ import hashlib
 from pathlib import Path
 
 from l2ul import data, evaluate, options, pretrain, running, seeds
+from l2ul.errors import InputError
 from l2ul.files import require_writable
 import models
 from models import checkpoint
@@ -19,6 +20,8 @@ def main(program: str, description: str, dataset: str, model: str, recipe: pretr
         options.add_machine(parser)
         opts = parser.parse_args()
         models.check_name(opts.model)
+        if opts.model.startswith("hf:"):
+            raise InputError(f"--model is {opts.model}; Hugging Face models are trained with transformers, not here")
         asked = {field.name: getattr(opts, field.name, None) for field in dataclasses.fields(recipe)}
         recipe = dataclasses.replace(recipe, **{name: value for name, value in asked.items() if value is not None})
         train(opts, recipe)
@@ -29,6 +32,8 @@ def train(opts, recipe: pretrain.Recipe) -> None:
     images = data.load(opts.dataset, opts.data_dir, image_size=opts.image_size)
     excluded = data.read_forget(opts.exclude, len(images.train)) if opts.exclude else None
     output = opts.output or default_output(opts, excluded)
+    if output.suffix != ".safetensors":
+        raise InputError(f"--output is {output}; expected a name that ends in .safetensors")
     if output.exists() and not opts.rerun:
         print(f"{output} exists already; --rerun trains it again")
         return
@@ -39,6 +44,12 @@ def train(opts, recipe: pretrain.Recipe) -> None:
     images = images.to(device)
     with seeds.drawing(device, opts.seed, "first weights"):
         classifier = models.build(opts.model, images.num_classes, opts.mean, opts.std).to(device)
+    identity = {
+        "model": opts.model,
+        "dataset": opts.dataset,
+        "statistics": [opts.mean, opts.std],
+        "excluded": excluded.tolist() if excluded is not None else None,
+    }
     state_file = output.with_suffix(".training.pt")
     with running.progress("train", recipe.epochs * len(images.train), estimate=True) as advance:
         history = pretrain.fit(
@@ -48,6 +59,7 @@ def train(opts, recipe: pretrain.Recipe) -> None:
             recipe,
             seed=opts.seed,
             state_file=state_file,
+            identity=identity,
             resume=opts.resume,
             test_batch_size=opts.test_batch_size,
             on_epoch=report,

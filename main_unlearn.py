@@ -24,7 +24,8 @@ PROGRAM = "main_unlearn.py"
 def main() -> None:
     opts = parse()
     device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
-    require_writable(opts.result_dir / "runs")
+    for folder in ("runs", "models") if opts.save_model else ("runs",):
+        require_writable(opts.result_dir / folder)
     remove_parts(opts.result_dir / "runs", older_than=time.time() - 3600)
     experiment = load(opts, device)
     runs = plan(opts, experiment)

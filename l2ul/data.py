@@ -37,7 +37,10 @@ class FolderImages(Dataset):
     def __getitem__(self, index: int | Tensor) -> Tensor:
         if isinstance(index, Tensor) and index.ndim:
             return torch.stack([self[i] for i in index.tolist()])
-        return self.read(datasets.folder.pil_loader(self.files[index]))
+        try:
+            return self.read(datasets.folder.pil_loader(self.files[index]))
+        except OSError as error:
+            raise InputError(f"cannot read the image {self.files[index]} ({error}); mend or remove it") from None
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def batches(images: Tensor | FolderImages, batch_size: int, device: torch.device
     else:
         source = DataLoader(images, batch_size, num_workers=workers, pin_memory=device.type == "cuda")
     for batch in source:
-        yield as_pixels(batch.to(device, non_blocking=True))
+        yield as_pixels(batch.to(device, non_blocking=device.type == "cuda"))
 
 
 def load(name: str, data_dir: Path, *, image_size: int = 224, download: bool = True) -> Images:
@@ -183,8 +186,10 @@ def _labels(part: datasets.ImageFolder, class_to_idx: dict[str, int]) -> Tensor:
 
 def choose_forget(num_images: int, k: int, seed: int) -> Tensor:
     """Indices of D_f: the first k of a permutation of the training set under the seed, so nested in k."""
-    if not 1 <= k <= num_images:
-        raise InputError(f"k is {k}; expected 1 to {num_images}, the number of training images")
+    if not 1 <= k < num_images:
+        raise InputError(
+            f"k is {k}; expected 1 to {num_images - 1}: some of the {num_images} training images must remain"
+        )
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))[:k]
 
 
@@ -199,8 +204,8 @@ def read_integers(path: Path, what: str) -> Tensor:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                numbers.append(int(line))
-            except ValueError:
+                numbers.append(int(np.int64(int(line))))
+            except (ValueError, OverflowError):
                 raise InputError(
                     f"line {number} of the {what} file {path} is {line!r}; expected a whole number"
                 ) from None
@@ -218,6 +223,8 @@ def read_forget(path: Path, num_images: int) -> Tensor:
     values, counts = indices.unique(return_counts=True)
     if (counts > 1).any():
         raise InputError(f"{path} has index {values[counts > 1][0]} more than once; list each image once")
+    if len(indices) == num_images:
+        raise InputError(f"{path} lists all {num_images} training images; leave some that remain")
     return indices
 
 

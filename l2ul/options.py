@@ -83,6 +83,8 @@ def _number(kind: Callable[[str], float], low: float, strict: bool, expected: st
             value = kind(text)
         except ValueError:
             value = math.nan
+        if isinstance(value, int) and abs(value) > 2**63 - 1:
+            value = math.nan
         if not (math.isfinite(value) and (value > low if strict else value >= low)):
             raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected {expected}")
         return value
@@ -256,7 +258,7 @@ def _shown(value: object) -> str:
 
 
 def fill_defaults(options: argparse.Namespace) -> None:
-    """Give every flag that was not given its data set's default; seeds and k in ascending order, none twice."""
+    """Give every flag that was not given its data set's default; no method and no seed twice."""
     for flag in COMMON_DEFAULTS:
         if getattr(options, flag, ...) is None and not (flag == "unlearn_k" and options.forget_file):
             setattr(options, flag, default(options.dataset, flag))

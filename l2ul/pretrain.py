@@ -42,6 +42,7 @@ def fit(
     *,
     seed: int,
     state_file: Path,
+    identity: dict[str, object] | None = None,
     resume: bool = False,
     test_batch_size: int = 256,
     on_epoch: Callable[[dict[str, float]], object] | None = None,
@@ -49,6 +50,7 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train the model in place; returns a row an epoch: epoch, loss (mean), acc_test (percent).
 
+    `identity` is what else decides the result (net, data set, images left out): plain values, kept with the state.
     After each epoch all state is in `state_file`, whole or the epoch before's; `resume` goes on from there and ends
     with the same weights as a run that was never stopped. Raises InputError where the file belongs to another recipe
     or bf16 has no GPU, Diverged where the loss is no longer finite.
@@ -61,14 +63,15 @@ def fit(
         model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
     scheduler = _scheduler(optimizer, recipe, len(train))
-    history = _restore(state_file, recipe, seed, model, optimizer, scheduler) if resume else []
+    settings = dataclasses.asdict(recipe) | {"seed": seed} | (identity or {})
+    history = _restore(state_file, settings, model, optimizer, scheduler) if resume else []
     for epoch in range(len(history), recipe.epochs):
         generator = seeds.generator(seed, "pretrain", epoch)
         with seeds.drawing(device, seed, "dropout", epoch):
             loss = _epoch(model, train, recipe, optimizer, scheduler, generator, progress)
         found = evaluate.predict(model, test.images, batch_size=test_batch_size)
         history.append({"epoch": epoch + 1, "loss": loss, "acc_test": evaluate.accuracy(found, test.labels)})
-        _keep(state_file, recipe, seed, model, optimizer, scheduler, history)
+        _keep(state_file, settings, model, optimizer, scheduler, history)
         if on_epoch:
             on_epoch(history[-1])
     model.eval()
@@ -98,7 +101,7 @@ def _epoch(
     total = torch.zeros((), device=device)
     model.train()
     for indices in torch.randperm(len(train), generator=generator).split(recipe.batch_size):
-        images = augment(train.images[indices], recipe.crop_padding, recipe.flip, generator)
+        images = augment(train.images[indices].to(device), recipe.crop_padding, recipe.flip, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             logits = model(as_pixels(images))
         loss = F.cross_entropy(logits.float(), train.labels[indices], label_smoothing=recipe.label_smoothing)
@@ -129,9 +132,9 @@ def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator
     return picked[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _keep(state_file: Path, recipe: Recipe, seed: int, model, optimizer, scheduler, history) -> None:
+def _keep(state_file: Path, settings: dict[str, object], model, optimizer, scheduler, history) -> None:
     state = {
-        "recipe": dataclasses.asdict(recipe) | {"seed": seed},
+        "settings": settings,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
@@ -141,7 +144,7 @@ def _keep(state_file: Path, recipe: Recipe, seed: int, model, optimizer, schedul
         torch.save(state, part)
 
 
-def _restore(state_file: Path, recipe: Recipe, seed: int, model, optimizer, scheduler) -> list[dict[str, float]]:
+def _restore(state_file: Path, settings: dict[str, object], model, optimizer, scheduler) -> list[dict[str, float]]:
     """Load what `_keep` wrote; returns the history so far, empty where there is nothing to go on from."""
     if not state_file.exists():
         return []
@@ -149,8 +152,8 @@ def _restore(state_file: Path, recipe: Recipe, seed: int, model, optimizer, sche
         state = torch.load(state_file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise InputError(f"{state_file} is damaged ({type(error).__name__}); delete it to train anew") from None
-    if state["recipe"] != dataclasses.asdict(recipe) | {"seed": seed}:
-        raise InputError(f"{state_file} is from another recipe: {state['recipe']}; give its settings, or no --resume")
+    if state.get("settings") != settings:
+        raise InputError(f"{state_file} is from another recipe, net or data set; give its settings, or no --resume")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from l2ul import Progress
-from l2ul.errors import InputError
+from l2ul.errors import Diverged, InputError
 
 
 def choose_device(asked: str | None, no_cuda: bool = False, threads: int | None = None) -> torch.device:
@@ -32,6 +32,8 @@ def clock(device: torch.device) -> float:
     """A clock in seconds, read once the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 
@@ -75,11 +77,13 @@ def progress(what: str, total: int | None, estimate: bool = False) -> Iterator[P
 
 @contextlib.contextmanager
 def ending(program: str) -> Iterator[None]:
-    """How a script ends: bad input exits with 2, Ctrl-C with 130, memory or disk used up with 1, a sentence each."""
+    """How a script ends: bad input exits with 2, Ctrl-C with 130, memory or disk used up or numbers lost with 1."""
     try:
         yield
     except InputError as error:
         _exit(2, f"{program}: {error}")
+    except Diverged as error:
+        _exit(1, f"{program}: {error}")
     except KeyboardInterrupt:
         _exit(130, f"\n{program}: stopped; finished runs are kept and the same command goes on from there")
     except (MemoryError, torch.OutOfMemoryError) as error:

@@ -46,14 +46,16 @@ def build(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
     from transformers import AutoConfig, AutoModelForImageClassification
 
     config = _read(name, AutoConfig.from_pretrained, num_labels=num_classes)
-    return AutoModelForImageClassification.from_config(config), _preprocess(name)
+    return AutoModelForImageClassification.from_config(config).float(), _preprocess(name)
 
 
 def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
     """The trained net and its input layers."""
     from transformers import AutoModelForImageClassification
 
-    net, report = _read(name, AutoModelForImageClassification.from_pretrained, output_loading_info=True)
+    net, report = _read(
+        name, AutoModelForImageClassification.from_pretrained, output_loading_info=True, dtype=torch.float32
+    )
     lacking = sorted(report["missing_keys"])
     if lacking:
         raise InputError(f"{name} lacks weights of its own net ({', '.join(lacking[:3])}); name a trained classifier")
@@ -98,7 +100,26 @@ def _preprocess(name: str) -> nn.Sequential:
         layers.append(Normalize(processor.image_mean, processor.image_std))
     else:
         layers.append(Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
-    return nn.Sequential(*layers)
+    preprocess = nn.Sequential(*layers)
+    _check_layers(name, processor, preprocess)
+    return preprocess
+
+
+def _check_layers(name: str, processor, preprocess: nn.Sequential) -> None:
+    """Raise InputError unless the layers do to a smooth image what the processor does: some have steps of their own."""
+    ramp = torch.linspace(0, 1, 64)
+    image = torch.stack([ramp.expand(64, 64), ramp.expand(64, 64).T, (1 - ramp).expand(64, 64)])
+    pixels = (image * 255).round().to(torch.uint8)
+    expected = processor(pixels, return_tensors="pt")["pixel_values"]
+    found = preprocess(pixels[None] / 255)
+    if found.shape == expected.shape:
+        levels = (found - expected).abs() * preprocess[-1].std * 255
+        if levels.max() <= 4:  # the processor rounds to 8 bits after each pass of its resize
+            return
+    raise InputError(
+        f"the processor of {name} ({type(processor).__name__}) does more than resize, centre crop and normalise, "
+        f"so its model cannot take pixels in [0,1] here; name a model with a plain processor"
+    )
 
 
 def _sides(processor, attribute: str) -> list[int] | int | None:

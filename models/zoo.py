@@ -44,6 +44,8 @@ def own_weights(name: str, num_classes: int, choice: str | None) -> tuple[dict[s
         raise InputError(
             f"{chosen.url} could not be downloaded ({error}); fetch it elsewhere and name the file with --checkpoint"
         ) from None
+    if name.removeprefix(PREFIX) in ("googlenet", "inception_v3"):  # trained on pixels in [-1,1]
+        return state, f"torchvision {chosen}", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     transforms = chosen.transforms()
     return state, f"torchvision {chosen}", tuple(transforms.mean), tuple(transforms.std)
 

@@ -106,6 +106,15 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path):
         data.load("one", tmp_path)
 
 
+def test_a_damaged_image_is_named(tmp_path):
+    write_folder(tmp_path / "insects")
+    damaged = tmp_path / "insects" / "train" / "ant" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    images = data.load("insects", tmp_path, image_size=32).train.images
+    with pytest.raises(InputError, match="cannot read the image .*1.png"):
+        images[torch.tensor([1])]
+
+
 def test_forget_sets_of_a_seed_are_nested():
     many = data.choose_forget(1000, 256, seed=5)
     torch.manual_seed(5)
@@ -113,8 +122,8 @@ def test_forget_sets_of_a_seed_are_nested():
     for k in (1, 16, 64):
         assert torch.equal(data.choose_forget(1000, k, seed=5), many[:k])
     assert not torch.equal(data.choose_forget(1000, 256, seed=6), many)
-    for k in (0, -3, 1001):
-        with pytest.raises(InputError, match=f"k is {k}; expected 1 to 1000"):
+    for k in (0, -3, 1000, 1001):
+        with pytest.raises(InputError, match=f"k is {k}; expected 1 to 999"):
             data.choose_forget(1000, k, seed=5)
 
 
@@ -126,6 +135,8 @@ def test_forget_sets_of_a_seed_are_nested():
         ("4\n7\n4\n", "index 4 more than once"),
         ("4\n10\n", "index 10; expected 0 to 9"),
         ("-1\n", "index -1; expected 0 to 9"),
+        ("99999999999999999999\n", "expected a whole number"),
+        ("".join(f"{i}\n" for i in range(10)), "lists all 10 training images"),
         ("\n \n", "is empty"),
     ],
 )

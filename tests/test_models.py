@@ -13,7 +13,7 @@ import torchvision
 
 from l2ul.errors import InputError
 import models
-from models import checkpoint, huggingface, resnet_small
+from models import checkpoint, huggingface, resnet_small, zoo
 
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
@@ -302,6 +302,33 @@ def test_hugging_face_layers_equal_its_processor(tmp_path, kind):
     levels = (found - expected).abs() * layers[-1].std * 255  # 8-bit levels: the processor rounds in each of two passes
     assert levels.max() < 2
     assert levels.mean() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["MobileViTImageProcessor", "LevitImageProcessor", "PerceiverImageProcessor"])
+def test_a_processor_with_steps_of_its_own_is_refused(tmp_path, kind):
+    import transformers
+
+    getattr(transformers, kind)().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"{kind}.* does more than resize, centre crop and normalise"):
+        huggingface._preprocess(f"hf:{tmp_path}")
+
+
+def test_half_precision_files_are_loaded_in_single(vit_folder, tmp_path):
+    import transformers
+
+    transformers.AutoModelForImageClassification.from_pretrained(vit_folder).half().save_pretrained(tmp_path)
+    transformers.AutoImageProcessor.from_pretrained(vit_folder).save_pretrained(tmp_path)
+    assert {p.dtype for p in models.load(f"hf:{tmp_path}", 10).parameters()} == {torch.float32}
+
+
+def test_torchvision_nets_trained_on_other_statistics(monkeypatch):
+    weights = torchvision.models.GoogLeNet_Weights
+    monkeypatch.setattr(weights, "get_state_dict", lambda self, **options: {})
+    _, _, mean, std = zoo.own_weights("torchvision:googlenet", 1000, None)
+    pixels = torch.rand(1, 3, 4, 4)
+    usual = torchvision.transforms.functional.normalize(pixels, zoo.MEAN, zoo.STD)
+    theirs = torchvision.models.GoogLeNet(init_weights=False, transform_input=True)._transform_input(usual)
+    assert torch.allclose(torchvision.transforms.functional.normalize(pixels, mean, std), theirs, atol=1e-6)
 
 
 def test_gradients_reach_the_pixels_of_the_data_set(vit_folder):

@@ -16,7 +16,7 @@ from models import checkpoint
 RECIPE = Recipe(epochs=4, lr=0.05, batch_size=16, crop_padding=1, flip=True)
 
 
-def train(trained, state_file, epochs=None, recipe=RECIPE, resume=False):
+def train(trained, state_file, epochs=None, recipe=RECIPE, resume=False, identity=None):
     _, images, labels = trained
     model, split = tiny_net(5), Split(images, labels)
 
@@ -24,7 +24,9 @@ def train(trained, state_file, epochs=None, recipe=RECIPE, resume=False):
         if row["epoch"] == epochs:
             raise KeyboardInterrupt
 
-    rows = pretrain.fit(model, split, split, recipe, seed=0, state_file=state_file, resume=resume, on_epoch=stop)
+    rows = pretrain.fit(
+        model, split, split, recipe, seed=0, state_file=state_file, identity=identity, resume=resume, on_epoch=stop
+    )
     return model, rows
 
 
@@ -45,6 +47,8 @@ def test_state_of_another_recipe_is_refused(trained, tmp_path):
     train(trained, tmp_path / "state.pt")
     with pytest.raises(InputError, match="is from another recipe"):
         train(trained, tmp_path / "state.pt", recipe=dataclasses.replace(RECIPE, lr=0.01), resume=True)
+    with pytest.raises(InputError, match="is from another recipe, net or data set"):
+        train(trained, tmp_path / "state.pt", resume=True, identity={"excluded": [3]})
 
 
 def test_damaged_state_is_said_to_be(trained, tmp_path):
@@ -104,8 +108,14 @@ def test_script_saves_where_unlearning_looks_and_excludes_under_another_name(scr
     assert call("--exclude", tmp_path / "out.txt")[0] == 0
     (retrained,) = usual.parent.glob("digits_resnet20_without_2_*.safetensors")
     assert checkpoint.read(retrained)[1]["excluded"] == "[5, 1]"
-    code, _, err = call("--exclude", tmp_path / "none.txt")
-    assert (code, err.count("\n")) == (2, 1)
+    for arguments, expected in (
+        (["--exclude", tmp_path / "none.txt"], 2),
+        (["--output", tmp_path / "net.pt"], 2),
+        (["--model", "hf:somewhere"], 2),
+        (["--lr", "1e30", "--rerun"], 1),
+    ):
+        code, _, err = call(*arguments)
+        assert (code, err.count("\n")) == (expected, 1)
 
 
 def _head(split, count):
