@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import torchvision
 
 from l2ul import METHOD_VERSION, attack, data, evaluate, importance, methods, records, running, unlearn
-from l2ul.errors import Diverged
+from l2ul.errors import Diverged, InputError
 
 LOOP_FLAGS = ("unlearn_lr", "momentum", "weight_decay", "batch_size", "max_passes", "bn")
 ATTACK_FLAGS = ("num_adv_images", "pgd_eps", "pgd_alpha", "pgd_iter")
@@ -209,15 +209,23 @@ class Experiment:
         )
         new_labels = run.new_labels.to(self.device) if run.new_labels is not None else None
         with running.progress(f"{run.method.name} k = {run.k}", None) as advance:
-            return unlearn.unlearn(
-                self.classifier,
-                *self._forget(run),
-                run.method.name,
-                new_labels=new_labels,
-                settings=settings,
-                on_step=lambda row: advance(1),
-                **inputs,
-            )
+            try:
+                return unlearn.unlearn(
+                    self.classifier,
+                    *self._forget(run),
+                    run.method.name,
+                    new_labels=new_labels,
+                    settings=settings,
+                    on_step=lambda row: advance(1),
+                    **inputs,
+                )
+            except ValueError as error:
+                if "Expected more than 1 value per channel" not in str(error):
+                    raise
+                raise InputError(
+                    "batch-norm in train mode cannot learn from a single value a channel, which a batch of one image "
+                    "gives this net; take --bn eval, or a --batch-size that leaves no image alone"
+                ) from None
 
     def _measure_after(self, outcome: unlearn.Outcome, before: Predictions) -> Predictions | None:
         if outcome.status == records.DONE and outcome.steps == 0:

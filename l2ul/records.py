@@ -76,8 +76,8 @@ def read(path: Path) -> dict[str, object] | None:
 def table(records: list[dict[str, object]]) -> pd.DataFrame:
     """A row for each method and k, in the order given: mean (± standard deviation over seeds) of what was measured.
 
-    Runs that diverged or failed have no accuracies and are left out of the means; the last column counts every run
-    that did not forget.
+    Runs that diverged or failed have no accuracies and are left out of the means of those, not of steps and seconds;
+    a column counts every run that did not forget.
     """
     rows = []
     frame = pd.DataFrame(records)

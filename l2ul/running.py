@@ -81,7 +81,8 @@ def ending(program: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        _exit(2, f"{program}: {error}")
+        # a loader's worker hands its error on with a traceback before it
+        _exit(2, f"{program}: {str(error).strip().splitlines()[-1].removeprefix('l2ul.errors.InputError: ')}")
     except Diverged as error:
         _exit(1, f"{program}: {error}")
     except KeyboardInterrupt:

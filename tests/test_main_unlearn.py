@@ -12,7 +12,9 @@ import time
 from conftest import REALDATA, ROOT
 import numpy as np
 import pytest
+import test_data
 import torch
+import torchvision
 
 from l2ul import attack, data, experiment, methods, options, records
 from l2ul.data import Split
@@ -188,9 +190,6 @@ def test_unlearns_a_hugging_face_model_and_keeps_it_for_plain_transformers_code(
 
 
 def test_unlearns_images_of_a_folder(script, tmp_path):
-    import test_data
-    import torchvision
-
     test_data.write_folder(tmp_path / "insects", size=(80, 64))
     torch.manual_seed(0)
     torch.save(torchvision.models.squeezenet1_1(num_classes=2).state_dict(), tmp_path / "weights.pt")
@@ -201,6 +200,28 @@ def test_unlearns_images_of_a_folder(script, tmp_path):
     for record in found(tmp_path).values():
         assert (record["num_train"], record["num_test"], record["image_size"]) == (6, 6, 64)
     assert len(found(tmp_path)) == 5
+
+
+def test_a_single_image_that_batch_norm_cannot_learn_from(run, tmp_path):
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), tmp_path / "weights.pt")
+    net = ["--model", "torchvision:resnet18", "--checkpoint", tmp_path / "weights.pt"]
+    code, _, err = run(*net, "--method", "neggrad", "--unlearn-k", 1)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "take --bn eval" in err
+    assert run(*net, "--method", "neggrad", "--unlearn-k", 1, "--bn", "eval")[0] == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_of_a_folder_is_one_sentence(script, tmp_path, workers):
+    test_data.write_folder(tmp_path / "insects", size=(80, 64))
+    (tmp_path / "insects" / "val" / "bee" / "1.png").write_bytes(b"no image")
+    torch.save(torchvision.models.squeezenet1_1(num_classes=2).state_dict(), tmp_path / "weights.pt")
+    data_set = ["--dataset", "insects", "--data-dir", tmp_path, "--image-size", 64, "--workers", workers]
+    net = ["--model", "torchvision:squeezenet1_1", "--checkpoint", tmp_path / "weights.pt"]
+    code, _, err = script(main_unlearn.main, "--result-dir", tmp_path, *FAST, *data_set, *net)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("main_unlearn.py: cannot read the image")
 
 
 def test_a_diverged_run_has_no_accuracy(run, tmp_path):
