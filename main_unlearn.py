@@ -26,7 +26,7 @@ def main() -> None:
     device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
     for folder in ("runs", "models") if opts.save_model else ("runs",):
         require_writable(opts.result_dir / folder)
-    remove_parts(opts.result_dir / "runs", older_than=time.time() - 3600)
+        remove_parts(opts.result_dir / folder, older_than=time.time() - 3600)
     experiment = load(opts, device)
     runs = plan(opts, experiment)
     pending = [run for run in runs if opts.rerun or not experiment.is_done(run)]
@@ -66,18 +66,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load(opts: argparse.Namespace, device) -> Experiment:
     """Data set and classifier on the device, after a look whether they fit each other."""
-    if (
-        opts.model in models.OWN
-        and not opts.checkpoint
-        and not checkpoint.find(opts.dataset, opts.model, opts.data_dir)
-    ):
+    path = opts.checkpoint or checkpoint.find(opts.dataset, opts.model, opts.data_dir)
+    if path is None and opts.model in models.OWN:
         tried = checkpoint.candidates(opts.dataset, opts.model, opts.data_dir)
         raise InputError(
             f"no weights of {opts.model} for {opts.dataset}: looked for {tried[0]} and {tried[2]}; "
             f"train them with a main_pretrain script or name a file with --checkpoint"
         )
     images = data.load(opts.dataset, opts.data_dir, image_size=opts.image_size).to(device)
-    path = opts.checkpoint or checkpoint.find(opts.dataset, opts.model, opts.data_dir)
     classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std).to(device)
     evaluate.check_fit(classifier, images.train.images, images.num_classes)
     return Experiment(

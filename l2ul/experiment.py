@@ -86,7 +86,7 @@ class Experiment:
         self, method: methods.Method, seed: int, forget: Tensor, new_labels: Tensor | None, digest: str
     ) -> Run:
         used = set(LOOP_FLAGS if method.terms else ()).union(*(NEEDS_FLAGS[need] for need in method.needs))
-        size = getattr(self.images.train.images, "size", None)
+        train = self.images.train
         statistics = {
             name: " ".join(f"{value:g}" for value in getattr(self.classifier.normalize, name).flatten().tolist())
             for name in ("mean", "std")
@@ -103,8 +103,8 @@ class Experiment:
             "continual_step": None,
             **{name: self.hyper[name] if name in used else None for name in HYPER_PARAMETERS},
             **statistics,
-            "image_size": size if isinstance(size, int) else None,
-            "num_train": len(self.images.train),
+            "image_size": train.images.size if isinstance(train.images, data.FolderImages) else None,
+            "num_train": len(train),
             "num_test": len(self.images.test),
             "forget_sha256": digest,
             "method_version": METHOD_VERSION,

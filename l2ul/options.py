@@ -164,7 +164,8 @@ def add_attack(parser: Parser) -> None:
 def add_unlearning(parser: Parser) -> None:
     group = parser.add_argument_group("unlearning")
     every = list(methods.METHODS)
-    _add(group, "--method", f"one or more of {', '.join(every)} (default: all)", nargs="+", default=every)
+    summaries = "; ".join(f"{name}: {method.summary}" for name, method in methods.METHODS.items())
+    _add(group, "--method", f"one or more of {summaries} (default: all)", nargs="+", default=every)
     _add(group, "--goal", "what forgetting means", choices=objective.GOALS, default="misclassify")
     _add(group, "--unlearn-k", "images to forget, one number or more", type=int, nargs="+")
     _add(group, "--seed", "of forget set, attack and loop, one or more", type=nonnegative_int, nargs="+", default=[0])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import math
 from pathlib import Path
 import pickle
 
@@ -113,7 +114,7 @@ def _epoch(
         if progress:
             progress(len(indices))
     mean = total.item() / len(train)
-    if not torch.isfinite(torch.tensor(mean)):
+    if not math.isfinite(mean):
         raise Diverged("the loss is no longer finite; take a smaller learning rate")
     return mean
 

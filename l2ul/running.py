@@ -87,16 +87,19 @@ def ending(program: str) -> Iterator[None]:
         _exit(1, f"{program}: {error}")
     except KeyboardInterrupt:
         _exit(130, f"\n{program}: stopped; finished runs are kept and the same command goes on from there")
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        _exit(1, f"{program}: out of memory ({_first_line(error)}); take smaller batches, finished runs are kept")
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
             raise
         _exit(1, f"{program}: out of memory ({_first_line(error)}); take smaller batches, finished runs are kept")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _exit(1, f"{program}: the disk is full ({error.filename}); make room, finished runs are kept")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's and Python's own have a type; torch's on a CPU is told by its text alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

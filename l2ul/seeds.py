@@ -16,12 +16,16 @@ def stream(seed: int, purpose: str, *counters: int) -> np.random.Generator:
 
 def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
     """The same for torch's own functions: a CPU generator for one (seed, purpose, counters)."""
-    return torch.Generator().manual_seed(int(stream(seed, purpose, *counters).integers(2**63)))
+    return torch.Generator().manual_seed(_torch_seed(seed, purpose, *counters))
 
 
 @contextlib.contextmanager
 def drawing(device: torch.device, seed: int, purpose: str, *counters: int) -> Iterator[None]:
     """What draws from torch's own generators inside the block (first weights, dropout) does so from one stream."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(stream(seed, purpose, *counters).integers(2**63)))
+        torch.manual_seed(_torch_seed(seed, purpose, *counters))
         yield
+
+
+def _torch_seed(seed: int, purpose: str, *counters: int) -> int:
+    return int(stream(seed, purpose, *counters).integers(2**63))

@@ -116,8 +116,8 @@ def _looks_like(state: dict[str, Tensor]) -> str | None:
             own = set(checkpoints.shapes(OWN.get(name, zoo).build(name, classes).state_dict()).items())
         return len(file & own) / len(file | own)
 
-    best = max([*OWN, *zoo.COMMON], key=overlap)
-    return f"{best} of {classes} classes" if overlap(best) > 0.5 else None
+    share, best = max((overlap(name), name) for name in (*OWN, *zoo.COMMON))
+    return f"{best} of {classes} classes" if share > 0.5 else None
 
 
 def _with_statistics(classifier: Classifier, mean: Sequence[float] | None, std: Sequence[float] | None) -> Classifier:

@@ -87,14 +87,14 @@ def _preprocess(name: str) -> nn.Sequential:
 
     processor = _read(name, AutoImageProcessor.from_pretrained)
     layers: list[nn.Module] = []
-    size, crop = _sides(processor, "size"), _sides(processor, "crop_size")
-    if getattr(processor, "do_resize", False) and size is not None:
-        if isinstance(size, int) and getattr(processor, "crop_pct", None) and size < 384:  # ConvNeXt's convention
-            crop, size = [size, size], int(size / processor.crop_pct)
-        elif isinstance(size, int) and crop is None and getattr(processor, "crop_pct", None):
-            size = [size, size]
+    size = _sides(processor, "size") if getattr(processor, "do_resize", False) else None
+    crop = _sides(processor, "crop_size") if getattr(processor, "do_center_crop", False) else None
+    part = getattr(processor, "crop_pct", None)
+    if part and isinstance(size, int):  # ConvNeXt's convention: small sizes are cut out of a larger image
+        size, crop = (int(size / part), [size, size]) if size < 384 else ([size, size], None)
+    if size is not None:
         layers.append(Resize(size, INTERPOLATION.get(processor.resample, InterpolationMode.BILINEAR)))
-    if crop is not None and (getattr(processor, "do_center_crop", False) or getattr(processor, "crop_pct", None)):
+    if crop is not None:
         layers.append(CenterCrop(crop))
     if getattr(processor, "do_normalize", False):
         layers.append(Normalize(processor.image_mean, processor.image_std))
@@ -139,6 +139,5 @@ def save(net: nn.Module, name: str, folder: Path) -> None:
     """The net and its processor with `save_pretrained`, so that plain transformers code loads them."""
     from transformers import AutoImageProcessor
 
-    with torch.no_grad():
-        net.save_pretrained(folder)
+    net.save_pretrained(folder)
     _read(name, AutoImageProcessor.from_pretrained).save_pretrained(folder)

@@ -11,8 +11,11 @@ PREFIX = "torchvision:"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 COMMON = [  # whose weights people have lying about: a file that does not fit is compared with these
     PREFIX + name
-    for name in ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "mobilenet_v3_small", "squeezenet1_0")
-] + [PREFIX + name for name in ("squeezenet1_1", "densenet121", "vgg16", "vgg16_bn", "efficientnet_b0", "vit_b_16")]
+    for name in (
+        *("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "mobilenet_v3_small", "squeezenet1_0"),
+        *("squeezenet1_1", "densenet121", "vgg16", "vgg16_bn", "efficientnet_b0", "vit_b_16"),
+    )
+]
 
 
 def names() -> list[str]:
@@ -26,11 +29,10 @@ def build(name: str, num_classes: int) -> nn.Module:
 def own_weights(name: str, num_classes: int, choice: str | None) -> tuple[dict[str, Tensor], str, tuple, tuple]:
     """State, description, mean and std of torchvision's own weights: those called `choice`, or the first set of them.
 
+    `choice` is one that `has_weights` knows.
     The first set (IMAGENET1K_V1 for most nets) is what papers report on; newer ones are asked for by name.
     """
     weights = torchvision.models.get_model_weights(name.removeprefix(PREFIX))
-    if choice is not None and choice not in weights.__members__:
-        raise InputError(f"{name} has no weights called {choice}; expected one of {', '.join(weights.__members__)}")
     chosen = weights[choice] if choice else next(iter(weights))
     classes = len(chosen.meta["categories"])
     if classes != num_classes:
@@ -44,10 +46,10 @@ def own_weights(name: str, num_classes: int, choice: str | None) -> tuple[dict[s
         raise InputError(
             f"{chosen.url} could not be downloaded ({error}); fetch it elsewhere and name the file with --checkpoint"
         ) from None
-    if name.removeprefix(PREFIX) in ("googlenet", "inception_v3"):  # trained on pixels in [-1,1]
-        return state, f"torchvision {chosen}", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    transforms = chosen.transforms()
-    return state, f"torchvision {chosen}", tuple(transforms.mean), tuple(transforms.std)
+    mean, std = tuple(chosen.transforms().mean), tuple(chosen.transforms().std)
+    if name.removeprefix(PREFIX) in ("googlenet", "inception_v3"):
+        mean = std = (0.5, 0.5, 0.5)  # trained on pixels in [-1,1], whatever their transforms say
+    return state, f"torchvision {chosen}", mean, std
 
 
 def has_weights(name: str, choice: str) -> bool:
