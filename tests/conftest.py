@@ -2,6 +2,7 @@
 
 import l2ul  # isort: skip  # first: it sets the environment before torch is imported
 
+import dataclasses
 import os
 from pathlib import Path
 import sys
@@ -11,9 +12,15 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from l2ul import data
+from l2ul.data import Split
+import main_unlearn
+
 ROOT = Path(__file__).resolve().parent.parent
 REALDATA = Path(os.environ.get("L2UL_REALDATA", ROOT.parent / "shared" / "data"))
-CLASSES = 5
+CLASSES = 5  # of the tiny net
+# flags of main_unlearn.py that make a command take a second
+FAST = ["--unlearn-k", 2, "--num-adv-images", 3, "--pgd-iter", 2, "--max-passes", 2, "--batch-size", 2]
 
 assert l2ul
 
@@ -113,5 +120,26 @@ def script(monkeypatch, capsys):
             code = stop.code
         out, err = capsys.readouterr()
         return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """The digits cut down to 40 training and 20 test images, so that a whole command takes a second."""
+    digits = data.load("digits", "nowhere")
+    few = dataclasses.replace(
+        digits,
+        train=Split(digits.train.images[:40], digits.train.labels[:40]),
+        test=Split(digits.test.images[:20], digits.test.labels[:20]),
+    )
+    monkeypatch.setattr(data, "_digits", lambda: few)
+    return few
+
+
+@pytest.fixture
+def run(script, tmp_path, few_digits):
+    def call(*arguments):
+        return script(main_unlearn.main, "--result-dir", tmp_path, *FAST, *arguments)
 
     return call

@@ -1,0 +1,88 @@
+"""Hugging Face classifiers: their processor as layers, loaded and saved as transformers does."""
+
+import pytest
+from safetensors.torch import load_file, save_file
+import torch
+
+from l2ul.errors import InputError
+import models
+from models import huggingface
+
+PROCESSORS = {
+    "ViTImageProcessor": {"size": {"height": 48, "width": 32}, "image_mean": [0.5, 0.4, 0.3]},
+    "DeiTImageProcessor": {},
+    "CLIPImageProcessor": {"size": {"shortest_edge": 64}, "crop_size": {"height": 48, "width": 48}},
+    "ConvNextImageProcessor": {"size": {"shortest_edge": 64}, "crop_pct": 0.875},
+    "MobileNetV2ImageProcessor": {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}},
+    "BitImageProcessor": {"do_normalize": False},
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_hugging_face_layers_equal_its_processor(tmp_path, kind):
+    import transformers
+
+    getattr(transformers, kind)(**PROCESSORS[kind]).save_pretrained(tmp_path)
+    image = torch.randint(0, 256, (1, 3, 20, 30), generator=torch.Generator().manual_seed(0)).float()
+    image = torch.nn.functional.interpolate(image, size=(120, 90), mode="bilinear").to(torch.uint8)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    expected = processor(image[0], return_tensors="pt")["pixel_values"]
+    layers = huggingface._preprocess(f"hf:{tmp_path}")
+    found = layers(image / 255)
+    assert found.shape == expected.shape
+    levels = (found - expected).abs() * layers[-1].std * 255  # 8-bit levels: the processor rounds in each of two passes
+    assert levels.max() < 2
+    assert levels.mean() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["MobileViTImageProcessor", "LevitImageProcessor", "PerceiverImageProcessor"])
+def test_a_processor_with_steps_of_its_own_is_refused(tmp_path, kind):
+    import transformers
+
+    getattr(transformers, kind)().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"{kind}.* does more than resize, centre crop and normalise"):
+        huggingface._preprocess(f"hf:{tmp_path}")
+
+
+def test_half_precision_files_are_loaded_in_single(vit_folder, tmp_path):
+    import transformers
+
+    transformers.AutoModelForImageClassification.from_pretrained(vit_folder).half().save_pretrained(tmp_path)
+    transformers.AutoImageProcessor.from_pretrained(vit_folder).save_pretrained(tmp_path)
+    assert {p.dtype for p in models.load(f"hf:{tmp_path}", 10).parameters()} == {torch.float32}
+
+
+def test_gradients_reach_the_pixels_of_the_data_set(vit_folder):
+    classifier = models.load(f"hf:{vit_folder}", 10)
+    pixels = torch.rand(2, 3, 32, 32, requires_grad=True)
+    classifier(pixels)[0, 0].backward()
+    assert pixels.grad[0].abs().max() > 0
+    assert pixels.grad[1].abs().max() == 0
+
+
+def test_hugging_face_model_is_saved_for_plain_transformers_code(vit_folder, tmp_path):
+    import transformers
+
+    classifier = models.load(f"hf:{vit_folder}", 10)
+    with torch.no_grad():
+        classifier.net.classifier.bias += 1.0
+    models.save(classifier, tmp_path / "unlearned", {"k": 1})
+    net = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "unlearned").eval()
+    transformers.AutoImageProcessor.from_pretrained(tmp_path / "unlearned")
+    pixels = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(net(classifier.preprocess(pixels)).logits, classifier(pixels), atol=1e-6)
+    assert torch.allclose(models.load(f"hf:{tmp_path / 'unlearned'}", 10)(pixels), classifier(pixels), atol=1e-6)
+    assert models.build(f"hf:{vit_folder}", 3)(pixels).shape == (2, 3)
+
+
+def test_bad_hugging_face_folders(vit_folder, tmp_path):
+    with pytest.raises(InputError, match="tells 10 classes apart, the data set has 7"):
+        models.load(f"hf:{vit_folder}", 7)
+    with pytest.raises(InputError, match="cannot load hf:.*expected what save_pretrained writes"):
+        models.load(f"hf:{tmp_path}", 10)
+    (tmp_path / "config.json").write_text((vit_folder / "config.json").read_text())
+    state = load_file(vit_folder / "model.safetensors")
+    del state["classifier.weight"]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="lacks weights of its own net .classifier.weight"):
+        models.load(f"hf:{tmp_path}", 10)

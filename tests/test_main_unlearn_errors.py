@@ -1,0 +1,126 @@
+"""What the main script says, and its exit code, when something is wrong."""
+
+from conftest import FAST
+import pytest
+import test_data
+import torch
+import torchvision
+
+from l2ul import data, experiment
+import main_unlearn
+
+
+def test_a_single_image_that_batch_norm_cannot_learn_from(run, tmp_path):
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), tmp_path / "weights.pt")
+    net = ["--model", "torchvision:resnet18", "--checkpoint", tmp_path / "weights.pt"]
+    code, _, err = run(*net, "--method", "neggrad", "--unlearn-k", 1)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "take --bn eval" in err
+    assert run(*net, "--method", "neggrad", "--unlearn-k", 1, "--bn", "eval")[0] == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_of_a_folder_is_one_sentence(script, tmp_path, workers):
+    test_data.write_folder(tmp_path / "insects", size=(80, 64))
+    (tmp_path / "insects" / "val" / "bee" / "1.png").write_bytes(b"no image")
+    torch.save(torchvision.models.squeezenet1_1(num_classes=2).state_dict(), tmp_path / "weights.pt")
+    data_set = ["--dataset", "insects", "--data-dir", tmp_path, "--image-size", 64, "--workers", workers]
+    net = ["--model", "torchvision:squeezenet1_1", "--checkpoint", tmp_path / "weights.pt"]
+    code, _, err = script(main_unlearn.main, "--result-dir", tmp_path, *FAST, *data_set, *net)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("main_unlearn.py: cannot read the image")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--dataset", "mnist"], "there is no data set 'mnist'"),
+        (["--model", "resnet19"], "unknown model 'resnet19'"),
+        (["--method", "sgd"], "unknown method 'sgd'"),
+        (["--checkpoint", "none.pt"], "there is no checkpoint none.pt"),
+        (["--checkpoint", "pyproject.toml"], "pyproject.toml is damaged or is no checkpoint"),
+        (["--model", "resnet56"], "no weights of resnet56 for digits: looked for"),
+        (["--unlearn-k", "0"], "--unlearn-k is 0; expected 1 or more"),
+        (["--unlearn-k", "16", "-4"], "--unlearn-k is -4; expected 1 or more"),
+        (["--unlearn-k", "41"], "k is 41; expected 1 to 39"),
+        (["--unlearn-k", "many"], "invalid int value: 'many'"),
+        (["--pgd-eps", "-1"], "'-1' is not allowed; expected a number of at least 0"),
+        (["--pgd-eps", "nan"], "'nan' is not allowed"),
+        (["--unlearn-lr", "0"], "expected a number above 0"),
+        (["--unlearn-lr", "inf"], "'inf' is not allowed"),
+        (["--reg_lamb", "-0.5"], "'-0.5' is not allowed"),
+        (["--pgd-iter", "0"], "expected a whole number of at least 1"),
+        (["--seed", "-1"], "expected a whole number of at least 0"),
+        (["--seed", "99999999999999999999"], "expected a whole number of at least 0"),
+        (["--seed", "9" * 400], "expected a whole number of at least 0"),
+        (["--unlearn-k", "40"], "k is 40; expected 1 to 39"),
+        (["--forget-file", "none.txt"], "cannot read the forget file none.txt"),
+        (["--relabel-file", "labels.txt"], "add --goal relabel"),
+        (["--goal", "relabel", "--relabel-file", "x", "--seed", "0", "1"], "add --forget-file"),
+        (["--goal", "erase"], "invalid choice: 'erase'"),
+        (["--std", "1", "0", "1"], "expected a number above 0"),
+        (["--result-dir", "pyproject.toml"], "cannot write to pyproject.toml"),
+        (["--result-dir", "/proc/here"], "cannot write to /proc/here"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (
+            ["--model", "torchvision:vit_b_16", "--checkpoint", "data/weights/digits_resnet20.safetensors"],
+            "does not fit",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(run, arguments, complaint, monkeypatch):
+    def never(*arguments, **options):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(experiment.Experiment, "carry_out", never)
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert complaint in err
+    assert err.startswith("main_unlearn.py: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert out == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_gpu_that_is_not_there(run):
+    code, _, err = run("--device", "cuda")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--device cuda is not there on this machine; expected one of" in err
+
+
+def test_bad_forget_and_relabel_files(run, tmp_path, few_digits):
+    true = few_digits.train.labels[data.choose_forget(40, 2, 0)].tolist()
+    for flag, text, complaint in (
+        ("--forget-file", "1\nx\n", "line 2"),
+        ("--forget-file", "1\n1\n", "more than once"),
+        ("--forget-file", "1\n40\n", "index 40; expected 0 to 39"),
+        ("--forget-file", "1\n", "--unlearn-k is 2, but"),
+        ("--relabel-file", "1\n", "has 1 labels, but 2 images"),
+        ("--relabel-file", f"{(true[0] + 1) % 10}\n{true[1]}\n", "is the image's true label"),
+    ):
+        (tmp_path / "file.txt").write_text(text)
+        goal = ["--goal", "relabel"] if flag == "--relabel-file" else []
+        code, _, err = run(*goal, flag, tmp_path / "file.txt")
+        assert (code, err.count("\n")) == (2, 1)
+        assert complaint in err
+
+
+def test_stops_with_a_sentence_when_interrupted_or_out_of_memory_or_disk(run, tmp_path, monkeypatch):
+    for error, expected, sentence in (
+        (KeyboardInterrupt(), 130, "finished runs are kept"),
+        (torch.OutOfMemoryError("tried 8 GiB"), 1, "out of memory (tried 8 GiB)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
+        (OSError(28, "No space left on device", "runs/x.json"), 1, "the disk is full (runs/x.json)"),
+    ):
+
+        def fail(*arguments, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(experiment.unlearn, "unlearn", fail)
+        code, _, err = run("--method", "neggrad")
+        assert code == expected
+        assert sentence in err
+        assert err.strip().count("\n") == 0
