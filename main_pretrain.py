@@ -30,7 +30,7 @@ def main(program: str, description: str, dataset: str, model: str, recipe: pretr
 def train(opts, recipe: pretrain.Recipe) -> None:
     device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
     images = data.load(opts.dataset, opts.data_dir, image_size=opts.image_size)
-    excluded = data.read_forget(opts.exclude, len(images.train)) if opts.exclude else None
+    excluded = forget.read_forget(opts.exclude, len(images.train)) if opts.exclude else None
     output = opts.output or default_output(opts, excluded)
     if output.suffix != ".safetensors":
         raise InputError(f"--output is {output}; expected a name that ends in .safetensors")

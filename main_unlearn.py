@@ -8,12 +8,16 @@ result_data/runs is not done again. What the commands gave when last measured: R
 """
 
 import argparse
+from pathlib import Path
 import time
 
-from l2ul import data, evaluate, methods, options, records, running
+from l2ul import evaluate, methods, options, records, running
+from l2ul import forget as forgetting
 from l2ul.errors import InputError
-from l2ul.experiment import HYPER_PARAMETERS, Experiment, Run
+from l2ul.experiment import Experiment
 from l2ul.files import remove_parts, require_writable
+from l2ul.measuring import Measuring
+from l2ul.runs import HYPER_PARAMETERS, Run, Setup
 import models
 from models import checkpoint
 
@@ -24,11 +28,20 @@ PROGRAM = "main_unlearn.py"
 def main() -> None:
     opts = parse()
     device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
-    for folder in ("runs", "models") if opts.save_model else ("runs",):
+    for folder in ("runs", "models") if opts.save_model or opts.continual_step else ("runs",):
         require_writable(opts.result_dir / folder)
         remove_parts(opts.result_dir / folder, older_than=time.time() - 3600)
-    experiment = load(opts, device)
-    runs = plan(opts, experiment)
+    setup = load(opts, device)
+    runs = plan(opts, setup)
+    experiment = Experiment(
+        setup,
+        Measuring(setup, opts.test_batch_size, opts.workers),
+        save=models.save,
+        load=lambda path: models.load_saved(path, setup.classifier).to(device),
+        keep_models=opts.save_model,
+        attack_batch_size=opts.attack_batch_size,
+        scratch_dir=opts.data_dir / "cache",
+    )
     pending = [run for run in runs if opts.rerun or not experiment.is_done(run)]
     announce(opts, device, runs, pending)
     if opts.dry_run:
@@ -53,60 +66,103 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     opts = parser.parse_args(argv)
     options.fill_defaults(opts)
     for name in opts.method:
-        methods.get(name)
+        methods.get(name, opts.goal)
     models.check_name(opts.model)
     if opts.unlearn_k and min(opts.unlearn_k) < 1:
         raise InputError(f"--unlearn-k is {min(opts.unlearn_k)}; expected 1 or more images to forget")
+    check_forget(opts)
+    return opts
+
+
+def check_forget(opts: argparse.Namespace) -> None:
+    """Raise InputError where the options about D_f contradict each other."""
     if opts.relabel_file and opts.goal != "relabel":
         raise InputError("--relabel-file is given but the goal is misclassify; add --goal relabel")
     if opts.relabel_file and not opts.forget_file and len(opts.seed) > 1:
         raise InputError("--relabel-file fits one D_f, but each of several seeds chooses another; add --forget-file")
-    return opts
-
-
-def load(opts: argparse.Namespace, device) -> Experiment:
-    """Data set and classifier on the device, after a look whether they fit each other."""
-    path = opts.checkpoint or checkpoint.find(opts.dataset, opts.model, opts.data_dir)
-    if path is None and opts.model in models.OWN:
-        tried = checkpoint.candidates(opts.dataset, opts.model, opts.data_dir)
+    if opts.forget_dir and (opts.forget_file or opts.relabel_file):
+        raise InputError("--forget-dir names images and their classes; leave out --forget-file and --relabel-file")
+    step = opts.continual_step
+    if step and opts.unlearn_k and (len(opts.unlearn_k) > 1 or opts.unlearn_k[0] % step):
         raise InputError(
-            f"no weights of {opts.model} for {opts.dataset}: looked for {tried[0]} and {tried[2]}; "
+            f"--continual-step is {step} and --unlearn-k is {' '.join(map(str, opts.unlearn_k))}; "
+            f"expected one multiple of the step, such as {4 * step}"
+        )
+
+
+def load(opts: argparse.Namespace, device) -> Setup:
+    """Data set and classifier on the device, after a look whether they fit each other."""
+    label = options.data_label(opts)
+    path = opts.checkpoint or checkpoint.find(label, opts.model, opts.data_dir)
+    if path is None and opts.model in models.OWN:
+        tried = checkpoint.candidates(label, opts.model, opts.data_dir)
+        raise InputError(
+            f"no weights of {opts.model} for {label}: looked for {tried[0]} and {tried[2]}; "
             f"train them with a main_pretrain script or name a file with --checkpoint"
         )
-    images = data.load(opts.dataset, opts.data_dir, image_size=opts.image_size).to(device)
+    images = options.load_data(opts)
+    for note in images.notes:
+        print(note)
+    images = images.to(device)
     classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std).to(device)
     evaluate.check_fit(classifier, images.train.images, images.num_classes)
-    return Experiment(
+    trained_on = checkpoint.metadata_value(classifier.metadata, "train_sha256")
+    evaluate.check_split(images, trained_on, classifier.source)
+    sample = opts.retain_sample
+    return Setup(
         images,
         classifier,
         opts.goal,
         {name: getattr(opts, name) for name in HYPER_PARAMETERS},
         opts.result_dir,
-        opts.test_batch_size,
-        opts.attack_batch_size,
-        opts.workers,
-        models.save if opts.save_model else None,
+        sample if sample and sample < len(images.train) else None,
+        {
+            "checkpoint": Path(path).name if path else None,
+            "forget_dir": opts.forget_dir.name if opts.forget_dir else None,
+        },
         models.saved_suffix(classifier),
     )
 
 
-def plan(opts: argparse.Namespace, experiment: Experiment) -> list[Run]:
+def plan(opts: argparse.Namespace, setup: Setup) -> list[Run]:
     """Every run that was asked for, seed by seed and k by k."""
-    train, num_classes = experiment.images.train, experiment.images.num_classes
-    listed = data.read_forget(opts.forget_file, len(train)) if opts.forget_file else None
-    sizes = opts.unlearn_k or [len(listed)]
-    if listed is not None and max(sizes) > len(listed):
-        raise InputError(f"--unlearn-k is {max(sizes)}, but {opts.forget_file} lists {len(listed)} images")
-    runs = []
+    sizes, runs = opts.unlearn_k, []
     for seed in opts.seed:
-        forget = listed if listed is not None else data.choose_forget(len(train), max(sizes), seed)
-        true, new = train.labels[forget].cpu(), None
-        if opts.relabel_file:
-            new = data.read_new_labels(opts.relabel_file, true, num_classes)
-        elif opts.goal == "relabel":
-            new = data.random_new_labels(true, num_classes, seed)
-        runs += experiment.plan(opts.method, sizes, seed, forget, new)
+        forget = choose(opts, setup, seed)
+        if sizes and max(sizes) > len(forget):
+            where = opts.forget_file or opts.forget_dir
+            raise InputError(f"--unlearn-k is {max(sizes)}, but {where} has {len(forget)} images to forget")
+        if opts.continual_step and len(forget) % opts.continual_step and not sizes:
+            raise InputError(
+                f"--continual-step is {opts.continual_step} and there are {len(forget)} images to forget; "
+                f"add --unlearn-k with a multiple of the step"
+            )
+        runs += setup.plan(opts.method, sizes or [len(forget)], seed, forget, opts.continual_step)
     return runs
+
+
+def choose(opts: argparse.Namespace, setup: Setup, seed: int) -> forgetting.ForgetSet:
+    """D_f of a seed: training images or those of a folder, and what they are to be called, to relabel."""
+    train, num_classes = setup.images.train, setup.images.num_classes
+    if opts.forget_dir:
+        return choose_from_folder(opts, setup, seed)
+    if opts.forget_file:
+        indices = forgetting.read_forget(opts.forget_file, len(train))
+    else:
+        indices = forgetting.choose_forget(len(train), max(opts.unlearn_k), seed)
+    true, new = train.labels[indices].cpu(), None
+    if opts.relabel_file:
+        new = forgetting.read_new_labels(opts.relabel_file, true, num_classes)
+    elif opts.goal == "relabel":
+        new = forgetting.random_new_labels(true, num_classes, seed)
+    return forgetting.ForgetSet(train, indices, new)
+
+
+def choose_from_folder(opts: argparse.Namespace, setup: Setup, seed: int) -> forgetting.ForgetSet:
+    """D_f from --forget-dir; to relabel, those that the classifier gets wrong, to be called what they are."""
+    found = forgetting.read_folder(opts.forget_dir, setup.images.classes, setup.images.train.images)
+    called = evaluate.predict(setup.classifier, found.images, batch_size=opts.test_batch_size, workers=opts.workers)
+    return forgetting.from_folder(found, called, opts.goal, seed, opts.forget_dir)
 
 
 def announce(opts: argparse.Namespace, device, runs: list[Run], pending: list[Run]) -> None:
@@ -121,7 +177,8 @@ def announce(opts: argparse.Namespace, device, runs: list[Run], pending: list[Ru
     if opts.dry_run:
         for run in runs:
             state = "to do" if run in pending else "done "
-            print(f"{state} {run.files.identity} {run.method.name:10} k = {run.k:<4} seed = {run.seed}")
+            step = f" step {run.settings['continual_step']}" if run.is_step else ""
+            print(f"{state} {run.files.identity} {run.method.name:10} k = {run.k:<4} seed = {run.seed}{step}")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ Environment that must be set before torch is first imported is set here, so scri
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 import os
 
 Progress = Callable[[int], object]  # told how many units of work were done since it was last called
+ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]  # what is done, how many units: shows them
 
 # Two OpenMP threads that wait actively beside another busy process slow each other down several times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,7 +1,7 @@
 """Targeted L2-PGD, and the adversarial set of a forget set made with it on the original weights."""
 
-from collections.abc import Callable
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,10 +9,13 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from l2ul import Progress, seeds
-from l2ul.data import as_pixels, other_class
+from l2ul.data import as_pixels
+from l2ul.forget import other_class
 from l2ul.modes import frozen
+from l2ul.storage import DiskImages, as_stored, empty_images
 
 BATCH_SIZE = {"cpu": 128, "mps": 512, "cuda": 2048}  # (image, target) pairs attacked at once
+LARGE = 64  # pixels a side; of larger images, an eighth as many
 
 
 def pgd_l2(
@@ -82,55 +85,73 @@ def adversarial_set(
     alpha: float,
     steps: int,
     seed: int,
+    first_position: int = 0,
     batch_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    folder: Path | None = None,
     progress: Progress | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | DiskImages, Tensor]:
     """D_adv: `num_adv_images` targeted examples of each image, each with its own random target and start.
 
     images   (k, 3, H, W) uint8 or float in [0,1]; labels (k,) int64, the true classes
-    returns  examples (k · num_adv_images, 3, H, W) float in [0,1] and their targets (k · num_adv_images,), the draws
-             of the first image first
+    dtype    as which the examples are kept: float32, float16, or uint8, rounded to valid 8-bit images
+    folder   where they go to a temporary file if they do not fit in memory; by default they stay in memory
+    returns  examples (k · num_adv_images, 3, H, W), floats in [0,1] or uint8, and their targets
+             (k · num_adv_images,), the draws of the first image first
 
     Target (uniform over the classes other than the true one) and start of a draw depend on (seed, position of the
-    image, draw) alone, so the set of the first k images is the head of the set of more. Pairs are attacked
-    `batch_size` at a time (by default 128 on a CPU, 2048 on a GPU), whatever images they belong to; where memory runs
-    out, half as many.
+    image, draw) alone, so the set of the first k images is the head of the set of more. The first image's position is
+    0, or `first_position` where D_f arrives in steps. Pairs are attacked
+    `batch_size` at a time (by default `default_batch_size`), whatever images they belong to; where memory runs out,
+    half as many.
     """
-    starts, targets = _draws(images, labels, num_classes, num_adv_images, seed)
+    targets = random_targets(labels, num_classes, num_adv_images, seed, first_position)
     pixels = as_pixels(images)
     owners = torch.arange(len(images), device=images.device).repeat_interleave(num_adv_images)
-    size = min(batch_size or BATCH_SIZE[images.device.type], len(owners))
-    examples = torch.empty(len(owners), *pixels.shape[1:], device=images.device, memory_format=torch.channels_last)
+    size = min(batch_size or default_batch_size(images), len(owners))
+    shape = (len(owners), *pixels.shape[1:])
+    if folder is None:
+        examples = torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
+    else:
+        examples = empty_images(shape, dtype, images.device, folder)
     done = 0
     while done < len(owners):
         # equal batches: a small last one would be computed by other kernels, and so be rounded otherwise
         left = len(owners) - done
         part = slice(done, done + math.ceil(left / math.ceil(left / size)))
         x = pixels[owners[part]]
+        start = _starts(x, part, num_adv_images, seed, first_position) - x
         try:
-            examples[part] = pgd_l2(
-                model, x, targets[part], eps=eps, alpha=alpha, steps=steps, start=starts(part) - x, progress=progress
-            )
+            found = pgd_l2(model, x, targets[part], eps=eps, alpha=alpha, steps=steps, start=start, progress=progress)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
             size = math.ceil(size / 2)
             continue
+        examples[part] = as_stored(found, dtype)
         done = part.stop
     return examples, targets
 
 
-def _draws(
-    images: Tensor, labels: Tensor, num_classes: int, draws: int, seed: int
-) -> tuple[Callable[[slice], Tensor], Tensor]:
-    """A function from a slice of the pairs to the images (n, 3, H, W) they start from, and all targets (k · draws,)."""
-    keys = [(position, draw) for position in range(len(images)) for draw in range(draws)]
-    others = [seeds.stream(seed, "target", *key).integers(num_classes - 1) for key in keys]
-    targets = other_class(labels.repeat_interleave(draws), torch.tensor(others, device=labels.device))
+def default_batch_size(images: Tensor) -> int:
+    """Pairs attacked at once where nobody says: a size for the kind of device, an eighth of it for large images."""
+    size = BATCH_SIZE[images.device.type]
+    return size if max(images.shape[-2:]) <= LARGE else size // 8
 
-    def starts(part: slice) -> Tensor:
-        shape = tuple(images.shape[1:])
-        noise = [seeds.stream(seed, "start", *key).random(shape, dtype=np.float32) for key in keys[part]]
-        return torch.from_numpy(np.stack(noise)).to(images.device)
 
-    return starts, targets
+def random_targets(labels: Tensor, num_classes: int, num_adv_images: int, seed: int, first_position: int = 0) -> Tensor:
+    """The class (k · num_adv_images,) that each example is to be called: uniform over those other than its label."""
+    draws = [
+        seeds.stream(seed, "target", position, draw).integers(num_classes - 1)
+        for position in range(first_position, first_position + len(labels))
+        for draw in range(num_adv_images)
+    ]
+    return other_class(labels.repeat_interleave(num_adv_images), torch.tensor(draws, device=labels.device))
+
+
+def _starts(like: Tensor, part: slice, num_adv_images: int, seed: int, first_position: int) -> Tensor:
+    """The images (n, 3, H, W), uniform noise, that the pairs of a slice start from."""
+    pairs = [divmod(pair, num_adv_images) for pair in range(part.start, part.stop)]  # place in D_f, draw
+    streams = [seeds.stream(seed, "start", first_position + place, draw) for place, draw in pairs]
+    noise = [stream.random(tuple(like.shape[1:]), dtype=np.float32) for stream in streams]
+    return torch.from_numpy(np.stack(noise)).to(like.device)

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor, nn
 
 from l2ul import Progress
-from l2ul.data import FolderImages, as_pixels, batches
+from l2ul.data import FolderImages, Images, as_pixels, batches
 from l2ul.errors import Diverged, InputError
 from l2ul.modes import evaluating
+from l2ul.storage import DiskImages
 
 
 def predict(
     model: nn.Module,
-    images: Tensor | FolderImages,
+    images: Tensor | FolderImages | DiskImages,
     *,
     batch_size: int = 256,
     workers: int = 0,
@@ -40,6 +41,14 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
     return 100 * int((predictions == labels.to(predictions.device)).sum()) / len(labels)
 
 
+def interval(predictions: Tensor, labels: Tensor) -> tuple[float, float]:
+    """95 % interval (Wilson) in percent of the accuracy on the whole that these (n,) are a random sample of."""
+    from scipy.stats import binomtest
+
+    found = binomtest(int((predictions == labels).sum()), len(labels)).proportion_ci(0.95, method="wilson")
+    return 100 * found.low, 100 * found.high
+
+
 def complement(indices: Tensor, num_images: int) -> Tensor:
     """The indices of D_r, ascending: all of 0 … num_images - 1 that are not in D_f's `indices`."""
     kept = torch.ones(num_images, dtype=torch.bool)
@@ -58,3 +67,12 @@ def check_fit(model: nn.Module, images: Tensor | FolderImages, num_classes: int)
         raise InputError(f"the model does not take images of {size} pixels ({str(error).splitlines()[0]})") from None
     if classes != num_classes:
         raise InputError(f"the model tells {classes} classes apart, the data set has {num_classes}")
+
+
+def check_split(images: Images, train_sha256: str | None, source: str) -> None:
+    """Raise InputError where weights tell which images they were trained on, and it is not this training split."""
+    if train_sha256 and images.train_sha256 and train_sha256 != images.train_sha256:
+        raise InputError(
+            f"{source} was trained on another split of {images.name}, so its training images may be test images here; "
+            f"give the --split-seed and the images that it was trained with"
+        )

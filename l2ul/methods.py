@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from l2ul.errors import InputError
-from l2ul.objective import forget_loss
+from l2ul.objective import GOALS, forget_loss
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Step:
     retain: Batch | None = None
     penalty: Callable[[], Tensor] | None = None  # ½ Σ Ω̄ (θ - θ⁰)²
     reg_lamb: float = 0.0
+    perturb: Callable[[], None] | None = None  # sets the weights to θ⁰ + noise, a little more of it at each call
 
 
 Terms = dict[str, Tensor]  # the loss is their sum; each is a column of the curve
@@ -37,41 +38,67 @@ Terms = dict[str, Tensor]  # the loss is their sum; each is a column of the curv
 
 @dataclass(frozen=True)
 class Method:
-    """A named method: its terms, and what they need of `adv`, `importance` and `retain`."""
+    """A named method: its terms, what they need of `adv`, `importance`, `retain` and `noise`, and for which goals.
+
+    One that needs `noise` moves the weights itself: it has no loss and takes no step of SGD.
+    """
 
     name: str
     terms: Callable[[Step], Terms] | None
     needs: frozenset[str]
     summary: str
+    goals: tuple[str, ...] = GOALS
 
 
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str, *needs: str) -> Callable[[Callable[[Step], Terms]], Callable[[Step], Terms]]:
+def method(
+    name: str, *needs: str, goals: tuple[str, ...] = GOALS
+) -> Callable[[Callable[[Step], Terms]], Callable[[Step], Terms]]:
     """Register the function below as the method `name`; its docstring's first line is its summary."""
 
     def register(terms: Callable[[Step], Terms]) -> Callable[[Step], Terms]:
-        METHODS[name] = Method(name, terms, frozenset(needs), terms.__doc__.split("\n")[0])
+        METHODS[name] = Method(name, terms, frozenset(needs), terms.__doc__.split("\n")[0], goals)
         return terms
 
     return register
 
 
-def get(name: str) -> Method:
-    """The method called `name`; InputError if there is none."""
+def get(name: str, goal: str | None = None) -> Method:
+    """The method called `name`; InputError if there is none, or it is not for the goal."""
     if name not in METHODS:
         raise InputError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
+    if goal and goal not in METHODS[name].goals:
+        raise InputError(f"method {name} is not for the goal {goal}; expected one of {', '.join(of_goal(goal))}")
     return METHODS[name]
+
+
+def of_goal(goal: str) -> list[str]:
+    """The names of the methods that are for a goal."""
+    return [name for name, known in METHODS.items() if goal in known.goals]
 
 
 METHODS["before"] = Method("before", None, frozenset(), "the classifier as it was given, θ⁰")
 
 
-@method("neggrad")
+@method("neggrad", goals=("misclassify",))
 def neggrad(step: Step) -> Terms:
-    """L_forget alone: gradient ascent on D_f (to relabel: fine-tuning on the new labels)"""
+    """L_forget alone: gradient ascent on D_f"""
     return {"forget": forget_loss(step.model(step.forget.images), step.forget.labels, step.goal)}
+
+
+@method("correct", goals=("relabel",))
+def correct(step: Step) -> Terms:
+    """L_forget alone: fine-tuning on the new labels of D_f"""
+    return {"forget": forget_loss(step.model(step.forget.images), step.forget.labels, step.goal)}
+
+
+@method("rawp", "noise", goals=("misclassify",))
+def rawp(step: Step) -> Terms:
+    """no loss: random weight perturbation, grown until D_f is forgotten"""
+    step.perturb()
+    return {}
 
 
 @method("oracle", "retain")

@@ -6,8 +6,11 @@ import math
 from pathlib import Path
 import sys
 
-from l2ul import methods, objective, unlearn
+from l2ul import data, methods, objective, unlearn
 from l2ul.pretrain import PRECISIONS, SCHEDULES, Recipe
+from l2ul.running import progress
+from l2ul.storage import DTYPES
+from l2ul.utkface import AGE_GROUPINGS
 
 # Settings of the paper's released run scripts (github.com/csm9493/L2UL), but for the embedded digits, which are ours:
 # chosen so that every method forgets within seconds. A data set that has no value of its own takes the common one.
@@ -23,6 +26,14 @@ DEFAULTS = {
     },
     "cifar10": {"model": "resnet18"},
     "cifar100": {"model": "resnet50_cifar100", "num_adv_images": 200, "max_passes": 100},
+    "utkface": {
+        "model": "resnet18_cifar100",
+        "unlearn_k": [16, 32, 64, 128, 256],
+        "num_adv_images": 300,
+        "pgd_eps": 2.0,
+        "batch_size": 128,
+        "adv_batch_size": 128,
+    },
     "imagenet": {
         "model": "torchvision:resnet50",
         "num_adv_images": 200,
@@ -45,6 +56,8 @@ COMMON_DEFAULTS = {
     "adv_batch_size": 256,  # images of D_adv, or of D_r, a step
     "reg_lamb": 1.0,  # λ
     "max_passes": 1000,  # times through D_adv, D_r or D_f
+    "noise_growth": 0.01,  # ours: σ of rawp's noise a draw, in parts of a tensor's root mean square
+    "adv_dtype": "float32",
     "bn": "train",
 }
 
@@ -104,19 +117,27 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
     _add(
         group,
         "--dataset",
-        "digits, cifar10, cifar100, imagenet, or any folder below --data-dir that holds train and val",
+        "digits, cifar10, cifar100, utkface, imagenet, or any folder below --data-dir that holds train and val",
         default=dataset,
         metavar="NAME",
     )
     _add(
         group,
         "--data-dir",
-        "holds cifar-10-batches-py, cifar-100-python, imagenet/train and imagenet/val, weights",
+        "holds cifar-10-batches-py, cifar-100-python, utkface, imagenet/train and imagenet/val, weights",
         type=Path,
         default=Path("data"),
         metavar="FOLDER",
     )
-    _add(group, "--image-size", "side of the square cut from images of a folder", type=positive_int, default=224)
+    _add(
+        group,
+        "--image-size",
+        "side of the square cut from images of a folder (default: 224); of utkface, of the images before 15/16 of a "
+        "side are cut out (default: 128)",
+        type=positive_int,
+    )
+    _add(group, "--age-grouping", "classes of utkface", choices=tuple(AGE_GROUPINGS), default="TNN")
+    _add(group, "--split-seed", "of the split of utkface", type=nonnegative_int, default=0)
     _add(group, "--workers", "processes that decode images of a folder", type=nonnegative_int, default=2)
     _add(
         group,
@@ -153,6 +174,7 @@ def add_attack(parser: Parser) -> None:
     _add(group, "--pgd-eps", "radius ε, an L2 norm over pixels in [0,1]", type=nonnegative_float)
     _add(group, "--pgd-alpha", "length of a step, likewise", type=nonnegative_float)
     _add(group, "--pgd-iter", "steps", type=positive_int)
+    _add(group, "--adv-dtype", "as which they are kept; uint8: rounded to valid 8-bit images", choices=tuple(DTYPES))
     _add(
         group,
         "--attack-batch-size",
@@ -163,9 +185,8 @@ def add_attack(parser: Parser) -> None:
 
 def add_unlearning(parser: Parser) -> None:
     group = parser.add_argument_group("unlearning")
-    every = list(methods.METHODS)
     summaries = "; ".join(f"{name}: {method.summary}" for name, method in methods.METHODS.items())
-    _add(group, "--method", f"one or more of {summaries} (default: all)", nargs="+", default=every)
+    _add(group, "--method", f"one or more of {summaries} (default: all that are for the goal)", nargs="+")
     _add(group, "--goal", "what forgetting means", choices=objective.GOALS, default="misclassify")
     _add(group, "--unlearn-k", "images to forget, one number or more", type=int, nargs="+")
     _add(group, "--seed", "of forget set, attack and loop, one or more", type=nonnegative_int, nargs="+", default=[0])
@@ -174,6 +195,20 @@ def add_unlearning(parser: Parser) -> None:
         "--forget-file",
         "indices of D_f in the training set, one a line, in place of a random choice; the first K, by default all",
         type=Path,
+    )
+    _add(
+        group,
+        "--forget-dir",
+        "images of D_f in a folder that holds a folder a class, in place of training images. To relabel: those of them "
+        "that the model gets wrong, which are to be called their folder's class",
+        type=Path,
+        metavar="FOLDER",
+    )
+    _add(
+        group,
+        "--continual-step",
+        "D_f arrives so many images at a time; each step starts from the net of the last and sees its own images alone",
+        type=positive_int,
     )
     _add(
         group,
@@ -190,8 +225,14 @@ def add_unlearning(parser: Parser) -> None:
     _add(
         group,
         "--max-passes",
-        "times through D_adv (oracle: D_r; neggrad: D_f) before giving up",
+        "times through D_adv (oracle: D_r; neggrad, correct: D_f; rawp: draws of noise) before giving up",
         type=positive_int,
+    )
+    _add(
+        group,
+        "--noise-growth",
+        "what σ of rawp's noise grows by a draw, in parts of a tensor's root mean square",
+        type=positive_float,
     )
     _add(
         group,
@@ -223,6 +264,12 @@ def add_output(parser: Parser) -> None:
     group = parser.add_argument_group("results")
     _add(group, "--result-dir", "records are written to runs in it", type=Path, default=Path("result_data"))
     _add(group, "--test-batch-size", "images a batch when measuring", type=positive_int, default=256)
+    _add(
+        group,
+        "--retain-sample",
+        "measure D_r on so many training images, always the same ones, with a 95 %% interval (default: on all)",
+        type=positive_int,
+    )
     _add(group, "--save-model", "keep each unlearned net, in models beside runs", action="store_true")
     _add(group, "--rerun", "do runs again whose record exists", action="store_true")
     _add(group, "--dry-run", "check everything, list the runs and which are done, run none", action="store_true")
@@ -258,10 +305,30 @@ def _shown(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def load_data(options: argparse.Namespace, whole_train: bool = False) -> data.Images:
+    """The data set that the flags of `add_data` name."""
+    return data.load(
+        options.dataset,
+        options.data_dir,
+        image_size=options.image_size,
+        age_grouping=options.age_grouping,
+        split_seed=options.split_seed,
+        whole_train=whole_train,
+        workers=options.workers,
+        progress=progress,
+    )
+
+
+def data_label(options: argparse.Namespace) -> str:
+    """What the weights of a data set are named after: the data set, and which of its groupings."""
+    return f"{options.dataset}_{options.age_grouping}" if options.dataset == "utkface" else options.dataset
+
+
 def fill_defaults(options: argparse.Namespace) -> None:
     """Give every flag that was not given its data set's default; no method and no seed twice."""
     for flag in COMMON_DEFAULTS:
-        if getattr(options, flag, ...) is None and not (flag == "unlearn_k" and options.forget_file):
+        listed = flag == "unlearn_k" and (options.forget_file or options.forget_dir)
+        if getattr(options, flag, ...) is None and not listed:
             setattr(options, flag, default(options.dataset, flag))
-    options.method = list(dict.fromkeys(options.method))
+    options.method = list(dict.fromkeys(options.method or methods.of_goal(options.goal)))
     options.seed = list(dict.fromkeys(options.seed))

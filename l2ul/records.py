@@ -18,7 +18,8 @@ KEYS = (  # of every record, first and in this order: tables and other people's 
     *("seconds_attack", "seconds_importance", "seconds_unlearn", "seconds_evaluate", "peak_memory_mib", "device"),
 )
 NOT_FORGOTTEN = (CAP, DIVERGED, FAILED)  # what the table points at
-MEASURED = ("acc_forget", "acc_retain", "acc_test", "steps")
+MEASURED = ("acc_forget", "acc_relabel", "acc_forget_earlier", "acc_retain", "acc_test", "steps")
+SPECIAL = {"acc_relabel": "relabelled %", "acc_forget_earlier": "earlier D_f %"}  # shown where there are any
 
 
 def run_id(settings: dict[str, object]) -> str:
@@ -42,13 +43,16 @@ class RunFiles:
     def write(
         self,
         record: dict[str, object],
-        forget: Tensor,
+        forget: list[str],
         predictions: dict[str, Tensor],
         curve: list[dict[str, float]],
     ) -> None:
-        """Everything of a finished run; the record comes last, so where it is, the rest is too."""
+        """Everything of a finished run, `forget` being what tells the images of D_f.
+
+        The record comes last, so where it is, the rest is too.
+        """
         with atomic(self.record.with_suffix(".txt")) as part:
-            part.write_text("".join(f"{index}\n" for index in forget.tolist()))
+            part.write_text("".join(f"{name}\n" for name in forget))
         with atomic(self.record.with_suffix(".npz")) as part, open(part, "wb") as file:
             np.savez_compressed(file, **{name: _small(classes) for name, classes in predictions.items()})
         with atomic(self.record.with_suffix(".csv")) as part:
@@ -59,9 +63,9 @@ class RunFiles:
 
 
 def _small(classes: Tensor) -> np.ndarray:
-    """Classes in as few bytes as hold them."""
+    """Classes, or indices, in as few bytes as hold them."""
     values = classes.cpu().numpy()
-    return values.astype(np.uint8 if values.max(initial=0) < 256 else np.uint16)
+    return values.astype(np.min_scalar_type(int(values.max(initial=0))))
 
 
 def read(path: Path) -> dict[str, object] | None:
@@ -81,13 +85,14 @@ def table(records: list[dict[str, object]]) -> pd.DataFrame:
     """
     rows = []
     frame = pd.DataFrame(records)
+    measured = [name for name in MEASURED if name in frame and (frame[name].notna().any() or name not in SPECIAL)]
     for (method, k), runs in frame.groupby(["method", "k"], sort=False):
-        row = {"method": method, "k": k} | {name: _mean(runs[name]) for name in MEASURED}
+        row = {"method": method, "k": k} | {name: _mean(runs[name]) for name in measured}
         row["seconds"] = _mean(runs.filter(like="seconds_").sum(axis=1))
         counts = runs["status"][runs["status"].isin(NOT_FORGOTTEN)].value_counts()
         row["not forgotten"] = ", ".join(f"{count} {status}" for status, count in counts.items())
         rows.append(row | {"runs": len(runs)})
-    names = {"acc_forget": "D_f %", "acc_retain": "D_r %", "acc_test": "D_test %"}
+    names = {"acc_forget": "D_f %", "acc_retain": "D_r %", "acc_test": "D_test %"} | SPECIAL
     return pd.DataFrame(rows).rename(columns=names)
 
 

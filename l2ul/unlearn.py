@@ -27,7 +27,8 @@ class Settings:
     batch_size: int = 32  # images of D_f a step
     adv_batch_size: int = 256  # images of D_adv (oracle: of D_r) a step
     reg_lamb: float = 1.0  # λ
-    max_passes: int = 1000  # times through D_adv (oracle: D_r; neggrad: D_f) before giving up
+    max_passes: int = 1000  # times through D_adv (oracle: D_r; neggrad: D_f) before giving up; of rawp: draws
+    noise_growth: float = 0.01  # of rawp: σ of the noise a step, in parts of a tensor's root mean square
     bn: str = "train"  # as released; or "eval": running statistics kept, dropout off
     seed: int = 0  # of the order of the batches
 
@@ -72,9 +73,10 @@ def unlearn(
     num_classes needed where D_adv is made here
     on_step     called with each row of the curve
 
-    Raises ValueError where something needed is missing.
+    Raises ValueError where something needed is missing, InputError where the method is not for the goal.
     """
-    chosen, settings = methods.get(method), settings or Settings()
+    goal = "misclassify" if new_labels is None else "relabel"
+    chosen, settings = methods.get(method, goal), settings or Settings()
     if "retain" in chosen.needs and retain is None:
         raise ValueError(f"method {method!r} trains on the remaining training set; give it as retain")
     if "adv" in chosen.needs and adv is None:
@@ -112,11 +114,12 @@ def _loop(
     outcome = Outcome(model, "cap", 0)
     model.train(settings.bn == "train")
     steps = _steps(model, forget, keep, held, method, settings)
-    for step in itertools.islice(steps, max_steps(len(forget), len(keep) if keep else 0, settings)):
+    for step in itertools.islice(steps, max_steps(method, len(forget), len(keep) if keep else 0, settings)):
         terms = method.terms(step)
-        optimizer.zero_grad()
-        sum(terms.values()).backward()
-        optimizer.step()
+        if terms:  # else the method has moved the weights itself
+            optimizer.zero_grad()
+            sum(terms.values()).backward()
+            optimizer.step()
         outcome.steps += 1
         row = {"step": outcome.steps} | {name: term.item() for name, term in terms.items()}
         row |= _progress_on(forget, model)
@@ -133,8 +136,13 @@ def _loop(
     return outcome
 
 
-def max_steps(num_forget: int, num_keep: int, settings: Settings) -> int:
-    """The cap in steps: max_passes times through the keep set, or through D_f where there is none (num_keep = 0)."""
+def max_steps(method: methods.Method, num_forget: int, num_keep: int, settings: Settings) -> int:
+    """The cap in steps: max_passes times through the keep set, or through D_f where there is none (num_keep = 0).
+
+    A draw of noise is looked at on the whole of D_f, so is a pass by itself.
+    """
+    if "noise" in method.needs:
+        return settings.max_passes
     size, batch = (num_keep, settings.adv_batch_size) if num_keep else (num_forget, settings.batch_size)
     return settings.max_passes * math.ceil(size / batch)
 
@@ -155,9 +163,16 @@ def _steps(
         keep_batches = _batches(keep, settings.adv_batch_size, seeds.generator(settings.seed, "keep batches"))
     keep_name = "adv" if "adv" in method.needs else "retain"
     penalty = _penalty(model, held) if held else None
+    perturb = _perturbation(model, settings) if "noise" in method.needs else None
     for first, second in zip(forget_batches, keep_batches, strict=False):
         yield methods.Step(
-            model, forget.goal, first, **{keep_name: second}, penalty=penalty, reg_lamb=settings.reg_lamb
+            model,
+            forget.goal,
+            first,
+            **{keep_name: second},
+            penalty=penalty,
+            reg_lamb=settings.reg_lamb,
+            perturb=perturb,
         )
 
 
@@ -174,6 +189,24 @@ def _penalty(model: nn.Module, held: dict[str, Tensor]) -> Callable[[], Tensor]:
     now, weights = zip(*parameters, strict=True)
     before = [parameter.detach().clone() for parameter in now]
     return lambda: objective.importance_penalty(now, before, weights)
+
+
+def _perturbation(model: nn.Module, settings: Settings) -> Callable[[], None]:
+    """Sets the weights to θ⁰ + fresh Gaussian noise, σ = noise_growth · rms(θ⁰ of the tensor) · number of calls."""
+    generator = seeds.generator(settings.seed, "noise")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in parameters]
+    scales = [weights.square().mean().sqrt() for weights in before]
+    calls = itertools.count(1)
+
+    @torch.no_grad()
+    def perturb() -> None:
+        sigma = settings.noise_growth * next(calls)
+        for parameter, weights, scale in zip(parameters, before, scales, strict=True):
+            noise = torch.randn(weights.shape, generator=generator).to(weights.device)
+            parameter.copy_(weights + sigma * scale * noise)
+
+    return perturb
 
 
 def _progress_on(forget: objective.Forget, model: nn.Module) -> dict[str, float]:

@@ -14,7 +14,7 @@ from models.classifier import Classifier, Normalize
 
 OWN = {name: family for family in (resnet, resnet_cifar100, resnet_small) for name in family.NAMES}
 
-__all__ = ["OWN", "Classifier", "build", "check_name", "load", "save", "saved_suffix"]
+__all__ = ["OWN", "Classifier", "build", "check_name", "load", "load_saved", "save", "saved_suffix"]
 
 
 def check_name(name: str) -> None:
@@ -89,7 +89,7 @@ def _from_file(name: str, num_classes: int, path: Path) -> Classifier:
     state, mean, std = checkpoints.split_statistics(state)
     _fill(classifier, state, str(path))
     told = [checkpoints.metadata_value(metadata, key) for key in ("mean", "std")]
-    classifier.source, classifier.sha256 = str(path), file_sha256(path)
+    classifier.source, classifier.sha256, classifier.metadata = str(path), file_sha256(path), metadata
     return _with_statistics(classifier, mean or told[0], std or told[1])
 
 
@@ -143,6 +143,15 @@ def save(classifier: Classifier, path: Path, settings: dict[str, object]) -> Non
         "std": _decimals(classifier.normalize.std),
     }
     checkpoints.write(path, classifier.net, settings | described)
+
+
+def load_saved(path: Path, like: Classifier) -> Classifier:
+    """What `save` wrote of a classifier of the same kind as `like`."""
+    if like.name.startswith(huggingface.PREFIX):
+        loaded = load(f"{huggingface.PREFIX}{path}", like.num_classes)
+        loaded.name = like.name  # its own, not that of this copy
+        return loaded
+    return load(like.name, like.num_classes, path)
 
 
 def saved_suffix(classifier: Classifier) -> str:

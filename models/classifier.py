@@ -19,13 +19,17 @@ class Normalize(nn.Module):
 
 
 class Classifier(nn.Module):
-    """What is unlearned. `name`, `num_classes` and, where weights were loaded, `source` and `sha256` describe it."""
+    """What is unlearned.
+
+    `name`, `num_classes` and, where weights were loaded, `source`, `sha256` and the file's `metadata` describe it.
+    """
 
     def __init__(self, name: str, num_classes: int, net: nn.Module, preprocess: nn.Module):
         super().__init__()
         self.name, self.num_classes = name, num_classes
         self.source: str | None = None
         self.sha256: str | None = None
+        self.metadata: dict[str, str] = {}
         self.preprocess = preprocess  # the last layer of it is a Normalize
         self.net = net
 

@@ -116,15 +116,15 @@ def test_a_damaged_image_is_named(tmp_path):
 
 
 def test_forget_sets_of_a_seed_are_nested():
-    many = data.choose_forget(1000, 256, seed=5)
+    many = forget.choose_forget(1000, 256, seed=5)
     torch.manual_seed(5)
     assert torch.equal(many, torch.randperm(1000)[:256])  # as the released scripts choose
     for k in (1, 16, 64):
-        assert torch.equal(data.choose_forget(1000, k, seed=5), many[:k])
-    assert not torch.equal(data.choose_forget(1000, 256, seed=6), many)
+        assert torch.equal(forget.choose_forget(1000, k, seed=5), many[:k])
+    assert not torch.equal(forget.choose_forget(1000, 256, seed=6), many)
     for k in (0, -3, 1000, 1001):
         with pytest.raises(InputError, match=f"k is {k}; expected 1 to 999"):
-            data.choose_forget(1000, k, seed=5)
+            forget.choose_forget(1000, k, seed=5)
 
 
 @pytest.mark.parametrize(
@@ -144,20 +144,20 @@ def test_bad_forget_files(tmp_path, text, complaint):
     path = tmp_path / "forget.txt"
     path.write_text(text)
     with pytest.raises(InputError, match=complaint):
-        data.read_forget(path, 10)
+        forget.read_forget(path, 10)
 
 
 def test_unreadable_forget_files(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
     for path in (tmp_path / "none.txt", tmp_path, tmp_path / "binary"):
         with pytest.raises(InputError, match=f"cannot read the forget file {path}"):
-            data.read_forget(path, 10)
+            forget.read_forget(path, 10)
 
 
 def test_forget_file_keeps_its_order(tmp_path):
     path = tmp_path / "forget.txt"
     path.write_text("7\n\n3\n9")
-    assert data.read_forget(path, 10).tolist() == [7, 3, 9]
+    assert forget.read_forget(path, 10).tolist() == [7, 3, 9]
 
 
 @pytest.mark.parametrize(
@@ -172,15 +172,15 @@ def test_bad_relabel_files(tmp_path, text, complaint):
     path = tmp_path / "labels.txt"
     path.write_text(text)
     with pytest.raises(InputError, match=complaint):
-        data.read_new_labels(path, torch.tensor([0, 1, 2]), 5)
+        forget.read_new_labels(path, torch.tensor([0, 1, 2]), 5)
 
 
 def test_random_new_labels_are_other_classes_and_nested():
     labels = torch.arange(300) % 10
-    new = data.random_new_labels(labels, 10, seed=2)
+    new = forget.random_new_labels(labels, 10, seed=2)
     assert (new != labels).all()
     assert set(new.tolist()) == set(range(10))
-    assert torch.equal(data.random_new_labels(labels[:16], 10, seed=2), new[:16])
+    assert torch.equal(forget.random_new_labels(labels[:16], 10, seed=2), new[:16])
 
 
 def test_pixels_are_scaled_once():

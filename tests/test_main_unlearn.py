@@ -51,7 +51,7 @@ def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
         assert record["acc_test_before"] == by_method["before"]["acc_test"]
     for identity, record in found(tmp_path).items():
         indices = [int(line) for line in (tmp_path / "runs" / f"{identity}.txt").read_text().split()]
-        assert indices == data.choose_forget(40, 2, 0).tolist()
+        assert indices == forget.choose_forget(40, 2, 0).tolist()
         with np.load(tmp_path / "runs" / f"{identity}.npz") as kept:
             labels = few_digits.train.labels[indices].numpy()
             assert 100 * (kept["forget_after"] == labels).mean() == record["acc_forget"]

@@ -92,7 +92,7 @@ def test_a_gpu_that_is_not_there(run):
 
 
 def test_bad_forget_and_relabel_files(run, tmp_path, few_digits):
-    true = few_digits.train.labels[data.choose_forget(40, 2, 0)].tolist()
+    true = few_digits.train.labels[forget.choose_forget(40, 2, 0)].tolist()
     for flag, text, complaint in (
         ("--forget-file", "1\nx\n", "line 2"),
         ("--forget-file", "1\n1\n", "more than once"),

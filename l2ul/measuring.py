@@ -1,0 +1,117 @@
+"""What is measured of a run: accuracies on D_f, D_r and D_test before and after, and the classes they come from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from l2ul import data, evaluate, running, seeds
+from l2ul.runs import Run, Setup
+from l2ul.storage import DiskImages
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier calls the training images that stand for D_r and the test images, and the seconds it took."""
+
+    train: Tensor
+    test: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How nets are measured on the data set of a setup: `batch_size` images at once, decoded by so many workers."""
+
+    setup: Setup
+    batch_size: int = 256
+    workers: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.setup.classifier.parameters()).device
+
+    @cached_property
+    def stand_in(self) -> Tensor:
+        """Indices of the training images that are measured: all, or a sample that depends on its size alone."""
+        num_train, wanted = len(self.setup.images.train), self.setup.retain_sample
+        if wanted is None or wanted >= num_train:
+            return torch.arange(num_train)
+        return torch.randperm(num_train, generator=seeds.generator(0, "retain sample"))[:wanted].sort().values
+
+    def predict(self, model: nn.Module, what: str) -> Predictions:
+        """The model's classes for what stands for D_r and for the test images, in one pass."""
+        train = self.setup.images.train
+        if len(self.stand_in) < len(train):
+            train = train.subset(self.stand_in)
+        splits = (train, self.setup.images.test)
+        started = running.clock(self.device)
+        with running.progress(what, sum(map(len, splits))) as advance:
+            found = [self.classes(model, split.images, advance) for split in splits]
+        return Predictions(*found, running.clock(self.device) - started)
+
+    def classes(
+        self,
+        model: nn.Module,
+        images: Tensor | data.FolderImages | DiskImages,
+        advance: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """The classes (N,), on the CPU, that the model gives the images."""
+        return evaluate.predict(model, images, batch_size=self.batch_size, workers=self.workers, progress=advance)
+
+    def of_run(
+        self, run: Run, before: Predictions, model: nn.Module, after: Predictions | None
+    ) -> tuple[dict[str, float | None], dict[str, Tensor]]:
+        """Accuracies of a run under their keys of a record, and the classes under the names of its `.npz`.
+
+        `before` is of the net before any run, `after` of the model that this run ended with; None if it diverged.
+        """
+        labels = self._labels(run)
+        called = {"before": self._called(run, self.setup.classifier, before)}
+        if after:
+            called["after"] = self._called(run, model, after)
+        predictions = {f"{part}_{when}": found for when, parts in called.items() for part, found in parts.items()}
+        if self.setup.retain_sample is not None:
+            predictions["retain_indices"] = self.stand_in[self._kept(run, self.stand_in)]
+        return self._accuracies(run, labels, called), predictions
+
+    def _accuracies(self, run: Run, labels: dict[str, Tensor], called: dict[str, dict[str, Tensor]]) -> dict:
+        row = dict.fromkeys(("acc_forget_earlier", "acc_relabel", "acc_retain_low", "acc_retain_high"))
+        row |= {f"acc_{part}": None for part in labels}
+        for when, suffix in (("before", "_before"), ("after", "")):
+            for part, found in called.get(when, {}).items():
+                row[f"acc_{part}{suffix}"] = evaluate.accuracy(found, labels[part])
+        if "after" in called and run.forget.new_labels is not None:
+            row["acc_relabel"] = evaluate.accuracy(called["after"]["forget"], run.forget.new_labels)
+        if "after" in called and self.setup.retain_sample is not None:
+            interval = evaluate.interval(called["after"]["retain"], labels["retain"])
+            row["acc_retain_low"], row["acc_retain_high"] = interval
+        return row
+
+    def _labels(self, run: Run) -> dict[str, Tensor]:
+        """True labels of what is measured, or for images from elsewhere those to get away from."""
+        found = {"forget": run.forget.split.labels}
+        if run.earlier:
+            found["forget_earlier"] = run.earlier.split.labels
+        train = self.setup.images.train.labels.cpu()[self.stand_in]
+        found |= {"retain": train[self._kept(run, self.stand_in)], "test": self.setup.images.test.labels}
+        return {part: labels.cpu() for part, labels in found.items()}
+
+    def _called(self, run: Run, model: nn.Module, predictions: Predictions) -> dict[str, Tensor]:
+        """What the model calls the images of D_f, of earlier steps' D_f, of D_r and of D_test."""
+        found = {"forget": self.classes(model, run.forget.split.images)}
+        if run.earlier:
+            found["forget_earlier"] = self.classes(model, run.earlier.split.images)
+        return found | {"retain": predictions.train[self._kept(run, self.stand_in)], "test": predictions.test}
+
+    def retain(self, run: Run) -> data.Split:
+        """D_r: the training images that this and earlier steps do not forget."""
+        every = torch.arange(len(self.setup.images.train))
+        return self.setup.images.train.subset(every[self._kept(run, every)])
+
+    def _kept(self, run: Run, indices: Tensor) -> Tensor:
+        """Which of these training images are in D_r: those that this and earlier steps do not forget."""
+        gone = [part.indices for part in (run.forget, run.earlier) if part is not None]
+        return ~torch.isin(indices, torch.cat(gone))
