@@ -4,40 +4,56 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from l2ul import data, evaluate, options, pretrain, running, seeds
+from torch import Tensor
+
+from l2ul import data, evaluate, forget, options, pretrain, running, seeds, tracking
 from l2ul.errors import InputError
 from l2ul.files import require_writable
 import models
 from models import checkpoint
 
 
-def main(program: str, description: str, dataset: str, model: str, recipe: pretrain.Recipe) -> None:
-    """Parse the command line over the recipe, train, save; a sentence and an exit code where that cannot be."""
+def main(
+    program: str,
+    description: str,
+    dataset: str,
+    model: str,
+    recipe: pretrain.Recipe,
+    by_grouping: dict[str, dict[str, float]] | None = None,
+) -> None:
+    """Parse the command line over the recipe, train, save; a sentence and an exit code where that cannot be.
+
+    `by_grouping` has the values of the recipe that depend on the age grouping, of UTKFace.
+    """
     with running.ending(program):
         parser = options.Parser(description, prog=program)
         options.add_data(parser, dataset=dataset, model=model)
-        options.add_pretraining(parser, recipe)
+        options.add_pretraining(parser, recipe, by_grouping or {})
         options.add_machine(parser)
         opts = parser.parse_args()
         models.check_name(opts.model)
         if opts.model.startswith("hf:"):
             raise InputError(f"--model is {opts.model}; Hugging Face models are trained with transformers, not here")
         asked = {field.name: getattr(opts, field.name, None) for field in dataclasses.fields(recipe)}
-        recipe = dataclasses.replace(recipe, **{name: value for name, value in asked.items() if value is not None})
-        train(opts, recipe)
+        asked = {name: value for name, value in asked.items() if value is not None}
+        train(opts, dataclasses.replace(recipe, **(by_grouping or {}).get(opts.age_grouping, {}) | asked))
 
 
 def train(opts, recipe: pretrain.Recipe) -> None:
     device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
-    images = data.load(opts.dataset, opts.data_dir, image_size=opts.image_size)
-    excluded = forget.read_forget(opts.exclude, len(images.train)) if opts.exclude else None
-    output = opts.output or default_output(opts, excluded)
+    output = opts.output or checkpoint.candidates(options.data_label(opts), opts.model, opts.data_dir)[0]
     if output.suffix != ".safetensors":
         raise InputError(f"--output is {output}; expected a name that ends in .safetensors")
+    images = options.load_data(opts, whole_train=True)
+    excluded = forget.read_forget(opts.exclude, len(images.train)) if opts.exclude else None
+    if excluded is not None and not opts.output:
+        output = without(output, excluded)
     if output.exists() and not opts.rerun:
         print(f"{output} exists already; --rerun trains it again")
         return
     require_writable(output.parent)
+    tracker = tracking.open_tracker(opts.tracker, output.with_suffix(""))
+    describe(images)
     if excluded is not None:
         kept = evaluate.complement(excluded, len(images.train))
         images = dataclasses.replace(images, train=images.train.subset(kept))
@@ -49,13 +65,19 @@ def train(opts, recipe: pretrain.Recipe) -> None:
         "dataset": opts.dataset,
         "statistics": [opts.mean, opts.std],
         "excluded": excluded.tolist() if excluded is not None else None,
-    }
+    } | images.facts
     state_file = output.with_suffix(".training.pt")
+    held_out = "validation" if images.validation else "D_test"
+
+    def report(row: dict[str, float]) -> None:
+        tracker(row)
+        print(f"epoch {row['epoch']}: loss {row['loss']:.4f}, {held_out} {row['acc']:.2f} %", flush=True)
+
     with running.progress("train", recipe.epochs * len(images.train), estimate=True) as advance:
-        history = pretrain.fit(
+        pretrain.fit(
             classifier,
             images.train,
-            images.test,
+            images.validation or images.test,
             recipe,
             seed=opts.seed,
             state_file=state_file,
@@ -65,22 +87,30 @@ def train(opts, recipe: pretrain.Recipe) -> None:
             on_epoch=report,
             progress=advance,
         )
-    described = {"dataset": opts.dataset, "seed": opts.seed, "acc_test": history[-1]["acc_test"]}
+    found = evaluate.predict(classifier, images.test.images, batch_size=opts.test_batch_size, workers=opts.workers)
+    accuracy = evaluate.accuracy(found, images.test.labels.cpu())
+    described = {"dataset": opts.dataset, "seed": opts.seed, "acc_test": accuracy} | images.facts
     if excluded is not None:
         described["excluded"] = excluded.tolist()
+    if images.train_sha256:
+        described["train_sha256"] = images.train_sha256
     models.save(classifier, output, described | dataclasses.asdict(recipe))
     state_file.unlink(missing_ok=True)
-    print(f"D_test {history[-1]['acc_test']:.2f} %: {output}")
+    print(f"D_test {accuracy:.2f} %: {output}")
 
 
-def report(row: dict[str, float]) -> None:
-    print(f"epoch {row['epoch']}: loss {row['loss']:.4f}, D_test {row['acc_test']:.2f} %", flush=True)
+def describe(images: data.Images) -> None:
+    """What the data set holds, where its split or its classes are made here."""
+    for note in images.notes:
+        print(note)
+    if images.validation:
+        for name, split in (("train", images.train), ("validation", images.validation), ("test", images.test)):
+            counts = split.labels.bincount(minlength=images.num_classes).tolist()
+            shown = ", ".join(f"{label}: {count}" for label, count in zip(images.classes, counts, strict=True))
+            print(f"{name} {len(split)} images ({shown})")
 
 
-def default_output(opts, excluded) -> Path:
-    """Where main_unlearn.py looks; a net trained without some images gets a name of its own beside it."""
-    usual = checkpoint.candidates(opts.dataset, opts.model, opts.data_dir)[0]
-    if excluded is None:
-        return usual
+def without(usual: Path, excluded: Tensor) -> Path:
+    """A name of its own, beside the usual one, for a net trained without some images."""
     digest = hashlib.sha256(excluded.sort().values.numpy().tobytes()).hexdigest()[:8]
     return usual.with_stem(f"{usual.stem}_without_{len(excluded)}_{digest}")

@@ -10,6 +10,7 @@ from l2ul import data, methods, objective, unlearn
 from l2ul.pretrain import PRECISIONS, SCHEDULES, Recipe
 from l2ul.running import progress
 from l2ul.storage import DTYPES
+from l2ul.tracking import TRACKERS
 from l2ul.utkface import AGE_GROUPINGS
 
 # Settings of the paper's released run scripts (github.com/csm9493/L2UL), but for the embedded digits, which are ours:
@@ -243,15 +244,21 @@ def add_unlearning(parser: Parser) -> None:
     )
 
 
-def add_pretraining(parser: Parser, recipe: Recipe) -> None:
+def add_pretraining(parser: Parser, recipe: Recipe, by_grouping: dict[str, dict[str, float]]) -> None:
     group = parser.add_argument_group("recipe")
     _add(group, "--epochs", "times through the training set", type=positive_int, default=recipe.epochs)
-    _add(group, "--lr", "learning rate, of onecycle the highest", type=positive_float, default=recipe.lr)
-    _add(group, "--weight-decay", "of the optimizer", type=nonnegative_float, default=recipe.weight_decay)
+    for flag, text, kind in (
+        ("--lr", "learning rate, of onecycle the highest", positive_float),
+        ("--weight-decay", "of the optimizer", nonnegative_float),
+    ):
+        name = flag.removeprefix("--").replace("-", "_")
+        values = [f"{grouping} {row[name]}" for grouping, row in by_grouping.items()] or [str(getattr(recipe, name))]
+        _add(group, flag, f"{text} (default: {', '.join(values)})", type=kind, default=None)
     _add(group, "--batch-size", "images a step", type=positive_int, default=recipe.batch_size)
     _add(group, "--schedule", "of the learning rate", choices=SCHEDULES, default=recipe.schedule)
     _add(group, "--precision", "of forward and backward pass; bf16 needs a GPU", choices=PRECISIONS, default="fp32")
     _add(group, "--seed", "of first weights, order and augmentation", type=nonnegative_int, default=0)
+    _add(group, "--tracker", "also write the curve for it, beside the weights (default: none)", choices=TRACKERS)
     _add(group, "--exclude", "indices of training images to leave out, one a line (a retrained reference)", type=Path)
     group = parser.add_argument_group("output")
     _add(group, "--output", "file of the weights (default: where main_unlearn.py looks for them)", type=Path)

@@ -21,24 +21,27 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a net is trained: SGD with momentum on randomly cropped, and perhaps mirrored, images."""
+    """How a net is trained: on randomly cropped, and perhaps mirrored, images."""
 
     epochs: int
     lr: float
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch_size: int = 128
+    optimizer: str = "sgd"  # or "adam", which has no momentum
     schedule: str = "cosine"  # to 0 over all steps; or "onecycle": up to lr and down again
-    crop_padding: int = 4  # pixels of black border that a crop of the image's own size is cut from
+    clip_value: float | None = None  # that no component of a gradient exceeds
+    crop_padding: int = 4  # pixels of black border around the image that a crop is cut from
     flip: bool = True
     label_smoothing: float = 0.0
+    keep_best: bool = False  # end with the weights of the epoch that was best on the images held out
     precision: str = "fp32"  # or "bf16": autocast, on a GPU
 
 
 def fit(
     model: nn.Module,
     train: Split,
-    test: Split,
+    held_out: Split,
     recipe: Recipe,
     *,
     seed: int,
@@ -49,8 +52,9 @@ def fit(
     on_epoch: Callable[[dict[str, float]], object] | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, float]]:
-    """Train the model in place; returns a row an epoch: epoch, loss (mean), acc_test (percent).
+    """Train the model in place; returns a row an epoch: epoch, loss (mean), acc (percent of the images held out).
 
+    Crops have the size of the images held out, which may be smaller than the training images.
     `identity` is what else decides the result (net, data set, images left out): plain values, kept with the state.
     After each epoch all state is in `state_file`, whole or the epoch before's; `resume` goes on from there and ends
     with the same weights as a run that was never stopped. Raises InputError where the file belongs to another recipe
@@ -60,23 +64,33 @@ def fit(
     if recipe.precision == "bf16" and device.type != "cuda":
         raise InputError("--precision bf16 needs a CUDA GPU (a CPU without its instructions is far slower); use fp32")
     model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
+    optimizer = _optimizer(model, recipe)
     scheduler = _scheduler(optimizer, recipe, len(train))
     settings = dataclasses.asdict(recipe) | {"seed": seed} | (identity or {})
-    history = _restore(state_file, settings, model, optimizer, scheduler) if resume else []
+    history, best = _restore(state_file, settings, model, optimizer, scheduler) if resume else ([], None)
+    crop = held_out.images.shape[-1] if isinstance(held_out.images, Tensor) else held_out.images.size
     for epoch in range(len(history), recipe.epochs):
         generator = seeds.generator(seed, "pretrain", epoch)
         with seeds.drawing(device, seed, "dropout", epoch):
-            loss = _epoch(model, train, recipe, optimizer, scheduler, generator, progress)
-        found = evaluate.predict(model, test.images, batch_size=test_batch_size)
-        history.append({"epoch": epoch + 1, "loss": loss, "acc_test": evaluate.accuracy(found, test.labels)})
-        _keep(state_file, settings, model, optimizer, scheduler, history)
+            loss = _epoch(model, train, crop, recipe, optimizer, scheduler, generator, progress)
+        found = evaluate.predict(model, held_out.images, batch_size=test_batch_size)
+        history.append({"epoch": epoch + 1, "loss": loss, "acc": evaluate.accuracy(found, held_out.labels)})
+        if recipe.keep_best and history[-1]["acc"] > max((row["acc"] for row in history[:-1]), default=-1):
+            best = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        _keep(state_file, settings, model, optimizer, scheduler, history, best)
         if on_epoch:
             on_epoch(history[-1])
+    if recipe.keep_best:
+        model.load_state_dict(best)
     model.eval()
     return history
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), **options)
+    return torch.optim.SGD(model.parameters(), momentum=recipe.momentum, **options)
 
 
 def _scheduler(
@@ -91,6 +105,7 @@ def _scheduler(
 def _epoch(
     model: nn.Module,
     train: Split,
+    crop: int,
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
@@ -102,12 +117,14 @@ def _epoch(
     total = torch.zeros((), device=device)
     model.train()
     for indices in torch.randperm(len(train), generator=generator).split(recipe.batch_size):
-        images = augment(train.images[indices].to(device), recipe.crop_padding, recipe.flip, generator)
+        images = augment(train.images[indices].to(device), recipe.crop_padding, recipe.flip, generator, crop)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             logits = model(as_pixels(images))
         loss = F.cross_entropy(logits.float(), train.labels[indices], label_smoothing=recipe.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
+        if recipe.clip_value is not None:
+            nn.utils.clip_grad_value_(model.parameters(), recipe.clip_value)
         optimizer.step()
         scheduler.step()
         total += loss.detach() * len(indices)
@@ -119,11 +136,18 @@ def _epoch(
     return mean
 
 
-def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Each of the images (n, 3, H, W) cropped at a place of its own from itself with a border, and mirrored or not."""
+def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator, size: int | None = None) -> Tensor:
+    """Each of the images (n, 3, H, W) cropped at a place of its own from itself with a border, and mirrored or not.
+
+    The crop is (size, size), by default the images' own size.
+    """
     count, _, height, width = images.shape
-    top, left = torch.randint(2 * padding + 1, (2, count, 1), generator=generator)
-    rows, columns = top + torch.arange(height), left + torch.arange(width)  # (n, H), (n, W)
+    high, wide = (size, size) if size else (height, width)
+    places = [height - high + 2 * padding + 1, width - wide + 2 * padding + 1]
+    if min(places) < 1:
+        raise InputError(f"images of {height} x {width} pixels are too small for crops of {high} x {wide}")
+    top, left = (torch.randint(count_of, (count, 1), generator=generator) for count_of in places)
+    rows, columns = top + torch.arange(high), left + torch.arange(wide)  # (n, high), (n, wide)
     if flip:
         mirrored = torch.rand(count, 1, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
@@ -133,22 +157,23 @@ def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator
     return picked[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _keep(state_file: Path, settings: dict[str, object], model, optimizer, scheduler, history) -> None:
+def _keep(state_file: Path, settings: dict[str, object], model, optimizer, scheduler, history, best) -> None:
     state = {
         "settings": settings,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
         "history": history,
+        "best": best,
     }
     with atomic(state_file) as part:
         torch.save(state, part)
 
 
-def _restore(state_file: Path, settings: dict[str, object], model, optimizer, scheduler) -> list[dict[str, float]]:
-    """Load what `_keep` wrote; returns the history so far, empty where there is nothing to go on from."""
+def _restore(state_file: Path, settings: dict[str, object], model, optimizer, scheduler) -> tuple[list, dict | None]:
+    """Load what `_keep` wrote; returns history and best weights so far, none where there is nothing to go on from."""
     if not state_file.exists():
-        return []
+        return [], None
     try:
         state = torch.load(state_file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -158,4 +183,4 @@ def _restore(state_file: Path, settings: dict[str, object], model, optimizer, sc
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
-    return state["history"]
+    return state["history"], state["best"]
