@@ -106,8 +106,8 @@ def load(opts: argparse.Namespace, device) -> Setup:
     images = images.to(device)
     classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std).to(device)
     evaluate.check_fit(classifier, images.train.images, images.num_classes)
-    trained_on = checkpoint.metadata_value(classifier.metadata, "train_sha256")
-    evaluate.check_split(images, trained_on, classifier.source)
+    told = {name: checkpoint.metadata_value(classifier.metadata, name) for name in classifier.metadata}
+    evaluate.check_trained_on(images, told, classifier.source)
     sample = opts.retain_sample
     return Setup(
         images,

@@ -69,10 +69,21 @@ def check_fit(model: nn.Module, images: Tensor | FolderImages, num_classes: int)
         raise InputError(f"the model tells {classes} classes apart, the data set has {num_classes}")
 
 
-def check_split(images: Images, train_sha256: str | None, source: str) -> None:
-    """Raise InputError where weights tell which images they were trained on, and it is not this training split."""
-    if train_sha256 and images.train_sha256 and train_sha256 != images.train_sha256:
+def check_trained_on(images: Images, told: dict[str, object], source: str) -> None:
+    """Raise InputError where a split is made here and weights tell (None: nothing) that they were trained on another.
+
+    told  what the file of the weights says under the names of `images.facts` and train_sha256
+    """
+    if not images.train_sha256:
+        return
+    for name, value in images.facts.items():
+        if told.get(name) not in (None, value):
+            raise InputError(
+                f"{source} was trained with --{name.replace('_', '-')} {told[name]}, not {value}; give that, or train "
+                f"a classifier for {value}"
+            )
+    if told.get("train_sha256") not in (None, images.train_sha256):
         raise InputError(
-            f"{source} was trained on another split of {images.name}, so its training images may be test images here; "
-            f"give the --split-seed and the images that it was trained with"
+            f"{source} was trained on other images of {images.name}, which may be among the test images here; "
+            f"take the folder of images that it was trained with"
         )
