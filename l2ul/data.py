@@ -1,6 +1,6 @@
 """Data sets as pixels in [0,1]: small ones as uint8 tensors that live on the device, image folders as streams."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +17,6 @@ from l2ul import ProgressBar
 from l2ul.errors import InputError
 from l2ul.storage import DiskImages
 
-CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
-KNOWN = ("digits", *CIFAR, "utkface")  # held whole in memory; every other name is a folder of images
 WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # the 1,000 classes of ImageNet-1k, in order
 
 
@@ -123,6 +121,10 @@ def batches(
         yield as_pixels(batch.to(device, non_blocking=device.type == "cuda"))
 
 
+Loader = Callable[..., Images]
+LOADERS: dict[str, Loader] = {}  # every other name is a folder of images
+
+
 def load(
     name: str,
     data_dir: Path,
@@ -142,16 +144,43 @@ def load(
     even where some are absent. UTKFace takes age_grouping, split_seed, whole_train, workers and progress, see utkface.
     Raises InputError where there is no such data set or it cannot be had.
     """
-    if name == "digits":
-        return _digits()
-    if name in CIFAR:
-        return _cifar(name, Path(data_dir), download)
-    if name == "utkface":
-        from l2ul import utkface
-
-        options = {"split_seed": split_seed, "whole_train": whole_train, "workers": workers, "progress": progress}
-        return utkface.load(data_dir, age_grouping, image_size=image_size or 128, **options)
+    options = {"image_size": image_size, "age_grouping": age_grouping, "split_seed": split_seed}
+    options |= {"whole_train": whole_train, "workers": workers, "download": download, "progress": progress}
+    if name in LOADERS:
+        return LOADERS[name](Path(data_dir), **options)
     return _image_folder(name, Path(data_dir) / name, image_size or 224)
+
+
+def dataset(name: str) -> Callable[[Loader], Loader]:
+    """Register the function below as the data set `name`: it gets the data folder and, by keyword, what `load` does."""
+
+    def register(loader: Loader) -> Loader:
+        LOADERS[name] = loader
+        return loader
+
+    return register
+
+
+@dataset("digits")
+def _load_digits(data_dir: Path, **options) -> Images:
+    return _digits()
+
+
+@dataset("cifar10")
+def _load_cifar10(data_dir: Path, *, download: bool, **options) -> Images:
+    return _cifar("cifar10", datasets.CIFAR10, data_dir, download)
+
+
+@dataset("cifar100")
+def _load_cifar100(data_dir: Path, *, download: bool, **options) -> Images:
+    return _cifar("cifar100", datasets.CIFAR100, data_dir, download)
+
+
+@dataset("utkface")
+def _load_utkface(data_dir: Path, *, age_grouping: str, image_size: int | None, download: bool, **options) -> Images:
+    from l2ul import utkface
+
+    return utkface.load(data_dir, age_grouping, image_size=image_size or 128, **options)
 
 
 def _digits() -> Images:
@@ -167,8 +196,7 @@ def _digits() -> Images:
     return Images("digits", 10, [str(d) for d in range(10)], train, Split(images[test], labels[test]))
 
 
-def _cifar(name: str, data_dir: Path, download: bool) -> Images:
-    kind = CIFAR[name]
+def _cifar(name: str, kind: type[datasets.CIFAR10], data_dir: Path, download: bool) -> Images:
     folder = data_dir / kind.base_folder
     try:
         with _short_patience():
@@ -199,7 +227,7 @@ def _short_patience(seconds: float = 30) -> Iterator[None]:
 def _image_folder(name: str, folder: Path, size: int) -> Images:
     if not (folder / "train").is_dir():
         raise InputError(
-            f"there is no data set {name!r}: expected {', '.join(KNOWN)}, or the name of a folder of images with "
+            f"there is no data set {name!r}: expected {', '.join(LOADERS)}, or the name of a folder of images with "
             f"train and val in it, and there is no {folder / 'train'}"
         )
     held_out = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), folder / "val")

@@ -22,6 +22,33 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a metric is computed from: an unlearned model and, by part, true labels and classes before and after.
+
+    The parts are forget, retain, test and, in a continual run, forget_earlier; tensors (N,) on the CPU.
+    """
+
+    model: nn.Module
+    labels: dict[str, Tensor]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+
+Metric = Callable[[Measured], float]
+METRICS: dict[str, Metric] = {}  # beside the accuracies, under their names in every record
+
+
+def metric(name: str) -> Callable[[Metric], Metric]:
+    """Register the function below as the metric `name`; null in the record where a run diverged."""
+
+    def register(function: Metric) -> Metric:
+        METRICS[name] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
 class Measuring:
     """How nets are measured on the data set of a setup: `batch_size` images at once, decoded by so many workers."""
 
@@ -75,7 +102,11 @@ class Measuring:
         predictions = {f"{part}_{when}": found for when, parts in called.items() for part, found in parts.items()}
         if self.setup.retain_sample is not None:
             predictions["retain_indices"] = self.stand_in[self._kept(run, self.stand_in)]
-        return self._accuracies(run, labels, called), predictions
+        row = self._accuracies(run, labels, called) | dict.fromkeys(METRICS)
+        if after:
+            measured = Measured(model, labels, called["before"], called["after"])
+            row |= {name: function(measured) for name, function in METRICS.items()}
+        return row, predictions
 
     def _accuracies(self, run: Run, labels: dict[str, Tensor], called: dict[str, dict[str, Tensor]]) -> dict:
         row = dict.fromkeys(("acc_forget_earlier", "acc_relabel", "acc_retain_low", "acc_retain_high"))

@@ -41,6 +41,7 @@ DEFAULTS = {
         "batch_size": 16,
         "adv_batch_size": 128,
         "max_passes": 100,
+        "adv_dtype": "uint8",  # ours: 4 times smaller than float32
     },
 }
 COMMON_DEFAULTS = {
@@ -143,7 +144,8 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
     _add(
         group,
         "--model",
-        "resnet18|34|50, resnet18|34|50_cifar100, resnet20|32|44|56, torchvision:NAME or hf:NAME_OR_FOLDER",
+        "resnet18|34|50, resnet18|34|50_cifar100, resnet20|32|44|56, mobilenet_v2, squeezenet1_1, densenet121, "
+        "torchvision:NAME or hf:NAME_OR_FOLDER",
         metavar="NAME",
         **({"default": model} if model else {}),
     )

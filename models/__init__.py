@@ -1,7 +1,8 @@
 """The classifiers: `build` an untrained one, `load` a trained one, `save` it. All take pixels in [0,1], give logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +10,19 @@ from torch import Tensor, nn
 from l2ul.errors import InputError
 from l2ul.files import atomic, file_sha256
 from models import checkpoint as checkpoints
-from models import huggingface, resnet, resnet_cifar100, resnet_small, zoo
+from models import huggingface, resnet, resnet_cifar100, resnet_small, stems, zoo
 from models.classifier import Classifier, Normalize
 
-OWN = {name: family for family in (resnet, resnet_cifar100, resnet_small) for name in family.NAMES}
+OWN = {name: family for family in (resnet, resnet_cifar100, resnet_small, stems) for name in family.NAMES}
 
-__all__ = ["OWN", "Classifier", "build", "check_name", "load", "load_saved", "save", "saved_suffix"]
+__all__ = ["OWN", "Classifier", "build", "check_name", "load", "load_saved", "register", "save", "saved_suffix"]
+
+
+def register(
+    name: str, build: Callable[[int], nn.Module], mean: Sequence[float] = (0, 0, 0), std: Sequence[float] = (1, 1, 1)
+) -> None:
+    """Make `name` a model: `build` gets the number of classes and gives a net that takes normalised images."""
+    OWN[name] = SimpleNamespace(MEAN=mean, STD=std, build=lambda name, num_classes: build(num_classes))
 
 
 def check_name(name: str) -> None:

@@ -148,8 +148,7 @@ def test_set_is_called_its_targets(trained):
 
 def test_targets_are_uniform_over_the_other_classes():
     labels = torch.arange(CLASSES).repeat(40)
-    images = torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8)
-    _, targets = attack._draws(images, labels, CLASSES, 20, seed=0)
+    targets = attack.random_targets(labels, CLASSES, 20, seed=0)
     own = labels.repeat_interleave(20)
     assert (targets != own).all()
     counts = torch.zeros(CLASSES, CLASSES).index_put_((own, targets), torch.ones(len(own)), accumulate=True)
@@ -159,8 +158,8 @@ def test_targets_are_uniform_over_the_other_classes():
 
 
 def test_two_classes_leave_one_target():
-    images, labels = torch.zeros(6, 3, 1, 1, dtype=torch.uint8), torch.tensor([0, 1, 0, 1, 1, 0])
-    _, targets = attack._draws(images, labels, 2, 3, seed=0)
+    labels = torch.tensor([0, 1, 0, 1, 1, 0])
+    targets = attack.random_targets(labels, 2, 3, seed=0)
     assert torch.equal(targets, 1 - labels.repeat_interleave(3))
 
 

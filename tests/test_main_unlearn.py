@@ -15,7 +15,7 @@ import test_data
 import torch
 import torchvision
 
-from l2ul import attack, data, experiment, methods, options, records
+from l2ul import attack, data, forget, measuring, methods, options, records, runs
 from l2ul.errors import InputError
 import main_unlearn
 import models
@@ -33,8 +33,8 @@ def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
     code, out, err = run()
     assert code == 0, err
     by_method = {record["method"]: record for record in found(tmp_path).values()}
-    assert set(by_method) == set(methods.METHODS)
-    assert [line.split()[0] for line in out.splitlines()[2:7]] == list(methods.METHODS)
+    assert set(by_method) == set(methods.METHODS) - {"correct"}
+    assert [line.split()[0] for line in out.splitlines()[2:8]] == methods.of_goal("misclassify")
     for name, record in by_method.items():
         assert list(record)[: len(records.KEYS)] == list(records.KEYS)
         assert (
@@ -47,6 +47,11 @@ def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
         assert (record["reg_lamb"] is None) == (name != "adv_imp")
         assert (record["pgd_eps"] is None) == (name not in ("adv", "adv_imp"))
         assert (record["seconds_attack"] > 0) == (name in ("adv", "adv_imp"))
+        assert (record["adv_success"] is None) == (name not in ("adv", "adv_imp"))
+        assert (record["unlearn_lr"] is None) == (name in ("before", "rawp"))
+        assert (record["noise_growth"] is None) == (name != "rawp")
+        assert record["checkpoint"] == "digits_resnet20.safetensors"
+        assert record["acc_retain_low"] is record["acc_forget_earlier"] is record["acc_relabel"] is None
         assert record["continual_step"] is None
         assert record["acc_test_before"] == by_method["before"]["acc_test"]
     for identity, record in found(tmp_path).items():
@@ -69,7 +74,7 @@ def test_what_is_recorded_is_not_done_again_and_rerun_gives_the_same(run, tmp_pa
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     code, out, _ = run()
     assert code == 0
-    assert "0 runs to do, 5 done" in out
+    assert "0 runs to do, 6 done" in out
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     assert run("--rerun")[0] == 0
     again = found(tmp_path)
@@ -77,23 +82,23 @@ def test_what_is_recorded_is_not_done_again_and_rerun_gives_the_same(run, tmp_pa
     for identity, record in again.items():
         assert but_for_costs(record) == but_for_costs(first[identity])
     # what a method does not use does not make it run again
-    assert "2 runs to do, 3 done" in run("--pgd-eps", 1.0, "--dry-run")[1]
-    assert "1 runs to do, 4 done" in run("--reg-lamb", 2.0, "--dry-run")[1]
-    assert "5 runs to do, 0 done" in run("--seed", 1, "--dry-run")[1]
+    assert "2 runs to do, 4 done" in run("--pgd-eps", 1.0, "--dry-run")[1]
+    assert "1 runs to do, 5 done" in run("--reg-lamb", 2.0, "--dry-run")[1]
+    assert "6 runs to do, 0 done" in run("--seed", 1, "--dry-run")[1]
     damaged = next((tmp_path / "runs").glob("*.json"))
     damaged.write_text("{")
-    assert "1 runs to do, 4 done" in run()[1]
+    assert "1 runs to do, 5 done" in run()[1]
     assert json.loads(damaged.read_text())["method"]
 
 
 def test_one_attack_and_one_measurement_of_before_serve_all_runs_of_a_seed(run, tmp_path, monkeypatch):
     sizes, measured = [], []
-    true_set, true_predict = attack.adversarial_set, experiment.Experiment.predict
+    true_set, true_predict = attack.adversarial_set, measuring.Measuring.predict
     monkeypatch.setattr(
         attack, "adversarial_set", lambda m, x, *a, **o: sizes.append(len(x)) or true_set(m, x, *a, **o)
     )
     monkeypatch.setattr(
-        experiment.Experiment, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
+        measuring.Measuring, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
     )
     code, _, err = run("--unlearn-k", 4, 2, "--method", "before", "adv", "adv_imp")
     assert code == 0, err
@@ -126,7 +131,7 @@ def test_relabels_and_takes_files(run, tmp_path, few_digits):
         "--relabel_file",
         tmp_path / "labels.txt",
     ]
-    code, _, err = run(*arguments, "--unlearn-k", 3, "--method", "neggrad", "--max-passes", 60, "--unlearn-lr=0.02")
+    code, _, err = run(*arguments, "--unlearn-k", 3, "--method", "correct", "--max-passes", 60, "--unlearn-lr=0.02")
     assert code == 0, err
     ((identity, record),) = found(tmp_path).items()
     assert (record["goal"], record["k"], record["status"], record["acc_relabel"]) == ("relabel", 3, "forgotten", 100.0)
@@ -174,7 +179,7 @@ def test_unlearns_images_of_a_folder(script, tmp_path):
     assert code == 0, err
     for record in found(tmp_path).values():
         assert (record["num_train"], record["num_test"], record["image_size"]) == (6, 6, 64)
-    assert len(found(tmp_path)) == 5
+    assert len(found(tmp_path)) == 6
 
 
 def test_a_diverged_run_has_no_accuracy(run, tmp_path):
@@ -190,7 +195,7 @@ def test_a_diverged_run_has_no_accuracy(run, tmp_path):
 def test_defaults_a_data_set_are_the_released_ones():
     def given(dataset):
         opts = main_unlearn.parse(["--dataset", dataset])
-        return {name: getattr(opts, name) for name in ("model", *experiment.HYPER_PARAMETERS)}
+        return {name: getattr(opts, name) for name in ("model", *runs.HYPER_PARAMETERS)}
 
     expected = {
         "model": "resnet18",
@@ -206,20 +211,24 @@ def test_defaults_a_data_set_are_the_released_ones():
         "pgd_alpha": 0.1,
         "pgd_iter": 100,
         "reg_lamb": 1.0,
+        "noise_growth": 0.01,
+        "adv_dtype": "float32",
     }
     assert given("cifar10") == expected
     hundred = {"model": "resnet50_cifar100", "num_adv_images": 200, "max_passes": 100}
     assert given("cifar100") == expected | hundred
     large = {"model": "torchvision:resnet50", "batch_size": 16, "adv_batch_size": 128}
-    assert given("imagenet") == expected | hundred | large
+    assert given("imagenet") == expected | hundred | large | {"adv_dtype": "uint8"}
+    faces = {"model": "resnet18_cifar100", "pgd_eps": 2.0, "num_adv_images": 300, "batch_size": 128}
+    assert given("utkface") == expected | faces | {"adv_batch_size": 128}
 
 
 def test_help_shows_groups_and_defaults(run, capsys):
     code, out, _ = run("--help")
     assert code == 0
     assert "adversarial examples" in out
-    assert "L2 norm over pixels in [0,1] (default: 4.0)" in " ".join(out.split())
-    assert all(f"--{name.replace('_', '-')}" in out for name in experiment.HYPER_PARAMETERS)
+    assert "L2 norm over pixels in [0,1] (default: 4.0; utkface: 2.0)" in " ".join(out.split())
+    assert all(f"--{name.replace('_', '-')}" in out for name in runs.HYPER_PARAMETERS)
 
 
 def test_library_knows_no_command_line():

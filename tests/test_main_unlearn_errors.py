@@ -6,7 +6,7 @@ import test_data
 import torch
 import torchvision
 
-from l2ul import data, experiment
+from l2ul import experiment, forget
 import main_unlearn
 
 

@@ -69,7 +69,7 @@ def test_normalisation_is_the_first_layer():
     ("name", "complaint"),
     [
         ("resnet19", "unknown model 'resnet19': expected one of resnet18"),
-        ("mobilenet_v2", "did you mean torchvision:mobilenet_v2"),
+        ("vgg16", "did you mean torchvision:vgg16"),
         ("torchvision:nothing", "unknown model"),
         ("hf:", "unknown model"),
     ],

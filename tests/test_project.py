@@ -9,7 +9,7 @@ import tomllib
 from conftest import ROOT
 import pytest
 
-from l2ul import experiment, methods, options
+from l2ul import methods, options, runs
 import main_unlearn
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -97,7 +97,7 @@ def test_shell_script_has_the_settings_of_the_released_ones(monkeypatch):
     for head, tail in calls:
         words = [values.get(word.strip('"'), word) for word in f"{head} {tail}".split()]
         given, default = main_unlearn.parse(words), main_unlearn.parse(words[:2])
-        differing = {n for n in experiment.HYPER_PARAMETERS if getattr(given, n) != getattr(default, n)}
+        differing = {n for n in runs.HYPER_PARAMETERS if getattr(given, n) != getattr(default, n)}
         assert differing == ({"adv_batch_size", "max_passes"} if "hf:" in head else set()), head
     for variable, flag in (("EPS", "pgd_eps"), ("ALPHA", "pgd_alpha"), ("ITERATIONS", "pgd_iter")):
         assert float(re.search(rf"{variable}=\$\{{{variable}:-([^}}]+)\}}", script)[1]) == options.COMMON_DEFAULTS[flag]

@@ -9,8 +9,9 @@ from torch import nn
 import torch.nn.functional as F
 
 from l2ul import attack, importance, methods, objective
-from l2ul.data import Split, random_new_labels
+from l2ul.data import Split
 from l2ul.errors import InputError
+from l2ul.forget import random_new_labels
 from l2ul.unlearn import Settings, max_steps, unlearn
 
 K, DRAWS = 3, 5  # three classes of five: a net that calls everything one class can forget them too
@@ -101,7 +102,7 @@ def test_forgets_and_leaves_the_original_alone(request_, method, bn):
     assert kept == (bn == "eval")
 
 
-@pytest.mark.parametrize("method", ["neggrad", "oracle", "adv", "adv_imp"])
+@pytest.mark.parametrize("method", ["correct", "oracle", "adv", "adv_imp"])
 def test_relabels(request_, method):
     new = random_new_labels(request_["labels"], CLASSES, seed=0)
     outcome = unlearn(method=method, **request_, new_labels=new, settings=Settings(**FAST))
@@ -146,7 +147,7 @@ def test_gives_up_at_the_cap(request_):
     settings = Settings(batch_size=4, adv_batch_size=16, unlearn_lr=1e-9, max_passes=3)
     outcome = unlearn(method="adv", **request_, settings=settings)
     assert outcome.status == "cap"
-    assert outcome.steps == 3 * math.ceil(K * DRAWS / 16) == max_steps(K, K * DRAWS, settings)
+    assert outcome.steps == 3 * math.ceil(K * DRAWS / 16) == max_steps(methods.get("adv"), K, K * DRAWS, settings)
     assert unlearn(method="neggrad", **request_, settings=settings).steps == 3 * math.ceil(K / 4)
 
 
@@ -182,5 +183,33 @@ def test_makes_what_a_method_needs_and_says_what_is_missing(trained):
 
 
 def test_summary_of_each_method_is_one_line():
-    assert list(methods.METHODS) == ["before", "neggrad", "oracle", "adv", "adv_imp"]
+    assert list(methods.METHODS) == ["before", "neggrad", "correct", "rawp", "oracle", "adv", "adv_imp"]
     assert all(method.summary and "\n" not in method.summary for method in methods.METHODS.values())
+
+
+def test_methods_of_one_goal_are_refused_for_the_other(request_):
+    new = random_new_labels(request_["labels"], CLASSES, seed=0)
+    for method in ("neggrad", "rawp"):
+        with pytest.raises(InputError, match=f"method {method} is not for the goal relabel; expected one of before"):
+            unlearn(method=method, **request_, new_labels=new)
+    with pytest.raises(InputError, match="method correct is not for the goal misclassify"):
+        unlearn(method="correct", **request_)
+
+
+def test_rawp_draws_noise_of_the_size_it_says_until_all_is_forgotten_or_the_cap(request_):
+    settings = Settings(max_passes=40, noise_growth=0.2, seed=3)
+    outcome = unlearn(method="rawp", **request_, settings=settings)
+    assert outcome.status in ("forgotten", "cap")
+    assert outcome.steps == len(outcome.curve) <= 40
+    given = dict(request_["model"].named_parameters())
+    sigma = 0.2 * outcome.steps
+    for name, found in outcome.model.named_parameters():
+        scale = given[name].square().mean().sqrt()
+        if found.numel() >= 100:
+            assert ((found - given[name]).std() / scale).item() == pytest.approx(sigma, rel=0.25)
+    for name, buffer in outcome.model.named_buffers():
+        assert torch.equal(buffer, dict(request_["model"].named_buffers())[name])
+    again = unlearn(method="rawp", **request_, settings=settings)
+    assert again.curve == outcome.curve
+    capped = unlearn(method="rawp", **request_, settings=Settings(max_passes=2, noise_growth=1e-6))
+    assert (capped.status, capped.steps) == ("cap", 2)

@@ -1,0 +1,77 @@
+"""D_adv in a file: the same examples as in memory, and 8-bit ones that are valid images."""
+
+from conftest import CLASSES
+import pytest
+import torch
+
+from l2ul import attack, evaluate, storage
+from l2ul.data import Split
+from l2ul.errors import InputError
+from l2ul.unlearn import Settings, unlearn
+
+SET = {"num_adv_images": 4, "eps": 2.0, "alpha": 0.3, "steps": 5, "seed": 1}
+
+
+@pytest.fixture
+def on_disk(monkeypatch):
+    monkeypatch.setattr(storage, "IN_MEMORY", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
+def test_a_file_holds_what_memory_holds(trained, tmp_path, on_disk, dtype):
+    model, images, labels = trained
+    expected, targets = attack.adversarial_set(model, images[:6], labels[:6], CLASSES, **SET, dtype=dtype)
+    found, same = attack.adversarial_set(
+        model, images[:6], labels[:6], CLASSES, **SET, dtype=dtype, folder=tmp_path, batch_size=7
+    )
+    assert isinstance(found, storage.DiskImages)
+    assert (found.shape, len(found), found.dtype) == (expected.shape, 24, dtype)
+    assert torch.equal(targets, same)
+    some = torch.tensor([23, 0, 7, 7])
+    tolerance = 1.01 if dtype == torch.uint8 else 1e-3 if dtype == torch.float16 else 1e-5
+    assert (found[some].double() - expected[some].double()).abs().max() < tolerance
+    head = found[:8]
+    assert (len(head), len(found)) == (8, 24)
+    assert torch.equal(head[torch.tensor([7])], found[torch.tensor([7])])
+    assert not list(tmp_path.iterdir())  # a file without a name: nothing is left behind
+    called = evaluate.predict(model, found, batch_size=5)
+    assert torch.equal(called, evaluate.predict(model, found[torch.arange(24)], batch_size=5))
+
+
+def test_eight_bits_are_the_nearest(trained):
+    model, images, labels = trained
+    exact, _ = attack.adversarial_set(model, images[:3], labels[:3], CLASSES, **SET)
+    rounded, _ = attack.adversarial_set(model, images[:3], labels[:3], CLASSES, **SET, dtype=torch.uint8)
+    assert (rounded.float() / 255 - exact).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_unlearns_with_examples_from_a_file(trained, tmp_path, on_disk):
+    model, images, labels = trained
+    made = attack.adversarial_set(model, images[:4], labels[:4], CLASSES, **SET, folder=tmp_path)
+    settings = Settings(unlearn_lr=0.01, batch_size=4, adv_batch_size=8, max_passes=3)
+    outcome = unlearn(model, images[:4], labels[:4], "adv", adv=made, settings=settings)
+    in_memory = made[0][torch.arange(16)], made[1]
+    again = unlearn(model, images[:4], labels[:4], "adv", adv=in_memory, settings=settings)
+    assert outcome.curve == again.curve
+    assert len(Split(*made)) == 16
+
+
+def test_a_full_disk_is_said_before_the_attack(trained, tmp_path, on_disk, monkeypatch):
+    model, images, labels = trained
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr(attack, "pgd_l2", None)
+    with pytest.raises(InputError, match="the adversarial examples take .* GiB, and .* has 0.0 GiB left; make room"):
+        attack.adversarial_set(model, images[:4], labels[:4], CLASSES, **SET, folder=tmp_path)
+
+
+def test_small_sets_stay_in_memory(trained, tmp_path):
+    model, images, labels = trained
+    made, _ = attack.adversarial_set(model, images[:2], labels[:2], CLASSES, **SET, folder=tmp_path / "none")
+    assert isinstance(made, torch.Tensor)
+    assert not (tmp_path / "none").exists()
+
+
+def test_large_images_are_attacked_in_smaller_batches():
+    assert attack.default_batch_size(torch.zeros(1, 3, 32, 32)) == 8 * attack.default_batch_size(
+        torch.zeros(1, 3, 224, 224)
+    )
