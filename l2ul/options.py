@@ -1,12 +1,10 @@
 """The flags that the scripts share, in groups, and their defaults for each data set."""
 
 import argparse
-from collections.abc import Callable, Sequence
-import math
 from pathlib import Path
-import sys
 
 from l2ul import data, methods, objective, unlearn
+from l2ul.parsing import Parser, finite_float, nonnegative_float, nonnegative_int, positive_float, positive_int
 from l2ul.pretrain import PRECISIONS, SCHEDULES, Recipe
 from l2ul.running import progress
 from l2ul.storage import DTYPES
@@ -67,51 +65,6 @@ COMMON_DEFAULTS = {
 def default(dataset: str, flag: str) -> object:
     """The value of a flag that was not given, for a data set."""
     return DEFAULTS.get(dataset, {}).get(flag, COMMON_DEFAULTS[flag])
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser that takes `_` for `-` in every flag, and says what is wrong in one sentence."""
-
-    def __init__(self, description: str, **options):
-        super().__init__(
-            description=description,
-            allow_abbrev=False,
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
-            **options,
-        )
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        return super().parse_known_args([_dashed(word) for word in (sys.argv[1:] if args is None else args)], namespace)
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def _dashed(word: str) -> str:
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
-
-
-def _number(kind: Callable[[str], float], low: float, strict: bool, expected: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if isinstance(value, int) and abs(value) > 2**63 - 1:
-            value = math.nan
-        if not (math.isfinite(value) and (value > low if strict else value >= low)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected {expected}")
-        return value
-
-    return parse
-
-
-finite_float = _number(float, -math.inf, False, "a number")
-positive_float = _number(float, 0, True, "a number above 0")
-nonnegative_float = _number(float, 0, False, "a number of at least 0")
-positive_int = _number(int, 1, False, "a whole number of at least 1")
-nonnegative_int = _number(int, 0, False, "a whole number of at least 0")
 
 
 def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) -> None:

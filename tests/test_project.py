@@ -36,7 +36,8 @@ def test_constraints_are_equal_in_both_places_and_cover_what_is_asked_for():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert pins == PROJECT["tool"]["uv"]["constraint-dependencies"]
-    asked = PROJECT["project"]["dependencies"] + PROJECT["dependency-groups"]["dev"]
+    extras = sum(PROJECT["project"]["optional-dependencies"].values(), [])
+    asked = PROJECT["project"]["dependencies"] + extras + PROJECT["dependency-groups"]["dev"]
     assert [split(pin)[0] for pin in pins] == [split(line)[0] for line in asked]
 
 
