@@ -86,3 +86,29 @@ def test_bad_hugging_face_folders(vit_folder, tmp_path):
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="lacks weights of its own net .classifier.weight"):
         models.load(f"hf:{tmp_path}", 10)
+
+
+@pytest.mark.parametrize("resample", [2, 3])
+def test_gradients_equal_those_through_the_processors_own_resize(tmp_path, resample):
+    import transformers
+
+    size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    net = transformers.ViTForImageClassification(
+        transformers.ViTConfig(image_size=96, patch_size=16, num_labels=10, **size)
+    )
+    net.eval().save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 96, "width": 96}, resample=resample).save_pretrained(tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    # bicubic overshoots at hard edges: there pixels are clamped here, as they are where the processor gets 8 bits
+    images = 0.4 + 0.2 * torch.rand(2, 3, 32, 32)
+
+    def gradient(logits_of):
+        pixels = images.clone().requires_grad_()
+        (found,) = torch.autograd.grad(logits_of(pixels).logsumexp(1).sum(), pixels)
+        return found
+
+    ours = gradient(models.load(f"hf:{tmp_path}", 10))
+    theirs = gradient(lambda x: net(processor(x, return_tensors="pt", do_rescale=False)["pixel_values"]).logits)
+    assert theirs.abs().max() > 0
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
