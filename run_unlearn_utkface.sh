@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The age groups of UTKFace: pretrain where there are no weights yet, then unlearn, all five groupings one after the
-# other; further arguments go to every main_unlearn.py:
+# other, then their tables; further arguments go to every main_unlearn.py:
 #     bash run_unlearn_utkface.sh
 #     GROUPINGS="TNN MFD" SEEDS="0" K="16" bash run_unlearn_utkface.sh --dry-run
 #     IMAGE_SIZE=32 EPOCHS=2 K=16 ADV=5 ITERATIONS=10 SEEDS=0 bash run_unlearn_utkface.sh     # on a CPU, to try it
@@ -52,4 +52,9 @@ for grouping in $GROUPINGS; do
         failed=1
     }
 done
+
+case " $* " in
+    *" --dry-run "*) ;;
+    *) compgen -G "$RESULTS/runs/*.json" > /dev/null && $PYTHON main_tables.py --result-dir "$RESULTS" ;;
+esac
 exit "$failed"

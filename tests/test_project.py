@@ -1,6 +1,7 @@
 """The project's own files say the same thing in each place they say it, and the README tells the truth."""
 
 import os
+from pathlib import Path
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import tomllib
 from conftest import ROOT
 import pytest
 
-from l2ul import methods, options, runs
+from l2ul import methods, runs, utkface
 import main_unlearn
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -75,30 +76,63 @@ def test_files_stay_small_and_name_no_place_of_one_machine():
             assert "index" + "-url" not in text, name
 
 
-def test_shell_script_says_what_is_missing_and_goes_on(tmp_path):
-    words = ["bash", str(ROOT / "run_unlearn_cifar_imagenet.sh"), "--dry-run"]
-    stub = tmp_path / "stub"  # stands for python: notes how it was called, and has no data for two of four
-    stub.write_text(f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/calls\ncase "$*" in *cifar100*) exit 2;; esac\n')
+def shell(script, folder, answer="", **variables):
+    """Run a shell script with a stub for python, which notes how it was called; `answer` is shell code of the stub."""
+    stub = folder / "stub"
+    stub.write_text(f'#!/usr/bin/env bash\necho "$@" >> {folder}/calls\n{answer}\n')
     stub.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(stub), "SEEDS": "0 1", "K": "16"}
+    words, environment = ["bash", str(ROOT / script), "--dry-run"], os.environ | {"PYTHON": str(stub)} | variables
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    calls = (folder / "calls").read_text().splitlines()
+    return done, calls
+
+
+def test_shell_script_says_what_is_missing_and_goes_on(tmp_path):
+    answer = 'case "$*" in *cifar100*) exit 2;; esac'  # no data for two of the experiments
+    done, calls = shell("run_unlearn_cifar_imagenet.sh", tmp_path, answer, SEEDS="0 1", K="16")
     assert done.returncode == 1
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert [line.split("--dataset ")[1].split()[0] for line in calls] == ["cifar10", "cifar100", "cifar100", "imagenet"]
-    assert all("--seed 0 1 --method before" in line and line.endswith("--dry-run") for line in calls)
+    experiments = ["cifar10", "cifar100", "cifar100", "imagenet"] + ["cifar10"] * 6 + ["imagenet"]
+    assert [line.split("--dataset ")[1].split()[0] for line in calls] == experiments
+    assert all("--seed 0 1 " in line and line.endswith("--dry-run") for line in calls)
     assert done.stderr.count("was not run (exit code 2)") == 2
     assert "main_pretrain_cifar100_resnet50.py" in done.stderr
+    for line in calls:
+        options_of(line)  # every command is one that main_unlearn.py takes
+    assert sum("--goal relabel" in line for line in calls) == 2
+    assert sum("--continual-step 16" in line for line in calls) == 1
 
 
-def test_shell_script_has_the_settings_of_the_released_ones(monkeypatch):
-    script = (ROOT / "run_unlearn_cifar_imagenet.sh").read_text()
-    calls = re.findall(r'run "[^"]+" (--dataset [^$]*?) --unlearn-k.*?\\\n(.*?) "\$@"', script, re.DOTALL)
-    assert len(calls) == 4
-    values = {"$CIFAR10_ADV": "20", "$OTHER_ADV": "200"}
-    for head, tail in calls:
-        words = [values.get(word.strip('"'), word) for word in f"{head} {tail}".split()]
-        given, default = main_unlearn.parse(words), main_unlearn.parse(words[:2])
-        differing = {n for n in runs.HYPER_PARAMETERS if getattr(given, n) != getattr(default, n)}
-        assert differing == ({"adv_batch_size", "max_passes"} if "hf:" in head else set()), head
-    for variable, flag in (("EPS", "pgd_eps"), ("ALPHA", "pgd_alpha"), ("ITERATIONS", "pgd_iter")):
-        assert float(re.search(rf"{variable}=\$\{{{variable}:-([^}}]+)\}}", script)[1]) == options.COMMON_DEFAULTS[flag]
+def options_of(line):
+    return main_unlearn.parse(line.split()[1:])
+
+
+def test_shell_script_does_what_is_asked_for_alone(tmp_path):
+    done, calls = shell("run_unlearn_cifar_imagenet.sh", tmp_path, WHAT="vit continual")
+    assert done.returncode == 0
+    assert ["hf:" in line for line in calls] == [True, False]
+
+
+def test_shell_script_has_the_settings_of_the_released_ones(tmp_path):
+    _, calls = shell("run_unlearn_cifar_imagenet.sh", tmp_path, WHAT="cifar10 cifar100 vit imagenet")
+    for line in calls:
+        given = options_of(line)
+        default = main_unlearn.parse(["--dataset", given.dataset])
+        differing = {name for name in runs.HYPER_PARAMETERS if getattr(given, name) != getattr(default, name)}
+        assert differing == ({"adv_batch_size", "max_passes"} if "hf:" in line else set()), line
+
+
+def test_shell_script_of_faces_pretrains_and_unlearns_each_grouping_with_the_released_settings(tmp_path):
+    done, calls = shell("run_unlearn_utkface.sh", tmp_path, 'case "$*" in *pretrain*MFD*) exit 2;; esac')
+    assert done.returncode == 1
+    assert done.stderr.count("was not finished (exit code 2)") == 1
+    pretraining = [line for line in calls if "main_pretrain_utkface_resnet18.py" in line]
+    unlearning = [line for line in calls if "main_unlearn.py" in line]
+    assert [line.split("--age-grouping ")[1].split()[0] for line in pretraining] == list(utkface.AGE_GROUPINGS)
+    assert len(unlearning) == 4  # not after the pretraining that failed
+    default = main_unlearn.parse(["--dataset", "utkface"])
+    for line in unlearning:
+        given = options_of(line)
+        assert [n for n in runs.HYPER_PARAMETERS if getattr(given, n) != getattr(default, n)] == []
+        assert given.unlearn_k == default.unlearn_k
+        assert Path(given.checkpoint).stem == f"utkface_{given.age_grouping}_resnet18_cifar100"
+    assert all("--epochs 100" in line for line in pretraining)
