@@ -160,7 +160,7 @@ def choose(opts: argparse.Namespace, setup: Setup, seed: int) -> forgetting.Forg
 
 def choose_from_folder(opts: argparse.Namespace, setup: Setup, seed: int) -> forgetting.ForgetSet:
     """D_f from --forget-dir; to relabel, those that the classifier gets wrong, to be called what they are."""
-    found = forgetting.read_folder(opts.forget_dir, setup.images.classes, setup.images.train.images)
+    found = forgetting.read_folder(opts.forget_dir, setup.images.classes, setup.images.train)
     called = evaluate.predict(setup.classifier, found.images, batch_size=opts.test_batch_size, workers=opts.workers)
     return forgetting.from_folder(found, called, opts.goal, seed, opts.forget_dir)
 

@@ -108,7 +108,7 @@ def adversarial_set(
     targets = random_targets(labels, num_classes, num_adv_images, seed, first_position)
     pixels = as_pixels(images)
     owners = torch.arange(len(images), device=images.device).repeat_interleave(num_adv_images)
-    size = min(batch_size or default_batch_size(images), len(owners))
+    size = min(batch_size or default_batch_size(images.device, images.shape[-1]), len(owners))
     shape = (len(owners), *pixels.shape[1:])
     if folder is None:
         examples = torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
@@ -133,10 +133,10 @@ def adversarial_set(
     return examples, targets
 
 
-def default_batch_size(images: Tensor) -> int:
+def default_batch_size(device: torch.device, side: int) -> int:
     """Pairs attacked at once where nobody says: a size for the kind of device, an eighth of it for large images."""
-    size = BATCH_SIZE[images.device.type]
-    return size if max(images.shape[-2:]) <= LARGE else size // 8
+    size = BATCH_SIZE[device.type]
+    return size if side <= LARGE else size // 8
 
 
 def random_targets(labels: Tensor, num_classes: int, num_adv_images: int, seed: int, first_position: int = 0) -> Tensor:

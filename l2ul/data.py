@@ -54,6 +54,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def side(self) -> int:
+        """Pixels of a side of the images, which are square."""
+        return self.images.size if isinstance(self.images, FolderImages) else self.images.shape[-1]
+
     def pixels(self) -> Tensor:
         """All images as one tensor: for sets that are small, such as D_f."""
         return self.images[torch.arange(len(self))]
@@ -90,6 +95,11 @@ class Images:
     facts: dict[str, object] = field(default_factory=dict)
     train_sha256: str | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def side(self) -> int:
+        """Pixels of a side of the images that classifiers are measured on."""
+        return self.test.side
 
     def to(self, device: torch.device) -> "Images":
         """The splits moved to the device, where they are tensors."""

@@ -223,7 +223,8 @@ class Experiment:
             "peak_memory_mib": running.peak_memory_mib(self.device),
             "device": running.device_name(self.device),
             **self.setup.described,
-            "attack_batch_size": self.attack_batch_size or attack.default_batch_size(run.forget.split.pixels()),
+            "attack_batch_size": self.attack_batch_size
+            or attack.default_batch_size(self.device, self.setup.images.side),
             "test_batch_size": self.measuring.batch_size,
             "python": platform.python_version(),
             "torch": torch.__version__,

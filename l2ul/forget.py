@@ -134,7 +134,7 @@ def other_class(labels: Tensor, draws: Tensor) -> Tensor:
     return draws + (draws >= labels)
 
 
-def read_folder(folder: Path, classes: list[str], like: Tensor | FolderImages) -> Split:
+def read_folder(folder: Path, classes: list[str], like: Split) -> Split:
     """Images to forget from a folder that holds a folder a class, called as in `classes`; sized as those of `like`.
 
     Images of another size have their short side resized, then the centre cut out. Raises InputError where a folder's
@@ -153,10 +153,8 @@ def read_folder(folder: Path, classes: list[str], like: Tensor | FolderImages) -
             f"expected names such as {', '.join(map(repr, classes[:3]))}"
         )
     files = [file for file, _ in found.samples]
-    if isinstance(like, FolderImages):
-        images = FolderImages(files, like.size, like.short_side)
-    else:
-        images = FolderImages(files, like.shape[-1], like.shape[-1])
+    short_side = like.images.short_side if isinstance(like.images, FolderImages) else like.side
+    images = FolderImages(files, like.side, short_side)
     return Split(images, torch.tensor([classes.index(found.classes[target]) for target in found.targets]))
 
 

@@ -68,7 +68,7 @@ def fit(
     scheduler = _scheduler(optimizer, recipe, len(train))
     settings = dataclasses.asdict(recipe) | {"seed": seed} | (identity or {})
     history, best = _restore(state_file, settings, model, optimizer, scheduler) if resume else ([], None)
-    crop = held_out.images.shape[-1] if isinstance(held_out.images, Tensor) else held_out.images.size
+    crop = held_out.side
     for epoch in range(len(history), recipe.epochs):
         generator = seeds.generator(seed, "pretrain", epoch)
         with seeds.drawing(device, seed, "dropout", epoch):

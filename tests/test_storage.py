@@ -72,6 +72,5 @@ def test_small_sets_stay_in_memory(trained, tmp_path):
 
 
 def test_large_images_are_attacked_in_smaller_batches():
-    assert attack.default_batch_size(torch.zeros(1, 3, 32, 32)) == 8 * attack.default_batch_size(
-        torch.zeros(1, 3, 224, 224)
-    )
+    cpu = torch.device("cpu")
+    assert attack.default_batch_size(cpu, 32) == 8 * attack.default_batch_size(cpu, 224) == 128
