@@ -1,8 +1,10 @@
 """Data sets in their official file formats, the choice of D_f, and files of indices and labels."""
 
+import csv
 import hashlib
 import pickle
 
+from conftest import REALDATA
 import numpy as np
 from PIL import Image
 import pytest
@@ -93,6 +95,26 @@ def test_reads_a_folder_of_images_as_a_stream(tmp_path):
     for workers in (0, 2):
         streamed = torch.cat(list(data.batches(images.train.images, 4, torch.device("cpu"), workers)))
         assert torch.equal(streamed, images.train.images[torch.arange(6)] / 255)
+
+
+def test_of_imagenet_the_folders_names_decide_the_classes_where_only_some_are_there(tmp_path):
+    write_folder(tmp_path / "imagenet", ("n02110341", "n01440764"))  # dalmatian and tench
+    images = data.load("imagenet", tmp_path, image_size=32)
+    assert images.num_classes == len(set(images.classes)) == 1000
+    assert sorted(images.train.labels.tolist()) == [0] * 3 + [251] * 3
+    assert sorted(images.test.labels.tolist()) == [0] * 3 + [251] * 3
+    write_folder(tmp_path / "imagenet", ("tench",), ("train",))
+    with pytest.raises(InputError, match="train has a class 'tench'; expected an ImageNet-1k class"):
+        data.load("imagenet", tmp_path)
+
+
+@pytest.mark.realdata
+def test_classes_of_imagenet_are_those_of_the_real_images():
+    wnids = data.WNIDS.read_text().split()
+    with open(REALDATA / "imagenet" / "labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 200
+    assert all(wnids[int(row["class_index"])] == row["file"].split("/")[0] for row in rows)
 
 
 def test_a_folder_that_does_not_fit_is_refused(tmp_path):
