@@ -25,7 +25,7 @@ def main(
 
     `by_grouping` has the values of the recipe that depend on the age grouping, of UTKFace.
     """
-    with running.ending(program):
+    with running.ending(program, "give the same command with --resume to go on after the last finished epoch"):
         parser = options.Parser(description, prog=program)
         options.add_data(parser, dataset=dataset, model=model)
         options.add_pretraining(parser, recipe, by_grouping or {})
@@ -48,7 +48,12 @@ def train(opts, recipe: pretrain.Recipe) -> None:
     excluded = forget.read_forget(opts.exclude, len(images.train)) if opts.exclude else None
     if excluded is not None and not opts.output:
         output = without(output, excluded)
+    described = {"dataset": opts.dataset, "model": opts.model, "seed": opts.seed}
+    described |= images.facts | dataclasses.asdict(recipe)
+    described |= {"excluded": excluded.tolist()} if excluded is not None else {}
+    described |= {"train_sha256": images.train_sha256} if images.train_sha256 else {}
     if output.exists() and not opts.rerun:
+        refuse_others(output, described)
         print(f"{output} exists already; --rerun trains it again")
         return
     require_writable(output.parent)
@@ -65,6 +70,8 @@ def train(opts, recipe: pretrain.Recipe) -> None:
         "dataset": opts.dataset,
         "statistics": [opts.mean, opts.std],
         "excluded": excluded.tolist() if excluded is not None else None,
+        "train_sha256": images.train_sha256,
+        "num_train": len(images.train),
     } | images.facts
     state_file = output.with_suffix(".training.pt")
     held_out = "validation" if images.validation else "D_test"
@@ -89,14 +96,21 @@ def train(opts, recipe: pretrain.Recipe) -> None:
         )
     found = evaluate.predict(classifier, images.test.images, batch_size=opts.test_batch_size, workers=opts.workers)
     accuracy = evaluate.accuracy(found, images.test.labels.cpu())
-    described = {"dataset": opts.dataset, "seed": opts.seed, "acc_test": accuracy} | images.facts
-    if excluded is not None:
-        described["excluded"] = excluded.tolist()
-    if images.train_sha256:
-        described["train_sha256"] = images.train_sha256
-    models.save(classifier, output, described | dataclasses.asdict(recipe))
+    models.save(classifier, output, described | {"acc_test": accuracy})
     state_file.unlink(missing_ok=True)
     print(f"D_test {accuracy:.2f} %: {output}")
+
+
+def refuse_others(output: Path, wanted: dict[str, object]) -> None:
+    """Raise InputError where the weights that are there tell of another training than the one wanted."""
+    _, metadata = checkpoint.read(output)
+    for name, value in wanted.items():
+        told = checkpoint.metadata_value(metadata, name)
+        if told not in (None, value):
+            shown = "other images" if name == "train_sha256" else f"{name} {told}, not {value}"
+            raise InputError(
+                f"{output} was trained with {shown}; add --rerun to train it anew, or name another file with --output"
+            )
 
 
 def describe(images: data.Images) -> None:

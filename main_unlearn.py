@@ -11,8 +11,11 @@ import argparse
 from pathlib import Path
 import time
 
+from torch import Tensor
+
 from l2ul import evaluate, methods, options, records, running
 from l2ul import forget as forgetting
+from l2ul.data import Split
 from l2ul.errors import InputError
 from l2ul.experiment import Experiment
 from l2ul.files import remove_parts, require_writable
@@ -33,15 +36,18 @@ def main() -> None:
         remove_parts(opts.result_dir / folder, older_than=time.time() - 3600)
     setup = load(opts, device)
     runs = plan(opts, setup)
+    measuring = Measuring(setup, opts.test_batch_size, opts.workers)
     experiment = Experiment(
         setup,
-        Measuring(setup, opts.test_batch_size, opts.workers),
+        measuring,
         save=models.save,
         load=lambda path: models.load_saved(path, setup.classifier).to(device),
         keep_models=opts.save_model,
         attack_batch_size=opts.attack_batch_size,
-        scratch_dir=opts.data_dir / "cache",
+        scratch_dir=opts.result_dir / "cache",
     )
+    for run in runs:
+        measuring.check(run)
     pending = [run for run in runs if opts.rerun or not experiment.is_done(run)]
     announce(opts, device, runs, pending)
     if opts.dry_run:
@@ -127,8 +133,12 @@ def load(opts: argparse.Namespace, device) -> Setup:
 def plan(opts: argparse.Namespace, setup: Setup) -> list[Run]:
     """Every run that was asked for, seed by seed and k by k."""
     sizes, runs = opts.unlearn_k, []
+    folder = read_folder(opts, setup) if opts.forget_dir else None
     for seed in opts.seed:
-        forget = choose(opts, setup, seed)
+        if folder:
+            forget = forgetting.from_folder(*folder, opts.goal, seed, opts.forget_dir)
+        else:
+            forget = choose(opts, setup, seed)
         if sizes and max(sizes) > len(forget):
             where = opts.forget_file or opts.forget_dir
             raise InputError(f"--unlearn-k is {max(sizes)}, but {where} has {len(forget)} images to forget")
@@ -141,11 +151,16 @@ def plan(opts: argparse.Namespace, setup: Setup) -> list[Run]:
     return runs
 
 
+def read_folder(opts: argparse.Namespace, setup: Setup) -> tuple[Split, Tensor]:
+    """The images of --forget-dir with their folders' classes, and what the classifier calls them."""
+    found = forgetting.read_folder(opts.forget_dir, setup.images)
+    called = evaluate.predict(setup.classifier, found.images, batch_size=opts.test_batch_size, workers=opts.workers)
+    return found, called
+
+
 def choose(opts: argparse.Namespace, setup: Setup, seed: int) -> forgetting.ForgetSet:
-    """D_f of a seed: training images or those of a folder, and what they are to be called, to relabel."""
+    """D_f of a seed from the training images, and what they are to be called, to relabel."""
     train, num_classes = setup.images.train, setup.images.num_classes
-    if opts.forget_dir:
-        return choose_from_folder(opts, setup, seed)
     if opts.forget_file:
         indices = forgetting.read_forget(opts.forget_file, len(train))
     else:
@@ -156,13 +171,6 @@ def choose(opts: argparse.Namespace, setup: Setup, seed: int) -> forgetting.Forg
     elif opts.goal == "relabel":
         new = forgetting.random_new_labels(true, num_classes, seed)
     return forgetting.ForgetSet(train, indices, new)
-
-
-def choose_from_folder(opts: argparse.Namespace, setup: Setup, seed: int) -> forgetting.ForgetSet:
-    """D_f from --forget-dir; to relabel, those that the classifier gets wrong, to be called what they are."""
-    found = forgetting.read_folder(opts.forget_dir, setup.images.classes, setup.images.train)
-    called = evaluate.predict(setup.classifier, found.images, batch_size=opts.test_batch_size, workers=opts.workers)
-    return forgetting.from_folder(found, called, opts.goal, seed, opts.forget_dir)
 
 
 def announce(opts: argparse.Namespace, device, runs: list[Run], pending: list[Run]) -> None:

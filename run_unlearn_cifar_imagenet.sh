@@ -34,6 +34,15 @@ LAMBDA=${LAMBDA:-1.0}             # weight of the importance penalty
 RETAIN_SAMPLE=${RETAIN_SAMPLE:-50000}  # training images of ImageNet that D_r is measured on
 
 failed=0
+for word in $WHAT; do
+    case "$word" in
+        cifar10 | cifar100 | vit | imagenet | relabel | continual | nets | imagenet-a) ;;
+        *)
+            echo "WHAT names $word; expected some of cifar10 cifar100 vit imagenet relabel continual nets imagenet-a" >&2
+            exit 2
+            ;;
+    esac
+done
 
 # run KEY NAME ARGUMENTS...: one experiment; says what is missing and goes on with the next
 run() {
@@ -88,8 +97,8 @@ run() {
         --goal relabel --unlearn-k $K --method $RELABEL_METHODS "$@"
 }
 
-case " $* " in
-    *" --dry-run "*) ;;
-    *) compgen -G "$RESULTS/runs/*.json" > /dev/null && $PYTHON main_tables.py --result-dir "$RESULTS" ;;
-esac
+case " $* " in *" --dry-run "*) exit "$failed" ;; esac
+if compgen -G "$RESULTS/runs/*.json" > /dev/null; then
+    $PYTHON main_tables.py --result-dir "$RESULTS" || failed=1
+fi
 exit "$failed"

@@ -3,9 +3,11 @@
 # other, then their tables; further arguments go to every main_unlearn.py:
 #     bash run_unlearn_utkface.sh
 #     GROUPINGS="TNN MFD" SEEDS="0" K="16" bash run_unlearn_utkface.sh --dry-run
-#     IMAGE_SIZE=32 EPOCHS=2 K=16 ADV=5 ITERATIONS=10 SEEDS=0 bash run_unlearn_utkface.sh     # on a CPU, to try it
+# To try it on a CPU, with weights and records in a folder of their own:
+#     WEIGHTS=try RESULTS=try IMAGE_SIZE=32 EPOCHS=2 K=16 ADV=5 ITERATIONS=10 PASSES=20 LR=0.01 SEEDS=0 \
+#         METHODS="before neggrad rawp adv adv_imp" bash run_unlearn_utkface.sh
 # Settings are the released scripts'. If D_test falls too far, search EPS in 1.0-5.0 or LR in 1e-4-1e-3.
-# On the whole of UTKFace: not measured yet. The third command on 2,505 of its images: README.md, "Measured".
+# On the whole of UTKFace: not measured yet. The last command on 2,505 of its images: README.md, "Measured".
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
@@ -33,14 +35,21 @@ LR=${LR:-1e-3}
 LAMBDA=${LAMBDA:-1.0}             # weight of the importance penalty
 
 failed=0
+dry=
+case " $* " in *" --dry-run "*) dry=1 ;; esac
 
 # shellcheck disable=SC2086  # lists of words on purpose
 for grouping in $GROUPINGS; do
     weights="$WEIGHTS/utkface_${grouping}_resnet18_cifar100.safetensors"
     common=(--data-dir "$DATA" --age-grouping "$grouping" --image-size "$IMAGE_SIZE" --split-seed "$SPLIT_SEED")
     echo "== UTKFace, $grouping"
+    pretrain=($PYTHON main_pretrain_utkface_resnet18.py "${common[@]}" --epochs "$EPOCHS" --output "$weights" --resume)
+    if [ -n "$dry" ] && [ ! -f "$weights" ]; then
+        echo "would train first: ${pretrain[*]}"
+        continue
+    fi
     {
-        $PYTHON main_pretrain_utkface_resnet18.py "${common[@]}" --epochs "$EPOCHS" --output "$weights" &&
+        "${pretrain[@]}" &&
             $PYTHON main_unlearn.py --dataset utkface "${common[@]}" --checkpoint "$weights" --result-dir "$RESULTS" \
                 --seed $SEEDS --method $METHODS --unlearn-k $K --num-adv-images "$ADV" --pgd-eps "$EPS" \
                 --pgd-alpha "$ALPHA" --pgd-iter "$ITERATIONS" --batch-size "$BATCH" --adv-batch-size "$ADV_BATCH" \
@@ -53,8 +62,7 @@ for grouping in $GROUPINGS; do
     }
 done
 
-case " $* " in
-    *" --dry-run "*) ;;
-    *) compgen -G "$RESULTS/runs/*.json" > /dev/null && $PYTHON main_tables.py --result-dir "$RESULTS" ;;
-esac
+if [ -z "$dry" ] && compgen -G "$RESULTS/runs/*.json" > /dev/null; then
+    $PYTHON main_tables.py --result-dir "$RESULTS" || failed=1
+fi
 exit "$failed"

@@ -1,5 +1,6 @@
 """Targeted L2-PGD, and the adversarial set of a forget set made with it on the original weights."""
 
+from collections.abc import Callable
 import math
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def adversarial_set(
     batch_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     folder: Path | None = None,
+    on_batch: Callable[[Tensor, Tensor], object] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor | DiskImages, Tensor]:
     """D_adv: `num_adv_images` targeted examples of each image, each with its own random target and start.
@@ -96,6 +98,7 @@ def adversarial_set(
     images   (k, 3, H, W) uint8 or float in [0,1]; labels (k,) int64, the true classes
     dtype    as which the examples are kept: float32, float16, or uint8, rounded to valid 8-bit images
     folder   where they go to a temporary file if they do not fit in memory; by default they stay in memory
+    on_batch called with the examples of each batch, before they are rounded, and their targets
     returns  examples (k · num_adv_images, 3, H, W), floats in [0,1] or uint8, and their targets
              (k · num_adv_images,), the draws of the first image first
 
@@ -128,6 +131,8 @@ def adversarial_set(
                 raise
             size = math.ceil(size / 2)
             continue
+        if on_batch:
+            on_batch(found, targets[part])
         examples[part] = as_stored(found, dtype)
         done = part.stop
     return examples, targets

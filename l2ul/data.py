@@ -84,6 +84,7 @@ class Images:
     facts         what else was chosen about it, under its flags' names: kept in every record
     train_sha256  of the training images' names, where the split is made here
     notes         sentences about it that a user should see
+    short_side    of the images before their centre was cut out, where they are no longer on disk; None: nothing was cut
     """
 
     name: str
@@ -95,6 +96,7 @@ class Images:
     facts: dict[str, object] = field(default_factory=dict)
     train_sha256: str | None = None
     notes: tuple[str, ...] = ()
+    short_side: int | None = None
 
     @property
     def side(self) -> int:

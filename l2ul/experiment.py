@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import torchvision
 
 from l2ul import attack, importance, records, running, storage, unlearn
-from l2ul.errors import Diverged, InputError
-from l2ul.measuring import Measuring, Predictions
+from l2ul.errors import Diverged
+from l2ul.measuring import METRICS, Measuring, Predictions
 from l2ul.runs import SGD_FLAGS, Run, Setup
 
 LOOP = (*SGD_FLAGS, "max_passes", "adv_batch_size", "reg_lamb", "noise_growth")
@@ -20,15 +20,24 @@ LOOP = (*SGD_FLAGS, "max_passes", "adv_batch_size", "reg_lamb", "noise_growth")
 
 @dataclass(frozen=True)
 class Adversarial:
-    """D_adv of a D_f, which of its examples the net calls their target, and the seconds that an image of D_f took."""
+    """D_adv of a D_f, and the seconds that an image of D_f took.
+
+    hits, exact_hits  which of the examples the net calls their target, as they are kept and before they were rounded
+    """
 
     examples: Tensor | storage.DiskImages
     targets: Tensor
     hits: Tensor
+    exact_hits: Tensor
     seconds: float
 
     def head(self, num_pairs: int) -> tuple[Tensor | storage.DiskImages, Tensor]:
         return self.examples[:num_pairs], self.targets[:num_pairs]
+
+    def success(self, num_pairs: int) -> dict[str, float]:
+        """Percent of the first examples that are called their target, under the keys of a record."""
+        hits = {"adv_success": self.hits, "adv_success_exact": self.exact_hits}
+        return {key: 100 * which[:num_pairs].double().mean().item() for key, which in hits.items()}
 
 
 @dataclass(frozen=True)
@@ -46,17 +55,19 @@ class Experiment:
     load: Callable[[Path], nn.Module]
     keep_models: bool = False
     attack_batch_size: int | None = None
-    scratch_dir: Path = Path("data/cache")
+    scratch_dir: Path = Path("result_data/cache")
 
     @property
     def device(self) -> torch.device:
         return next(self.setup.classifier.parameters()).device
 
     def is_done(self, run: Run) -> bool:
-        """Whether the run's record exists, and its model where models are kept and there is one to keep."""
+        """Whether the run's record exists with every metric, and its model where models are kept and there is one."""
         record = run.files.read()
-        if record is None or not (self.keep_models and run.method.terms):
-            return record is not None
+        if record is None or not METRICS.keys() <= record.keys():
+            return False
+        if not (self.keep_models and run.method.terms):
+            return True
         return record["status"] == records.DIVERGED or run.files.model.exists()
 
     def carry_out(self, runs: list[Run]) -> None:
@@ -94,15 +105,22 @@ class Experiment:
             return None
         if record and run.files.model.exists():
             return self.load(run.files.model)
-        return self._carry_out_step(run, self._end_of(run.previous, before), before)
+        return self._carry_out_step(run, self._end_of(run.previous, before), before, measure=record is None)
 
-    def _carry_out_step(self, run: Run, start: nn.Module | None, before: Predictions) -> nn.Module | None:
-        if start is None:  # nothing can be learned from a net whose numbers are lost
+    def _carry_out_step(
+        self, run: Run, start: nn.Module | None, before: Predictions, measure: bool = True
+    ) -> nn.Module | None:
+        """The net that a step ends with, None if it diverged; without `measure`, its record stays as it is."""
+        try:
+            if start is None:
+                raise Diverged("the step before ended without a net")
+            adversarial, weighed = self._attack([run], start), self._weigh([run], start)
+        except Diverged:  # nothing can be learned from a net whose numbers are lost
             outcome = unlearn.Outcome(self.setup.classifier, records.DIVERGED, 0)
             phases = ("attack", "importance", "unlearn", "evaluate")
-            self._record(run, outcome, before, None, dict.fromkeys(phases, 0.0), None)
+            self._record(run, outcome, before, None, dict.fromkeys(phases, 0.0), {})
             return None
-        outcome = self._carry_out(run, start, before, self._attack([run], start), self._weigh([run], start))
+        outcome = self._carry_out(run, start, before, adversarial, weighed, measure)
         return None if outcome.status == records.DIVERGED else outcome.model
 
     def _forget(self, run: Run) -> tuple[Tensor, Tensor]:
@@ -116,6 +134,12 @@ class Experiment:
             return None
         largest, hyper = max(needing, key=lambda run: len(run.forget)), self.setup.hyper
         draws, steps = hyper["num_adv_images"], hyper["pgd_iter"]
+        dtype, exact = storage.DTYPES[hyper["adv_dtype"]], []
+
+        def judge(found: Tensor, aims: Tensor) -> None:
+            if dtype != torch.float32:
+                exact.append(self.measuring.classes(model, found) == aims.cpu())
+
         started = running.clock(self.device)
         with running.progress("attack", len(largest.forget) * draws * steps, estimate=True) as advance:
             examples, targets = attack.adversarial_set(
@@ -129,12 +153,17 @@ class Experiment:
                 seed=largest.seed,
                 first_position=largest.k - len(largest.forget),
                 batch_size=self.attack_batch_size,
-                dtype=storage.DTYPES[hyper["adv_dtype"]],
+                dtype=dtype,
                 folder=self.scratch_dir,
+                on_batch=judge,
                 progress=advance,
             )
         seconds = (running.clock(self.device) - started) / len(largest.forget)
-        return Adversarial(examples, targets, self.measuring.classes(model, examples) == targets.cpu(), seconds)
+        hits = self.measuring.classes(model, examples) == targets.cpu()
+        return Adversarial(examples, targets, hits, torch.cat(exact) if exact else hits, seconds)
+
+    def _attack_batch_size(self) -> int:
+        return self.attack_batch_size or attack.default_batch_size(self.device, self.setup.images.side)
 
     def _weigh(self, runs: list[Run], model: nn.Module) -> tuple[dict[str, Tensor], float] | None:
         """MAS importance on the D_f that these runs share, and the seconds it took; None if no run needs it."""
@@ -147,14 +176,20 @@ class Experiment:
         return omega, running.clock(self.device) - started
 
     def _carry_out(
-        self, run: Run, model: nn.Module, before: Predictions, adversarial: Adversarial | None, weighed
+        self,
+        run: Run,
+        model: nn.Module,
+        before: Predictions,
+        adversarial: Adversarial | None,
+        weighed,
+        measure: bool = True,
     ) -> unlearn.Outcome:
         needs, seconds = run.method.needs, {"attack": 0.0, "importance": 0.0}
-        inputs, success = {}, None
+        inputs, success = {}, {}
         if "adv" in needs:
             pairs = len(run.forget) * self.setup.hyper["num_adv_images"]
             inputs["adv"], seconds["attack"] = adversarial.head(pairs), adversarial.seconds * len(run.forget)
-            success = 100 * adversarial.hits[:pairs].double().mean().item()
+            success = adversarial.success(pairs)
         if "importance" in needs:
             inputs["importance"], seconds["importance"] = weighed
         if "retain" in needs:
@@ -162,34 +197,29 @@ class Experiment:
         started = running.clock(self.device)
         outcome = self._unlearn(run, model, inputs)
         seconds["unlearn"] = running.clock(self.device) - started
-        after = self._measure_after(outcome, before)
+        after = self._measure_after(outcome, before) if measure else None
         seconds["evaluate"] = after.seconds if after else 0.0
-        if (self.keep_models or run.is_step) and run.method.terms and after:
+        finite = outcome.status != records.DIVERGED
+        if (self.keep_models or run.is_step) and run.method.terms and finite:
             self.save(outcome.model, run.files.model, run.settings)
-        self._record(run, outcome, before, after, seconds, success)
+        if measure:
+            self._record(run, outcome, before, after, seconds, success)
         return outcome
 
     def _unlearn(self, run: Run, model: nn.Module, inputs: dict[str, object]) -> unlearn.Outcome:
         hyper = {name: self.setup.hyper[name] for name in LOOP}
         new = run.forget.new_labels
         with running.progress(f"{run.method.name} k = {run.k}", None) as advance:
-            try:
-                return unlearn.unlearn(
-                    model,
-                    *self._forget(run),
-                    run.method.name,
-                    new_labels=new.to(self.device) if new is not None else None,
-                    settings=unlearn.Settings(seed=run.seed, **hyper),
-                    on_step=lambda row: advance(1),
-                    **inputs,
-                )
-            except ValueError as error:
-                if "Expected more than 1 value per channel" not in str(error):
-                    raise
-                raise InputError(
-                    "batch-norm in train mode cannot learn from a single value a channel, which a batch of one image "
-                    "gives this net; take --bn eval, or a --batch-size that leaves no image alone"
-                ) from None
+            return unlearn.unlearn(
+                model,
+                *self._forget(run),
+                run.method.name,
+                new_labels=new.to(self.device) if new is not None else None,
+                settings=unlearn.Settings(seed=run.seed, first_position=run.k - len(run.forget), **hyper),
+                workers=self.measuring.workers,
+                on_step=lambda row: advance(1),
+                **inputs,
+            )
 
     def _measure_after(self, outcome: unlearn.Outcome, before: Predictions) -> Predictions | None:
         if outcome.status == records.DONE and outcome.steps == 0:
@@ -209,22 +239,26 @@ class Experiment:
         before: Predictions,
         after: Predictions | None,
         seconds: dict[str, float],
-        success: float | None,
+        success: dict[str, float],
     ) -> None:
         """Write the record: accuracies are of the net before any run, and of the one that this run ended with."""
-        accuracies, predictions = self.measuring.of_run(run, before, outcome.model, after)
+        try:
+            accuracies, predictions = self.measuring.of_run(run, before, outcome.model, after)
+        except Diverged:  # finite on D_r and D_test, not on the images to forget
+            outcome.status = records.DIVERGED
+            accuracies, predictions = self.measuring.of_run(run, before, outcome.model, None)
         record = {
             **run.settings,
             "status": outcome.status,
             "steps": outcome.steps,
             **accuracies,
-            "adv_success": success,
+            **dict.fromkeys(("adv_success", "adv_success_exact")),
+            **success,
             **{f"seconds_{phase}": round(value, 3) for phase, value in seconds.items()},
             "peak_memory_mib": running.peak_memory_mib(self.device),
             "device": running.device_name(self.device),
             **self.setup.described,
-            "attack_batch_size": self.attack_batch_size
-            or attack.default_batch_size(self.device, self.setup.images.side),
+            "attack_batch_size": self._attack_batch_size() if "adv" in run.method.needs else None,
             "test_batch_size": self.measuring.batch_size,
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -23,9 +23,13 @@ def atomic(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         yield part
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(part, path)
+        if path.is_dir():  # one name cannot replace a folder: it is moved aside, never half deleted
+            old = part.with_suffix(".old.part")
+            os.replace(path, old)
+            os.replace(part, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(part, path)
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from l2ul import seeds
-from l2ul.data import FolderImages, Split
+from l2ul.data import FolderImages, Images, Split
 from l2ul.errors import InputError
 
 
@@ -134,28 +134,44 @@ def other_class(labels: Tensor, draws: Tensor) -> Tensor:
     return draws + (draws >= labels)
 
 
-def read_folder(folder: Path, classes: list[str], like: Split) -> Split:
-    """Images to forget from a folder that holds a folder a class, called as in `classes`; sized as those of `like`.
+def read_folder(folder: Path, images: Images) -> Split:
+    """Images to forget from a folder that holds a folder a class, called and sized as those of the data set `images`.
 
-    Images of another size have their short side resized, then the centre cut out. Raises InputError where a folder's
-    name is not one of the classes.
+    Raises InputError where a folder's name is not one of the classes, or an image is one of the data set's own.
     """
     try:
         found = datasets.ImageFolder(str(folder))
-    except (OSError, FileNotFoundError) as error:
+    except OSError as error:
         raise InputError(
             f"--forget-dir {folder} holds no images in a folder a class ({str(error).splitlines()[0]})"
         ) from None
-    unknown = [name for name in found.classes if name not in classes]
+    unknown = [name for name in found.classes if name not in images.classes]
     if unknown:
         raise InputError(
             f"--forget-dir {folder} has a folder {unknown[0]!r}, which is no class of the data set; "
-            f"expected names such as {', '.join(map(repr, classes[:3]))}"
+            f"expected names such as {', '.join(map(repr, images.classes[:3]))}"
         )
-    files = [file for file, _ in found.samples]
-    short_side = like.images.short_side if isinstance(like.images, FolderImages) else like.side
-    images = FolderImages(files, like.side, short_side)
-    return Split(images, torch.tensor([classes.index(found.classes[target]) for target in found.targets]))
+    files, on_disk = [file for file, _ in found.samples], images.train.images
+    short_side = on_disk.short_side if isinstance(on_disk, FolderImages) else images.short_side or images.side
+    read = FolderImages(files, images.side, short_side)
+    _refuse_own(read, images)
+    return Split(read, torch.tensor([images.classes.index(found.classes[target]) for target in found.targets]))
+
+
+def _refuse_own(read: FolderImages, images: Images) -> None:
+    """Raise InputError where one of these images is in D_r or D_test too: it cannot be kept and be forgotten."""
+    for what, split in (("training", images.train), ("test", images.test)):
+        if isinstance(split.images, FolderImages):
+            own = {Path(file).resolve() for file in split.images.files}
+            same = [file for file in read.files if Path(file).resolve() in own]
+        else:
+            own = {image.tobytes() for image in split.images.cpu().numpy()}
+            same = [file for i, file in enumerate(read.files) if read[i].numpy().tobytes() in own]
+        if same:
+            raise InputError(
+                f"{same[0]} is a {what} image of the data set; name training images by --forget-file, and leave out "
+                f"test images"
+            )
 
 
 def from_folder(found: Split, called: Tensor, goal: str, seed: int, folder: Path) -> ForgetSet:

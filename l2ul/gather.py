@@ -23,7 +23,7 @@ ABOUT = {  # what a run is of
 }
 NOT_SETTINGS = ABOUT | {
     *("needs_retain", "checkpoint", "status", "steps", "peak_memory_mib", "device", "python", "torch", "torchvision"),
-    *("attack_batch_size", "test_batch_size", "result_dir", "forget_file", "_path"),
+    *("attack_batch_size", "test_batch_size", "retain_measured", "result_dir", "forget_file", "_path"),
 }
 HEADLINE = ("acc_forget", "acc_retain", "acc_test")
 
@@ -132,7 +132,7 @@ def _faulty_values(record: dict[str, object]) -> Iterator[str]:
 
 def is_setting(key: str) -> bool:
     """Whether a key of a record says how the run was to be done: not of what, not how it went, not on what machine."""
-    return key not in NOT_SETTINGS and not key.startswith(("acc_", "seconds_", "adv_success"))
+    return key not in NOT_SETTINGS and not key.startswith(("acc_", "metric_", "seconds_", "adv_success"))
 
 
 def _identity(record: dict[str, object]) -> str:

@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+import math
 
 import torch
 from torch import Tensor, nn
 
 from l2ul import data, evaluate, running, seeds
+from l2ul.errors import InputError
+from l2ul.records import KEYS
 from l2ul.runs import Run, Setup
 from l2ul.storage import DiskImages
 
@@ -39,7 +42,12 @@ METRICS: dict[str, Metric] = {}  # beside the accuracies, under their names in e
 
 
 def metric(name: str) -> Callable[[Metric], Metric]:
-    """Register the function below as the metric `name`; null in the record where a run diverged."""
+    """Register the function below as the metric `name`: acc_… for a percentage, metric_… for any other number.
+
+    The record has null for it where a run diverged or the number is not finite.
+    """
+    if name in KEYS or not name.startswith(("acc_", "metric_")):
+        raise ValueError(f"a metric is called {name!r}; expected a new name that begins with acc_ or metric_")
 
     def register(function: Metric) -> Metric:
         METRICS[name] = function
@@ -105,12 +113,14 @@ class Measuring:
         row = self._accuracies(run, labels, called) | dict.fromkeys(METRICS)
         if after:
             measured = Measured(model, labels, called["before"], called["after"])
-            row |= {name: function(measured) for name, function in METRICS.items()}
+            found = {name: float(function(measured)) for name, function in METRICS.items()}
+            row |= {name: value if math.isfinite(value) else None for name, value in found.items()}
         return row, predictions
 
     def _accuracies(self, run: Run, labels: dict[str, Tensor], called: dict[str, dict[str, Tensor]]) -> dict:
         row = dict.fromkeys(("acc_forget_earlier", "acc_relabel", "acc_retain_low", "acc_retain_high"))
         row |= {f"acc_{part}": None for part in labels}
+        row["retain_measured"] = len(labels["retain"])
         for when, suffix in (("before", "_before"), ("after", "")):
             for part, found in called.get(when, {}).items():
                 row[f"acc_{part}{suffix}"] = evaluate.accuracy(found, labels[part])
@@ -136,6 +146,13 @@ class Measuring:
         if run.earlier:
             found["forget_earlier"] = self.classes(model, run.earlier.split.images)
         return found | {"retain": predictions.train[self._kept(run, self.stand_in)], "test": predictions.test}
+
+    def check(self, run: Run) -> None:
+        """Raise InputError where nothing would stand for D_r."""
+        if not self._kept(run, self.stand_in).any():
+            raise InputError(
+                f"--retain-sample is {self.setup.retain_sample}, and all of these images are to be forgotten; take more"
+            )
 
     def retain(self, run: Run) -> data.Split:
         """D_r: the training images that this and earlier steps do not forget."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+import hashlib
+import inspect
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +51,18 @@ class Method:
     summary: str
     goals: tuple[str, ...] = GOALS
 
+    def code_sha256(self) -> str | None:
+        """Of the source of a method of somebody's own, which is no version of ours: an edit makes another run of it."""
+        if self.terms is None or self.terms.__module__ == __name__:
+            return None
+        try:
+            source = inspect.getsource(self.terms)
+        except OSError:  # typed at a prompt
+            source = repr((self.terms.__code__.co_code, self.terms.__code__.co_consts))
+        return hashlib.sha256(source.encode()).hexdigest()
 
+
+NEEDS = frozenset({"adv", "importance", "retain", "noise"})
 METHODS: dict[str, Method] = {}
 
 
@@ -57,6 +70,10 @@ def method(
     name: str, *needs: str, goals: tuple[str, ...] = GOALS
 ) -> Callable[[Callable[[Step], Terms]], Callable[[Step], Terms]]:
     """Register the function below as the method `name`; its docstring's first line is its summary."""
+    if not NEEDS.issuperset(needs):
+        raise ValueError(f"method {name!r} needs {set(needs) - NEEDS}; expected some of {', '.join(sorted(NEEDS))}")
+    if {"adv", "retain"}.issubset(needs):
+        raise ValueError(f"method {name!r} needs adv and retain; a step has a batch of one of them")
 
     def register(terms: Callable[[Step], Terms]) -> Callable[[Step], Terms]:
         METHODS[name] = Method(name, terms, frozenset(needs), terms.__doc__.split("\n")[0], goals)

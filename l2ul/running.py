@@ -76,8 +76,13 @@ def progress(what: str, total: int | None, estimate: bool = False) -> Iterator[P
 
 
 @contextlib.contextmanager
-def ending(program: str) -> Iterator[None]:
-    """How a script ends: bad input exits with 2, Ctrl-C with 130, memory or disk used up or numbers lost with 1."""
+def ending(
+    program: str, stopped: str = "finished runs are kept and the same command goes on from there"
+) -> Iterator[None]:
+    """How a script ends: bad input exits with 2, Ctrl-C with 130, memory or disk used up or numbers lost with 1.
+
+    `stopped` is what to say to who pressed Ctrl-C.
+    """
     try:
         yield
     except InputError as error:
@@ -86,7 +91,15 @@ def ending(program: str) -> Iterator[None]:
     except Diverged as error:
         _exit(1, f"{program}: {error}")
     except KeyboardInterrupt:
-        _exit(130, f"\n{program}: stopped; finished runs are kept and the same command goes on from there")
+        _exit(130, f"\n{program}: stopped; {stopped}")
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        _exit(
+            2,
+            f"{program}: batch-norm in train mode cannot learn from a single value a channel, which a batch of one "
+            f"image gives this net; take a --batch-size that leaves no image alone (or --bn eval to unlearn)",
+        )
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise

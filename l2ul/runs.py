@@ -19,7 +19,8 @@ NEEDS_FLAGS = {  # the hyper-parameters that a method depends on, by what it nee
 HYPER_PARAMETERS = (*SGD_FLAGS, "max_passes", *ATTACK_FLAGS, "adv_batch_size", "reg_lamb", "noise_growth", "adv_dtype")
 # These came later: they are part of an id only where they matter, so that older records keep theirs.
 LATER = {
-    **dict.fromkeys(("noise_growth", "age_grouping", "split_seed", "continual_size", "retain_sample")),
+    **dict.fromkeys(("noise_growth", "continual_size", "retain_sample", "age_grouping", "split_seed")),
+    **dict.fromkeys(("train_sha256", "method_code")),
     "adv_dtype": "float32",
 }
 
@@ -77,8 +78,8 @@ class Setup:
         With `step_size`, the images of the largest k arrive so many at a time, and each step of it is a run.
         """
         if step_size is None:
-            heads = [forget[:k] for k in sorted(set(sizes))]
-            return [run for head in heads for run in self._of_digest(names, seed, head, head.sha256())]
+            digests = {k: forget[:k].sha256() for k in sorted(set(sizes))}
+            return [self._run(name, seed, forget[:k], digest) for k, digest in digests.items() for name in names]
         ends = range(step_size, max(sizes) + 1, step_size)
         digests = [forget[:end].sha256() for end in ends]
         runs = []
@@ -88,9 +89,6 @@ class Setup:
                 run = self._run(name, seed, forget[:end], digest, (step, step_size), run)
                 runs.append(run)
         return runs
-
-    def _of_digest(self, names: list[str], seed: int, forget: ForgetSet, digest: str) -> list[Run]:
-        return [self._run(name, seed, forget, digest) for name in names]
 
     def _run(
         self,
@@ -138,7 +136,10 @@ class Setup:
             "method_version": METHOD_VERSION,
             "continual_size": step[1] if step else None,
             "retain_sample": self.retain_sample,
-            **{name: images.facts.get(name) for name in ("image_size", "age_grouping", "split_seed")},
+            **dict.fromkeys(("image_size", "age_grouping", "split_seed")),
+            **images.facts,
+            "train_sha256": images.train_sha256,
+            "method_code": method.code_sha256(),
         }
 
     def _used(self, method: methods.Method) -> set[str]:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 from pathlib import Path
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from l2ul.errors import InputError
+from l2ul.files import require_writable
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "uint8": torch.uint8}
 IN_MEMORY = 2**30  # bytes that may stay in the memory of a CPU; of a GPU, half of what is free
@@ -37,13 +37,15 @@ class DiskImages:
     def __getitem__(self, indices: Tensor | slice) -> "Tensor | DiskImages":
         """The images at `indices`; of a slice from the start, the same file with fewer images."""
         if isinstance(indices, slice):
+            if indices.start or indices.step:
+                raise ValueError(f"{indices} is not the head of a set")
             head = copy.copy(self)
             head.shape = torch.Size((indices.stop, *self.shape[1:]))
             return head
         found = np.empty((len(indices), *self.shape[1:]), self._numpy)
         for image, index in zip(found, indices.tolist(), strict=True):
-            read = os.pread(self._file.fileno(), self._image_bytes, index * self._image_bytes)
-            image[...] = np.frombuffer(read, self._numpy).reshape(image.shape)
+            self._file.seek(index * self._image_bytes)
+            image[...] = np.frombuffer(self._file.read(self._image_bytes), self._numpy).reshape(image.shape)
         return torch.from_numpy(found)
 
 
@@ -55,7 +57,7 @@ def empty_images(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     wanted = math.prod(shape) * dtype.itemsize
     if wanted <= _room(device):
         return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-    folder.mkdir(parents=True, exist_ok=True)
+    require_writable(folder)
     free = shutil.disk_usage(folder).free
     if wanted > free:
         raise InputError(

@@ -8,9 +8,10 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from l2ul import attack, methods, objective, seeds
-from l2ul.data import Split, as_pixels
+from l2ul.data import FolderImages, Split, as_pixels
 from l2ul.importance import held_weights, mas_importance
 from l2ul.modes import evaluating
 
@@ -30,7 +31,8 @@ class Settings:
     max_passes: int = 1000  # times through D_adv (oracle: D_r; neggrad: D_f) before giving up; of rawp: draws
     noise_growth: float = 0.01  # of rawp: σ of the noise a step, in parts of a tensor's root mean square
     bn: str = "train"  # as released; or "eval": running statistics kept, dropout off
-    seed: int = 0  # of the order of the batches
+    seed: int = 0  # of the order of the batches, of dropout and of noise
+    first_position: int = 0  # of D_f among all images of a continual run: each step draws what no other drew
 
 
 @dataclass
@@ -59,6 +61,7 @@ def unlearn(
     alpha: float = 0.1,
     attack_steps: int = 100,
     settings: Settings | None = None,
+    workers: int = 0,
     on_step: Callable[[dict[str, float]], object] | None = None,
 ) -> Outcome:
     """The whole of a method on tensors: attack and importance where the method needs them, then the loop.
@@ -71,6 +74,7 @@ def unlearn(
     importance  Ω by parameter name, likewise
     retain      D_r, for the methods that need it
     num_classes needed where D_adv is made here
+    workers     processes that decode images of D_r that are on disk
     on_step     called with each row of the curve
 
     Raises ValueError where something needed is missing, InputError where the method is not for the goal.
@@ -92,8 +96,8 @@ def unlearn(
     keep = Split(*adv) if "adv" in chosen.needs else retain if "retain" in chosen.needs else None
     held = held_weights(importance) if "importance" in chosen.needs else None
     forget = objective.Forget(as_pixels(images), labels, new_labels)
-    with seeds.drawing(labels.device, settings.seed, "dropout"):
-        return _loop(unlearned, forget, keep, held, chosen, settings, on_step)
+    with seeds.drawing(labels.device, settings.seed, "dropout", settings.first_position):
+        return _loop(unlearned, forget, keep, held, chosen, settings, workers, on_step)
 
 
 def _loop(
@@ -103,6 +107,7 @@ def _loop(
     held: dict[str, Tensor] | None,
     method: methods.Method,
     settings: Settings,
+    workers: int,
     on_step: Callable[[dict[str, float]], object] | None,
 ) -> Outcome:
     optimizer = torch.optim.SGD(
@@ -113,7 +118,7 @@ def _loop(
     )
     outcome = Outcome(model, "cap", 0)
     model.train(settings.bn == "train")
-    steps = _steps(model, forget, keep, held, method, settings)
+    steps = _steps(model, forget, keep, held, method, settings, workers)
     for step in itertools.islice(steps, max_steps(method, len(forget), len(keep) if keep else 0, settings)):
         terms = method.terms(step)
         if terms:  # else the method has moved the weights itself
@@ -154,13 +159,14 @@ def _steps(
     held: dict[str, Tensor] | None,
     method: methods.Method,
     settings: Settings,
+    workers: int,
 ) -> Iterator[methods.Step]:
     """Endless steps: the next batch of D_f with the next one of the set that the method keeps hold of."""
     wanted = Split(forget.images, forget.wanted)
-    forget_batches = _batches(wanted, settings.batch_size, seeds.generator(settings.seed, "forget batches"))
+    forget_batches = _batches(wanted, settings.batch_size, _order(settings, "forget batches"), 0)
     keep_batches = itertools.repeat(None)
     if keep:
-        keep_batches = _batches(keep, settings.adv_batch_size, seeds.generator(settings.seed, "keep batches"))
+        keep_batches = _batches(keep, settings.adv_batch_size, _order(settings, "keep batches"), workers)
     keep_name = "adv" if "adv" in method.needs else "retain"
     penalty = _penalty(model, held) if held else None
     perturb = _perturbation(model, settings) if "noise" in method.needs else None
@@ -176,12 +182,20 @@ def _steps(
         )
 
 
-def _batches(split: Split, batch_size: int, generator: torch.Generator) -> Iterator[methods.Batch]:
-    """Endless batches of a set, newly shuffled each time through it."""
+def _order(settings: Settings, purpose: str) -> torch.Generator:
+    return seeds.generator(settings.seed, purpose, settings.first_position)
+
+
+def _batches(split: Split, batch_size: int, generator: torch.Generator, workers: int) -> Iterator[methods.Batch]:
+    """Endless batches of a set, newly shuffled each time through it; images on disk are decoded by so many workers."""
     while True:
-        for indices in torch.randperm(len(split), generator=generator).split(batch_size):
-            images = as_pixels(split.images[indices].to(split.labels.device))
-            yield methods.Batch(images, split.labels[indices])
+        order = torch.randperm(len(split), generator=generator).split(batch_size)
+        if isinstance(split.images, FolderImages):
+            found = DataLoader(split.images, batch_sampler=[part.tolist() for part in order], num_workers=workers)
+        else:
+            found = (split.images[part] for part in order)
+        for indices, images in zip(order, found, strict=True):
+            yield methods.Batch(as_pixels(images.to(split.labels.device)), split.labels[indices])
 
 
 def _penalty(model: nn.Module, held: dict[str, Tensor]) -> Callable[[], Tensor]:
@@ -193,7 +207,7 @@ def _penalty(model: nn.Module, held: dict[str, Tensor]) -> Callable[[], Tensor]:
 
 def _perturbation(model: nn.Module, settings: Settings) -> Callable[[], None]:
     """Sets the weights to θ⁰ + fresh Gaussian noise, σ = noise_growth · rms(θ⁰ of the tensor) · number of calls."""
-    generator = seeds.generator(settings.seed, "noise")
+    generator = _order(settings, "noise")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [parameter.detach().clone() for parameter in parameters]
     scales = [weights.square().mean().sqrt() for weights in before]

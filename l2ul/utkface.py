@@ -63,6 +63,7 @@ def load(
         facts={"age_grouping": grouping, "image_size": image_size, "split_seed": split_seed},
         train_sha256=hashlib.sha256(names.encode()).hexdigest(),
         notes=notes,
+        short_side=image_size,
     )
 
 

@@ -142,7 +142,8 @@ def save(classifier: Classifier, path: Path, settings: dict[str, object]) -> Non
     """
     if classifier.name.startswith(huggingface.PREFIX):
         with atomic(path) as part:
-            huggingface.save(classifier.net, classifier.name, part)
+            statistics = _decimals(classifier.normalize.mean), _decimals(classifier.normalize.std)
+            huggingface.save(classifier.net, classifier.name, part, *statistics)
         return
     described = {
         "model": classifier.name,
@@ -155,11 +156,13 @@ def save(classifier: Classifier, path: Path, settings: dict[str, object]) -> Non
 
 def load_saved(path: Path, like: Classifier) -> Classifier:
     """What `save` wrote of a classifier of the same kind as `like`."""
-    if like.name.startswith(huggingface.PREFIX):
-        loaded = load(f"{huggingface.PREFIX}{path}", like.num_classes)
-        loaded.name = like.name  # its own, not that of this copy
-        return loaded
-    return load(like.name, like.num_classes, path)
+    is_folder = like.name.startswith(huggingface.PREFIX)
+    name, file = (f"{huggingface.PREFIX}{path}", None) if is_folder else (like.name, path)
+    loaded = load(name, like.num_classes, file)
+    loaded.name = like.name  # its own, not that of this copy
+    for ours, theirs in zip(loaded.normalize.buffers(), like.normalize.buffers(), strict=True):
+        ours.copy_(theirs)
+    return loaded
 
 
 def saved_suffix(classifier: Classifier) -> str:

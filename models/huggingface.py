@@ -135,9 +135,15 @@ def _sides(processor, attribute: str) -> list[int] | int | None:
     raise InputError(f"the processor's {attribute} is {size}; expected height and width, or shortest_edge")
 
 
-def save(net: nn.Module, name: str, folder: Path) -> None:
-    """The net and its processor with `save_pretrained`, so that plain transformers code loads them."""
+def save(net: nn.Module, name: str, folder: Path, mean: list[float], std: list[float]) -> None:
+    """The net and its processor with `save_pretrained`, so that plain transformers code loads them.
+
+    mean, std  that the net was used with: the processor's own, or those given in their place
+    """
     from transformers import AutoImageProcessor
 
     net.save_pretrained(folder)
-    _read(name, AutoImageProcessor.from_pretrained).save_pretrained(folder)
+    processor = _read(name, AutoImageProcessor.from_pretrained)
+    if processor.do_normalize or (mean, std) != ([0.0] * 3, [1.0] * 3):
+        processor.do_normalize, processor.image_mean, processor.image_std = True, mean, std
+    processor.save_pretrained(folder)

@@ -83,15 +83,46 @@ def test_after_a_step_that_diverged_the_next_ones_have_no_net_to_start_from(run,
     assert "3 diverged" in out or out.count("1 diverged") == 3
 
 
+def test_noise_of_later_steps_is_drawn_anew(run, tmp_path):
+    arguments = ["--method", "rawp", "--max-passes", 3, "--noise-growth", 1e-3]
+    assert run("--continual-step", 2, "--unlearn-k", 4, *arguments)[0] == 0
+    assert run("--unlearn-k", 2, *arguments, "--save-model")[0] == 0
+    before = models.load("resnet20", 10, ROOT / "data/weights/digits_resnet20.safetensors")
+    nets = [before]
+    for record in sorted(found(tmp_path).items(), key=lambda item: item[1]["k"]):
+        if record[1]["continual_step"]:
+            nets.append(models.load("resnet20", 10, tmp_path / "models" / f"{record[0]}.safetensors"))
+    weights = [torch.cat([p.detach().flatten() for p in net.parameters()]) for net in nets]
+    first, second = weights[1] - weights[0], weights[2] - weights[1]
+    assert torch.cosine_similarity(first, second, dim=0).abs() < 0.02
+    (alone,) = [i for i, r in found(tmp_path).items() if r["continual_step"] is None]
+    same = models.load("resnet20", 10, tmp_path / "models" / f"{alone}.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), nets[1].parameters(), strict=True))
+
+
+def test_a_step_made_again_for_its_net_alone_keeps_its_record(run, tmp_path):
+    assert run(*CONTINUAL[:4], "--method", "neggrad")[0] == 0
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    (last,) = [i for i, r in found(tmp_path).items() if r["continual_step"] == 3]
+    (tmp_path / "runs" / f"{last}.json").unlink()
+    for path in (tmp_path / "models").iterdir():
+        path.unlink()
+    assert run(*CONTINUAL[:4], "--method", "neggrad")[0] == 0
+    assert all(p.stat().st_mtime_ns == when for p, when in times.items() if last not in p.name)
+    assert len(list((tmp_path / "models").iterdir())) == 3
+
+
 @pytest.fixture
 def digits_folder(tmp_path, few_digits):
-    """Test images of the few digits as a folder a class; one of them in the folder of another class."""
+    """Nearly test images of the few digits as a folder a class; one of them in the folder of another class."""
     for i in range(8):
         label = int(few_digits.test.labels[i])
         label = (label + 1) % 10 if i in (2, 5) else label
         path = tmp_path / "images" / str(label) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(few_digits.test.images[i].permute(1, 2, 0).numpy()).save(path)
+        pixels = few_digits.test.images[i].permute(1, 2, 0).numpy().copy()
+        pixels[0, 0, 0] ^= 1  # no test image any more
+        Image.fromarray(pixels).save(path)
     return tmp_path / "images"
 
 
@@ -128,6 +159,8 @@ def test_forgets_the_images_of_a_folder(run, tmp_path, digits_folder):
         (["--forget-dir", "IMAGES", "--unlearn-k", 3, "--goal", "relabel"], "has 2 images to forget"),
         (["--forget-dir", "ODD"], "has a folder 'ten', which is no class of the data set; expected names such as '0'"),
         (["--forget-dir", "RIGHT", "--goal", "relabel"], "gets every image of"),
+        (["--forget-dir", "OWN"], "0.png is a training image of the data set; name training images by --forget-file"),
+        (["--retain-sample", 1, "--unlearn-k", 39], "all of these images are to be forgotten; take more"),
         (["--continual-step", 4, "--unlearn-k", 6], "expected one multiple of the step, such as 16"),
         (["--continual-step", 4, "--unlearn-k", 4, 8], "expected one multiple of the step"),
         (["--continual-step", 5, "--forget-dir", "IMAGES"], "add --unlearn-k with a multiple of the step"),
@@ -141,7 +174,10 @@ def test_bad_forget_sets_are_one_sentence(script, tmp_path, digits_folder, few_d
     for folder in (odd, right):
         folder.mkdir(parents=True)
         (folder / "0.png").write_bytes(next(digits_folder.glob("*/0.png")).read_bytes())
-    places = {"IMAGES": digits_folder, "ODD": odd.parent, "RIGHT": right.parent}
+    own = tmp_path / "own" / str(int(few_digits.train.labels[0])) / "0.png"
+    own.parent.mkdir(parents=True)
+    Image.fromarray(few_digits.train.images[0].permute(1, 2, 0).numpy()).save(own)
+    places = {"OWN": own.parent.parent, "IMAGES": digits_folder, "ODD": odd.parent, "RIGHT": right.parent}
     fast = FAST[2:] if "--forget-dir" in arguments else FAST  # by default, all images of the folder
     given = [places.get(word, word) for word in arguments]
     code, _, err = script(main_unlearn.main, "--result-dir", tmp_path, *fast, *given)
@@ -154,11 +190,12 @@ def test_a_sample_stands_for_d_r_and_says_so(run, tmp_path):
     assert run("--retain-sample", 10, "--method", "before", "neggrad", "--seed", 0, 1)[0] == 0
     for identity, record in found(tmp_path).items():
         assert record["retain_sample"] == 10
+        assert record["retain_measured"] <= 10
         assert record["acc_retain_low"] < record["acc_retain"] <= record["acc_retain_high"] <= 100
         forgotten = {int(line) for line in (tmp_path / "runs" / f"{identity}.txt").read_text().split()}
         with np.load(tmp_path / "runs" / f"{identity}.npz") as kept:
             indices = kept["retain_indices"]
-            assert len(indices) == len(kept["retain_after"]) <= 10
+            assert len(indices) == len(kept["retain_after"]) == record["retain_measured"]
             assert not forgotten & set(indices.tolist())
     sampled = {r["acc_retain_before"] for r in found(tmp_path).values()}
     assert run("--method", "before")[0] == 0  # on all: another record

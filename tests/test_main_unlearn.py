@@ -169,6 +169,23 @@ def test_unlearns_a_hugging_face_model_and_keeps_it_for_plain_transformers_code(
     assert "0 runs to do" in run(*arguments)[1]
 
 
+def test_a_kept_hugging_face_model_keeps_the_statistics_it_was_used_with(run, tmp_path, vit_folder):
+    import transformers
+
+    given = ["--model", f"hf:{vit_folder}", "--mean", 0.1, 0.2, 0.3, "--std", 0.4, 0.5, 0.6]
+    arguments = [*given, "--method", "neggrad", "--continual-step", 1, "--unlearn-k", 2, "--bn", "eval"]
+    code, _, err = run(*arguments)
+    assert code == 0, err
+    whole = found(tmp_path)
+    (first, second) = sorted(whole, key=lambda identity: whole[identity]["k"])
+    (tmp_path / "runs" / f"{second}.json").unlink()
+    assert run(*arguments)[0] == 0
+    assert but_for_costs(found(tmp_path)[second]) == but_for_costs(whole[second])
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "models" / first)
+    assert processor.image_mean == pytest.approx([0.1, 0.2, 0.3])
+    assert processor.image_std == pytest.approx([0.4, 0.5, 0.6])
+
+
 def test_unlearns_images_of_a_folder(script, tmp_path):
     test_data.write_folder(tmp_path / "insects", size=(80, 64))
     torch.manual_seed(0)

@@ -103,9 +103,11 @@ def test_script_saves_where_unlearning_looks_and_excludes_under_another_name(scr
     assert not list(usual.parent.glob("*.training.pt"))
     metadata = checkpoint.read(usual)[1]
     assert (metadata["lr"], metadata["epochs"], metadata["dataset"]) == ("0.001", "1", '"digits"')
-    assert "exists already" in call()[1]
+    assert "exists already" in call("--lr", "1e-3")[1]
+    assert "was trained with lr 0.001, not 0.1; add --rerun" in call("--lr", 0.1)[2]
     (tmp_path / "out.txt").write_text("5\n1\n")
     assert call("--exclude", tmp_path / "out.txt")[0] == 0
+    assert "exists already" in call("--exclude", tmp_path / "out.txt")[1]
     (retrained,) = usual.parent.glob("digits_resnet20_without_2_*.safetensors")
     assert checkpoint.read(retrained)[1]["excluded"] == "[5, 1]"
     for arguments, expected in (

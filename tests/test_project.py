@@ -112,6 +112,13 @@ def test_shell_script_does_what_is_asked_for_alone(tmp_path):
     assert ["hf:" in line for line in calls] == [True, False]
 
 
+def test_shell_script_knows_no_other_experiment(tmp_path):
+    (tmp_path / "calls").touch()
+    done, calls = shell("run_unlearn_cifar_imagenet.sh", tmp_path, WHAT="cifra10")
+    assert (done.returncode, calls) == (2, [])
+    assert "WHAT names cifra10" in done.stderr
+
+
 def test_shell_script_has_the_settings_of_the_released_ones(tmp_path):
     _, calls = shell("run_unlearn_cifar_imagenet.sh", tmp_path, WHAT="cifar10 cifar100 vit imagenet")
     for line in calls:
@@ -122,7 +129,12 @@ def test_shell_script_has_the_settings_of_the_released_ones(tmp_path):
 
 
 def test_shell_script_of_faces_pretrains_and_unlearns_each_grouping_with_the_released_settings(tmp_path):
-    done, calls = shell("run_unlearn_utkface.sh", tmp_path, 'case "$*" in *pretrain*MFD*) exit 2;; esac')
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for grouping in utkface.AGE_GROUPINGS:  # for a dry run unlearns where there are weights
+        (weights / f"utkface_{grouping}_resnet18_cifar100.safetensors").touch()
+    answer = 'case "$*" in *pretrain*MFD*) exit 2;; esac'
+    done, calls = shell("run_unlearn_utkface.sh", tmp_path, answer, WEIGHTS=str(weights))
     assert done.returncode == 1
     assert done.stderr.count("was not finished (exit code 2)") == 1
     pretraining = [line for line in calls if "main_pretrain_utkface_resnet18.py" in line]
@@ -135,4 +147,11 @@ def test_shell_script_of_faces_pretrains_and_unlearns_each_grouping_with_the_rel
         assert [n for n in runs.HYPER_PARAMETERS if getattr(given, n) != getattr(default, n)] == []
         assert given.unlearn_k == default.unlearn_k
         assert Path(given.checkpoint).stem == f"utkface_{given.age_grouping}_resnet18_cifar100"
-    assert all("--epochs 100" in line for line in pretraining)
+    assert all("--epochs 100" in line and "--resume" in line for line in pretraining)
+
+
+def test_a_dry_run_of_the_faces_trains_nothing(tmp_path):
+    (tmp_path / "calls").touch()
+    done, calls = shell("run_unlearn_utkface.sh", tmp_path, WEIGHTS=str(tmp_path / "none"))
+    assert (done.returncode, calls) == (0, [])
+    assert done.stdout.count("would train first: ") == 5

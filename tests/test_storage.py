@@ -30,6 +30,8 @@ def test_a_file_holds_what_memory_holds(trained, tmp_path, on_disk, dtype):
     some = torch.tensor([23, 0, 7, 7])
     tolerance = 1.01 if dtype == torch.uint8 else 1e-3 if dtype == torch.float16 else 1e-5
     assert (found[some].double() - expected[some].double()).abs().max() < tolerance
+    with pytest.raises(ValueError, match="is not the head of a set"):
+        found[2:8]
     head = found[:8]
     assert (len(head), len(found)) == (8, 24)
     assert torch.equal(head[torch.tensor([7])], found[torch.tensor([7])])
@@ -62,6 +64,13 @@ def test_a_full_disk_is_said_before_the_attack(trained, tmp_path, on_disk, monke
     monkeypatch.setattr(attack, "pgd_l2", None)
     with pytest.raises(InputError, match="the adversarial examples take .* GiB, and .* has 0.0 GiB left; make room"):
         attack.adversarial_set(model, images[:4], labels[:4], CLASSES, **SET, folder=tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_sentence(trained, tmp_path, on_disk):
+    model, images, labels = trained
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write to .*file"):
+        attack.adversarial_set(model, images[:4], labels[:4], CLASSES, **SET, folder=tmp_path / "file")
 
 
 def test_small_sets_stay_in_memory(trained, tmp_path):

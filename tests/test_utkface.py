@@ -181,6 +181,47 @@ def test_the_weights_of_the_best_epoch_are_kept(pretrain, tmp_path, monkeypatch)
     assert not torch.equal(saved["linear.weight"], states[2]["net.linear.weight"])
 
 
+def test_weights_of_another_training_are_not_taken_for_these(pretrain, tmp_path):
+    write_faces(tmp_path / "utkface")
+    assert pretrain("--age-grouping", "MFD")[0] == 0
+    for arguments, complaint in (
+        (["--epochs", 3], "was trained with epochs 2, not 3; add --rerun"),
+        (["--lr", 0.1], "was trained with lr 0.0001, not 0.1"),
+        (["--split-seed", 1], "was trained with split_seed 0, not 1"),
+    ):
+        code, _, err = pretrain("--age-grouping", "MFD", *arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        assert complaint in err
+
+
+def test_resuming_with_other_faces_is_refused(pretrain, tmp_path, monkeypatch):
+    write_faces(tmp_path / "utkface")
+    true_fit = main_pretrain.pretrain.fit
+
+    def stop(model, *arguments, on_epoch, **options):
+        def end(row):
+            raise KeyboardInterrupt
+
+        return true_fit(model, *arguments, on_epoch=end, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(main_pretrain.pretrain, "fit", stop)
+        code, _, err = pretrain("--age-grouping", "MFD")
+    assert code == 130
+    assert "with --resume to go on" in err
+    next((tmp_path / "utkface").iterdir()).unlink()
+    code, _, err = pretrain("--age-grouping", "MFD", "--resume")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is from another recipe, net or data set" in err
+
+
+def test_a_last_batch_of_one_image_is_one_sentence(pretrain, tmp_path):
+    write_faces(tmp_path / "utkface")
+    code, _, err = pretrain("--age-grouping", "MFD", "--batch-size", 31, "--image-size", 4)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "cannot learn from a single value a channel" in err
+
+
 @pytest.mark.realdata
 def test_real_folder_has_five_malformed_names():
     files, (note,) = utkface._files(REALDATA)

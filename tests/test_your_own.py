@@ -74,6 +74,36 @@ def test_a_metric(example, few_digits):
         assert 0 <= record["acc_worst_class"] <= record["acc_test"]
 
 
+def test_an_edit_of_a_method_makes_another_run_and_a_new_metric_is_added_to_old_ones(example, tmp_path):
+    example("my_method", "--method", "bounded")
+    (record,) = example("my_method", "--method", "bounded")
+    assert len(record["method_code"]) == 64
+    EXAMPLES["edited"] = EXAMPLES["my_method"].replace("math.log(10)", "math.log(5)")
+    try:
+        records = example("edited", "--method", "bounded")
+    finally:
+        del EXAMPLES["edited"]
+    assert len(records) == 2
+    assert len({record["method_code"] for record in records}) == 2
+    example("my_metric", "--method", "before")
+    example("my_method", "--method", "before")
+    (before,) = [r for r in example("my_metric", "--method", "before") if r["method"] == "before"]
+    assert "acc_worst_class" in before
+
+
+def test_what_people_add_is_looked_at(example, monkeypatch):
+    with pytest.raises(ValueError, match="needs .*importances.*; expected some of adv, importance, noise, retain"):
+        methods.method("odd", "importances")
+    with pytest.raises(ValueError, match="needs adv and retain"):
+        methods.method("odd", "adv", "retain")
+    for name in ("acc_test", "speed", "status"):
+        with pytest.raises(ValueError, match="expected a new name that begins with acc_ or metric_"):
+            measuring.metric(name)
+    measuring.metric("metric_odd")(lambda measured: float("nan"))
+    (record,) = [r for r in example("my_metric", "--method", "before") if r["method"] == "before"]
+    assert record["metric_odd"] is None
+
+
 def write(folder, name):
     path = folder / f"{name}.py"
     path.write_text(EXAMPLES[name])
