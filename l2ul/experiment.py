@@ -134,11 +134,15 @@ class Experiment:
             return None
         largest, hyper = max(needing, key=lambda run: len(run.forget)), self.setup.hyper
         draws, steps = hyper["num_adv_images"], hyper["pgd_iter"]
-        dtype, exact = storage.DTYPES[hyper["adv_dtype"]], []
+        dtype, judged = storage.DTYPES[hyper["adv_dtype"]], 0
+        # made whole at once: small tensors that stay between large ones that go would keep those from being given back
+        exact = torch.empty(len(largest.forget) * draws, dtype=torch.bool)
 
         def judge(found: Tensor, aims: Tensor) -> None:
+            nonlocal judged
             if dtype != torch.float32:
-                exact.append(self.measuring.classes(model, found) == aims.cpu())
+                exact[judged : judged + len(found)] = self.measuring.classes(model, found) == aims.cpu()
+                judged += len(found)
 
         started = running.clock(self.device)
         with running.progress("attack", len(largest.forget) * draws * steps, estimate=True) as advance:
@@ -160,7 +164,7 @@ class Experiment:
             )
         seconds = (running.clock(self.device) - started) / len(largest.forget)
         hits = self.measuring.classes(model, examples) == targets.cpu()
-        return Adversarial(examples, targets, hits, torch.cat(exact) if exact else hits, seconds)
+        return Adversarial(examples, targets, hits, exact if judged else hits, seconds)
 
     def _attack_batch_size(self) -> int:
         return self.attack_batch_size or attack.default_batch_size(self.device, self.setup.images.side)
