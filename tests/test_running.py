@@ -1,8 +1,12 @@
-"""What a script says while it runs."""
+"""What a script says while it runs, and to whom."""
+
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from l2ul import running
+from l2ul import running, tracking
+from l2ul.errors import InputError
 
 
 def test_the_estimate_of_time_leaves_out_what_came_before_the_first_units(monkeypatch, capsys):
@@ -24,3 +28,16 @@ def test_short_work_and_work_without_an_estimate_say_nothing(monkeypatch, capsys
             now[0] = moment
             advance(10)
     assert capsys.readouterr().out == ""
+
+
+def test_a_tracker_gets_loss_and_accuracy_an_epoch_and_is_asked_for_by_name(tmp_path, monkeypatch):
+    tracking.open_tracker(None, tmp_path)({"epoch": 1, "loss": 0.5, "acc": 90.0})
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="--tracker tensorboard needs the package tensorboard"):
+        tracking.open_tracker("tensorboard", tmp_path)
+    written = []
+    writer = SimpleNamespace(add_scalar=lambda *values: written.append(values), flush=lambda: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder: writer))
+    tracking.open_tracker("tensorboard", tmp_path)({"epoch": 3, "loss": 0.5, "acc": 90.0})
+    assert written == [("loss", 0.5, 3), ("acc", 90.0, 3)]
