@@ -113,7 +113,8 @@ class Subject:
         usual = checkpoint.find(run["dataset"], run["model"], self.opts.data_dir)
         files = [Path(path) for path in (told, usual) if path and Path(path).is_file()]
         same = (path for path in files if file_sha256(path) == run["checkpoint_sha256"])
-        net = self._load(run, run["model"], next(same, told))
+        statistics = [[float(value) for value in (run.get(key) or "").split()] or None for key in ("mean", "std")]
+        net = models.load(run["model"], self.images.num_classes, next(same, told), *statistics).to(self.device)
         if net.sha256 != run["checkpoint_sha256"]:
             raise InputError(
                 f"{net.source} is not what the runs began with (sha256 {run['checkpoint_sha256'][:12]}…); name that "
@@ -122,13 +123,7 @@ class Subject:
         return net
 
     def unlearned(self, run: Record) -> models.Classifier:
-        path = shown.saved_net(run)
-        is_folder = run["model"].startswith("hf:")
-        return self._load(run, f"hf:{path}" if is_folder else run["model"], None if is_folder else path)
-
-    def _load(self, run: Record, name: str, path: Path | str | None) -> models.Classifier:
-        statistics = [[float(value) for value in (run.get(key) or "").split()] or None for key in ("mean", "std")]
-        return models.load(name, self.images.num_classes, path, *statistics).to(self.device)
+        return models.load_saved(shown.saved_net(run), self.original(run)).to(self.device)
 
     def chosen(self, has: Callable[[Record], bool], missing: str, mend: str) -> list[Record]:
         """Runs on one D_f, one a method, of those that have what a figure needs; InputError where none has."""
@@ -206,8 +201,8 @@ def adversarial_examples(subject: Subject) -> Drawn:
         steps=run["pgd_iter"],
         seed=run["seed"],
         batch_size=run.get("attack_batch_size"),
-        dtype=storage.DTYPES[run.get("adv_dtype") or "float32"],
     )
+    made = storage.as_stored(made, storage.DTYPES[run.get("adv_dtype") or "float32"])
     names, owners = np.array(subject.images.classes), torch.arange(len(pixels)).repeat_interleave(draws)
     images, examples = _array(pixels), _array(made)
     told = {"index": indices[owners], "label": names[chosen.labels[owners]], "target": names[targets.cpu()]}

@@ -13,8 +13,9 @@ import time
 
 from torch import Tensor
 
-from l2ul import evaluate, methods, options, records, running
+from l2ul import evaluate, methods, options, precisions, records, running
 from l2ul import forget as forgetting
+from l2ul.cache import GIB, Cache
 from l2ul.data import Split
 from l2ul.errors import InputError
 from l2ul.experiment import Experiment
@@ -34,9 +35,12 @@ def main() -> None:
     for folder in ("runs", "models") if opts.save_model or opts.continual_step else ("runs",):
         require_writable(opts.result_dir / folder)
         remove_parts(opts.result_dir / folder, older_than=time.time() - 3600)
+    precisions.use(device, opts.precision)
+    cache = open_cache(opts)
     setup = load(opts, device)
     runs = plan(opts, setup)
-    measuring = Measuring(setup, opts.test_batch_size, opts.workers)
+    test_batch_size = opts.test_batch_size or evaluate.default_batch_size(device, setup.images.side)
+    measuring = Measuring(setup, test_batch_size, opts.workers, cache)
     experiment = Experiment(
         setup,
         measuring,
@@ -44,7 +48,8 @@ def main() -> None:
         load=lambda path: models.load_saved(path, setup.classifier).to(device),
         keep_models=opts.save_model,
         attack_batch_size=opts.attack_batch_size,
-        scratch_dir=opts.result_dir / "cache",
+        scratch_dir=opts.result_dir / "scratch",
+        cache=cache,
     )
     for run in runs:
         measuring.check(run)
@@ -60,14 +65,7 @@ def main() -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; whatever can be judged without data or weights is judged here."""
     parser = options.Parser(__doc__.split("\n")[0], prog=PROGRAM)
-    for add in (
-        options.add_data,
-        options.add_weights,
-        options.add_unlearning,
-        options.add_attack,
-        options.add_output,
-        options.add_machine,
-    ):
+    for add in (*options.RUN_GROUPS, options.add_weights, options.add_machine):
         add(parser)
     opts = parser.parse_args(argv)
     options.fill_defaults(opts)
@@ -94,6 +92,19 @@ def check_forget(opts: argparse.Namespace) -> None:
             f"--continual-step is {step} and --unlearn-k is {' '.join(map(str, opts.unlearn_k))}; "
             f"expected one multiple of the step, such as {4 * step}"
         )
+
+
+def open_cache(opts: argparse.Namespace) -> Cache:
+    """Where results that would come out the same again are kept; nowhere where that folder cannot be written to."""
+    if opts.no_cache:
+        return Cache()
+    try:
+        require_writable(opts.cache_dir)
+    except InputError as error:
+        print(f"nothing is cached: {error}")
+        return Cache()
+    remove_parts(opts.cache_dir, older_than=time.time() - 3600)
+    return Cache(opts.cache_dir, int(opts.cache_gib * GIB))
 
 
 def load(opts: argparse.Namespace, device) -> Setup:

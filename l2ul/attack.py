@@ -2,18 +2,18 @@
 
 from collections.abc import Callable
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from l2ul import Progress, seeds
+from l2ul import Progress, precisions, seeds
 from l2ul.data import as_pixels
+from l2ul.errors import is_out_of_memory
+from l2ul.folding import Pair, foldable, folded
 from l2ul.forget import other_class
 from l2ul.modes import frozen
-from l2ul.storage import DiskImages, as_stored, empty_images
 
 BATCH_SIZE = {"cpu": 128, "mps": 512, "cuda": 2048}  # (image, target) pairs attacked at once
 LARGE = 64  # pixels a side; of larger images, an eighth as many
@@ -88,53 +88,50 @@ def adversarial_set(
     seed: int,
     first_position: int = 0,
     batch_size: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    folder: Path | None = None,
-    on_batch: Callable[[Tensor, Tensor], object] | None = None,
+    precision: str = "fp32",
+    pairs: list[Pair] | None = None,
+    on_halved: Callable[[int], object] | None = None,
     progress: Progress | None = None,
-) -> tuple[Tensor | DiskImages, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """D_adv: `num_adv_images` targeted examples of each image, each with its own random target and start.
 
-    images   (k, 3, H, W) uint8 or float in [0,1]; labels (k,) int64, the true classes
-    dtype    as which the examples are kept: float32, float16, or uint8, rounded to valid 8-bit images
-    folder   where they go to a temporary file if they do not fit in memory; by default they stay in memory
-    on_batch called with the examples of each batch, before they are rounded, and their targets
-    returns  examples (k · num_adv_images, 3, H, W), floats in [0,1] or uint8, and their targets
-             (k · num_adv_images,), the draws of the first image first
+    images     (k, 3, H, W) uint8 or float in [0,1]; labels (k,) int64, the true classes
+    precision  of the passes through the model: see `precisions`
+    pairs      of layers to fold, by default those that `folding.foldable` finds
+    on_halved  called with the new number of pairs a batch where memory ran out
+    returns    examples (k · num_adv_images, 3, H, W) float in [0,1] and their targets (k · num_adv_images,), the draws
+               of the first image first
 
     Target (uniform over the classes other than the true one) and start of a draw depend on (seed, position of the
     image, draw) alone, so the set of the first k images is the head of the set of more. The first image's position is
-    0, or `first_position` where D_f arrives in steps. Pairs are attacked
-    `batch_size` at a time (by default `default_batch_size`), whatever images they belong to; where memory runs out,
-    half as many.
+    0, or `first_position` where they are not the first of D_f. Pairs are attacked `batch_size` at a time (by default
+    `default_batch_size`), whatever images they belong to; where memory runs out, half as many.
     """
     targets = random_targets(labels, num_classes, num_adv_images, seed, first_position)
     pixels = as_pixels(images)
     owners = torch.arange(len(images), device=images.device).repeat_interleave(num_adv_images)
     size = min(batch_size or default_batch_size(images.device, images.shape[-1]), len(owners))
-    shape = (len(owners), *pixels.shape[1:])
-    if folder is None:
-        examples = torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
-    else:
-        examples = empty_images(shape, dtype, images.device, folder)
+    examples = torch.empty((len(owners), *pixels.shape[1:]), device=images.device, memory_format=torch.channels_last)
     done = 0
-    while done < len(owners):
-        # equal batches: a small last one would be computed by other kernels, and so be rounded otherwise
-        left = len(owners) - done
-        part = slice(done, done + math.ceil(left / math.ceil(left / size)))
-        x = pixels[owners[part]]
-        start = _starts(x, part, num_adv_images, seed, first_position) - x
-        try:
-            found = pgd_l2(model, x, targets[part], eps=eps, alpha=alpha, steps=steps, start=start, progress=progress)
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            size = math.ceil(size / 2)
-            continue
-        if on_batch:
-            on_batch(found, targets[part])
-        examples[part] = as_stored(found, dtype)
-        done = part.stop
+    with folded(model, foldable(model, pixels) if pairs is None else pairs):
+        while done < len(owners):
+            # equal batches: a small last one would be computed by other kernels, and so be rounded otherwise
+            left = len(owners) - done
+            part = slice(done, done + math.ceil(left / math.ceil(left / size)))
+            x = pixels[owners[part]]
+            start = _starts(x, part, num_adv_images, seed, first_position) - x
+            options = {"eps": eps, "alpha": alpha, "steps": steps, "start": start, "progress": progress}
+            try:
+                with precisions.autocast(images.device, precision):
+                    examples[part] = pgd_l2(model, x, targets[part], **options)
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+                size = math.ceil(size / 2)
+                if on_halved:
+                    on_halved(size)
+                continue
+            done = part.stop
     return examples, targets
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 import contextlib
 from dataclasses import dataclass, field, replace
+import hashlib
+import os
 from pathlib import Path
 import socket
 
@@ -15,6 +17,7 @@ from torchvision.transforms import v2
 
 from l2ul import ProgressBar
 from l2ul.errors import InputError
+from l2ul.files import tensors_sha256
 from l2ul.storage import DiskImages
 
 WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # the 1,000 classes of ImageNet-1k, in order
@@ -34,6 +37,14 @@ class FolderImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def sha256(self) -> str:
+        """Hex hash of the files' names, sizes and times of change, and of how they are cut."""
+        digest = hashlib.sha256(f"{self.size} {self.short_side}".encode())
+        for file in self.files:
+            told = os.stat(file)
+            digest.update(f"{file} {told.st_size} {told.st_mtime_ns}".encode())
+        return digest.hexdigest()
 
     def __getitem__(self, index: int | Tensor) -> Tensor:
         if isinstance(index, Tensor) and index.ndim:
@@ -62,6 +73,12 @@ class Split:
     def pixels(self) -> Tensor:
         """All images as one tensor: for sets that are small, such as D_f."""
         return self.images[torch.arange(len(self))]
+
+    def sha256(self) -> str:
+        """Hex hash of the images: of their pixels, or of their files' names, sizes and times."""
+        if isinstance(self.images, FolderImages):
+            return self.images.sha256()
+        return tensors_sha256({"images": self.images})
 
     def subset(self, indices: Tensor) -> "Split":
         """The images at `indices`, in that order."""

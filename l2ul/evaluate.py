@@ -6,25 +6,45 @@ from torch import Tensor, nn
 from l2ul import Progress
 from l2ul.data import FolderImages, Images, as_pixels, batches
 from l2ul.errors import Diverged, InputError
+from l2ul.folding import Pair, foldable, folded
 from l2ul.modes import evaluating
 from l2ul.storage import DiskImages
+
+BATCH_SIZE = {"cpu": 256, "mps": 512, "cuda": 2048}  # images measured at once
+LARGE = 64  # pixels a side; of larger images, an eighth as many
+
+
+def default_batch_size(device: torch.device, side: int) -> int:
+    """Images measured at once where nobody says: a size for the kind of device, an eighth of it for large images."""
+    size = BATCH_SIZE[device.type]
+    return size if side <= LARGE or device.type == "cpu" else size // 8
 
 
 def predict(
     model: nn.Module,
     images: Tensor | FolderImages | DiskImages,
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     workers: int = 0,
+    pairs: list[Pair] | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """The class (N,) int64, on the CPU, that the model gives each image, in eval mode.
 
-    images are uint8 or float in [0,1]. Raises Diverged if any logit is not finite: argmax would call those a class.
+    images      uint8 or float in [0,1]
+    batch_size  images measured at once, by default `default_batch_size`
+    pairs       of layers to fold, by default those that `folding.foldable` finds
+
+    Raises Diverged if any logit is not finite: argmax would call those a class.
     """
     device = next(model.parameters()).device
+    sample = as_pixels(images[torch.tensor([0])])
+    if pairs is None:
+        pairs = foldable(model, sample)
+    if batch_size is None:
+        batch_size = default_batch_size(device, sample.shape[-1])
     found = []
-    with torch.inference_mode(), evaluating(model):
+    with torch.inference_mode(), folded(model, pairs):
         for batch in batches(images, batch_size, device, workers):
             logits = model(batch)
             found.append(torch.where(logits.isfinite().all(1), logits.argmax(1), -1))

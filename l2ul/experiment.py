@@ -1,7 +1,7 @@
 """Runs carried out one after the other, each measured and recorded as soon as it ends."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 import platform
@@ -10,34 +10,12 @@ import torch
 from torch import Tensor, nn
 import torchvision
 
-from l2ul import attack, importance, records, running, storage, unlearn
+from l2ul import importance, records, running, unlearn
+from l2ul.adversarial import Adversarial, Attack
+from l2ul.cache import Cache
 from l2ul.errors import Diverged
 from l2ul.measuring import METRICS, Measuring, Predictions
-from l2ul.runs import SGD_FLAGS, Run, Setup
-
-LOOP = (*SGD_FLAGS, "max_passes", "adv_batch_size", "reg_lamb", "noise_growth")
-
-
-@dataclass(frozen=True)
-class Adversarial:
-    """D_adv of a D_f, and the seconds that an image of D_f took.
-
-    hits, exact_hits  which of the examples the net calls their target, as they are kept and before they were rounded
-    """
-
-    examples: Tensor | storage.DiskImages
-    targets: Tensor
-    hits: Tensor
-    exact_hits: Tensor
-    seconds: float
-
-    def head(self, num_pairs: int) -> tuple[Tensor | storage.DiskImages, Tensor]:
-        return self.examples[:num_pairs], self.targets[:num_pairs]
-
-    def success(self, num_pairs: int) -> dict[str, float]:
-        """Percent of the first examples that are called their target, under the keys of a record."""
-        hits = {"adv_success": self.hits, "adv_success_exact": self.exact_hits}
-        return {key: 100 * which[:num_pairs].double().mean().item() for key, which in hits.items()}
+from l2ul.runs import LOOP_FLAGS, Run, Setup
 
 
 @dataclass(frozen=True)
@@ -47,6 +25,7 @@ class Experiment:
     save, load   write an unlearned net to a path with settings as metadata, and read it again
     keep_models  whether the nets are kept; those of continual runs always are, as the next step starts from them
     scratch_dir  for what does not fit in memory
+    cache        of adversarial examples
     """
 
     setup: Setup
@@ -55,7 +34,8 @@ class Experiment:
     load: Callable[[Path], nn.Module]
     keep_models: bool = False
     attack_batch_size: int | None = None
-    scratch_dir: Path = Path("result_data/cache")
+    scratch_dir: Path = Path("result_data/scratch")
+    cache: Cache = field(default_factory=Cache)
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +54,7 @@ class Experiment:
         """Do these runs, in their order, and record each; what several of them need is made once."""
         if not runs:
             return
-        before = self.measuring.predict(self.setup.classifier, "measure before")
+        before = self.measuring.before()
         for (_, are_steps), group in groupby(runs, key=lambda run: (run.seed, run.is_step)):
             if are_steps:
                 self._carry_out_steps(list(group), before)
@@ -127,47 +107,40 @@ class Experiment:
         split = run.forget.split
         return split.pixels().to(self.device), split.labels.to(self.device)
 
-    def _attack(self, runs: list[Run], model: nn.Module) -> Adversarial | None:
-        """D_adv of the largest D_f of these runs, the others' are its head; None if no run needs it."""
+    def _attack(self, runs: list[Run], model: nn.Module) -> tuple[Adversarial, float] | None:
+        """D_adv of the largest D_f of these runs, the others' are its head, and the seconds an image took.
+
+        None if no run needs it.
+        """
         needing = [run for run in runs if "adv" in run.method.needs]
         if not needing:
             return None
         largest, hyper = max(needing, key=lambda run: len(run.forget)), self.setup.hyper
-        draws, steps = hyper["num_adv_images"], hyper["pgd_iter"]
-        dtype, judged = storage.DTYPES[hyper["adv_dtype"]], 0
-        # made whole at once: small tensors that stay between large ones that go would keep those from being given back
-        exact = torch.empty(len(largest.forget) * draws, dtype=torch.bool)
-
-        def judge(found: Tensor, aims: Tensor) -> None:
-            nonlocal judged
-            if dtype != torch.float32:
-                exact[judged : judged + len(found)] = self.measuring.classes(model, found) == aims.cpu()
-                judged += len(found)
-
+        attack = Attack(
+            self.setup.images.num_classes,
+            hyper["num_adv_images"],
+            hyper["pgd_eps"],
+            hyper["pgd_alpha"],
+            hyper["pgd_iter"],
+            largest.seed,
+            hyper["adv_dtype"],
+            hyper["precision"],
+            self.attack_batch_size,
+            self.measuring.batch_size,
+            self.scratch_dir,
+        )
+        total = len(largest.forget) * attack.num_adv_images * attack.steps
         started = running.clock(self.device)
-        with running.progress("attack", len(largest.forget) * draws * steps, estimate=True) as advance:
-            examples, targets = attack.adversarial_set(
+        with running.progress("attack", total, estimate=True) as advance:
+            made = attack.make(
                 model,
                 *self._forget(largest),
-                self.setup.images.num_classes,
-                num_adv_images=draws,
-                eps=hyper["pgd_eps"],
-                alpha=hyper["pgd_alpha"],
-                steps=steps,
-                seed=largest.seed,
-                first_position=largest.k - len(largest.forget),
-                batch_size=self.attack_batch_size,
-                dtype=dtype,
-                folder=self.scratch_dir,
-                on_batch=judge,
+                largest.first_position,
+                pairs=self.measuring.pairs,
+                cache=self.cache,
                 progress=advance,
             )
-        seconds = (running.clock(self.device) - started) / len(largest.forget)
-        hits = self.measuring.classes(model, examples) == targets.cpu()
-        return Adversarial(examples, targets, hits, exact if judged else hits, seconds)
-
-    def _attack_batch_size(self) -> int:
-        return self.attack_batch_size or attack.default_batch_size(self.device, self.setup.images.side)
+        return made, (running.clock(self.device) - started) / len(largest.forget)
 
     def _weigh(self, runs: list[Run], model: nn.Module) -> tuple[dict[str, Tensor], float] | None:
         """MAS importance on the D_f that these runs share, and the seconds it took; None if no run needs it."""
@@ -184,16 +157,17 @@ class Experiment:
         run: Run,
         model: nn.Module,
         before: Predictions,
-        adversarial: Adversarial | None,
-        weighed,
+        adversarial: tuple[Adversarial, float] | None,
+        weighed: tuple[dict[str, Tensor], float] | None,
         measure: bool = True,
     ) -> unlearn.Outcome:
         needs, seconds = run.method.needs, {"attack": 0.0, "importance": 0.0}
-        inputs, success = {}, {}
+        inputs, attacked = {}, {}
         if "adv" in needs:
-            pairs = len(run.forget) * self.setup.hyper["num_adv_images"]
-            inputs["adv"], seconds["attack"] = adversarial.head(pairs), adversarial.seconds * len(run.forget)
-            success = adversarial.success(pairs)
+            made, seconds_an_image = adversarial
+            num_pairs = len(run.forget) * self.setup.hyper["num_adv_images"]
+            inputs["adv"], seconds["attack"] = made.head(num_pairs), seconds_an_image * len(run.forget)
+            attacked = made.success(num_pairs) | {"attack_batch_size": made.batch_size}
         if "importance" in needs:
             inputs["importance"], seconds["importance"] = weighed
         if "retain" in needs:
@@ -207,11 +181,11 @@ class Experiment:
         if (self.keep_models or run.is_step) and run.method.terms and finite:
             self.save(outcome.model, run.files.model, run.settings)
         if measure:
-            self._record(run, outcome, before, after, seconds, success)
+            self._record(run, outcome, before, after, seconds, attacked)
         return outcome
 
     def _unlearn(self, run: Run, model: nn.Module, inputs: dict[str, object]) -> unlearn.Outcome:
-        hyper = {name: self.setup.hyper[name] for name in LOOP}
+        hyper = {name: self.setup.hyper[name] for name in LOOP_FLAGS}
         new = run.forget.new_labels
         with running.progress(f"{run.method.name} k = {run.k}", None) as advance:
             return unlearn.unlearn(
@@ -219,8 +193,9 @@ class Experiment:
                 *self._forget(run),
                 run.method.name,
                 new_labels=new.to(self.device) if new is not None else None,
-                settings=unlearn.Settings(seed=run.seed, first_position=run.k - len(run.forget), **hyper),
+                settings=unlearn.Settings(seed=run.seed, first_position=run.first_position, **hyper),
                 workers=self.measuring.workers,
+                pairs=self.measuring.pairs,
                 on_step=lambda row: advance(1),
                 **inputs,
             )
@@ -243,7 +218,7 @@ class Experiment:
         before: Predictions,
         after: Predictions | None,
         seconds: dict[str, float],
-        success: dict[str, float],
+        attacked: dict[str, float],
     ) -> None:
         """Write the record: accuracies are of the net before any run, and of the one that this run ended with."""
         try:
@@ -256,13 +231,12 @@ class Experiment:
             "status": outcome.status,
             "steps": outcome.steps,
             **accuracies,
-            **dict.fromkeys(("adv_success", "adv_success_exact")),
-            **success,
+            **dict.fromkeys(("adv_success", "adv_success_exact", "attack_batch_size")),
+            **attacked,
             **{f"seconds_{phase}": round(value, 3) for phase, value in seconds.items()},
             "peak_memory_mib": running.peak_memory_mib(self.device),
             "device": running.device_name(self.device),
             **self.setup.described,
-            "attack_batch_size": self._attack_batch_size() if "adv" in run.method.needs else None,
             "test_batch_size": self.measuring.batch_size,
             "python": platform.python_version(),
             "torch": torch.__version__,

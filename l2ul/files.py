@@ -9,6 +9,9 @@ import shutil
 import tempfile
 import uuid
 
+import torch
+from torch import Tensor
+
 from l2ul.errors import InputError
 
 
@@ -48,6 +51,15 @@ def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """Hex sha256 of tensors by name: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def require_writable(folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from l2ul import forget, objective, options, records
+from l2ul import defaults, forget, objective, records
 from l2ul.errors import InputError
 
 # Records of older versions lack these.
@@ -137,7 +137,7 @@ def is_setting(key: str) -> bool:
 
 def _identity(record: dict[str, object]) -> str:
     """The same for two records of one run. Older records lack settings that came later and have their defaults."""
-    usual = {key: options.default(record["dataset"], key) for key in options.COMMON_DEFAULTS}
+    usual = {key: defaults.default(record["dataset"], key) for key in defaults.COMMON_DEFAULTS}
     chosen = {
         key: value for key, value in record.items() if is_setting(key) and value is not None and value != usual.get(key)
     }

@@ -1,7 +1,7 @@
 """What is measured of a run: accuracies on D_f, D_r and D_test before and after, and the classes they come from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 import math
 
@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from l2ul import data, evaluate, running, seeds
+from l2ul.cache import Cache, fingerprint
+from l2ul.data import as_pixels
 from l2ul.errors import InputError
+from l2ul.folding import Pair, foldable
 from l2ul.records import KEYS
 from l2ul.runs import Run, Setup
 from l2ul.storage import DiskImages
@@ -58,11 +61,15 @@ def metric(name: str) -> Callable[[Metric], Metric]:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How nets are measured on the data set of a setup: `batch_size` images at once, decoded by so many workers."""
+    """How nets are measured on the data set of a setup: `batch_size` images at once, decoded by so many workers.
+
+    cache  where what the classifier itself calls the images is kept
+    """
 
     setup: Setup
-    batch_size: int = 256
+    batch_size: int
     workers: int = 0
+    cache: Cache = field(default_factory=Cache)
 
     @property
     def device(self) -> torch.device:
@@ -76,16 +83,39 @@ class Measuring:
             return torch.arange(num_train)
         return torch.randperm(num_train, generator=seeds.generator(0, "retain sample"))[:wanted].sort().values
 
-    def predict(self, model: nn.Module, what: str) -> Predictions:
-        """The model's classes for what stands for D_r and for the test images, in one pass."""
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """The layers of the classifier, and of what it is unlearned to, that can be folded."""
+        return foldable(self.setup.classifier, as_pixels(self.setup.images.train.images[torch.tensor([0])]))
+
+    @cached_property
+    def _splits(self) -> dict[str, data.Split]:
+        """What stands for D_r, and the test images."""
         train = self.setup.images.train
         if len(self.stand_in) < len(train):
             train = train.subset(self.stand_in)
-        splits = (train, self.setup.images.test)
+        return {"train": train, "test": self.setup.images.test}
+
+    def predict(self, model: nn.Module, what: str) -> Predictions:
+        """The model's classes for what stands for D_r and for the test images, in one pass."""
         started = running.clock(self.device)
-        with running.progress(what, sum(map(len, splits))) as advance:
-            found = [self.classes(model, split.images, advance) for split in splits]
-        return Predictions(*found, running.clock(self.device) - started)
+        with running.progress(what, sum(map(len, self._splits.values()))) as advance:
+            found = {part: self.classes(model, split.images, advance) for part, split in self._splits.items()}
+        return Predictions(**found, seconds=running.clock(self.device) - started)
+
+    def before(self) -> Predictions:
+        """Those of the classifier as it was given: computed once for the same weights and images, then cached."""
+        started = running.clock(self.device)
+        key = {"kind": "predictions", "net": fingerprint(self.setup.classifier), "precision": self.setup.precision}
+        key |= {"device": self.device.type, "torch": torch.__version__}
+        key |= {part: split.sha256() for part, split in self._splits.items()}
+        kept = self.cache.get(key)
+        if kept:
+            return Predictions(**kept, seconds=running.clock(self.device) - started)
+        found = self.predict(self.setup.classifier, "measure before")
+        self.cache.put(key, {"train": found.train, "test": found.test})
+        self.cache.trim()
+        return found
 
     def classes(
         self,
@@ -94,7 +124,8 @@ class Measuring:
         advance: Callable[[int], object] | None = None,
     ) -> Tensor:
         """The classes (N,), on the CPU, that the model gives the images."""
-        return evaluate.predict(model, images, batch_size=self.batch_size, workers=self.workers, progress=advance)
+        options = {"batch_size": self.batch_size, "workers": self.workers, "pairs": self.pairs, "progress": advance}
+        return evaluate.predict(model, images, **options)
 
     def of_run(
         self, run: Run, before: Predictions, model: nn.Module, after: Predictions | None

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cache
 import shlex
 
-from l2ul import options
+from l2ul import defaults, options
 from l2ul.methods import of_goal
 from l2ul.tables import Wanted
 from l2ul.variants import Block, Record, settings
 
 DEFAULT_RESULT_DIR = "result_data"
-# Values that a setting has where no flag gives it, besides the defaults that `options` has for each data set.
+# Values that a setting has where no flag gives it, besides the defaults that `defaults` has for each data set.
 Implied = Callable[[Block], dict[str, set]]
 
 
@@ -120,7 +120,7 @@ def _setting_flags(block: Block, values: Record, implied: Implied) -> Iterator[s
     found = implied(block)
     for name, action in _actions().items():
         value = values.get(name)
-        usual = options.default(block.dataset, name) if name in options.COMMON_DEFAULTS else action.default
+        usual = defaults.default(block.dataset, name) if name in defaults.COMMON_DEFAULTS else action.default
         if value is None or value == usual or value in found.get(name, ()):
             continue
         yield action.option_strings[0]
@@ -132,7 +132,7 @@ def _setting_flags(block: Block, values: Record, implied: Implied) -> Iterator[s
 def _actions() -> dict[str, Action]:
     """Every flag of main_unlearn.py by the name that a record has it under."""
     parser = options.Parser("")
-    for add in (options.add_data, options.add_unlearning, options.add_attack, options.add_output):
+    for add in options.RUN_GROUPS:
         add(parser)
     return {action.dest: action for action in parser._actions if action.option_strings}
 

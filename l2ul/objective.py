@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 import torch.nn.functional as F
 
 GOALS = ("misclassify", "relabel")
@@ -45,5 +47,20 @@ def forget_loss(logits: Tensor, labels: Tensor, goal: str) -> Tensor:
 
 def importance_penalty(parameters: list[Tensor], reference: list[Tensor], held: list[Tensor]) -> Tensor:
     """½ Σ_i Ω̄_i (θ_i - θ⁰_i)² over all weights: parameters θ, reference θ⁰ and held Ω̄ of the same shapes."""
-    pairs = zip(parameters, reference, held, strict=True)
-    return 0.5 * sum((weight * (now - before).square()).sum() for now, before, weight in pairs)
+    return _Penalty.apply(reference, held, *parameters)
+
+
+class _Penalty(torch.autograd.Function):
+    """The penalty with its gradient Ω̄ (θ - θ⁰) written down: a few calls for all tensors, where autograd takes many."""
+
+    @staticmethod
+    def forward(context, reference: list[Tensor], held: list[Tensor], *parameters: Tensor) -> Tensor:
+        moved = torch._foreach_sub(parameters, reference)
+        pull = torch._foreach_mul(moved, held)
+        context.save_for_backward(*pull)
+        return 0.5 * torch.stack([torch.sum(part) for part in torch._foreach_mul(moved, pull)]).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(context, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *torch._foreach_mul(context.saved_tensors, scale)

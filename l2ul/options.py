@@ -1,70 +1,17 @@
-"""The flags that the scripts share, in groups, and their defaults for each data set."""
+"""The flags that the scripts share, in groups."""
 
 import argparse
 from pathlib import Path
 
 from l2ul import data, methods, objective, unlearn
+from l2ul.defaults import COMMON_DEFAULTS, DEFAULTS, default
 from l2ul.parsing import Parser, finite_float, nonnegative_float, nonnegative_int, positive_float, positive_int
-from l2ul.pretrain import PRECISIONS, SCHEDULES, Recipe
+from l2ul.precisions import PRECISIONS
+from l2ul.pretrain import SCHEDULES, Recipe
 from l2ul.running import progress
 from l2ul.storage import DTYPES
 from l2ul.tracking import TRACKERS
 from l2ul.utkface import AGE_GROUPINGS
-
-# Settings of the paper's released run scripts (github.com/csm9493/L2UL), but for the embedded digits, which are ours:
-# chosen so that every method forgets within seconds. A data set that has no value of its own takes the common one.
-DEFAULTS = {
-    "digits": {
-        "model": "resnet20",
-        "unlearn_k": [16],
-        "num_adv_images": 10,
-        "pgd_alpha": 0.4,
-        "pgd_iter": 20,
-        "adv_batch_size": 32,
-        "unlearn_lr": 1e-2,
-    },
-    "cifar10": {"model": "resnet18"},
-    "cifar100": {"model": "resnet50_cifar100", "num_adv_images": 200, "max_passes": 100},
-    "utkface": {
-        "model": "resnet18_cifar100",
-        "unlearn_k": [16, 32, 64, 128, 256],
-        "num_adv_images": 300,
-        "pgd_eps": 2.0,
-        "batch_size": 128,
-        "adv_batch_size": 128,
-    },
-    "imagenet": {
-        "model": "torchvision:resnet50",
-        "num_adv_images": 200,
-        "batch_size": 16,
-        "adv_batch_size": 128,
-        "max_passes": 100,
-        "adv_dtype": "uint8",  # ours: 4 times smaller than float32
-    },
-}
-COMMON_DEFAULTS = {
-    "model": "torchvision:resnet50",
-    "unlearn_k": [16, 64, 128, 256],  # images of D_f
-    "num_adv_images": 20,  # examples of each of them
-    "pgd_eps": 4.0,  # ε, L2 norm over the pixels of an image in [0,1]
-    "pgd_alpha": 0.1,  # likewise
-    "pgd_iter": 100,  # steps
-    "unlearn_lr": 1e-3,
-    "momentum": 0.9,
-    "weight_decay": 1e-4,
-    "batch_size": 32,  # images of D_f a step
-    "adv_batch_size": 256,  # images of D_adv, or of D_r, a step
-    "reg_lamb": 1.0,  # λ
-    "max_passes": 1000,  # times through D_adv, D_r or D_f
-    "noise_growth": 0.01,  # ours: σ of rawp's noise a draw, in parts of a tensor's root mean square
-    "adv_dtype": "float32",
-    "bn": "train",
-}
-
-
-def default(dataset: str, flag: str) -> object:
-    """The value of a flag that was not given, for a data set."""
-    return DEFAULTS.get(dataset, {}).get(flag, COMMON_DEFAULTS[flag])
 
 
 def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) -> None:
@@ -122,6 +69,25 @@ def add_machine(parser: Parser) -> None:
     _add(group, "--device", "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
     _add(group, "--no-cuda", "do not use a CUDA GPU", action="store_true")
     _add(group, "--threads", "CPU threads (default: torch's choice)", type=positive_int)
+
+
+def add_speed(parser: Parser) -> None:
+    group = parser.add_argument_group("speed")
+    _add(
+        group,
+        "--precision",
+        "on a CUDA GPU: fp32; tf32, faster, in all passes; bf16, fastest, in the attack, and tf32 elsewhere",
+        choices=PRECISIONS,
+    )
+    _add(
+        group,
+        "--cache-dir",
+        "adversarial examples, and what the classifier calls all images, are kept there and not computed again",
+        type=Path,
+        default=Path("data/cache"),
+    )
+    _add(group, "--cache-gib", "how large it may grow; the longest unused is deleted", type=positive_float, default=10)
+    _add(group, "--no-cache", "keep nothing there, and take nothing from there", action="store_true")
 
 
 def add_attack(parser: Parser) -> None:
@@ -211,7 +177,13 @@ def add_pretraining(parser: Parser, recipe: Recipe, by_grouping: dict[str, dict[
         _add(group, flag, f"{text} (default: {', '.join(values)})", type=kind, default=None)
     _add(group, "--batch-size", "images a step", type=positive_int, default=recipe.batch_size)
     _add(group, "--schedule", "of the learning rate", choices=SCHEDULES, default=recipe.schedule)
-    _add(group, "--precision", "of forward and backward pass; bf16 needs a GPU", choices=PRECISIONS, default="fp32")
+    _add(
+        group,
+        "--precision",
+        "of forward and backward pass; tf32 and bf16 need a CUDA GPU",
+        choices=PRECISIONS,
+        default="fp32",
+    )
     _add(group, "--seed", "of first weights, order and augmentation", type=nonnegative_int, default=0)
     _add(group, "--tracker", "also write the curve for it, beside the weights (default: none)", choices=TRACKERS)
     _add(group, "--exclude", "indices of training images to leave out, one a line (a retrained reference)", type=Path)
@@ -225,7 +197,12 @@ def add_pretraining(parser: Parser, recipe: Recipe, by_grouping: dict[str, dict[
 def add_output(parser: Parser) -> None:
     group = parser.add_argument_group("results")
     _add(group, "--result-dir", "records are written to runs in it", type=Path, default=Path("result_data"))
-    _add(group, "--test-batch-size", "images a batch when measuring", type=positive_int, default=256)
+    _add(
+        group,
+        "--test-batch-size",
+        "images a batch when measuring (default: CPU 256, GPU 2048, large images 256)",
+        type=positive_int,
+    )
     _add(
         group,
         "--retain-sample",
@@ -235,6 +212,9 @@ def add_output(parser: Parser) -> None:
     _add(group, "--save-model", "keep each unlearned net, in models beside runs", action="store_true")
     _add(group, "--rerun", "do runs again whose record exists", action="store_true")
     _add(group, "--dry-run", "check everything, list the runs and which are done, run none", action="store_true")
+
+
+RUN_GROUPS = (add_data, add_unlearning, add_attack, add_output, add_speed)  # what decides a run, or where it goes
 
 
 def _add(group: argparse._ArgumentGroup, flag: str, text: str, **keywords) -> argparse.Action:

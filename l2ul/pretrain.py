@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from l2ul import Progress, evaluate, seeds
+from l2ul import Progress, evaluate, precisions, seeds
 from l2ul.data import Split, as_pixels
 from l2ul.errors import Diverged, InputError
 from l2ul.files import atomic
 
 SCHEDULES = ("cosine", "onecycle")
-PRECISIONS = ("fp32", "bf16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Recipe:
     flip: bool = True
     label_smoothing: float = 0.0
     keep_best: bool = False  # end with the weights of the epoch that was best on the images held out
-    precision: str = "fp32"  # or "bf16": autocast, on a GPU
+    precision: str = "fp32"  # or "tf32", or "bf16" (autocast), on a GPU
 
 
 def fit(
@@ -58,11 +57,10 @@ def fit(
     `identity` is what else decides the result (net, data set, images left out): plain values, kept with the state.
     After each epoch all state is in `state_file`, whole or the epoch before's; `resume` goes on from there and ends
     with the same weights as a run that was never stopped. Raises InputError where the file belongs to another recipe
-    or bf16 has no GPU, Diverged where the loss is no longer finite.
+    or the precision has no GPU, Diverged where the loss is no longer finite.
     """
     device = train.labels.device
-    if recipe.precision == "bf16" and device.type != "cuda":
-        raise InputError("--precision bf16 needs a CUDA GPU (a CPU without its instructions is far slower); use fp32")
+    precisions.use(device, recipe.precision)
     model.to(memory_format=torch.channels_last)
     optimizer = _optimizer(model, recipe)
     scheduler = _scheduler(optimizer, recipe, len(train))
@@ -118,7 +116,7 @@ def _epoch(
     model.train()
     for indices in torch.randperm(len(train), generator=generator).split(recipe.batch_size):
         images = augment(train.images[indices].to(device), recipe.crop_padding, recipe.flip, generator, crop)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        with precisions.autocast(device, recipe.precision):
             logits = model(as_pixels(images))
         loss = F.cross_entropy(logits.float(), train.labels[indices], label_smoothing=recipe.label_smoothing)
         optimizer.zero_grad()

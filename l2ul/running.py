@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from l2ul import Progress
-from l2ul.errors import Diverged, InputError
+from l2ul.errors import Diverged, InputError, is_out_of_memory
 
 
 def choose_device(asked: str | None, no_cuda: bool = False, threads: int | None = None) -> torch.device:
@@ -104,18 +104,13 @@ def ending(
             f"image gives this net; take a --batch-size that leaves no image alone (or --bn eval to unlearn)",
         )
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _exit(1, f"{program}: out of memory ({_first_line(error)}); take smaller batches, finished runs are kept")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _exit(1, f"{program}: the disk is full ({error.filename}); make room, finished runs are kept")
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's and Python's own have a type; torch's on a CPU is told by its text alone."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

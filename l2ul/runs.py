@@ -16,12 +16,14 @@ NEEDS_FLAGS = {  # the hyper-parameters that a method depends on, by what it nee
     "retain": ("adv_batch_size",),
     "noise": ("noise_growth",),
 }
-HYPER_PARAMETERS = (*SGD_FLAGS, "max_passes", *ATTACK_FLAGS, "adv_batch_size", "reg_lamb", "noise_growth", "adv_dtype")
+LOOP_FLAGS = (*SGD_FLAGS, "max_passes", "adv_batch_size", "reg_lamb", "noise_growth")
+HYPER_PARAMETERS = (*LOOP_FLAGS, *ATTACK_FLAGS, "adv_dtype", "precision")
 # These came later: they are part of an id only where they matter, so that older records keep theirs.
 LATER = {
     **dict.fromkeys(("noise_growth", "continual_size", "retain_sample", "age_grouping", "split_seed")),
     **dict.fromkeys(("train_sha256", "method_code")),
     "adv_dtype": "float32",
+    "precision": "fp32",
 }
 
 
@@ -39,6 +41,11 @@ class Run:
     files: records.RunFiles
     earlier: ForgetSet | None = None
     previous: "Run | None" = None
+
+    @property
+    def first_position(self) -> int:
+        """Of this D_f among all images that are to be forgotten."""
+        return self.k - len(self.forget)
 
     @property
     def k(self) -> int:
@@ -69,6 +76,10 @@ class Setup:
     retain_sample: int | None = None
     described: dict[str, object] = field(default_factory=dict)
     model_suffix: str = ".safetensors"
+
+    @property
+    def precision(self) -> str:
+        return self.hyper["precision"]
 
     def plan(
         self, names: list[str], sizes: list[int], seed: int, forget: ForgetSet, step_size: int | None = None
@@ -146,5 +157,5 @@ class Setup:
         """The hyper-parameters that decide a method's result."""
         if not method.terms:
             return set()
-        loop = ("max_passes",) if "noise" in method.needs else ("max_passes", *SGD_FLAGS)
-        return set(loop).union(*(NEEDS_FLAGS[need] for need in method.needs))
+        loop = () if "noise" in method.needs else SGD_FLAGS
+        return {"max_passes", "precision", *loop}.union(*(NEEDS_FLAGS[need] for need in method.needs))

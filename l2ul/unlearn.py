@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from l2ul import attack, methods, objective, seeds
 from l2ul.data import FolderImages, Split, as_pixels
+from l2ul.folding import Pair, foldable, folded
 from l2ul.importance import held_weights, mas_importance
-from l2ul.modes import evaluating
 
 BN_MODES = ("train", "eval")
 
@@ -62,6 +62,7 @@ def unlearn(
     attack_steps: int = 100,
     settings: Settings | None = None,
     workers: int = 0,
+    pairs: list[Pair] | None = None,
     on_step: Callable[[dict[str, float]], object] | None = None,
 ) -> Outcome:
     """The whole of a method on tensors: attack and importance where the method needs them, then the loop.
@@ -75,6 +76,7 @@ def unlearn(
     retain      D_r, for the methods that need it
     num_classes needed where D_adv is made here
     workers     processes that decode images of D_r that are on disk
+    pairs       of layers to fold where logits alone are wanted, by default those that `folding.foldable` finds
     on_step     called with each row of the curve
 
     Raises ValueError where something needed is missing, InputError where the method is not for the goal.
@@ -87,7 +89,7 @@ def unlearn(
         if num_classes is None:
             raise ValueError(f"method {method!r} makes adversarial examples; give num_classes, or adv")
         size = {"num_adv_images": num_adv_images, "eps": eps, "alpha": alpha, "steps": attack_steps}
-        adv = attack.adversarial_set(model, images, labels, num_classes, seed=settings.seed, **size)
+        adv = attack.adversarial_set(model, images, labels, num_classes, seed=settings.seed, pairs=pairs, **size)
     if "importance" in chosen.needs and importance is None:
         importance = mas_importance(model, images)
     unlearned = copy.deepcopy(model)
@@ -96,8 +98,10 @@ def unlearn(
     keep = Split(*adv) if "adv" in chosen.needs else retain if "retain" in chosen.needs else None
     held = held_weights(importance) if "importance" in chosen.needs else None
     forget = objective.Forget(as_pixels(images), labels, new_labels)
+    if pairs is None:
+        pairs = foldable(unlearned, forget.images)
     with seeds.drawing(labels.device, settings.seed, "dropout", settings.first_position):
-        return _loop(unlearned, forget, keep, held, chosen, settings, workers, on_step)
+        return _loop(unlearned, forget, keep, held, chosen, settings, workers, pairs, on_step)
 
 
 def _loop(
@@ -108,6 +112,7 @@ def _loop(
     method: methods.Method,
     settings: Settings,
     workers: int,
+    pairs: list[Pair],
     on_step: Callable[[dict[str, float]], object] | None,
 ) -> Outcome:
     optimizer = torch.optim.SGD(
@@ -115,6 +120,7 @@ def _loop(
         lr=settings.unlearn_lr,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
+        fused=True,
     )
     outcome = Outcome(model, "cap", 0)
     model.train(settings.bn == "train")
@@ -126,12 +132,11 @@ def _loop(
             sum(terms.values()).backward()
             optimizer.step()
         outcome.steps += 1
-        row = {"step": outcome.steps} | {name: term.item() for name, term in terms.items()}
-        row |= _progress_on(forget, model)
+        row, finite = _look(outcome.steps, terms, forget, model, pairs)
         outcome.curve.append(row)
         if on_step:
             on_step(row)
-        if not (math.isfinite(sum(row.values())) and _finite_weights(model)):
+        if not finite:
             outcome.status = "diverged"
             break
         if row["forgotten"] == 100:
@@ -223,17 +228,26 @@ def _perturbation(model: nn.Module, settings: Settings) -> Callable[[], None]:
     return perturb
 
 
-def _progress_on(forget: objective.Forget, model: nn.Module) -> dict[str, float]:
-    """Percent of D_f that is called its true class, and that is forgotten, in eval mode; nan where logits are."""
-    with torch.inference_mode(), evaluating(model):
+def _look(
+    step: int, terms: methods.Terms, forget: objective.Forget, model: nn.Module, pairs: list[Pair]
+) -> tuple[dict[str, float], bool]:
+    """A row of the curve, and whether all is finite: terms, weights, and logits of D_f in eval mode.
+
+    Of D_f, the percent that is called its true class and that is forgotten; nan where its logits are not finite. All
+    of it is brought from the device at once.
+    """
+    with torch.inference_mode(), folded(model, pairs):
         logits = torch.cat([model(part) for part in forget.images.split(512)])
-    if not logits.isfinite().all():
-        return {"acc_forget": math.nan, "forgotten": math.nan}
     called = logits.argmax(1)
-    found = {"acc_forget": called == forget.labels, "forgotten": forget.done(called)}
-    return {name: 100 * int(which.sum()) / len(which) for name, which in found.items()}
+    told = [(called == forget.labels).sum(), forget.done(called).sum(), logits.isfinite().all(), _finite_weights(model)]
+    *found, still, gone, finite_logits, finite_weights = torch.stack(
+        [term.detach().float() for term in (*terms.values(), *told)]
+    ).tolist()
+    shares = [100 * count / len(forget) if finite_logits else math.nan for count in (still, gone)]
+    row = dict(zip(("step", *terms, "acc_forget", "forgotten"), (step, *found, *shares), strict=True))
+    return row, bool(finite_weights) and math.isfinite(sum(row.values()))
 
 
-def _finite_weights(model: nn.Module) -> bool:
+def _finite_weights(model: nn.Module) -> Tensor:
     tensors = [t for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point()]
-    return bool(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).isfinite().all())
+    return torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).isfinite().all()

@@ -48,10 +48,11 @@ def load(
     labels = torch.tensor([age_class(_age(file.name), grouping) for file in files])
     pixels = _decode(files, image_size, workers, progress)
     crop = round(image_size * CROP)
-    cropped = transforms.center_crop(pixels, [crop, crop])
-    train, validation, test = (Split(cropped[part], labels[part]) for part in parts)
-    if whole_train:
-        train = Split(pixels[parts[0]], labels[parts[0]])
+    sides = (image_size if whole_train else crop, crop, crop)
+    train, validation, test = (
+        Split(transforms.center_crop(pixels[part], [side, side]), labels[part])
+        for part, side in zip(parts, sides, strict=True)
+    )
     names = "\n".join(sorted(files[i].name for i in parts[0].tolist()))
     return Images(
         "utkface",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 import json
 
-from l2ul import methods, options
+from l2ul import defaults, methods
 from l2ul.gather import is_setting
 
 BLOCK = ("goal", "continual_size", "dataset", "age_grouping", "model")
@@ -89,15 +89,15 @@ def _name_rows(block: Block) -> None:
 
 def _fill_in(key: str, block: Block, given: list[Record]) -> None:
     """Older records lack settings that came later: their runs had what is the default of these."""
-    if key in options.COMMON_DEFAULTS:
+    if key in defaults.COMMON_DEFAULTS:
         for values in given:
-            values.setdefault(key, options.default(block.dataset, key))
+            values.setdefault(key, defaults.default(block.dataset, key))
 
 
 def _commonest(values: list, key: str, dataset: str) -> object:
     """The value that most have; of several, the default."""
     counts = Counter(values)
-    usual = options.default(dataset, key) if key in options.COMMON_DEFAULTS else None
+    usual = defaults.default(dataset, key) if key in defaults.COMMON_DEFAULTS else None
     return max(counts, key=lambda value: (counts[value], value == usual, repr(value)))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from l2ul.errors import InputError
-from l2ul.files import atomic, file_sha256
+from l2ul.files import atomic, file_sha256, tensors_sha256
 from models import checkpoint as checkpoints
 from models import huggingface, resnet, resnet_cifar100, resnet_small, stems, zoo
 from models.classifier import Classifier, Normalize
@@ -87,7 +87,7 @@ def _published(name: str, num_classes: int, choice: str | None) -> Classifier:
         classifier = build(name, num_classes, mean, std)
         _fill(classifier, state, source)
         classifier.source = source
-    classifier.sha256 = checkpoints.state_sha256(classifier.net)
+    classifier.sha256 = tensors_sha256(classifier.net.state_dict())
     return classifier
 
 

@@ -1,7 +1,6 @@
 """Weights in files: read without ever running code from them, fitted to a net, and written so that others can."""
 
 import contextlib
-import hashlib
 import json
 from pathlib import Path
 import pickle
@@ -114,15 +113,6 @@ def mismatch(state: dict[str, Tensor], net: nn.Module) -> str | None:
     total = len(differing) + len(missing) + len(extra)
     first = (differing[:2] + missing[:2] + extra[:2])[:4]
     return f"{'; '.join(first)}{f' (of {total} differences)' if total > len(first) else ''}" if total else None
-
-
-def state_sha256(module: nn.Module) -> str:
-    """Hex sha256 of a module's weights by name: for models that do not come from one file."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write(path: Path, net: nn.Module, metadata: dict[str, object]) -> None:

@@ -25,6 +25,9 @@ class Resize(nn.Module):
         super().__init__()
         self.size, self.interpolation = size, interpolation
 
+    def extra_repr(self) -> str:
+        return f"{self.size}, {self.interpolation.value}"
+
     def forward(self, pixels: Tensor) -> Tensor:
         resized = transforms.resize(pixels, self.size, self.interpolation, antialias=True)
         return resized.clamp(0, 1)  # bicubic overshoots; the processor's 8-bit pixels cannot
@@ -36,6 +39,9 @@ class CenterCrop(nn.Module):
     def __init__(self, size: list[int]):
         super().__init__()
         self.size = size
+
+    def extra_repr(self) -> str:
+        return str(self.size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return transforms.center_crop(pixels, self.size)

@@ -107,11 +107,17 @@ def vit_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
-    """Call a script's main with arguments; returns exit code, standard output and standard error."""
+def script(monkeypatch, capsys, tmp_path_factory):
+    """Call a script's main with arguments; returns exit code, standard output and standard error.
+
+    main_unlearn.py gets a cache of the test's own.
+    """
     monkeypatch.chdir(ROOT)
+    cache = tmp_path_factory.mktemp("cache")
 
     def call(main, *arguments):
+        if main is main_unlearn.main:
+            arguments = ("--cache-dir", cache, *arguments)
         monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
         try:
             main()

@@ -5,11 +5,21 @@ import pytest
 import torch
 
 from l2ul import attack, evaluate, storage
+from l2ul.adversarial import Attack
+from l2ul.cache import Cache
 from l2ul.data import Split
 from l2ul.errors import InputError
 from l2ul.unlearn import Settings, unlearn
 
-SET = {"num_adv_images": 4, "eps": 2.0, "alpha": 0.3, "steps": 5, "seed": 1}
+NAMES = {dtype: name for name, dtype in storage.DTYPES.items()}
+
+
+def make(trained, count, folder, dtype=torch.float32, batch_size=None):
+    """D_adv of the first images, kept as dtype, in a file in the folder where they do not fit."""
+    model, images, labels = trained
+    how = Attack(CLASSES, 4, 2.0, 0.3, 5, 1, NAMES[dtype], batch_size=batch_size, scratch_dir=folder)
+    made = how.make(model, images[:count], labels[:count], pairs=[], cache=Cache(), progress=lambda count: None)
+    return made.examples, made.targets
 
 
 @pytest.fixture
@@ -18,12 +28,12 @@ def on_disk(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
-def test_a_file_holds_what_memory_holds(trained, tmp_path, on_disk, dtype):
-    model, images, labels = trained
-    expected, targets = attack.adversarial_set(model, images[:6], labels[:6], CLASSES, **SET, dtype=dtype)
-    found, same = attack.adversarial_set(
-        model, images[:6], labels[:6], CLASSES, **SET, dtype=dtype, folder=tmp_path, batch_size=7
-    )
+def test_a_file_holds_what_memory_holds(trained, tmp_path, monkeypatch, dtype):
+    model, *_ = trained
+    expected, targets = make(trained, 6, tmp_path, dtype)
+    assert isinstance(expected, torch.Tensor)
+    monkeypatch.setattr(storage, "IN_MEMORY", 0)
+    found, same = make(trained, 6, tmp_path, dtype, batch_size=7)
     assert isinstance(found, storage.DiskImages)
     assert (found.shape, len(found), found.dtype) == (expected.shape, 24, dtype)
     assert torch.equal(targets, same)
@@ -40,16 +50,15 @@ def test_a_file_holds_what_memory_holds(trained, tmp_path, on_disk, dtype):
     assert torch.equal(called, evaluate.predict(model, found[torch.arange(24)], batch_size=5))
 
 
-def test_eight_bits_are_the_nearest(trained):
-    model, images, labels = trained
-    exact, _ = attack.adversarial_set(model, images[:3], labels[:3], CLASSES, **SET)
-    rounded, _ = attack.adversarial_set(model, images[:3], labels[:3], CLASSES, **SET, dtype=torch.uint8)
+def test_eight_bits_are_the_nearest(trained, tmp_path):
+    exact, _ = make(trained, 3, tmp_path)
+    rounded, _ = make(trained, 3, tmp_path, torch.uint8)
     assert (rounded.float() / 255 - exact).abs().max() <= 0.5 / 255 + 1e-6
 
 
 def test_unlearns_with_examples_from_a_file(trained, tmp_path, on_disk):
     model, images, labels = trained
-    made = attack.adversarial_set(model, images[:4], labels[:4], CLASSES, **SET, folder=tmp_path)
+    made = make(trained, 4, tmp_path)
     settings = Settings(unlearn_lr=0.01, batch_size=4, adv_batch_size=8, max_passes=3)
     outcome = unlearn(model, images[:4], labels[:4], "adv", adv=made, settings=settings)
     in_memory = made[0][torch.arange(16)], made[1]
@@ -59,23 +68,20 @@ def test_unlearns_with_examples_from_a_file(trained, tmp_path, on_disk):
 
 
 def test_a_full_disk_is_said_before_the_attack(trained, tmp_path, on_disk, monkeypatch):
-    model, images, labels = trained
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
     monkeypatch.setattr(attack, "pgd_l2", None)
     with pytest.raises(InputError, match="the adversarial examples take .* GiB, and .* has 0.0 GiB left; make room"):
-        attack.adversarial_set(model, images[:4], labels[:4], CLASSES, **SET, folder=tmp_path)
+        make(trained, 4, tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(trained, tmp_path, on_disk):
-    model, images, labels = trained
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to .*file"):
-        attack.adversarial_set(model, images[:4], labels[:4], CLASSES, **SET, folder=tmp_path / "file")
+        make(trained, 4, tmp_path / "file")
 
 
 def test_small_sets_stay_in_memory(trained, tmp_path):
-    model, images, labels = trained
-    made, _ = attack.adversarial_set(model, images[:2], labels[:2], CLASSES, **SET, folder=tmp_path / "none")
+    made, _ = make(trained, 2, tmp_path / "none")
     assert isinstance(made, torch.Tensor)
     assert not (tmp_path / "none").exists()
 

@@ -1,0 +1,171 @@
+"""D_adv of a run: what of it is in the cache is taken from there, the rest is made, kept as asked for, and cached."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from l2ul import METHOD_VERSION, Progress, attack, evaluate, storage
+from l2ul.cache import Cache, fingerprint
+from l2ul.files import tensors_sha256
+from l2ul.folding import Pair
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """D_adv of a D_f.
+
+    examples    (k · N_adv, 3, H, W), floats in [0,1] or uint8, the draws of the first image first; targets (k · N_adv,)
+    hits        which of them the net calls their target, as they are kept
+    exact_hits  the same before they were rounded
+    batch_size  pairs that were attacked at once: what was asked for, or the least that memory ran out for
+    """
+
+    examples: Tensor | storage.DiskImages
+    targets: Tensor
+    hits: Tensor
+    exact_hits: Tensor
+    batch_size: int
+
+    def head(self, num_pairs: int) -> tuple[Tensor | storage.DiskImages, Tensor]:
+        return self.examples[:num_pairs], self.targets[:num_pairs]
+
+    def with_image(self, place: int, part: dict[str, Tensor]) -> "Adversarial":
+        """With what the cache keeps of one image, written into the same tensors."""
+        draws = len(part["hits"])
+        where = slice(place * draws, (place + 1) * draws)
+        self.examples[where] = part["examples"].to(self.targets.device)
+        self.hits[where], self.exact_hits[where] = part["hits"], part["exact_hits"]
+        return replace(self, batch_size=min(self.batch_size, int(part["batch_size"])))
+
+    def success(self, num_pairs: int) -> dict[str, float]:
+        """Percent of the first examples that are called their target, under the keys of a record."""
+        hits = {"adv_success": self.hits, "adv_success_exact": self.exact_hits}
+        return {key: 100 * which[:num_pairs].double().mean().item() for key, which in hits.items()}
+
+
+@dataclass(frozen=True)
+class Attack:
+    """How D_adv is made. Settings as of `attack.adversarial_set`; dtype is a name of `storage.DTYPES`.
+
+    measuring_batch  examples looked at at once, to count hits
+    scratch_dir      for a D_adv that does not fit in memory
+    """
+
+    num_classes: int
+    num_adv_images: int
+    eps: float
+    alpha: float
+    steps: int
+    seed: int
+    dtype: str = "float32"
+    precision: str = "fp32"
+    batch_size: int | None = None
+    measuring_batch: int = 256
+    scratch_dir: Path = Path("result_data/scratch")
+
+    def make(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        first_position: int = 0,
+        *,
+        pairs: list[Pair],
+        cache: Cache,
+        progress: Progress,
+    ) -> Adversarial:
+        """D_adv of images (k, 3, H, W), labels (k,), of which the first has this position in D_f.
+
+        Bit by bit what it would be without the cache, as long as no batch is smaller than four pairs. Progress counts
+        pairs times steps. A process that is stopped loses what it did for a few images.
+        """
+        keys = self._keys(model, images, labels, first_position)
+        aims = attack.random_targets(labels, self.num_classes, self.num_adv_images, self.seed, first_position)
+        made = self._empty(images, aims)
+        missing = []
+        for place, key in enumerate(keys):
+            kept = cache.get(key)
+            made = made.with_image(place, kept) if kept else made
+            missing += [] if kept else [place]
+        if len(missing) < len(keys):
+            progress((len(keys) - len(missing)) * self.num_adv_images * self.steps)
+        for start, stop in _stretches(missing, max(1, made.batch_size // self.num_adv_images)):
+            some = images[start:stop], labels[start:stop], first_position + start
+            for place, part in enumerate(self._attack(model, *some, made.batch_size, pairs, progress), start):
+                made = made.with_image(place, part)
+                cache.put(keys[place], part)
+            cache.trim()
+        return made
+
+    def _empty(self, images: Tensor, targets: Tensor) -> Adversarial:
+        """Room for everything, made whole at once: small tensors between large ones keep memory from shrinking."""
+        shape = (len(targets), *images.shape[1:])
+        examples = storage.empty_images(shape, storage.DTYPES[self.dtype], images.device, self.scratch_dir)
+        hits, exact_hits = torch.zeros(2, len(targets), dtype=torch.bool)
+        batch_size = self.batch_size or attack.default_batch_size(images.device, images.shape[-1])
+        return Adversarial(examples, targets, hits, exact_hits, batch_size)
+
+    def _attack(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        position: int,
+        batch_size: int,
+        pairs: list[Pair],
+        progress: Progress,
+    ) -> Iterator[dict[str, Tensor]]:
+        """What the cache keeps of each of a few images."""
+        sizes = [batch_size]
+        exact, targets = attack.adversarial_set(
+            model,
+            images,
+            labels,
+            self.num_classes,
+            num_adv_images=self.num_adv_images,
+            eps=self.eps,
+            alpha=self.alpha,
+            steps=self.steps,
+            seed=self.seed,
+            first_position=position,
+            batch_size=batch_size,
+            precision=self.precision,
+            pairs=pairs,
+            on_halved=sizes.append,
+            progress=progress,
+        )
+        stored = storage.as_stored(exact, storage.DTYPES[self.dtype])
+        hits = self._hits(model, stored, targets, pairs)
+        exact_hits = hits.clone() if stored is exact else self._hits(model, exact, targets, pairs)
+        parts = (part.split(self.num_adv_images) for part in (stored, hits, exact_hits))
+        for examples, hit, exact_hit in zip(*parts, strict=True):
+            sized = {"examples": examples.contiguous(), "hits": hit, "exact_hits": exact_hit}
+            yield sized | {"batch_size": torch.tensor(sizes[-1])}
+
+    def _hits(self, model: nn.Module, examples: Tensor, targets: Tensor, pairs: list[Pair]) -> Tensor:
+        called = evaluate.predict(model, examples, batch_size=self.measuring_batch, pairs=pairs)
+        return called == targets.cpu()
+
+    def _keys(self, model: nn.Module, images: Tensor, labels: Tensor, first_position: int) -> list[dict[str, object]]:
+        """For each image, all that decides its examples, bit by bit."""
+        names = ("num_classes", "num_adv_images", "eps", "alpha", "steps", "seed", "dtype", "precision")
+        shared = {name: getattr(self, name) for name in names}
+        shared |= {"kind": "adversarial examples", "net": fingerprint(model), "version": METHOD_VERSION}
+        shared |= {"device": images.device.type, "torch": torch.__version__}
+        return [
+            shared | {"image": tensors_sha256({"": image}), "label": label, "position": first_position + place}
+            for place, (image, label) in enumerate(zip(images, labels.tolist(), strict=True))
+        ]
+
+
+def _stretches(places: list[int], longest: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of each stretch of consecutive places, cut where it gets too long."""
+    start = None
+    for index, place in enumerate(places):
+        start = place if start is None else start
+        if place + 1 - start == longest or index + 1 == len(places) or places[index + 1] != place + 1:
+            yield start, place + 1
+            start = None
