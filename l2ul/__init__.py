@@ -10,7 +10,10 @@ import os
 Progress = Callable[[int], object]  # told how many units of work were done since it was last called
 ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]  # what is done, how many units: shows them
 
-# Two OpenMP threads that wait actively beside another busy process slow each other down several times over.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP threads that wait actively beside another busy process slow each other down several times over; those that
+# sleep at once lose time where there is none. Some 2,000 turns of waiting are nearly free beside a busy process.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 METHOD_VERSION = 1  # part of every record's id: raise it when the same settings give another result

@@ -1,0 +1,218 @@
+"""What `speed.py` measures: each part in our way, in the released scripts' order of work, and at the net's own cost."""
+
+import argparse
+from collections.abc import Callable
+import itertools
+import math
+from pathlib import Path
+import statistics
+import tempfile
+
+import released
+import torch
+from torch import Tensor
+import torch.nn.functional as F
+
+from l2ul import evaluate, options, precisions, running
+from l2ul.adversarial import Attack
+from l2ul.attack import adversarial_set
+from l2ul.cache import Cache
+from l2ul.data import as_pixels
+from l2ul.folding import foldable, folded
+from l2ul.importance import mas_importance
+from l2ul.modes import frozen
+from l2ul.unlearn import Settings, unlearn
+import models
+from models import checkpoint
+
+EPS, ALPHA, ITERATIONS, DRAWS, BATCH = 4.0, 0.1, 100, 20, 32  # the released settings for CIFAR-10
+LOADER_BATCH = 128  # of the released order's loader when it measures
+RATE = 1e-12  # of learning while timing: nothing is forgotten, so every run does all of its steps
+Measured = dict[str, list[float]]  # seconds of each repeat, by what was done
+Labelled = tuple[Tensor, Tensor]
+
+
+def interleaved(
+    parts: dict[str, Callable[[], object]], repeats: int, device: torch.device, warm: bool = True
+) -> Measured:
+    """Seconds of each part, A B A B …, after each was done once."""
+    for part in parts.values() if warm else ():
+        part()
+    seconds = {name: [] for name in parts}
+    for _ in range(repeats):
+        for name, part in parts.items():
+            started = running.clock(device)
+            part()
+            seconds[name].append(running.clock(device) - started)
+    return seconds
+
+
+class Bench:
+    """The nets, the pixels and the parts that are measured."""
+
+    def __init__(self, opts: argparse.Namespace, device: torch.device):
+        self.opts, self.device = opts, device
+        path = opts.checkpoint or checkpoint.find(opts.dataset, opts.model, opts.data_dir)
+        self.images = options.load_data(opts).to(device)
+        self.trained = path is not None
+        if path:
+            self.ours = models.load(opts.model, self.images.num_classes, path, opts.mean, opts.std)
+        else:
+            self.ours = models.build(opts.model, self.images.num_classes).eval()
+        self.ours = self.ours.to(device, memory_format=torch.channels_last)
+        self.theirs = released.as_built(self.ours)
+        self.pairs = foldable(self.ours, as_pixels(self.images.train.images[:1]))
+        self.fresh = itertools.count()
+
+    def forget(self, k: int) -> Labelled:
+        """k images, other ones each time, labelled as the net calls them, so that none counts as forgotten."""
+        first = next(self.fresh) * k % (len(self.images.train) - k)
+        images = self.images.train.images[first : first + k]
+        return images, evaluate.predict(self.ours, images, pairs=self.pairs).to(self.device)
+
+    def make(self, forget: Labelled, draws: int, iterations: int, cache: Cache | None = None) -> None:
+        how = Attack(self.images.num_classes, draws, EPS, ALPHA, iterations, seed=0, precision=self.opts.precision)
+        how.make(self.ours, *forget, pairs=self.pairs, cache=cache or Cache(), progress=lambda count: None)
+
+    def attack(self) -> Measured:
+        """A pair and iteration of the attack, from --pairs and --iterations of them, on other images each repeat."""
+        count, iterations = self.opts.pairs, self.opts.iterations
+        few, more = (itertools.cycle([self.forget(k) for _ in range(self.opts.repeats + 1)]) for k in (16, 32))
+        sizes = sorted({max(1, count // 2), count, 2 * count})
+        parts = {
+            "ours": lambda: self._our_attack(next(few), count // 16),
+            "released": lambda: self._released_attack(next(few), count // 16, iterations),
+            "released, batches of 32": lambda: self._released_attack(next(more), count // 32, iterations),
+        }
+        parts |= {f"floor at {size}": lambda size=size: self._floor(size, iterations) for size in sizes}
+        found = interleaved(parts, self.opts.repeats, self.device)
+        found = {
+            name: [part / iterations / (int(name.split()[-1]) if "floor" in name else count) for part in seconds]
+            for name, seconds in found.items()
+        }
+        best = min(sizes, key=lambda size: statistics.median(found[f"floor at {size}"]))
+        return found | {"floor": found[f"floor at {best}"]}
+
+    def _our_attack(self, forget: Labelled, draws: int) -> None:
+        how = {"num_adv_images": draws, "eps": EPS, "alpha": ALPHA, "steps": self.opts.iterations, "seed": 0}
+        how |= {"batch_size": self.opts.pairs, "precision": self.opts.precision, "pairs": self.pairs}
+        adversarial_set(self.ours, *forget, self.images.num_classes, **how)
+
+    def _released_attack(self, forget: Labelled, draws: int, iterations: int) -> None:
+        images = released.PilImages(*forget)
+        batch_size = 16 if len(images) <= 16 else BATCH
+        size = {"eps": EPS, "alpha": ALPHA, "steps": iterations, "batch_size": batch_size, "device": self.device}
+        released.attack(self.theirs, images, self.images.num_classes, draws, **size)
+
+    def _floor(self, size: int, iterations: int) -> None:
+        """Forward and input gradients alone of the folded net."""
+        x = torch.rand(size, 3, self.images.side, self.images.side, device=self.device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        targets = torch.zeros(size, dtype=torch.long, device=self.device)
+        with folded(self.ours, self.pairs), frozen(self.ours), precisions.autocast(self.device, self.opts.precision):
+            for _ in range(iterations):
+                x.requires_grad_()
+                torch.autograd.grad(F.cross_entropy(self.ours(x), targets), x)
+
+    def step(self, method: str) -> Measured:
+        """A step of a method, with the accuracy of D_f after it, from --steps of them."""
+        forget, adv, omega = self._inputs(self.opts.step_k, method)
+        count = self.opts.steps * (math.ceil(self.opts.step_k / BATCH) if method == "neggrad" else 1)
+        parts = {
+            "ours": lambda: self._our_steps(method, forget, adv, omega, self.opts.steps),
+            "released": lambda: self._released_steps(forget, adv, omega, count),
+            "copying": lambda: unlearn(self.ours, *forget, "before"),
+        }
+        found = interleaved(parts, self.opts.repeats, self.device)
+        copying = statistics.median(found.pop("copying"))
+        found["ours"] = [seconds - copying for seconds in found["ours"]]
+        return {name: [seconds / count for seconds in values] for name, values in found.items()}
+
+    def _inputs(self, k: int, method: str) -> tuple[Labelled, Labelled | None, dict[str, Tensor] | None]:
+        """D_f, one batch that stands for D_adv, and importance, for what a method needs."""
+        size, side = self.opts.adv_batch_size, self.images.side
+        adv = None
+        if method != "neggrad":
+            labels = torch.randint(self.images.num_classes, (size,), device=self.device)
+            adv = as_pixels(torch.rand(size, 3, side, side, device=self.device)), labels
+        forget = self.forget(k)
+        return forget, adv, mas_importance(self.ours, forget[0][:2]) if method == "adv_imp" else None
+
+    def _our_steps(self, method: str, forget: Labelled, adv: Labelled | None, omega, passes: int) -> None:
+        """As many steps as passes, D_adv being one batch; of neggrad as many as D_f has batches a pass."""
+        settings = Settings(RATE, batch_size=BATCH, adv_batch_size=self.opts.adv_batch_size, max_passes=passes)
+        given = {"adv": adv, "importance": omega, "pairs": self.pairs, "settings": settings}
+        if unlearn(self.ours, *forget, method, **given).status != "cap":
+            raise RuntimeError("D_f was forgotten while steps were timed")
+
+    def _released_steps(self, forget: Labelled, adv: Labelled | None, omega, count: int) -> None:
+        model, images = released.as_built(self.ours), released.PilImages(*forget)
+        held = {name: 1 - value for name, value in omega.items()} if omega else None
+        kept = tuple(part.cpu() for part in adv) if adv else None
+        sizes = {"batch_size": BATCH, "adv_batch_size": self.opts.adv_batch_size, "lr": RATE, "device": self.device}
+        for _ in itertools.islice(released.steps(model, images, kept, held, **sizes), count):
+            pass
+
+    def evaluation(self) -> Measured:
+        """Accuracy on --eval-images images: ours from uint8 tensors, the released order through PIL and a loader."""
+        images, labels = (part[: self.opts.eval_images] for part in (self.images.test.images, self.images.test.labels))
+        decoded = released.PilImages(images, labels)
+        parts = {
+            "ours": lambda: evaluate.accuracy(evaluate.predict(self.ours, images, pairs=self.pairs), labels),
+            "released": lambda: released.accuracy(
+                self.theirs, decoded, self.device, LOADER_BATCH, self.opts.workers_of_loader
+            ),
+        }
+        found = interleaved(parts, self.opts.repeats, self.device)
+        return {name: [seconds / len(images) for seconds in values] for name, values in found.items()}
+
+    def again(self) -> Measured:
+        """D_adv of 16 images taken from the cache, as by a run with another learning rate, and made once more."""
+        forget, iterations = self.forget(16), self.opts.iterations
+        with tempfile.TemporaryDirectory() as folder:
+            cache = Cache(Path(folder))
+            parts = {
+                "ours": lambda: self.make(forget, 4, iterations, cache),
+                "released": lambda: self._released_attack(forget, 4, iterations),
+            }
+            return interleaved(parts, self.opts.repeats, self.device)
+
+    def whole(self, steps: dict[str, int], cut: int) -> Measured:
+        """The runs of k = 16 with so many steps a method, every part of them cut to 1 / cut, once each way."""
+        iterations, count = max(1, ITERATIONS // cut), 60_000 // cut
+        test = self.images.test
+        images, labels = test.images[:count].to(self.device), test.labels[:count]
+        decoded = released.PilImages(images, labels)
+        few = {name: max(1, number // cut) for name, number in steps.items()}
+
+        def ours() -> None:
+            self.make(self.forget(16), DRAWS, iterations)
+            for name, number in few.items():
+                self._our_steps(name, *self._inputs(16, name), number)
+            for _ in range(1 + len(few)):
+                evaluate.predict(self.ours, images, pairs=self.pairs)
+
+        def theirs() -> None:
+            self._released_attack(self.forget(16), DRAWS, iterations)
+            for name, number in few.items():
+                self._released_steps(*self._inputs(16, name), number)
+            for _ in range(2 * len(few)):
+                released.accuracy(self.theirs, decoded, self.device, LOADER_BATCH, self.opts.workers_of_loader)
+
+        return interleaved({"ours": ours, "released": theirs}, 1, self.device, warm=False)
+
+    def profile(self) -> str:
+        """Where the time of the attack and of a step of adv_imp goes, by operator."""
+        inputs, forget = self._inputs(self.opts.step_k, "adv_imp"), self.forget(16)
+        told = []
+        for name, part in {
+            "attack": lambda: self._our_attack(forget, self.opts.pairs // 16),
+            "step of adv_imp": lambda: self._our_steps("adv_imp", *inputs, self.opts.steps),
+        }.items():
+            with torch.profiler.profile() as profiler:
+                part()
+            order = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+            told.append(
+                f"{name}\n{profiler.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=44)}"
+            )
+        return "\n".join(told)

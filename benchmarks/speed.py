@@ -1,0 +1,136 @@
+"""How fast the parts are against the released scripts' order of work, and against what the net itself costs.
+
+    python benchmarks/speed.py --data-dir DATA                   # ResNet-18 with the weights in DATA, or untrained
+    python benchmarks/speed.py --data-dir DATA --model resnet20 --checkpoint resnet20.th --profile
+
+All in one process, in turn, the median of --repeats with the least and the most. Weights do not change how long a net
+takes, so an untrained one will do; the pixels are the data set's. Ends with a line an item: name, ratio, part of the
+floor.
+"""
+
+import argparse
+import json
+from pathlib import Path
+import statistics
+import sys
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import l2ul  # noqa: F401, I001  # first: it sets the environment before torch is imported
+
+import pandas as pd
+from parts import DRAWS, ITERATIONS, Bench, Measured
+import torch
+
+from l2ul import options, precisions, records, running
+from l2ul.files import atomic
+from l2ul.parsing import Parser, positive_int
+
+SIZES = (16, 64, 128, 256)
+METHODS = ("neggrad", "adv", "adv_imp")
+REFERENCE = Path(__file__).resolve().parent.parent / "result_data" / "reference" / "cifar10_resnet20" / "runs"
+ALL = 60_000  # images of D_r and D_test: ours measures them before and after each run, the released order twice a run
+
+
+@running.ending("speed.py")
+def main() -> None:
+    opts = parse()
+    device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
+    precisions.use(device, opts.precision)
+    bench, steps = Bench(opts, device), steps_on_record()
+    parts = {"attack": bench.attack}
+    parts |= {f"step {method}": lambda method=method: bench.step(method) for method in METHODS}
+    parts |= {"evaluation": bench.evaluation, "same examples again": bench.again}
+    parts["k = 16, cut down"] = lambda: bench.whole({method: steps[method, 16] for method in METHODS}, opts.cut)
+    found = {}
+    for name in opts.part or parts:
+        print(f"measuring: {name}", flush=True)
+        found[name] = parts[name]()
+    rows = [summary(name, measured) for name, measured in found.items()]
+    if len(found) == len(parts):
+        rows += [table_row(found, steps, sizes) for sizes in ((16,), SIZES)]
+    told = {"device": running.device_name(device), "model": opts.model, "trained": bench.trained}
+    told |= {"torch": torch.__version__, "precision": opts.precision, "repeats": opts.repeats}
+    with atomic(opts.output) as file:
+        file.write_text(json.dumps(told | {"items": rows, "seconds": found}, indent=1) + "\n")
+    print(pd.DataFrame(rows).round(4).to_string(index=False, na_rep=""))
+    print(f"record: {opts.output}; {', '.join(f'{key} {value}' for key, value in told.items())}")
+    if opts.profile:
+        print(bench.profile())
+    for item in rows:
+        floor = f", {100 * item['of the floor']:.0f} % of the floor" if "of the floor" in item else ""
+        print(f"{item['item']}: {item['ratio']:.2f} x{floor}")
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__.split("\n")[0], prog="speed.py")
+    options.add_data(parser, dataset="cifar10", model="resnet18")
+    options.add_weights(parser)
+    options.add_machine(parser)
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--precision", choices=precisions.PRECISIONS, default="fp32", help="of ours, on a GPU")
+    for flag, default, text in (
+        ("--repeats", 5, "of each part"),
+        ("--pairs", 128, "examples attacked a repeat, a multiple of 32"),
+        ("--iterations", 2, "of the attack a repeat"),
+        ("--steps", 2, "of unlearning a repeat"),
+        ("--step-k", 64, "images of D_f while steps are timed"),
+        ("--adv-batch-size", 256, "images of D_adv a step"),
+        ("--eval-images", 6000, "images measured a repeat"),
+        ("--workers-of-loader", 2, "processes that decode in the released order"),
+        ("--cut", 20, "by how much everything in the whole run of k = 16 is cut"),
+    ):
+        group.add_argument(flag, type=positive_int, default=default, help=f"{text} (default: {default})")
+    group.add_argument("--part", nargs="+", metavar="NAME", help="only these parts, by the names that are printed")
+    group.add_argument("--profile", action="store_true", help="also print where the time of attack and step goes")
+    group.add_argument("--output", type=Path, default=Path("result_data/benchmarks/speed.json"), metavar="FILE")
+    return parser.parse_args()
+
+
+def summary(name: str, measured: Measured) -> dict[str, object]:
+    """Medians in seconds, the ratio of released to ours with its least and most, and the part of the floor."""
+    ratios = [a / b for a, b in zip(measured["released"], measured["ours"], strict=True)]
+    found = {"item": name} | {part: statistics.median(measured[part]) for part in ("released", "ours")}
+    found |= {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    if "floor" in measured:
+        shares = [a / b for a, b in zip(measured["floor"], measured["ours"], strict=True)]
+        found["of the floor"] = statistics.median(shares)
+    return found
+
+
+def steps_on_record() -> dict[tuple[str, int], int]:
+    """Steps until D_f was forgotten, mean over the seeds on record (ResNet-20, CIFAR-10), by method and k.
+
+    For a k without a record as many passes as at the largest one that has: an assumption, only of the row's ratio.
+    """
+    runs = [record for path in REFERENCE.glob("*.json") if (record := records.read(path))]
+    plain = {"goal": "misclassify", "continual_step": None, "bn": "train", "status": records.FORGOTTEN}
+    runs = [run for run in runs if all(run.get(key) == value for key, value in plain.items())]
+    found = {}
+    for method in METHODS:
+        known = {k: [run["steps"] for run in runs if (run["method"], run["k"]) == (method, k)] for k in SIZES}
+        largest = max(k for k in SIZES if known[k])
+        for k in SIZES:
+            steps = known[k] or [steps * k / largest for steps in known[largest]]
+            found[method, k] = round(statistics.mean(steps))
+    return found
+
+
+def table_row(
+    found: dict[str, Measured], steps: dict[tuple[str, int], int], sizes: tuple[int, ...]
+) -> dict[str, object]:
+    """Seconds of a table row, from what its parts cost and how often each is done."""
+    pairs = {"ours": max(sizes) * DRAWS, "released": sum(sizes) * DRAWS}  # nested sets are made once
+    passes = {"ours": 1 + len(METHODS) * len(sizes), "released": 2 * len(METHODS) * len(sizes)}
+    seconds = {}
+    for way in ("released", "ours"):
+        cost = {name: statistics.median(measured[way]) for name, measured in found.items()}
+        seconds[way] = pairs[way] * ITERATIONS * cost["attack"]
+        seconds[way] += sum(steps[method, k] * cost[f"step {method}"] for method in METHODS for k in sizes)
+        seconds[way] += passes[way] * ALL * cost["evaluation"]
+    name = f"table row, k = {' '.join(map(str, sizes))} (from the parts)"
+    return {"item": name, **seconds, "ratio": seconds["released"] / seconds["ours"]}
+
+
+if __name__ == "__main__":
+    main()
