@@ -9,7 +9,6 @@
 # CIFAR-100 ResNet-50 Adv 46.45, Adv+Imp 48.71; ImageNet ResNet-50 Adv 21.27, Adv+Imp 31.19. Ours: not measured yet.
 set -euo pipefail
 cd "$(dirname "$0")"
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 PYTHON=${PYTHON:-"uv run"}        # e.g. PYTHON=python in a conda environment
 DATA=${DATA:-data}                # holds cifar-10-batches-py, cifar-100-python, imagenet/train, imagenet/val, weights
@@ -31,6 +30,7 @@ CIFAR10_ADV=${CIFAR10_ADV:-20}    # adversarial examples of each image
 OTHER_ADV=${OTHER_ADV:-200}
 LR=${LR:-1e-3}
 LAMBDA=${LAMBDA:-1.0}             # weight of the importance penalty
+PRECISION=${PRECISION:-fp32}      # on a CUDA GPU also tf32, or bf16 in the attack: faster
 RETAIN_SAMPLE=${RETAIN_SAMPLE:-50000}  # training images of ImageNet that D_r is measured on
 
 failed=0
@@ -52,7 +52,7 @@ run() {
     echo "== $name"
     # shellcheck disable=SC2086  # lists of words on purpose
     $PYTHON main_unlearn.py --data-dir "$DATA" --result-dir "$RESULTS" --seed $SEEDS --pgd-eps "$EPS" \
-        --pgd-alpha "$ALPHA" --pgd-iter "$ITERATIONS" --unlearn-lr "$LR" --reg-lamb "$LAMBDA" "$@" || {
+        --pgd-alpha "$ALPHA" --pgd-iter "$ITERATIONS" --unlearn-lr "$LR" --reg-lamb "$LAMBDA" --precision "$PRECISION" "$@" || {
         local code=$?
         [ "$code" -eq 130 ] && exit 130
         echo "== $name was not run (exit code $code): $HINT" >&2
