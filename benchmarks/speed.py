@@ -24,7 +24,7 @@ import torch
 
 from l2ul import options, precisions, records, running
 from l2ul.files import atomic
-from l2ul.parsing import Parser, positive_int
+from l2ul.parsing import Parser, nonnegative_int, positive_int
 
 SIZES = (16, 64, 128, 256)
 METHODS = ("neggrad", "adv", "adv_imp")
@@ -50,7 +50,12 @@ def main() -> None:
     if len(found) == len(parts):
         rows += [table_row(found, steps, sizes) for sizes in ((16,), SIZES)]
     told = {"device": running.device_name(device), "model": opts.model, "trained": bench.trained}
-    told |= {"torch": torch.__version__, "precision": opts.precision, "repeats": opts.repeats}
+    told |= {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "precision": opts.precision,
+        "repeats": opts.repeats,
+    }
     with atomic(opts.output) as file:
         file.write_text(json.dumps(told | {"items": rows, "seconds": found}, indent=1) + "\n")
     print(pd.DataFrame(rows).round(4).to_string(index=False, na_rep=""))
@@ -77,10 +82,15 @@ def parse() -> argparse.Namespace:
         ("--step-k", 64, "images of D_f while steps are timed"),
         ("--adv-batch-size", 256, "images of D_adv a step"),
         ("--eval-images", 6000, "images measured a repeat"),
-        ("--workers-of-loader", 2, "processes that decode in the released order"),
         ("--cut", 20, "by how much everything in the whole run of k = 16 is cut"),
     ):
         group.add_argument(flag, type=positive_int, default=default, help=f"{text} (default: {default})")
+    group.add_argument(
+        "--workers-of-loader",
+        type=nonnegative_int,
+        default=2,
+        help="processes that decode in the released order (default: 2)",
+    )
     group.add_argument("--part", nargs="+", metavar="NAME", help="only these parts, by the names that are printed")
     group.add_argument("--profile", action="store_true", help="also print where the time of attack and step goes")
     group.add_argument("--output", type=Path, default=Path("result_data/benchmarks/speed.json"), metavar="FILE")

@@ -112,6 +112,27 @@ def test_one_attack_and_one_measurement_of_before_serve_all_runs_of_a_seed(run, 
         assert but_for_costs(record) == but_for_costs(together[identity])
 
 
+def test_another_learning_rate_attacks_nothing_and_measures_nothing_again(run, tmp_path, monkeypatch):
+    methods_named = ["--method", "before", "adv"]
+    assert run(*methods_named)[0] == 0
+    measured, true_predict = [], measuring.Measuring.predict
+    monkeypatch.setattr(attack, "pgd_l2", None)
+    monkeypatch.setattr(
+        measuring.Measuring, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
+    )
+    code, _, err = run(*methods_named, "--unlearn-lr", 0.02, "--reg-lamb", 3)
+    assert code == 0, err
+    assert measured == ["measure after"]
+    slow, fast = (
+        next(r for r in found(tmp_path).values() if r["method"] == "adv" and r["unlearn_lr"] == lr)
+        for lr in (0.01, 0.02)
+    )
+    assert fast["adv_success"] == slow["adv_success"]
+    assert fast["acc_test_before"] == slow["acc_test_before"]
+    with pytest.raises(TypeError):
+        run(*methods_named, "--unlearn-lr", 0.03, "--no-cache")
+
+
 def test_dry_run_lists_and_runs_nothing(run, tmp_path):
     code, out, _ = run("--dry_run", "--seed", 0, 1, "--unlearn-k", 1, 2, "--method", "neggrad", "adv")
     assert code == 0

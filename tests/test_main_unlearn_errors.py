@@ -32,6 +32,12 @@ def test_a_damaged_image_of_a_folder_is_one_sentence(script, tmp_path, workers):
     assert err.startswith("main_unlearn.py: cannot read the image")
 
 
+def test_a_cache_that_cannot_be_written_to_is_said_and_done_without(run):
+    code, out, err = run("--method", "adv", "--cache-dir", "/proc/here")
+    assert code == 0, err
+    assert out.startswith("nothing is cached: cannot write to /proc/here")
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -63,6 +69,9 @@ def test_a_damaged_image_of_a_folder_is_one_sentence(script, tmp_path, workers):
         (["--result-dir", "pyproject.toml"], "cannot write to pyproject.toml"),
         (["--result-dir", "/proc/here"], "cannot write to /proc/here"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--precision", "bf16", "--device", "cpu"], "--precision bf16 needs a CUDA GPU"),
+        (["--precision", "tf32", "--device", "cpu"], "--precision tf32 needs a CUDA GPU"),
+        (["--cache-gib", "0"], "expected a number above 0"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (
             ["--model", "torchvision:vit_b_16", "--checkpoint", "data/weights/digits_resnet20.safetensors"],
