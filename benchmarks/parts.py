@@ -141,7 +141,7 @@ class Bench:
     def _our_steps(self, method: str, forget: Labelled, adv: Labelled | None, omega, passes: int) -> None:
         """As many steps as passes, D_adv being one batch; of neggrad as many as D_f has batches a pass."""
         settings = Settings(RATE, batch_size=BATCH, adv_batch_size=self.opts.adv_batch_size, max_passes=passes)
-        given = {"adv": adv, "importance": omega, "pairs": self.pairs, "settings": settings}
+        given = {"adv": adv, "importance": omega, "settings": settings}
         if unlearn(self.ours, *forget, method, **given).status != "cap":
             raise RuntimeError("D_f was forgotten while steps were timed")
 

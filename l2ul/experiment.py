@@ -195,7 +195,6 @@ class Experiment:
                 new_labels=new.to(self.device) if new is not None else None,
                 settings=unlearn.Settings(seed=run.seed, first_position=run.first_position, **hyper),
                 workers=self.measuring.workers,
-                pairs=self.measuring.pairs,
                 on_step=lambda row: advance(1),
                 **inputs,
             )

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from l2ul import attack, methods, objective, seeds
 from l2ul.data import FolderImages, Split, as_pixels
-from l2ul.folding import Pair, foldable, folded
 from l2ul.importance import held_weights, mas_importance
+from l2ul.modes import evaluating
 
 BN_MODES = ("train", "eval")
 
@@ -62,7 +62,6 @@ def unlearn(
     attack_steps: int = 100,
     settings: Settings | None = None,
     workers: int = 0,
-    pairs: list[Pair] | None = None,
     on_step: Callable[[dict[str, float]], object] | None = None,
 ) -> Outcome:
     """The whole of a method on tensors: attack and importance where the method needs them, then the loop.
@@ -76,7 +75,6 @@ def unlearn(
     retain      D_r, for the methods that need it
     num_classes needed where D_adv is made here
     workers     processes that decode images of D_r that are on disk
-    pairs       of layers to fold where logits alone are wanted, by default those that `folding.foldable` finds
     on_step     called with each row of the curve
 
     Raises ValueError where something needed is missing, InputError where the method is not for the goal.
@@ -89,7 +87,7 @@ def unlearn(
         if num_classes is None:
             raise ValueError(f"method {method!r} makes adversarial examples; give num_classes, or adv")
         size = {"num_adv_images": num_adv_images, "eps": eps, "alpha": alpha, "steps": attack_steps}
-        adv = attack.adversarial_set(model, images, labels, num_classes, seed=settings.seed, pairs=pairs, **size)
+        adv = attack.adversarial_set(model, images, labels, num_classes, seed=settings.seed, **size)
     if "importance" in chosen.needs and importance is None:
         importance = mas_importance(model, images)
     unlearned = copy.deepcopy(model)
@@ -98,10 +96,8 @@ def unlearn(
     keep = Split(*adv) if "adv" in chosen.needs else retain if "retain" in chosen.needs else None
     held = held_weights(importance) if "importance" in chosen.needs else None
     forget = objective.Forget(as_pixels(images), labels, new_labels)
-    if pairs is None:
-        pairs = foldable(unlearned, forget.images)
     with seeds.drawing(labels.device, settings.seed, "dropout", settings.first_position):
-        return _loop(unlearned, forget, keep, held, chosen, settings, workers, pairs, on_step)
+        return _loop(unlearned, forget, keep, held, chosen, settings, workers, on_step)
 
 
 def _loop(
@@ -112,7 +108,6 @@ def _loop(
     method: methods.Method,
     settings: Settings,
     workers: int,
-    pairs: list[Pair],
     on_step: Callable[[dict[str, float]], object] | None,
 ) -> Outcome:
     optimizer = torch.optim.SGD(
@@ -132,7 +127,7 @@ def _loop(
             sum(terms.values()).backward()
             optimizer.step()
         outcome.steps += 1
-        row, finite = _look(outcome.steps, terms, forget, model, pairs)
+        row, finite = _look(outcome.steps, terms, forget, model)
         outcome.curve.append(row)
         if on_step:
             on_step(row)
@@ -228,15 +223,13 @@ def _perturbation(model: nn.Module, settings: Settings) -> Callable[[], None]:
     return perturb
 
 
-def _look(
-    step: int, terms: methods.Terms, forget: objective.Forget, model: nn.Module, pairs: list[Pair]
-) -> tuple[dict[str, float], bool]:
+def _look(step: int, terms: methods.Terms, forget: objective.Forget, model: nn.Module) -> tuple[dict[str, float], bool]:
     """A row of the curve, and whether all is finite: terms, weights, and logits of D_f in eval mode.
 
     Of D_f, the percent that is called its true class and that is forgotten; nan where its logits are not finite. All
     of it is brought from the device at once.
     """
-    with torch.inference_mode(), folded(model, pairs):
+    with torch.inference_mode(), evaluating(model):  # folding anew at each step would take what it saves
         logits = torch.cat([model(part) for part in forget.images.split(512)])
     called = logits.argmax(1)
     told = [(called == forget.labels).sum(), forget.done(called).sum(), logits.isfinite().all(), _finite_weights(model)]
