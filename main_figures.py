@@ -7,6 +7,8 @@
 Each is a PNG, a PDF and a CSV of the numbers shown. What cannot be drawn is told in a sentence; the others are drawn.
 """
 
+import l2ul  # noqa: F401  # isort: skip  # first: it sets the environment before torch is imported
+
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from l2ul import attack, data, evaluate, features, figures, options, running, shown, storage, variants
+from l2ul import attack, data, evaluate, features, figures, options, precisions, running, shown, storage, variants
 from l2ul.errors import InputError
 from l2ul.files import file_sha256
 from l2ul.variants import Record
@@ -189,6 +191,8 @@ def adversarial_examples(subject: Subject) -> Drawn:
     indices = subject.forget(run)[:SHOWN_IMAGES]
     chosen = subject.images.train.subset(indices)
     pixels, labels = chosen.pixels().to(subject.device), chosen.labels.to(subject.device)
+    precision = run.get("precision") or "fp32"
+    precisions.use(subject.device, precision)
     net, draws = subject.original(run), min(SHOWN_EXAMPLES, run["num_adv_images"])
     made, targets = attack.adversarial_set(
         net,
@@ -201,6 +205,7 @@ def adversarial_examples(subject: Subject) -> Drawn:
         steps=run["pgd_iter"],
         seed=run["seed"],
         batch_size=run.get("attack_batch_size"),
+        precision=precision,
     )
     made = storage.as_stored(made, storage.DTYPES[run.get("adv_dtype") or "float32"])
     names, owners = np.array(subject.images.classes), torch.arange(len(pixels)).repeat_interleave(draws)

@@ -1,5 +1,7 @@
 """What the main_pretrain_*.py scripts share: a recipe → a trained classifier, saved where main_unlearn.py looks."""
 
+import l2ul  # noqa: F401  # isort: skip  # first: it sets the environment before torch is imported
+
 import dataclasses
 import hashlib
 from pathlib import Path

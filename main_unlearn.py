@@ -7,15 +7,17 @@ For every seed, k and method: load → attack → weigh → unlearn → measure 
 result_data/runs is not done again. What the commands gave when last measured: README.md, "Measured".
 """
 
+import l2ul  # noqa: F401  # isort: skip  # first: it sets the environment before torch is imported
+
 import argparse
 from pathlib import Path
 import time
 
 from torch import Tensor
 
-from l2ul import evaluate, methods, options, precisions, records, running
+from l2ul import attack, evaluate, methods, options, precisions, records, running
 from l2ul import forget as forgetting
-from l2ul.cache import GIB, Cache
+from l2ul.cache import GIB, PREFIX, Cache
 from l2ul.data import Split
 from l2ul.errors import InputError
 from l2ul.experiment import Experiment
@@ -39,7 +41,8 @@ def main() -> None:
     cache = open_cache(opts)
     setup = load(opts, device)
     runs = plan(opts, setup)
-    test_batch_size = opts.test_batch_size or evaluate.default_batch_size(device, setup.images.side)
+    side = setup.classifier.input_side(setup.images.side)
+    test_batch_size = opts.test_batch_size or evaluate.default_batch_size(device, side)
     measuring = Measuring(setup, test_batch_size, opts.workers, cache)
     experiment = Experiment(
         setup,
@@ -47,7 +50,7 @@ def main() -> None:
         save=models.save,
         load=lambda path: models.load_saved(path, setup.classifier).to(device),
         keep_models=opts.save_model,
-        attack_batch_size=opts.attack_batch_size,
+        attack_batch_size=opts.attack_batch_size or attack.default_batch_size(device, side),
         scratch_dir=opts.result_dir / "scratch",
         cache=cache,
     )
@@ -103,7 +106,7 @@ def open_cache(opts: argparse.Namespace) -> Cache:
     except InputError as error:
         print(f"nothing is cached: {error}")
         return Cache()
-    remove_parts(opts.cache_dir, older_than=time.time() - 3600)
+    remove_parts(opts.cache_dir, older_than=time.time() - 3600, prefix=PREFIX)
     return Cache(opts.cache_dir, int(opts.cache_gib * GIB))
 
 

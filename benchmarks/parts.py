@@ -65,9 +65,14 @@ class Bench:
         self.fresh = itertools.count()
 
     def forget(self, k: int) -> Labelled:
-        """k images, other ones each time, labelled as the net calls them, so that none counts as forgotten."""
+        """k images, other ones each time, labelled so that a step does not forget them all.
+
+        As the net calls them; an untrained one calls nearly all of them one class, so by all classes in turn.
+        """
         first = next(self.fresh) * k % (len(self.images.train) - k)
         images = self.images.train.images[first : first + k]
+        if not self.trained:
+            return images, torch.arange(k, device=self.device) % self.images.num_classes
         return images, evaluate.predict(self.ours, images, pairs=self.pairs).to(self.device)
 
     def make(self, forget: Labelled, draws: int, iterations: int, cache: Cache | None = None) -> None:
@@ -121,12 +126,12 @@ class Bench:
         parts = {
             "ours": lambda: self._our_steps(method, forget, adv, omega, self.opts.steps),
             "released": lambda: self._released_steps(forget, adv, omega, count),
-            "copying": lambda: unlearn(self.ours, *forget, "before"),
+            "ours without steps": lambda: unlearn(self.ours, *forget, "before"),
+            "released without steps": lambda: self._released_steps(forget, adv, omega, 0),
         }
         found = interleaved(parts, self.opts.repeats, self.device)
-        copying = statistics.median(found.pop("copying"))
-        found["ours"] = [seconds - copying for seconds in found["ours"]]
-        return {name: [seconds / count for seconds in values] for name, values in found.items()}
+        idle = {way: statistics.median(found.pop(f"{way} without steps")) for way in list(found)[:2]}
+        return {way: [(part - idle[way]) / count for part in seconds] for way, seconds in found.items()}
 
     def _inputs(self, k: int, method: str) -> tuple[Labelled, Labelled | None, dict[str, Tensor] | None]:
         """D_f, one batch that stands for D_adv, and importance, for what a method needs."""

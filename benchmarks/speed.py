@@ -23,12 +23,14 @@ from parts import DRAWS, ITERATIONS, Bench, Measured
 import torch
 
 from l2ul import options, precisions, records, running
-from l2ul.files import atomic
+from l2ul.errors import InputError
+from l2ul.files import atomic, require_writable
 from l2ul.parsing import Parser, nonnegative_int, positive_int
 
 SIZES = (16, 64, 128, 256)
 METHODS = ("neggrad", "adv", "adv_imp")
 REFERENCE = Path(__file__).resolve().parent.parent / "result_data" / "reference" / "cifar10_resnet20" / "runs"
+PARTS = ("attack", *(f"step {method}" for method in METHODS), "evaluation", "same examples again", "k = 16, cut down")
 ALL = 60_000  # images of D_r and D_test: ours measures them before and after each run, the released order twice a run
 
 
@@ -38,16 +40,16 @@ def main() -> None:
     device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
     precisions.use(device, opts.precision)
     bench, steps = Bench(opts, device), steps_on_record()
-    parts = {"attack": bench.attack}
-    parts |= {f"step {method}": lambda method=method: bench.step(method) for method in METHODS}
-    parts |= {"evaluation": bench.evaluation, "same examples again": bench.again}
-    parts["k = 16, cut down"] = lambda: bench.whole({method: steps[method, 16] for method in METHODS}, opts.cut)
+    steps_of_16 = {method: steps[method, 16] for method in METHODS}
+    steppers = [lambda method=method: bench.step(method) for method in METHODS]
+    measurers = [bench.attack, *steppers, bench.evaluation, bench.again, lambda: bench.whole(steps_of_16, opts.cut)]
     found = {}
-    for name in opts.part or parts:
-        print(f"measuring: {name}", flush=True)
-        found[name] = parts[name]()
+    for name, measure in zip(PARTS, measurers, strict=True):
+        if not opts.part or name in opts.part:
+            print(f"measuring: {name}", flush=True)
+            found[name] = measure()
     rows = [summary(name, measured) for name, measured in found.items()]
-    if len(found) == len(parts):
+    if len(found) == len(PARTS):
         rows += [table_row(found, steps, sizes) for sizes in ((16,), SIZES)]
     told = {"device": running.device_name(device), "model": opts.model, "trained": bench.trained}
     told |= {
@@ -94,7 +96,14 @@ def parse() -> argparse.Namespace:
     group.add_argument("--part", nargs="+", metavar="NAME", help="only these parts, by the names that are printed")
     group.add_argument("--profile", action="store_true", help="also print where the time of attack and step goes")
     group.add_argument("--output", type=Path, default=Path("result_data/benchmarks/speed.json"), metavar="FILE")
-    return parser.parse_args()
+    opts = parser.parse_args()
+    unknown = sorted(set(opts.part or ()) - set(PARTS))
+    if unknown:
+        raise InputError(f"--part names {unknown[0]!r}; expected some of {', '.join(PARTS)}")
+    if opts.pairs % 32:
+        raise InputError(f"--pairs is {opts.pairs}; expected a multiple of 32")
+    require_writable(opts.output.parent)
+    return opts
 
 
 def summary(name: str, measured: Measured) -> dict[str, object]:

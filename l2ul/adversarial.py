@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from l2ul import METHOD_VERSION, Progress, attack, evaluate, storage
-from l2ul.cache import Cache, fingerprint
+from l2ul import Progress, attack, evaluate, storage
+from l2ul.cache import Cache, circumstances, fingerprint
 from l2ul.files import tensors_sha256
 from l2ul.folding import Pair
 
@@ -20,7 +20,7 @@ class Adversarial:
     examples    (k · N_adv, 3, H, W), floats in [0,1] or uint8, the draws of the first image first; targets (k · N_adv,)
     hits        which of them the net calls their target, as they are kept
     exact_hits  the same before they were rounded
-    batch_size  pairs that were attacked at once: what was asked for, or the least that memory ran out for
+    batch_size  pairs attacked at once: what was asked for, or less where memory ran out meanwhile
     """
 
     examples: Tensor | storage.DiskImages
@@ -32,13 +32,12 @@ class Adversarial:
     def head(self, num_pairs: int) -> tuple[Tensor | storage.DiskImages, Tensor]:
         return self.examples[:num_pairs], self.targets[:num_pairs]
 
-    def with_image(self, place: int, part: dict[str, Tensor]) -> "Adversarial":
-        """With what the cache keeps of one image, written into the same tensors."""
+    def store(self, place: int, part: dict[str, Tensor]) -> None:
+        """Take what the cache keeps of one image."""
         draws = len(part["hits"])
         where = slice(place * draws, (place + 1) * draws)
         self.examples[where] = part["examples"].to(self.targets.device)
         self.hits[where], self.exact_hits[where] = part["hits"], part["exact_hits"]
-        return replace(self, batch_size=min(self.batch_size, int(part["batch_size"])))
 
     def success(self, num_pairs: int) -> dict[str, float]:
         """Percent of the first examples that are called their target, under the keys of a record."""
@@ -79,8 +78,8 @@ class Attack:
     ) -> Adversarial:
         """D_adv of images (k, 3, H, W), labels (k,), of which the first has this position in D_f.
 
-        Bit by bit what it would be without the cache, as long as no batch is smaller than four pairs. Progress counts
-        pairs times steps. A process that is stopped loses what it did for a few images.
+        On a CPU, bit by bit what it would be without the cache. Progress counts pairs times steps. A process that is
+        stopped loses what it did for a few images.
         """
         keys = self._keys(model, images, labels, first_position)
         aims = attack.random_targets(labels, self.num_classes, self.num_adv_images, self.seed, first_position)
@@ -88,17 +87,20 @@ class Attack:
         missing = []
         for place, key in enumerate(keys):
             kept = cache.get(key)
-            made = made.with_image(place, kept) if kept else made
-            missing += [] if kept else [place]
+            if kept:
+                made.store(place, kept)
+            else:
+                missing.append(place)
         if len(missing) < len(keys):
             progress((len(keys) - len(missing)) * self.num_adv_images * self.steps)
+        sizes = [made.batch_size]
         for start, stop in _stretches(missing, max(1, made.batch_size // self.num_adv_images)):
             some = images[start:stop], labels[start:stop], first_position + start
-            for place, part in enumerate(self._attack(model, *some, made.batch_size, pairs, progress), start):
-                made = made.with_image(place, part)
+            for place, part in enumerate(self._attack(model, *some, sizes, pairs, progress), start):
+                made.store(place, part)
                 cache.put(keys[place], part)
             cache.trim()
-        return made
+        return replace(made, batch_size=sizes[-1])
 
     def _empty(self, images: Tensor, targets: Tensor) -> Adversarial:
         """Room for everything, made whole at once: small tensors between large ones keep memory from shrinking."""
@@ -114,12 +116,11 @@ class Attack:
         images: Tensor,
         labels: Tensor,
         position: int,
-        batch_size: int,
+        sizes: list[int],
         pairs: list[Pair],
         progress: Progress,
     ) -> Iterator[dict[str, Tensor]]:
-        """What the cache keeps of each of a few images."""
-        sizes = [batch_size]
+        """What the cache keeps of each of a few images; a batch size that memory has room for is added to `sizes`."""
         exact, targets = attack.adversarial_set(
             model,
             images,
@@ -131,7 +132,7 @@ class Attack:
             steps=self.steps,
             seed=self.seed,
             first_position=position,
-            batch_size=batch_size,
+            batch_size=sizes[-1],
             precision=self.precision,
             pairs=pairs,
             on_halved=sizes.append,
@@ -142,8 +143,7 @@ class Attack:
         exact_hits = hits.clone() if stored is exact else self._hits(model, exact, targets, pairs)
         parts = (part.split(self.num_adv_images) for part in (stored, hits, exact_hits))
         for examples, hit, exact_hit in zip(*parts, strict=True):
-            sized = {"examples": examples.contiguous(), "hits": hit, "exact_hits": exact_hit}
-            yield sized | {"batch_size": torch.tensor(sizes[-1])}
+            yield {"examples": examples.contiguous(), "hits": hit, "exact_hits": exact_hit}
 
     def _hits(self, model: nn.Module, examples: Tensor, targets: Tensor, pairs: list[Pair]) -> Tensor:
         called = evaluate.predict(model, examples, batch_size=self.measuring_batch, pairs=pairs)
@@ -153,8 +153,7 @@ class Attack:
         """For each image, all that decides its examples, bit by bit."""
         names = ("num_classes", "num_adv_images", "eps", "alpha", "steps", "seed", "dtype", "precision")
         shared = {name: getattr(self, name) for name in names}
-        shared |= {"kind": "adversarial examples", "net": fingerprint(model), "version": METHOD_VERSION}
-        shared |= {"device": images.device.type, "torch": torch.__version__}
+        shared |= {"kind": "adversarial examples", "net": fingerprint(model)} | circumstances(images.device)
         return [
             shared | {"image": tensors_sha256({"": image}), "label": label, "position": first_position + place}
             for place, (image, label) in enumerate(zip(images, labels.tolist(), strict=True))

@@ -105,34 +105,47 @@ def adversarial_set(
     Target (uniform over the classes other than the true one) and start of a draw depend on (seed, position of the
     image, draw) alone, so the set of the first k images is the head of the set of more. The first image's position is
     0, or `first_position` where they are not the first of D_f. Pairs are attacked `batch_size` at a time (by default
-    `default_batch_size`), whatever images they belong to; where memory runs out, half as many.
+    `default_batch_size`), rounded down to a multiple of eight, whatever images they belong to; half as many where
+    memory runs out.
     """
     targets = random_targets(labels, num_classes, num_adv_images, seed, first_position)
     pixels = as_pixels(images)
     owners = torch.arange(len(images), device=images.device).repeat_interleave(num_adv_images)
-    size = min(batch_size or default_batch_size(images.device, images.shape[-1]), len(owners))
+    size = _even(batch_size or default_batch_size(images.device, images.shape[-1]))
     examples = torch.empty((len(owners), *pixels.shape[1:]), device=images.device, memory_format=torch.channels_last)
     done = 0
     with folded(model, foldable(model, pixels) if pairs is None else pairs):
         while done < len(owners):
-            # equal batches: a small last one would be computed by other kernels, and so be rounded otherwise
             left = len(owners) - done
-            part = slice(done, done + math.ceil(left / math.ceil(left / size)))
-            x = pixels[owners[part]]
-            start = _starts(x, part, num_adv_images, seed, first_position) - x
-            options = {"eps": eps, "alpha": alpha, "steps": steps, "start": start, "progress": progress}
+            count = math.ceil(left / math.ceil(left / size))  # all batches of about one size
+            part = slice(done, done + count)
+            full = math.ceil(count / 8) * 8 if size >= 8 else count
+            filled = torch.arange(done, done + full).clamp_max(part.stop - 1)  # with the last pair, again and again
+            x = pixels[owners[filled]]
+            start = _starts(x, filled.tolist(), num_adv_images, seed, first_position) - x
+            options = {"eps": eps, "alpha": alpha, "steps": steps, "start": start}
+            options["progress"] = (lambda _, count=count: progress(count)) if progress else None
             try:
                 with precisions.autocast(images.device, precision):
-                    examples[part] = pgd_l2(model, x, targets[part], **options)
+                    examples[part] = pgd_l2(model, x, targets[filled], **options)[:count]
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
-                size = math.ceil(size / 2)
+                size = _even(math.ceil(size / 2))
                 if on_halved:
                     on_halved(size)
                 continue
             done = part.stop
     return examples, targets
+
+
+def _even(size: int) -> int:
+    """A size for batches that can be filled up: a multiple of eight, or less than eight.
+
+    Batches of a multiple of eight are rounded alike by a CPU's kernels, others are not: so an example does not depend
+    on how many are made with it.
+    """
+    return size - size % 8 if size >= 8 else size
 
 
 def default_batch_size(device: torch.device, side: int) -> int:
@@ -151,9 +164,9 @@ def random_targets(labels: Tensor, num_classes: int, num_adv_images: int, seed: 
     return other_class(labels.repeat_interleave(num_adv_images), torch.tensor(draws, device=labels.device))
 
 
-def _starts(like: Tensor, part: slice, num_adv_images: int, seed: int, first_position: int) -> Tensor:
-    """The images (n, 3, H, W), uniform noise, that the pairs of a slice start from."""
-    pairs = [divmod(pair, num_adv_images) for pair in range(part.start, part.stop)]  # place in D_f, draw
-    streams = [seeds.stream(seed, "start", first_position + place, draw) for place, draw in pairs]
+def _starts(like: Tensor, pairs: list[int], num_adv_images: int, seed: int, first_position: int) -> Tensor:
+    """The images (n, 3, H, W), uniform noise, that these pairs start from."""
+    drawn = [divmod(pair, num_adv_images) for pair in pairs]  # place in D_f, draw
+    streams = [seeds.stream(seed, "start", first_position + place, draw) for place, draw in drawn]
     noise = [stream.random(tuple(like.shape[1:]), dtype=np.float32) for stream in streams]
     return torch.from_numpy(np.stack(noise)).to(like.device)

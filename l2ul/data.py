@@ -42,7 +42,10 @@ class FolderImages(Dataset):
         """Hex hash of the files' names, sizes and times of change, and of how they are cut."""
         digest = hashlib.sha256(f"{self.size} {self.short_side}".encode())
         for file in self.files:
-            told = os.stat(file)
+            try:
+                told = os.stat(file)
+            except OSError as error:
+                raise InputError(f"cannot read the image {file} ({error.strerror}); mend or remove it") from None
             digest.update(f"{file} {told.st_size} {told.st_mtime_ns}".encode())
         return digest.hexdigest()
 

@@ -1,5 +1,9 @@
 """The value of each setting that was not given, for each data set."""
 
+from pathlib import Path
+
+CACHE_DIR = Path("data/cache")
+
 # Settings of the paper's released run scripts (github.com/csm9493/L2UL), but for the embedded digits, which are ours:
 # chosen so that every method forgets within seconds. A data set that has no value of its own takes the common one.
 DEFAULTS = {

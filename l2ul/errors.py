@@ -2,6 +2,12 @@
 
 import torch
 
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "STATUS_ALLOC_FAILED",
+)  # of a CPU, of MPS and CUDA, of cuBLAS
+
 
 class InputError(ValueError):
     """Bad input, said in one sentence: which value, what was expected, how to mend it. Scripts exit with 2."""
@@ -12,8 +18,7 @@ class Diverged(ArithmeticError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's and Python's own have a type; torch's on a CPU and on MPS are told by their text alone."""
-    text = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "MPS backend out of memory" in text)
-    )
+    """A GPU's and Python's own have a type; others of torch and of CUDA's libraries are told by their text alone."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

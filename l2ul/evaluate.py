@@ -11,11 +11,11 @@ from l2ul.modes import evaluating
 from l2ul.storage import DiskImages
 
 BATCH_SIZE = {"cpu": 256, "mps": 512, "cuda": 2048}  # images measured at once
-LARGE = 64  # pixels a side; of larger images, an eighth as many
+LARGE = 64  # pixels a side; of larger images, a GPU takes an eighth as many
 
 
 def default_batch_size(device: torch.device, side: int) -> int:
-    """Images measured at once where nobody says: a size for the kind of device, an eighth of it for large images."""
+    """Images measured at once where nobody says: a size for the kind of device; on GPUs an eighth of it if large."""
     size = BATCH_SIZE[device.type]
     return size if side <= LARGE or device.type == "cpu" else size // 8
 

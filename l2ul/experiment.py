@@ -25,7 +25,7 @@ class Experiment:
     save, load   write an unlearned net to a path with settings as metadata, and read it again
     keep_models  whether the nets are kept; those of continual runs always are, as the next step starts from them
     scratch_dir  for what does not fit in memory
-    cache        of adversarial examples
+    cache        where adversarial examples are kept
     """
 
     setup: Setup

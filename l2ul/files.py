@@ -1,8 +1,9 @@
-"""Files that are either whole or absent, and their hashes."""
+"""Files that are either whole or absent, and what hashes of files, tensors and code are made from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import hashlib
+import inspect
 import os
 from pathlib import Path
 import shutil
@@ -39,9 +40,12 @@ def atomic(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path, older_than: float) -> None:
-    """Delete what killed processes left half-written in `folder` before `older_than` (seconds since the epoch)."""
-    for part in Path(folder).glob(".*.part"):
+def remove_parts(folder: Path, older_than: float, prefix: str = "") -> None:
+    """Delete what killed processes left half-written in `folder` before `older_than` (seconds since the epoch).
+
+    Only of files whose names begin with `prefix`.
+    """
+    for part in Path(folder).glob(f".{prefix}*.part"):
         with contextlib.suppress(OSError):  # another process may be clearing up too
             if part.stat().st_mtime < older_than:
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
@@ -60,6 +64,16 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def code_text(thing: Callable) -> str:
+    """The source of a function or class; of one typed at a prompt, its compiled code."""
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        functions = vars(thing).values() if isinstance(thing, type) else [thing]
+        codes = [function.__code__ for function in functions if hasattr(function, "__code__")]
+        return repr([(code.co_code, code.co_consts, code.co_names) for code in codes])
 
 
 def require_writable(folder: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l2ul import data, evaluate, running, seeds
-from l2ul.cache import Cache, fingerprint
+from l2ul.cache import Cache, circumstances, fingerprint
 from l2ul.data import as_pixels
 from l2ul.errors import InputError
 from l2ul.folding import Pair, foldable
@@ -105,10 +105,11 @@ class Measuring:
 
     def before(self) -> Predictions:
         """Those of the classifier as it was given: computed once for the same weights and images, then cached."""
+        if self.cache.folder is None:
+            return self.predict(self.setup.classifier, "measure before")
         started = running.clock(self.device)
         key = {"kind": "predictions", "net": fingerprint(self.setup.classifier), "precision": self.setup.precision}
-        key |= {"device": self.device.type, "torch": torch.__version__}
-        key |= {part: split.sha256() for part, split in self._splits.items()}
+        key |= circumstances(self.device) | {part: split.sha256() for part, split in self._splits.items()}
         kept = self.cache.get(key)
         if kept:
             return Predictions(**kept, seconds=running.clock(self.device) - started)

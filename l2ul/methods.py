@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 import hashlib
-import inspect
 
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
 from l2ul.errors import InputError
+from l2ul.files import code_text
 from l2ul.objective import GOALS, forget_loss
 
 
@@ -55,11 +55,7 @@ class Method:
         """Of the source of a method of somebody's own, which is no version of ours: an edit makes another run of it."""
         if self.terms is None or self.terms.__module__ == __name__:
             return None
-        try:
-            source = inspect.getsource(self.terms)
-        except OSError:  # typed at a prompt
-            source = repr((self.terms.__code__.co_code, self.terms.__code__.co_consts))
-        return hashlib.sha256(source.encode()).hexdigest()
+        return hashlib.sha256(code_text(self.terms).encode()).hexdigest()
 
 
 NEEDS = frozenset({"adv", "importance", "retain", "noise"})

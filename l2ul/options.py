@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from l2ul import data, methods, objective, unlearn
+from l2ul import data, defaults, methods, objective, unlearn
 from l2ul.defaults import COMMON_DEFAULTS, DEFAULTS, default
 from l2ul.parsing import Parser, finite_float, nonnegative_float, nonnegative_int, positive_float, positive_int
 from l2ul.precisions import PRECISIONS
@@ -84,7 +84,7 @@ def add_speed(parser: Parser) -> None:
         "--cache-dir",
         "adversarial examples, and what the classifier calls all images, are kept there and not computed again",
         type=Path,
-        default=Path("data/cache"),
+        default=defaults.CACHE_DIR,
     )
     _add(group, "--cache-gib", "how large it may grow; the longest unused is deleted", type=positive_float, default=10)
     _add(group, "--no-cache", "keep nothing there, and take nothing from there", action="store_true")
@@ -100,7 +100,8 @@ def add_attack(parser: Parser) -> None:
     _add(
         group,
         "--attack-batch-size",
-        "pairs of image and target attacked at once, halved where memory runs out (default: CPU 128, GPU 2048)",
+        "pairs of image and target attacked at once, halved where memory runs out (default: CPU 128, MPS 512, CUDA "
+        "2048, of large images an eighth)",
         type=positive_int,
     )
 
@@ -200,7 +201,7 @@ def add_output(parser: Parser) -> None:
     _add(
         group,
         "--test-batch-size",
-        "images a batch when measuring (default: CPU 256, GPU 2048, large images 256)",
+        "images a batch when measuring (default: CPU 256; CUDA 2048, MPS 512, of large images an eighth)",
         type=positive_int,
     )
     _add(

@@ -17,9 +17,9 @@ def use(device: torch.device, precision: str) -> None:
         raise ValueError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
     if precision != "fp32" and device.type != "cuda":
         raise InputError(f"--precision {precision} needs a CUDA GPU (a CPU is slower with it, or no faster); use fp32")
-    multiply = "ieee" if precision == "fp32" else "tf32"
-    torch.backends.cuda.matmul.fp32_precision = multiply
-    torch.backends.cudnn.conv.fp32_precision = multiply
+    # the older of torch's two ways to say it: with the newer one, whoever asks in the older way gets an error
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -60,18 +60,18 @@ def device_name(device: torch.device) -> str:
 def progress(what: str, total: int | None, estimate: bool = False) -> Iterator[Progress]:
     """A bar on a terminal; elsewhere nothing, or one line with an estimate of the time where that was asked for."""
     bar = tqdm(desc=what, total=total, unit_scale=True, leave=False, disable=None)
-    started, done, told = None, 0, not (estimate and bar.disable)
+    started, done, rest, told = None, 0, 0, not (estimate and bar.disable)
 
     def advance(count: int) -> None:
-        nonlocal started, done, told
+        nonlocal started, done, rest, told
         bar.update(count)
         if started is None:  # what came before, and the first units, tell nothing about the rest
-            started = time.perf_counter()
+            started, rest = time.perf_counter(), (total or 0) - count
             return
         done += count
         elapsed = time.perf_counter() - started
         if not told and elapsed > 2:
-            print(f"{what}: about {elapsed / done * total:.0f} s", flush=True)
+            print(f"{what}: about {elapsed / done * rest:.0f} s", flush=True)
             told = True
 
     with bar:

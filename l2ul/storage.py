@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from pathlib import Path
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ class DiskImages:
         self._numpy = torch.empty(0, dtype=dtype).numpy().dtype
         self._image_bytes = math.prod(shape[1:]) * self._numpy.itemsize
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # lives as long as this object
+        if hasattr(os, "posix_fallocate") and len(self):  # so that nothing else takes the room meanwhile
+            os.posix_fallocate(self._file.fileno(), 0, len(self) * self._image_bytes)
 
     def __len__(self) -> int:
         return self.shape[0]

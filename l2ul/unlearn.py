@@ -234,7 +234,7 @@ def _look(step: int, terms: methods.Terms, forget: objective.Forget, model: nn.M
     called = logits.argmax(1)
     told = [(called == forget.labels).sum(), forget.done(called).sum(), logits.isfinite().all(), _finite_weights(model)]
     *found, still, gone, finite_logits, finite_weights = torch.stack(
-        [term.detach().float() for term in (*terms.values(), *told)]
+        [term.detach().float().reshape(()) for term in (*terms.values(), *told)]
     ).tolist()
     shares = [100 * count / len(forget) if finite_logits else math.nan for count in (still, gone)]
     row = dict(zip(("step", *terms, "acc_forget", "forgotten"), (step, *found, *shares), strict=True))

@@ -37,6 +37,11 @@ class Classifier(nn.Module):
     def normalize(self) -> Normalize:
         return next(layer for layer in self.preprocess.modules() if isinstance(layer, Normalize))
 
+    @torch.no_grad()
+    def input_side(self, side: int) -> int:
+        """Pixels a side of what the net is given for images of (side, side): its own preprocessing may resize."""
+        return self.preprocess(torch.zeros(1, 3, side, side, device=self.normalize.mean.device)).shape[-1]
+
     def forward(self, pixels: Tensor) -> Tensor:
         output = self.net(self.preprocess(pixels))
         return output if isinstance(output, Tensor) else output.logits  # Hugging Face, and nets with auxiliary heads

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from l2ul import data
+from l2ul import data, defaults
 from l2ul.data import Split
 import main_unlearn
 
@@ -110,14 +110,12 @@ def vit_folder(tmp_path_factory):
 def script(monkeypatch, capsys, tmp_path_factory):
     """Call a script's main with arguments; returns exit code, standard output and standard error.
 
-    main_unlearn.py gets a cache of the test's own.
+    Each test has a cache of its own.
     """
     monkeypatch.chdir(ROOT)
-    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(defaults, "CACHE_DIR", tmp_path_factory.mktemp("cache"))
 
     def call(main, *arguments):
-        if main is main_unlearn.main:
-            arguments = ("--cache-dir", cache, *arguments)
         monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
         try:
             main()

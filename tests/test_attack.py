@@ -176,7 +176,7 @@ def test_halves_the_batch_where_memory_runs_out(trained, monkeypatch):
 
     monkeypatch.setattr(attack, "pgd_l2", small_memory)
     found = attack.adversarial_set(model, images, labels, CLASSES, **SET, batch_size=80)
-    assert sizes == [80, 40] + [20] * 8
+    assert sizes == [80, 40] + [16] * 10
     assert torch.equal(found[0], expected[0])
     monkeypatch.setattr(attack, "pgd_l2", lambda *a, **o: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     with pytest.raises(torch.OutOfMemoryError):

@@ -1,22 +1,16 @@
 """The main script as users call it: runs, records, and what is not done twice."""
 
 import json
-import os
-import random
 import re
-import signal
-import subprocess
-import sys
-import time
 
-from conftest import FAST, REALDATA, ROOT
+from conftest import FAST, ROOT
 import numpy as np
 import pytest
 import test_data
 import torch
 import torchvision
 
-from l2ul import attack, data, defaults, forget, measuring, methods, records, runs
+from l2ul import attack, defaults, forget, measuring, methods, records, runs
 from l2ul.errors import InputError
 import main_unlearn
 import models
@@ -282,39 +276,3 @@ def test_library_knows_no_command_line():
             assert "argparse" not in text, path
             assert not re.search(r"\bprint\(", text), path
     assert defaults.default("elsewhere", "pgd_eps") == 4.0
-
-
-def command(folder, *arguments):
-    places = ["--result-dir", folder, "--cache-dir", f"{folder}/cache"]
-    return [sys.executable, "main_unlearn.py", *places, *map(str, [*FAST, *arguments])]
-
-
-def test_killed_at_random_moments_it_leaves_no_damage_and_goes_on(tmp_path):
-    """L2UL_KILLS=20 for a longer look."""
-    words = command(str(tmp_path), "--method", "before", "neggrad", "adv", "--threads", 1, "--unlearn-k", 1, 2)
-    moments, done = random.Random(0), {}
-    for _ in range(int(os.environ.get("L2UL_KILLS", 3))):
-        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
-        time.sleep(moments.uniform(5, 12))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        now = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
-        assert all(records.read(path) for path in now)
-        assert all(now[path] == when for path, when in done.items())
-        done = now
-    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    assert len(found(tmp_path)) == 6
-    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
-
-
-@pytest.mark.realdata
-def test_third_party_classifier_on_the_real_test_set(tmp_path):
-    words = [sys.executable, str(REALDATA / "unpack_cifar10.py"), str(tmp_path)]
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-    images = data.load("cifar10", tmp_path, download=False)
-    from l2ul import evaluate
-
-    classifier = models.load("resnet20", 10, REALDATA / "weights" / "resnet20-12fca82f.th")
-    assert evaluate.accuracy(evaluate.predict(classifier, images.test.images), images.test.labels) == pytest.approx(
-        91.73
-    )

@@ -1,0 +1,59 @@
+"""The main script as a process of its own: killed, and on real data."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from conftest import FAST, REALDATA, ROOT
+import pytest
+
+from l2ul import data, evaluate, records
+import models
+
+
+def command(folder, *arguments):
+    places = ["--result-dir", folder, "--cache-dir", f"{folder}/cache"]
+    return [sys.executable, "main_unlearn.py", *places, *map(str, [*FAST, *arguments])]
+
+
+def test_killed_at_random_moments_it_leaves_no_damage_and_goes_on(tmp_path):
+    """L2UL_KILLS=20 for a longer look."""
+    words = command(str(tmp_path), "--method", "before", "neggrad", "adv", "--threads", 1, "--unlearn-k", 1, 2)
+    moments, done = random.Random(0), {}
+    for _ in range(int(os.environ.get("L2UL_KILLS", 3))):
+        process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
+        time.sleep(moments.uniform(5, 12))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        now = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
+        assert all(records.read(path) for path in now)
+        assert all(now[path] == when for path, when in done.items())
+        done = now
+    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert sum(path.suffix == ".json" for path in (tmp_path / "runs").iterdir()) == 6
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of GNU's OpenMP")
+@pytest.mark.parametrize("module", ["main_unlearn", "main_pretrain", "main_figures"])
+def test_threads_wait_a_little_before_they_sleep(module):
+    environment = {key: value for key, value in os.environ.items() if "OMP" not in key} | {"OMP_DISPLAY_ENV": "verbose"}
+    words = [sys.executable, "-c", f"import {module}"]
+    told = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stderr
+    assert re.search(r"OMP_WAIT_POLICY = 'PASSIVE'", told)
+    assert re.search(r"GOMP_SPINCOUNT = '2000'", told)
+
+
+@pytest.mark.realdata
+def test_third_party_classifier_on_the_real_test_set(tmp_path):
+    words = [sys.executable, str(REALDATA / "unpack_cifar10.py"), str(tmp_path)]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    images = data.load("cifar10", tmp_path, download=False)
+    classifier = models.load("resnet20", 10, REALDATA / "weights" / "resnet20-12fca82f.th")
+    assert evaluate.accuracy(evaluate.predict(classifier, images.test.images), images.test.labels) == pytest.approx(
+        91.73
+    )
