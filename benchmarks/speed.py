@@ -58,12 +58,13 @@ def main() -> None:
         "precision": opts.precision,
         "repeats": opts.repeats,
     }
+    profile = bench.profile() if opts.profile else ""
     with atomic(opts.output) as file:
-        file.write_text(json.dumps(told | {"items": rows, "seconds": found}, indent=1) + "\n")
+        record = told | {"items": rows, "seconds": found, "profile": profile.splitlines()}
+        file.write_text(json.dumps(record, indent=1) + "\n")
     print(pd.DataFrame(rows).round(4).to_string(index=False, na_rep=""))
     print(f"record: {opts.output}; {', '.join(f'{key} {value}' for key, value in told.items())}")
-    if opts.profile:
-        print(bench.profile())
+    print(profile)
     for item in rows:
         floor = f", {100 * item['of the floor']:.0f} % of the floor" if "of the floor" in item else ""
         print(f"{item['item']}: {item['ratio']:.2f} x{floor}")

@@ -1,8 +1,10 @@
 """The cache: what is found again is what was put, nothing else, and never too much; D_adv with it and without."""
 
 import dataclasses
+import importlib.util
 import os
 from pathlib import Path
+import sys
 
 from conftest import CLASSES, ROOT
 import pytest
@@ -95,24 +97,26 @@ def test_leaves_the_last_of_a_disk_to_others(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-class Own(torch.nn.Module):
-    def forward(self, x):
-        return x.mean((2, 3))
+def own_net(tmp_path, monkeypatch, name, forward):
+    """An instance of a class Net of a file whose forward is this."""
+    lines = ["import torch", "class Net(torch.nn.Module):", f"    def forward(self, x): return {forward}"]
+    (tmp_path / f"{name}.py").write_text("\n".join(lines))
+    spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module.Net()
 
 
-class OwnEdited(torch.nn.Module):
-    def forward(self, x):
-        return x.amax((2, 3))
-
-
-def test_tells_nets_of_ones_own_apart_by_their_code():
-    OwnEdited.__name__, OwnEdited.__qualname__ = "Own", "Own"
-    assert repr(Own()) == repr(OwnEdited())
-    assert fingerprint(Own()) != fingerprint(OwnEdited())
-    one, other = Own(), Own()
-    for net, value in ((one, 1.0), (other, 2.0)):
+def test_tells_nets_of_ones_own_apart_by_their_code(tmp_path, monkeypatch):
+    one = own_net(tmp_path, monkeypatch, "one", "x.mean((2, 3))")
+    same_code = own_net(tmp_path, monkeypatch, "same", "x.mean((2, 3))")
+    edited = own_net(tmp_path, monkeypatch, "edited", "x.amax((2, 3))")
+    assert repr(one) == repr(edited)
+    assert fingerprint(one) == fingerprint(same_code) != fingerprint(edited)
+    for net, value in ((one, 1.0), (same_code, 2.0)):
         net.register_buffer("scale", torch.tensor(value), persistent=False)
-    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(one) != fingerprint(same_code)
 
 
 @pytest.mark.parametrize(("draws", "first", "then"), [(5, 3, 6), (1, 15, 16), (3, 1, 2), (20, 1, 4), (7, 2, 5)])

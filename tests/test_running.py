@@ -16,7 +16,7 @@ def test_the_estimate_of_time_leaves_out_what_came_before_the_first_units(monkey
         for moment in (30.0, 31.0, 33.0, 34.0):  # half a minute of preparation, then 10 units in one to two seconds
             now[0] = moment
             advance(10)
-    assert capsys.readouterr().out == "attack: about 15 s\n"
+    assert capsys.readouterr().out == "attack: about 14 s\n"
 
 
 @pytest.mark.parametrize(("asked", "total"), [(False, 100), (True, 100)])
