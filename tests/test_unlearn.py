@@ -46,6 +46,16 @@ def test_objective_equals_values_worked_out_by_hand():
     assert objective.importance_penalty(now, before, held).item() == pytest.approx(2.275, rel=1e-6)
 
 
+def test_gradient_of_the_penalty_is_that_of_its_equation():
+    generator = torch.Generator().manual_seed(0)
+    now, before, held = ([torch.rand(shape, generator=generator) for shape in ((3, 2), (4,))] for _ in range(3))
+    now = [weights.requires_grad_() for weights in now]
+    expected = 0.5 * sum((w * (a - b).square()).sum() for a, b, w in zip(now, before, held, strict=True))
+    gradients = torch.autograd.grad(3 * expected, now)
+    found = torch.autograd.grad(3 * objective.importance_penalty(now, before, held), now)
+    assert all(torch.allclose(one, other, atol=1e-7) for one, other in zip(found, gradients, strict=True))
+
+
 class Fixed(nn.Module):
     """Logits that are the pixels themselves: (n, C, 1, 1) in, (n, C) out."""
 
