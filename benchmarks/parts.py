@@ -130,7 +130,7 @@ class Bench:
             "released without steps": lambda: self._released_steps(forget, adv, omega, 0),
         }
         found = interleaved(parts, self.opts.repeats, self.device)
-        idle = {way: statistics.median(found.pop(f"{way} without steps")) for way in list(found)[:2]}
+        idle = {way: statistics.median(found.pop(f"{way} without steps")) for way in ("ours", "released")}
         return {way: [(part - idle[way]) / count for part in seconds] for way, seconds in found.items()}
 
     def _inputs(self, k: int, method: str) -> tuple[Labelled, Labelled | None, dict[str, Tensor] | None]:

@@ -31,7 +31,7 @@ SIZES = (16, 64, 128, 256)
 METHODS = ("neggrad", "adv", "adv_imp")
 REFERENCE = Path(__file__).resolve().parent.parent / "result_data" / "reference" / "cifar10_resnet20" / "runs"
 PARTS = ("attack", *(f"step {method}" for method in METHODS), "evaluation", "same examples again", "k = 16, cut down")
-ALL = 60_000  # images of D_r and D_test: ours measures them before and after each run, the released order twice a run
+ALL = 60_000  # images of D_r and D_test, measured once before all runs and after each; as released, twice a run
 
 
 @running.ending("speed.py")

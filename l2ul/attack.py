@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from l2ul import Progress, precisions, seeds
+from l2ul import Progress, data, precisions, seeds
 from l2ul.data import as_pixels
 from l2ul.errors import is_out_of_memory
 from l2ul.folding import Pair, foldable, folded
 from l2ul.forget import other_class
 from l2ul.modes import frozen
 
-BATCH_SIZE = {"cpu": 128, "mps": 512, "cuda": 2048}  # (image, target) pairs attacked at once
-LARGE = 64  # pixels a side; of larger images, an eighth as many
+BATCH_SIZE = {"cpu": (128, 16), "mps": (512, 64), "cuda": (2048, 256)}  # pairs attacked at once; of large images
 
 
 def pgd_l2(
@@ -149,9 +148,8 @@ def _even(size: int) -> int:
 
 
 def default_batch_size(device: torch.device, side: int) -> int:
-    """Pairs attacked at once where nobody says: a size for the kind of device, an eighth of it for large images."""
-    size = BATCH_SIZE[device.type]
-    return size if side <= LARGE else size // 8
+    """Pairs of image and target attacked at once where nobody says, of so many pixels a side."""
+    return data.default_batch_size(BATCH_SIZE, device, side)
 
 
 def random_targets(labels: Tensor, num_classes: int, num_adv_images: int, seed: int, first_position: int = 0) -> Tensor:

@@ -62,7 +62,8 @@ class Cache:
         files = []
         for path in self.folder.glob(f"{PREFIX}*{SUFFIX}"):
             with contextlib.suppress(OSError):  # another process was faster
-                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+                told = path.stat()
+                files.append((told.st_mtime_ns, told.st_size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.limit:

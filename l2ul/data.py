@@ -20,6 +20,7 @@ from l2ul.errors import InputError
 from l2ul.files import tensors_sha256
 from l2ul.storage import DiskImages
 
+LARGE = 64  # pixels a side; larger images are taken fewer at once
 WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # the 1,000 classes of ImageNet-1k, in order
 
 
@@ -137,6 +138,11 @@ def as_pixels(images: Tensor) -> Tensor:
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images
     pixels = pixels.float() if pixels.dtype == torch.float16 else pixels
     return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def default_batch_size(sizes: dict[str, tuple[int, int]], device: torch.device, side: int) -> int:
+    """How many images at once where nobody says, from the (usual, for large images) sizes for each kind of device."""
+    return sizes[device.type][side > LARGE]
 
 
 def batches(

@@ -3,21 +3,19 @@
 import torch
 from torch import Tensor, nn
 
-from l2ul import Progress
+from l2ul import Progress, data
 from l2ul.data import FolderImages, Images, as_pixels, batches
 from l2ul.errors import Diverged, InputError
 from l2ul.folding import Pair, foldable, folded
 from l2ul.modes import evaluating
 from l2ul.storage import DiskImages
 
-BATCH_SIZE = {"cpu": 256, "mps": 512, "cuda": 2048}  # images measured at once
-LARGE = 64  # pixels a side; of larger images, a GPU takes an eighth as many
+BATCH_SIZE = {"cpu": (256, 256), "mps": (512, 64), "cuda": (2048, 256)}  # images measured at once; large ones
 
 
 def default_batch_size(device: torch.device, side: int) -> int:
-    """Images measured at once where nobody says: a size for the kind of device; on GPUs an eighth of it if large."""
-    size = BATCH_SIZE[device.type]
-    return size if side <= LARGE or device.type == "cpu" else size // 8
+    """Images measured at once where nobody says, of so many pixels a side."""
+    return data.default_batch_size(BATCH_SIZE, device, side)
 
 
 def predict(

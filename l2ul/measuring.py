@@ -108,7 +108,8 @@ class Measuring:
         if self.cache.folder is None:
             return self.predict(self.setup.classifier, "measure before")
         started = running.clock(self.device)
-        key = {"kind": "predictions", "net": fingerprint(self.setup.classifier), "precision": self.setup.precision}
+        key = {"kind": "predictions", "precision": self.setup.hyper["precision"]}
+        key["net"] = fingerprint(self.setup.classifier)
         key |= circumstances(self.device) | {part: split.sha256() for part, split in self._splits.items()}
         kept = self.cache.get(key)
         if kept:

@@ -77,10 +77,6 @@ class Setup:
     described: dict[str, object] = field(default_factory=dict)
     model_suffix: str = ".safetensors"
 
-    @property
-    def precision(self) -> str:
-        return self.hyper["precision"]
-
     def plan(
         self, names: list[str], sizes: list[int], seed: int, forget: ForgetSet, step_size: int | None = None
     ) -> list[Run]:
