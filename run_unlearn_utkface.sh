@@ -17,7 +17,7 @@ WEIGHTS=${WEIGHTS:-$DATA/weights} # where the pretrained classifiers go, or are
 RESULTS=${RESULTS:-result_data}
 GROUPINGS=${GROUPINGS:-"TNN MFD balanced groups tens"}
 SEEDS=${SEEDS:-"0 1 2 3 4"}
-METHODS=${METHODS:-"before neggrad rawp oracle adv adv_imp"}
+METHODS=${METHODS:-"before neggrad rawp oracle adv adv_imp distill"}
 K=${K:-"16 32 64 128 256"}        # images to forget
 
 IMAGE_SIZE=${IMAGE_SIZE:-128}     # pixels a side, of which 15/16 are cut out

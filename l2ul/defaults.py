@@ -15,6 +15,8 @@ DEFAULTS = {
         "pgd_iter": 20,
         "adv_batch_size": 32,
         "unlearn_lr": 1e-2,
+        "distill_steps": 100,
+        "distill_mixes": 32,
     },
     "cifar10": {"model": "resnet18"},
     "cifar100": {"model": "resnet50_cifar100", "num_adv_images": 200, "max_passes": 100},
@@ -50,6 +52,15 @@ COMMON_DEFAULTS = {
     "reg_lamb": 1.0,  # λ
     "max_passes": 1000,  # times through D_adv, D_r or D_f
     "noise_growth": 0.01,  # ours: σ of rawp's noise a draw, in parts of a tensor's root mean square
+    # of distill, ours: one setting for every data set, net and k; of the embedded digits only fewer and smaller steps
+    "distill_lr": 3e-4,  # the highest of a cycle, of Adam
+    "distill_steps": 300,  # of a cycle
+    "distill_cycles": 3,
+    "distill_forget": 64,  # images of D_f a step
+    "distill_mixes": 192,  # mixes of D_f a step
+    "distill_logits": 3.0,  # weight of the divergence from the logits of θ⁰
+    "distill_features": 90.0,  # weight of the gap to the features of θ⁰
+    "distill_margin": 0.3,  # by which another logit must lead
     "adv_dtype": "float32",
     "bn": "train",
     "precision": "fp32",  # of the passes on a GPU

@@ -40,15 +40,32 @@ def _names(model: nn.Module, kinds: type | tuple[type, ...]) -> list[str]:
 
 
 def _flat(output: Tensor) -> Tensor:
-    """A layer's output (N, …) as (N, D), a copy: an activation behind the layer may overwrite the output.
+    """A layer's output (N, …) as (N, D), a copy: an activation behind the layer may overwrite the output."""
+    return pooled(output).flatten(1).clone()
 
-    Where D would exceed LARGEST, it is averaged over positions: (N, C, H, W) over H and W, (N, T, D) over T.
-    """
-    if output[0].numel() > LARGEST and output.ndim == 4:
-        output = output.mean((2, 3))
-    elif output[0].numel() > LARGEST and output.ndim == 3:
-        output = output.mean(1)
-    return output.flatten(1).clone()
+
+def pooled(features: Tensor) -> Tensor:
+    """Features (N, …), averaged over positions where an image has more than LARGEST: (N, C, H, W) or (N, T, D)."""
+    if features[0].numel() <= LARGEST or features.ndim not in (3, 4):
+        return features
+    return features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
+
+
+def given(model: nn.Module, images: Tensor, names: list[str]) -> tuple[Tensor, list[Tensor]]:
+    """Logits, and what each of these layers is given on the way, pooled, in the order of the names."""
+    found = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: found.update({name: pooled(inputs[0])})
+        )
+        for name in names
+    ]
+    try:
+        logits = model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, [found[name] for name in names]
 
 
 def layers(model: nn.Module, images: Tensor | FolderImages) -> dict[str, int]:

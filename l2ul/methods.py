@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from l2ul.errors import InputError
 from l2ul.files import code_text
-from l2ul.objective import GOALS, forget_loss
+from l2ul.objective import GOALS, forget_loss, margin_loss
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Step:
     penalty: Callable[[], Tensor] | None = None  # ½ Σ Ω̄ (θ - θ⁰)²
     reg_lamb: float = 0.0
     perturb: Callable[[], None] | None = None  # sets the weights to θ⁰ + noise, a little more of it at each call
+    compare: Callable[[], tuple[Tensor, Tensor]] | None = None  # weighted gaps to θ⁰ on stand-ins: logits, features
+    margin: float = 0.0
+    share: float = 1.0  # of the forget loss
 
 
 Terms = dict[str, Tensor]  # the loss is their sum; each is a column of the curve
@@ -40,9 +43,10 @@ Terms = dict[str, Tensor]  # the loss is their sum; each is a column of the curv
 
 @dataclass(frozen=True)
 class Method:
-    """A named method: its terms, what they need of `adv`, `importance`, `retain` and `noise`, and for which goals.
+    """A named method: its terms, what they need of NEEDS, and for which goals.
 
-    One that needs `noise` moves the weights itself: it has no loss and takes no step of SGD.
+    One that needs `noise` moves the weights itself: it has no loss and takes no step of SGD. One that needs `teacher`
+    compares with θ⁰ on stand-ins for D_r made of D_f, in eval mode, and goes on to the end of a cycle.
     """
 
     name: str
@@ -58,7 +62,7 @@ class Method:
         return hashlib.sha256(code_text(self.terms).encode()).hexdigest()
 
 
-NEEDS = frozenset({"adv", "importance", "retain", "noise"})
+NEEDS = frozenset({"adv", "importance", "retain", "noise", "teacher"})
 METHODS: dict[str, Method] = {}
 
 
@@ -139,6 +143,17 @@ def adv(step: Step) -> Terms:
 def adv_imp(step: Step) -> Terms:
     """the terms of adv + λ · the importance penalty (arXiv 2301.11578)"""
     return adv(step) | {"importance": step.reg_lamb * step.penalty()}
+
+
+@method("distill", "teacher")
+def distill(step: Step) -> Terms:
+    """ours: margin loss on D_f + logits and features of θ⁰ distilled on mixes of D_f"""
+    logits_gap, features_gap = step.compare()
+    terms = {"forget": logits_gap.new_zeros(()), "logits": logits_gap, "features": features_gap}
+    if len(step.forget.labels):
+        logits = step.model(step.forget.images)
+        terms["forget"] = step.share * margin_loss(logits, step.forget.labels, step.goal, step.margin).mean()
+    return terms
 
 
 def _together(model: nn.Module, forget: Batch, keep: Batch) -> tuple[Tensor, Tensor]:

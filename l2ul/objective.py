@@ -1,4 +1,4 @@
-"""The terms of the loss (arXiv 2301.11578; Aljundi et al. 2018 for the penalty)."""
+"""The terms of the loss (arXiv 2301.11578; Aljundi et al. 2018 for the penalty; those of `distill` are ours)."""
 
 from dataclasses import dataclass
 
@@ -43,6 +43,36 @@ def forget_loss(logits: Tensor, labels: Tensor, goal: str) -> Tensor:
     """
     loss = F.cross_entropy(logits, labels)
     return -loss if goal == "misclassify" else loss
+
+
+def margin_loss(logits: Tensor, labels: Tensor, goal: str, margin: float) -> Tensor:
+    """How far each image (n,) is from being forgotten by a margin; 0 where it is, so that nothing is left to gain.
+
+    logits (n, C), labels (n,) int64: the true or the new ones. With z the logit of the label and z' the largest other
+    one: max(0, z - z' + margin) to misclassify, max(0, z' - z + margin) to relabel. Bounded below, unlike -CE.
+    """
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    other = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    ahead = own - other if goal == "misclassify" else other - own
+    return F.relu(ahead + margin)
+
+
+def divergence(logits: Tensor, original: Tensor) -> Tensor:
+    """KL(p⁰ ‖ p), the mean over images of the sum over classes: logits of the model and of θ⁰, both (n, C)."""
+    return F.kl_div(logits.log_softmax(1), original.log_softmax(1), log_target=True, reduction="batchmean")
+
+
+def feature_gap(features: list[Tensor], original: list[Tensor]) -> Tensor:
+    """Mean over layers of ‖f - f⁰‖² / (N · variance of f⁰): what part of what its layers tell apart the model lost.
+
+    features, original  of each layer, the model's and those of θ⁰ for the same images, N values each
+    """
+    gaps = [(now - then).square().mean() / _spread(then) for now, then in zip(features, original, strict=True)]
+    return torch.stack(gaps).mean()
+
+
+def _spread(values: Tensor) -> Tensor:
+    return values.var(correction=0).clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def importance_penalty(parameters: list[Tensor], reference: list[Tensor], held: list[Tensor]) -> Tensor:

@@ -106,6 +106,18 @@ def add_attack(parser: Parser) -> None:
     )
 
 
+def add_distill(parser: Parser) -> None:
+    group = parser.add_argument_group("method distill")
+    _add(group, "--distill-lr", "highest learning rate of a cycle, of Adam", type=positive_float)
+    _add(group, "--distill-steps", "of a cycle, which ends at a rate of nearly 0", type=positive_int)
+    _add(group, "--distill-cycles", "at most: another begins while D_f is not forgotten", type=positive_int)
+    _add(group, "--distill-forget", "images of D_f a step, of those that are not forgotten yet", type=positive_int)
+    _add(group, "--distill-mixes", "mixes of D_f a step, which stand for D_r", type=positive_int)
+    _add(group, "--distill-logits", "weight of keeping the logits on the mixes", type=nonnegative_float)
+    _add(group, "--distill-features", "weight of keeping what each layer is given there", type=nonnegative_float)
+    _add(group, "--distill-margin", "by which another logit must lead on D_f", type=nonnegative_float)
+
+
 def add_unlearning(parser: Parser) -> None:
     group = parser.add_argument_group("unlearning")
     summaries = "; ".join(f"{name}: {method.summary}" for name, method in methods.METHODS.items())
@@ -215,7 +227,14 @@ def add_output(parser: Parser) -> None:
     _add(group, "--dry-run", "check everything, list the runs and which are done, run none", action="store_true")
 
 
-RUN_GROUPS = (add_data, add_unlearning, add_attack, add_output, add_speed)  # what decides a run, or where it goes
+RUN_GROUPS = (
+    add_data,
+    add_unlearning,
+    add_attack,
+    add_distill,
+    add_output,
+    add_speed,
+)  # what decides a run, or where it goes
 
 
 def _add(group: argparse._ArgumentGroup, flag: str, text: str, **keywords) -> argparse.Action:

@@ -10,18 +10,23 @@ from l2ul.forget import ForgetSet
 
 SGD_FLAGS = ("unlearn_lr", "momentum", "weight_decay", "batch_size", "bn")
 ATTACK_FLAGS = ("num_adv_images", "pgd_eps", "pgd_alpha", "pgd_iter")
+DISTILL_FLAGS = (
+    *("distill_lr", "distill_steps", "distill_cycles", "distill_forget", "distill_mixes"),
+    *("distill_logits", "distill_features", "distill_margin"),
+)
 NEEDS_FLAGS = {  # the hyper-parameters that a method depends on, by what it needs
     "adv": (*ATTACK_FLAGS, "adv_batch_size", "adv_dtype"),
     "importance": ("reg_lamb",),
     "retain": ("adv_batch_size",),
     "noise": ("noise_growth",),
+    "teacher": DISTILL_FLAGS,
 }
-LOOP_FLAGS = (*SGD_FLAGS, "max_passes", "adv_batch_size", "reg_lamb", "noise_growth")
+LOOP_FLAGS = (*SGD_FLAGS, "max_passes", "adv_batch_size", "reg_lamb", "noise_growth", *DISTILL_FLAGS)
 HYPER_PARAMETERS = (*LOOP_FLAGS, *ATTACK_FLAGS, "adv_dtype", "precision")
 # These came later: they are part of an id only where they matter, so that older records keep theirs.
 LATER = {
     **dict.fromkeys(("noise_growth", "continual_size", "retain_sample", "age_grouping", "split_seed")),
-    **dict.fromkeys(("train_sha256", "method_code")),
+    **dict.fromkeys(("train_sha256", "method_code", *DISTILL_FLAGS)),
     "adv_dtype": "float32",
     "precision": "fp32",
 }
@@ -153,5 +158,8 @@ class Setup:
         """The hyper-parameters that decide a method's result."""
         if not method.terms:
             return set()
-        loop = () if "noise" in method.needs else SGD_FLAGS
-        return {"max_passes", "precision", *loop}.union(*(NEEDS_FLAGS[need] for need in method.needs))
+        if "teacher" in method.needs:
+            loop = ()
+        else:
+            loop = ("max_passes",) if "noise" in method.needs else ("max_passes", *SGD_FLAGS)
+        return {"precision", *loop}.union(*(NEEDS_FLAGS[need] for need in method.needs))

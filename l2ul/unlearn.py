@@ -8,9 +8,10 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 from torch.utils.data import DataLoader
 
-from l2ul import attack, methods, objective, seeds
+from l2ul import attack, distill, methods, objective, seeds
 from l2ul.data import FolderImages, Split, as_pixels
 from l2ul.importance import held_weights, mas_importance
 from l2ul.modes import evaluating
@@ -31,6 +32,14 @@ class Settings:
     max_passes: int = 1000  # times through D_adv (oracle: D_r; neggrad: D_f) before giving up; of rawp: draws
     noise_growth: float = 0.01  # of rawp: σ of the noise a step, in parts of a tensor's root mean square
     bn: str = "train"  # as released; or "eval": running statistics kept, dropout off
+    distill_lr: float = 3e-4  # of `distill`: the highest of a cycle, of Adam
+    distill_steps: int = 300  # of a cycle
+    distill_cycles: int = 3  # before giving up
+    distill_forget: int = 64  # images of D_f a step
+    distill_mixes: int = 192  # mixes of D_f a step
+    distill_logits: float = 3.0  # weight of the divergence from the logits of θ⁰
+    distill_features: float = 90.0  # weight of the gap to the features of θ⁰
+    distill_margin: float = 0.3  # by which another logit must lead before an image counts as forgotten
     seed: int = 0  # of the order of the batches, of dropout and of noise
     first_position: int = 0  # of D_f among all images of a continual run: each step draws what no other drew
 
@@ -110,35 +119,45 @@ def _loop(
     workers: int,
     on_step: Callable[[dict[str, float]], object] | None,
 ) -> Outcome:
-    optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=settings.unlearn_lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    outcome = Outcome(model, "cap", 0)
-    model.train(settings.bn == "train")
-    steps = _steps(model, forget, keep, held, method, settings, workers)
+    distils = "teacher" in method.needs
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if distils:
+        optimizer, scheduler = distill.optimizer(parameters, settings.distill_lr, settings.distill_steps)
+    else:
+        optimizer, scheduler = _sgd(parameters, settings)
+    outcome, look = Outcome(model, "cap", 0), _Look(model, forget)
+    model.train(settings.bn == "train" and not distils)
+    if distils:
+        steps = _distilling(model, forget, look, settings)
+    else:
+        steps = _steps(model, forget, keep, held, method, settings, workers)
     for step in itertools.islice(steps, max_steps(method, len(forget), len(keep) if keep else 0, settings)):
         terms = method.terms(step)
         if terms:  # else the method has moved the weights itself
             optimizer.zero_grad()
             sum(terms.values()).backward()
             optimizer.step()
+            scheduler.step()
         outcome.steps += 1
-        row, finite = _look(outcome.steps, terms, forget, model)
+        row, finite = look(outcome.steps, terms)
         outcome.curve.append(row)
         if on_step:
             on_step(row)
         if not finite:
             outcome.status = "diverged"
             break
-        if row["forgotten"] == 100:
+        if row["forgotten"] == 100 and not (distils and outcome.steps % settings.distill_steps):
             outcome.status = "forgotten"
             break
     model.eval()
     return outcome
+
+
+def _sgd(parameters: list[Tensor], settings: Settings) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    sgd = torch.optim.SGD(
+        parameters, settings.unlearn_lr, settings.momentum, weight_decay=settings.weight_decay, fused=True
+    )
+    return sgd, ConstantLR(sgd, factor=1.0)
 
 
 def max_steps(method: methods.Method, num_forget: int, num_keep: int, settings: Settings) -> int:
@@ -148,6 +167,8 @@ def max_steps(method: methods.Method, num_forget: int, num_keep: int, settings: 
     """
     if "noise" in method.needs:
         return settings.max_passes
+    if "teacher" in method.needs:
+        return settings.distill_cycles * settings.distill_steps
     size, batch = (num_keep, settings.adv_batch_size) if num_keep else (num_forget, settings.batch_size)
     return settings.max_passes * math.ceil(size / batch)
 
@@ -180,6 +201,22 @@ def _steps(
             reg_lamb=settings.reg_lamb,
             perturb=perturb,
         )
+
+
+def _distilling(
+    model: nn.Module, forget: objective.Forget, look: "_Look", settings: Settings
+) -> Iterator[methods.Step]:
+    return distill.steps(
+        model,
+        forget,
+        lambda: look.logits,
+        batch_size=settings.distill_forget,
+        keep_batch_size=settings.distill_mixes,
+        margin=settings.distill_margin,
+        weights=(settings.distill_logits, settings.distill_features),
+        seed=settings.seed,
+        first_position=settings.first_position,
+    )
 
 
 def _order(settings: Settings, purpose: str) -> torch.Generator:
@@ -223,24 +260,37 @@ def _perturbation(model: nn.Module, settings: Settings) -> Callable[[], None]:
     return perturb
 
 
-def _look(step: int, terms: methods.Terms, forget: objective.Forget, model: nn.Module) -> tuple[dict[str, float], bool]:
-    """A row of the curve, and whether all is finite: terms, weights, and logits of D_f in eval mode.
+class _Look:
+    """A look at D_f after each step, in eval mode: `logits` (k, C) are those of the last one."""
 
-    Of D_f, the percent that is called its true class and that is forgotten; nan where its logits are not finite. All
-    of it is brought from the device at once.
-    """
-    with torch.inference_mode(), evaluating(model):  # folding anew at each step would take what it saves
-        logits = torch.cat([model(part) for part in forget.images.split(512)])
-    called = logits.argmax(1)
-    told = [(called == forget.labels).sum(), forget.done(called).sum(), logits.isfinite().all(), _finite_weights(model)]
-    *found, still, gone, finite_logits, finite_weights = torch.stack(
-        [term.detach().float().reshape(()) for term in (*terms.values(), *told)]
-    ).tolist()
-    shares = [100 * count / len(forget) if finite_logits else math.nan for count in (still, gone)]
-    row = dict(zip(("step", *terms, "acc_forget", "forgotten"), (step, *found, *shares), strict=True))
-    return row, bool(finite_weights) and math.isfinite(sum(row.values()))
+    def __init__(self, model: nn.Module, forget: objective.Forget):
+        self.model, self.forget = model, forget
+        self.logits = self._see()
+
+    def __call__(self, step: int, terms: methods.Terms) -> tuple[dict[str, float], bool]:
+        """A row of the curve, and whether all is finite: terms, weights, and logits of D_f.
+
+        Of D_f, the percent that is called its true class and that is forgotten; nan where its logits are not finite.
+        All of it is brought from the device at once.
+        """
+        self.logits = self._see()
+        called = self.logits.argmax(1)
+        told = [(called == self.forget.labels).sum(), self.forget.done(called).sum()]
+        told += [self.logits.isfinite().all(), _finite_weights(self.model)]
+        *found, still, gone, finite_logits, finite_weights = torch.stack(
+            [term.detach().float().reshape(()) for term in (*terms.values(), *told)]
+        ).tolist()
+        shares = [100 * count / len(self.forget) if finite_logits else math.nan for count in (still, gone)]
+        row = dict(zip(("step", *terms, "acc_forget", "forgotten"), (step, *found, *shares), strict=True))
+        return row, bool(finite_weights) and math.isfinite(sum(row.values()))
+
+    @torch.no_grad()
+    def _see(self) -> Tensor:
+        with evaluating(self.model):  # folding anew at each step would take what it saves
+            return torch.cat([self.model(part) for part in self.forget.images.split(512)])
 
 
+@torch.no_grad()
 def _finite_weights(model: nn.Module) -> Tensor:
     tensors = [t for t in itertools.chain(model.parameters(), model.buffers()) if t.is_floating_point()]
     return torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]).isfinite().all()

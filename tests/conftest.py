@@ -21,6 +21,7 @@ REALDATA = Path(os.environ.get("L2UL_REALDATA", ROOT.parent / "shared" / "data")
 CLASSES = 5  # of the tiny net
 # flags of main_unlearn.py that make a command take a second
 FAST = ["--unlearn-k", 2, "--num-adv-images", 3, "--pgd-iter", 2, "--max-passes", 2, "--batch-size", 2]
+FAST += ["--distill-steps", 2, "--distill-cycles", 1, "--distill-mixes", 4]
 
 assert l2ul
 

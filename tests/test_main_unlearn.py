@@ -29,7 +29,7 @@ def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
     assert code == 0, err
     by_method = {record["method"]: record for record in found(tmp_path).values()}
     assert set(by_method) == set(methods.METHODS) - {"correct"}
-    assert [line.split()[0] for line in out.splitlines()[2:8]] == methods.of_goal("misclassify")
+    assert [line.split()[0] for line in out.splitlines()[2:9]] == methods.of_goal("misclassify")
     for name, record in by_method.items():
         assert list(record)[: len(records.KEYS)] == list(records.KEYS)
         assert (
@@ -43,7 +43,9 @@ def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
         assert (record["pgd_eps"] is None) == (name not in ("adv", "adv_imp"))
         assert (record["seconds_attack"] > 0) == (name in ("adv", "adv_imp"))
         assert (record["adv_success"] is None) == (name not in ("adv", "adv_imp"))
-        assert (record["unlearn_lr"] is None) == (name in ("before", "rawp"))
+        assert (record["unlearn_lr"] is None) == (name in ("before", "rawp", "distill"))
+        assert (record["max_passes"] is None) == (name in ("before", "distill"))
+        assert {record[flag] is None for flag in runs.DISTILL_FLAGS} == {name != "distill"}
         assert (record["noise_growth"] is None) == (name != "rawp")
         assert record["checkpoint"] == "digits_resnet20.safetensors"
         assert record["acc_retain_low"] is record["acc_forget_earlier"] is record["acc_relabel"] is None
@@ -69,7 +71,7 @@ def test_what_is_recorded_is_not_done_again_and_rerun_gives_the_same(run, tmp_pa
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     code, out, _ = run()
     assert code == 0
-    assert "0 runs to do, 6 done" in out
+    assert "0 runs to do, 7 done" in out
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     assert run("--rerun")[0] == 0
     again = found(tmp_path)
@@ -79,7 +81,7 @@ def test_what_is_recorded_is_not_done_again_and_rerun_gives_the_same(run, tmp_pa
     # what a method does not use does not make it run again
     assert "2 runs to do, 4 done" in run("--pgd-eps", 1.0, "--dry-run")[1]
     assert "1 runs to do, 5 done" in run("--reg-lamb", 2.0, "--dry-run")[1]
-    assert "6 runs to do, 0 done" in run("--seed", 1, "--dry-run")[1]
+    assert "7 runs to do, 0 done" in run("--seed", 1, "--dry-run")[1]
     damaged = next((tmp_path / "runs").glob("*.json"))
     damaged.write_text("{")
     assert "1 runs to do, 5 done" in run()[1]
@@ -245,6 +247,14 @@ def test_defaults_a_data_set_are_the_released_ones():
         "pgd_iter": 100,
         "reg_lamb": 1.0,
         "noise_growth": 0.01,
+        "distill_lr": 3e-4,
+        "distill_steps": 300,
+        "distill_cycles": 3,
+        "distill_forget": 64,
+        "distill_mixes": 192,
+        "distill_logits": 3.0,
+        "distill_features": 90.0,
+        "distill_margin": 0.3,
         "adv_dtype": "float32",
         "precision": "fp32",
     }

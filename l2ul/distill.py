@@ -1,0 +1,97 @@
+"""The steps of `distill`: images still to be forgotten, and mixes of D_f on which θ⁰ is the teacher."""
+
+from collections.abc import Callable, Iterator
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from l2ul import features, methods, objective, seeds
+from l2ul.pretrain import augment
+
+MIXED = (0.3, 0.7)  # part of one of two images in a mix
+
+
+def mixes(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Stand-ins (count, 3, H, W) for the retain set: each a blend of two of the images, shifted and mirrored.
+
+    images  (k, 3, H, W) float in [0,1]. With k = 1, the image is blended with itself turned upside down.
+    """
+    first = torch.randint(len(images), (count,), generator=generator)
+    if len(images) > 1:
+        second = images[(first + torch.randint(1, len(images), (count,), generator=generator)) % len(images)]
+    else:
+        second = images.rot90(2, (2, 3)).expand(count, -1, -1, -1)
+    low, high = MIXED
+    part = low + (high - low) * torch.rand((count, 1, 1, 1), generator=generator).to(images.device)
+    blended = part * images[first] + (1 - part) * second
+    return augment(blended, images.shape[-1] // 8, True, generator).to(memory_format=torch.channels_last)
+
+
+def teaching(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[str]]:
+    """A frozen copy of the model as it is now, and the layers whose inputs are held: all weighted ones but the first.
+
+    images  (n, 3, H, W) float in [0,1] that the model takes
+    """
+    return copy.deepcopy(model).eval().requires_grad_(False), list(features.layers(model, images[:1]))[1:]
+
+
+def steps(
+    model: nn.Module,
+    forget: objective.Forget,
+    logits: Callable[[], Tensor],
+    *,
+    batch_size: int,
+    keep_batch_size: int,
+    margin: float,
+    weights: tuple[float, float],
+    seed: int,
+    first_position: int = 0,
+) -> Iterator[methods.Step]:
+    """Endless steps: images of D_f that are not yet forgotten by the margin, and mixes of all of D_f.
+
+    logits  gives those of D_f (k, C) as they are by now
+    weights of the divergence and of the feature gap
+
+    The forget loss is the mean over a batch of the images left, times their number over `batch_size` where fewer are
+    left than that: an image weighs no more alone than among many, and many weigh no more than a batch.
+    """
+    teacher, layers = teaching(model, forget.images)
+    generator = seeds.generator(seed, "distill", first_position)
+
+    def compare(images: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            then_logits, then = features.given(teacher, images, layers)
+        now_logits, now = features.given(model, images, layers)
+        return (
+            weights[0] * objective.divergence(now_logits, then_logits),
+            weights[1] * objective.feature_gap(now, then),
+        )
+
+    while True:
+        left = objective.margin_loss(logits(), forget.wanted, forget.goal, margin).nonzero().flatten()
+        chosen = left[torch.randperm(len(left), generator=generator)[:batch_size].to(left.device)]
+        batch = methods.Batch(forget.images[chosen], forget.wanted[chosen])
+        stand_ins = mixes(forget.images, keep_batch_size, generator)
+        yield methods.Step(
+            model,
+            forget.goal,
+            batch,
+            share=min(1.0, len(left) / batch_size),
+            margin=margin,
+            compare=lambda images=stand_ins: compare(images),
+        )
+
+
+def optimizer(parameters: list[Tensor], lr: float, cycle: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """Adam at a rate that rises to `lr` and falls to nearly 0 in every cycle of so many steps."""
+    adam = torch.optim.Adam(parameters, lr, fused=True)
+    return adam, LambdaLR(adam, lambda step: one_cycle(step, cycle))
+
+
+def one_cycle(step: int, length: int) -> float:
+    """Part of the highest learning rate at a step: up in the first 30 % of each cycle and down again, by cosines."""
+    place, rise = (step % length + 0.5) / length, 0.3
+    return 0.5 - 0.5 * math.cos(math.pi * (place / rise if place < rise else (1 - place) / (1 - rise)))
