@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from l2ul import features, methods, objective, seeds
+from l2ul.folding import foldable, folded
 from l2ul.pretrain import augment
 
 MIXED = (0.3, 0.7)  # part of one of two images in a mix
+SPREAD_OVER = 256  # images
 
 
 def mixes(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -30,12 +32,32 @@ def mixes(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return augment(blended, images.shape[-1] // 8, True, generator).to(memory_format=torch.channels_last)
 
 
-def teaching(model: nn.Module, images: Tensor) -> tuple[nn.Module, list[str]]:
-    """A frozen copy of the model as it is now, and the layers whose inputs are held: all weighted ones but the first.
+class Teacher:
+    """θ⁰, frozen, and what of it is held: its logits, and what each weighted layer but the first is given.
 
-    images  (n, 3, H, W) float in [0,1] that the model takes
+    model   in eval mode; copied
+    images  (n, 3, H, W) float in [0,1]; how far features spread over these is what gaps to them are measured in
     """
-    return copy.deepcopy(model).eval().requires_grad_(False), list(features.layers(model, images[:1]))[1:]
+
+    def __init__(self, model: nn.Module, images: Tensor):
+        self.net = copy.deepcopy(model).eval().requires_grad_(False)
+        self.pairs = foldable(self.net, images[:1])  # folding changes what batch-norms are given, no weighted layer
+        self.layers = list(features.layers(self.net, images[:1]))[1:]
+        _, found = self.given(images[:SPREAD_OVER])
+        tiny = torch.finfo(torch.float32).tiny  # features may be constant
+        self.spreads = [max(layer.var(correction=0).item(), tiny) for layer in found]
+
+    @torch.no_grad()
+    def given(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits and features of θ⁰."""
+        with folded(self.net, self.pairs):
+            return features.given(self.net, images, self.layers)
+
+    def gaps(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """How far the model's logits and features of the images are from those of θ⁰."""
+        then_logits, then = self.given(images)
+        now_logits, now = features.given(model, images, self.layers)
+        return objective.divergence(now_logits, then_logits), objective.feature_gap(now, then, self.spreads)
 
 
 def steps(
@@ -44,7 +66,7 @@ def steps(
     logits: Callable[[], Tensor],
     *,
     batch_size: int,
-    keep_batch_size: int,
+    num_mixes: int,
     margin: float,
     weights: tuple[float, float],
     seed: int,
@@ -52,36 +74,30 @@ def steps(
 ) -> Iterator[methods.Step]:
     """Endless steps: images of D_f that are not yet forgotten by the margin, and mixes of all of D_f.
 
-    logits  gives those of D_f (k, C) as they are by now
-    weights of the divergence and of the feature gap
+    model    θ⁰ as yet
+    logits   gives those of D_f (k, C) as they are by now
+    weights  of the gaps of logits and features
 
     The forget loss is the mean over a batch of the images left, times their number over `batch_size` where fewer are
     left than that: an image weighs no more alone than among many, and many weigh no more than a batch.
     """
-    teacher, layers = teaching(model, forget.images)
+    teacher = Teacher(model, forget.images)
     generator = seeds.generator(seed, "distill", first_position)
 
-    def compare(images: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            then_logits, then = features.given(teacher, images, layers)
-        now_logits, now = features.given(model, images, layers)
-        return (
-            weights[0] * objective.divergence(now_logits, then_logits),
-            weights[1] * objective.feature_gap(now, then),
-        )
+    def compare(images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(weight * gap for weight, gap in zip(weights, teacher.gaps(model, images), strict=True))
 
     while True:
         left = objective.margin_loss(logits(), forget.wanted, forget.goal, margin).nonzero().flatten()
         chosen = left[torch.randperm(len(left), generator=generator)[:batch_size].to(left.device)]
-        batch = methods.Batch(forget.images[chosen], forget.wanted[chosen])
-        stand_ins = mixes(forget.images, keep_batch_size, generator)
+        stand_ins = mixes(forget.images, num_mixes, generator)
         yield methods.Step(
             model,
             forget.goal,
-            batch,
-            share=min(1.0, len(left) / batch_size),
-            margin=margin,
+            methods.Batch(forget.images[chosen], forget.wanted[chosen]),
             compare=lambda images=stand_ins: compare(images),
+            margin=margin,
+            share=min(1.0, len(left) / batch_size),
         )
 
 

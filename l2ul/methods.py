@@ -33,7 +33,7 @@ class Step:
     penalty: Callable[[], Tensor] | None = None  # ½ Σ Ω̄ (θ - θ⁰)²
     reg_lamb: float = 0.0
     perturb: Callable[[], None] | None = None  # sets the weights to θ⁰ + noise, a little more of it at each call
-    compare: Callable[[], tuple[Tensor, Tensor]] | None = None  # weighted gaps to θ⁰ on stand-ins: logits, features
+    compare: Callable[[], tuple[Tensor, ...]] | None = None  # weighted gaps to θ⁰ on stand-ins: logits, features
     margin: float = 0.0
     share: float = 1.0  # of the forget loss
 

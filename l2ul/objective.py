@@ -62,17 +62,13 @@ def divergence(logits: Tensor, original: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(1), original.log_softmax(1), log_target=True, reduction="batchmean")
 
 
-def feature_gap(features: list[Tensor], original: list[Tensor]) -> Tensor:
-    """Mean over layers of ‖f - f⁰‖² / (N · variance of f⁰): what part of what its layers tell apart the model lost.
+def feature_gap(features: list[Tensor], original: list[Tensor], spreads: list[float]) -> Tensor:
+    """Mean over layers of mean((f - f⁰)²) / spread: with the variance of f⁰ as the spread, what part of it is lost.
 
-    features, original  of each layer, the model's and those of θ⁰ for the same images, N values each
+    features, original  of each layer, the model's and those of θ⁰ for the same images; spreads of each layer, above 0
     """
-    gaps = [(now - then).square().mean() / _spread(then) for now, then in zip(features, original, strict=True)]
-    return torch.stack(gaps).mean()
-
-
-def _spread(values: Tensor) -> Tensor:
-    return values.var(correction=0).clamp_min(torch.finfo(values.dtype).tiny)
+    layers = zip(features, original, spreads, strict=True)
+    return torch.stack([F.mse_loss(now, then) / spread for now, then, spread in layers]).mean()
 
 
 def importance_penalty(parameters: list[Tensor], reference: list[Tensor], held: list[Tensor]) -> Tensor:

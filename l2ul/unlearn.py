@@ -211,7 +211,7 @@ def _distilling(
         forget,
         lambda: look.logits,
         batch_size=settings.distill_forget,
-        keep_batch_size=settings.distill_mixes,
+        num_mixes=settings.distill_mixes,
         margin=settings.distill_margin,
         weights=(settings.distill_logits, settings.distill_features),
         seed=settings.seed,

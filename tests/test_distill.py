@@ -49,10 +49,8 @@ def test_divergence_is_the_mean_kl_of_torch_distributions():
 
 def test_feature_gap_is_the_part_of_the_variance_that_is_lost_whatever_the_scale():
     then = torch.tensor([[0.0, 2.0], [4.0, 6.0]])  # variance 5
-    gap = objective.feature_gap([then + 1.0, 100 * then], [then, 100 * then])
-    assert gap.item() == pytest.approx((1 / 5 + 0) / 2)
-    constant = torch.ones(2, 3)
-    assert objective.feature_gap([constant], [constant]).item() == 0.0
+    gap = objective.feature_gap([then + 1.0, 10 * then - 20.0], [then, 10 * then], [5.0, 500.0])
+    assert gap.item() == pytest.approx((1 / 5 + 4 / 5) / 2)
 
 
 def test_mixes_blend_two_different_images_in_the_parts_that_are_said():
@@ -85,7 +83,25 @@ def test_given_tells_what_layers_take_and_leaves_no_hook(trained):
     assert torch.equal(second, model.features[:3](x))
     assert torch.equal(last, model.features(x))
     assert not any(module._forward_pre_hooks for module in model.modules())
-    assert distill.teaching(model, x)[1] == ["features.3", "head"]
+
+
+def test_teacher_holds_all_weighted_layers_but_the_first_as_they_were(trained):
+    model, images, _ = trained
+    x = images[:5] / 255
+    teacher = distill.Teacher(model, x)
+    assert teacher.layers == ["features.3", "head"]
+    assert len(teacher.pairs) == 2
+    _, found = features.given(model, x, teacher.layers)
+    assert teacher.spreads == pytest.approx([layer.var(correction=0).item() for layer in found], rel=1e-5)
+    assert [gap.item() for gap in teacher.gaps(model, x)] == pytest.approx([0.0, 0.0], abs=1e-6)
+    with torch.no_grad():
+        model.head.bias[0] += 1.0
+        model.features[0].bias += 0.5
+    logits, layers = teacher.gaps(model, x)
+    assert logits > 1e-3
+    assert layers > 1e-3
+    constant = distill.Teacher(model, torch.zeros(2, 3, 8, 8))
+    assert all(spread > 0 for spread in constant.spreads)
 
 
 def test_features_of_large_images_are_averaged_over_positions(monkeypatch):
@@ -112,13 +128,13 @@ def test_a_step_takes_only_images_that_are_left_and_weighs_them_by_their_number(
     logits = torch.zeros(K, CLASSES)
     logits[torch.arange(K), labels[:K]] = 5.0
     logits[1] = logits[1].roll(1)  # forgotten by a margin of 5
-    settings = {"batch_size": 8, "keep_batch_size": 4, "margin": 0.3, "weights": (1.0, 1.0), "seed": 0}
+    settings = {"batch_size": 8, "num_mixes": 4, "margin": 0.3, "weights": (1.0, 1.0), "seed": 0}
     step = next(distill.steps(model, forget, lambda: logits, **settings))
     assert sorted(step.forget.labels.tolist()) == sorted(labels[[0, 2, 3]].tolist())
     assert step.share == pytest.approx(3 / 8)
     terms = methods.get("distill").terms(step)
     assert terms["logits"].item() == pytest.approx(0.0, abs=1e-6)
-    assert terms["features"].item() == 0.0
+    assert terms["features"].item() == pytest.approx(0.0, abs=1e-6)
     expected = objective.margin_loss(model(step.forget.images), step.forget.labels, "misclassify", 0.3).mean()
     assert terms["forget"].item() == pytest.approx(3 / 8 * expected.item(), rel=1e-6)
     done = next(distill.steps(model, forget, lambda: logits.roll(1, 1), **settings))

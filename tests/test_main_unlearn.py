@@ -79,7 +79,7 @@ def test_what_is_recorded_is_not_done_again_and_rerun_gives_the_same(run, tmp_pa
     for identity, record in again.items():
         assert but_for_costs(record) == but_for_costs(first[identity])
     # what a method does not use does not make it run again
-    assert "2 runs to do, 4 done" in run("--pgd-eps", 1.0, "--dry-run")[1]
+    assert "2 runs to do, 5 done" in run("--pgd-eps", 1.0, "--dry-run")[1]
     assert "1 runs to do, 5 done" in run("--reg-lamb", 2.0, "--dry-run")[1]
     assert "7 runs to do, 0 done" in run("--seed", 1, "--dry-run")[1]
     damaged = next((tmp_path / "runs").glob("*.json"))
@@ -214,7 +214,7 @@ def test_unlearns_images_of_a_folder(script, tmp_path):
     assert code == 0, err
     for record in found(tmp_path).values():
         assert (record["num_train"], record["num_test"], record["image_size"]) == (6, 6, 64)
-    assert len(found(tmp_path)) == 6
+    assert len(found(tmp_path)) == 7
 
 
 def test_a_diverged_run_has_no_accuracy(run, tmp_path):
