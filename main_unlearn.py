@@ -20,6 +20,7 @@ from l2ul import forget as forgetting
 from l2ul.cache import GIB, PREFIX, Cache
 from l2ul.data import Split
 from l2ul.errors import InputError
+from l2ul.evaluations import EVALUATIONS
 from l2ul.experiment import Experiment
 from l2ul.files import remove_parts, require_writable
 from l2ul.measuring import Measuring
@@ -43,7 +44,8 @@ def main() -> None:
     runs = plan(opts, setup)
     side = setup.classifier.input_side(setup.images.side)
     test_batch_size = opts.test_batch_size or evaluate.default_batch_size(device, side)
-    measuring = Measuring(setup, test_batch_size, opts.workers, cache)
+    groups = tuple((EVALUATIONS[name].names, EVALUATIONS[name].compute) for name in dict.fromkeys(opts.evaluate))
+    measuring = Measuring(setup, test_batch_size, opts.workers, cache, groups)
     experiment = Experiment(
         setup,
         measuring,

@@ -58,8 +58,8 @@ COMMON_DEFAULTS = {
     "distill_cycles": 3,
     "distill_forget": 64,  # images of D_f a step
     "distill_mixes": 192,  # mixes of D_f a step
-    "distill_logits": 3.0,  # weight of the divergence from the logits of θ⁰
-    "distill_features": 90.0,  # weight of the gap to the features of θ⁰
+    "distill_logits": 10.0,  # weight of the divergence from the logits of θ⁰
+    "distill_features": 300.0,  # weight of the gap to the features of θ⁰
     "distill_margin": 0.3,  # by which another logit must lead
     "adv_dtype": "float32",
     "bn": "train",

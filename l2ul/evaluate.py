@@ -1,5 +1,7 @@
 """What a model calls the images of a data set, in one pass, and accuracies read from that."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -35,23 +37,40 @@ def predict(
 
     Raises Diverged if any logit is not finite: argmax would call those a class.
     """
+    found = []
+    for part in logits(model, images, batch_size=batch_size, workers=workers, pairs=pairs, on_device=True):
+        found.append(torch.where(part.isfinite().all(1), part.argmax(1), -1))
+        if progress:
+            progress(len(part))
+    classes = torch.cat(found).cpu()
+    if (classes < 0).any():
+        raise Diverged(f"{int((classes < 0).sum())} of {len(classes)} images got logits that are not finite")
+    return classes
+
+
+def logits(
+    model: nn.Module,
+    images: Tensor | FolderImages | DiskImages,
+    *,
+    batch_size: int | None = None,
+    workers: int = 0,
+    pairs: list[Pair] | None = None,
+    on_device: bool = False,
+) -> Iterator[Tensor]:
+    """The logits (n, C) of one batch of the images after the other; options as of `predict`, on the CPU by default.
+
+    In eval mode, to be gone through to the end, or closed: until then layers are folded.
+    """
     device = next(model.parameters()).device
     sample = as_pixels(images[torch.tensor([0])])
     if pairs is None:
         pairs = foldable(model, sample)
     if batch_size is None:
         batch_size = default_batch_size(device, sample.shape[-1])
-    found = []
     with torch.inference_mode(), folded(model, pairs):
         for batch in batches(images, batch_size, device, workers):
-            logits = model(batch)
-            found.append(torch.where(logits.isfinite().all(1), logits.argmax(1), -1))
-            if progress:
-                progress(len(batch))
-    classes = torch.cat(found).cpu()
-    if (classes < 0).any():
-        raise Diverged(f"{int((classes < 0).sum())} of {len(classes)} images got logits that are not finite")
-    return classes
+            found = model(batch)
+            yield found if on_device else found.cpu()
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:

@@ -14,7 +14,7 @@ from l2ul import importance, records, running, unlearn
 from l2ul.adversarial import Adversarial, Attack
 from l2ul.cache import Cache
 from l2ul.errors import Diverged
-from l2ul.measuring import METRICS, Measuring, Predictions
+from l2ul.measuring import Measuring, Predictions
 from l2ul.runs import LOOP_FLAGS, Run, Setup
 
 
@@ -44,7 +44,7 @@ class Experiment:
     def is_done(self, run: Run) -> bool:
         """Whether the run's record exists with every metric, and its model where models are kept and there is one."""
         record = run.files.read()
-        if record is None or not METRICS.keys() <= record.keys():
+        if record is None or not set(self.measuring.metrics) <= record.keys():
             return False
         if not (self.keep_models and run.method.terms):
             return True

@@ -32,12 +32,17 @@ class Measured:
     """What a metric is computed from: an unlearned model and, by part, true labels and classes before and after.
 
     The parts are forget, retain, test and, in a continual run, forget_earlier; tensors (N,) on the CPU.
+
+    original  the model before any run
+    logits    gives the unlearned model's (N, C), on the CPU, of forget or test
     """
 
     model: nn.Module
     labels: dict[str, Tensor]
     before: dict[str, Tensor]
     after: dict[str, Tensor]
+    original: nn.Module
+    logits: Callable[[str], Tensor]
 
 
 Metric = Callable[[Measured], float]
@@ -63,13 +68,20 @@ def metric(name: str) -> Callable[[Metric], Metric]:
 class Measuring:
     """How nets are measured on the data set of a setup: `batch_size` images at once, decoded by so many workers.
 
-    cache  where what the classifier itself calls the images is kept
+    cache   where what the classifier itself calls the images is kept
+    groups  metrics measured beside METRICS, each group: their names, and what gives all or some of them
     """
 
     setup: Setup
     batch_size: int
     workers: int = 0
     cache: Cache = field(default_factory=Cache)
+    groups: tuple[tuple[tuple[str, ...], Callable[[Measured], dict[str, float]]], ...] = ()
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all metrics of a record."""
+        return [*METRICS, *(name for names, _ in self.groups for name in names)]
 
     @property
     def device(self) -> torch.device:
@@ -143,12 +155,23 @@ class Measuring:
         predictions = {f"{part}_{when}": found for when, parts in called.items() for part, found in parts.items()}
         if self.setup.retain_sample is not None:
             predictions["retain_indices"] = self.stand_in[self._kept(run, self.stand_in)]
-        row = self._accuracies(run, labels, called) | dict.fromkeys(METRICS)
+        row = self._accuracies(run, labels, called) | dict.fromkeys(self.metrics)
         if after:
-            measured = Measured(model, labels, called["before"], called["after"])
+            measured = self._measured(run, model, labels, called)
             found = {name: float(function(measured)) for name, function in METRICS.items()}
+            for _, compute in self.groups:
+                found |= compute(measured)
             row |= {name: value if math.isfinite(value) else None for name, value in found.items()}
         return row, predictions
+
+    def _measured(self, run: Run, model: nn.Module, labels: dict, called: dict) -> Measured:
+        images = {"forget": run.forget.split.images, "test": self.setup.images.test.images}
+
+        def logits(part: str) -> Tensor:
+            options = {"batch_size": self.batch_size, "workers": self.workers, "pairs": self.pairs}
+            return torch.cat(list(evaluate.logits(model, images[part], **options)))
+
+        return Measured(model, labels, called["before"], called["after"], self.setup.classifier, logits)
 
     def _accuracies(self, run: Run, labels: dict[str, Tensor], called: dict[str, dict[str, Tensor]]) -> dict:
         row = dict.fromkeys(("acc_forget_earlier", "acc_relabel", "acc_retain_low", "acc_retain_high"))

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from l2ul import data, defaults, methods, objective, unlearn
+from l2ul import data, defaults, evaluations, methods, objective, unlearn
 from l2ul.defaults import COMMON_DEFAULTS, DEFAULTS, default
 from l2ul.parsing import Parser, finite_float, nonnegative_float, nonnegative_int, positive_float, positive_int
 from l2ul.precisions import PRECISIONS
@@ -222,6 +222,7 @@ def add_output(parser: Parser) -> None:
         "measure D_r on so many training images, always the same ones, with a 95 %% interval (default: on all)",
         type=positive_int,
     )
+    _add(group, "--evaluate", evaluations.summaries(), nargs="+", choices=tuple(evaluations.EVALUATIONS), default=[])
     _add(group, "--save-model", "keep each unlearned net, in models beside runs", action="store_true")
     _add(group, "--rerun", "do runs again whose record exists", action="store_true")
     _add(group, "--dry-run", "check everything, list the runs and which are done, run none", action="store_true")

@@ -37,8 +37,8 @@ class Settings:
     distill_cycles: int = 3  # before giving up
     distill_forget: int = 64  # images of D_f a step
     distill_mixes: int = 192  # mixes of D_f a step
-    distill_logits: float = 3.0  # weight of the divergence from the logits of θ⁰
-    distill_features: float = 90.0  # weight of the gap to the features of θ⁰
+    distill_logits: float = 10.0  # weight of the divergence from the logits of θ⁰
+    distill_features: float = 300.0  # weight of the gap to the features of θ⁰
     distill_margin: float = 0.3  # by which another logit must lead before an image counts as forgotten
     seed: int = 0  # of the order of the batches, of dropout and of noise
     first_position: int = 0  # of D_f among all images of a continual run: each step draws what no other drew

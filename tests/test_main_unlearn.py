@@ -80,7 +80,7 @@ def test_what_is_recorded_is_not_done_again_and_rerun_gives_the_same(run, tmp_pa
         assert but_for_costs(record) == but_for_costs(first[identity])
     # what a method does not use does not make it run again
     assert "2 runs to do, 5 done" in run("--pgd-eps", 1.0, "--dry-run")[1]
-    assert "1 runs to do, 5 done" in run("--reg-lamb", 2.0, "--dry-run")[1]
+    assert "1 runs to do, 6 done" in run("--reg-lamb", 2.0, "--dry-run")[1]
     assert "7 runs to do, 0 done" in run("--seed", 1, "--dry-run")[1]
     damaged = next((tmp_path / "runs").glob("*.json"))
     damaged.write_text("{")
@@ -252,8 +252,8 @@ def test_defaults_a_data_set_are_the_released_ones():
         "distill_cycles": 3,
         "distill_forget": 64,
         "distill_mixes": 192,
-        "distill_logits": 3.0,
-        "distill_features": 90.0,
+        "distill_logits": 10.0,
+        "distill_features": 300.0,
         "distill_margin": 0.3,
         "adv_dtype": "float32",
         "precision": "fp32",
