@@ -69,6 +69,7 @@ def steps(
     num_mixes: int,
     margin: float,
     weights: tuple[float, float],
+    growth: float,
     seed: int,
     first_position: int = 0,
 ) -> Iterator[methods.Step]:
@@ -77,9 +78,11 @@ def steps(
     model    θ⁰ as yet
     logits   gives those of D_f (k, C) as they are by now
     weights  of the gaps of logits and features
+    growth   what the forget loss is multiplied by, again, at each step before which some image is not forgotten
 
     The forget loss is the mean over a batch of the images left, times their number over `batch_size` where fewer are
-    left than that: an image weighs no more alone than among many, and many weigh no more than a batch.
+    left than that: an image weighs no more alone than among many, and many weigh no more than a batch. It grows, as in
+    a penalty method, because no one weight suits every net: how far apart logits are differs between them.
     """
     teacher = Teacher(model, forget.images)
     generator = seeds.generator(seed, "distill", first_position)
@@ -87,7 +90,9 @@ def steps(
     def compare(images: Tensor) -> tuple[Tensor, ...]:
         return tuple(weight * gap for weight, gap in zip(weights, teacher.gaps(model, images), strict=True))
 
+    pull = 1.0
     while True:
+        pull *= 1.0 if forget.done(logits().argmax(1)).all() else growth
         left = objective.margin_loss(logits(), forget.wanted, forget.goal, margin).nonzero().flatten()
         chosen = left[torch.randperm(len(left), generator=generator)[:batch_size].to(left.device)]
         stand_ins = mixes(forget.images, num_mixes, generator)
@@ -97,7 +102,7 @@ def steps(
             methods.Batch(forget.images[chosen], forget.wanted[chosen]),
             compare=lambda images=stand_ins: compare(images),
             margin=margin,
-            share=min(1.0, len(left) / batch_size),
+            share=pull * min(1.0, len(left) / batch_size),
         )
 
 

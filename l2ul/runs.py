@@ -12,7 +12,7 @@ SGD_FLAGS = ("unlearn_lr", "momentum", "weight_decay", "batch_size", "bn")
 ATTACK_FLAGS = ("num_adv_images", "pgd_eps", "pgd_alpha", "pgd_iter")
 DISTILL_FLAGS = (
     *("distill_lr", "distill_steps", "distill_cycles", "distill_forget", "distill_mixes"),
-    *("distill_logits", "distill_features", "distill_margin"),
+    *("distill_logits", "distill_features", "distill_growth", "distill_margin"),
 )
 NEEDS_FLAGS = {  # the hyper-parameters that a method depends on, by what it needs
     "adv": (*ATTACK_FLAGS, "adv_batch_size", "adv_dtype"),

@@ -39,6 +39,7 @@ class Settings:
     distill_mixes: int = 192  # mixes of D_f a step
     distill_logits: float = 10.0  # weight of the divergence from the logits of θ⁰
     distill_features: float = 300.0  # weight of the gap to the features of θ⁰
+    distill_growth: float = 10.0  # of the forget loss over a cycle, while an image is not forgotten
     distill_margin: float = 0.3  # by which another logit must lead before an image counts as forgotten
     seed: int = 0  # of the order of the batches, of dropout and of noise
     first_position: int = 0  # of D_f among all images of a continual run: each step draws what no other drew
@@ -214,6 +215,7 @@ def _distilling(
         num_mixes=settings.distill_mixes,
         margin=settings.distill_margin,
         weights=(settings.distill_logits, settings.distill_features),
+        growth=settings.distill_growth ** (1 / settings.distill_steps),
         seed=settings.seed,
         first_position=settings.first_position,
     )

@@ -128,17 +128,22 @@ def test_a_step_takes_only_images_that_are_left_and_weighs_them_by_their_number(
     logits = torch.zeros(K, CLASSES)
     logits[torch.arange(K), labels[:K]] = 5.0
     logits[1] = logits[1].roll(1)  # forgotten by a margin of 5
-    settings = {"batch_size": 8, "num_mixes": 4, "margin": 0.3, "weights": (1.0, 1.0), "seed": 0}
-    step = next(distill.steps(model, forget, lambda: logits, **settings))
+    settings = {"batch_size": 8, "num_mixes": 4, "margin": 0.3, "weights": (1.0, 1.0), "growth": 2.0, "seed": 0}
+    steps = distill.steps(model, forget, lambda: logits, **settings)
+    step = next(steps)
     assert sorted(step.forget.labels.tolist()) == sorted(labels[[0, 2, 3]].tolist())
-    assert step.share == pytest.approx(3 / 8)
+    assert step.share == pytest.approx(2 * 3 / 8)
+    assert next(steps).share == pytest.approx(4 * 3 / 8), "it does not grow"
     terms = methods.get("distill").terms(step)
     assert terms["logits"].item() == pytest.approx(0.0, abs=1e-6)
     assert terms["features"].item() == pytest.approx(0.0, abs=1e-6)
     expected = objective.margin_loss(model(step.forget.images), step.forget.labels, "misclassify", 0.3).mean()
-    assert terms["forget"].item() == pytest.approx(3 / 8 * expected.item(), rel=1e-6)
+    assert terms["forget"].item() == pytest.approx(2 * 3 / 8 * expected.item(), rel=1e-6)
     done = next(distill.steps(model, forget, lambda: logits.roll(1, 1), **settings))
     assert len(done.forget.labels) == 0
+    logits[torch.arange(K), labels[:K]] = torch.tensor([4.9, -9.0, -9.0, -9.0])
+    barely = torch.where(logits == 4.9, -0.1, logits)  # all forgotten, one by less than the margin
+    assert next(distill.steps(model, forget, lambda: barely, **settings)).share == pytest.approx(1 / 8)
     assert methods.get("distill").terms(done)["forget"].item() == 0.0
 
 

@@ -84,7 +84,7 @@ def test_what_is_recorded_is_not_done_again_and_rerun_gives_the_same(run, tmp_pa
     assert "7 runs to do, 0 done" in run("--seed", 1, "--dry-run")[1]
     damaged = next((tmp_path / "runs").glob("*.json"))
     damaged.write_text("{")
-    assert "1 runs to do, 5 done" in run()[1]
+    assert "1 runs to do, 6 done" in run()[1]
     assert json.loads(damaged.read_text())["method"]
 
 
@@ -254,6 +254,7 @@ def test_defaults_a_data_set_are_the_released_ones():
         "distill_mixes": 192,
         "distill_logits": 10.0,
         "distill_features": 300.0,
+        "distill_growth": 10.0,
         "distill_margin": 0.3,
         "adv_dtype": "float32",
         "precision": "fp32",
