@@ -44,8 +44,7 @@ class Teacher:
         self.pairs = foldable(self.net, images[:1])  # folding changes what batch-norms are given, no weighted layer
         self.layers = list(features.layers(self.net, images[:1]))[1:]
         _, found = self.given(images[:SPREAD_OVER])
-        tiny = torch.finfo(torch.float32).tiny  # features may be constant
-        self.spreads = [max(layer.var(correction=0).item(), tiny) for layer in found]
+        self.spreads = [layer.var(correction=0).item() or math.inf for layer in found]  # constant: not held
 
     @torch.no_grad()
     def given(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:

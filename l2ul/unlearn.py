@@ -38,7 +38,7 @@ class Settings:
     distill_forget: int = 64  # images of D_f a step
     distill_mixes: int = 192  # mixes of D_f a step
     distill_logits: float = 10.0  # weight of the divergence from the logits of θ⁰
-    distill_features: float = 300.0  # weight of the gap to the features of θ⁰
+    distill_features: float = 1000.0  # weight of the gap to the features of θ⁰
     distill_growth: float = 10.0  # of the forget loss over a cycle, while an image is not forgotten
     distill_margin: float = 0.3  # by which another logit must lead before an image counts as forgotten
     seed: int = 0  # of the order of the batches, of dropout and of noise

@@ -100,8 +100,12 @@ def test_teacher_holds_all_weighted_layers_but_the_first_as_they_were(trained):
     logits, layers = teacher.gaps(model, x)
     assert logits > 1e-3
     assert layers > 1e-3
-    constant = distill.Teacher(model, torch.zeros(2, 3, 8, 8))
-    assert all(spread > 0 for spread in constant.spreads)
+    nn.init.zeros_(model.features[1].weight)
+    nn.init.zeros_(model.features[1].bias)  # what the second convolution is given is 0 for every image
+    constant = distill.Teacher(model, x)
+    assert constant.spreads[0] == math.inf
+    nn.init.ones_(model.features[1].bias)
+    assert all(gap.isfinite() for gap in constant.gaps(model, x))
 
 
 def test_features_of_large_images_are_averaged_over_positions(monkeypatch):

@@ -3,8 +3,11 @@
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
+from torch import nn
 
+from l2ul import distill
 from l2ul.errors import InputError
+from l2ul.unlearn import Settings, unlearn
 import models
 from models import huggingface
 
@@ -112,3 +115,16 @@ def test_gradients_equal_those_through_the_processors_own_resize(tmp_path, resam
     theirs = gradient(lambda x: net(processor(x, return_tensors="pt", do_rescale=False)["pixel_values"]).logits)
     assert theirs.abs().max() > 0
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_distill_keeps_what_the_layers_of_a_vit_are_given(vit_folder):
+    model = models.load(f"hf:{vit_folder}", 10)
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        labels = model(images).argmax(1)
+    teacher = distill.Teacher(model, images)
+    weighted = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    assert len(teacher.layers) == len(weighted) - 1 == 2 * 6 + 1  # of each block six; the classifier; not the patches
+    assert [gap.item() for gap in teacher.gaps(model, images)] == pytest.approx([0.0, 0.0], abs=1e-6)
+    outcome = unlearn(model, images, labels, "distill", settings=Settings(distill_steps=10, distill_mixes=4))
+    assert outcome.status == "forgotten"
