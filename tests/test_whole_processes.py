@@ -22,11 +22,12 @@ def command(folder, *arguments):
 
 def test_killed_at_random_moments_it_leaves_no_damage_and_goes_on(tmp_path):
     """L2UL_KILLS=20 for a longer look."""
-    words = command(str(tmp_path), "--method", "before", "neggrad", "adv", "--threads", 1, "--unlearn-k", 1, 2)
+    settings = ["--threads", 1, "--unlearn-k", 1, 2, "--retain-sample", 100]
+    words = command(str(tmp_path), "--method", "before", "neggrad", "adv", *settings)
     moments, done = random.Random(0), {}
     for _ in range(int(os.environ.get("L2UL_KILLS", 2))):
         process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
-        time.sleep(moments.uniform(5, 12))
+        time.sleep(moments.uniform(4, 9))
         process.send_signal(signal.SIGKILL)
         process.wait()
         now = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
