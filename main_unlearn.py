@@ -44,8 +44,8 @@ def main() -> None:
     runs = plan(opts, setup)
     side = setup.classifier.input_side(setup.images.side)
     test_batch_size = opts.test_batch_size or evaluate.default_batch_size(device, side)
-    groups = tuple((EVALUATIONS[name].names, EVALUATIONS[name].compute) for name in dict.fromkeys(opts.evaluate))
-    measuring = Measuring(setup, test_batch_size, opts.workers, cache, groups)
+    evaluations = tuple(EVALUATIONS[name] for name in dict.fromkeys(opts.evaluate))
+    measuring = Measuring(setup, test_batch_size, opts.workers, cache, evaluations)
     experiment = Experiment(
         setup,
         measuring,

@@ -48,6 +48,7 @@ def predict(
     return classes
 
 
+@torch.inference_mode()
 def logits(
     model: nn.Module,
     images: Tensor | FolderImages | DiskImages,
@@ -67,7 +68,7 @@ def logits(
         pairs = foldable(model, sample)
     if batch_size is None:
         batch_size = default_batch_size(device, sample.shape[-1])
-    with torch.inference_mode(), folded(model, pairs):
+    with folded(model, pairs):
         for batch in batches(images, batch_size, device, workers):
             found = model(batch)
             yield found if on_device else found.cpu()

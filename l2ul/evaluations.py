@@ -1,22 +1,11 @@
 """What `--evaluate` adds to a record: groups of metrics that need more than the classes that a model calls images."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from l2ul import membership
-from l2ul.measuring import Measured
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Metrics computed together: their names in a record, and the function that gives all or some of them."""
-
-    names: tuple[str, ...]
-    compute: Callable[[Measured], dict[str, float]]
-    summary: str
-
+from l2ul.measuring import Evaluation, Measured
 
 EVALUATIONS: dict[str, Evaluation] = {}
 

@@ -45,6 +45,15 @@ class Measured:
     logits: Callable[[str], Tensor]
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics computed together: their names in a record, and the function that gives all or some of them."""
+
+    names: tuple[str, ...]
+    compute: Callable[[Measured], dict[str, float]]
+    summary: str
+
+
 Metric = Callable[[Measured], float]
 METRICS: dict[str, Metric] = {}  # beside the accuracies, under their names in every record
 
@@ -68,20 +77,20 @@ def metric(name: str) -> Callable[[Metric], Metric]:
 class Measuring:
     """How nets are measured on the data set of a setup: `batch_size` images at once, decoded by so many workers.
 
-    cache   where what the classifier itself calls the images is kept
-    groups  metrics measured beside METRICS, each group: their names, and what gives all or some of them
+    cache        where what the classifier itself calls the images is kept
+    evaluations  what is measured beside METRICS
     """
 
     setup: Setup
     batch_size: int
     workers: int = 0
     cache: Cache = field(default_factory=Cache)
-    groups: tuple[tuple[tuple[str, ...], Callable[[Measured], dict[str, float]]], ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
 
     @property
     def metrics(self) -> list[str]:
         """The names of all metrics of a record."""
-        return [*METRICS, *(name for names, _ in self.groups for name in names)]
+        return [*METRICS, *(name for evaluation in self.evaluations for name in evaluation.names)]
 
     @property
     def device(self) -> torch.device:
@@ -138,8 +147,12 @@ class Measuring:
         advance: Callable[[int], object] | None = None,
     ) -> Tensor:
         """The classes (N,), on the CPU, that the model gives the images."""
-        options = {"batch_size": self.batch_size, "workers": self.workers, "pairs": self.pairs, "progress": advance}
-        return evaluate.predict(model, images, **options)
+        return evaluate.predict(model, images, **self._pass, progress=advance)
+
+    @property
+    def _pass(self) -> dict[str, object]:
+        """How images are passed through a net, as options of `evaluate.predict` and `evaluate.logits`."""
+        return {"batch_size": self.batch_size, "workers": self.workers, "pairs": self.pairs}
 
     def of_run(
         self, run: Run, before: Predictions, model: nn.Module, after: Predictions | None
@@ -159,8 +172,8 @@ class Measuring:
         if after:
             measured = self._measured(run, model, labels, called)
             found = {name: float(function(measured)) for name, function in METRICS.items()}
-            for _, compute in self.groups:
-                found |= compute(measured)
+            for evaluation in self.evaluations:
+                found |= evaluation.compute(measured)
             row |= {name: value if math.isfinite(value) else None for name, value in found.items()}
         return row, predictions
 
@@ -168,8 +181,7 @@ class Measuring:
         images = {"forget": run.forget.split.images, "test": self.setup.images.test.images}
 
         def logits(part: str) -> Tensor:
-            options = {"batch_size": self.batch_size, "workers": self.workers, "pairs": self.pairs}
-            return torch.cat(list(evaluate.logits(model, images[part], **options)))
+            return torch.cat(list(evaluate.logits(model, images[part], **self._pass)))
 
         return Measured(model, labels, called["before"], called["after"], self.setup.classifier, logits)
 

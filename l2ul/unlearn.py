@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 import itertools
 import math
 
@@ -122,15 +123,13 @@ def _loop(
 ) -> Outcome:
     distils = "teacher" in method.needs
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if distils:
-        optimizer, scheduler = distill.optimizer(parameters, settings.distill_lr, settings.distill_steps)
-    else:
-        optimizer, scheduler = _sgd(parameters, settings)
     outcome, look = Outcome(model, "cap", 0), _Look(model, forget)
     model.train(settings.bn == "train" and not distils)
     if distils:
+        optimizer, scheduler = distill.optimizer(parameters, settings.distill_lr, settings.distill_steps)
         steps = _distilling(model, forget, look, settings)
     else:
+        optimizer, scheduler = _sgd(parameters, settings)
         steps = _steps(model, forget, keep, held, method, settings, workers)
     for step in itertools.islice(steps, max_steps(method, len(forget), len(keep) if keep else 0, settings)):
         terms = method.terms(step)
@@ -263,11 +262,14 @@ def _perturbation(model: nn.Module, settings: Settings) -> Callable[[], None]:
 
 
 class _Look:
-    """A look at D_f after each step, in eval mode: `logits` (k, C) are those of the last one."""
+    """A look at D_f after each step, in eval mode: `logits` (k, C) of the last one, or from before the first."""
 
     def __init__(self, model: nn.Module, forget: objective.Forget):
         self.model, self.forget = model, forget
-        self.logits = self._see()
+
+    @cached_property
+    def logits(self) -> Tensor:
+        return self._see()
 
     def __call__(self, step: int, terms: methods.Terms) -> tuple[dict[str, float], bool]:
         """A row of the curve, and whether all is finite: terms, weights, and logits of D_f.
