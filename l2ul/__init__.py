@@ -6,7 +6,9 @@ Environment that must be set before torch is first imported is set here, so scri
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 import os
+import time
 
+STARTED = time.perf_counter()  # of a script, which imports this first
 Progress = Callable[[int], object]  # told how many units of work were done since it was last called
 ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]  # what is done, how many units: shows them
 
@@ -16,4 +18,5 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
+VERSION = "0.1.0"  # of the tool, as in pyproject.toml
 METHOD_VERSION = 1  # part of every record's id: raise it when the same settings give another result

@@ -94,15 +94,24 @@ def complement(indices: Tensor, num_images: int) -> Tensor:
     return kept.nonzero().flatten()
 
 
-def check_fit(model: nn.Module, images: Tensor | FolderImages, num_classes: int) -> None:
-    """Raise InputError unless the model takes one of the images and gives `num_classes` logits for it."""
+def count_classes(model: nn.Module, images: Tensor | FolderImages) -> int:
+    """How many logits the model gives for one of the images; InputError unless it takes it."""
     pixels = images[torch.tensor([0])]
     try:
         with torch.inference_mode(), evaluating(model):
-            classes = model(as_pixels(pixels).to(next(model.parameters()).device)).shape[1]
-    except (RuntimeError, AssertionError, ValueError) as error:
+            found = model(as_pixels(pixels).to(next(model.parameters()).device))
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         size = " x ".join(map(str, pixels.shape[2:]))
         raise InputError(f"the model does not take images of {size} pixels ({str(error).splitlines()[0]})") from None
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        shape = " x ".join(map(str, found.shape[1:])) if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(f"the model gives {shape} for an image; expected a logit for each class")
+    return found.shape[1]
+
+
+def check_fit(model: nn.Module, images: Tensor | FolderImages, num_classes: int) -> None:
+    """Raise InputError unless the model takes one of the images and gives `num_classes` logits for it."""
+    classes = count_classes(model, images)
     if classes != num_classes:
         raise InputError(f"the model tells {classes} classes apart, the data set has {num_classes}")
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from l2ul.errors import InputError
 
+REPORT = "report.json"  # of a request to forget, beside the model that it ended with
+
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:

@@ -47,7 +47,7 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """An unlearned model and how it came about. status: forgotten, cap, diverged, or done (`before`)."""
+    """An unlearned model and how it came about. status: forgotten, cap, diverged, stopped, or done (`before`)."""
 
     model: nn.Module
     status: str
@@ -73,6 +73,7 @@ def unlearn(
     settings: Settings | None = None,
     workers: int = 0,
     on_step: Callable[[dict[str, float]], object] | None = None,
+    go_on: Callable[[], bool] | None = None,
 ) -> Outcome:
     """The whole of a method on tensors: attack and importance where the method needs them, then the loop.
 
@@ -86,6 +87,7 @@ def unlearn(
     num_classes needed where D_adv is made here
     workers     processes that decode images of D_r that are on disk
     on_step     called with each row of the curve
+    go_on       asked after each row; the loop ends where it says no, with what there is by then
 
     Raises ValueError where something needed is missing, InputError where the method is not for the goal.
     """
@@ -109,22 +111,29 @@ def unlearn(
     look = Look(unlearned, forget)
     with seeds.drawing(labels.device, settings.seed, "dropout", settings.first_position):
         plan = _plan(unlearned, forget, keep, held, chosen, settings, workers, look)
-        return _loop(unlearned, look, plan, on_step)
+        return _loop(unlearned, look, plan, on_step or (lambda row: None), go_on or (lambda: True))
 
 
-def _loop(model: nn.Module, look: Look, plan: "_Plan", on_step: Callable[[dict[str, float]], object] | None) -> Outcome:
+def _loop(
+    model: nn.Module,
+    look: Look,
+    plan: "_Plan",
+    on_step: Callable[[dict[str, float]], object],
+    go_on: Callable[[], bool],
+) -> Outcome:
     outcome = Outcome(model, plan.status, 0)
 
     def ends(terms: methods.Terms) -> bool:
         """Add a row to the curve; whether there is nothing left to do."""
         row, finite = look(outcome.steps, terms)
         outcome.curve.append(row)
-        if on_step:
-            on_step(row)
+        on_step(row)
         if not finite:
             outcome.status = "diverged"
         elif plan.end_every and row["forgotten"] == 100 and not outcome.steps % plan.end_every:
             outcome.status = "forgotten"
+        elif not go_on():
+            outcome.status = "stopped"
         return outcome.status != plan.status
 
     for terms in plan.steps:

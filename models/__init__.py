@@ -102,13 +102,11 @@ def _from_file(name: str, num_classes: int, path: Path) -> Classifier:
 
 
 def _fill(classifier: Classifier, state: dict[str, Tensor], source: str) -> None:
-    state = checkpoints.strip_prefixes(state, set(classifier.net.state_dict()))
-    wrong = checkpoints.mismatch(state, classifier.net)
+    wrong = checkpoints.fill(classifier.net, state)
     if wrong:
         like = _looks_like(state)
         hint = f"; it looks like {like}" if like else ""
         raise InputError(f"{source} does not fit {classifier.name} of {classifier.num_classes} classes: {wrong}{hint}")
-    classifier.net.load_state_dict(state, strict=False)  # strict but for batch-norm's step counters: see mismatch
 
 
 def _looks_like(state: dict[str, Tensor]) -> str | None:
@@ -142,14 +140,14 @@ def save(classifier: Classifier, path: Path, settings: dict[str, object]) -> Non
     """
     if classifier.name.startswith(huggingface.PREFIX):
         with atomic(path) as part:
-            statistics = _decimals(classifier.normalize.mean), _decimals(classifier.normalize.std)
+            statistics = decimals(classifier.normalize.mean), decimals(classifier.normalize.std)
             huggingface.save(classifier.net, classifier.name, part, *statistics)
         return
     described = {
         "model": classifier.name,
         "num_classes": classifier.num_classes,
-        "mean": _decimals(classifier.normalize.mean),
-        "std": _decimals(classifier.normalize.std),
+        "mean": decimals(classifier.normalize.mean),
+        "std": decimals(classifier.normalize.std),
     }
     checkpoints.write(path, classifier.net, settings | described)
 
@@ -170,6 +168,6 @@ def saved_suffix(classifier: Classifier) -> str:
     return "" if classifier.name.startswith(huggingface.PREFIX) else ".safetensors"
 
 
-def _decimals(statistics: Tensor) -> list[float]:
+def decimals(statistics: Tensor) -> list[float]:
     """A few float32 numbers as the shortest decimals that read back as them."""
     return [float(str(value)) for value in statistics.flatten().cpu().numpy()]

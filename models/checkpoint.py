@@ -1,9 +1,11 @@
 """Weights in files: read without ever running code from them, fitted to a net, and written so that others can."""
 
+from collections.abc import Collection
 import contextlib
 import json
 from pathlib import Path
 import pickle
+import zipfile
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
@@ -42,12 +44,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}; name an existing file with --checkpoint")
+    content, metadata = _content(path)
+    return (content, metadata) if metadata is not None else (_tensors(content, path), {})
+
+
+def _content(path: Path) -> tuple[object, dict[str, str] | None]:
+    """All that a file holds, and the metadata of a safetensors file; None for a pickle."""
+    refuse_program(path)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
                 return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True), None
     except pickle.UnpicklingError:
         if _first_bytes(path) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):  # a whole pickle
             raise InputError(
@@ -58,7 +67,21 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is damaged or is no checkpoint ({first[:120]}); fetch it again") from None
-    return _tensors(content, path), {}
+
+
+def refuse_program(path: Path) -> None:
+    """Raise InputError for a TorchScript or torch.export file: to read one is to run what it holds."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        names = [Path(name) for name in archive.namelist()]
+    kinds = {"TorchScript": "code", "torch.export": "models"}
+    kind = next((kind for kind, folder in kinds.items() if any(name.parts[1:2] == (folder,) for name in names)), None)
+    if kind:
+        raise InputError(
+            f"{path} is a {kind} program, which can run code when it is read and cannot be put back in the form it "
+            f"came in; give the weights of the module that it was made from (its state_dict(), best as safetensors)"
+        )
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -67,14 +90,18 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _tensors(content: object, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, dict):
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
-        content = inner
+    """The tensors by name that a pickle holds, themselves and not copies of them."""
+    content = _weights(content)
     if not (isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())):
         raise InputError(f"{path} holds no state dict (layer names and tensors, plain or under {', '.join(WRAPPERS)})")
     return dict(content)
+
+
+def _wrapper(content: object) -> str | None:
+    """The name under which another dictionary holds the weights; None where this one does, or none is there."""
+    if not isinstance(content, dict):
+        return None
+    return next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
 
 
 def split_statistics(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Statistics | None, Statistics | None]:
@@ -89,14 +116,31 @@ def split_statistics(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Stati
     return rest, read_out.get("mean"), read_out.get("std")
 
 
-def strip_prefixes(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
-    """Layer names without the prefixes that wrappers put before them, as long as the net does not use them itself."""
-    while not expected & state.keys():
-        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in state)), None)
-        if prefix is None:
+def wrapping_prefix(keys: Collection[str], expected: set[str]) -> str:
+    """What wrappers put before all layer names of a file, as long as the net does not use them itself."""
+    prefix = ""
+    while not expected & {key.removeprefix(prefix) for key in keys}:
+        more = next((p for p in PREFIXES if all(key.startswith(prefix + p) for key in keys)), None)
+        if more is None:
             break
-        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return state
+        prefix += more
+    return prefix
+
+
+def fill(net: nn.Module, state: dict[str, Tensor]) -> str | None:
+    """Give the net the weights of a file, whatever is put before their names; returns in words why they do not fit."""
+    prefix = wrapping_prefix(state, set(net.state_dict()))
+    state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    wrong = mismatch(state, net)
+    if wrong is None:
+        net.load_state_dict(state, strict=False)  # strict but for batch-norm's step counters: see mismatch
+    return wrong
+
+
+def num_classes(state: dict[str, Tensor]) -> int | None:
+    """How many classes a file's net tells apart: the rows of its last weights. None where it has no matrix."""
+    matrices = [tensor for tensor in state.values() if tensor.ndim in (2, 4)]
+    return len(matrices[-1]) if matrices else None
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -127,3 +171,50 @@ def metadata_value(metadata: dict[str, str], key: str) -> object:
     with contextlib.suppress(KeyError, json.JSONDecodeError):
         return json.loads(metadata[key])
     return None
+
+
+def rewrite(source: Path, net: nn.Module, target: Path) -> list[str]:
+    """Write a net's weights in the form of the file they came from: wrappers, names, types and all else it told.
+
+    Entries beside the weights that hold tensors (an optimizer's, averaged weights) are left out, since these still hold
+    what the weights were: returns their names.
+    """
+    content, metadata = _content(source)
+    inner = content if metadata is not None else _weights(content)
+    own = net.state_dict()
+    prefix = wrapping_prefix(inner, set(own))
+    for key, tensor in inner.items():
+        if key.removeprefix(prefix) in own:  # else the file's own mean and std
+            tensor.copy_(own[key.removeprefix(prefix)])
+    if metadata is not None:
+        target.write_bytes(serialize(content, metadata))
+        return []
+    left_out = _strip_other_tensors(content)
+    torch.save(content, target)
+    return left_out
+
+
+def _weights(content: object) -> object:
+    """What of a pickle's content should be the weights: the dictionary within its wrappers."""
+    while (key := _wrapper(content)) is not None:
+        content = content[key]
+    return content
+
+
+def _strip_other_tensors(content: dict) -> list[str]:
+    """Take out of a pickle's content all that holds tensors and is not where the weights are; returns the names."""
+    way = _wrapper(content)
+    if way is None:
+        return []
+    others = [key for key, value in content.items() if key != way and _holds_tensors(value)]
+    for key in others:
+        del content[key]
+    return [str(key) for key in others] + _strip_other_tensors(content[way])
+
+
+def _holds_tensors(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensors, value.values()))
+    if isinstance(value, list | tuple | set):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, Tensor)

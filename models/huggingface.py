@@ -1,7 +1,9 @@
 """Any Hugging Face image classifier, by hub name or local folder, its processor's steps as differentiable layers."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+from PIL.Image import Image
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
@@ -45,6 +47,26 @@ class CenterCrop(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return transforms.center_crop(pixels, self.size)
+
+
+def configuration(name: str):
+    """The configuration in the folder or on the hub: `num_labels`, `id2label`, `dtype` of the weights."""
+    from transformers import AutoConfig
+
+    return _read(name, AutoConfig.from_pretrained)
+
+
+def shape(name: str) -> Callable[[Image], Tensor]:
+    """From an RGB image to uint8 pixels (3, H, W) as the processor resizes and crops it."""
+    from transformers import AutoImageProcessor
+
+    processor = _read(name, AutoImageProcessor.from_pretrained)
+
+    def shaped(image: Image) -> Tensor:
+        found = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+        return found.round().clamp(0, 255).to(torch.uint8)
+
+    return shaped
 
 
 def build(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:

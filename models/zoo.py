@@ -4,6 +4,7 @@ from urllib.error import URLError
 
 from torch import Tensor, nn
 import torchvision
+from torchvision.transforms import v2
 
 from l2ul.errors import InputError
 
@@ -32,8 +33,7 @@ def own_weights(name: str, num_classes: int, choice: str | None) -> tuple[dict[s
     `choice` is one that `has_weights` knows.
     The first set (IMAGENET1K_V1 for most nets) is what papers report on; newer ones are asked for by name.
     """
-    weights = torchvision.models.get_model_weights(name.removeprefix(PREFIX))
-    chosen = weights[choice] if choice else next(iter(weights))
+    chosen = own_set(name, choice)
     classes = len(chosen.meta["categories"])
     if classes != num_classes:
         raise InputError(
@@ -55,3 +55,16 @@ def own_weights(name: str, num_classes: int, choice: str | None) -> tuple[dict[s
 def has_weights(name: str, choice: str) -> bool:
     """Whether `choice` is the name of one of torchvision's own sets of weights for this net."""
     return choice in torchvision.models.get_model_weights(name.removeprefix(PREFIX)).__members__
+
+
+def own_set(name: str, choice: str | None = None) -> torchvision.models.WeightsEnum:
+    """torchvision's own set of weights of a net: the one called `choice`, or the first."""
+    weights = torchvision.models.get_model_weights(name.removeprefix(PREFIX))
+    return weights[choice] if choice else next(iter(weights))
+
+
+def shape(name: str, choice: str | None = None) -> v2.Compose:
+    """From an RGB image to uint8 pixels (3, H, W), resized and cropped as for torchvision's own weights of a net."""
+    preset = own_set(name, choice).transforms()
+    resize = v2.Resize(preset.resize_size, preset.interpolation, antialias=preset.antialias)
+    return v2.Compose([resize, v2.CenterCrop(preset.crop_size), v2.PILToTensor()])

@@ -1,0 +1,84 @@
+"""What a request to forget came to: each image before and after, how lasting it is, what it cost, who can tell."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from l2ul import damage, evaluate, membership, relearn, report, robustness
+from l2ul.objective import Forget
+from l2ul.request import Request
+from l2ul.search import Job
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for: images (k, 3, H, W) uint8, D_f made of them, and the logits (k, C) they had before."""
+
+    request: Request
+    images: Tensor
+    forget: Forget
+    before: Tensor
+
+    def __len__(self) -> int:
+        return len(self.request)
+
+    @property
+    def done_before(self) -> bool:
+        """Whether every image was forgotten before anything was done."""
+        return bool(self.forget.done(self.before.argmax(1)).all())
+
+
+@dataclass(frozen=True)
+class Images:
+    """Other images (m, 3, H, W) uint8 and their labels (m,) int64, on the device."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits (n, C) on the model's device, in eval mode, as they come from the layers one by one."""
+    return torch.cat(list(evaluate.logits(model, images, pairs=[], on_device=True))).clone()
+
+
+def examine(
+    job: Job, asked: Asked, after: nn.Module, references: Images | None, go_on: Callable[[], bool]
+) -> dict[str, object]:
+    """The parts of a report that are measured.
+
+    job    has the model before, and the probes of damage
+    after  the model as it will be written
+    go_on  asked before each step of fine-tuning, which may take long
+    """
+    now = logits(after, asked.images)
+    survives = robustness.still_forgotten(after, asked.images, asked.forget)
+    back, steps = relearn.steps_until_back(after, asked.images, asked.forget.labels, go_on)
+    relearning = {"steps": steps, "back": sum(step is not None for step in back), "lr": relearn.LEARNING_RATE}
+    return {
+        "images": report.images(asked.request, asked.forget, asked.before, now, survives, back),
+        "damage": [asdict(damage.kept(after, probe)) for probe in job.probes],
+        "robustness": {change: int(found.sum()) for change, found in survives.items()},
+        "relearning": relearning if steps or None not in back else None,
+        "membership": _membership(job.model, asked, after, now, references) if references else None,
+    }
+
+
+def _membership(
+    before: nn.Module, asked: Asked, after: nn.Module, now: Tensor, references: Images
+) -> dict[str, object]:
+    """How well attacks tell D_f from the references, by the outputs of the model before and after."""
+    labels = asked.forget.labels
+    return {
+        "references": len(references.labels),
+        "before": membership.inference((asked.before, labels), (logits(before, references.images), references.labels)),
+        "after": membership.inference((now, labels), (logits(after, references.images), references.labels)),
+    }
+
+
+def check_same(written: nn.Module, read: nn.Module, images: Tensor) -> None:
+    """Raise RuntimeError unless what was read from the files gives the logits of what was written to them."""
+    difference = (logits(written, images) - logits(read, images)).abs().max().item()
+    if not difference <= 1e-4:
+        raise RuntimeError(f"the model as read from its files gives logits that differ by {difference}; do not use it")

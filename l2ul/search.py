@@ -1,0 +1,194 @@
+"""Settings of a method tried one after the other while there is time: what forgets with the least damage is taken."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+import time
+
+import torch
+from torch import Tensor, nn
+
+from l2ul import attack, damage, evaluate, methods, unlearn
+from l2ul.damage import Kept, Probe
+from l2ul.errors import Diverged
+from l2ul.importance import mas_importance
+from l2ul.objective import Forget
+from l2ul.unlearn import Settings
+
+ATTACK = {"num_adv_images": 10, "eps": 4.0, "alpha": 0.4, "steps": 20}  # of D_adv: quicker than the paper's
+LEAST_STEPS = 60  # of a cycle of distill
+FEWEST_MIXES = 16  # of distill a step
+PROBING = 0.08  # of the time, for examples that damage is estimated on
+FEWEST_EXAMPLES, MOST_EXAMPLES = 32, 512
+# What is tried after a method's own settings, as factors of them.
+DISTILL = ({"distill_lr": 2.0}, {"distill_features": 3.0}, {"distill_lr": 0.5}, {"distill_steps": 2.0})
+GRADIENT = ({"unlearn_lr": 1 / 3}, {"unlearn_lr": 3.0}, {"unlearn_lr": 0.1})
+
+
+class Budget:
+    """Seconds that a command may take, counted from `started` on the clock of time.perf_counter."""
+
+    def __init__(self, seconds: float, started: float):
+        self.seconds, self.started = seconds, started
+
+    @property
+    def used(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.used
+
+    def part(self, share: float) -> "Budget":
+        """As much of it as this share, from the start: the rest is for what comes after."""
+        return Budget(share * self.seconds, self.started)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting and what came of it. `forgotten` (k,) bool; `kept` of each probe; no model where it diverged."""
+
+    settings: Settings
+    changed: Mapping[str, float]  # settings that differ from the first trial's
+    status: str
+    steps: int
+    seconds: float
+    forgotten: Tensor
+    kept: list[Kept]
+    model: nn.Module | None
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """Better is larger: all forgotten before any damage counts, and never one that diverged."""
+        return (int(self.forgotten.sum()), damage.overall(self.kept)) if self.kept else (-1, 0.0)
+
+
+@dataclass
+class Job:
+    """What is to be forgotten by which method.
+
+    model    left as it is
+    forget   D_f, on its device: what counts as forgotten; wide: what a method is given, D_f and changes of it
+    written  gives a model as it will be once it is written to a file and read again
+    probes   of damage
+    """
+
+    model: nn.Module
+    forget: Forget
+    wide: Forget
+    method: str
+    num_classes: int
+    seed: int
+    written: Callable[[nn.Module], nn.Module]
+    probes: list[Probe] = field(default_factory=list)
+    _made: dict[str, object] = field(default_factory=dict)
+
+    def run(
+        self,
+        settings: Settings,
+        go_on: Callable[[], bool] = lambda: True,
+        on_step: Callable[[dict[str, float]], object] | None = None,
+    ) -> unlearn.Outcome:
+        """Unlearn with these settings; what does not depend on them is made once."""
+        needs = methods.get(self.method, self.forget.goal).needs
+        images, labels = self.wide.images, self.wide.labels
+        if "adv" in needs and "adv" not in self._made:
+            self._made["adv"] = attack.adversarial_set(
+                self.model, images, labels, self.num_classes, seed=self.seed, **ATTACK
+            )
+        if "importance" in needs and "importance" not in self._made:
+            self._made["importance"] = mas_importance(self.model, images)
+        given = {"new_labels": self.wide.new_labels, "settings": settings, "go_on": go_on, "on_step": on_step}
+        return unlearn.unlearn(self.model, images, labels, self.method, **given, **self._made)
+
+    def try_out(self, settings: Settings, changed: Mapping[str, float], go_on: Callable[[], bool]) -> Trial:
+        """Unlearn, and look at what is forgotten and kept by what would be written."""
+        started = time.perf_counter()
+        outcome = self.run(settings, go_on)
+        nothing = torch.zeros(len(self.forget), dtype=torch.bool)
+        trial = Trial(settings, changed, outcome.status, outcome.steps, 0.0, nothing, [], None)
+        if outcome.status != "diverged":
+            written = self.written(outcome.model)
+            try:
+                done = self.forget.done(evaluate.predict(written, self.forget.images).to(self.forget.labels.device))
+                kept = [damage.kept(written, probe) for probe in self.probes]
+                trial = replace(trial, forgotten=done.cpu(), kept=kept, model=outcome.model)
+            except Diverged:
+                trial = replace(trial, status="diverged")
+        return replace(trial, seconds=time.perf_counter() - started)
+
+
+def prepare(job: Job, settings: Settings, budget: Budget) -> float:
+    """Make held-out examples, as many as there is time for, the job's first probe; returns the seconds of a step."""
+    seconds = _step_seconds(job, settings)
+    passes = settings.distill_forget + 1.5 * settings.distill_mixes  # forward and backward, of images a step
+    count = int(PROBING * budget.left / max(seconds / passes * damage.STEPS, 1e-9))
+    count = min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, count))
+    size = {"count": count, "seed": job.seed}
+    job.probes.insert(0, damage.held_out(job.model, job.forget.images, job.forget.labels, job.num_classes, **size))
+    return seconds
+
+
+def _step_seconds(job: Job, settings: Settings) -> float:
+    """What a step of the loop takes, by three of them."""
+    at: list[float] = []
+    few = replace(settings, distill_steps=3, distill_cycles=1, max_passes=3)
+    job.run(few, go_on=lambda: len(at) < 3, on_step=lambda row: at.append(time.perf_counter()))
+    return (at[-1] - at[0]) / (len(at) - 1) if len(at) > 1 else 0.0
+
+
+def search(job: Job, first: Settings, budget: Budget, seconds: float, tried: Callable[[Trial], object]) -> list[Trial]:
+    """Trials while there is time, the best of them first; `tried` is told each.
+
+    first    the method's own settings
+    seconds  that a step takes with them
+
+    The first trial is cut down to what is there of time, and is ended with it; another is begun only where it should
+    end in time.
+    """
+    trials: list[Trial] = []
+    for settings in _ladder(job.method, first, budget.left, seconds):
+        if trials and _expected(job.method, settings, first, seconds, trials) > budget.left:
+            continue
+        changed = {f.name: getattr(settings, f.name) for f in fields(settings)}
+        changed = {name: value for name, value in changed.items() if value != getattr(first, name)}
+        trials.append(job.try_out(settings, changed, lambda: budget.left > 0))
+        tried(trials[-1])
+    return sorted(trials, key=lambda trial: trial.rank, reverse=True)  # stable: of equals the first
+
+
+def _ladder(method: str, first: Settings, left: float, seconds: float) -> list[Settings]:
+    """Settings to try: ones that surely fit, the method's own, then others."""
+    known = methods.get(method)
+    if "teacher" not in known.needs:
+        others = () if known.settings else GRADIENT  # those of fixed length run as their papers have them
+        return [first, *(_scaled(first, by) for by in others)]
+    if 3 * seconds * first.distill_steps <= left:
+        return [first, *(_scaled(first, by) for by in DISTILL)]
+    return [fitted(first, left / 3, seconds), fitted(first, left / 2, seconds)]
+
+
+def fitted(settings: Settings, left: float, seconds: float) -> Settings:
+    """Settings of distill of which a cycle ends in the seconds left: fewer steps, and if need be smaller batches.
+
+    seconds  that a step takes as it is
+    """
+    steps = max(LEAST_STEPS, min(settings.distill_steps, int(left / seconds)))
+    part = min(1.0, left / (seconds * steps))
+    mixes = max(FEWEST_MIXES, round(settings.distill_mixes * part))
+    forget = max(FEWEST_MIXES, round(settings.distill_forget * part))
+    return replace(
+        settings, distill_steps=min(steps, settings.distill_steps), distill_mixes=mixes, distill_forget=forget
+    )
+
+
+def _scaled(settings: Settings, by: Mapping[str, float]) -> Settings:
+    new = {name: type(getattr(settings, name))(getattr(settings, name) * factor) for name, factor in by.items()}
+    return replace(settings, **new)
+
+
+def _expected(method: str, settings: Settings, first: Settings, seconds: float, trials: list[Trial]) -> float:
+    """Seconds that a trial should take: of distill by its steps and images, else as long as the longest so far."""
+    if "teacher" not in methods.get(method).needs:
+        return max(trial.seconds for trial in trials)
+    images = settings.distill_forget + settings.distill_mixes
+    return 1.1 * seconds * settings.distill_steps * images / (first.distill_forget + first.distill_mixes)

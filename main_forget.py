@@ -1,0 +1,305 @@
+"""Make a classifier forget the images in a folder: an unlearned model in the form it came in, and a report.
+
+    python main_forget.py --model my_vit --images to_forget --output forgotten
+    python main_forget.py --model resnet20 --checkpoint resnet20.th --images to_forget --output forgotten --minutes 5
+    python main_forget.py --verify forgotten/report.json --images to_forget
+
+Exit code 0 if every image was forgotten, 3 with a report if not, 2 for bad input. What it gave when last measured:
+README.md, "A deletion request".
+"""
+
+import l2ul  # isort: skip  # first: it sets the environment before torch is imported
+
+import argparse
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+import time
+
+import torch
+
+from l2ul import audit, damage, evaluate, examine, methods, options, report, robustness, running, search, signature
+from l2ul.errors import InputError
+from l2ul.examine import Asked, Images
+from l2ul.files import REPORT, atomic, remove_parts, require_writable
+from l2ul.objective import Forget
+from l2ul.parsing import finite_float, nonnegative_int, positive_float, positive_int, setting
+from l2ul.request import Item, class_numbers, read
+from l2ul.search import Budget, Job, Trial
+from l2ul.unlearn import Settings
+from models import deployed as deployment
+from models.deployed import Deployed
+
+PROGRAM = "main_forget.py"
+NOT_FORGOTTEN = 3  # exit code
+SEARCH, RELEARN = 0.8, 0.95  # parts of the time at which the search ends, and relearning
+FIXED = ("seed", "first_position", "bn", "course")  # of the loop's settings: not to be set by --setting
+
+
+@running.ending(PROGRAM, "nothing was written")
+def main() -> None:
+    opts = parse()
+    device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
+    raise SystemExit(verify(opts, device) if opts.verify else forget(opts, device))
+
+
+def forget(opts: argparse.Namespace, device: torch.device) -> int:
+    """Carry out a request; returns the exit code."""
+    budget = Budget(60 * opts.minutes, l2ul.STARTED)
+    key = signature.private_key(opts.sign) if opts.sign else None
+    model = load(opts)
+    asked = ask(opts, model, device)
+    keep, references = (read_others(opts, flag, model, asked) for flag in ("keep_images", "reference_images"))
+    print(f"{len(asked)} images to {asked.forget.goal}; {opts.method}; {running.device_name(device)}", flush=True)
+    wide = robustness.widened(asked.images, asked.forget, opts.also)
+    job = Job(model.classifier, asked.forget, wide, opts.method, len(model.classes), opts.seed, model.as_written)
+    trials = [] if asked.done_before else try_out(opts, job, keep, budget)
+    taken = trials[0] if trials and trials[0].model else None
+    after = model.as_written(taken.model if taken else model.classifier)
+    told = examine.examine(job, asked, after, references, lambda: budget.part(RELEARN).left > 0)
+    told |= report.of_trials(trials, taken) | describe(opts, model, asked, device)
+    told["seconds"] = {"total": round(budget.used, 1), "trials": round(sum(trial.seconds for trial in trials), 1)}
+    write(opts, model, asked, after, told, key)
+    gone = sum(image["forgotten"] for image in told["images"])
+    print(f"{gone} of {len(asked)} images are forgotten: {opts.output / 'report.html'}")
+    return 0 if gone == len(asked) else NOT_FORGOTTEN
+
+
+def load(opts: argparse.Namespace) -> Deployed:
+    """The classifier, with the names of its classes."""
+    sizes = deployment.Sizes(opts.image_size, opts.mean, opts.std)
+    model = deployment.open_deployed(opts.model, opts.checkpoint, opts.build, sizes)
+    if opts.class_names:
+        try:
+            model.classes = opts.class_names.read_text().splitlines()
+        except (OSError, UnicodeDecodeError):
+            raise InputError(f"cannot read --class-names {opts.class_names}; expected text, a name a line") from None
+    return model
+
+
+def ask(opts: argparse.Namespace, model: Deployed, device: torch.device) -> Asked:
+    """The images with what they are called and shall be called; they and the classifier are put on the device."""
+    request = read(opts.images[0], model.shape, opts.labels, opts.skip_bad)
+    images = request.images.to(device)
+    count = evaluate.count_classes(model.classifier.to(device), images)
+    model.classes = model.classes or [str(number) for number in range(count)]
+    if len(model.classes) != count or count < 2:
+        raise InputError(f"the model tells {count} classes apart, and has names for {len(model.classes)}")
+    before = examine.logits(model.classifier, images)
+    named = [item.new_label for item in request.items]
+    labels = class_numbers([item.label for item in request.items], model.classes, before.argmax(1), "label").to(device)
+    new = class_numbers(named, model.classes, None, "new_label").to(device) if any(named) else None
+    for item, same in zip(request.items, (new == labels).tolist() if any(named) else [], strict=False):
+        if same:
+            raise InputError(f"the new_label of {item.file} is the class it is called by; give another one")
+    asked = Asked(request, images, Forget(images.float() / 255, labels, new), before)
+    methods.get(opts.method, asked.forget.goal)
+    return asked
+
+
+def read_others(opts: argparse.Namespace, flag: str, model: Deployed, asked: Asked) -> Images | None:
+    """Images that must keep working, or that the model never saw, none of which may be one that is to be forgotten."""
+    folder, name = getattr(opts, flag), f"--{flag.replace('_', '-')}"
+    if folder is None:
+        return None
+    found = read(folder, model.shape, skip_bad=opts.skip_bad, flag=name)
+    if found.images.shape[1:] != asked.images.shape[1:]:
+        raise InputError(f"{name} has images of another size than --images; give one for all by --image-size")
+    forgotten = {item.pixels_sha256 for item in asked.request.items}
+    both = next((item.file for item in found.items if item.pixels_sha256 in forgotten), None)
+    if both:
+        raise InputError(f"{both} of {name} is also to be forgotten; leave it out of one of the folders")
+    images = found.images.to(asked.images.device)
+    called = evaluate.predict(model.classifier, images)
+    labels = class_numbers([item.label for item in found.items], model.classes, called, "label")
+    return Images(images, labels.to(images.device))
+
+
+def try_out(opts: argparse.Namespace, job: Job, keep: Images | None, budget: Budget) -> list[Trial]:
+    """Settings tried while there is time, the best first."""
+    first = replace(Settings(bn="eval", seed=opts.seed), **opts.setting)
+    seconds = search.prepare(job, first, budget)
+    if keep:
+        job.probes.append(damage.probe("images to keep", job.model, keep.images))
+    budget = budget.part(SEARCH)
+    if opts.setting:
+        return [job.try_out(first, opts.setting, lambda: budget.left > 0)]
+
+    def tell(trial: Trial) -> None:
+        changed = ", ".join(f"{name} {value:g}" for name, value in trial.changed.items()) or "the method's own settings"
+        kept = ", ".join(f"{one.percent:.1f} % of old answers kept ({one.name})" for one in trial.kept) or trial.status
+        gone = f"{int(trial.forgotten.sum())} of {len(trial.forgotten)} forgotten"
+        print(f"{changed}: {gone}, {kept}, {trial.seconds:.0f} s", flush=True)
+
+    return search.search(job, first, budget, seconds, tell)
+
+
+def describe(opts: argparse.Namespace, model: Deployed, asked: Asked, device: torch.device) -> report.Report:
+    """What a report says of the request itself, of the model before, and of what did it."""
+    earlier = audit.chain_of(Path(opts.model)) if opts.model and Path(opts.model, REPORT).is_file() else []
+    return {
+        "tool": report.tool(),
+        "made": report.now(),
+        "asked": {
+            "images": opts.images[0].resolve().name,
+            "goal": asked.forget.goal,
+            "labels": asked.request.labels_from,
+            "left_out": [asdict(bad) for bad in asked.request.bad],
+            "method": opts.method,
+            "minutes": opts.minutes,
+            "seed": opts.seed,
+            "also": opts.also,
+        },
+        "model": {"opened_by": model.opened_by, "classes": model.classes, "before": model.hashes()},
+        "earlier": earlier,
+        "not_claimed": report.NOT_CLAIMED,
+        "peak_memory_mib": running.peak_memory_mib(device),
+        "device": running.device_name(device),
+    }
+
+
+def write(opts: argparse.Namespace, model: Deployed, asked: Asked, after, told: report.Report, key) -> None:
+    """Model, report, page, list and signature in one folder, which is there whole or not at all."""
+    with atomic(opts.output) as part:
+        part.mkdir()
+        told["model"]["left_out"] = model.write(after, part)
+        place = deployment.written(part)[0]
+        again = deployment.reopen(model.opened_by, model.classes, place, opts.build)
+        examine.check_same(after, again.classifier.to(asked.images.device), asked.images)
+        told["model"]["after"] = again.hashes()
+        if told["earlier"]:
+            audit.copy_chain(Path(opts.model), part)
+        pictures = None if opts.no_thumbnails else [report.thumbnail(image) for image in asked.images]
+        (part / "report.html").write_text(report.page(told, pictures))
+        (part / "forget_list.csv").write_text(report.forget_list(told))
+        told["files"] = {
+            name: deployment.files_sha256(part / name)[name] for name in ("report.html", "forget_list.csv")
+        }
+        (part / REPORT).write_text(report.text(told))
+        if key:
+            (part / f"{REPORT}{signature.SUFFIX}").write_text(signature.sign((part / REPORT).read_bytes(), key))
+
+
+def verify(opts: argparse.Namespace, device: torch.device) -> int:
+    """Check a report, and with images that they are still forgotten; returns the exit code."""
+    told, folder = audit.read_report(opts.verify), opts.verify.parent
+    key = signature.public_key(opts.public_key) if opts.public_key else None
+    place = Path(opts.model) if opts.model else next(iter(deployment.written(folder)), None)
+    if place is None or not place.exists():
+        raise InputError(f"there is no model {place or 'beside ' + str(opts.verify)}; name it by --model")
+    earlier, checks = audit.earlier_reports(told, folder)
+    checks = audit.check_files(told, folder, deployment.files_sha256(place)) + checks
+    checks += audit.check_signature(opts.verify, key)
+    if opts.images:
+        checks += audit.check_images(audit.wanted([*earlier, told]), called_now(opts, place, device))
+    for check in checks:
+        print(f"{'ok    ' if check.holds else 'FAILED'} {check.what}: {check.found}")
+    return 0 if all(check.holds for check in checks) else NOT_FORGOTTEN
+
+
+def called_now(opts: argparse.Namespace, place: Path, device: torch.device) -> list[tuple[Item, int]]:
+    """The images of all folders with the class that the model gives each by now."""
+    model, found = deployment.open_output(opts.verify.parent, opts.build, place), []
+    classifier = model.classifier.to(device)
+    for folder in opts.images:
+        request = read(folder, model.shape, skip_bad=True)
+        found += zip(request.items, evaluate.predict(classifier, request.images.to(device)).tolist(), strict=True)
+    return found
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; whatever can be judged without the model is judged here."""
+    parser = options.Parser(__doc__.split("\n")[0], prog=PROGRAM)
+    for add in (add_classifier, add_request, add_search, add_report, options.add_machine):
+        add(parser)
+    opts = parser.parse_args(argv)
+    if opts.verify:
+        return opts
+    if not (opts.images and opts.output):
+        raise InputError("give --images FOLDER to forget and --output FOLDER to write to, or --verify a report")
+    if len(opts.images) > 1:
+        raise InputError(
+            f"--images names {len(opts.images)} folders; a request is one folder, several are for --verify"
+        )
+    if opts.method == "before" or "retain" in methods.get(opts.method).needs:
+        why = "forgets nothing" if opts.method == "before" else "trains on the rest of the training set"
+        raise InputError(f"method {opts.method} {why}; leave out --method, or name one such as distill or adv_imp")
+    opts.setting = check_settings(opts.setting)
+    check_output(opts)
+    return opts
+
+
+def check_settings(given: list[tuple[str, float]]) -> dict[str, float]:
+    """The settings of --setting by name, as numbers of their type."""
+    types = {f.name: type(f.default) for f in fields(Settings) if type(f.default) in (int, float)}
+    known = {name: kind for name, kind in types.items() if name not in FIXED}
+    for name, value in given:
+        if name not in known:
+            raise InputError(f"--setting {name} is unknown; expected one of {', '.join(known)}")
+        if known[name] is int and not (value >= 1 and value.is_integer()):
+            raise InputError(f"--setting {name}={value:g} is not allowed; expected a whole number of at least 1")
+    return {name: known[name](value) for name, value in given}
+
+
+def check_output(opts: argparse.Namespace) -> None:
+    """Raise InputError unless the output is a new or empty folder, apart from the model and the images."""
+    output = opts.output.resolve()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise InputError(f"--output {opts.output} exists already; name a new folder, nothing is written over")
+    for place in (*opts.images, opts.keep_images, opts.reference_images, opts.model):
+        if place and output.is_relative_to(Path(place).resolve()):
+            raise InputError(f"--output {opts.output} lies within {place}, which is only read; name another folder")
+    require_writable(output.parent)
+    remove_parts(output.parent, older_than=time.time() - 3600, prefix=f"{output.name}.")
+
+
+def add_classifier(parser: options.Parser) -> None:
+    group = parser.add_argument_group("the classifier")
+    text = "hf:NAME, a folder of save_pretrained, torchvision:NAME, resnet20 …, or the --output of an earlier request"
+    options.add(group, "--model", text, metavar="MODEL")
+    text = "its weights, a file; for torchvision:NAME also the name of one of its own sets of weights"
+    options.add(group, "--checkpoint", text, metavar="FILE")
+    text = "a function that returns a torch module, which gives logits, in place of --model; its code is run"
+    options.add(group, "--build", text, metavar="PACKAGE.MODULE:FUNCTION")
+    text = "pixels a side that the middle of an image is brought to (default: as the model's own processor does)"
+    options.add(group, "--image-size", text, type=positive_int)
+    options.add(group, "--mean", "input means a channel (default: the model's)", type=finite_float, nargs=3)
+    options.add(group, "--std", "input standard deviations a channel, likewise", type=positive_float, nargs=3)
+    options.add(group, "--class-names", "text file of the classes' names, one a line", type=Path, metavar="FILE")
+
+
+def add_request(parser: options.Parser) -> None:
+    group = parser.add_argument_group("the request")
+    text = "the images to forget: a folder, or one with a folder a label; with --verify those of several requests"
+    options.add(group, "--images", text, type=Path, nargs="+", metavar="FOLDER")
+    text = "CSV of file, label, new_label (default: labels.csv in the folder; no label: what the model calls an image)"
+    options.add(group, "--labels", text, type=Path, metavar="FILE")
+    options.add(group, "--skip-bad", "leave out files that cannot be read as images", action="store_true")
+    options.add(group, "--output", "a new folder for the model and its report", type=Path, metavar="FOLDER")
+
+
+def add_search(parser: options.Parser) -> None:
+    group = parser.add_argument_group("how it is forgotten")
+    options.add(group, "--method", "any that needs no other training images", default="distill", metavar="NAME")
+    options.add(group, "--minutes", "that the whole command may take", type=positive_float, default=10.0)
+    text = "forget the images as well when changed so, at the price of more damage (default: as they are)"
+    options.add(group, "--also", text, nargs="+", choices=robustness.KINDS, default=[])
+    text = "settings of the method, such as distill_steps=300; then no others are tried"
+    options.add(group, "--setting", text, type=setting, nargs="+", default=[], metavar="NAME=VALUE")
+    text = "images that must keep working: the damage to them counts as well"
+    options.add(group, "--keep-images", text, type=Path, metavar="FOLDER")
+    text = "images that the model never saw, to measure membership inference with"
+    options.add(group, "--reference-images", text, type=Path, metavar="FOLDER")
+    options.add(group, "--seed", "of attack and loop", type=nonnegative_int, default=0)
+
+
+def add_report(parser: options.Parser) -> None:
+    group = parser.add_argument_group("the report")
+    options.add(group, "--no-thumbnails", "keep the pictures out of it", action="store_true")
+    options.add(group, "--sign", "sign it with this Ed25519 key", type=Path, metavar="KEY.pem")
+    text = "check a report.json, its model and signature, and with --images that they are still forgotten"
+    options.add(group, "--verify", text, type=Path, metavar="REPORT")
+    options.add(group, "--public-key", "that the signature has to be by", type=Path, metavar="KEY.pem")
+
+
+if __name__ == "__main__":
+    main()
