@@ -11,7 +11,7 @@ README.md, "A deletion request".
 import l2ul  # isort: skip  # first: it sets the environment before torch is imported
 
 import argparse
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 import time
 
@@ -32,7 +32,6 @@ from models.deployed import Deployed
 PROGRAM = "main_forget.py"
 NOT_FORGOTTEN = 3  # exit code
 SEARCH, RELEARN = 0.8, 0.95  # parts of the time at which the search ends, and relearning
-FIXED = ("seed", "first_position", "bn", "course")  # of the loop's settings: not to be set by --setting
 
 
 @running.ending(PROGRAM, "nothing was written")
@@ -223,21 +222,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if opts.method == "before" or "retain" in methods.get(opts.method).needs:
         why = "forgets nothing" if opts.method == "before" else "trains on the rest of the training set"
         raise InputError(f"method {opts.method} {why}; leave out --method, or name one such as distill or adv_imp")
-    opts.setting = check_settings(opts.setting)
+    opts.setting = search.named_settings(opts.setting)
     check_output(opts)
     return opts
-
-
-def check_settings(given: list[tuple[str, float]]) -> dict[str, float]:
-    """The settings of --setting by name, as numbers of their type."""
-    types = {f.name: type(f.default) for f in fields(Settings) if type(f.default) in (int, float)}
-    known = {name: kind for name, kind in types.items() if name not in FIXED}
-    for name, value in given:
-        if name not in known:
-            raise InputError(f"--setting {name} is unknown; expected one of {', '.join(known)}")
-        if known[name] is int and not (value >= 1 and value.is_integer()):
-            raise InputError(f"--setting {name}={value:g} is not allowed; expected a whole number of at least 1")
-    return {name: known[name](value) for name, value in given}
 
 
 def check_output(opts: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 import datetime
+from io import BytesIO
 import json
 import platform
 
@@ -11,7 +12,6 @@ import jinja2
 import torch
 from torch import Tensor
 import torchvision
-from torchvision import io
 from torchvision.transforms import InterpolationMode
 import torchvision.transforms.v2.functional as transforms
 
@@ -121,7 +121,9 @@ def thumbnail(image: Tensor) -> str:
     size = [max(1, round(side * THUMBNAIL / longer)) for side in image.shape[1:]]
     mode = InterpolationMode.NEAREST if longer < THUMBNAIL else InterpolationMode.BILINEAR
     resized = transforms.resize(image.cpu(), size, mode, antialias=True)
-    return "data:image/png;base64," + base64.b64encode(bytes(io.encode_png(resized).numpy())).decode()
+    coded = BytesIO()
+    transforms.to_pil_image(resized).save(coded, "png")
+    return "data:image/png;base64," + base64.b64encode(coded.getvalue()).decode()
 
 
 def page(report: Report, pictures: Sequence[str] | None = None) -> str:

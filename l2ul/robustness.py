@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 import copy
+from io import BytesIO
 
+from PIL import Image
 import torch
 from torch import Tensor, nn
-from torchvision import io
 from torchvision.transforms.v2 import functional as transforms
 
 from l2ul import evaluate
@@ -28,8 +29,14 @@ def changed_images(images: Tensor) -> Iterator[tuple[str, Tensor]]:
         name = "cropped to the middle" if top == "middle" else f"cropped to the {top} {left}"
         yield name, transforms.resized_crop(images, tops[top], lefts[left], high, wide, [height, width], antialias=True)
     for quality in QUALITIES:
-        coded = [io.decode_jpeg(io.encode_jpeg(image, quality)) for image in images.cpu()]
-        yield f"jpeg of quality {quality}", torch.stack(coded).to(images.device)
+        coded = torch.stack([_as_jpeg(image, quality) for image in images.cpu()])
+        yield f"jpeg of quality {quality}", coded.to(images.device)
+
+
+def _as_jpeg(image: Tensor, quality: int) -> Tensor:
+    coded = BytesIO()
+    transforms.to_pil_image(image).save(coded, "jpeg", quality=quality)
+    return transforms.pil_to_tensor(Image.open(coded))
 
 
 def widened(images: Tensor, forget: Forget, kinds: Sequence[str]) -> Forget:

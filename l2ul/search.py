@@ -1,6 +1,7 @@
 """Settings of a method tried one after the other while there is time: what forgets with the least damage is taken."""
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 import time
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from l2ul import attack, damage, evaluate, methods, unlearn
 from l2ul.damage import Kept, Probe
-from l2ul.errors import Diverged
+from l2ul.errors import Diverged, InputError
 from l2ul.importance import mas_importance
 from l2ul.objective import Forget
 from l2ul.unlearn import Settings
@@ -17,11 +18,26 @@ from l2ul.unlearn import Settings
 ATTACK = {"num_adv_images": 10, "eps": 4.0, "alpha": 0.4, "steps": 20}  # of D_adv: quicker than the paper's
 LEAST_STEPS = 60  # of a cycle of distill
 FEWEST_MIXES = 16  # of distill a step
+LARGER = {True: {"distill_lr": 3.0}, False: {"unlearn_lr": 3.0}}  # whether the method has a teacher
+MOST_LARGER = 3  # times that steps grow so
+PATIENCE = 0.6  # part of the time left that a trial may take while none has forgotten everything
 PROBING = 0.08  # of the time, for examples that damage is estimated on
 FEWEST_EXAMPLES, MOST_EXAMPLES = 32, 512
 # What is tried after a method's own settings, as factors of them.
 DISTILL = ({"distill_lr": 2.0}, {"distill_features": 3.0}, {"distill_lr": 0.5}, {"distill_steps": 2.0})
 GRADIENT = ({"unlearn_lr": 1 / 3}, {"unlearn_lr": 3.0}, {"unlearn_lr": 0.1})
+
+
+def named_settings(given: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Settings of the loop by name, as numbers of their type; InputError for one that is unknown or not allowed."""
+    types = {f.name: type(f.default) for f in fields(Settings) if f.name not in ("seed", "first_position")}
+    known = {name: kind for name, kind in types.items() if kind in (int, float)}
+    for name, value in given:
+        if name not in known:
+            raise InputError(f"there is no setting {name}; expected one of {', '.join(known)}")
+        if known[name] is int and not (value >= 1 and value.is_integer()):
+            raise InputError(f"setting {name}={value:g} is not allowed; expected a whole number of at least 1")
+    return {name: known[name](value) for name, value in given}
 
 
 class Budget:
@@ -81,6 +97,10 @@ class Job:
     written: Callable[[nn.Module], nn.Module]
     probes: list[Probe] = field(default_factory=list)
     _made: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def uses_teacher(self) -> bool:
+        return "teacher" in methods.get(self.method).needs
 
     def run(
         self,
@@ -142,18 +162,27 @@ def search(job: Job, first: Settings, budget: Budget, seconds: float, tried: Cal
     first    the method's own settings
     seconds  that a step takes with them
 
-    The first trial is cut down to what is there of time, and is ended with it; another is begun only where it should
-    end in time.
+    The first trial is cut down to what is there of time; another is begun only where it should end in time. While none
+    has forgotten everything, one that fails is followed by one that takes larger steps.
     """
     trials: list[Trial] = []
-    for settings in _ladder(job.method, first, budget.left, seconds):
-        if trials and _expected(job.method, settings, first, seconds, trials) > budget.left:
+    waiting = deque(_ladder(job.method, first, budget.left, seconds))
+    while waiting:
+        settings = waiting.popleft()
+        if trials and (budget.left <= 0 or _expected(job.method, settings, first, seconds, trials) > budget.left):
             continue
-        changed = {f.name: getattr(settings, f.name) for f in fields(settings)}
-        changed = {name: value for name, value in changed.items() if value != getattr(first, name)}
-        trials.append(job.try_out(settings, changed, lambda: budget.left > 0))
+        least = 0.0 if any(trial.forgotten.all() for trial in trials) else (1 - PATIENCE) * budget.left
+        trials.append(job.try_out(settings, _changed(first, settings), lambda least=least: budget.left > least))
         tried(trials[-1])
+        failed = not any(trial.forgotten.all() for trial in trials)
+        if failed and trials[-1].status != "diverged" and len(trials) <= MOST_LARGER:
+            waiting.appendleft(_scaled(settings, LARGER[job.uses_teacher]))
     return sorted(trials, key=lambda trial: trial.rank, reverse=True)  # stable: of equals the first
+
+
+def _changed(first: Settings, settings: Settings) -> dict[str, float]:
+    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    return {name: value for name, value in values.items() if value != getattr(first, name)}
 
 
 def _ladder(method: str, first: Settings, left: float, seconds: float) -> list[Settings]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+import sys
 
 from PIL.Image import Image
 import torch
@@ -98,6 +99,7 @@ def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
 def _read(name: str, from_pretrained, **options):
     """What `from_pretrained` gives for the folder or hub name; code in the repository is never run."""
     place = name.removeprefix(PREFIX)
+    _quiet()
     try:
         return from_pretrained(place, trust_remote_code=False, **options)
     except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own for a bad folder
@@ -107,6 +109,14 @@ def _read(name: str, from_pretrained, **options):
             hint = "there is no such folder and it could not be had from the hub"
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"cannot load {name}: {hint} ({first.strip()[:160]})") from None
+
+
+def _quiet() -> None:
+    """No progress bars of the library's own where nobody watches them."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def _preprocess(name: str) -> nn.Sequential:

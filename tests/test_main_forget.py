@@ -1,0 +1,265 @@
+"""A request to forget, as a user makes it: the model comes back in its form, and the report tells the truth."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from conftest import CLASSES, ROOT, tiny_net
+from PIL import Image
+import pytest
+import torch
+
+from l2ul import relearn, search
+from l2ul.files import file_sha256
+import main_forget
+
+FAST = ["--minutes", 1, "--setting", "distill_steps=40", "distill_mixes=16", "distill_lr=0.01"]
+
+
+def save_images(folder, images, labels=None):
+    """Images (n, 3, H, W) uint8 as PNG files, in a folder a label where there are labels."""
+    for number, image in enumerate(images):
+        place = folder / str(int(labels[number])) if labels is not None else folder
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _little_to_measure(monkeypatch):
+    monkeypatch.setattr(search, "MOST_EXAMPLES", 32)
+    monkeypatch.setattr(relearn, "MOST_STEPS", 30)
+
+
+@pytest.fixture
+def tiny(trained, tmp_path):
+    """Arguments that name a tiny trained net and a folder of six of its images, with the images and labels."""
+    model, images, labels = trained
+    torch.save({"epoch": 3, "state_dict": model.state_dict(), "optimizer": {"m": torch.ones(2)}}, tmp_path / "tiny.pth")
+    save_images(tmp_path / "in", images[:6])
+    return ["--build", "conftest:tiny_net", "--checkpoint", tmp_path / "tiny.pth"], images, labels
+
+
+@pytest.fixture
+def forget(script, tmp_path, tiny):
+    """Call main_forget.py on the tiny net; gives exit code, report and what was printed."""
+
+    def call(*arguments, output="out", images="in", model=tiny[0]):
+        words = [*model, "--images", tmp_path / images, "--output", tmp_path / output, *FAST, *arguments]
+        code, out, err = script(main_forget.main, *words)
+        path = tmp_path / output / "report.json"
+        return code, json.loads(path.read_text()) if path.exists() else None, out + err
+
+    return call
+
+
+def called(path, images):
+    model = tiny_net()
+    model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    return model(images / 255).argmax(1)
+
+
+def test_images_are_forgotten_and_the_model_comes_back_in_the_form_it_came_in(forget, tiny, tmp_path):
+    before = file_sha256(tmp_path / "tiny.pth")
+    code, report, told = forget()
+    assert (code, report["images"][0]["forgotten"]) == (0, True), told
+    written = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
+    assert list(written) == ["epoch", "state_dict"]  # the optimizer's tensors could hold the images
+    assert report["model"]["left_out"] == ["optimizer"]
+    _, images, labels = tiny
+    now = called(tmp_path / "out" / "model.pth", images)
+    assert (now[:6] != labels[:6]).all()
+    assert [row["called_after"] for row in report["images"]] == now[:6].tolist()
+    assert [row["label"] for row in report["images"]] == labels[:6].tolist()  # the model's own predictions
+    assert file_sha256(tmp_path / "tiny.pth") == before == report["model"]["before"]["files"]["tiny.pth"]
+    assert "6 of 6 images are forgotten" in told
+
+
+def test_the_page_opens_offline_and_says_what_the_report_says(forget, tmp_path):
+    _, report, _ = forget()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "All 6 images are forgotten" in page
+    assert page.count("data:image/png;base64,") == 6
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    for sentence in report["not_claimed"]:
+        assert sentence.split(".")[0] in page
+    for row in report["images"]:
+        assert row["sha256"] in page
+    names = (tmp_path / "out" / "forget_list.csv").read_text()
+    assert ".png" not in names
+    assert names.count("\n") == 7
+
+
+def test_no_thumbnails_leaves_the_pictures_out(forget, tmp_path):
+    forget("--no-thumbnails")
+    assert "data:image" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_relabelled_by_a_table(forget, tiny, tmp_path):
+    _, images, labels = tiny
+    rows = [f"{number}.png,{(int(labels[number]) + 1) % CLASSES}" for number in range(6)]
+    (tmp_path / "in" / "labels.csv").write_text("\n".join(["file,new_label", *rows]))
+    code, report, told = forget()
+    assert code == 0, told
+    assert report["asked"]["goal"] == "relabel"
+    now = called(tmp_path / "out" / "model.pth", images)
+    assert (now[:6] == (labels[:6] + 1) % CLASSES).all()
+
+
+def test_not_all_forgotten_is_exit_code_3_with_a_report(forget):
+    code, report, told = forget("--setting", "distill_steps=1", "distill_cycles=1", "distill_lr=1e-9")
+    assert code == 3
+    assert "0 of 6 images are forgotten" in told
+    assert report["chosen"]["distill_steps"] == 1
+
+
+def test_nothing_is_done_where_the_model_calls_no_image_by_its_label(forget, tiny, tmp_path):
+    _, images, labels = tiny
+    save_images(tmp_path / "wrong", images[:3], (labels[:3] + 1) % CLASSES)
+    code, report, told = forget(images="wrong")
+    assert (code, report["trials"], report["chosen"]) == (0, [], None), told
+    assert report["model"]["before"]["weights_sha256"] == report["model"]["after"]["weights_sha256"]
+    assert not any(row["was_called"] for row in report["images"])
+
+
+def test_settings_are_searched_within_the_time(tiny, script, tmp_path):
+    words = [*tiny[0], "--images", tmp_path / "in", "--output", tmp_path / "out", "--keep-images", tmp_path / "keep"]
+    save_images(tmp_path / "keep", tiny[1][10:20])
+    started = time.perf_counter()
+    code, out, _ = script(main_forget.main, *words, "--minutes", 0.15, "--reference-images", tmp_path / "keep")
+    assert time.perf_counter() - started < 0.15 * 60 + 3
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    ranks = [(one["forgotten"], sum(kept["percent"] for kept in one["kept"])) for one in report["trials"]]
+    assert ranks == sorted(ranks, reverse=True)  # the first is taken
+    assert (code == 0) == (ranks[0][0] == 6)
+    assert [probe["name"] for probe in report["damage"]] == ["adversarial examples", "images to keep"]
+    assert report["membership"]["references"] == 10
+    assert "of old answers kept (images to keep)" in out
+
+
+def test_images_are_also_forgotten_when_changed_if_that_is_asked_for(forget):
+    code, report, told = forget("--also", "flipped")
+    assert code == 0, told
+    assert report["robustness"]["flipped"] == 6
+
+
+def test_requests_in_a_row_keep_a_chain_and_earlier_images_stay_forgotten_or_are_named(forget, script, tiny, tmp_path):
+    save_images(tmp_path / "next", tiny[1][6:10])
+    assert forget()[0] == 0
+    built = ["--build", "conftest:tiny_net"]
+    code, report, told = forget(output="second", images="next", model=["--model", tmp_path / "out", *built])
+    assert code == 0, told
+    assert [one["images"] for one in report["earlier"]] == [6]
+    report_path = tmp_path / "second" / "report.json"
+    folders = ["--images", tmp_path / "in", tmp_path / "next"]
+    code, out, _ = script(main_forget.main, "--verify", report_path, *folders, *built)
+    row = next(line for line in out.splitlines() if "images of request 1" in line)
+    still = (called(tmp_path / "second" / "model.pth", tiny[1][:6]) != tiny[2][:6]).sum()
+    assert f"{still} of 6 images forgotten" in row
+    assert (code == 0) == (still == 6)
+    assert "ok     images of request 2: 4 of 4" in out
+    earlier = tmp_path / "second" / "earlier" / "1.json"
+    earlier.write_text(earlier.read_text().replace('"goal"', '"Goal"'))
+    code, out, _ = script(main_forget.main, "--verify", report_path)
+    assert (code, "FAILED earlier/1.json: changed" in out) == (3, True)
+
+
+def test_a_report_that_no_longer_holds_is_told(forget, script, tmp_path):
+    forget()
+    path = tmp_path / "out" / "report.json"
+    assert script(main_forget.main, "--verify", path)[0] == 0
+    (tmp_path / "out" / "report.html").write_text("another page")
+    code, out, _ = script(main_forget.main, "--verify", path)
+    assert (code, "FAILED report.html: changed" in out) == (3, True)
+    code, out, _ = script(main_forget.main, "--verify", path, "--model", tmp_path / "tiny.pth")
+    assert "FAILED model: not the model of the report: model.pth, tiny.pth" in out
+    build = ["--build", "conftest:tiny_net"]
+    torch.save(torch.load(tmp_path / "tiny.pth", weights_only=True), tmp_path / "out" / "model.pth")
+    code, out, _ = script(main_forget.main, "--verify", path, "--images", tmp_path / "in", *build)
+    assert code == 3
+    assert "FAILED images of request 1: 0 of 6 images forgotten; not forgotten: 0.png, 1.png, 2.png, …" in out
+
+
+def test_a_hugging_face_folder_loads_with_plain_code_and_gives_the_logits_of_the_report(script, vit_folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, 60, 40), generator=generator).to(torch.uint8)
+    save_images(tmp_path / "in", images)
+    words = ["--model", vit_folder, "--images", tmp_path / "in", "--output", tmp_path / "out", *FAST]
+    assert script(main_forget.main, *words)[0] == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "model").eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out" / "model")
+    for row in report["images"]:
+        inputs = processor(Image.open(tmp_path / "in" / row["file"]), return_tensors="pt")
+        shares = model(**inputs).logits.double().softmax(1)[0]
+        assert int(shares.argmax()) == row["called_after"]
+        assert float(shares[row["label"]]) == pytest.approx(row["label_confidence_after"], abs=1e-5)
+    code, out, _ = script(main_forget.main, "--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in")
+    assert code == 0, out
+
+
+def test_a_torchvision_net_from_a_file_in_half_precision_comes_back_so(script, tmp_path):
+    from torchvision.models import mobilenet_v3_small
+
+    torch.manual_seed(0)
+    net = mobilenet_v3_small(num_classes=4).eval()
+    torch.save(
+        {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()},
+        tmp_path / "net.pt",
+    )
+    images = torch.randint(0, 256, (2, 3, 48, 40), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    save_images(tmp_path / "in", images)
+    words = ["--model", "torchvision:mobilenet_v3_small", "--checkpoint", tmp_path / "net.pt", "--image-size", 32]
+    few = ["--setting", "distill_steps=2", "distill_cycles=1", "distill_mixes=2"]
+    code, out, err = script(
+        main_forget.main, *words, "--images", tmp_path / "in", "--output", tmp_path / "out", *FAST[:2], *few
+    )
+    assert code in (0, 3), out + err
+    state = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    assert {value.dtype for value in state.values()} == {torch.float16, torch.int64}
+    mobilenet_v3_small(num_classes=4).load_state_dict(state)
+
+
+def test_signed_reports(forget, script, tmp_path):
+    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    keys = [Ed25519PrivateKey.generate() for _ in range(2)]
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    (tmp_path / "key.pem").write_bytes(keys[0].private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    for number, key in enumerate(keys):
+        public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+        (tmp_path / f"public{number}.pem").write_bytes(public)
+    assert forget("--sign", tmp_path / "key.pem")[0] == 0
+    verify = ["--verify", tmp_path / "out" / "report.json", "--public-key"]
+    assert script(main_forget.main, *verify, tmp_path / "public0.pem")[0] == 0
+    code, out, _ = script(main_forget.main, *verify, tmp_path / "public1.pem")
+    assert (code, "FAILED signature: wrong" in out) == (3, True)
+    path = tmp_path / "out" / "report.json"
+    path.write_text(path.read_text().replace('"forgotten": true', '"forgotten": false', 1))
+    code, out, _ = script(main_forget.main, "--verify", path)
+    assert (code, "FAILED signature: wrong" in out) == (3, True)
+    (tmp_path / "out" / "report.json.sig").unlink()
+    code, out, _ = script(main_forget.main, *verify, tmp_path / "public0.pem")
+    assert (code, "FAILED signature: missing" in out) == (3, True)
+
+
+def test_a_killed_command_leaves_nothing_half_written_and_starts_again(tiny, tmp_path):
+    words = [sys.executable, str(ROOT / "main_forget.py"), *tiny[0], "--images", tmp_path / "in", "--output"]
+    words = [*map(str, words), str(tmp_path / "out"), *map(str, FAST)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    before = file_sha256(tmp_path / "tiny.pth")
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()  # it has begun
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert file_sha256(tmp_path / "tiny.pth") == before
+    again = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (again.returncode, (tmp_path / "out" / "report.json").exists()) == (0, True), again.stderr
