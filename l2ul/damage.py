@@ -57,7 +57,7 @@ def held_out(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int,
 
 def probe(name: str, model: nn.Module, images: Tensor, groups: Tensor | None = None) -> Probe:
     """Images with the old model's answers to them; each by itself unless they were made in groups."""
-    answers = evaluate.predict(model, images)
+    answers = evaluate.predict(model, images, pairs=[])  # few: to look what can be folded would take longer
     return Probe(name, images, answers, torch.arange(len(answers)) if groups is None else groups)
 
 
@@ -67,7 +67,7 @@ def kept(model: nn.Module, probe: Probe, seed: int = 0) -> Kept:
     The interval is the wider one, at either end, of Wilson's for as many images and of a bootstrap over groups.
     Raises Diverged where the model's logits are not finite.
     """
-    same = evaluate.predict(model, probe.images) == probe.answers
+    same = evaluate.predict(model, probe.images, pairs=[]) == probe.answers
     low, high = evaluate.interval(same, torch.ones_like(same))
     shares = np.array([same[probe.groups == group].double().mean().item() for group in probe.groups.unique()])
     drawn = np.random.default_rng(seed).integers(len(shares), size=(2000, len(shares)))

@@ -82,7 +82,7 @@ def still_forgotten(model: nn.Module, images: Tensor, forget: Forget) -> dict[st
     images  (k, 3, H, W) uint8 on the model's device; forget has their labels
     """
     found = {
-        name: forget.done(evaluate.predict(model, changed).to(forget.labels.device))
+        name: forget.done(evaluate.predict(model, changed, pairs=[]).to(forget.labels.device))
         for name, changed in changed_images(images)
     }
     for name, other in (("half precision", in_half(model)), ("int8 weights", in_int8(model))):

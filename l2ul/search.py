@@ -129,7 +129,9 @@ class Job:
         if outcome.status != "diverged":
             written = self.written(outcome.model)
             try:
-                done = self.forget.done(evaluate.predict(written, self.forget.images).to(self.forget.labels.device))
+                done = self.forget.done(
+                    evaluate.predict(written, self.forget.images, pairs=[]).to(self.forget.labels.device)
+                )
                 kept = [damage.kept(written, probe) for probe in self.probes]
                 trial = replace(trial, forgotten=done.cpu(), kept=kept, model=outcome.model)
             except Diverged:

@@ -249,6 +249,8 @@ def _built(build: str) -> nn.Module:
             sys.path.remove(os.getcwd())
     if isinstance(net, torch.jit.ScriptModule) or not isinstance(net, nn.Module):
         raise InputError(f"--build {build} returned a {type(net).__name__}; expected a torch.nn.Module")
+    if next(net.parameters(), None) is None:
+        raise InputError(f"--build {build} returned a module without weights; expected a classifier")
     return net
 
 

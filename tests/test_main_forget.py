@@ -131,7 +131,7 @@ def test_settings_are_searched_within_the_time(tiny, script, tmp_path):
     save_images(tmp_path / "keep", tiny[1][10:20])
     started = time.perf_counter()
     code, out, _ = script(main_forget.main, *words, "--minutes", 0.15, "--reference-images", tmp_path / "keep")
-    assert time.perf_counter() - started < 0.15 * 60 + 3
+    assert time.perf_counter() - started < 0.15 * 60 + 15  # beside other work a step may be long
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     ranks = [(one["forgotten"], sum(kept["percent"] for kept in one["kept"])) for one in report["trials"]]
     assert ranks == sorted(ranks, reverse=True)  # the first is taken

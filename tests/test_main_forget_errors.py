@@ -1,0 +1,241 @@
+"""What is wrong with a request is said in one sentence, with exit code 2, and nothing is written."""
+
+import json
+from pathlib import Path  # noqa: F401  # what is no module, built by a test
+
+from conftest import tiny_net
+import numpy as np
+from PIL import Image
+import pytest
+import torch
+from torch import nn
+
+from l2ul import request
+from l2ul.errors import InputError
+import main_forget
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * x.mean((1, 2, 3))
+
+
+def fails():
+    raise ZeroDivisionError("no net today")
+
+
+def picture(path, size=(8, 8), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with two pictures, a net's weights and files that are none."""
+    for number in range(2):
+        picture(tmp_path / "in" / f"{number}.png", seed=number)
+    torch.save(tiny_net().state_dict(), tmp_path / "tiny.pt")
+    return tmp_path
+
+
+def script_program(place):
+    torch.jit.save(torch.jit.trace(tiny_net(), torch.rand(1, 3, 8, 8)), place / "program.pt")
+
+
+def exported_program(place):
+    torch.export.save(torch.export.export(tiny_net(), (torch.rand(1, 3, 8, 8),)), place / "program.pt2")
+
+
+def whole_module(place):
+    torch.save(tiny_net(), place / "module.pt")
+
+
+def damaged(place):
+    (place / "damaged.pt").write_bytes((place / "tiny.pt").read_bytes()[:1000])
+
+
+def empty_folder(place):
+    (place / "empty").mkdir()
+
+
+def truncated(place):
+    path = picture(place / "in" / "2.jpg", (64, 64))
+    path.write_bytes(path.read_bytes()[:600])
+
+
+def text(place):
+    (place / "in" / "notes.txt").write_text("no picture")
+
+
+def other_size(place):
+    picture(place / "in" / "wide.png", (16, 8))
+
+
+def large(place):
+    picture(place / "large" / "0.png", (4, 4))
+
+
+def mixed(place):
+    picture(place / "in" / "3" / "a.png")
+
+
+def deep(place):
+    picture(place / "deep" / "3" / "more" / "a.png")
+
+
+def table(content):
+    return lambda place: (place / "in" / "labels.csv").write_text(content)
+
+
+def wrong_label(place):
+    picture(place / "labelled" / "cat" / "a.png")
+
+
+def contradiction(place):
+    for label in "12":
+        picture(place / "twice" / label / "a.png")
+
+
+def also_kept(place):
+    picture(place / "keep" / "a.png", seed=1)
+
+
+def full_output(place):
+    picture(place / "out" / "a.png")
+
+
+def bad_key(place):
+    (place / "key.pem").write_text("no key")
+
+
+def names(place):
+    (place / "names.txt").write_text("cat\ndog\n")
+
+
+def no_report(place):
+    (place / "report.json").write_text(json.dumps({"some": "thing"}))
+
+
+TINY = "--build conftest:tiny_net --checkpoint {}/tiny.pt"
+REST = "--images {}/in --output {}/out"
+CASES = [
+    (None, f"{REST}", "no classifier is named; give --model"),
+    (None, f"--model resnet20 {REST}", "no weights are given for resnet20; name their file with --checkpoint"),
+    (None, f"--model resnet21 --checkpoint {{}}/tiny.pt {REST}", "unknown model 'resnet21'"),
+    (None, f"--model resnet20 --checkpoint {{}}/none.pt {REST}", "there is no checkpoint"),
+    (None, f"--model resnet20 --checkpoint {{}}/tiny.pt {REST}", "does not fit resnet20"),
+    (None, f"--model {{}}/tiny.pt {REST}", "is a file; name the net by --model"),
+    (empty_folder, f"--model {{}}/empty {REST}", "expected what save_pretrained writes"),
+    (script_program, f"--model {{}}/program.pt {REST}", "is a TorchScript program"),
+    (script_program, f"--build conftest:tiny_net --checkpoint {{}}/program.pt {REST}", "is a TorchScript program"),
+    (exported_program, f"--model {{}}/program.pt2 {REST}", "is a torch.export program"),
+    (whole_module, f"--build conftest:tiny_net --checkpoint {{}}/module.pt {REST}", "could run code when read"),
+    (damaged, f"--build conftest:tiny_net --checkpoint {{}}/damaged.pt {REST}", "is damaged or is no checkpoint"),
+    (None, f"--build conftest {REST}", "expected package.module:function"),
+    (None, f"--build no_such_module:net {REST}", "cannot be imported"),
+    (None, f"--build test_main_forget_errors:fails {REST}", "failed (ZeroDivisionError: no net today)"),
+    (None, f"--build test_main_forget_errors:Path {REST}", "expected a torch.nn.Module"),
+    (None, f"--build test_main_forget_errors:Net {REST}", "expected a logit for each class"),
+    (None, f"--build torch.nn:Identity {REST}", "a module without weights"),
+    (None, f"--model resnet20 {TINY} {REST}", "give one of them"),
+    (None, f"{TINY} --images {{}}/none --output {{}}/out", "is no folder"),
+    (empty_folder, f"{TINY} --images {{}}/empty --output {{}}/out", "holds no image"),
+    (truncated, f"{TINY} {REST}", "1 of 3 files in"),
+    (text, f"{TINY} {REST}", "notes.txt: no image of a known format"),
+    (other_size, f"{TINY} {REST}", "give it by --image-size"),
+    (large, f"{TINY} --images {{}}/large --output {{}}/out", "the model does not take images of 4 x 4 pixels"),
+    (mixed, f"{TINY} {REST}", "beside folders of labels"),
+    (deep, f"{TINY} --images {{}}/deep --output {{}}/out", "within a label's folder"),
+    (wrong_label, f"{TINY} --images {{}}/labelled --output {{}}/out", "label 'cat' is no class of the model"),
+    (contradiction, f"{TINY} --images {{}}/twice --output {{}}/out", "are the same image with different labels"),
+    (table("file,label\n7.png,1\n"), f"{TINY} {REST}", "lists 7.png, which is not in"),
+    (table("file,class\n0.png,1\n"), f"{TINY} {REST}", "expected file, and label or new_label"),
+    (table("file,label\n0.png,1\n0.png,2\n"), f"{TINY} {REST}", "more than once"),
+    (table("file,label\n0.png,9\n"), f"{TINY} {REST}", "label '9' is no class of the model"),
+    (table("file,new_label\n0.png,1\n"), f"{TINY} {REST}", "there is no new_label for an image"),
+    (table("file,label,new_label\n0.png,1,1\n1.png,1,2\n"), f"{TINY} {REST}", "give another one"),
+    (table(""), f"{TINY} {REST}", "cannot read the labels"),
+    (full_output, f"{TINY} {REST}", "exists already; name a new folder"),
+    (None, f"{TINY} --images {{}}/in --output {{}}/in/out", "which is only read"),
+    (also_kept, f"{TINY} {REST} --keep-images {{}}/keep", "is also to be forgotten"),
+    (names, f"{TINY} {REST} --class-names {{}}/names.txt", "tells 5 classes apart, and has names for 2"),
+    (None, f"{TINY} {REST} --method oracle", "trains on the rest of the training set"),
+    (None, f"{TINY} {REST} --method nothing", "unknown method 'nothing'"),
+    (None, f"{TINY} {REST} --setting steps=3", "there is no setting steps"),
+    (None, f"{TINY} {REST} --minutes 0", "'0' is not allowed; expected a number above 0"),
+    (bad_key, f"{TINY} {REST} --sign {{}}/key.pem", "is not to be used as a key"),
+    (no_report, "--verify {}/report.json", "is no report of a request"),
+    (None, "--verify {}/none.json", "is no report of a request"),
+    (None, "", "give --images FOLDER to forget and --output FOLDER"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words", "expected"), CASES, ids=[f"{n}-{case[2]}" for n, case in enumerate(CASES)])
+def test_one_sentence(script, place, spoil, words, expected):
+    if "--sign" in words:
+        pytest.importorskip("cryptography")
+    if spoil:
+        spoil(place)
+    there = sorted(place.rglob("*"))
+    code, out, err = script(main_forget.main, *words.replace("{}", str(place)).split())
+    assert code == 2, out + err
+    assert expected in err
+    assert err.count("\n") == 1
+    assert sorted(place.rglob("*")) == there  # nothing was written
+
+
+def test_damaged_files_may_be_left_out(place):
+    truncated(place)
+    text(place)
+    found = request.read(place / "in", main_forget.deployment._square(None), skip_bad=True)
+    assert [item.file for item in found.items] == ["0.png", "1.png"]
+    assert [bad.file for bad in found.bad] == ["2.jpg", "notes.txt"]
+
+
+def test_images_of_any_kind_are_read_as_upright_colour(tmp_path):
+    colours = np.zeros((4, 6, 3), np.uint8)
+    colours[0, 0] = 255  # upper left
+    folder = tmp_path / "in"
+    folder.mkdir()
+    upright = Image.fromarray(colours)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    turned = upright.rotate(180)
+    turned.save(folder / "turned.png", exif=exif)
+    upright.save(folder / "upright.bmp")
+    upright.convert("P").save(folder / "palette.gif")
+    Image.fromarray(colours[:, :, 0]).save(folder / "grey.png")
+    Image.fromarray(colours[:, :, 0].astype(np.uint16) * 257).save(folder / "deep.png")
+    upright.convert("RGBA").save(folder / "alpha.webp", lossless=True)
+    found = request.read(folder, main_forget.deployment._square(None))
+    assert len(found) == 1  # they are one image
+    assert set(found.items[0].same_as) == {"deep.png", "grey.png", "palette.gif", "turned.png", "upright.bmp"}
+    assert torch.equal(found.images[0], torch.from_numpy(colours).permute(2, 0, 1))
+
+
+def test_labels_of_folders_and_of_a_table_agree_or_one_is_to_be_corrected(tmp_path):
+    picture(tmp_path / "cat" / "a.png")
+    (tmp_path / "labels.csv").write_text("file,label,new_label\ncat/a.png,,dog\n")
+    found = request.read(tmp_path, main_forget.deployment._square(None))
+    assert (found.items[0].label, found.items[0].new_label) == ("cat", "dog")
+    (tmp_path / "labels.csv").write_text("file,label\ncat/a.png,dog\n")
+    with pytest.raises(InputError, match="but its folder is 'cat'"):
+        request.read(tmp_path, main_forget.deployment._square(None))
+
+
+def test_classes_by_name_and_number():
+    classes = ["cat", "7", "dog", "dog"]
+    assert request.class_numbers(["cat", "7", "2", None], classes, torch.tensor([0, 0, 0, 3]), "label").tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    with pytest.raises(InputError, match="the name of several classes"):
+        request.class_numbers(["dog"], classes, None, "label")
