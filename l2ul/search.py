@@ -22,7 +22,7 @@ LARGER = {True: {"distill_lr": 3.0}, False: {"unlearn_lr": 3.0}}  # whether the 
 MOST_LARGER = 3  # times that steps grow so
 PATIENCE = 0.6  # part of the time left that a trial may take while none has forgotten everything
 PROBING = 0.08  # of the time, for examples that damage is estimated on
-FEWEST_EXAMPLES, MOST_EXAMPLES = 32, 512
+FEWEST_EXAMPLES, MOST_EXAMPLES = 64, 1024
 # What is tried after a method's own settings, as factors of them.
 DISTILL = ({"distill_lr": 2.0}, {"distill_features": 3.0}, {"distill_lr": 0.5}, {"distill_steps": 2.0})
 GRADIENT = ({"unlearn_lr": 1 / 3}, {"unlearn_lr": 3.0}, {"unlearn_lr": 0.1})
@@ -145,8 +145,8 @@ def prepare(job: Job, settings: Settings, budget: Budget) -> float:
     passes = settings.distill_forget + 1.5 * settings.distill_mixes  # forward and backward, of images a step
     count = int(PROBING * budget.left / max(seconds / passes * damage.STEPS, 1e-9))
     count = min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, count))
-    size = {"count": count, "seed": job.seed}
-    job.probes.insert(0, damage.held_out(job.model, job.forget.images, job.forget.labels, job.num_classes, **size))
+    examples = damage.held_out(job.model, job.forget.images, job.num_classes, count=count, seed=job.seed)
+    job.probes.insert(0, examples)
     return seconds
 
 
