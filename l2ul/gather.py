@@ -23,7 +23,7 @@ ABOUT = {  # what a run is of
 }
 NOT_SETTINGS = ABOUT | {
     *("needs_retain", "checkpoint", "status", "steps", "peak_memory_mib", "device", "python", "torch", "torchvision"),
-    *("retrained_sha256", "references_sha256"),
+    *("retrained_sha256", "references_sha256", "error"),
     *("attack_batch_size", "test_batch_size", "retain_measured", "result_dir", "forget_file", "_path"),
 }
 HEADLINE = ("acc_forget", "acc_retain", "acc_test")
