@@ -48,12 +48,16 @@ def read(folders: Iterable[Path]) -> tuple[list[dict[str, object]], list[str]]:
     To each record are added its `_path`, the `result_dir` and `forget_file` that belong to it, and `listed`: whether
     D_f was not chosen by the seed.
     """
-    found, problems = [], []
     runs = run_folders(folders)
     paths = [path for folder in runs for path in sorted(folder.glob("*.json"))]
     if not paths:
         raise InputError(f"there is no record in {' '.join(map(str, runs))}; make some with main_unlearn.py")
-    first = {}
+    return read_files(paths)
+
+
+def read_files(paths: Iterable[Path]) -> tuple[list[dict[str, object]], list[str]]:
+    """As `read`, of these files."""
+    found, problems, first = [], [], {}
     for path in paths:
         try:
             record = _record(path)
