@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else Ray would copy the whole folder, data and all, to every node
     "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",  # the data set is once in a node's memory, for all its workers
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # a trial runs at the priority of the command, not at Ray's 15
     "RAY_task_oom_retries": str(RETRIES),  # else a trial too large for the machine would be tried without end
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
 }
@@ -140,7 +141,8 @@ def connected(place: Place, resources: Resources, address: str | None = None) ->
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     import ray
 
-    variables = {name: os.environ[name] for name in ENVIRONMENT} | {"PYTHONPATH": str(place.folder)}
+    path = os.pathsep.join(filter(None, [str(place.folder), os.environ.get("PYTHONPATH")]))
+    variables = {name: os.environ[name] for name in ENVIRONMENT} | {"PYTHONPATH": path}
     options = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": variables}}
     if address is None:
         options |= {"address": "local", "include_dashboard": False}
