@@ -16,6 +16,7 @@ import warnings
 from l2ul.errors import InputError
 from l2ul.sweep import Trial, Words, last_lines
 
+TOKEN = Path.home() / ".ray" / "auth_token"
 RETRIES = 2  # of a trial that raised an error, was killed, ran out of memory, or whose node died
 ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else Ray would copy the whole folder, data and all, to every node
@@ -139,6 +140,8 @@ def work(place: Place, words: Words, shared: list[object]) -> object:
 def connected(place: Place, resources: Resources, address: str | None = None) -> Iterator[Cluster]:
     """A running cluster, or with no address one of this machine, which ends with the block."""
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+    if address and TOKEN.exists():  # where Ray keeps the secret that a cluster asks for
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     path = os.pathsep.join(filter(None, [str(place.folder), os.environ.get("PYTHONPATH")]))

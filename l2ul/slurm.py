@@ -14,8 +14,9 @@ SCRIPT = """#!/usr/bin/env bash
 # see; set time, partition and account above as your cluster wants them. A job that was stopped, by its time too, goes
 # on where it was when it is submitted again.
 set -euo pipefail
-export RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 RAY_USAGE_STATS_ENABLED=0
+export RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0 RAY_AUTH_MODE=token
 uv sync --quiet --extra sweep  # once, before all nodes use it
+uv run --no-sync ray get-auth-token --generate > /dev/null  # keeps others out; in your home, which all nodes see
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))  # jobs on one node do not meet
 start=(uv run --no-sync ray symmetric-run --address "$head:$port" --min-nodes {nodes} --num-cpus "$SLURM_CPUS_ON_NODE")
