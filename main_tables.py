@@ -24,7 +24,11 @@ PROGRAM = "main_tables.py"
 
 @running.ending(PROGRAM)
 def main() -> None:
-    opts = parse()
+    make(parse())
+
+
+def make(opts: argparse.Namespace) -> None:
+    """Write the tables, and the figures asked for, and print what the Markdown one says."""
     records, problems = gather.read(opts.result_dir)
     wanted = tables.Wanted(opts.method, opts.unlearn_k, opts.seed)
     blocks = choose(variants.blocks(records), opts.dataset, wanted)

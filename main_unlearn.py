@@ -19,7 +19,7 @@ from torch import Tensor
 from l2ul import attack, evaluate, methods, options, precisions, records, running
 from l2ul import forget as forgetting
 from l2ul.cache import GIB, PREFIX, Cache
-from l2ul.data import Split
+from l2ul.data import Images, Split
 from l2ul.errors import InputError
 from l2ul.evaluations import EVALUATIONS
 from l2ul.experiment import Experiment
@@ -37,33 +37,13 @@ PROGRAM = "main_unlearn.py"
 def main() -> None:
     opts = parse()
     device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
-    for folder in ("runs", "models") if opts.save_model or opts.continual_step else ("runs",):
-        require_writable(opts.result_dir / folder)
-        remove_parts(opts.result_dir / folder, older_than=time.time() - 3600)
+    open_results(opts)
     precisions.use(device, opts.precision)
     cache = open_cache(opts)
     setup = load(opts, device)
     runs = plan(opts, setup)
-    side = setup.classifier.input_side(setup.images.side)
-    test_batch_size = opts.test_batch_size or evaluate.default_batch_size(device, side)
-    evaluations = tuple(EVALUATIONS[name] for name in dict.fromkeys(opts.evaluate))
-    peers = load_peers(opts, setup, device)
-    peers.check(setup.classifier, runs)
-    measuring = Measuring(setup, test_batch_size, opts.workers, cache, evaluations, peers)
-    experiment = Experiment(
-        setup,
-        measuring,
-        save=models.save,
-        load=lambda path: models.load_saved(path, setup.classifier).to(device),
-        keep_models=opts.save_model,
-        attack_batch_size=opts.attack_batch_size or attack.default_batch_size(device, side),
-        scratch_dir=opts.result_dir / "scratch",
-        cache=cache,
-    )
-    for run in runs:
-        measuring.check(run)
-    to_measure = [run for run in runs if not opts.rerun and experiment.can_be_measured(run)]
-    pending = [run for run in runs if run not in to_measure and (opts.rerun or not experiment.is_done(run))]
+    experiment = prepare(opts, setup, runs, device, cache)
+    pending, to_measure = to_do(opts, experiment, runs)
     announce(opts, device, runs, pending, to_measure)
     if opts.dry_run:
         return
@@ -124,6 +104,13 @@ def check_evaluations(opts: argparse.Namespace) -> None:
             raise InputError(f"--{flag} is given, but nothing is measured against it; add {use}")
 
 
+def open_results(opts: argparse.Namespace) -> None:
+    """The folders that results go to, without what killed processes left there."""
+    for folder in ("runs", "models") if opts.save_model or opts.continual_step else ("runs",):
+        require_writable(opts.result_dir / folder)
+        remove_parts(opts.result_dir / folder, older_than=time.time() - 3600)
+
+
 def open_cache(opts: argparse.Namespace) -> Cache:
     """Where results that would come out the same again are kept; nowhere where that folder cannot be written to."""
     if opts.no_cache:
@@ -137,8 +124,8 @@ def open_cache(opts: argparse.Namespace) -> Cache:
     return Cache(opts.cache_dir, int(opts.cache_gib * GIB))
 
 
-def load(opts: argparse.Namespace, device) -> Setup:
-    """Data set and classifier on the device, after a look whether they fit each other."""
+def load(opts: argparse.Namespace, device, images: Images | None = None) -> Setup:
+    """Data set (or `images`, which are it) and classifier on the device, after a look whether they fit each other."""
     label = options.data_label(opts)
     path = opts.checkpoint or checkpoint.find(label, opts.model, opts.data_dir)
     if path is None and opts.model in models.OWN:
@@ -147,13 +134,18 @@ def load(opts: argparse.Namespace, device) -> Setup:
             f"no weights of {opts.model} for {label}: looked for {tried[0]} and {tried[2]}; "
             f"train them with a main_pretrain script or name a file with --checkpoint"
         )
-    images = options.load_data(opts)
+    images = images or options.load_data(opts)
     for note in images.notes:
         print(note)
     images = images.to(device)
     classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std).to(device)
     evaluate.check_fit(classifier, images.train.images, images.num_classes)
     evaluate.check_trained_on(images, told_by(classifier), classifier.source)
+    return set_up(opts, images, classifier, Path(path).name if path else None)
+
+
+def set_up(opts: argparse.Namespace, images: Images, classifier: models.Classifier, weights: str | None) -> Setup:
+    """What the runs of a command share, with data set and classifier (of a file of that name) as they are."""
     sample = opts.retain_sample
     return Setup(
         images,
@@ -162,10 +154,7 @@ def load(opts: argparse.Namespace, device) -> Setup:
         {name: getattr(opts, name) for name in HYPER_PARAMETERS},
         opts.result_dir,
         sample if sample and sample < len(images.train) else None,
-        {
-            "checkpoint": Path(path).name if path else None,
-            "forget_dir": opts.forget_dir.name if opts.forget_dir else None,
-        },
+        {"checkpoint": weights, "forget_dir": opts.forget_dir.name if opts.forget_dir else None},
         models.saved_suffix(classifier),
     )
 
@@ -236,6 +225,35 @@ def choose(opts: argparse.Namespace, setup: Setup, seed: int) -> forgetting.Forg
     elif opts.goal == "relabel":
         new = forgetting.random_new_labels(true, num_classes, seed)
     return forgetting.ForgetSet(train, indices, new)
+
+
+def prepare(opts: argparse.Namespace, setup: Setup, runs: list[Run], device, cache: Cache) -> Experiment:
+    """How these runs are carried out and measured, after a look whether they can be."""
+    side = setup.classifier.input_side(setup.images.side)
+    test_batch_size = opts.test_batch_size or evaluate.default_batch_size(device, side)
+    evaluations = tuple(EVALUATIONS[name] for name in dict.fromkeys(opts.evaluate))
+    peers = load_peers(opts, setup, device)
+    peers.check(setup.classifier, runs)
+    measuring = Measuring(setup, test_batch_size, opts.workers, cache, evaluations, peers)
+    for run in runs:
+        measuring.check(run)
+    return Experiment(
+        setup,
+        measuring,
+        save=models.save,
+        load=lambda path: models.load_saved(path, setup.classifier).to(device),
+        keep_models=opts.save_model,
+        attack_batch_size=opts.attack_batch_size or attack.default_batch_size(device, side),
+        scratch_dir=opts.result_dir / "scratch",
+        cache=cache,
+    )
+
+
+def to_do(opts: argparse.Namespace, experiment: Experiment, runs: list[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs that are not done yet, and those whose record only lacks metrics."""
+    to_measure = [run for run in runs if not opts.rerun and experiment.can_be_measured(run)]
+    pending = [run for run in runs if run not in to_measure and (opts.rerun or not experiment.is_done(run))]
+    return pending, to_measure
 
 
 def announce(opts: argparse.Namespace, device, runs: list[Run], pending: list[Run], to_measure: list[Run]) -> None:

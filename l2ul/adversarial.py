@@ -39,6 +39,17 @@ class Adversarial:
         self.examples[where] = part["examples"].to(self.targets.device)
         self.hits[where], self.exact_hits[where] = part["hits"], part["exact_hits"]
 
+    def take(self, keys: dict[int, dict[str, object]], cache: Cache) -> dict[int, dict[str, object]]:
+        """Take what the cache keeps under the keys of these images, by place; returns those of which it keeps none."""
+        missing = {}
+        for place, key in keys.items():
+            kept = cache.get(key)
+            if kept:
+                self.store(place, kept)
+            else:
+                missing[place] = key
+        return missing
+
     def success(self, num_pairs: int) -> dict[str, float]:
         """Percent of the first examples that are called their target, under the keys of a record."""
         hits = {"adv_success": self.hits, "adv_success_exact": self.exact_hits}
@@ -84,22 +95,20 @@ class Attack:
         keys = self._keys(model, images, labels, first_position)
         aims = attack.random_targets(labels, self.num_classes, self.num_adv_images, self.seed, first_position)
         made = self._empty(images, aims)
-        missing = []
-        for place, key in enumerate(keys):
-            kept = cache.get(key)
-            if kept:
-                made.store(place, kept)
-            else:
-                missing.append(place)
-        if len(missing) < len(keys):
-            progress((len(keys) - len(missing)) * self.num_adv_images * self.steps)
+        missing = made.take(dict(enumerate(keys)), cache)
         sizes = [made.batch_size]
-        for start, stop in _stretches(missing, max(1, made.batch_size // self.num_adv_images)):
-            some = images[start:stop], labels[start:stop], first_position + start
-            for place, part in enumerate(self._attack(model, *some, sizes, pairs, progress), start):
-                made.store(place, part)
-                cache.put(keys[place], part)
-            cache.trim()
+        if missing:
+            with cache.making(keys[0]):  # or wait for another process that is at it
+                missing = made.take(missing, cache)
+                progress((len(keys) - len(missing)) * self.num_adv_images * self.steps)
+                for start, stop in _stretches(list(missing), max(1, made.batch_size // self.num_adv_images)):
+                    some = images[start:stop], labels[start:stop], first_position + start
+                    for place, part in enumerate(self._attack(model, *some, sizes, pairs, progress), start):
+                        made.store(place, part)
+                        cache.put(keys[place], part)
+                    cache.trim()
+        else:
+            progress(len(aims) * self.steps)
         return replace(made, batch_size=sizes[-1])
 
     def _empty(self, images: Tensor, targets: Tensor) -> Adversarial:

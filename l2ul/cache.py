@@ -1,5 +1,6 @@
 """What was computed once and would come out the same again, kept in a folder under a hash of all that decides it."""
 
+from collections.abc import Iterator
 import contextlib
 import hashlib
 import json
@@ -15,6 +16,11 @@ import torchvision
 
 from l2ul import METHOD_VERSION
 from l2ul.files import atomic, code_text, tensors_sha256
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 GIB = 2**30
 PREFIX, SUFFIX = "l2ul-", ".safetensors"  # of the files: whatever else is in the folder is somebody else's
@@ -54,6 +60,20 @@ class Cache:
                 return
             with atomic(self._path(key)) as part:
                 part.write_bytes(save({name: tensor.cpu() for name, tensor in tensors.items()}))
+
+    @contextlib.contextmanager
+    def making(self, key: dict[str, object]) -> Iterator[None]:
+        """Of several processes that want what is under a key one makes it in this block; others wait, then find it.
+
+        A process that is killed lets the next one in. Where there are no locks on files, each makes it for itself.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.folder is not None and fcntl is not None:
+                name = f"{PREFIX}{self._path(key).stem[-2:]}.lock"  # a few files that stay, for any number of keys
+                with contextlib.suppress(OSError):
+                    file = stack.enter_context(open(self.folder / name, "w"))
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def trim(self) -> None:
         """Delete what is beyond the limit, least recently used first."""

@@ -11,8 +11,8 @@ from l2ul import attack, distill, evaluate, seeds
 from l2ul.data import as_pixels
 
 SEED = 7_919  # of held-out examples is that of the request plus this, so that no method was trained on them
-# Of the attack: L2 over pixels in [0,1] of images of 32 x 32, and iterations. So little that examples come to lie at the
-# boundary between two classes, where answers change first. Of examples that the old model was sure of (ε = 1, or 20
+# Of the attack: L2 over pixels in [0,1] of images of 32 x 32, and iterations. So little that examples come to lie at a
+# boundary between classes, where answers change first. Of examples that the old model was sure of (ε = 1, or 20
 # iterations) hardly any answer changed, whatever the damage to test images was.
 EPS, STEPS = 0.1, 3
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from l2ul import duplicates, evaluate, membership, relearn, retrained
+from l2ul import agreement, duplicates, evaluate, membership, relearn, retrained
 from l2ul.measuring import Evaluation, Measured
 
 EVALUATIONS: dict[str, Evaluation] = {}
@@ -154,3 +154,20 @@ def near_duplicates(measured: Measured) -> dict[str, float]:
         return duplicates.near_duplicates(forget, retain, device, workers=measured.workers)
 
     return {"metric_near_duplicates": measured.once("near-duplicates", count)}
+
+
+@evaluation("agreement", "metric_agreement")
+def answers_as_before(measured: Measured) -> dict[str, float]:
+    """percent of held-out adversarial examples of D_f that the net calls what the original called them
+
+    Needs no image of D_r; no run trains on these examples.
+    """
+    original, labels = measured.original, measured.labels["forget"]
+    device = next(original.parameters()).device
+
+    def make() -> tuple[Tensor, Tensor]:
+        num_classes = measured.logits("forget").shape[1]
+        images = measured.split("forget").pixels().to(device)
+        return agreement.held_out(original, images, labels.to(device), num_classes)
+
+    return {"metric_agreement": agreement.percent(measured.model, *measured.once("held-out examples", make))}

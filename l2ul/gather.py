@@ -23,7 +23,7 @@ ABOUT = {  # what a run is of
 }
 NOT_SETTINGS = ABOUT | {
     *("needs_retain", "checkpoint", "status", "steps", "peak_memory_mib", "device", "python", "torch", "torchvision"),
-    *("retrained_sha256", "references_sha256"),
+    *("retrained_sha256", "references_sha256", "error"),
     *("attack_batch_size", "test_batch_size", "retain_measured", "result_dir", "forget_file", "_path"),
 }
 HEADLINE = ("acc_forget", "acc_retain", "acc_test")
@@ -48,12 +48,16 @@ def read(folders: Iterable[Path]) -> tuple[list[dict[str, object]], list[str]]:
     To each record are added its `_path`, the `result_dir` and `forget_file` that belong to it, and `listed`: whether
     D_f was not chosen by the seed.
     """
-    found, problems = [], []
     runs = run_folders(folders)
     paths = [path for folder in runs for path in sorted(folder.glob("*.json"))]
     if not paths:
         raise InputError(f"there is no record in {' '.join(map(str, runs))}; make some with main_unlearn.py")
-    first = {}
+    return read_files(paths)
+
+
+def read_files(paths: Iterable[Path]) -> tuple[list[dict[str, object]], list[str]]:
+    """As `read`, of these files."""
+    found, problems, first = [], [], {}
     for path in paths:
         try:
             record = _record(path)

@@ -161,12 +161,13 @@ class Measuring:
         started = running.clock(self.device)
         key = {"kind": "predictions", "precision": self.setup.hyper["precision"], "net": fingerprint(model)}
         key |= circumstances(self.device) | {part: split.sha256() for part, split in self._splits.items()}
-        kept = self.cache.get(key)
-        if kept:
-            return Predictions(**kept, seconds=running.clock(self.device) - started)
-        found = self.predict(model, what)
-        self.cache.put(key, {"train": found.train, "test": found.test})
-        self.cache.trim()
+        with self.cache.making(key):  # or wait for another process that is at it
+            kept = self.cache.get(key)
+            if kept:
+                return Predictions(**kept, seconds=running.clock(self.device) - started)
+            found = self.predict(model, what)
+            self.cache.put(key, {"train": found.train, "test": found.test})
+            self.cache.trim()
         return found
 
     def _once(self, key: object, compute: Callable[[], Value]) -> Value:

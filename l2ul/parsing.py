@@ -1,9 +1,12 @@
 """An argparse parser as users of these scripts expect it, and numbers that are checked as they are read."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 import math
 import sys
+
+from l2ul import ranges
+from l2ul.errors import InputError
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,3 +60,43 @@ def setting(text: str) -> tuple[str, float]:
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected NAME=VALUE, such as epochs=3")
     return name, nonnegative_float(value)
+
+
+NUMBERS = (int, finite_float, positive_float, nonnegative_float, positive_int, nonnegative_int)
+
+
+def take_several(parser: Parser, one: Container[str]) -> None:
+    """Let flags take several values where they take one, and numbers also as ranges (see `ranges.values`).
+
+    But for those whose names are in `one`. None has a default any more: what is not given is not in the result. Values
+    of a range come as a list within the list.
+    """
+    for action in parser._actions:
+        if not action.option_strings or isinstance(action, argparse._HelpAction):
+            continue
+        action.default = argparse.SUPPRESS
+        if action.dest in one or action.nargs not in (None, "+"):
+            continue
+        action.nargs = "+"
+        if action.type in NUMBERS:
+            action.type = _several(action.type)
+        elif action.type is setting:
+            action.type = _several_settings
+
+
+def _several(kind: Callable[[str], float]) -> Callable[[str], list]:
+    def parse(text: str) -> list:
+        try:
+            return ranges.values(text, kind)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    parse.__name__ = kind.__name__  # which argparse's own message names
+    return parse
+
+
+def _several_settings(text: str) -> list[tuple[str, object]]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        setting(text)
+    return [(name, one) for one in _several(nonnegative_float)(value)]

@@ -37,8 +37,9 @@ class RunFiles:
         self.model = Path(result_dir) / "models" / f"{identity}{model_suffix}"
 
     def read(self) -> dict[str, object] | None:
-        """The finished run's record; None where there is none, or it is damaged."""
-        return read(self.record)
+        """The finished run's record; None where there is none, it is damaged, or it says that the run failed."""
+        record = read(self.record)
+        return None if record is None or record.get("status") == FAILED else record
 
     def write(
         self,
@@ -64,6 +65,13 @@ class RunFiles:
         ordered = {key: record[key] for key in KEYS} | record
         with atomic(self.record) as part:
             part.write_text(json.dumps(ordered, indent=1, allow_nan=False) + "\n")
+
+
+def failure(settings: dict[str, object], metrics: list[str], error: str) -> dict[str, object]:
+    """The record of a run that ended without a result: nothing was measured, and `error` says why."""
+    unknown = dict.fromkeys((*KEYS, *metrics))
+    phases = {key: 0.0 for key in KEYS if key.startswith("seconds_")}
+    return unknown | settings | phases | {"status": FAILED, "steps": 0, "error": error}
 
 
 def _small(classes: Tensor) -> np.ndarray:

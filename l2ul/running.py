@@ -1,6 +1,6 @@
 """How a script runs: on which device, with what progress shown, and how it ends when something is wrong."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import errno
 import sys
@@ -76,6 +76,24 @@ def progress(what: str, total: int | None, estimate: bool = False) -> Iterator[P
 
     with bar:
         yield advance
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar of things that end, on a terminal, with counts beside it; elsewhere nothing. Told how many have ended."""
+    with tqdm(desc=what, total=total, leave=False, disable=None) as bar:
+
+        def tell(ended: int, **counts: int) -> None:
+            bar.set_postfix(counts, refresh=False)
+            bar.update(ended - bar.n)
+
+        yield tell
+
+
+def say(text: str) -> None:
+    """Print a text without harm to a bar that is shown."""
+    with tqdm.external_write_mode():
+        print(text, flush=True)
 
 
 @contextlib.contextmanager

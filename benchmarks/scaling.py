@@ -1,0 +1,153 @@
+"""What many runs cost beside the runs: planning, finding what is done, tables, Ray's scheduling, memory.
+
+    uv run --extra sweep benchmarks/scaling.py                    # 100, 300 and 1,000 records
+
+Records are made up: that of a real run with other settings, seeds and k, none of which is computed. Trials on Ray do
+nothing. Ends with a line a number of records, and what the paper's CIFAR-10 table takes by the committed records;
+docs/scaling.md says what follows from these.
+"""
+
+import argparse
+import contextlib
+import heapq
+import io
+import json
+import os
+from pathlib import Path
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import l2ul  # noqa: F401, I001  # first: it sets the environment before torch is imported
+
+import pandas as pd
+
+from l2ul import cluster, ranges, records, running, sweep
+from l2ul.files import atomic
+from l2ul.parsing import Parser, positive_int
+from l2ul.sweep import Trial
+import main_sweep
+import main_tables
+import main_trials
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "result_data/reference/cifar10_resnet20/runs"
+SEEDS, SIZES, METHODS = 5, (16, 64, 128, 256), ("adv", "adv_imp")  # of each setting: 40 runs
+PAPER = ("neggrad", "rawp", "oracle", "adv", "adv_imp")
+
+
+@running.ending("scaling.py")
+def main() -> None:
+    opts = parse()
+    os.chdir(ROOT)
+    rows = []
+    for count in opts.counts:
+        words = [sys.executable, __file__, "--one", str(count)]  # a process of its own, for its memory
+        rows.append(
+            json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        )
+    found = {"machine": opts.machine, "cpus": os.cpu_count(), "rows": rows, "paper table": paper_table()}
+    with atomic(opts.output) as part:
+        part.write_text(json.dumps(found, indent=1) + "\n")
+    print(pd.DataFrame(rows).to_string(index=False), found["paper table"], sep="\n")
+    print(f"written to {opts.output}")
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__.split("\n")[0], prog="scaling.py")
+    parser.add_argument("--counts", type=positive_int, nargs="+", default=[100, 300, 1000], metavar="N")
+    parser.add_argument("--machine", default="not named", help="what the record calls the machine")
+    parser.add_argument("--output", type=Path, default=Path("result_data/benchmarks/scaling.json"), metavar="PATH")
+    parser.add_argument("--one", type=positive_int, help=argparse.SUPPRESS)
+    opts = parser.parse_args()
+    if opts.one:
+        print(json.dumps(measure(opts.one)))
+        raise SystemExit
+    return opts
+
+
+def measure(count: int) -> dict[str, float]:
+    """Seconds a part, and MiB at the end of it, for so many records."""
+    row = {"records": count}
+
+    def timed(name, function, *arguments):
+        memory, started = mebibytes(), time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = function(*arguments)
+        row[name] = round(time.perf_counter() - started, 3)
+        row[f"{name} MiB"] = round(mebibytes() - memory, 1)
+        return found
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = max(1, count // (SEEDS * len(SIZES) * len(METHODS)))
+        words = ["--method", *METHODS, "--seed", f"0:{SEEDS - 1}:{SEEDS}", "--unlearn-k", *map(str, SIZES)]
+        words += ["--unlearn-lr", f"1e-4:1e-2:log{settings}" if settings > 1 else "1e-3", "--result-dir", folder]
+        bench = main_trials.Bench()
+        asked = main_sweep.parse(words)
+        main_sweep.plan(asked, bench, [next(ranges.product(asked.axes))])  # loads data and classifier
+        trials, _ = timed("plan", main_sweep.plan, asked, bench, ranges.product(asked.axes))
+        make_up(trials, bench)
+        _, pending = timed("find what is done", main_sweep.plan, asked, bench, ranges.product(asked.axes))
+        assert len(pending) == 0
+        timed("tables", main_tables.make, main_tables.parse(["--result-dir", folder]))
+        timed(
+            "tables and figures", main_tables.make, main_tables.parse(["--result-dir", folder, "--figures", "1", "6"])
+        )
+        size = sum(path.stat().st_size for path in (Path(folder) / "runs").iterdir())
+        row |= {"trials": len(trials), "KiB a record": round(size / 2**10 / len(trials), 1)}
+    schedule(count, timed)
+    return row
+
+
+def make_up(trials: list[Trial], bench: main_trials.Bench) -> None:
+    """A record of each trial, as if it had been run: the numbers of a real one."""
+    (path, *_) = sorted(REFERENCE.glob("*.json"))
+    real = json.loads(path.read_text())
+    for trial in trials:
+        bench.record_failure(trial.words, "")
+        file = trial.files[0]
+        record = json.loads(file.record.read_text())
+        record = {key: real.get(key, value) if value is None else value for key, value in record.items()}
+        record |= {key: value for key, value in real.items() if key.startswith(("acc_", "seconds_"))}
+        file.rewrite(record | {"status": "forgotten", "error": None})
+
+
+def schedule(count: int, timed) -> None:
+    """Trials that do nothing, with as many workers as there are cores, which have started before."""
+    place = cluster.Place("operator:is_not", ROOT, ROOT)
+    with cluster.connected(place, cluster.Resources()) as there:
+        there.share({})
+        idle = [Trial((str(number),), "", (), ()) for number in range(count)]
+        list(there.carry_out(idle[: 2 * there.slots()]))
+        timed("schedule", lambda: list(there.carry_out(idle)))
+
+
+def paper_table() -> dict[str, object]:
+    """Hours of 4 k x 5 seeds x 5 methods on so many devices as fast as those of the records, one run on each at a time.
+
+    The median of the committed runs of a method and k; of a k without one, in proportion to the nearest k.
+    """
+    there = (records.read(path) for path in REFERENCE.glob("*.json"))
+    plain = {"goal": "misclassify", "continual_step": None, "retain_sample": None}
+    runs = [run for run in there if all(run.get(key) == value for key, value in plain.items()) and run["bn"] != "eval"]
+    times = sweep.Times(runs)
+    each = {(m, k): times.of(("cifar10", "resnet20", m, k)) for m in PAPER for k in SIZES}
+    found = {"hours a run": {f"{m}, k = {k}": round(seconds / 3600, 4) for (m, k), seconds in each.items()}}
+    for devices in (1, 8, 64):
+        free = [0.0] * devices
+        for seconds in sorted((seconds for seconds in each.values() for _ in range(SEEDS)), reverse=True):
+            heapq.heapreplace(free, free[0] + seconds)
+        found[f"hours on {devices}"] = round(max(free) / 3600, 2)
+    return found
+
+
+def mebibytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+if __name__ == "__main__":
+    main()
