@@ -205,12 +205,16 @@ def called_now(opts: argparse.Namespace, place: Path, device: torch.device) -> l
     return found
 
 
+def parser() -> options.Parser:
+    found = options.Parser(__doc__.split("\n")[0], prog=PROGRAM)
+    for add in (add_classifier, add_request, add_search, add_report, options.add_machine):
+        add(found)
+    return found
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; whatever can be judged without the model is judged here."""
-    parser = options.Parser(__doc__.split("\n")[0], prog=PROGRAM)
-    for add in (add_classifier, add_request, add_search, add_report, options.add_machine):
-        add(parser)
-    opts = parser.parse_args(argv)
+    opts = parser().parse_args(argv)
     if opts.verify:
         return opts
     if not (opts.images and opts.output):
@@ -242,7 +246,7 @@ def check_output(opts: argparse.Namespace) -> None:
 def add_classifier(parser: options.Parser) -> None:
     group = parser.add_argument_group("the classifier")
     text = "hf:NAME, a folder of save_pretrained, torchvision:NAME, resnet20 …, or the --output of an earlier request"
-    options.add(group, "--model", text, metavar="MODEL")
+    options.add(group, "--model", text, metavar="MODEL", default=None)
     text = "its weights, a file; for torchvision:NAME also the name of one of its own sets of weights"
     options.add(group, "--checkpoint", text, metavar="FILE")
     text = "a function that returns a torch module, which gives logits, in place of --model; its code is run"

@@ -239,7 +239,7 @@ def add(group: argparse._ArgumentGroup, flag: str, text: str, **keywords) -> arg
         keywords.setdefault("metavar", "X")
     if name in COMMON_DEFAULTS and "default" not in keywords:
         text += f" {_by_dataset(name)}"
-    elif "default" in keywords and "(default" not in text:
+    elif keywords.get("default") not in (None, []) and "(default" not in text:
         text += f" (default: {_shown(keywords['default'])})"
     return group.add_argument(flag, help=text, **keywords)
 

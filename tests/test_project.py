@@ -11,6 +11,7 @@ from conftest import ROOT
 import pytest
 
 from l2ul import methods, runs, utkface
+import main_forget
 import main_unlearn
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -52,6 +53,12 @@ def test_readme_has_every_flag_and_method_and_no_other():
     assert told == flags
     for name in methods.METHODS:
         assert f"`{name}`" in README
+
+
+def test_readme_has_every_flag_of_a_request_and_no_other():
+    flags = {word for action in main_forget.parser()._actions for word in action.option_strings if word[:2] == "--"}
+    table = README.split("| flag of `main_forget.py` |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(--[a-z-]+)`", table)) - {"--model"} == flags - {"--help", "--model"}
 
 
 def test_readme_commands_name_files_that_exist():
