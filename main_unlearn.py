@@ -2,6 +2,7 @@
 
     python main_unlearn.py                                     # the embedded digits
     python main_unlearn.py --dataset cifar10 --model resnet20 --checkpoint resnet20.th --unlearn-k 16 --seed 0 1 2
+    torchrun --nproc-per-node 8 main_unlearn.py --dataset imagenet --unlearn-k 64    # attack and measure on all GPUs
 
 For every seed, k and method: load → attack → weigh → unlearn → measure → record. A run whose record is in
 result_data/runs is not done again. What the commands gave when last measured: README.md, "Measured".
@@ -16,7 +17,7 @@ import time
 import torch
 from torch import Tensor
 
-from l2ul import attack, evaluate, methods, options, precisions, records, running
+from l2ul import attack, distributed, evaluate, helping, methods, options, precisions, records, running, streaming
 from l2ul import forget as forgetting
 from l2ul.cache import GIB, PREFIX, Cache
 from l2ul.data import Split
@@ -33,15 +34,13 @@ from models import checkpoint
 PROGRAM = "main_unlearn.py"
 
 
-@running.ending(PROGRAM)
+@running.ending(PROGRAM, shared=True)
 def main() -> None:
     opts = parse()
     device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
-    for folder in ("runs", "models") if opts.save_model or opts.continual_step else ("runs",):
-        require_writable(opts.result_dir / folder)
-        remove_parts(opts.result_dir / folder, older_than=time.time() - 3600)
     precisions.use(device, opts.precision)
-    cache = open_cache(opts)
+    streaming.check(opts.decoder, device)
+    cache = open_places(opts) if distributed.is_first() else Cache()
     setup = load(opts, device)
     runs = plan(opts, setup)
     side = setup.classifier.input_side(setup.images.side)
@@ -62,6 +61,15 @@ def main() -> None:
     )
     for run in runs:
         measuring.check(run)
+    if distributed.is_first():
+        carry_out(opts, device, experiment, runs)
+        distributed.call_others(None)
+    else:
+        helping.assist(measuring)
+
+
+def carry_out(opts: argparse.Namespace, device, experiment: Experiment, runs: list[Run]) -> None:
+    """Do and record what is not on record yet, or for a dry run list it."""
     to_measure = [run for run in runs if not opts.rerun and experiment.can_be_measured(run)]
     pending = [run for run in runs if run not in to_measure and (opts.rerun or not experiment.is_done(run))]
     announce(opts, device, runs, pending, to_measure)
@@ -124,8 +132,11 @@ def check_evaluations(opts: argparse.Namespace) -> None:
             raise InputError(f"--{flag} is given, but nothing is measured against it; add {use}")
 
 
-def open_cache(opts: argparse.Namespace) -> Cache:
-    """Where results that would come out the same again are kept; nowhere where that folder cannot be written to."""
+def open_places(opts: argparse.Namespace) -> Cache:
+    """See that records can be written; the cache, which keeps nothing where its folder cannot be written to."""
+    for folder in ("runs", "models") if opts.save_model or opts.continual_step else ("runs",):
+        require_writable(opts.result_dir / folder)
+        remove_parts(opts.result_dir / folder, older_than=time.time() - 3600)
     if opts.no_cache:
         return Cache()
     try:
@@ -151,7 +162,8 @@ def load(opts: argparse.Namespace, device) -> Setup:
     for note in images.notes:
         print(note)
     images = images.to(device)
-    classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std).to(device)
+    with distributed.first_ahead():  # which may download them
+        classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std).to(device)
     evaluate.check_fit(classifier, images.train.images, images.num_classes)
     evaluate.check_trained_on(images, told_by(classifier), classifier.source)
     sample = opts.retain_sample
@@ -165,6 +177,7 @@ def load(opts: argparse.Namespace, device) -> Setup:
         {
             "checkpoint": Path(path).name if path else None,
             "forget_dir": opts.forget_dir.name if opts.forget_dir else None,
+            **({"decoder": opts.decoder} if opts.decoder != "cpu" else {}),
         },
         models.saved_suffix(classifier),
     )

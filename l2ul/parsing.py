@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import math
 import sys
 
+from l2ul import distributed
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser that takes `_` for `-` in every flag, and says what is wrong in one sentence."""
@@ -19,6 +21,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         return super().parse_known_args([_dashed(word) for word in (sys.argv[1:] if args is None else args)], namespace)
+
+    def exit(self, status: int = 0, message: str | None = None):
+        super().exit(status, message if distributed.is_first() else None)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
