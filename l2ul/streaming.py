@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 import hashlib
 import os
+from pathlib import Path
 import warnings
 
 from PIL import Image
@@ -115,7 +116,7 @@ class _Encoded(Dataset):
         try:
             with Image.open(file) as image:  # the head of the file alone
                 if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                    return io.read_file(file)
+                    return torch.frombuffer(bytearray(Path(file).read_bytes()), dtype=torch.uint8)
             return v2.functional.pil_to_tensor(datasets.folder.pil_loader(file))
         except (OSError, RuntimeError) as error:
             raise _unreadable(file, error) from None
