@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from l2ul.errors import InputError
+
 PATIENCE = timedelta(days=30)  # the others wait while the first unlearns; torchrun itself sees which of them die
 LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -21,10 +23,11 @@ _store: list[dist.Store] = []  # what all processes can write to, however they e
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def joined(shared: bool = True) -> Iterator[None]:
     """Inside the block the processes that torchrun started are one group, of which only the first prints.
 
-    NCCL between CUDA GPUs, gloo between CPUs, and for what is no tensor on a GPU.
+    NCCL between CUDA GPUs, gloo between CPUs, and for what is no tensor on a GPU. Raises InputError in all of several
+    processes where what they do cannot be `shared`.
     """
     if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
         yield
@@ -35,6 +38,8 @@ def joined() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), **options)
     _store[:] = [dist.PrefixStore("l2ul", store)]
+    if size > 1 and not shared:
+        raise InputError("torchrun started it in several processes, but it is for one; start it without torchrun")
     with contextlib.ExitStack() as stack:
         if rank:
             silence = stack.enter_context(open(os.devnull, "w"))

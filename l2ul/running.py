@@ -107,11 +107,7 @@ def ending(
              end early says why, once, and torchrun ends the others
     """
     try:
-        with distributed.joined():
-            if distributed.size() > 1 and not shared:
-                raise InputError(
-                    "torchrun started it in several processes, but it is for one; start it without torchrun"
-                )
+        with distributed.joined(shared):
             yield
     except InputError as error:
         # a loader's worker hands its error on with a traceback before it
