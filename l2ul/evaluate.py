@@ -66,7 +66,8 @@ def logits(
 ) -> Iterator[Tensor]:
     """The logits (n, C) of one batch of the images after the other; options as of `predict`, on the CPU by default.
 
-    `shared`: of this process's batches alone. In eval mode, to be gone through to the end, or closed: until then layers are folded.
+    `shared`: of this process's batches alone. In eval mode, to be gone through to the end, or closed: until then layers
+    are folded.
     """
     device = next(model.parameters()).device
     sample = as_pixels(images[torch.tensor([0])])
