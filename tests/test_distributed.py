@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 from conftest import CLASSES, FAST, ROOT, TinyNet, tiny_net
+from PIL import Image
 from processes import together
 import pytest
 import torch
@@ -20,6 +21,7 @@ from l2ul.cache import Cache
 from l2ul.data import Split
 from l2ul.errors import Diverged, InputError
 from l2ul.pretrain import Recipe
+from l2ul.streaming import FolderImages
 import main_unlearn
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="forks, on CPUs")
@@ -88,7 +90,8 @@ def fit(net, images, labels, state_file, resume=False, recipe=RECIPE, dies=None)
 
     split = Split(images, labels)
     options = {"state_file": state_file, "resume": resume, "on_epoch": on_epoch, "test_batch_size": 7}
-    return model.state_dict(), pretrain.fit(model, split, split, recipe, seed=0, **options)
+    rows = pretrain.fit(model, split, split, recipe, seed=0, **options)
+    return model.state_dict(), rows
 
 
 def same(one, other, tolerance=0.0):
@@ -108,6 +111,25 @@ def test_a_net_without_batch_norm_gets_the_weights_of_one_process(trained, tmp_p
         assert same(state, found[0][0])
         assert [row["loss"] for row in own_rows] == pytest.approx([row["loss"] for row in rows], abs=1e-6)
         assert [row["acc"] for row in own_rows] == [row["acc"] for row in rows]
+
+
+def fit_folder(images, labels, state_file):
+    model, split = plain_net(), Split(images, labels)
+    pretrain.fit(model, split, split, RECIPE, seed=0, state_file=state_file, workers=1)
+    return model.state_dict()
+
+
+def test_images_on_disk_are_decoded_in_parts_and_train_the_same_net(tmp_path):
+    pixels = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    files, labels = [str(tmp_path / f"{number}.png") for number in range(20)], torch.arange(20) % CLASSES
+    for file, image in zip(files, pixels, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+    images = FolderImages(files, 8, 8)
+    expected = fit(plain_net, pixels, labels, tmp_path / "tensor.pt")[0]
+    assert same(fit_folder(images, labels, tmp_path / "folder.pt"), expected)
+    codes, found, *_ = together(tmp_path / "all", 2, joined(fit_folder), images, labels, tmp_path / "many.pt")
+    assert codes == [0, 0]
+    assert all(same(state, expected, 1e-6) for state in found)
 
 
 def test_batch_norm_ends_with_the_same_statistics_everywhere(trained, tmp_path):
