@@ -6,9 +6,9 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from l2ul import data, evaluate, forget, options, pretrain, running, seeds, tracking
+from l2ul import data, distributed, evaluate, forget, options, pretrain, running, seeds, streaming, tracking
 from l2ul.errors import InputError
 from l2ul.files import require_writable
 from l2ul.parsing import nonnegative_float, nonnegative_int, positive_float, positive_int
@@ -29,7 +29,8 @@ def main(
 
     `by_grouping` has the values of the recipe that depend on the age grouping, of UTKFace.
     """
-    with running.ending(program, "give the same command with --resume to go on after the last finished epoch"):
+    again = "give the same command with --resume to go on after the last finished epoch"
+    with running.ending(program, again, shared=True):
         parser = options.Parser(description, prog=program)
         options.add_data(parser, dataset=dataset, model=model)
         add_flags(parser, recipe, by_grouping or {})
@@ -82,6 +83,7 @@ def add_flags(parser: options.Parser, recipe: pretrain.Recipe, by_grouping: dict
 
 def train(opts, recipe: pretrain.Recipe) -> None:
     device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
+    streaming.check(opts.decoder, device)
     output = opts.output or checkpoint.candidates(options.data_label(opts), opts.model, opts.data_dir)[0]
     if output.suffix != ".safetensors":
         raise InputError(f"--output is {output}; expected a name that ends in .safetensors")
@@ -93,17 +95,36 @@ def train(opts, recipe: pretrain.Recipe) -> None:
     described |= images.facts | dataclasses.asdict(recipe)
     described |= {"excluded": excluded.tolist()} if excluded is not None else {}
     described |= {"train_sha256": images.train_sha256} if images.train_sha256 else {}
-    if output.exists() and not opts.rerun:
-        refuse_others(output, described)
+    if distributed.decided(lambda: is_there(output, described, opts.rerun)):
         print(f"{output} exists already; --rerun trains it again")
         return
-    require_writable(output.parent)
-    tracker = tracking.open_tracker(opts.tracker, output.with_suffix(""))
     describe(images)
     if excluded is not None:
         kept = evaluate.complement(excluded, len(images.train))
         images = dataclasses.replace(images, train=images.train.subset(kept))
     images = images.to(device)
+    classifier = fit(opts, recipe, images, excluded, output)
+    how = {"batch_size": opts.test_batch_size, "workers": opts.workers, "shared": True}
+    found = evaluate.predict(classifier, images.test.images, **how)
+    accuracy = evaluate.accuracy(found, images.test.labels.cpu())
+    if distributed.is_first():
+        models.save(classifier, output, described | {"acc_test": accuracy})
+        state_file(output).unlink(missing_ok=True)
+    print(f"D_test {accuracy:.2f} %: {output}")
+
+
+def is_there(output: Path, described: dict[str, object], rerun: bool) -> bool:
+    """Whether there is nothing to do; InputError where other weights are in the way, or none can be written."""
+    if output.exists() and not rerun:
+        refuse_others(output, described)
+        return True
+    require_writable(output.parent)
+    return False
+
+
+def fit(opts, recipe: pretrain.Recipe, images: data.Images, excluded: Tensor | None, output: Path) -> nn.Module:
+    """A net of its first weights, trained; what is needed to go on is beside the output."""
+    device = images.train.labels.device
     with seeds.drawing(device, opts.seed, "first weights"):
         classifier = models.build(opts.model, images.num_classes, opts.mean, opts.std).to(device)
     identity = {
@@ -114,7 +135,7 @@ def train(opts, recipe: pretrain.Recipe) -> None:
         "train_sha256": images.train_sha256,
         "num_train": len(images.train),
     } | images.facts
-    state_file = output.with_suffix(".training.pt")
+    tracker = tracking.open_tracker(opts.tracker if distributed.is_first() else None, output.with_suffix(""))
     held_out = "validation" if images.validation else "D_test"
 
     def report(row: dict[str, float]) -> None:
@@ -128,18 +149,20 @@ def train(opts, recipe: pretrain.Recipe) -> None:
             images.validation or images.test,
             recipe,
             seed=opts.seed,
-            state_file=state_file,
+            state_file=state_file(output),
             identity=identity,
             resume=opts.resume,
             test_batch_size=opts.test_batch_size,
+            workers=opts.workers,
             on_epoch=report,
             progress=advance,
         )
-    found = evaluate.predict(classifier, images.test.images, batch_size=opts.test_batch_size, workers=opts.workers)
-    accuracy = evaluate.accuracy(found, images.test.labels.cpu())
-    models.save(classifier, output, described | {"acc_test": accuracy})
-    state_file.unlink(missing_ok=True)
-    print(f"D_test {accuracy:.2f} %: {output}")
+    return classifier
+
+
+def state_file(output: Path) -> Path:
+    """Where the state of a training is kept until it ends."""
+    return output.with_suffix(".training.pt")
 
 
 def left_out(opts, num_images: int) -> Tensor | None:

@@ -3,8 +3,10 @@
     python main_pretrain_cifar100_resnet50.py
     python main_pretrain_cifar100_resnet50.py --schedule onecycle --lr 0.1 --epochs 30 --precision bf16
     python main_pretrain_cifar100_resnet50.py --exclude forget.txt
+    torchrun --nproc-per-node 8 main_pretrain_cifar100_resnet50.py
 
-The first is the released recipe, the second a shorter one, the third a reference that never saw some images.
+The first is the released recipe, the second a shorter one, the third a reference that never saw some images, the
+last is trained by eight GPUs.
 Accuracy reached and time taken: not measured yet.
 """
 

@@ -2,6 +2,7 @@
 
     python main_unlearn.py                                     # the embedded digits
     python main_unlearn.py --dataset cifar10 --model resnet20 --checkpoint resnet20.th --unlearn-k 16 --seed 0 1 2
+    torchrun --nproc-per-node 8 main_unlearn.py --dataset imagenet --unlearn-k 64    # attack and measure on all GPUs
 
 For every seed, k and method: load → attack → weigh → unlearn → measure → record. A run whose record is in
 result_data/runs is not done again. What the commands gave when last measured: README.md, "Measured".
@@ -16,7 +17,7 @@ import time
 import torch
 from torch import Tensor
 
-from l2ul import attack, evaluate, methods, options, precisions, records, running
+from l2ul import attack, distributed, evaluate, helping, methods, options, precisions, records, running, streaming
 from l2ul import forget as forgetting
 from l2ul.cache import GIB, PREFIX, Cache
 from l2ul.data import Images, Split
@@ -33,16 +34,28 @@ from models import checkpoint
 PROGRAM = "main_unlearn.py"
 
 
-@running.ending(PROGRAM)
+@running.ending(PROGRAM, shared=True)
 def main() -> None:
     opts = parse()
     device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
-    open_results(opts)
     precisions.use(device, opts.precision)
-    cache = open_cache(opts)
+    streaming.check(opts.decoder, device)
+    cache = Cache()
+    if distributed.is_first():
+        open_results(opts)
+        cache = open_cache(opts)
     setup = load(opts, device)
     runs = plan(opts, setup)
     experiment = prepare(opts, setup, runs, device, cache)
+    if distributed.is_first():
+        carry_out(opts, device, experiment, runs)
+        distributed.call_others(None)
+    else:
+        helping.assist(experiment.measuring)
+
+
+def carry_out(opts: argparse.Namespace, device, experiment: Experiment, runs: list[Run]) -> None:
+    """Do and record what is not on record yet, or for a dry run list it."""
     pending, to_measure = to_do(opts, experiment, runs)
     announce(opts, device, runs, pending, to_measure)
     if opts.dry_run:
@@ -138,7 +151,8 @@ def load(opts: argparse.Namespace, device, images: Images | None = None) -> Setu
     for note in images.notes:
         print(note)
     images = images.to(device)
-    classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std).to(device)
+    with distributed.first_ahead():  # which may download them
+        classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std).to(device)
     evaluate.check_fit(classifier, images.train.images, images.num_classes)
     evaluate.check_trained_on(images, told_by(classifier), classifier.source)
     return set_up(opts, images, classifier, Path(path).name if path else None)
@@ -154,7 +168,11 @@ def set_up(opts: argparse.Namespace, images: Images, classifier: models.Classifi
         {name: getattr(opts, name) for name in HYPER_PARAMETERS},
         opts.result_dir,
         sample if sample and sample < len(images.train) else None,
-        {"checkpoint": weights, "forget_dir": opts.forget_dir.name if opts.forget_dir else None},
+        {
+            "checkpoint": weights,
+            "forget_dir": opts.forget_dir.name if opts.forget_dir else None,
+            **({"decoder": opts.decoder} if opts.decoder != "cpu" else {}),
+        },
         models.saved_suffix(classifier),
     )
 

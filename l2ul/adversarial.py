@@ -1,13 +1,14 @@
 """D_adv of a run: what of it is in the cache is taken from there, the rest is made, kept as asked for, and cached."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from l2ul import Progress, attack, evaluate, storage
+from l2ul import Progress, attack, distributed, evaluate, storage
 from l2ul.cache import Cache, circumstances, fingerprint
 from l2ul.files import tensors_sha256
 from l2ul.folding import Pair
@@ -90,26 +91,59 @@ class Attack:
         """D_adv of images (k, 3, H, W), labels (k,), of which the first has this position in D_f.
 
         On a CPU, bit by bit what it would be without the cache. Progress counts pairs times steps. A process that is
-        stopped loses what it did for a few images.
+        stopped loses what it did for a few images. The processes of a torchrun share the work, see `helping`; the
+        first has the whole set.
         """
         keys = self._keys(model, images, labels, first_position)
         aims = attack.random_targets(labels, self.num_classes, self.num_adv_images, self.seed, first_position)
         made = self._empty(images, aims)
         missing = made.take(dict(enumerate(keys)), cache)
         sizes = [made.batch_size]
-        if missing:
-            with cache.making(keys[0]):  # or wait for another process that is at it
-                missing = made.take(missing, cache)
-                progress((len(keys) - len(missing)) * self.num_adv_images * self.steps)
-                for start, stop in _stretches(list(missing), max(1, made.batch_size // self.num_adv_images)):
-                    some = images[start:stop], labels[start:stop], first_position + start
-                    for place, part in enumerate(self._attack(model, *some, sizes, pairs, progress), start):
-                        made.store(place, part)
-                        cache.put(keys[place], part)
-                    cache.trim()
-        else:
+        if not missing:
             progress(len(aims) * self.steps)
-        return replace(made, batch_size=sizes[-1])
+            return replace(made, batch_size=sizes[-1])
+        with cache.making(keys[0]):  # or wait for another command that is at it
+            missing = made.take(missing, cache)
+            progress((len(keys) - len(missing)) * self.num_adv_images * self.steps)
+            work = Work(images, labels, first_position, self._stretches(list(missing), made.batch_size), pairs)
+            distributed.call_others("attack", self, distributed.state(model), work.on(torch.device("cpu")), sizes)
+            for number, (start, parts) in enumerate(self._shares(model, work, sizes, progress)):
+                for place, part in enumerate(parts, start):
+                    made.store(place, part)
+                    cache.put(keys[place], part)
+                    if number % distributed.size():  # of another process, which shows nothing
+                        progress(self.num_adv_images * self.steps)
+                cache.trim()
+            return replace(made, batch_size=min(distributed.collected(sizes[-1])))
+
+    def assist(self, model: nn.Module, work: "Work", sizes: list[int]) -> None:
+        """Of the other processes of a torchrun: their part of what `make` has called for, sent to the first."""
+        for _ in self._shares(model, work, sizes, lambda count: None):
+            pass
+        distributed.collected(sizes[-1])
+
+    def _stretches(self, missing: list[int], batch_size: int) -> list[tuple[int, int]]:
+        """The images to attack, a few at a time: no more than a batch has room for, and some for every process."""
+        share = math.ceil(len(missing) / distributed.size()) if distributed.size() > 1 else len(missing)
+        return list(_stretches(missing, max(1, min(batch_size // self.num_adv_images, share))))
+
+    def _shares(
+        self, model: nn.Module, work: "Work", sizes: list[int], progress: Progress
+    ) -> Iterator[tuple[int, Iterable[dict[str, Tensor]]]]:
+        """Of each stretch the place of its first image and what the cache keeps of its images; to the first process.
+
+        Each process takes one of the next stretches, and all hand over what they made before any takes another.
+        """
+        for turn in range(0, len(work.stretches), distributed.size()):
+            found, own = None, turn + distributed.rank()
+            if own < len(work.stretches):
+                start, stop = work.stretches[own]
+                some = work.images[start:stop], work.labels[start:stop], work.first_position + start
+                parts = self._attack(model, *some, sizes, work.pairs, progress)
+                if distributed.size() > 1:
+                    parts = [{name: tensor.cpu() for name, tensor in part.items()} for part in parts]
+                found = start, parts
+            yield from filter(None, distributed.collected(found))
 
     def _empty(self, images: Tensor, targets: Tensor) -> Adversarial:
         """Room for everything, made whole at once: small tensors between large ones keep memory from shrinking."""
@@ -167,6 +201,23 @@ class Attack:
             shared | {"image": tensors_sha256({"": image}), "label": label, "position": first_position + place}
             for place, (image, label) in enumerate(zip(images, labels.tolist(), strict=True))
         ]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What of a D_f is to be attacked: images (k, 3, H, W) and labels (k,), of which the first has this position.
+
+    stretches  place of the first image of each few, and of the one after the last; pairs of layers to fold
+    """
+
+    images: Tensor
+    labels: Tensor
+    first_position: int
+    stretches: list[tuple[int, int]]
+    pairs: list[Pair]
+
+    def on(self, device: torch.device) -> "Work":
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 def _stretches(places: list[int], longest: int) -> Iterator[tuple[int, int]]:

@@ -6,7 +6,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from l2ul import seeds
 from l2ul.data import FolderImages, Split, as_pixels
@@ -85,7 +84,7 @@ def shuffled(split: Split, batch_size: int, generator: torch.Generator, workers:
     """Batches of a set, once through it in a new order; images on disk are decoded by so many workers."""
     order = torch.randperm(len(split), generator=generator).split(batch_size)
     if isinstance(split.images, FolderImages):
-        found = DataLoader(split.images, batch_sampler=[part.tolist() for part in order], num_workers=workers)
+        found = split.images.loader(order, split.labels.device, workers)
     else:
         found = (split.images[part] for part in order)
     for indices, images in zip(order, found, strict=True):

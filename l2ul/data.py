@@ -3,60 +3,22 @@
 from collections.abc import Callable, Iterator
 import contextlib
 from dataclasses import dataclass, field, replace
-import hashlib
-import os
 from pathlib import Path
 import socket
 
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
-from torchvision.transforms import v2
 
-from l2ul import ProgressBar
+from l2ul import ProgressBar, distributed
 from l2ul.errors import InputError
 from l2ul.files import tensors_sha256
 from l2ul.storage import DiskImages
+from l2ul.streaming import PREFETCH, FolderImages
 
 LARGE = 64  # pixels a side; larger images are taken fewer at once
 WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # the 1,000 classes of ImageNet-1k, in order
-
-
-class FolderImages(Dataset):
-    """Images that stay on disk, decoded when asked for: `images[indices]` is uint8 (n, 3, size, size).
-
-    The short side is resized to `short_side`, by default 8/7 of `size` (256 for 224), then the centre cut out, as
-    ImageNet classifiers are tested.
-    """
-
-    def __init__(self, files: list[str], size: int, short_side: int | None = None):
-        self.files, self.size = files, size
-        self.short_side = short_side or round(size * 8 / 7)
-        self.read = v2.Compose([v2.Resize(self.short_side), v2.CenterCrop(size), v2.PILToTensor()])
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def sha256(self) -> str:
-        """Hex hash of the files' names, sizes and times of change, and of how they are cut."""
-        digest = hashlib.sha256(f"{self.size} {self.short_side}".encode())
-        for file in self.files:
-            try:
-                told = os.stat(file)
-            except OSError as error:
-                raise InputError(f"cannot read the image {file} ({error.strerror}); mend or remove it") from None
-            digest.update(f"{file} {told.st_size} {told.st_mtime_ns}".encode())
-        return digest.hexdigest()
-
-    def __getitem__(self, index: int | Tensor) -> Tensor:
-        if isinstance(index, Tensor) and index.ndim:
-            return torch.stack([self[i] for i in index.tolist()])
-        try:
-            return self.read(datasets.folder.pil_loader(self.files[index]))
-        except OSError as error:
-            raise InputError(f"cannot read the image {self.files[index]} ({error}); mend or remove it") from None
 
 
 @dataclass(frozen=True)
@@ -87,8 +49,7 @@ class Split:
     def subset(self, indices: Tensor) -> "Split":
         """The images at `indices`, in that order."""
         if isinstance(self.images, FolderImages):
-            files = [self.images.files[i] for i in indices.tolist()]
-            return Split(FolderImages(files, self.images.size, self.images.short_side), self.labels[indices])
+            return Split(self.images.subset(indices), self.labels[indices])
         return Split(self.images[indices], self.labels[indices])
 
     def to(self, device: torch.device) -> "Split":
@@ -146,15 +107,24 @@ def default_batch_size(sizes: dict[str, tuple[int, int]], device: torch.device, 
 
 
 def batches(
-    images: Tensor | FolderImages | DiskImages, batch_size: int, device: torch.device, workers: int = 0
+    images: Tensor | FolderImages | DiskImages,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    shared: bool = False,
 ) -> Iterator[Tensor]:
-    """All images in order, as float batches (n, 3, H, W) in [0,1] on the device."""
+    """All images in order, as float batches (n, 3, H, W) in [0,1] on the device.
+
+    `shared` under torchrun: each process gets some of the batches, which are the same for any number of processes.
+    """
+    every = torch.arange(len(images)).split(batch_size)
+    part = distributed.shard(len(every)) if shared else slice(None)
     if isinstance(images, Tensor):
-        source = images.split(batch_size)
+        source = images.split(batch_size)[part]
     elif isinstance(images, DiskImages):
-        source = (images[part] for part in torch.arange(len(images)).split(batch_size))
+        source = (images[indices] for indices in every[part])
     else:
-        source = DataLoader(images, batch_size, num_workers=workers, pin_memory=device.type == "cuda")
+        source = images.loader(every[part], device, workers)
     for batch in source:
         yield as_pixels(batch.to(device, non_blocking=device.type == "cuda"))
 
@@ -173,20 +143,24 @@ def load(
     whole_train: bool = False,
     workers: int = 0,
     download: bool = True,
+    prefetch: int = PREFETCH,
+    decoder: str = "cpu",
     progress: ProgressBar | None = None,
 ) -> Images:
     """The data set called `name`: `digits`, `cifar10`, `cifar100`, `utkface`, or a folder of images in `data_dir`.
 
     A folder `<data_dir>/<name>` must hold `train` and `val` (or `test`), each with one folder a class; its images are
     cut to (image_size, image_size), by default 224. Of `imagenet` the folders' names decide the classes, 1,000 of them
-    even where some are absent. UTKFace takes age_grouping, split_seed, whole_train, workers and progress, see utkface.
+    even where some are absent; prefetch and decoder are how they are read, see FolderImages. UTKFace takes
+    age_grouping, split_seed, whole_train, workers and progress, see utkface.
     Raises InputError where there is no such data set or it cannot be had.
     """
     options = {"image_size": image_size, "age_grouping": age_grouping, "split_seed": split_seed}
     options |= {"whole_train": whole_train, "workers": workers, "download": download, "progress": progress}
+    options |= {"prefetch": prefetch, "decoder": decoder}
     if name in LOADERS:
         return LOADERS[name](Path(data_dir), **options)
-    return _image_folder(name, Path(data_dir) / name, image_size or 224)
+    return _image_folder(name, Path(data_dir) / name, image_size or 224, prefetch=prefetch, decoder=decoder)
 
 
 def dataset(name: str) -> Callable[[Loader], Loader]:
@@ -215,9 +189,10 @@ def _load_cifar100(data_dir: Path, *, download: bool, **options) -> Images:
 
 
 @dataset("utkface")
-def _load_utkface(data_dir: Path, *, age_grouping: str, image_size: int | None, download: bool, **options) -> Images:
+def _load_utkface(data_dir: Path, *, age_grouping: str, image_size: int | None, **options) -> Images:
     from l2ul import utkface
 
+    options = {name: options[name] for name in ("split_seed", "whole_train", "workers", "progress")}
     return utkface.load(data_dir, age_grouping, image_size=image_size or 128, **options)
 
 
@@ -237,7 +212,7 @@ def _digits() -> Images:
 def _cifar(name: str, kind: type[datasets.CIFAR10], data_dir: Path, download: bool) -> Images:
     folder = data_dir / kind.base_folder
     try:
-        with _short_patience():
+        with _short_patience(), distributed.first_ahead():
             parts = [kind(str(data_dir), train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise InputError(
@@ -262,7 +237,7 @@ def _short_patience(seconds: float = 30) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _image_folder(name: str, folder: Path, size: int) -> Images:
+def _image_folder(name: str, folder: Path, size: int, **reading) -> Images:
     if not (folder / "train").is_dir():
         raise InputError(
             f"there is no data set {name!r}: expected {', '.join(LOADERS)}, or the name of a folder of images with "
@@ -283,7 +258,8 @@ def _image_folder(name: str, folder: Path, size: int) -> Images:
             expected = "an ImageNet-1k class, n01440764 …" if name == "imagenet" else f"one that is in {train.root}"
             raise InputError(f"{where} has a class {unknown[0]!r}; expected {expected}: rename or remove its folder")
     splits = [
-        Split(FolderImages([file for file, _ in part.samples], size), _labels(part, classes)) for part in (train, test)
+        Split(FolderImages([file for file, _ in part.samples], size, **reading), _labels(part, classes))
+        for part in (train, test)
     ]
     return Images(name, len(classes), classes, *splits, facts={"image_size": size})
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from l2ul import Progress, data
+from l2ul import Progress, data, distributed
 from l2ul.data import FolderImages, Images, as_pixels, batches
 from l2ul.errors import Diverged, InputError
 from l2ul.folding import Pair, foldable, folded
@@ -27,6 +27,7 @@ def predict(
     batch_size: int | None = None,
     workers: int = 0,
     pairs: list[Pair] | None = None,
+    shared: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
     """The class (N,) int64, on the CPU, that the model gives each image, in eval mode.
@@ -34,15 +35,19 @@ def predict(
     images      uint8 or float in [0,1]
     batch_size  images measured at once, by default `default_batch_size`
     pairs       of layers to fold, by default those that `folding.foldable` finds
+    shared      all processes of a torchrun ask this of the same model: each looks at some of the batches, and gets all
+                classes, which are those that one process would find
 
     Raises Diverged if any logit is not finite: argmax would call those a class.
     """
-    found = []
-    for part in logits(model, images, batch_size=batch_size, workers=workers, pairs=pairs, on_device=True):
+    found = [torch.empty(0, dtype=torch.int64, device=next(model.parameters()).device)]
+    options = {"batch_size": batch_size, "workers": workers, "pairs": pairs, "shared": shared, "on_device": True}
+    for part in logits(model, images, **options):
         found.append(torch.where(part.isfinite().all(1), part.argmax(1), -1))
         if progress:
-            progress(len(part))
-    classes = torch.cat(found).cpu()
+            progress(len(part) * (distributed.size() if shared else 1))
+    classes = torch.cat(found)
+    classes = distributed.joint(classes) if shared else classes.cpu()
     if (classes < 0).any():
         raise Diverged(f"{int((classes < 0).sum())} of {len(classes)} images got logits that are not finite")
     return classes
@@ -56,11 +61,13 @@ def logits(
     batch_size: int | None = None,
     workers: int = 0,
     pairs: list[Pair] | None = None,
+    shared: bool = False,
     on_device: bool = False,
 ) -> Iterator[Tensor]:
     """The logits (n, C) of one batch of the images after the other; options as of `predict`, on the CPU by default.
 
-    In eval mode, to be gone through to the end, or closed: until then layers are folded.
+    `shared`: of this process's batches alone. In eval mode, to be gone through to the end, or closed: until then layers
+    are folded.
     """
     device = next(model.parameters()).device
     sample = as_pixels(images[torch.tensor([0])])
@@ -69,7 +76,7 @@ def logits(
     if batch_size is None:
         batch_size = default_batch_size(device, sample.shape[-1])
     with folded(model, pairs):
-        for batch in batches(images, batch_size, device, workers):
+        for batch in batches(images, batch_size, device, workers, shared):
             found = model(batch)
             yield found if on_device else found.cpu()
 

@@ -38,8 +38,11 @@ class ForgetSet:
 
     @property
     def split(self) -> Split:
-        """The images and the labels to get away from."""
-        return self.source.subset(self.positions)
+        """The images and the labels to get away from. What is unlearned and what is measured are the same pixels."""
+        found = self.source.subset(self.positions)
+        if isinstance(found.images, FolderImages):
+            found.images.decoder = "cpu"
+        return found
 
     @property
     def indices(self) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from l2ul import data, evaluate, running, seeds
+from l2ul import data, distributed, evaluate, running, seeds
 from l2ul.cache import Cache, circumstances, fingerprint
 from l2ul.data import as_pixels
 from l2ul.errors import InputError
@@ -141,10 +141,15 @@ class Measuring:
         return {"train": train, "test": self.setup.images.test}
 
     def predict(self, model: nn.Module, what: str) -> Predictions:
-        """The model's classes for what stands for D_r and for the test images, in one pass."""
+        """The model's classes for what stands for D_r and for the test images, in one pass.
+
+        Each process of a torchrun looks at some of the images, once the first has called the others, see `helping`.
+        """
         started = running.clock(self.device)
+        distributed.call_others("predict", distributed.state(model))
         with running.progress(what, sum(map(len, self._splits.values()))) as advance:
-            found = {part: self.classes(model, split.images, advance) for part, split in self._splits.items()}
+            options = self._pass | {"shared": True, "progress": advance}
+            found = {part: evaluate.predict(model, split.images, **options) for part, split in self._splits.items()}
         return Predictions(**found, seconds=running.clock(self.device) - started)
 
     def before(self) -> Predictions:
@@ -175,14 +180,9 @@ class Measuring:
             self._known[key] = compute()
         return self._known[key]
 
-    def classes(
-        self,
-        model: nn.Module,
-        images: Tensor | data.FolderImages | DiskImages,
-        advance: Callable[[int], object] | None = None,
-    ) -> Tensor:
+    def classes(self, model: nn.Module, images: Tensor | data.FolderImages | DiskImages) -> Tensor:
         """The classes (N,), on the CPU, that the model gives the images."""
-        return evaluate.predict(model, images, **self._pass, progress=advance)
+        return evaluate.predict(model, images, **self._pass)
 
     @property
     def _pass(self) -> dict[str, object]:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from l2ul import course, data, defaults, evaluations, methods, objective, unlearn
+from l2ul import course, data, defaults, evaluations, methods, objective, streaming, unlearn
 from l2ul.defaults import COMMON_DEFAULTS, DEFAULTS, default
 from l2ul.errors import InputError
 from l2ul.parsing import Parser, finite_float, nonnegative_float, nonnegative_int, positive_float, positive_int, setting
@@ -40,6 +40,8 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
     add(group, "--age-grouping", "classes of utkface", choices=tuple(AGE_GROUPINGS), default="TNN")
     add(group, "--split-seed", "of the split of utkface", type=nonnegative_int, default=0)
     add(group, "--workers", "processes that decode images of a folder", type=nonnegative_int, default=2)
+    add(group, "--prefetch", "batches that each of them decodes ahead", type=positive_int, default=streaming.PREFETCH)
+    add(group, "--decoder", "of such images; gpu: nvJPEG, on a CUDA GPU", choices=streaming.DECODERS, default="cpu")
     add(
         group,
         "--model",
@@ -268,6 +270,8 @@ def load_data(options: argparse.Namespace, whole_train: bool = False) -> data.Im
         split_seed=options.split_seed,
         whole_train=whole_train,
         workers=options.workers,
+        prefetch=options.prefetch,
+        decoder=options.decoder,
         progress=progress,
     )
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Container, Sequence
 import math
 import sys
 
-from l2ul import ranges
+from l2ul import distributed, ranges
 from l2ul.errors import InputError
 
 
@@ -22,6 +22,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         return super().parse_known_args([_dashed(word) for word in (sys.argv[1:] if args is None else args)], namespace)
+
+    def exit(self, status: int = 0, message: str | None = None):
+        super().exit(status, message if distributed.is_first() else None)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

@@ -1,6 +1,6 @@
 """Training a classifier from scratch: what there is to unlearn, and the retrained reference that never saw D_f."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import math
 from pathlib import Path
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from l2ul import Progress, evaluate, precisions, seeds
-from l2ul.data import Split, as_pixels
+from l2ul import Progress, distributed, evaluate, precisions, seeds
+from l2ul.data import FolderImages, Split, as_pixels
 from l2ul.errors import Diverged, InputError
 from l2ul.files import atomic
 
@@ -48,6 +48,7 @@ def fit(
     identity: dict[str, object] | None = None,
     resume: bool = False,
     test_batch_size: int = 256,
+    workers: int = 0,
     on_epoch: Callable[[dict[str, float]], object] | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, float]]:
@@ -55,9 +56,12 @@ def fit(
 
     Crops have the size of the images held out, which may be smaller than the training images.
     `identity` is what else decides the result (net, data set, images left out): plain values, kept with the state.
-    After each epoch all state is in `state_file`, whole or the epoch before's; `resume` goes on from there and ends
-    with the same weights as a run that was never stopped. Raises InputError where the file belongs to another recipe
-    or the precision has no GPU, Diverged where the loss is no longer finite.
+    `workers` decode images that are on disk. After each epoch all state is in `state_file`, whole or the epoch
+    before's; `resume` goes on from there and ends with the same weights as a run that was never stopped.
+    Under torchrun each process takes its part of the same batches, cropped in the same way, and all end with the same
+    weights; dropout is drawn by each for itself.
+    Raises InputError where the file belongs to another recipe or the precision has no GPU, Diverged where the loss is
+    no longer finite.
     """
     device = train.labels.device
     precisions.use(device, recipe.precision)
@@ -65,17 +69,23 @@ def fit(
     optimizer = _optimizer(model, recipe)
     scheduler = _scheduler(optimizer, recipe, len(train))
     settings = dataclasses.asdict(recipe) | {"seed": seed} | (identity or {})
-    history, best = _restore(state_file, settings, model, optimizer, scheduler) if resume else ([], None)
-    crop = held_out.side
+    state = distributed.decided(lambda: _read(state_file, settings)) if resume else None
+    history, best = _restore(state, model, optimizer, scheduler) if state else ([], None)
+    net = distributed.parallel(model)
     for epoch in range(len(history), recipe.epochs):
         generator = seeds.generator(seed, "pretrain", epoch)
-        with seeds.drawing(device, seed, "dropout", epoch):
-            loss = _epoch(model, train, crop, recipe, optimizer, scheduler, generator, progress)
-        found = evaluate.predict(model, held_out.images, batch_size=test_batch_size)
+        own = (distributed.rank(),) if distributed.rank() else ()
+        with seeds.drawing(device, seed, "dropout", epoch, *own), distributed.shared_statistics(model):
+            steps = _steps(train, held_out.side, recipe, generator, workers)
+            loss = _epoch(net, steps, recipe, optimizer, scheduler, progress) / len(train)
+        if not math.isfinite(loss):
+            raise Diverged("the loss is no longer finite; take a smaller learning rate")
+        found = evaluate.predict(model, held_out.images, batch_size=test_batch_size, workers=workers, shared=True)
         history.append({"epoch": epoch + 1, "loss": loss, "acc": evaluate.accuracy(found, held_out.labels)})
         if recipe.keep_best and history[-1]["acc"] > max((row["acc"] for row in history[:-1]), default=-1):
             best = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        _keep(state_file, settings, model, optimizer, scheduler, history, best)
+        if distributed.is_first():
+            _keep(state_file, settings, model, optimizer, scheduler, history, best)
         if on_epoch:
             on_epoch(history[-1])
     if recipe.keep_best:
@@ -100,38 +110,63 @@ def _scheduler(
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """This process's part of the images of a step, cropped, uint8 (n, 3, H, W), and their labels (n,).
+
+    count  images of the step, in all processes
+    share  of these, the ones that are here; 0: an image of another process stands in, and is not to count
+    """
+
+    images: Tensor
+    labels: Tensor
+    count: int
+    share: int
+
+
+def _steps(train: Split, crop: int, recipe: Recipe, generator: torch.Generator, workers: int) -> Iterator[_Step]:
+    """One time through the training set. What is drawn for an image does not depend on the number of processes."""
+    device = train.labels.device
+    order = torch.randperm(len(train), generator=generator).split(recipe.batch_size)
+    parts = [distributed.shard(len(indices)) for indices in order]
+    shares = [part.stop - part.start for part in parts]
+    parts = [part if share else slice(0, 1) for part, share in zip(parts, shares, strict=True)]
+    own = [indices[part] for indices, part in zip(order, parts, strict=True)]
+    if isinstance(train.images, FolderImages):
+        loaded = train.images.loader(own, device, workers, torch.Generator())
+    else:
+        loaded = (train.images[indices].to(device) for indices in own)
+    for every, part, share, indices, images in zip(order, parts, shares, own, loaded, strict=True):
+        places = _places(len(every), images.shape[2:], recipe.crop_padding, recipe.flip, generator, crop)
+        cropped = _cut(images, recipe.crop_padding, *(place[part] for place in places))
+        yield _Step(cropped, train.labels[indices], len(every), share)
+
+
 def _epoch(
-    model: nn.Module,
-    train: Split,
-    crop: int,
+    net: nn.Module,
+    steps: Iterator[_Step],
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-    generator: torch.Generator,
     progress: Progress | None,
 ) -> float:
-    """One time through the training set; returns the mean loss."""
-    device = train.labels.device
-    total = torch.zeros((), device=device)
-    model.train()
-    for indices in torch.randperm(len(train), generator=generator).split(recipe.batch_size):
-        images = augment(train.images[indices].to(device), recipe.crop_padding, recipe.flip, generator, crop)
-        with precisions.autocast(device, recipe.precision):
-            logits = model(as_pixels(images))
-        loss = F.cross_entropy(logits.float(), train.labels[indices], label_smoothing=recipe.label_smoothing)
+    """Take the steps; returns the sum of the losses of all images."""
+    total = torch.zeros((), device=next(net.parameters()).device)
+    net.train()
+    for step in steps:
+        with precisions.autocast(total.device, recipe.precision):
+            logits = net(as_pixels(step.images))
+        loss = F.cross_entropy(logits.float(), step.labels, label_smoothing=recipe.label_smoothing)
         optimizer.zero_grad()
-        loss.backward()
+        (loss * (step.share * distributed.size() / step.count)).backward()  # the mean over processes is that of images
         if recipe.clip_value is not None:
-            nn.utils.clip_grad_value_(model.parameters(), recipe.clip_value)
+            nn.utils.clip_grad_value_(net.parameters(), recipe.clip_value)
         optimizer.step()
         scheduler.step()
-        total += loss.detach() * len(indices)
+        total += loss.detach() * step.share
         if progress:
-            progress(len(indices))
-    mean = total.item() / len(train)
-    if not math.isfinite(mean):
-        raise Diverged("the loss is no longer finite; take a smaller learning rate")
-    return mean
+            progress(step.count)
+    return distributed.total(total).item()
 
 
 def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator, size: int | None = None) -> Tensor:
@@ -139,19 +174,29 @@ def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator
 
     The crop is (size, size), by default the images' own size.
     """
-    count, _, height, width = images.shape
-    high, wide = (size, size) if size else (height, width)
-    places = [height - high + 2 * padding + 1, width - wide + 2 * padding + 1]
+    return _cut(images, padding, *_places(len(images), images.shape[2:], padding, flip, generator, size))
+
+
+def _places(
+    count: int, shape: tuple[int, int], padding: int, flip: bool, generator: torch.Generator, size: int | None
+) -> tuple[Tensor, Tensor]:
+    """Rows (count, high) and columns (count, wide) that are cut from so many images of a shape, with their border."""
+    high, wide = (size, size) if size else shape
+    places = [side - cut + 2 * padding + 1 for side, cut in zip(shape, (high, wide), strict=True)]
     if min(places) < 1:
-        raise InputError(f"images of {height} x {width} pixels are too small for crops of {high} x {wide}")
+        raise InputError(f"images of {shape[0]} x {shape[1]} pixels are too small for crops of {high} x {wide}")
     top, left = (torch.randint(count_of, (count, 1), generator=generator) for count_of in places)
-    rows, columns = top + torch.arange(high), left + torch.arange(wide)  # (n, high), (n, wide)
+    rows, columns = top + torch.arange(high), left + torch.arange(wide)
     if flip:
         mirrored = torch.rand(count, 1, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
+    return rows, columns
+
+
+def _cut(images: Tensor, padding: int, rows: Tensor, columns: Tensor) -> Tensor:
     rows, columns = rows.to(images.device), columns.to(images.device)
     picked = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)  # (n, H + 2p, W + 2p, 3)
-    which = torch.arange(count, device=images.device)[:, None, None]
+    which = torch.arange(len(images), device=images.device)[:, None, None]
     return picked[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -168,16 +213,21 @@ def _keep(state_file: Path, settings: dict[str, object], model, optimizer, sched
         torch.save(state, part)
 
 
-def _restore(state_file: Path, settings: dict[str, object], model, optimizer, scheduler) -> tuple[list, dict | None]:
-    """Load what `_keep` wrote; returns history and best weights so far, none where there is nothing to go on from."""
+def _read(state_file: Path, settings: dict[str, object]) -> dict[str, object] | None:
+    """What `_keep` wrote; None where there is nothing to go on from."""
     if not state_file.exists():
-        return [], None
+        return None
     try:
         state = torch.load(state_file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise InputError(f"{state_file} is damaged ({type(error).__name__}); delete it to train anew") from None
     if state.get("settings") != settings:
         raise InputError(f"{state_file} is from another recipe, net or data set; give its settings, or no --resume")
+    return state
+
+
+def _restore(state: dict[str, object], model, optimizer, scheduler) -> tuple[list, dict | None]:
+    """Load what `_read` gave; returns history and best weights so far."""
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])

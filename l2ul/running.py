@@ -9,13 +9,17 @@ import time
 import torch
 from tqdm import tqdm
 
-from l2ul import Progress
+from l2ul import Progress, distributed
 from l2ul.errors import Diverged, InputError, is_out_of_memory
 
 
 def choose_device(asked: str | None, no_cuda: bool = False, threads: int | None = None) -> torch.device:
-    """The device asked for, or the best there is, with so many CPU threads; InputError where it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device asked for, or the best there is, with so many CPU threads; InputError where it is not there.
+
+    Under torchrun each process has a GPU of its own, or all are on the CPU.
+    """
+    mps = torch.backends.mps.is_available() and distributed.size() == 1
+    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if no_cuda:
         if asked == "cuda":
             raise InputError("--device cuda and --no-cuda contradict each other; give one of them")
@@ -25,7 +29,20 @@ def choose_device(asked: str | None, no_cuda: bool = False, threads: int | None 
         raise InputError(f"--device {asked} is not there on this machine; expected one of {', '.join(found)}")
     if threads:
         torch.set_num_threads(threads)
+    if (asked or found[0]) == "cuda" and distributed.size() > 1:
+        return _own_gpu()
     return torch.device(asked or found[0])
+
+
+def _own_gpu() -> torch.device:
+    number, count = distributed.local_rank(), torch.cuda.device_count()
+    if number >= count:
+        raise InputError(
+            f"torchrun started more than {count} processes on a machine with {count} GPUs; give it "
+            f"--nproc-per-node {count}"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def clock(device: torch.device) -> float:
@@ -50,16 +67,17 @@ def peak_memory_mib(device: torch.device) -> float | None:
 
 
 def device_name(device: torch.device) -> str:
-    """What a record calls the device: the GPU's own name, or the kind and number of threads."""
+    """What a record calls the device: the GPU's own name, or the kind and number of threads; and how many of them."""
+    name = f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+        name = torch.cuda.get_device_name(device)
+    return f"{name} x {distributed.size()}" if distributed.size() > 1 else name
 
 
 @contextlib.contextmanager
 def progress(what: str, total: int | None, estimate: bool = False) -> Iterator[Progress]:
     """A bar on a terminal; elsewhere nothing, or one line with an estimate of the time where that was asked for."""
-    bar = tqdm(desc=what, total=total, unit_scale=True, leave=False, disable=None)
+    bar = tqdm(desc=what, total=total, unit_scale=True, leave=False, disable=None if distributed.is_first() else True)
     started, done, rest, told = None, 0, 0, not (estimate and bar.disable)
 
     def advance(count: int) -> None:
@@ -98,14 +116,17 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def ending(
-    program: str, stopped: str = "finished runs are kept and the same command goes on from there"
+    program: str, stopped: str = "finished runs are kept and the same command goes on from there", shared: bool = False
 ) -> Iterator[None]:
     """How a script ends: bad input exits with 2, Ctrl-C with 130, memory or disk used up or numbers lost with 1.
 
-    `stopped` is what to say to who pressed Ctrl-C.
+    stopped  what to say to who pressed Ctrl-C
+    shared   whether torchrun may start it in many processes, which are then one group inside the block; the first to
+             end early says why, once, and torchrun ends the others
     """
     try:
-        yield
+        with distributed.joined(shared):
+            yield
     except InputError as error:
         # a loader's worker hands its error on with a traceback before it
         _exit(2, f"{program}: {str(error).strip().splitlines()[-1].removeprefix('l2ul.errors.InputError: ')}")
@@ -122,6 +143,8 @@ def ending(
             f"image gives this net; take a --batch-size that leaves no image alone (or --bn eval to unlearn)",
         )
     except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) and distributed.is_loss_of_another(error):
+            _exit(1, f"{program}: another process of this run was lost; {stopped}")
         if not is_out_of_memory(error):
             raise
         _exit(1, f"{program}: out of memory ({_first_line(error)}); take smaller batches, finished runs are kept")
@@ -136,5 +159,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def _exit(code: int, sentence: str) -> None:
-    print(sentence, file=sys.stderr)
+    if distributed.says_it():
+        print(sentence, file=sys.stderr, flush=True)
     raise SystemExit(code)
