@@ -15,6 +15,7 @@ from l2ul.folding import Pair, foldable, folded
 from l2ul.forget import other_class
 from l2ul.modes import frozen
 
+LEAST = 16  # pairs attacked at once, with some of them repeated where there are fewer: see `_even`
 BATCH_SIZE = {"cpu": (128, 16), "mps": (512, 64), "cuda": (2048, 256)}  # pairs attacked at once; of large images
 
 
@@ -121,7 +122,7 @@ def adversarial_set(
             left = len(owners) - done
             count = math.ceil(left / math.ceil(left / size))  # all batches of about one size
             part = slice(done, done + count)
-            full = math.ceil(count / 8) * 8 if size >= 8 else count
+            full = max(math.ceil(count / 8) * 8, min(size, LEAST)) if size >= 8 else count
             filled = torch.arange(done, done + full).clamp_max(part.stop - 1)  # with the last pair, again and again
             x = pixels[owners[filled]]
             start = _starts(x, filled.tolist(), num_adv_images, seed, first_position) - x
@@ -144,8 +145,8 @@ def adversarial_set(
 def _even(size: int) -> int:
     """A size for batches that can be filled up: a multiple of eight, or less than eight.
 
-    Batches of a multiple of eight are rounded alike by a CPU's kernels, others are not: so an example does not depend
-    on how many are made with it.
+    Batches of a multiple of eight are rounded alike by a CPU's kernels, others are not (nor, of linear layers with
+    AVX-512, one of eight itself): so an example does not depend on how many are made with it.
     """
     return size - size % 8 if size >= 8 else size
 

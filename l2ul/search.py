@@ -164,21 +164,26 @@ def search(job: Job, first: Settings, budget: Budget, seconds: float, tried: Cal
     first    the method's own settings
     seconds  that a step takes with them
 
-    The first trial is cut down to what is there of time; another is begun only where it should end in time. While none
-    has forgotten everything, one that fails is followed by one that takes larger steps.
+    Where the time is short, the first trial is cut down to a third of it; what it took tells how long a second may be.
+    Others are begun only where they should end in time. While none has forgotten everything, one that fails is
+    followed by one that takes larger steps.
     """
     trials: list[Trial] = []
-    waiting = deque(_ladder(job.method, first, budget.left, seconds))
+    waiting = deque(_ladder(job, first, budget.left, seconds))
     while waiting:
         settings = waiting.popleft()
-        if trials and (budget.left <= 0 or _expected(job.method, settings, first, seconds, trials) > budget.left):
+        if trials and (budget.left <= 0 or _expected(job, settings, trials) > budget.left):
             continue
-        least = 0.0 if any(trial.forgotten.all() for trial in trials) else (1 - PATIENCE) * budget.left
+        forgotten = any(trial.forgotten.all() for trial in trials)
+        least = 0.0 if forgotten else (1 - PATIENCE) * budget.left
         trials.append(job.try_out(settings, _changed(first, settings), lambda least=least: budget.left > least))
         tried(trials[-1])
-        failed = not any(trial.forgotten.all() for trial in trials)
-        if failed and trials[-1].status != "diverged" and len(trials) <= MOST_LARGER:
-            waiting.appendleft(_scaled(settings, LARGER[job.uses_teacher]))
+        if not forgotten and not trials[-1].forgotten.all():
+            if trials[-1].status != "diverged" and len(trials) <= MOST_LARGER:
+                waiting.appendleft(_scaled(settings, LARGER[job.uses_teacher]))
+        elif len(trials) == 1 and settings != first:
+            longer = fitted(first, budget.left, _seconds_of_a_step(first, trials))
+            waiting.extend([longer, *(_scaled(longer, by) for by in DISTILL)])
     return sorted(trials, key=lambda trial: trial.rank, reverse=True)  # stable: of equals the first
 
 
@@ -187,15 +192,14 @@ def _changed(first: Settings, settings: Settings) -> dict[str, float]:
     return {name: value for name, value in values.items() if value != getattr(first, name)}
 
 
-def _ladder(method: str, first: Settings, left: float, seconds: float) -> list[Settings]:
-    """Settings to try: ones that surely fit, the method's own, then others."""
-    known = methods.get(method)
-    if "teacher" not in known.needs:
-        others = () if known.settings else GRADIENT  # those of fixed length run as their papers have them
-        return [first, *(_scaled(first, by) for by in others)]
+def _ladder(job: Job, first: Settings, left: float, seconds: float) -> list[Settings]:
+    """Settings to try: one that surely fits, or the method's own, then others."""
+    if not job.uses_teacher:
+        fixed_length = methods.get(job.method).settings is not None  # these run as their papers have them
+        return [first, *(() if fixed_length else (_scaled(first, by) for by in GRADIENT))]
     if 3 * seconds * first.distill_steps <= left:
         return [first, *(_scaled(first, by) for by in DISTILL)]
-    return [fitted(first, left / 3, seconds), fitted(first, left / 2, seconds)]
+    return [fitted(first, left / 3, seconds)]
 
 
 def fitted(settings: Settings, left: float, seconds: float) -> Settings:
@@ -217,9 +221,18 @@ def _scaled(settings: Settings, by: Mapping[str, float]) -> Settings:
     return replace(settings, **new)
 
 
-def _expected(method: str, settings: Settings, first: Settings, seconds: float, trials: list[Trial]) -> float:
+def _expected(job: Job, settings: Settings, trials: list[Trial]) -> float:
     """Seconds that a trial should take: of distill by its steps and images, else as long as the longest so far."""
-    if "teacher" not in methods.get(method).needs:
+    if not job.uses_teacher:
         return max(trial.seconds for trial in trials)
-    images = settings.distill_forget + settings.distill_mixes
-    return 1.1 * seconds * settings.distill_steps * images / (first.distill_forget + first.distill_mixes)
+    return _seconds_of_a_step(settings, trials) * settings.distill_steps
+
+
+def _seconds_of_a_step(settings: Settings, trials: list[Trial]) -> float:
+    """By the trials so far, as if each image of a step cost the same: more than it is for a larger batch."""
+    costs = (trial.seconds / trial.steps / _images(trial.settings) for trial in trials if trial.steps)
+    return max(costs, default=0.0) * _images(settings)
+
+
+def _images(settings: Settings) -> int:
+    return settings.distill_forget + settings.distill_mixes
