@@ -1,0 +1,101 @@
+"""A classifier comes back in the form it came in: names, wrappers, types, metadata, nothing that holds old weights."""
+
+from conftest import tiny_net
+import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+import torch
+from torchvision.models import MobileNet_V3_Small_Weights
+
+from l2ul.errors import InputError
+import models
+from models import checkpoint, deployed
+
+
+@pytest.fixture
+def net():
+    """A net, and the same with every weight moved."""
+    moved = tiny_net()
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.add_(0.25)
+    return tiny_net(), moved
+
+
+def rewritten(content, moved, path):
+    torch.save(content, path / "in.pt")
+    left_out = checkpoint.rewrite(path / "in.pt", moved, path / "out.pt")
+    return torch.load(path / "out.pt", weights_only=True), left_out
+
+
+def test_wrappers_prefixes_and_what_else_was_told_stay(net, tmp_path):
+    before, moved = net
+    state = {f"module.{name}": tensor for name, tensor in before.state_dict().items()}
+    content, left_out = rewritten({"epoch": 7, "model": {"state_dict": state, "best": 0.9}}, moved, tmp_path)
+    assert (content["epoch"], content["model"]["best"], left_out) == (7, 0.9, [])
+    found = content["model"]["state_dict"]
+    assert list(found) == list(state)
+    assert all(torch.equal(found[f"module.{name}"], tensor) for name, tensor in moved.state_dict().items())
+
+
+def test_other_tensors_are_left_out_as_they_hold_what_the_weights_were(net, tmp_path):
+    before, moved = net
+    content = {"state_dict": before.state_dict(), "ema": dict(before.state_dict()), "steps": [1, {"m": torch.ones(1)}]}
+    content, left_out = rewritten(content, moved, tmp_path)
+    assert (list(content), left_out) == (["state_dict"], ["ema", "steps"])
+
+
+def test_types_stay(net, tmp_path):
+    before, moved = net
+    state = {name: t.bfloat16() if t.is_floating_point() else t for name, t in before.state_dict().items()}
+    content, _ = rewritten(state, moved, tmp_path)
+    assert content["head.weight"].dtype == torch.bfloat16
+    assert torch.equal(content["head.weight"], moved.head.weight.detach().bfloat16())
+
+
+def test_metadata_of_safetensors_stays(net, tmp_path):
+    before, moved = net
+    save_file(before.state_dict(), tmp_path / "in.safetensors", {"from": "somewhere"})
+    assert checkpoint.rewrite(tmp_path / "in.safetensors", moved, tmp_path / "out.safetensors") == []
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        assert file.metadata() == {"from": "somewhere"}
+        assert torch.equal(file.get_tensor("head.bias"), moved.head.bias.detach())
+
+
+def test_what_is_judged_is_rounded_as_the_file_will_be(net, tmp_path):
+    before, moved = net
+    torch.save({name: t.half() for name, t in before.state_dict().items()}, tmp_path / "half.pt")
+    opened = deployed.open_deployed(None, tmp_path / "half.pt", "conftest:tiny_net")
+    classifier = opened.as_written(opened.classifier)
+    assert classifier is not opened.classifier
+    opened.classifier.net.load_state_dict(moved.state_dict())
+    opened.write(opened.classifier, tmp_path)
+    again = deployed.reopen(opened.opened_by, [], tmp_path / "model.pt", "conftest:tiny_net")
+    rounded = opened.as_written(opened.classifier)
+    for name, tensor in again.classifier.net.state_dict().items():
+        assert torch.equal(tensor, rounded.net.state_dict()[name])
+
+
+def test_torchvisions_own_weights_bring_classes_and_sizes(monkeypatch, tmp_path):
+    from PIL import Image
+
+    net = models.zoo.build("torchvision:mobilenet_v3_small", 1000)
+    monkeypatch.setattr(MobileNet_V3_Small_Weights, "get_state_dict", lambda self, **options: net.state_dict())
+    opened = deployed.open_deployed("torchvision:mobilenet_v3_small")
+    assert opened.classes[:1] == ["tench"]
+    image = Image.effect_noise((300, 280), 60).convert("RGB")
+    preset = MobileNet_V3_Small_Weights.IMAGENET1K_V1.transforms()
+    ours = opened.classifier.preprocess(opened.shape(image)[None] / 255)
+    assert torch.allclose(ours[0], preset(image), atol=1e-6)
+    assert opened.write(opened.classifier, tmp_path) == []
+    models.zoo.build("torchvision:mobilenet_v3_small", 1000).load_state_dict(
+        torch.load(tmp_path / "model.pt", weights_only=True)
+    )
+
+
+def test_what_an_earlier_request_wrote_is_named_without_a_checkpoint(tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(InputError, match="leave out --checkpoint"):
+        deployed.open_deployed(str(tmp_path), "other.pt")
+    with pytest.raises(InputError, match="is no report of a request"):
+        deployed.open_deployed(str(tmp_path))
