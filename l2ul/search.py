@@ -165,22 +165,22 @@ def search(job: Job, first: Settings, budget: Budget, seconds: float, tried: Cal
     seconds  that a step takes with them
 
     Where the time is short, the first trial is cut down to a third of it; what it took tells how long a second may be.
-    Others are begun only where they should end in time. While none has forgotten everything, one that fails is
-    followed by one that takes larger steps.
+    Once one has forgotten everything, others are begun only where they should end in time; until then, one that fails
+    is followed by one that takes larger steps.
     """
     trials: list[Trial] = []
     waiting = deque(_ladder(job, first, budget.left, seconds))
     while waiting:
         settings = waiting.popleft()
-        if trials and (budget.left <= 0 or _expected(job, settings, trials) > budget.left):
-            continue
         forgotten = any(trial.forgotten.all() for trial in trials)
+        if trials and (budget.left <= 0 or (forgotten and _expected(job, settings, trials) > budget.left)):
+            continue
         least = 0.0 if forgotten else (1 - PATIENCE) * budget.left
         trials.append(job.try_out(settings, _changed(first, settings), lambda least=least: budget.left > least))
         tried(trials[-1])
         if not forgotten and not trials[-1].forgotten.all():
             if trials[-1].status != "diverged" and len(trials) <= MOST_LARGER:
-                waiting.appendleft(_scaled(settings, LARGER[job.uses_teacher]))
+                waiting.appendleft(_larger(job, settings, budget.left, trials))
         elif len(trials) == 1 and settings != first:
             longer = fitted(first, budget.left, _seconds_of_a_step(first, trials))
             waiting.extend([longer, *(_scaled(longer, by) for by in DISTILL)])
@@ -207,8 +207,8 @@ def fitted(settings: Settings, left: float, seconds: float) -> Settings:
 
     seconds  that a step takes as it is
     """
-    steps = max(LEAST_STEPS, min(settings.distill_steps, int(left / seconds)))
-    part = min(1.0, left / (seconds * steps))
+    steps = max(LEAST_STEPS, min(settings.distill_steps, int(left / max(seconds, 1e-9))))
+    part = min(1.0, max(left, 0.0) / max(seconds * steps, 1e-9))
     mixes = max(FEWEST_MIXES, round(settings.distill_mixes * part))
     forget = max(FEWEST_MIXES, round(settings.distill_forget * part))
     return replace(
@@ -219,6 +219,12 @@ def fitted(settings: Settings, left: float, seconds: float) -> Settings:
 def _scaled(settings: Settings, by: Mapping[str, float]) -> Settings:
     new = {name: type(getattr(settings, name))(getattr(settings, name) * factor) for name, factor in by.items()}
     return replace(settings, **new)
+
+
+def _larger(job: Job, settings: Settings, left: float, trials: list[Trial]) -> Settings:
+    """Settings that take larger steps, a cycle of which fits in the time left."""
+    larger = _scaled(settings, LARGER[job.uses_teacher])
+    return fitted(larger, PATIENCE * left, _seconds_of_a_step(larger, trials)) if job.uses_teacher else larger
 
 
 def _expected(job: Job, settings: Settings, trials: list[Trial]) -> float:
