@@ -15,7 +15,7 @@ from l2ul.objective import Forget
 
 CROP = 7 / 8  # of the sides
 QUALITIES = (75, 50)  # of JPEG
-KINDS = ("flipped", "cropped", "jpeg")  # how the names of changes begin
+KINDS = ("flipped", "cropped", "jpeg")  # how the names of changes begin, in small letters
 
 
 def changed_images(images: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -30,7 +30,7 @@ def changed_images(images: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name, transforms.resized_crop(images, tops[top], lefts[left], high, wide, [height, width], antialias=True)
     for quality in QUALITIES:
         coded = torch.stack([_as_jpeg(image, quality) for image in images.cpu()])
-        yield f"jpeg of quality {quality}", coded.to(images.device)
+        yield f"JPEG of quality {quality}", coded.to(images.device)
 
 
 def _as_jpeg(image: Tensor, quality: int) -> Tensor:
@@ -44,7 +44,9 @@ def widened(images: Tensor, forget: Forget, kinds: Sequence[str]) -> Forget:
 
     images  (k, 3, H, W) uint8 on the device of `forget`, which has them first
     """
-    changed = [found for name, found in changed_images(images) if name.startswith(tuple(kinds))] if kinds else []
+    changed = (
+        [found for name, found in changed_images(images) if name.lower().startswith(tuple(kinds))] if kinds else []
+    )
     times = 1 + len(changed)
     new = forget.new_labels.repeat(times) if forget.new_labels is not None else None
     return Forget(torch.cat([forget.images, *map(as_pixels, changed)]), forget.labels.repeat(times), new)
