@@ -182,7 +182,7 @@ def search(job: Job, first: Settings, budget: Budget, seconds: float, tried: Cal
             if trials[-1].status != "diverged" and len(trials) <= MOST_LARGER:
                 waiting.appendleft(_larger(job, settings, budget.left, trials))
         elif len(trials) == 1 and settings != first:
-            longer = fitted(first, budget.left, _seconds_of_a_step(first, trials))
+            longer = fitted(first, budget.left / _cycles(trials), _seconds_of_a_step(first, trials))
             waiting.extend([longer, *(_scaled(longer, by) for by in DISTILL)])
     return sorted(trials, key=lambda trial: trial.rank, reverse=True)  # stable: of equals the first
 
@@ -231,7 +231,12 @@ def _expected(job: Job, settings: Settings, trials: list[Trial]) -> float:
     """Seconds that a trial should take: of distill by its steps and images, else as long as the longest so far."""
     if not job.uses_teacher:
         return max(trial.seconds for trial in trials)
-    return _seconds_of_a_step(settings, trials) * settings.distill_steps
+    return _seconds_of_a_step(settings, trials) * settings.distill_steps * _cycles(trials)
+
+
+def _cycles(trials: list[Trial]) -> float:
+    """How many cycles of distill the first trial went through until everything was forgotten."""
+    return max(1.0, trials[0].steps / trials[0].settings.distill_steps)
 
 
 def _seconds_of_a_step(settings: Settings, trials: list[Trial]) -> float:

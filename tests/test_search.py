@@ -21,10 +21,11 @@ class FakeJob:
     clock: object
     method: str = "distill"
     uses_teacher: bool = True
+    cycles: float = 1  # that every trial needs
     tried: list = field(default_factory=list)
 
     def try_out(self, settings, changed, go_on):
-        seconds = settings.distill_steps * (settings.distill_mixes + settings.distill_forget) / 256
+        seconds = self.cycles * settings.distill_steps * (settings.distill_mixes + settings.distill_forget) / 256
         gone, percent = self.outcome(settings)
         began = self.clock.now
         while seconds > 0 and go_on():
@@ -34,17 +35,26 @@ class FakeJob:
         done = torch.tensor([gone and seconds <= 0])
         self.tried.append(settings)
         kept = [Kept("some", percent, 0, 100, 10)]
-        return search.Trial(settings, changed, status, settings.distill_steps, self.clock.now - began, done, kept, None)
+        return search.Trial(
+            settings,
+            changed,
+            status,
+            round(self.cycles * settings.distill_steps),
+            self.clock.now - began,
+            done,
+            kept,
+            None,
+        )
 
 
 class Clock:
     now = 0.0
 
 
-def tried(monkeypatch, minutes, outcome, method="distill"):
+def tried(monkeypatch, minutes, outcome, method="distill", cycles=1):
     clock = Clock()
     monkeypatch.setattr(search.time, "perf_counter", lambda: clock.now)
-    job = FakeJob(outcome, clock, method, method == "distill")
+    job = FakeJob(outcome, clock, method, method == "distill", cycles)
     trials = search.search(job, OWN, search.Budget(60 * minutes, 0.0), 1.0, lambda trial: None)
     return job, trials, clock.now
 
@@ -66,6 +76,13 @@ def test_with_little_time_a_short_trial_comes_first(monkeypatch):
     assert job.tried[0].distill_steps == 100  # a third of the time
     assert 200 < now <= 300  # the time is used
     assert trials[0].settings.distill_steps == max(s.distill_steps for s in job.tried) > 150
+
+
+def test_a_net_that_needs_more_than_a_cycle_is_given_the_time_for_them(monkeypatch):
+    job, trials, now = tried(monkeypatch, 5, lambda s: (True, 90.0), cycles=1.7)
+    assert [s.distill_steps for s in job.tried[:2]] == [100, int(130 / 1.7)]
+    assert all(trial.forgotten.all() for trial in trials)
+    assert now <= 300
 
 
 def test_with_hardly_any_time_batches_shrink_too(monkeypatch):
