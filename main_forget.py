@@ -109,7 +109,9 @@ def read_others(opts: argparse.Namespace, flag: str, model: Deployed, asked: Ask
         raise InputError(f"{both} of {name} is also to be forgotten; leave it out of one of the folders")
     images = found.images.to(asked.images.device)
     called = evaluate.predict(model.classifier, images)
-    labels = class_numbers([item.label for item in found.items], model.classes, called, "label")
+    labels = called  # what an image to keep is really called matters nothing, and its folder may have any name
+    if flag == "reference_images":
+        labels = class_numbers([item.label for item in found.items], model.classes, called, "label")
     return Images(images, labels.to(images.device))
 
 
