@@ -119,7 +119,7 @@ def split_statistics(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Stati
 def wrapping_prefix(keys: Collection[str], expected: set[str]) -> str:
     """What wrappers put before all layer names of a file, as long as the net does not use them itself."""
     prefix = ""
-    while not expected & {key.removeprefix(prefix) for key in keys}:
+    while keys and not expected & {key.removeprefix(prefix) for key in keys}:
         more = next((p for p in PREFIXES if all(key.startswith(prefix + p) for key in keys)), None)
         if more is None:
             break

@@ -62,6 +62,12 @@ def test_metadata_of_safetensors_stays(net, tmp_path):
         assert torch.equal(file.get_tensor("head.bias"), moved.head.bias.detach())
 
 
+def test_a_file_without_weights_is_told_at_once(tmp_path):
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(InputError, match="does not fit resnet20"):
+        models.load("resnet20", 10, tmp_path / "empty.safetensors")
+
+
 def test_what_is_judged_is_rounded_as_the_file_will_be(net, tmp_path):
     before, moved = net
     torch.save({name: t.half() for name, t in before.state_dict().items()}, tmp_path / "half.pt")
