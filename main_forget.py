@@ -18,8 +18,9 @@ import time
 import torch
 
 from l2ul import audit, damage, evaluate, examine, methods, options, report, robustness, running, search, signature
+from l2ul.data import Split, as_pixels
 from l2ul.errors import InputError
-from l2ul.examine import Asked, Images
+from l2ul.examine import Asked
 from l2ul.files import REPORT, atomic, remove_parts, require_writable
 from l2ul.objective import Forget
 from l2ul.parsing import finite_float, nonnegative_int, positive_float, positive_int, setting
@@ -90,12 +91,12 @@ def ask(opts: argparse.Namespace, model: Deployed, device: torch.device) -> Aske
     for item, same in zip(request.items, (new == labels).tolist() if any(named) else [], strict=False):
         if same:
             raise InputError(f"the new_label of {item.file} is the class it is called by; give another one")
-    asked = Asked(request, images, Forget(images.float() / 255, labels, new), before)
+    asked = Asked(request, images, Forget(as_pixels(images), labels, new), before)
     methods.get(opts.method, asked.forget.goal)
     return asked
 
 
-def read_others(opts: argparse.Namespace, flag: str, model: Deployed, asked: Asked) -> Images | None:
+def read_others(opts: argparse.Namespace, flag: str, model: Deployed, asked: Asked) -> Split | None:
     """Images that must keep working, or that the model never saw, none of which may be one that is to be forgotten."""
     folder, name = getattr(opts, flag), f"--{flag.replace('_', '-')}"
     if folder is None:
@@ -112,10 +113,10 @@ def read_others(opts: argparse.Namespace, flag: str, model: Deployed, asked: Ask
     labels = called  # what an image to keep is really called matters nothing, and its folder may have any name
     if flag == "reference_images":
         labels = class_numbers([item.label for item in found.items], model.classes, called, "label")
-    return Images(images, labels.to(images.device))
+    return Split(images, labels.to(images.device))
 
 
-def try_out(opts: argparse.Namespace, job: Job, keep: Images | None, budget: Budget) -> list[Trial]:
+def try_out(opts: argparse.Namespace, job: Job, keep: Split | None, budget: Budget) -> list[Trial]:
     """Settings tried while there is time, the best first."""
     first = replace(Settings(bn="eval", seed=opts.seed), **opts.setting)
     seconds = search.prepare(job, first, budget)
@@ -168,7 +169,7 @@ def write(opts: argparse.Namespace, model: Deployed, asked: Asked, after, told: 
         examine.check_same(after, again.classifier.to(asked.images.device), asked.images)
         told["model"]["after"] = again.hashes()
         if told["earlier"]:
-            audit.copy_chain(Path(opts.model), part)
+            audit.copy_chain(Path(opts.model), part / told["earlier"][-1]["file"])
         pictures = None if opts.no_thumbnails else [report.thumbnail(image) for image in asked.images]
         (part / "report.html").write_text(report.page(told, pictures))
         (part / "forget_list.csv").write_text(report.forget_list(told))

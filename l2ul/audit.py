@@ -9,9 +9,9 @@ import shutil
 from l2ul import signature
 from l2ul.errors import InputError
 from l2ul.files import REPORT, file_sha256
+from l2ul.report import Report
 from l2ul.request import Item
 
-Report = dict[str, object]
 EARLIER = "earlier"  # folder of the reports of earlier requests, beside a report
 
 
@@ -72,14 +72,13 @@ def chain_of(folder: Path) -> list[dict[str, object]]:
     return [*last["earlier"], told | {"made": last["made"], "images": len(last["images"]), "forgotten": gone}]
 
 
-def copy_chain(folder: Path, target: Path) -> None:
-    """Put this folder's report and those before it, with their signatures, where the next request's report is."""
-    (target / EARLIER).mkdir()
-    for path in sorted((folder / EARLIER).glob("*.json*")):
-        shutil.copy(path, target / EARLIER)
-    number = len(read_report(folder / REPORT)["earlier"]) + 1
-    for path in folder.glob("report.json*"):
-        shutil.copy(path, target / EARLIER / path.name.replace("report", str(number)))
+def copy_chain(folder: Path, last: Path) -> None:
+    """Put this folder's report as `last`, those before it beside that, each with its signature."""
+    last.parent.mkdir()
+    for path in (folder / EARLIER).glob("*.json*"):
+        shutil.copy(path, last.parent)
+    for path in folder.glob(f"{REPORT}*"):
+        shutil.copy(path, last.parent / path.name.replace(REPORT, last.name))
 
 
 def earlier_reports(report: Report, folder: Path) -> tuple[list[Report], list[Check]]:

@@ -10,6 +10,7 @@ from l2ul.data import FolderImages, Images, as_pixels, batches
 from l2ul.errors import Diverged, InputError
 from l2ul.folding import Pair, foldable, folded
 from l2ul.modes import evaluating
+from l2ul.objective import Forget
 from l2ul.storage import DiskImages
 
 BATCH_SIZE = {"cpu": (256, 256), "mps": (512, 64), "cuda": (2048, 256)}  # images measured at once; large ones
@@ -79,6 +80,14 @@ def logits(
         for batch in batches(images, batch_size, device, workers, shared):
             found = model(batch)
             yield found if on_device else found.cpu()
+
+
+def forgotten(model: nn.Module, images: Tensor, forget: Forget) -> Tensor:
+    """Which of D_f (k,) bool, on its device, are forgotten as these images (k, 3, H, W): its own, or changed ones.
+
+    Layer by layer: for few images it would take longer to find what can be folded. Raises Diverged as `predict` does.
+    """
+    return forget.done(predict(model, images, pairs=[]).to(forget.labels.device))
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from l2ul import damage, evaluate, membership, relearn, report, robustness
+from l2ul.data import Split
 from l2ul.objective import Forget
 from l2ul.request import Request
 from l2ul.search import Job
@@ -30,27 +31,20 @@ class Asked:
         return bool(self.forget.done(self.before.argmax(1)).all())
 
 
-@dataclass(frozen=True)
-class Images:
-    """Other images (m, 3, H, W) uint8 and their labels (m,) int64, on the device."""
-
-    images: Tensor
-    labels: Tensor
-
-
 def logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits (n, C) on the model's device, in eval mode, as they come from the layers one by one."""
     return torch.cat(list(evaluate.logits(model, images, pairs=[], on_device=True))).clone()
 
 
 def examine(
-    job: Job, asked: Asked, after: nn.Module, references: Images | None, go_on: Callable[[], bool]
+    job: Job, asked: Asked, after: nn.Module, references: Split | None, go_on: Callable[[], bool]
 ) -> dict[str, object]:
     """The parts of a report that are measured.
 
-    job    has the model before, and the probes of damage
-    after  the model as it will be written
-    go_on  asked before each step of fine-tuning, which may take long
+    job         has the model before, and the probes of damage
+    after       the model as it will be written
+    references  images that the model never saw, on its device
+    go_on       asked before each step of fine-tuning, which may take long
     """
     now = logits(after, asked.images)
     survives = robustness.still_forgotten(after, asked.images, asked.forget)
@@ -65,9 +59,7 @@ def examine(
     }
 
 
-def _membership(
-    before: nn.Module, asked: Asked, after: nn.Module, now: Tensor, references: Images
-) -> dict[str, object]:
+def _membership(before: nn.Module, asked: Asked, after: nn.Module, now: Tensor, references: Split) -> dict[str, object]:
     """How well attacks tell D_f from the references, by the outputs of the model before and after."""
     labels = asked.forget.labels
     return {

@@ -44,9 +44,9 @@ def widened(images: Tensor, forget: Forget, kinds: Sequence[str]) -> Forget:
 
     images  (k, 3, H, W) uint8 on the device of `forget`, which has them first
     """
-    changed = (
-        [found for name, found in changed_images(images) if name.lower().startswith(tuple(kinds))] if kinds else []
-    )
+    if not kinds:
+        return forget
+    changed = [found for name, found in changed_images(images) if name.lower().startswith(tuple(kinds))]
     times = 1 + len(changed)
     new = forget.new_labels.repeat(times) if forget.new_labels is not None else None
     return Forget(torch.cat([forget.images, *map(as_pixels, changed)]), forget.labels.repeat(times), new)
@@ -83,10 +83,7 @@ def still_forgotten(model: nn.Module, images: Tensor, forget: Forget) -> dict[st
 
     images  (k, 3, H, W) uint8 on the model's device; forget has their labels
     """
-    found = {
-        name: forget.done(evaluate.predict(model, changed, pairs=[]).to(forget.labels.device))
-        for name, changed in changed_images(images)
-    }
+    found = {name: evaluate.forgotten(model, changed, forget) for name, changed in changed_images(images)}
     for name, other in (("half precision", in_half(model)), ("int8 weights", in_int8(model))):
-        found[name] = forget.done(evaluate.predict(other, images, pairs=[]).to(forget.labels.device))
+        found[name] = evaluate.forgotten(other, images, forget)
     return found

@@ -129,9 +129,7 @@ class Job:
         if outcome.status != "diverged":
             written = self.written(outcome.model)
             try:
-                done = self.forget.done(
-                    evaluate.predict(written, self.forget.images, pairs=[]).to(self.forget.labels.device)
-                )
+                done = evaluate.forgotten(written, self.forget.images, self.forget)
                 kept = [damage.kept(written, probe) for probe in self.probes]
                 trial = replace(trial, forgotten=done.cpu(), kept=kept, model=outcome.model)
             except Diverged:

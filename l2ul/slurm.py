@@ -28,5 +28,4 @@ def script(program: str, words: list[str], nodes: int = 1, gpus: bool = True) ->
     """A job script that gives `program` these words on so many whole nodes, with their GPUs or without."""
     command = shlex.join(["python", program, *words, "--address", "auto"])
     lines = "#SBATCH --gpus-per-node=8  # as many as a node has\n" if gpus else ""
-
     return SCRIPT.format(nodes=nodes, gpus=lines, command=command)

@@ -200,7 +200,8 @@ def _open_named(model: str, checkpoint: str | Path | None, sizes: Sizes) -> Depl
     choice = str(checkpoint) if checkpoint and is_zoo and zoo.has_weights(model, str(checkpoint)) else None
     own = zoo.own_set(model, choice) if is_zoo and (choice or checkpoint is None) else None
     if own:
-        place, classes, count = None, list(own.meta["categories"]), len(own.meta["categories"])
+        place, state, classes = None, {}, list(own.meta["categories"])
+        count = len(classes)
     elif checkpoint is None:
         raise InputError(f"no weights are given for {model}; name their file with --checkpoint")
     else:
@@ -212,22 +213,18 @@ def _open_named(model: str, checkpoint: str | Path | None, sizes: Sizes) -> Depl
     loaded = models.load(model, count, checkpoint, sizes.mean, sizes.std)
     shape = zoo.shape(model, choice) if is_zoo and not sizes.image_size else _square(sizes.image_size)
     known = Sizes(sizes.image_size, models.decimals(loaded.normalize.mean), models.decimals(loaded.normalize.std))
-    return Deployed(_on_shaped(loaded), shape, classes, _opened_by(model, known), place, _dtypes(place, loaded.net))
+    return Deployed(_on_shaped(loaded), shape, classes, _opened_by(model, known), place, _dtypes(state, loaded.net))
 
 
 def _open_built(build: str, checkpoint: str | Path | None, sizes: Sizes) -> Deployed:
     net = _built(build)
     place = Path(checkpoint) if checkpoint else None
-    if place:
-        wrong = checkpoints.fill(net, checkpoints.read(place)[0])
-        if wrong:
-            raise InputError(f"{place} does not fit what {build} builds: {wrong}")
+    state = checkpoints.read(place)[0] if place else {}
+    wrong = checkpoints.fill(net, state) if place else None
+    if wrong:
+        raise InputError(f"{place} does not fit what {build} builds: {wrong}")
     preprocess = nn.Sequential(Normalize(sizes.mean or (0.0,) * 3, sizes.std or (1.0,) * 3))
-    dtypes = _dtypes(place, net) or {
-        name: tensor.dtype
-        for name, tensor in net.state_dict().items()
-        if tensor.is_floating_point() and tensor.dtype != torch.float32
-    }
+    dtypes = _dtypes(state, net) or _dtypes(net.state_dict(), net)
     classifier = Classifier(build, 0, net.float().eval(), preprocess)
     return Deployed(classifier, _square(sizes.image_size), [], _opened_by(BUILT, sizes), place, dtypes)
 
@@ -270,11 +267,9 @@ def _opened_by(model: str, sizes: Sizes) -> dict[str, object]:
     return {"model": model, "image_size": sizes.image_size, "mean": sizes.mean, "std": sizes.std}
 
 
-def _dtypes(place: Path | None, net: nn.Module) -> dict[str, torch.dtype]:
-    """Of the file's weights by the net's own names, where they are not float32."""
-    if place is None:
-        return {}
-    state, own = checkpoints.read(place)[0], set(net.state_dict())
+def _dtypes(state: dict[str, Tensor], net: nn.Module) -> dict[str, torch.dtype]:
+    """Of the weights of a file, by the net's own names, where they are not float32."""
+    own = set(net.state_dict())
     prefix = checkpoints.wrapping_prefix(state, own)
     found = {key.removeprefix(prefix): tensor.dtype for key, tensor in state.items() if tensor.is_floating_point()}
     return {name: dtype for name, dtype in found.items() if name in own and dtype != torch.float32}
