@@ -59,7 +59,7 @@ def add_flags(parser: options.Parser, recipe: pretrain.Recipe, by_grouping: dict
     options.add(
         group,
         "--precision",
-        "of forward and backward pass; tf32 and bf16 need a CUDA GPU",
+        "of forward and backward pass; tf32 needs a CUDA GPU, bf16 one or a CPU with AMX",
         choices=PRECISIONS,
         default="fp32",
     )

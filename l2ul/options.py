@@ -77,7 +77,7 @@ def add_speed(parser: Parser) -> None:
     add(
         group,
         "--precision",
-        "on a CUDA GPU: fp32; tf32, faster, in all passes; bf16, fastest, in the attack, and tf32 elsewhere",
+        "fp32; on a CUDA GPU: tf32, faster, in all passes; there or on a CPU with AMX: bf16, fastest, in the attack",
         choices=PRECISIONS,
     )
     add(

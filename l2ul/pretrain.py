@@ -34,7 +34,7 @@ class Recipe:
     flip: bool = True
     label_smoothing: float = 0.0
     keep_best: bool = False  # end with the weights of the epoch that was best on the images held out
-    precision: str = "fp32"  # or "tf32", or "bf16" (autocast), on a GPU
+    precision: str = "fp32"  # or "tf32", or "bf16" (autocast): see `precisions`
 
 
 def fit(
@@ -60,8 +60,8 @@ def fit(
     before's; `resume` goes on from there and ends with the same weights as a run that was never stopped.
     Under torchrun each process takes its part of the same batches, cropped in the same way, and all end with the same
     weights; dropout is drawn by each for itself.
-    Raises InputError where the file belongs to another recipe or the precision has no GPU, Diverged where the loss is
-    no longer finite.
+    Raises InputError where the file belongs to another recipe or the device lacks the precision, Diverged where the
+    loss is no longer finite.
     """
     device = train.labels.device
     precisions.use(device, recipe.precision)

@@ -7,7 +7,7 @@ from conftest import tiny_net
 import pytest
 import torch
 
-from l2ul import data, pretrain, running
+from l2ul import data, precisions, pretrain, running
 from l2ul.data import Split
 from l2ul.errors import Diverged, InputError
 from l2ul.forget import choose_forget
@@ -59,9 +59,19 @@ def test_damaged_state_is_said_to_be(trained, tmp_path):
         train(trained, tmp_path / "state.pt", resume=True)
 
 
-def test_bf16_needs_a_gpu_and_a_lost_loss_ends_it(trained, tmp_path):
-    with pytest.raises(InputError, match="bf16 needs a CUDA GPU"):
+def test_bf16_needs_units_for_it(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(precisions, "has_amx", lambda: False)
+    with pytest.raises(InputError, match="bf16 needs a CUDA GPU, or a CPU with AMX"):
         train(trained, tmp_path / "s.pt", recipe=dataclasses.replace(RECIPE, precision="bf16"))
+    monkeypatch.setattr(precisions, "has_amx", lambda: True)
+    _, exact = train(trained, tmp_path / "exact.pt")
+    _, short = train(trained, tmp_path / "short.pt", recipe=dataclasses.replace(RECIPE, precision="bf16"))
+    first, second = exact[0]["loss"], short[0]["loss"]
+    assert first != second  # the products were rounded
+    assert first == pytest.approx(second, rel=0.02)
+
+
+def test_a_lost_loss_ends_it(trained, tmp_path):
     with pytest.raises(Diverged, match="no longer finite"):
         train(trained, tmp_path / "s.pt", recipe=dataclasses.replace(RECIPE, lr=1e30))
 
