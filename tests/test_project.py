@@ -10,8 +10,7 @@ import tomllib
 from conftest import ROOT
 import pytest
 
-from l2ul import methods, runs, utkface
-import main_forget
+from l2ul import methods, request_options, runs, utkface
 import main_unlearn
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -56,7 +55,7 @@ def test_readme_has_every_flag_and_method_and_no_other():
 
 
 def test_readme_has_every_flag_of_a_request_and_no_other():
-    flags = {word for action in main_forget.parser()._actions for word in action.option_strings if word[:2] == "--"}
+    flags = {word for action in request_options.parser("", "")._actions for word in action.option_strings if word[:2] == "--"}
     table = README.split("| flag of `main_forget.py` |")[1].split("\n\n")[0]
     assert set(re.findall(r"`(--[a-z-]+)`", table)) - {"--model"} == flags - {"--help", "--model"}
 
