@@ -55,7 +55,8 @@ def test_readme_has_every_flag_and_method_and_no_other():
 
 
 def test_readme_has_every_flag_of_a_request_and_no_other():
-    flags = {word for action in request_options.parser("", "")._actions for word in action.option_strings if word[:2] == "--"}
+    actions = request_options.parser("", "")._actions
+    flags = {word for action in actions for word in action.option_strings if word[:2] == "--"}
     table = README.split("| flag of `main_forget.py` |")[1].split("\n\n")[0]
     assert set(re.findall(r"`(--[a-z-]+)`", table)) - {"--model"} == flags - {"--help", "--model"}
 
