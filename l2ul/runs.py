@@ -32,6 +32,19 @@ LATER = {
 }
 
 
+def used_by(method: methods.Method) -> set[str]:
+    """The hyper-parameters that decide a method's result."""
+    if not method.terms:
+        return set()
+    if method.settings:
+        return {"precision", "bn"}
+    if "teacher" in method.needs:
+        loop = ()
+    else:
+        loop = ("max_passes",) if "noise" in method.needs else ("max_passes", *SGD_FLAGS)
+    return {"precision", *loop}.union(*(NEEDS_FLAGS[need] for need in method.needs))
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One row of a table: a method on one D_f. `settings` is all that decides its result; its id is their hash.
@@ -124,7 +137,7 @@ class Setup:
     def _settings(
         self, method: methods.Method, k: int, seed: int, digest: str, step: tuple[int, int] | None
     ) -> dict[str, object]:
-        used = self._used(method)
+        used = used_by(method)
         images, normalize = self.images, self.classifier.normalize
         statistics = {
             name: " ".join(f"{value:g}" for value in getattr(normalize, name).flatten().tolist())
@@ -156,15 +169,3 @@ class Setup:
             "train_sha256": images.train_sha256,
             "method_code": method.code_sha256(),
         }
-
-    def _used(self, method: methods.Method) -> set[str]:
-        """The hyper-parameters that decide a method's result."""
-        if not method.terms:
-            return set()
-        if method.settings:
-            return {"precision", "bn"}
-        if "teacher" in method.needs:
-            loop = ()
-        else:
-            loop = ("max_passes",) if "noise" in method.needs else ("max_passes", *SGD_FLAGS)
-        return {"precision", *loop}.union(*(NEEDS_FLAGS[need] for need in method.needs))

@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from l2ul import attack, damage, evaluate, methods, unlearn
+from l2ul import attack, damage, evaluate, methods, runs, unlearn
 from l2ul.damage import Kept, Probe
 from l2ul.errors import Diverged, InputError
 from l2ul.importance import mas_importance
@@ -26,15 +26,18 @@ FEWEST_EXAMPLES, MOST_EXAMPLES = 64, 1024
 # What is tried after a method's own settings, as factors of them.
 DISTILL = ({"distill_lr": 2.0}, {"distill_features": 3.0}, {"distill_lr": 0.5}, {"distill_steps": 2.0})
 GRADIENT = ({"unlearn_lr": 1 / 3}, {"unlearn_lr": 3.0}, {"unlearn_lr": 0.1})
+BETWEEN = ({"unlearn_lr": 0.6}, {"unlearn_lr": 2.0})  # where one forgot and a third of its rate did not
 
 
-def named_settings(given: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Settings of the loop by name, as numbers of their type; InputError for one that is unknown or not allowed."""
-    types = {f.name: type(f.default) for f in fields(Settings) if f.name not in ("seed", "first_position")}
-    known = {name: kind for name, kind in types.items() if kind in (int, float)}
+def named_settings(given: Sequence[tuple[str, float]], method: str) -> dict[str, float]:
+    """Settings of a method's loop by name, as numbers of their type; InputError for one it has not, or not so."""
+    types = {f.name: type(f.default) for f in fields(Settings)}
+    used = runs.used_by(methods.get(method))
+    known = {name: kind for name, kind in types.items() if name in used and kind in (int, float)}
     for name, value in given:
         if name not in known:
-            raise InputError(f"there is no setting {name}; expected one of {', '.join(known)}")
+            expected = f"expected one of {', '.join(known)}" if known else "it has none: leave out --setting"
+            raise InputError(f"method {method} has no setting {name}; {expected}")
         if known[name] is int and not (value >= 1 and value.is_integer()):
             raise InputError(f"setting {name}={value:g} is not allowed; expected a whole number of at least 1")
     return {name: known[name](value) for name, value in given}
@@ -61,7 +64,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting and what came of it. `forgotten` (k,) bool; `kept` of each probe; no model where it diverged."""
+    """One setting and what came of it. `forgotten` (k,) bool, as asked; `kept` of each probe; no model: diverged."""
 
     settings: Settings
     changed: Mapping[str, float]  # settings that differ from the first trial's
@@ -83,7 +86,8 @@ class Job:
     """What is to be forgotten by which method.
 
     model    left as it is
-    forget   D_f, on its device: what counts as forgotten; wide: what a method is given, D_f and changes of it
+    forget   D_f, on its device
+    wide     D_f, and after it each change of all of D_f that is to be forgotten too: what a method is given
     written  gives a model as it will be once it is written to a file and read again
     probes   of damage
     """
@@ -101,6 +105,10 @@ class Job:
     @property
     def uses_teacher(self) -> bool:
         return "teacher" in methods.get(self.method).needs
+
+    def forgotten(self, model: nn.Module) -> Tensor:
+        """Which images (k,) bool a model has forgotten as they are and after every change that was asked for."""
+        return evaluate.forgotten(model, self.wide.images, self.wide).view(-1, len(self.forget)).all(0).cpu()
 
     def run(
         self,
@@ -129,9 +137,8 @@ class Job:
         if outcome.status != "diverged":
             written = self.written(outcome.model)
             try:
-                done = evaluate.forgotten(written, self.forget.images, self.forget)
-                kept = [damage.kept(written, probe) for probe in self.probes]
-                trial = replace(trial, forgotten=done.cpu(), kept=kept, model=outcome.model)
+                done, kept = self.forgotten(written), [damage.kept(written, probe) for probe in self.probes]
+                trial = replace(trial, forgotten=done, kept=kept, model=outcome.model)
             except Diverged:
                 trial = replace(trial, status="diverged")
         return replace(trial, seconds=time.perf_counter() - started)
@@ -164,7 +171,8 @@ def search(job: Job, first: Settings, budget: Budget, seconds: float, tried: Cal
 
     Where the time is short, the first trial is cut down to a third of it; what it took tells how long a second may be.
     Once one has forgotten everything, others are begun only where they should end in time; until then, one that fails
-    is followed by one that takes larger steps.
+    is followed by one that takes larger steps. Where the first to forget was not the method's own settings, the others
+    are begun at it.
     """
     trials: list[Trial] = []
     waiting = deque(_ladder(job, first, budget.left, seconds))
@@ -179,9 +187,8 @@ def search(job: Job, first: Settings, budget: Budget, seconds: float, tried: Cal
         if not forgotten and not trials[-1].forgotten.all():
             if trials[-1].status != "diverged" and len(trials) <= MOST_LARGER:
                 waiting.appendleft(_larger(job, settings, budget.left, trials))
-        elif len(trials) == 1 and settings != first:
-            longer = fitted(first, budget.left / _cycles(trials), _seconds_of_a_step(first, trials))
-            waiting.extend([longer, *(_scaled(longer, by) for by in DISTILL)])
+        elif not forgotten and settings != first:
+            waiting = deque(_around(job, first, budget.left, trials))
     return sorted(trials, key=lambda trial: trial.rank, reverse=True)  # stable: of equals the first
 
 
@@ -198,6 +205,17 @@ def _ladder(job: Job, first: Settings, left: float, seconds: float) -> list[Sett
     if 3 * seconds * first.distill_steps <= left:
         return [first, *(_scaled(first, by) for by in DISTILL)]
     return [fitted(first, left / 3, seconds)]
+
+
+def _around(job: Job, first: Settings, left: float, trials: list[Trial]) -> list[Settings]:
+    """Settings to try after the first that forgot everything: as many steps as there is time for, and changes of it."""
+    taken = trials[-1].settings
+    if not job.uses_teacher:
+        return [_scaled(taken, by) for by in BETWEEN]
+    sizes = {name: getattr(first, name) for name in ("distill_steps", "distill_mixes", "distill_forget")}
+    whole = replace(taken, **sizes)
+    longer = fitted(whole, left / _cycles(trials), _seconds_of_a_step(whole, trials))
+    return [settings for settings in (longer, *(_scaled(longer, by) for by in DISTILL)) if settings != taken]
 
 
 def fitted(settings: Settings, left: float, seconds: float) -> Settings:
@@ -233,8 +251,9 @@ def _expected(job: Job, settings: Settings, trials: list[Trial]) -> float:
 
 
 def _cycles(trials: list[Trial]) -> float:
-    """How many cycles of distill the first trial went through until everything was forgotten."""
-    return max(1.0, trials[0].steps / trials[0].settings.distill_steps)
+    """How many cycles of distill the first trial that forgot everything went through."""
+    one = next((trial for trial in trials if trial.forgotten.all()), trials[0])
+    return max(1.0, one.steps / one.settings.distill_steps)
 
 
 def _seconds_of_a_step(settings: Settings, trials: list[Trial]) -> float:

@@ -111,11 +111,33 @@ def test_gradient_methods_are_tried_at_other_rates(monkeypatch):
 
 
 def test_settings_by_name():
-    assert search.named_settings([("distill_steps", 5.0), ("distill_lr", 0.1)]) == {
+    assert search.named_settings([("distill_steps", 5.0), ("distill_lr", 0.1)], "distill") == {
         "distill_steps": 5,
         "distill_lr": 0.1,
     }
-    with pytest.raises(InputError, match="no setting distill_step; expected one of unlearn_lr"):
-        search.named_settings([("distill_step", 5.0)])
+    assert search.named_settings([("reg_lamb", 2.0)], "adv_imp") == {"reg_lamb": 2.0}
+    with pytest.raises(InputError, match="method distill has no setting distill_step; expected one of distill_lr"):
+        search.named_settings([("distill_step", 5.0)], "distill")
     with pytest.raises(InputError, match="distill_steps=0.5 is not allowed; expected a whole number"):
-        search.named_settings([("distill_steps", 0.5)])
+        search.named_settings([("distill_steps", 0.5)], "distill")
+    with pytest.raises(InputError, match="method adv has no setting reg_lamb; expected one of unlearn_lr"):
+        search.named_settings([("reg_lamb", 1.0)], "adv")
+    with pytest.raises(InputError, match="method jit has no setting unlearn_lr; it has none"):
+        search.named_settings([("unlearn_lr", 1.0)], "jit")
+
+
+@pytest.mark.parametrize("minutes", [60, 5])
+def test_where_larger_steps_forget_first_others_are_tried_at_them(monkeypatch, minutes):
+    needed = 2 * OWN.distill_lr
+    job, _, now = tried(monkeypatch, minutes, lambda s: (s.distill_lr > needed, s.distill_steps / 10 - s.distill_lr))
+    first = next(place for place, s in enumerate(job.tried) if s.distill_lr > needed)
+    after = job.tried[first + 1 :]
+    assert after
+    assert all(s.distill_lr > 1.4 * OWN.distill_lr for s in after)
+    assert job.tried[first] not in after
+    assert now <= 60 * minutes
+
+
+def test_where_a_larger_rate_forgets_first_rates_around_it_are_tried(monkeypatch):
+    job, _, _ = tried(monkeypatch, 60, lambda s: (s.unlearn_lr > 2 * OWN.unlearn_lr, 90.0), "adv_imp")
+    assert [s.unlearn_lr / OWN.unlearn_lr for s in job.tried] == pytest.approx([1, 3, 1.8, 6])
