@@ -12,6 +12,7 @@ import l2ul  # isort: skip  # first: it sets the environment before torch is imp
 
 import argparse
 from dataclasses import asdict, replace
+import itertools
 from pathlib import Path
 import time
 
@@ -58,21 +59,25 @@ def forget(opts: argparse.Namespace, device: torch.device) -> int:
     budget = Budget(60 * opts.minutes, l2ul.STARTED)
     key = signature.private_key(opts.sign) if opts.sign else None
     model = load(opts)
+    before = model.hashes()
     asked = ask(opts, model, device)
     keep, references = (read_others(opts, flag, model, asked) for flag in ("keep_images", "reference_images"))
     print(f"{len(asked)} images to {asked.forget.goal}; {opts.method}; {running.device_name(device)}", flush=True)
+    told = describe(opts, model, asked, before)
     wide = robustness.widened(asked.images, asked.forget, opts.also)
     job = Job(model.classifier, asked.forget, wide, opts.method, len(model.classes), opts.seed, model.as_written)
-    trials = [] if asked.done_before else try_out(opts, job, keep, budget)
-    taken = trials[0] if trials and trials[0].model else None
+    gone = job.forgotten(model.classifier)
+    trials = [] if gone.all() else try_out(opts, job, keep, budget)
+    taken = next((trial for trial in trials[:1] if trial.forgotten.sum() > gone.sum()), None)
     after = model.as_written(taken.model if taken else model.classifier)
-    told = examine.examine(job, asked, after, references, lambda: budget.part(RELEARN).left > 0)
-    told |= report.of_trials(trials, taken) | describe(opts, model, asked, device)
+    told |= examine.examine(job, asked, after, references, lambda: budget.part(RELEARN).left > 0)
+    told |= report.of_trials(trials, taken) | {"made": report.now()}
     told["seconds"] = {"total": round(budget.used, 1), "trials": round(sum(trial.seconds for trial in trials), 1)}
-    write(opts, model, asked, after, told, key)
-    gone = sum(image["forgotten"] for image in told["images"])
-    print(f"{gone} of {len(asked)} images are forgotten: {opts.output / 'report.html'}")
-    return 0 if gone == len(asked) else NOT_FORGOTTEN
+    told["peak_memory_mib"] = running.peak_memory_mib(device)
+    output = write(opts, model, asked, after, told, key)
+    done = sum(image["forgotten"] for image in told["images"])
+    print(f"{done} of {len(asked)} images are forgotten: {output / 'report.html'}")
+    return 0 if done == len(asked) else NOT_FORGOTTEN
 
 
 def load(opts: argparse.Namespace) -> Deployed:
@@ -81,7 +86,7 @@ def load(opts: argparse.Namespace) -> Deployed:
     model = deployment.open_deployed(opts.model, opts.checkpoint, opts.build, sizes)
     if opts.class_names:
         try:
-            model.classes = opts.class_names.read_text().splitlines()
+            model.classes = opts.class_names.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError):
             raise InputError(f"cannot read --class-names {opts.class_names}; expected text, a name a line") from None
     return model
@@ -96,6 +101,9 @@ def ask(opts: argparse.Namespace, model: Deployed, device: torch.device) -> Aske
     if len(model.classes) != count or count < 2:
         raise InputError(f"the model tells {count} classes apart, and has names for {len(model.classes)}")
     before = examine.logits(model.classifier, images)
+    if not before.isfinite().all():
+        place = int((~before.isfinite()).any(1).nonzero()[0])
+        raise InputError(f"the model gives {request.items[place].file} logits that are not finite; look at its weights")
     named = [item.new_label for item in request.items]
     labels = class_numbers([item.label for item in request.items], model.classes, before.argmax(1), "label").to(device)
     new = class_numbers(named, model.classes, None, "new_label").to(device) if any(named) else None
@@ -146,12 +154,11 @@ def try_out(opts: argparse.Namespace, job: Job, keep: Split | None, budget: Budg
     return search.search(job, first, budget, seconds, tell)
 
 
-def describe(opts: argparse.Namespace, model: Deployed, asked: Asked, device: torch.device) -> report.Report:
-    """What a report says of the request itself, of the model before, and of what did it."""
+def describe(opts: argparse.Namespace, model: Deployed, asked: Asked, before: dict[str, object]) -> report.Report:
+    """What a report says of the request itself, of the model before, and of what does it."""
     earlier = audit.chain_of(Path(opts.model)) if opts.model and Path(opts.model, REPORT).is_file() else []
     return {
         "tool": report.tool(),
-        "made": report.now(),
         "asked": {
             "images": opts.images[0].resolve().name,
             "goal": asked.forget.goal,
@@ -162,17 +169,21 @@ def describe(opts: argparse.Namespace, model: Deployed, asked: Asked, device: to
             "seed": opts.seed,
             "also": opts.also,
         },
-        "model": {"opened_by": model.opened_by, "classes": model.classes, "before": model.hashes()},
+        "model": {"opened_by": model.opened_by, "classes": model.classes, "before": before},
         "earlier": earlier,
         "not_claimed": report.NOT_CLAIMED,
-        "peak_memory_mib": running.peak_memory_mib(device),
-        "device": running.device_name(device),
+        "device": running.device_name(asked.images.device),
     }
 
 
-def write(opts: argparse.Namespace, model: Deployed, asked: Asked, after, told: report.Report, key) -> None:
-    """Model, report, page, list and signature in one folder, which is there whole or not at all."""
-    with atomic(opts.output) as part:
+def write(opts: argparse.Namespace, model: Deployed, asked: Asked, after, told: report.Report, key) -> Path:
+    """Model, report, page, list and signature in one folder, which is there whole or not at all; returns which.
+
+    One beside `--output` where others have put something there by now.
+    """
+    names = itertools.chain([opts.output.name], (f"{opts.output.name}-{number}" for number in itertools.count(2)))
+    output = next(place for place in map(opts.output.with_name, names) if is_free(place))
+    with atomic(output, replace=False) as part:
         part.mkdir()
         told["model"]["left_out"] = model.write(after, part)
         place = deployment.written(part)[0]
@@ -182,14 +193,15 @@ def write(opts: argparse.Namespace, model: Deployed, asked: Asked, after, told: 
         if told["earlier"]:
             audit.copy_chain(Path(opts.model), part / told["earlier"][-1]["file"])
         pictures = None if opts.no_thumbnails else [report.thumbnail(image) for image in asked.images]
-        (part / "report.html").write_text(report.page(told, pictures))
-        (part / "forget_list.csv").write_text(report.forget_list(told))
+        (part / "report.html").write_text(report.page(told, pictures), encoding="utf-8")
+        (part / "forget_list.csv").write_text(report.forget_list(told), encoding="utf-8")
         told["files"] = {
             name: deployment.files_sha256(part / name)[name] for name in ("report.html", "forget_list.csv")
         }
-        (part / REPORT).write_text(report.text(told))
+        (part / REPORT).write_text(report.text(told), encoding="utf-8")
         if key:
             (part / f"{REPORT}{signature.SUFFIX}").write_text(signature.sign((part / REPORT).read_bytes(), key))
+    return output
 
 
 def verify(opts: argparse.Namespace, device: torch.device) -> int:
@@ -233,21 +245,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if opts.method == "before" or "retain" in methods.get(opts.method).needs:
         why = "forgets nothing" if opts.method == "before" else "trains on the rest of the training set"
         raise InputError(f"method {opts.method} {why}; leave out --method, or name one such as distill or adv_imp")
-    opts.setting = search.named_settings(opts.setting)
+    opts.setting = search.named_settings(opts.setting, opts.method)
+    opts.output = opts.output.resolve()
     check_output(opts)
     return opts
 
 
 def check_output(opts: argparse.Namespace) -> None:
     """Raise InputError unless the output is a new or empty folder, apart from the model and the images."""
-    output = opts.output.resolve()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"--output {opts.output} exists already; name a new folder, nothing is written over")
+    output = opts.output
+    if not is_free(output) or output == Path.cwd():
+        raise InputError(f"--output {output} exists already; name a new folder, nothing is written over")
     for place in (*opts.images, opts.keep_images, opts.reference_images, opts.model):
-        if place and output.is_relative_to(Path(place).resolve()):
-            raise InputError(f"--output {opts.output} lies within {place}, which is only read; name another folder")
+        if place and output.is_relative_to(Path(str(place).removeprefix("hf:")).resolve()):
+            raise InputError(f"--output {output} lies within {place}, which is only read; name another folder")
     require_writable(output.parent)
     remove_parts(output.parent, older_than=time.time() - 3600, prefix=f"{output.name}.")
+
+
+def is_free(output: Path) -> bool:
+    """Whether nothing is there, or an empty folder."""
+    return not output.exists() or (output.is_dir() and not any(output.iterdir()))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from l2ul.search import Job
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for: images (k, 3, H, W) uint8, D_f made of them, and the logits (k, C) they had before."""
+    """What a request asks for: images (k, 3, H, W) uint8 and D_f made of them, on the device; logits (k, C) before."""
 
     request: Request
     images: Tensor
@@ -25,15 +25,10 @@ class Asked:
     def __len__(self) -> int:
         return len(self.request)
 
-    @property
-    def done_before(self) -> bool:
-        """Whether every image was forgotten before anything was done."""
-        return bool(self.forget.done(self.before.argmax(1)).all())
-
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits (n, C) on the model's device, in eval mode, as they come from the layers one by one."""
-    return torch.cat(list(evaluate.logits(model, images, pairs=[], on_device=True))).clone()
+    """Logits (n, C) on the CPU, in eval mode, as they come from the layers one by one."""
+    return torch.cat(list(evaluate.logits(model, images, pairs=[]))).clone()  # a tensor that autograd takes too
 
 
 def examine(
@@ -49,9 +44,10 @@ def examine(
     now = logits(after, asked.images)
     survives = robustness.still_forgotten(after, asked.images, asked.forget)
     back, steps = relearn.steps_until_back(after, asked.images, asked.forget.labels, go_on)
+    gone = job.forgotten(after).tolist()
     relearning = {"steps": steps, "back": sum(step is not None for step in back), "lr": relearn.LEARNING_RATE}
     return {
-        "images": report.images(asked.request, asked.forget, asked.before, now, survives, back),
+        "images": report.images(asked.request, asked.forget, asked.before, now, gone, survives, back),
         "damage": [asdict(damage.kept(after, probe)) for probe in job.probes],
         "robustness": {change: int(found.sum()) for change, found in survives.items()},
         "relearning": relearning if steps or None not in back else None,
@@ -61,16 +57,28 @@ def examine(
 
 def _membership(before: nn.Module, asked: Asked, after: nn.Module, now: Tensor, references: Split) -> dict[str, object]:
     """How well attacks tell D_f from the references, by the outputs of the model before and after."""
-    labels = asked.forget.labels
+    labels, others = asked.forget.labels.cpu(), references.labels.cpu()
     return {
-        "references": len(references.labels),
-        "before": membership.inference((asked.before, labels), (logits(before, references.images), references.labels)),
-        "after": membership.inference((now, labels), (logits(after, references.images), references.labels)),
+        "references": len(others),
+        "before": membership.inference((asked.before, labels), (logits(before, references.images), others)),
+        "after": membership.inference((now, labels), (logits(after, references.images), others)),
     }
 
 
 def check_same(written: nn.Module, read: nn.Module, images: Tensor) -> None:
-    """Raise RuntimeError unless what was read from the files gives the logits of what was written to them."""
-    difference = (logits(written, images) - logits(read, images)).abs().max().item()
-    if not difference <= 1e-4:
-        raise RuntimeError(f"the model as read from its files gives logits that differ by {difference}; do not use it")
+    """Raise RuntimeError unless the weights as read from the files are those that were written, and answer like them.
+
+    Weights are compared bit by bit. Logits may differ by a hundredth of the largest: where the memory is laid out
+    otherwise, a GPU may take other kernels, and with TF32 these round by a thousandth.
+    """
+    told, found = written.state_dict(), read.state_dict()
+    wrong = [
+        name for name, tensor in told.items() if name not in found or not torch.equal(tensor.cpu(), found[name].cpu())
+    ]
+    before, after = logits(written, images), logits(read, images)
+    difference = float((before - after).abs().max() / before.abs().max().clamp_min(1e-9))
+    if wrong or not difference <= 0.01:
+        what = (
+            f"differs in {', '.join(wrong[:3])}" if wrong else f"gives logits that differ by {100 * difference:.1f} %"
+        )
+        raise RuntimeError(f"the model as read from its files {what}; do not use it")

@@ -19,8 +19,10 @@ REPORT = "report.json"  # of a request to forget, beside the model that it ended
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, replace: bool = True) -> Iterator[Path]:
     """A temporary path beside `path` to write a file or a folder to; renamed to `path` if the block ends well.
+
+    replace  a folder that is there already; otherwise OSError where one is by then that holds anything
 
     A process killed in the block leaves a hidden `.<name>.<random>.part`, which `remove_parts` clears away.
     """
@@ -29,7 +31,7 @@ def atomic(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         yield part
-        if path.is_dir():  # one name cannot replace a folder: it is moved aside, never half deleted
+        if replace and path.is_dir():  # one name cannot replace a folder: it is moved aside, never half deleted
             old = part.with_suffix(".old.part")
             os.replace(path, old)
             os.replace(part, path)

@@ -39,16 +39,17 @@ def images(
     forget: Forget,
     before: Tensor,
     after: Tensor,
+    gone: Sequence[bool],
     survives: Mapping[str, Tensor],
     back: Sequence[int | None],
 ) -> list[dict[str, object]]:
     """A row an image: what it was and is called, how surely, whether it is forgotten, and for how long that lasts.
 
-    before    logits (k, C); after likewise
+    before    logits (k, C) on the CPU; after likewise
+    gone      whether an image is forgotten as it was asked for: as it is, and changed so
     survives  (k,) bool by change: whether it is still forgotten under it
     back      steps of fine-tuning after which it is called by its label again; None: not within those taken
     """
-    done = forget.done(after.argmax(1)).tolist()
     new = [None] * len(request) if forget.new_labels is None else forget.new_labels.tolist()
     rows = []
     for place, item in enumerate(request.items):
@@ -59,7 +60,7 @@ def images(
             called = int(shares.argmax())
             row |= {f"called_{when}": called, f"confidence_{when}": float(shares[called])}
             row |= {f"label_confidence_{when}": float(shares[label])}
-        row |= {"was_called": row["called_before"] == label, "forgotten": done[place], "back_after": back[place]}
+        row |= {"was_called": row["called_before"] == label, "forgotten": gone[place], "back_after": back[place]}
         rows.append(row | {"survives": {change: bool(found[place]) for change, found in survives.items()}})
     return rows
 

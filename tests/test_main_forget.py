@@ -13,7 +13,7 @@ from PIL import Image
 import pytest
 import torch
 
-from l2ul import relearn, search
+from l2ul import examine, relearn, search
 from l2ul.files import file_sha256
 import main_forget
 
@@ -57,10 +57,14 @@ def forget(script, tmp_path, tiny):
     return call
 
 
-def called(path, images):
+def net_of(path):
     model = tiny_net()
     model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-    return model(images / 255).argmax(1)
+    return model
+
+
+def called(path, images):
+    return net_of(path)(images / 255).argmax(1)
 
 
 def test_images_are_forgotten_and_the_model_comes_back_in_the_form_it_came_in(forget, tiny, tmp_path):
@@ -114,7 +118,8 @@ def test_not_all_forgotten_is_exit_code_3_with_a_report(forget):
     code, report, told = forget("--setting", "distill_steps=1", "distill_cycles=1", "distill_lr=1e-9")
     assert code == 3
     assert "0 of 6 images are forgotten" in told
-    assert report["chosen"]["distill_steps"] == 1
+    assert report["chosen"] is None  # nothing was gained
+    assert report["trials"][0]["changed"]["distill_steps"] == 1
 
 
 def test_nothing_is_done_where_the_model_calls_no_image_by_its_label(forget, tiny, tmp_path):
@@ -147,6 +152,60 @@ def test_images_are_also_forgotten_when_changed_if_that_is_asked_for(forget):
     code, report, told = forget("--also", "flipped")
     assert code == 0, told
     assert report["robustness"]["flipped"] == 6
+
+
+def test_what_is_asked_of_changed_images_counts_and_a_model_that_gained_nothing_is_the_one_that_came(
+    forget, script, tiny, tmp_path
+):
+    images = tiny[1]
+    called = [net_of(tmp_path / "tiny.pth")(one / 255).argmax(1) for one in (images, images.flip(3))]
+    places = (called[0] != called[1]).nonzero().flatten()[:3]  # no longer called so as they are, but mirrored
+    assert len(places)
+    save_images(tmp_path / "half", images[places], called[1][places])
+    still = ["--setting", "distill_steps=1", "distill_cycles=1", "distill_lr=1e-9"]
+    code, report, told = forget("--also", "flipped", *still, images="half")
+    assert (code, report["chosen"], len(report["trials"])) == (3, None, 1), told
+    assert not any(row["forgotten"] for row in report["images"])
+    assert report["model"]["before"]["weights_sha256"] == report["model"]["after"]["weights_sha256"]
+    assert "no setting forgot more than it had" in (tmp_path / "out" / "report.html").read_text()
+    code, report, _ = forget("--also", "flipped", output="done", images="half")
+    assert (code, report["robustness"]["flipped"]) == (0, len(places))
+    code, report, _ = forget(output="nothing", images="half")
+    assert (code, report["trials"]) == (0, [])
+
+
+def test_nothing_that_others_put_into_the_output_is_lost(forget, monkeypatch, tmp_path):
+    measure = main_forget.examine.examine
+
+    def meanwhile(*arguments):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").write_text("mine")
+        (tmp_path / "tiny.pth").touch()
+        return measure(*arguments)
+
+    monkeypatch.setattr(main_forget.examine, "examine", meanwhile)
+    code, _, told = forget()
+    assert code == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    assert "out-2/report.html" in told
+    assert (tmp_path / "out-2" / "report.json").is_file()
+
+
+def test_a_link_to_a_folder_that_is_not_there_yet_is_followed(forget, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    assert forget()[0] == 0
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "real" / "model.pth").is_file()
+
+
+def test_a_model_is_not_given_out_as_the_one_that_was_measured_if_it_is_another():
+    images = torch.rand(2, 3, 8, 8)
+    examine.check_same(tiny_net(1), tiny_net(1), images)
+    other = tiny_net(1)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1 + 1e-6)
+    with pytest.raises(RuntimeError, match="differs in "):
+        examine.check_same(tiny_net(1), other, images)
 
 
 def test_requests_in_a_row_keep_a_chain_and_earlier_images_stay_forgotten_or_are_named(forget, script, tiny, tmp_path):

@@ -60,6 +60,12 @@ def damaged(place):
     (place / "damaged.pt").write_bytes((place / "tiny.pt").read_bytes()[:1000])
 
 
+def not_a_number(place):
+    state = tiny_net().state_dict()
+    next(iter(state.values())).fill_(float("nan"))
+    torch.save(state, place / "nan.pt")
+
+
 def empty_folder(place):
     (place / "empty").mkdir()
 
@@ -167,7 +173,11 @@ CASES = [
     (names, f"{TINY} {REST} --class-names {{}}/names.txt", "tells 5 classes apart, and has names for 2"),
     (None, f"{TINY} {REST} --method oracle", "trains on the rest of the training set"),
     (None, f"{TINY} {REST} --method nothing", "unknown method 'nothing'"),
-    (None, f"{TINY} {REST} --setting steps=3", "there is no setting steps"),
+    (None, f"{TINY} {REST} --setting steps=3", "method distill has no setting steps"),
+    (None, f"{TINY} {REST} --setting unlearn_lr=0.1", "method distill has no setting unlearn_lr"),
+    (not_a_number, f"--build conftest:tiny_net --checkpoint {{}}/nan.pt {REST}", "logits that are not finite"),
+    (None, "--model hf:{} --images {}/in --output {}/out", "which is only read"),
+    (None, f"{TINY} --images {{}}/in --output .", "exists already"),
     (None, f"{TINY} {REST} --minutes 0", "'0' is not allowed; expected a number above 0"),
     (bad_key, f"{TINY} {REST} --sign {{}}/key.pem", "is not to be used as a key"),
     (no_report, "--verify {}/report.json", "is no report of a request"),
@@ -188,6 +198,13 @@ def test_one_sentence(script, place, spoil, words, expected):
     assert expected in err
     assert err.count("\n") == 1
     assert sorted(place.rglob("*")) == there  # nothing was written
+
+
+def test_the_working_folder_is_no_new_one(script, place, monkeypatch):
+    empty_folder(place)
+    monkeypatch.chdir(place / "empty")
+    code, _, err = script(main_forget.main, *f"{TINY} {REST}".replace("{}", str(place)).split()[:-1], ".")
+    assert (code, "exists already" in err) == (2, True)
 
 
 def test_damaged_files_may_be_left_out(place):
