@@ -231,7 +231,9 @@ def recall(asked: Asked, bench: Bench, result_dir: Path) -> tuple[list[tuple[Set
         trials, pending = plan(asked, bench, [settings])
         found = [file.read() for trial in trials for file in trial.files]
         if not pending:
-            known.append((settings, sweep.score(found, "metric_agreement" if asked.opts.source_free else "acc_retain")))
+            known.append(
+                (settings, sweep.score(found, "metric_answers_kept" if asked.opts.source_free else "acc_retain"))
+            )
         elif any(trial.was_begun for trial in trials):
             begun.append(settings)
     return known, begun[: max(0, asked.opts.search - len(known))]

@@ -87,4 +87,4 @@ def attempt(words: Words, shared: Shared) -> float:
 
 def attempt_source_free(words: Words, shared: Shared) -> float:
     """The same by the answers on held-out adversarial examples: no image of D_r is asked about."""
-    return sweep.score(work(words, shared), kept="metric_agreement")
+    return sweep.score(work(words, shared), kept="metric_answers_kept")

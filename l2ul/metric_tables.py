@@ -28,7 +28,7 @@ NEAR = "of outputs on D_f and D_test, Jensen-Shannon divergence from the retrain
 ALIKE = "linear CKA with the retrained net's features, mean over layers, 1 is best"
 RMIA = "the attack RMIA, calibrated on nets that never saw D_f: AUC and TPR in %, 50 and 1 are guessing"
 STEPS = "steps of fine-tuning on D_f until it is known again; best as many as the retrained net takes; 500: or more"
-AGREE = "percent of held-out adversarial examples of D_f that are called what the original net called them, 100 is best"
+AGREE = "percent of held-out adversarial examples of mixes of D_f that are called as by the original net, 100 is best"
 METRICS = {
     **{
         f"metric_mia_{attack}_{what}": Known(f"{attack.replace('_', ' ')} {what.upper()}", 2, ATTACK)
@@ -53,7 +53,7 @@ METRICS = {
     "metric_distance": Known("distance", 4, "relative distance of the weights from the original ones"),
     "metric_relearn_steps": Known("steps to relearn", 1, STEPS),
     "metric_relearn_steps_retrained": Known("the same, retrained", 1, STEPS),
-    "metric_agreement": Known("agreement", 2, AGREE),
+    "metric_answers_kept": Known("answers kept", 2, AGREE),
     "metric_near_duplicates": Known("near-duplicates", 1, "images of D_r that are nearly the same as one of D_f"),
 }
 

@@ -1,8 +1,9 @@
 """Search for settings: by what it goes, what it knows from records, and what Optuna is told."""
 
 from test_sweep import asked
+import torch
 
-from l2ul import agreement, evaluations, searching, sweep
+from l2ul import damage, evaluations, searching, sweep
 from l2ul.ranges import Interval
 import main_sweep
 import main_trials
@@ -10,13 +11,13 @@ import main_unlearn
 
 
 def record(status="forgotten", goal="misclassify", **values):
-    return {"status": status, "goal": goal, "acc_forget": 0.0, "acc_retain": 90.0, "metric_agreement": 70.0} | values
+    return {"status": status, "goal": goal, "acc_forget": 0.0, "acc_retain": 90.0, "metric_answers_kept": 70.0} | values
 
 
 def test_a_search_goes_by_what_is_kept_where_all_is_forgotten_and_never_by_the_test_set():
     both = [record(), record(acc_retain=80.0)]
     assert sweep.score(both) == 85.0
-    assert sweep.score(both, "metric_agreement") == 70.0
+    assert sweep.score(both, "metric_answers_kept") == 70.0
     assert sweep.score([record(acc_forget=25.0, acc_retain=99.0, status="cap"), record()]) == -25.0
     assert sweep.score([record("diverged", acc_forget=None, acc_retain=None)]) == -100.0
     assert sweep.score([record(goal="relabel", acc_relabel=75.0)]) == -25.0
@@ -56,11 +57,11 @@ def test_a_search_measures_on_a_sample_and_without_the_source_on_held_out_exampl
 
 
 def test_agreement_is_whole_for_the_net_itself_and_uses_other_examples_than_any_run(trained):
-    model, images, labels = trained
-    examples, called = agreement.held_out(model, images[:4], labels[:4], 5)
-    assert len(examples) == 4 * agreement.EXAMPLES
-    assert agreement.percent(model, examples, called) == 100
-    other = type(model)()
-    assert agreement.percent(other.eval(), examples, called) < 100
-    assert (called != labels[:4].repeat_interleave(agreement.EXAMPLES)).any()
-    assert evaluations.EVALUATIONS["agreement"].names == ("metric_agreement",)
+    model, images, _ = trained
+    seed = evaluations.HELD_OUT_SEED
+    probe = damage.held_out(model, images[:8], 5, count=64, seed=seed)
+    assert damage.kept(model, probe).percent == 100
+    assert damage.kept(type(model)().eval(), probe).percent < 100
+    other = damage.held_out(model, images[:8], 5, count=64, seed=0)
+    assert not torch.equal(probe.images, other.images)
+    assert evaluations.EVALUATIONS["agreement"].names == ("metric_answers_kept",)
