@@ -37,6 +37,11 @@ class Sizes:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
 
+    @property
+    def flags(self) -> dict[str, object]:
+        """Each by the name of its flag."""
+        return {"--image-size": self.image_size, "--mean": self.mean, "--std": self.std}
+
 
 @dataclass
 class Deployed:
@@ -122,14 +127,22 @@ def open_deployed(
         checkpoints.refuse_program(place)
         raise InputError(f"--model {model} is a file; name the net by --model and its file of weights by --checkpoint")
     if _is_output(place):
-        if checkpoint:
-            raise InputError(f"{model} is what a request wrote and has its model in it; leave out --checkpoint")
+        _refuse(
+            {"--checkpoint": checkpoint} | sizes.flags, f"{model}, which a request wrote and which tells them itself"
+        )
         return open_output(place, build)
     if place.is_dir():
         model = f"{huggingface.PREFIX}{model}"
     models.check_name(model)
     opened = _open_huggingface if model.startswith(huggingface.PREFIX) else _open_named
     return opened(model, checkpoint, sizes)
+
+
+def _refuse(given: dict[str, object], what: str) -> None:
+    """Raise InputError for the first flag that has a value, where `what` the classifier is leaves no use for it."""
+    flag = next((flag for flag, value in given.items() if value), None)
+    if flag:
+        raise InputError(f"{flag} is not for {what}; leave it out")
 
 
 def _is_output(folder: Path) -> bool:
@@ -162,6 +175,8 @@ def written(folder: Path) -> list[Path]:
 def reopen(opened_by: dict[str, object], classes: list[str], place: Path, build: str | None) -> Deployed:
     """What `Deployed.write` wrote, from the `opened_by` and `classes` of the one that wrote it."""
     model, sizes = opened_by["model"], Sizes(*(opened_by[name] for name in ("image_size", "mean", "std")))
+    if model != BUILT:
+        _refuse({"--build": build}, f"the model {place}, a {model}")
     if model == huggingface.PREFIX:
         deployed = _open_huggingface(f"{model}{place}", None, sizes)
     elif model == BUILT:
@@ -175,9 +190,8 @@ def reopen(opened_by: dict[str, object], classes: list[str], place: Path, build:
 
 
 def _open_huggingface(model: str, checkpoint: str | Path | None, sizes: Sizes) -> Deployed:
-    for flag, given in (("--checkpoint", checkpoint), ("--image-size", sizes.image_size)):
-        if given:
-            raise InputError(f"{flag} is not for {model}, which tells its weights and sizes itself; leave it out")
+    own = {"--checkpoint": checkpoint, "--image-size": sizes.image_size}
+    _refuse(own, f"{model}, which tells its weights and sizes itself")
     told = huggingface.configuration(model)
     loaded = models.load(model, told.num_labels, None, sizes.mean, sizes.std)
     place = Path(model.removeprefix(huggingface.PREFIX))

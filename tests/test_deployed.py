@@ -101,7 +101,14 @@ def test_torchvisions_own_weights_bring_classes_and_sizes(monkeypatch, tmp_path)
 
 def test_what_an_earlier_request_wrote_is_named_without_a_checkpoint(tmp_path):
     (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(InputError, match="leave out --checkpoint"):
+    with pytest.raises(InputError, match="--checkpoint is not for .*, which a request wrote"):
         deployed.open_deployed(str(tmp_path), "other.pt")
+    for flag, sizes in (("image-size", {"image_size": 32}), ("mean", {"mean": [0, 0, 0]}), ("std", {"std": [1, 1, 1]})):
+        with pytest.raises(InputError, match=f"--{flag} is not for"):
+            deployed.open_deployed(str(tmp_path), sizes=deployed.Sizes(**sizes))
     with pytest.raises(InputError, match="is no report of a request"):
         deployed.open_deployed(str(tmp_path))
+    with pytest.raises(InputError, match="--build is not for the model .*, a resnet20"):
+        deployed.reopen(
+            {"model": "resnet20"} | dict.fromkeys(("image_size", "mean", "std")), [], tmp_path, "conftest:tiny_net"
+        )
