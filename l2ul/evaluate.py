@@ -116,9 +116,9 @@ def count_classes(model: nn.Module, images: Tensor | FolderImages) -> int:
     try:
         with torch.inference_mode(), evaluating(model):
             found = model(as_pixels(pixels).to(next(model.parameters()).device))
-    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-        size = " x ".join(map(str, pixels.shape[2:]))
-        raise InputError(f"the model does not take images of {size} pixels ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, AssertionError, ValueError, LookupError, TypeError, AttributeError) as error:
+        size, why = " x ".join(map(str, pixels.shape[2:])), (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"the model does not take images of {size} pixels, or gives no logits ({why})") from None
     if not isinstance(found, Tensor) or found.ndim != 2:
         shape = " x ".join(map(str, found.shape[1:])) if isinstance(found, Tensor) else type(found).__name__
         raise InputError(f"the model gives {shape} for an image; expected a logit for each class")

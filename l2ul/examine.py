@@ -49,7 +49,7 @@ def examine(
     return {
         "images": report.images(asked.request, asked.forget, asked.before, now, gone, survives, back),
         "damage": [asdict(damage.kept(after, probe)) for probe in job.probes],
-        "robustness": {change: int(found.sum()) for change, found in survives.items()},
+        "robustness": {change: None if found is None else int(found.sum()) for change, found in survives.items()},
         "relearning": relearning if steps or None not in back else None,
         "membership": _membership(job.model, asked, after, now, references) if references else None,
     }

@@ -40,14 +40,14 @@ def images(
     before: Tensor,
     after: Tensor,
     gone: Sequence[bool],
-    survives: Mapping[str, Tensor],
+    survives: Mapping[str, Tensor | None],
     back: Sequence[int | None],
 ) -> list[dict[str, object]]:
     """A row an image: what it was and is called, how surely, whether it is forgotten, and for how long that lasts.
 
     before    logits (k, C) on the CPU; after likewise
     gone      whether an image is forgotten as it was asked for: as it is, and changed so
-    survives  (k,) bool by change: whether it is still forgotten under it
+    survives  (k,) bool by change: whether it is still forgotten under it; None: the model cannot run so
     back      steps of fine-tuning after which it is called by its label again; None: not within those taken
     """
     new = [None] * len(request) if forget.new_labels is None else forget.new_labels.tolist()
@@ -61,7 +61,9 @@ def images(
             row |= {f"called_{when}": called, f"confidence_{when}": float(shares[called])}
             row |= {f"label_confidence_{when}": float(shares[label])}
         row |= {"was_called": row["called_before"] == label, "forgotten": gone[place], "back_after": back[place]}
-        rows.append(row | {"survives": {change: bool(found[place]) for change, found in survives.items()}})
+        rows.append(
+            row | {"survives": {change: bool(found[place]) for change, found in survives.items() if found is not None}}
+        )
     return rows
 
 

@@ -91,7 +91,9 @@ def read(
     if not folder.is_dir():
         raise InputError(f"{flag} {folder} is no folder; name the folder that holds the images")
     named = table or (folder / LABELS if (folder / LABELS).is_file() else None)
-    found = {file: label for file, label in _listed(folder, flag).items() if named is None or folder / file != named}
+    tables = {folder / LABELS, named.resolve() if named else None}
+    listed = _listed(folder, flag).items()
+    found = {file: label for file, label in listed if not tables & {folder / file, (folder / file).resolve()}}
     labels = _labels(named, found, folder) if named else {}
     items, pixels, bad = [], [], []
     for file, label in found.items():
@@ -120,8 +122,9 @@ def _listed(folder: Path, flag: str) -> dict[str, str | None]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
+        _check_name(path)
         if path.is_dir():
-            for inner in sorted(path.iterdir()):
+            for inner in map(_check_name, sorted(path.iterdir())):
                 if inner.is_dir() and not inner.name.startswith("."):
                     raise InputError(f"{inner} is a folder within a label's folder; expected images in {path}")
                 if not inner.name.startswith("."):
@@ -136,11 +139,24 @@ def _listed(folder: Path, flag: str) -> dict[str, str | None]:
     return found
 
 
+def _check_name(path: Path) -> Path:
+    """The path; InputError where its name cannot be written down in a report."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        shown = path.name.encode(errors="surrogateescape").decode(errors="replace")
+        raise InputError(f"the name {shown} in {path.parent} is not UTF-8; rename it") from None
+    return path
+
+
 def _labels(table: Path, found: dict[str, str | None], folder: Path) -> dict[str, tuple[str | None, str | None]]:
     """Label and new label by file, of a CSV file."""
     try:
-        rows = pd.read_csv(table, dtype=str, keep_default_na=False, skipinitialspace=True)
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # of fields for which there is no column
+            rows = pd.read_csv(table, dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False)
+            rows = rows.fillna("")  # fields that are not there
+    except (OSError, ValueError, pd.errors.ParserWarning) as error:
         raise InputError(f"cannot read the labels {table} ({str(error).strip().splitlines()[0]})") from None
     unknown = set(rows.columns) - {"file", "label", "new_label"}
     if "file" not in rows or len(rows.columns) == 1 or unknown:
@@ -168,15 +184,21 @@ def _decoded(path: Path) -> Image.Image:
     """An image upright, as RGB: 16-bit greys scaled, transparency dropped, of several frames the first."""
     try:
         with warnings.catch_warnings(), Image.open(path) as opened:
+            warnings.simplefilter("ignore")  # what a reader says of damage that it can do with
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             opened.load()
-            image = ImageOps.exif_transpose(opened)
+            return _as_rgb(ImageOps.exif_transpose(opened))
     except Image.UnidentifiedImageError:
         raise _Unreadable("no image of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _Unreadable("far too large for an image") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (_Unreadable, MemoryError):
+        raise
+    except Exception as error:  # each format's reader has its own way to fail
         raise _Unreadable(f"damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         grey = np.asarray(image).astype(np.float64)
         image = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))

@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from l2ul import evaluate
 from l2ul.data import as_pixels
+from l2ul.errors import Diverged
 from l2ul.objective import Forget
 
 CROP = 7 / 8  # of the sides
@@ -78,12 +79,15 @@ def in_int8(model: nn.Module) -> nn.Module:
     return rounded
 
 
-def still_forgotten(model: nn.Module, images: Tensor, forget: Forget) -> dict[str, Tensor]:
-    """Which images (k,) bool are still forgotten, by the name of the change.
+def still_forgotten(model: nn.Module, images: Tensor, forget: Forget) -> dict[str, Tensor | None]:
+    """Which images (k,) bool are still forgotten, by the name of the change; None where the model cannot run so.
 
     images  (k, 3, H, W) uint8 on the model's device; forget has their labels
     """
     found = {name: evaluate.forgotten(model, changed, forget) for name, changed in changed_images(images)}
     for name, other in (("half precision", in_half(model)), ("int8 weights", in_int8(model))):
-        found[name] = evaluate.forgotten(other, images, forget)
+        try:
+            found[name] = evaluate.forgotten(other, images, forget)
+        except (Diverged, RuntimeError):  # numbers too large for 16 bits, or tensors of 32 made in the forward pass
+            found[name] = None
     return found

@@ -1,6 +1,7 @@
 """The classifiers: `build` an untrained one, `load` a trained one, `save` it. All take pixels in [0,1], give logits."""
 
 from collections.abc import Callable, Sequence
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,26 +105,36 @@ def _from_file(name: str, num_classes: int, path: Path) -> Classifier:
 def _fill(classifier: Classifier, state: dict[str, Tensor], source: str) -> None:
     wrong = checkpoints.fill(classifier.net, state)
     if wrong:
-        like = _looks_like(state)
-        hint = f"; it looks like {like}" if like else ""
-        raise InputError(f"{source} does not fit {classifier.name} of {classifier.num_classes} classes: {wrong}{hint}")
+        what = f"{classifier.name} of {classifier.num_classes} classes"
+        raise InputError(f"{source} does not fit {what}: {wrong}{_looks_like(state)}")
 
 
-def _looks_like(state: dict[str, Tensor]) -> str | None:
-    """The known net, and its number of classes, whose names and shapes are those of a file, or most of them."""
-    matrices = [tensor for tensor in state.values() if tensor.ndim == 2]
-    if not matrices:
-        return None
-    classes = len(matrices[-1])
+def classes_of(name: str, state: dict[str, Tensor], source: str) -> int:
+    """How many classes a file's weights tell apart, as those of the net `name`; InputError where they are of another.
+
+    name  one of ours or torchvision:NAME
+    """
+    found = _num_classes(name, state)
+    if found is None:
+        raise InputError(f"{source} does not fit {name}: no weights in it tell classes apart{_looks_like(state)}")
+    return found
+
+
+def _num_classes(name: str, state: dict[str, Tensor]) -> int | None:
+    return checkpoints.num_classes(state, functools.partial(OWN.get(name, zoo).build, name))
+
+
+def _looks_like(state: dict[str, Tensor]) -> str:
+    """In words the known net, and its number of classes, whose names and shapes are most of a file's; or nothing."""
     file = set(checkpoints.shapes(state).items())
 
     def overlap(name: str) -> float:
         with torch.device("meta"):
-            own = set(checkpoints.shapes(OWN.get(name, zoo).build(name, classes).state_dict()).items())
+            own = set(checkpoints.shapes(OWN.get(name, zoo).build(name, 2).state_dict()).items())
         return len(file & own) / len(file | own)
 
     share, best = max((overlap(name), name) for name in (*OWN, *zoo.COMMON))
-    return f"{best} of {classes} classes" if share > 0.5 else None
+    return f"; it looks like {best} of {_num_classes(best, state)} classes" if share > 0.5 else ""
 
 
 def _with_statistics(classifier: Classifier, mean: Sequence[float] | None, std: Sequence[float] | None) -> Classifier:

@@ -1,13 +1,13 @@
 """Weights in files: read without ever running code from them, fitted to a net, and written so that others can."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 import contextlib
 import json
 from pathlib import Path
 import pickle
 import zipfile
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as serialize
 import torch
 from torch import Tensor, nn
@@ -50,13 +50,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _content(path: Path) -> tuple[object, dict[str, str] | None]:
     """All that a file holds, and the metadata of a safetensors file; None for a pickle."""
-    refuse_program(path)
     try:
+        refuse_program(path)
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
                 return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
         return torch.load(path, map_location="cpu", weights_only=True), None
+    except InputError:
+        raise
     except pickle.UnpicklingError:
         if _first_bytes(path) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):  # a whole pickle
             raise InputError(
@@ -64,7 +66,7 @@ def _content(path: Path) -> tuple[object, dict[str, str] | None]:
                 f"save its state_dict() again, best as safetensors"
             ) from None
         raise InputError(f"{path} is damaged or is no checkpoint; fetch it again") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # zipfile, pickle, torch and safetensors each raise much of their own for damaged bytes
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is damaged or is no checkpoint ({first[:120]}); fetch it again") from None
 
@@ -92,7 +94,8 @@ def _first_bytes(path: Path) -> bytes:
 def _tensors(content: object, path: Path) -> dict[str, Tensor]:
     """The tensors by name that a pickle holds, themselves and not copies of them."""
     content = _weights(content)
-    if not (isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())):
+    entries = content.items() if isinstance(content, dict) else ()
+    if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
         raise InputError(f"{path} holds no state dict (layer names and tensors, plain or under {', '.join(WRAPPERS)})")
     return dict(content)
 
@@ -137,10 +140,16 @@ def fill(net: nn.Module, state: dict[str, Tensor]) -> str | None:
     return wrong
 
 
-def num_classes(state: dict[str, Tensor]) -> int | None:
-    """How many classes a file's net tells apart: the rows of its last weights. None where it has no matrix."""
-    matrices = [tensor for tensor in state.values() if tensor.ndim in (2, 4)]
-    return len(matrices[-1]) if matrices else None
+def num_classes(state: dict[str, Tensor], build: Callable[[int], nn.Module]) -> int | None:
+    """How many classes a file's net tells apart; None where it is not of the kind that `build` gives for a number.
+
+    By name, as a file need not keep the layers in order: the rows of weights whose shape depends on that number.
+    """
+    with torch.device("meta"):
+        few, more = (shapes(build(number).state_dict()) for number in (2, 3))
+    prefix = wrapping_prefix(state, set(few))
+    heads = (f"{prefix}{name}" for name in few if few[name] != more[name])
+    return next((len(state[name]) for name in heads if name in state and state[name].ndim), None)
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -183,9 +192,10 @@ def rewrite(source: Path, net: nn.Module, target: Path) -> list[str]:
     inner = content if metadata is not None else _weights(content)
     own = net.state_dict()
     prefix = wrapping_prefix(inner, set(own))
-    for key, tensor in inner.items():
-        if key.removeprefix(prefix) in own:  # else the file's own mean and std
-            tensor.copy_(own[key.removeprefix(prefix)])
+    with torch.no_grad():  # some files hold parameters
+        for key, tensor in inner.items():
+            if key.removeprefix(prefix) in own:  # else the file's own mean and std
+                tensor.copy_(own[key.removeprefix(prefix)])
     if metadata is not None:
         target.write_bytes(serialize(content, metadata))
         return []

@@ -190,8 +190,7 @@ def reopen(opened_by: dict[str, object], classes: list[str], place: Path, build:
 
 
 def _open_huggingface(model: str, checkpoint: str | Path | None, sizes: Sizes) -> Deployed:
-    own = {"--checkpoint": checkpoint, "--image-size": sizes.image_size}
-    _refuse(own, f"{model}, which tells its weights and sizes itself")
+    _refuse({"--checkpoint": checkpoint}, f"{model}, which has its weights in it")
     told = huggingface.configuration(model)
     loaded = models.load(model, told.num_labels, None, sizes.mean, sizes.std)
     place = Path(model.removeprefix(huggingface.PREFIX))
@@ -199,7 +198,7 @@ def _open_huggingface(model: str, checkpoint: str | Path | None, sizes: Sizes) -
     kind = told.dtype or torch.float32
     return Deployed(
         _on_shaped(loaded),
-        huggingface.shape(model),
+        _square(sizes.image_size) if sizes.image_size else huggingface.shape(model),
         classes,
         _opened_by(huggingface.PREFIX, sizes),
         place if place.is_dir() else None,
@@ -221,9 +220,7 @@ def _open_named(model: str, checkpoint: str | Path | None, sizes: Sizes) -> Depl
     else:
         place, classes = Path(checkpoint), []
         state, _ = checkpoints.read(place)
-        count = checkpoints.num_classes(state)
-        if count is None:
-            raise InputError(f"{place} holds no layer that tells classes apart; name the weights of {model}")
+        count = models.classes_of(model, state, str(place))
     loaded = models.load(model, count, checkpoint, sizes.mean, sizes.std)
     shape = zoo.shape(model, choice) if is_zoo and not sizes.image_size else _square(sizes.image_size)
     known = Sizes(sizes.image_size, models.decimals(loaded.normalize.mean), models.decimals(loaded.normalize.std))
@@ -239,7 +236,8 @@ def _open_built(build: str, checkpoint: str | Path | None, sizes: Sizes) -> Depl
         raise InputError(f"{place} does not fit what {build} builds: {wrong}")
     preprocess = nn.Sequential(Normalize(sizes.mean or (0.0,) * 3, sizes.std or (1.0,) * 3))
     dtypes = _dtypes(state, net) or _dtypes(net.state_dict(), net)
-    classifier = Classifier(build, 0, net.float().eval(), preprocess)
+    net = net.float().eval().requires_grad_(True)  # for the loop; what is written are its values
+    classifier = Classifier(build, 0, net, preprocess)
     return Deployed(classifier, _square(sizes.image_size), [], _opened_by(BUILT, sizes), place, dtypes)
 
 

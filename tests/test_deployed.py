@@ -1,6 +1,10 @@
 """A classifier comes back in the form it came in: names, wrappers, types, metadata, nothing that holds old weights."""
 
+import contextlib
+import warnings
+
 from conftest import tiny_net
+import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -60,6 +64,55 @@ def test_metadata_of_safetensors_stays(net, tmp_path):
     with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
         assert file.metadata() == {"from": "somewhere"}
         assert torch.equal(file.get_tensor("head.bias"), moved.head.bias.detach())
+
+
+def frozen_net():
+    return tiny_net().requires_grad_(False)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors", "old"])
+def test_whatever_is_damaged_in_a_file_of_weights_it_is_said_in_a_sentence(tmp_path, suffix):
+    path, state = tmp_path / f"net.{suffix}", tiny_net().state_dict()
+    if suffix == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=suffix == "pt")
+    whole, generator = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for place in generator.integers(0, len(whole), generator.integers(1, 40)):
+            damaged[place] = generator.integers(256)
+        path.write_bytes(damaged[: generator.integers(1, len(damaged))] if generator.random() < 0.3 else damaged)
+        with contextlib.suppress(InputError), warnings.catch_warnings(action="ignore"):
+            checkpoint.read(path)
+
+
+def test_a_frozen_net_can_be_unlearned():
+    opened = deployed.open_deployed(None, build="test_deployed:frozen_net")
+    assert all(parameter.requires_grad for parameter in opened.classifier.parameters())
+
+
+def test_a_file_of_parameters_is_written_too(net, tmp_path):
+    before, moved = net
+    content, _ = rewritten(dict(before.named_parameters()), moved, tmp_path)
+    assert torch.equal(content["head.weight"], moved.head.weight)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "densenet121", "shufflenet_v2_x0_5"]
+)
+def test_classes_are_counted_by_name_as_safetensors_keep_no_order(tmp_path, name):
+    state = models.zoo.build(f"torchvision:{name}", 7).state_dict()
+    save_file(dict(sorted(state.items(), reverse=True)), tmp_path / "net.safetensors")
+    opened = deployed.open_deployed(f"torchvision:{name}", tmp_path / "net.safetensors")
+    assert opened.classifier.num_classes == 7
+
+
+def test_images_of_a_hugging_face_folder_can_be_brought_to_a_size(vit_folder):
+    from PIL import Image
+
+    opened = deployed.open_deployed(str(vit_folder), sizes=deployed.Sizes(image_size=32))
+    assert opened.shape(Image.new("RGB", (60, 40))).shape == (3, 32, 32)
 
 
 def test_a_file_without_weights_is_told_at_once(tmp_path):

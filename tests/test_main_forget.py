@@ -57,6 +57,20 @@ def forget(script, tmp_path, tiny):
     return call
 
 
+class FullPrecision(torch.nn.Module):
+    """Makes tensors of 32 bits on its way, whatever it is given."""
+
+    def forward(self, x):
+        return x * torch.ones(1, 3, 1, 1)
+
+
+def full_precision():
+    net = tiny_net()
+    net.register_module("full", FullPrecision())
+    net.register_forward_pre_hook(lambda net, inputs: (net.full(inputs[0]),))
+    return net
+
+
 def net_of(path):
     model = tiny_net()
     model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
@@ -172,6 +186,14 @@ def test_what_is_asked_of_changed_images_counts_and_a_model_that_gained_nothing_
     assert (code, report["robustness"]["flipped"]) == (0, len(places))
     code, report, _ = forget(output="nothing", images="half")
     assert (code, report["trials"]) == (0, [])
+
+
+def test_a_net_that_cannot_run_in_half_precision_is_not_lost_for_that(forget, tiny, tmp_path):
+    code, report, told = forget(model=["--build", "test_main_forget:full_precision", *tiny[0][2:]])
+    assert code == 0, told
+    assert report["robustness"]["half precision"] is None
+    assert "half precision" not in report["images"][0]["survives"]
+    assert "the model cannot run so" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_nothing_that_others_put_into_the_output_is_lost(forget, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """What is wrong with a request is said in one sentence, with exit code 2, and nothing is written."""
 
 import json
+import os
 from pathlib import Path  # noqa: F401  # what is no module, built by a test
 
 from conftest import tiny_net
@@ -10,8 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from l2ul import request
-from l2ul.errors import InputError
 import main_forget
 
 
@@ -22,6 +21,25 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.scale * x.mean((1, 2, 3))
+
+
+class Several(Net):
+    """Gives not the logits alone."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap((self.scale * x).mean((2, 3)))
+
+
+def pair():
+    return Several(lambda logits: (logits, logits))
+
+
+def named():
+    return Several(lambda logits: {"out": logits})
 
 
 def fails():
@@ -64,6 +82,20 @@ def not_a_number(place):
     state = tiny_net().state_dict()
     next(iter(state.values())).fill_(float("nan"))
     torch.save(state, place / "nan.pt")
+
+
+def whole_numbers(place):
+    torch.save({0: torch.ones(1), 1: torch.ones(1)}, place / "keys.pt")
+
+
+def broken_zip(place):
+    content = (place / "tiny.pt").read_bytes()
+    central = content.rindex(b"PK\x01\x02")
+    (place / "zip.pt").write_bytes(content[:central] + b"XX" + content[central + 2 :])
+
+
+def odd_name(place):
+    (place / "in" / "0.png").rename(place / "in" / os.fsdecode(b"caf\xe9.png"))
 
 
 def empty_folder(place):
@@ -148,6 +180,12 @@ CASES = [
     (None, f"--build test_main_forget_errors:fails {REST}", "failed (ZeroDivisionError: no net today)"),
     (None, f"--build test_main_forget_errors:Path {REST}", "expected a torch.nn.Module"),
     (None, f"--build test_main_forget_errors:Net {REST}", "expected a logit for each class"),
+    (None, f"--build test_main_forget_errors:pair {REST}", "gives no logits ('tuple' object"),
+    (None, f"--build test_main_forget_errors:named {REST}", "gives no logits ('dict' object"),
+    (whole_numbers, f"--build conftest:tiny_net --checkpoint {{}}/keys.pt {REST}", "holds no state dict"),
+    (broken_zip, f"--build conftest:tiny_net --checkpoint {{}}/zip.pt {REST}", "is damaged or is no checkpoint"),
+    (odd_name, f"{TINY} {REST}", "is not UTF-8; rename it"),
+    (table("file,label\n0.png,1,\n1.png,2,\n"), f"{TINY} {REST}", "cannot read the labels"),
     (None, f"--build torch.nn:Identity {REST}", "a module without weights"),
     (None, f"--model resnet20 {TINY} {REST}", "give one of them"),
     (None, f"{TINY} --images {{}}/none --output {{}}/out", "is no folder"),
@@ -205,54 +243,3 @@ def test_the_working_folder_is_no_new_one(script, place, monkeypatch):
     monkeypatch.chdir(place / "empty")
     code, _, err = script(main_forget.main, *f"{TINY} {REST}".replace("{}", str(place)).split()[:-1], ".")
     assert (code, "exists already" in err) == (2, True)
-
-
-def test_damaged_files_may_be_left_out(place):
-    truncated(place)
-    text(place)
-    found = request.read(place / "in", main_forget.deployment._square(None), skip_bad=True)
-    assert [item.file for item in found.items] == ["0.png", "1.png"]
-    assert [bad.file for bad in found.bad] == ["2.jpg", "notes.txt"]
-
-
-def test_images_of_any_kind_are_read_as_upright_colour(tmp_path):
-    colours = np.zeros((4, 6, 3), np.uint8)
-    colours[0, 0] = 255  # upper left
-    folder = tmp_path / "in"
-    folder.mkdir()
-    upright = Image.fromarray(colours)
-    exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180 degrees
-    turned = upright.rotate(180)
-    turned.save(folder / "turned.png", exif=exif)
-    upright.save(folder / "upright.bmp")
-    upright.convert("P").save(folder / "palette.gif")
-    Image.fromarray(colours[:, :, 0]).save(folder / "grey.png")
-    Image.fromarray(colours[:, :, 0].astype(np.uint16) * 257).save(folder / "deep.png")
-    upright.convert("RGBA").save(folder / "alpha.webp", lossless=True)
-    found = request.read(folder, main_forget.deployment._square(None))
-    assert len(found) == 1  # they are one image
-    assert set(found.items[0].same_as) == {"deep.png", "grey.png", "palette.gif", "turned.png", "upright.bmp"}
-    assert torch.equal(found.images[0], torch.from_numpy(colours).permute(2, 0, 1))
-
-
-def test_labels_of_folders_and_of_a_table_agree_or_one_is_to_be_corrected(tmp_path):
-    picture(tmp_path / "cat" / "a.png")
-    (tmp_path / "labels.csv").write_text("file,label,new_label\ncat/a.png,,dog\n")
-    found = request.read(tmp_path, main_forget.deployment._square(None))
-    assert (found.items[0].label, found.items[0].new_label) == ("cat", "dog")
-    (tmp_path / "labels.csv").write_text("file,label\ncat/a.png,dog\n")
-    with pytest.raises(InputError, match="but its folder is 'cat'"):
-        request.read(tmp_path, main_forget.deployment._square(None))
-
-
-def test_classes_by_name_and_number():
-    classes = ["cat", "7", "dog", "dog"]
-    assert request.class_numbers(["cat", "7", "2", None], classes, torch.tensor([0, 0, 0, 3]), "label").tolist() == [
-        0,
-        1,
-        2,
-        3,
-    ]
-    with pytest.raises(InputError, match="the name of several classes"):
-        request.class_numbers(["dog"], classes, None, "label")
