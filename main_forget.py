@@ -34,7 +34,7 @@ from l2ul import (
 from l2ul.data import Split, as_pixels
 from l2ul.errors import InputError
 from l2ul.examine import Asked
-from l2ul.files import REPORT, atomic, remove_parts, require_writable
+from l2ul.files import REPORT, atomic, file_sha256, remove_parts, require_writable
 from l2ul.objective import Forget
 from l2ul.request import Item, class_numbers, read
 from l2ul.search import Budget, Job, Trial
@@ -59,11 +59,11 @@ def forget(opts: argparse.Namespace, device: torch.device) -> int:
     budget = Budget(60 * opts.minutes, l2ul.STARTED)
     key = signature.private_key(opts.sign) if opts.sign else None
     model = load(opts)
-    before = model.hashes()
-    asked = ask(opts, model, device)
+    before, earlier = model.hashes(), earlier_requests(opts)
+    asked = ask(opts, model, earlier, device)
     keep, references = (read_others(opts, flag, model, asked) for flag in ("keep_images", "reference_images"))
     print(f"{len(asked)} images to {asked.forget.goal}; {opts.method}; {running.device_name(device)}", flush=True)
-    told = describe(opts, model, asked, before)
+    told = describe(opts, model, asked, before, earlier)
     wide = robustness.widened(asked.images, asked.forget, opts.also)
     job = Job(model.classifier, asked.forget, wide, opts.method, len(model.classes), opts.seed, model.as_written)
     gone = job.forgotten(model.classifier)
@@ -76,7 +76,7 @@ def forget(opts: argparse.Namespace, device: torch.device) -> int:
     told["peak_memory_mib"] = running.peak_memory_mib(device)
     output = write(opts, model, asked, after, told, key)
     done = sum(image["forgotten"] for image in told["images"])
-    print(f"{done} of {len(asked)} images are forgotten: {output / 'report.html'}")
+    print(f"{done} of {len(asked)} images are forgotten: {output / report.PAGE}")
     return 0 if done == len(asked) else NOT_FORGOTTEN
 
 
@@ -92,8 +92,16 @@ def load(opts: argparse.Namespace) -> Deployed:
     return model
 
 
-def ask(opts: argparse.Namespace, model: Deployed, device: torch.device) -> Asked:
-    """The images with what they are called and shall be called; they and the classifier are put on the device."""
+def earlier_requests(opts: argparse.Namespace) -> list[report.Report]:
+    """The reports of the requests that the model has gone through, the first first."""
+    return audit.chain(Path(opts.model)) if opts.model and Path(opts.model, REPORT).is_file() else []
+
+
+def ask(opts: argparse.Namespace, model: Deployed, earlier: list[report.Report], device: torch.device) -> Asked:
+    """The images with what they are called and shall be called; they and the classifier are put on the device.
+
+    An image that an earlier request was about is called what it was then, and not what it has been made to be called.
+    """
     request = read(opts.images[0], model.shape, opts.labels, opts.skip_bad)
     images = request.images.to(device)
     count = evaluate.count_classes(model.classifier.to(device), images)
@@ -105,12 +113,14 @@ def ask(opts: argparse.Namespace, model: Deployed, device: torch.device) -> Aske
         place = int((~before.isfinite()).any(1).nonzero()[0])
         raise InputError(f"the model gives {request.items[place].file} logits that are not finite; look at its weights")
     named = [item.new_label for item in request.items]
-    labels = class_numbers([item.label for item in request.items], model.classes, before.argmax(1), "label").to(device)
+    then, now = audit.first_labels(earlier, request.items), before.argmax(1).tolist()
+    called = torch.tensor([new if old is None else old for old, new in zip(then, now, strict=True)])
+    labels = class_numbers([item.label for item in request.items], model.classes, called, "label").to(device)
     new = class_numbers(named, model.classes, None, "new_label").to(device) if any(named) else None
     for item, same in zip(request.items, (new == labels).tolist() if any(named) else [], strict=False):
         if same:
             raise InputError(f"the new_label of {item.file} is the class it is called by; give another one")
-    asked = Asked(request, images, Forget(as_pixels(images), labels, new), before)
+    asked = Asked(request, images, Forget(as_pixels(images), labels, new), before, then)
     methods.get(opts.method, asked.forget.goal)
     return asked
 
@@ -154,15 +164,20 @@ def try_out(opts: argparse.Namespace, job: Job, keep: Split | None, budget: Budg
     return search.search(job, first, budget, seconds, tell)
 
 
-def describe(opts: argparse.Namespace, model: Deployed, asked: Asked, before: dict[str, object]) -> report.Report:
+def describe(
+    opts: argparse.Namespace,
+    model: Deployed,
+    asked: Asked,
+    before: dict[str, object],
+    earlier: list[report.Report],
+) -> report.Report:
     """What a report says of the request itself, of the model before, and of what does it."""
-    earlier = audit.chain_of(Path(opts.model)) if opts.model and Path(opts.model, REPORT).is_file() else []
     return {
         "tool": report.tool(),
         "asked": {
             "images": opts.images[0].resolve().name,
             "goal": asked.forget.goal,
-            "labels": asked.request.labels_from,
+            "labels": asked.labels_from,
             "left_out": [asdict(bad) for bad in asked.request.bad],
             "method": opts.method,
             "minutes": opts.minutes,
@@ -170,7 +185,7 @@ def describe(opts: argparse.Namespace, model: Deployed, asked: Asked, before: di
             "also": opts.also,
         },
         "model": {"opened_by": model.opened_by, "classes": model.classes, "before": before},
-        "earlier": earlier,
+        "earlier": audit.next_earlier(earlier[-1], Path(opts.model)) if earlier else [],
         "not_claimed": report.NOT_CLAIMED,
         "device": running.device_name(asked.images.device),
     }
@@ -193,11 +208,9 @@ def write(opts: argparse.Namespace, model: Deployed, asked: Asked, after, told: 
         if told["earlier"]:
             audit.copy_chain(Path(opts.model), part / told["earlier"][-1]["file"])
         pictures = None if opts.no_thumbnails else [report.thumbnail(image) for image in asked.images]
-        (part / "report.html").write_text(report.page(told, pictures), encoding="utf-8")
-        (part / "forget_list.csv").write_text(report.forget_list(told), encoding="utf-8")
-        told["files"] = {
-            name: deployment.files_sha256(part / name)[name] for name in ("report.html", "forget_list.csv")
-        }
+        (part / report.PAGE).write_text(report.page(told, pictures), encoding="utf-8")
+        (part / report.FORGET_LIST).write_text(report.forget_list(told), encoding="utf-8")
+        told["files"] = {name: file_sha256(part / name) for name in (report.PAGE, report.FORGET_LIST)}
         (part / REPORT).write_text(report.text(told), encoding="utf-8")
         if key:
             (part / f"{REPORT}{signature.SUFFIX}").write_text(signature.sign((part / REPORT).read_bytes(), key))
@@ -213,19 +226,33 @@ def verify(opts: argparse.Namespace, device: torch.device) -> int:
         raise InputError(f"there is no model {place or 'beside ' + str(opts.verify)}; name it by --model")
     earlier, checks = audit.earlier_reports(told, folder)
     checks = audit.check_files(told, folder, deployment.files_sha256(place)) + checks
-    checks += audit.check_signature(opts.verify, key)
-    if opts.images:
-        checks += audit.check_images(audit.wanted([*earlier, told]), called_now(opts, place, device))
+    try:
+        model = reopened(opts, told["model"], place)
+        checks += [audit.check_weights(told, model and model.hashes()["weights_sha256"])]
+    except InputError as error:
+        if checks[0].holds:  # then it is not the file that is at fault
+            raise
+        model = None
+        checks += [audit.Check("weights", False, f"cannot be read: {error}")]
+    checks += [audit.check_signature(opts.verify, key)]
+    if opts.images and model:
+        checks += audit.check_images(audit.wanted([*earlier, told]), called_now(opts.images, model, device))
     for check in checks:
-        print(f"{'ok    ' if check.holds else 'FAILED'} {check.what}: {check.found}")
-    return 0 if all(check.holds for check in checks) else NOT_FORGOTTEN
+        print(f"{ {True: 'ok    ', False: 'FAILED', None: '?     '}[check.holds] } {check.what}: {check.found}")
+    return NOT_FORGOTTEN if any(check.holds is False for check in checks) else 0
 
 
-def called_now(opts: argparse.Namespace, place: Path, device: torch.device) -> list[tuple[Item, int]]:
+def reopened(opts: argparse.Namespace, told: report.Report, place: Path) -> Deployed | None:
+    """The model that a report tells how to open; None where nobody says what builds it, and nobody needs it."""
+    if told["opened_by"]["model"] == deployment.BUILT and not (opts.build or opts.images):
+        return None
+    return deployment.reopen(told["opened_by"], told["classes"], place, opts.build)
+
+
+def called_now(folders: list[Path], model: Deployed, device: torch.device) -> list[tuple[Item, int]]:
     """The images of all folders with the class that the model gives each by now."""
-    model, found = deployment.open_output(opts.verify.parent, opts.build, place), []
-    classifier = model.classifier.to(device)
-    for folder in opts.images:
+    classifier, found = model.classifier.to(device), []
+    for folder in folders:
         request = read(folder, model.shape, skip_bad=True)
         found += zip(request.items, evaluate.predict(classifier, request.images.to(device)).tolist(), strict=True)
     return found

@@ -1,7 +1,7 @@
 """Whether a report still tells the truth: hashes, signature, the chain of requests, images that are to be forgotten."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 import json
 from pathlib import Path
 import shutil
@@ -9,7 +9,7 @@ import shutil
 from l2ul import signature
 from l2ul.errors import InputError
 from l2ul.files import REPORT, file_sha256
-from l2ul.report import Report
+from l2ul.report import FORGET_LIST, PAGE, Report, forget_list
 from l2ul.request import Item
 
 EARLIER = "earlier"  # folder of the reports of earlier requests, beside a report
@@ -17,26 +17,67 @@ EARLIER = "earlier"  # folder of the reports of earlier requests, beside a repor
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, whether it holds, and what was found."""
+    """What was looked at, whether it holds (None: that cannot be told), and what was found."""
 
     what: str
-    holds: bool
+    holds: bool | None
     found: str
 
 
+def _statistics(value: object) -> bool:
+    """Whether this is a number a channel, or None."""
+    return value is None or (isinstance(value, list) and len(value) == 3 and _fits(value, [int | float]))
+
+
+# What is relied upon of a report: of a dictionary some keys, of a list what each entry is, else a type or a function.
+SHAPE = {
+    "tool": dict,
+    "made": str,
+    "asked": {"goal": str},
+    "model": {
+        "opened_by": {"model": str, "image_size": int | None, "mean": _statistics, "std": _statistics},
+        "classes": [str],
+        "before": {"weights_sha256": str},
+        "after": {"weights_sha256": str, "files": dict},
+    },
+    "images": [
+        {
+            "file": str,
+            "sha256": str,
+            "pixels_sha256": str,
+            "label": int,
+            "new_label": int | None,
+            "forgotten": bool,
+        }
+    ],
+    "files": {PAGE: str, FORGET_LIST: str},
+    "earlier": [{"file": str, "sha256": str, "made": str, "images": int, "forgotten": int}],
+}
+
+
+def _fits(value: object, shape: dict | list | type | Callable[[object], bool]) -> bool:
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(name in value and _fits(value[name], shape[name]) for name in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(one, shape[0]) for one in value)
+    return shape(value) if shape is _statistics else isinstance(value, shape)
+
+
 def read_report(path: Path) -> Report:
-    """A report; InputError where the file is none."""
+    """A report; InputError where the file is none, or names other files than a report does."""
     try:
-        report = json.loads(path.read_text())
-        if {"tool", "asked", "model", "images", "earlier"} <= report.keys():
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        report = None
+    if _fits(report, SHAPE) and report["images"] and report["files"].keys() == SHAPE["files"].keys():
+        names = [f"{EARLIER}/{number}.json" for number in range(1, len(report["earlier"]) + 1)]
+        if names == [told["file"] for told in report["earlier"]]:
             return report
-    except (OSError, ValueError, AttributeError):
-        pass
     raise InputError(f"{path} is no report of a request; name the report.json that main_forget.py wrote")
 
 
 def check_files(report: Report, folder: Path, model: Mapping[str, str]) -> list[Check]:
-    """The files that a report tells the hashes of: the page beside it, and the model's, now in `model`."""
+    """The files that a report tells the hashes of: the page and the list beside it, and the model's, now in `model`."""
     told = report["model"]["after"]["files"]
     same = dict(model) == told
     checks = [Check("model", same, "unchanged" if same else _difference(told, model))]
@@ -44,7 +85,17 @@ def check_files(report: Report, folder: Path, model: Mapping[str, str]) -> list[
         there = (folder / name).is_file()
         same = there and file_sha256(folder / name) == sha256
         checks.append(Check(name, same, "unchanged" if same else "changed" if there else "missing"))
+        if name == FORGET_LIST and same and (folder / name).read_text(encoding="utf-8") != forget_list(report):
+            checks[-1] = Check(name, False, "says otherwise than the report")
     return checks
+
+
+def check_weights(report: Report, found: str | None) -> Check:
+    """Whether the weights are those of the report by their hash; None: the model could not be opened."""
+    if found is None:
+        return Check("weights", None, "not looked at: name by --build what builds the model")
+    same = found == report["model"]["after"]["weights_sha256"]
+    return Check("weights", same, "those of the report" if same else "not those of the report")
 
 
 def _difference(told: Mapping[str, str], found: Mapping[str, str]) -> str:
@@ -52,21 +103,38 @@ def _difference(told: Mapping[str, str], found: Mapping[str, str]) -> str:
     return f"not the model of the report: {', '.join(names)}"
 
 
-def check_signature(path: Path, key=None) -> list[Check]:
-    """The signature beside a report; nothing where there is none and no key is given that it should be by."""
-    beside = path.with_name(path.name + signature.SUFFIX)
+def check_signature(path: Path, key=None) -> Check:
+    """The signature beside a report, which has to be by the key where one is given."""
+    beside, what = path.with_name(path.name + signature.SUFFIX), f"signature of {path.name}"
     if not beside.is_file():
-        return [Check("signature", False, "missing")] if key else []
-    found = signature.signed_by(path.read_bytes(), beside.read_text(), key)
+        if key:
+            return Check(what, False, "missing")
+        return Check(what, None, "none: nothing tells who wrote this report, nor whether it was changed")
+    found = signature.signed_by(path.read_bytes(), beside.read_bytes(), key)
     if found is None:
-        return [Check("signature", False, "wrong: the report was changed, or another key signed it")]
+        return Check(what, False, "wrong: the report was changed, or another key signed it")
     whose = "the given key" if key else "the key that came with it, whose owner nothing here tells"
-    return [Check("signature", True, f"right, by {whose} (sha256 {found})")]
+    return Check(what, True, f"right, by {whose} (sha256 {found})")
 
 
-def chain_of(folder: Path) -> list[dict[str, object]]:
-    """What the next report says of this folder's report and of those before it."""
+def chain(folder: Path) -> list[Report]:
+    """The reports of all requests that led to the model in this folder, the first first.
+
+    Raises InputError where one is missing or was changed: no report could be put behind it.
+    """
     last = read_report(folder / REPORT)
+    earlier, checks = earlier_reports(last, folder)
+    broken = next((check for check in checks if check.holds is False), None)
+    if broken:
+        raise InputError(
+            f"the chain of requests in {folder} is broken ({broken.what}: {broken.found}); put back what was written, "
+            f"or begin anew with --checkpoint"
+        )
+    return [*earlier, last]
+
+
+def next_earlier(last: Report, folder: Path) -> list[dict[str, object]]:
+    """What the next report says of this folder's last report and of those before it."""
     gone = sum(image["forgotten"] for image in last["images"])
     told = {"file": f"{EARLIER}/{len(last['earlier']) + 1}.json", "sha256": file_sha256(folder / REPORT)}
     return [*last["earlier"], told | {"made": last["made"], "images": len(last["images"]), "forgotten": gone}]
@@ -84,7 +152,8 @@ def copy_chain(folder: Path, last: Path) -> None:
 def earlier_reports(report: Report, folder: Path) -> tuple[list[Report], list[Check]]:
     """The reports of earlier requests, the first first, and whether they are whole and lead to this one.
 
-    Each request has to begin with the weights that the one before it ended with.
+    Each request has to begin with the weights that the one before it ended with. A signature of an earlier report may
+    be by another key: it is the last report that tells which earlier ones there were.
     """
     reports, checks = [], []
     for told in report["earlier"]:
@@ -93,38 +162,65 @@ def earlier_reports(report: Report, folder: Path) -> tuple[list[Report], list[Ch
         checks.append(Check(told["file"], same, "unchanged" if same else "changed" if path.is_file() else "missing"))
         if same:
             reports.append(read_report(path))
-    chain = [*reports, report]
-    for number, (first, second) in enumerate(zip(chain, chain[1:], strict=False), start=1):
+        if path.with_name(path.name + signature.SUFFIX).is_file() and path.is_file():
+            checks.append(check_signature(path))
+    chained = [*reports, report]
+    for number, (first, second) in enumerate(zip(chained, chained[1:], strict=False), start=1):
         same = first["model"]["after"]["weights_sha256"] == second["model"]["before"]["weights_sha256"]
         if not same:
             checks.append(Check(f"request {number + 1}", False, f"does not begin with the model of request {number}"))
     return reports, checks
 
 
+def first_labels(reports: Iterable[Report], items: Iterable[Item]) -> list[int | None]:
+    """The class that each image had when it was first asked for, by its pixels or else its file; None: it was not."""
+    found: dict[str, int] = {}
+    for report in reports:
+        for image in report["images"]:
+            for key in ("pixels_sha256", "sha256"):
+                found.setdefault(image[key], image["label"])
+    return [found.get(item.pixels_sha256, found.get(item.sha256)) for item in items]
+
+
 @dataclass(frozen=True)
 class Wanted:
-    """An image that is to be forgotten by what a report says, the class that this is about, and its file's hash."""
+    """An image that is to be forgotten by what a report says, and the class that this is about.
+
+    superseded  a later request wants what cannot hold as well
+    """
 
     request: int
     file: str
     sha256: str
+    pixels_sha256: str
     label: int
     new_label: int | None
+    superseded: bool = False
 
     def forgotten(self, called: int) -> bool:
         return called != self.label if self.new_label is None else called == self.new_label
 
-
-def wanted(reports: Iterable[Report]) -> dict[str, Wanted]:
-    """What is to be forgotten after these requests by the hash of its pixels: the last request counts for an image."""
-    return {
-        image["pixels_sha256"]: Wanted(number, *(image[key] for key in ("file", "sha256", "label", "new_label")))
-        for number, report in enumerate(reports, start=1)
-        for image in report["images"]
-    }
+    def agrees(self, later: "Wanted") -> bool:
+        """Whether some class meets both."""
+        if self.new_label is not None:
+            return later.forgotten(self.new_label)
+        return later.new_label is None or self.forgotten(later.new_label)
 
 
-def check_images(wanted: Mapping[str, Wanted], called: Iterable[tuple[Item, int]]) -> list[Check]:
+def wanted(reports: Iterable[Report]) -> list[Wanted]:
+    """What is to be forgotten after these requests: all that they asked for, as far as it can hold together."""
+    found: dict[str, list[Wanted]] = {}
+    keys = ("file", "sha256", "pixels_sha256", "label", "new_label")
+    for number, report in enumerate(reports, start=1):
+        for image in report["images"]:
+            later = Wanted(number, *(image[key] for key in keys))
+            before = found.get(later.pixels_sha256, [])
+            kept = [replace(one, superseded=one.superseded or not one.agrees(later)) for one in before]
+            found[later.pixels_sha256] = [*kept, later]
+    return [one for of_image in found.values() for one in of_image]
+
+
+def check_images(wanted: Iterable[Wanted], called: Iterable[tuple[Item, int]]) -> list[Check]:
     """Whether images are still forgotten, a check a request; images that no request was about are passed over.
 
     called  images and the class that the model gives each. They are known by their pixels, or where these are decoded
@@ -133,16 +229,21 @@ def check_images(wanted: Mapping[str, Wanted], called: Iterable[tuple[Item, int]
     now: dict[str, int] = {}
     for item, found in called:
         now |= {item.pixels_sha256: found, item.sha256: found}
-    checks = []
-    for request in sorted({one.request for one in wanted.values()}):
-        asked = [(one, now.get(key, now.get(one.sha256))) for key, one in wanted.items() if one.request == request]
-        absent = [one.file for one, found in asked if found is None]
-        back = [one.file for one, found in asked if found is not None and not one.forgotten(found)]
-        text = f"{len(asked) - len(back) - len(absent)} of {len(asked)} images forgotten"
-        text += f"; not forgotten: {_some(back)}" if back else ""
-        text += f"; not among the images given: {_some(absent)}" if absent else ""
-        checks.append(Check(f"images of request {request}", not back and not absent, text))
-    return checks
+    requests: dict[int, list[Wanted]] = {}
+    for one in wanted:
+        requests.setdefault(one.request, []).append(one)
+    return [_of_request(number, requests[number], now) for number in sorted(requests)]
+
+
+def _of_request(number: int, wanted: list[Wanted], now: Mapping[str, int]) -> Check:
+    asked = [(one, now.get(one.pixels_sha256, now.get(one.sha256))) for one in wanted if not one.superseded]
+    absent = [one.file for one, found in asked if found is None]
+    back = [one.file for one, found in asked if found is not None and not one.forgotten(found)]
+    text = f"{len(asked) - len(back) - len(absent)} of {len(asked)} images forgotten"
+    text += f"; not forgotten: {_some(back)}" if back else ""
+    text += f"; not among the images given: {_some(absent)}" if absent else ""
+    text += f"; {len(wanted) - len(asked)} were later to be called otherwise" if len(wanted) > len(asked) else ""
+    return Check(f"images of request {number}", not back and not absent, text)
 
 
 def _some(names: list[str]) -> str:

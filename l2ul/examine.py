@@ -21,6 +21,14 @@ class Asked:
     images: Tensor
     forget: Forget
     before: Tensor
+    then: list[int | None]  # the class that an earlier request had an image as
+
+    @property
+    def labels_from(self) -> str:
+        """What tells what the images are called."""
+        both = zip(self.request.items, self.then, strict=True)
+        again = sum(item.label is None and label is not None for item, label in both)
+        return self.request.labels_from + (f", of {again} before an earlier request" if again else "")
 
     def __len__(self) -> int:
         return len(self.request)

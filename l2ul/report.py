@@ -22,6 +22,7 @@ from l2ul.search import Trial
 from l2ul.unlearn import Settings
 
 Report = dict[str, object]
+PAGE, FORGET_LIST = "report.html", "forget_list.csv"  # beside a report
 THUMBNAIL = 96  # pixels of the longer side
 NOT_CLAIMED = (
     "That the images no longer influence the weights. What is shown is how the model classifies them. A model trained "

@@ -32,12 +32,14 @@ def public_key(path: Path):
 
 
 def _read(path: Path, load, method: str, what: str):
+    from cryptography.exceptions import UnsupportedAlgorithm
+
     wanted = f"expected {what} Ed25519 key as PEM without a password, such as openssl genpkey -algorithm ed25519 writes"
     try:
         key = load(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read the key {path} ({error.strerror}); {wanted}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise InputError(f"{path} is not to be used as a key ({str(error).splitlines()[0][:80]}); {wanted}") from None
     if type(key).__name__ not in ("Ed25519PrivateKey", "Ed25519PublicKey") or not hasattr(key, method):
         raise InputError(f"{path} holds a {type(key).__name__}; {wanted}")
@@ -56,20 +58,20 @@ def sign(content: bytes, key) -> str:
     )
 
 
-def signed_by(content: bytes, signature: str, key=None) -> str | None:
+def signed_by(content: bytes, signature: bytes, key=None) -> str | None:
     """The fingerprint of the public key that this signature of the bytes is right for; None where it is wrong.
 
     key  the public key that it has to be by; by default the one beside the signature, which then only tells that
          nothing was changed since whoever holds it signed
     """
-    from cryptography.exceptions import InvalidSignature
-
     serialization = _serialization()
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+
     try:
         told = json.loads(signature)
         key = key or serialization.load_pem_public_key(told["public_key"].encode())
         key.verify(base64.b64decode(told["signature"]), content)
-    except (ValueError, KeyError, TypeError, AttributeError, InvalidSignature):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidSignature, UnsupportedAlgorithm):
         return None
     return fingerprint(key)
 

@@ -5,7 +5,6 @@ import contextlib
 import copy
 from dataclasses import dataclass, field
 import importlib
-import json
 import os
 from pathlib import Path
 import sys
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from l2ul import audit
 from l2ul.errors import InputError
 from l2ul.files import REPORT, file_sha256, tensors_sha256
 import models
@@ -149,22 +149,15 @@ def _is_output(folder: Path) -> bool:
     return (folder / REPORT).is_file()
 
 
-def open_output(folder: Path, build: str | None = None, place: Path | None = None) -> Deployed:
-    """The classifier that a request wrote to the folder, or a copy of it at `place`.
+def open_output(folder: Path, build: str | None = None) -> Deployed:
+    """The classifier that a request wrote to the folder.
 
     A module of somebody's own needs the `build` that it was named by then.
     """
-    try:
-        told = json.loads((folder / REPORT).read_text())["model"]
-        opened_by, classes = told["opened_by"], told["classes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{folder / REPORT} is no report of a request; name a folder that main_forget.py wrote"
-        ) from None
-    there = [place] if place else written(folder)
-    if len(there) != 1 or not there[0].exists():
-        raise InputError(f"{place or folder} holds no model; put the one that the report is about there")
-    return reopen(opened_by, classes, there[0], build)
+    told, there = audit.read_report(folder / REPORT)["model"], written(folder)
+    if len(there) != 1:
+        raise InputError(f"{folder} holds no model; put the one that the report is about there")
+    return reopen(told["opened_by"], told["classes"], there[0], build)
 
 
 def written(folder: Path) -> list[Path]:

@@ -3,18 +3,21 @@
 import l2ul  # isort: skip  # first: it sets the environment before torch is imported
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 import sys
 import time
 
+from PIL import Image
 import pytest
 import torch
 from torch import nn
 import torch.nn.functional as F
 
-from l2ul import data, defaults
+from l2ul import data, defaults, relearn, search
 from l2ul.data import Split
+import main_forget
 import main_unlearn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +26,8 @@ CLASSES = 5  # of the tiny net
 # flags of main_unlearn.py that make a command take a second
 FAST = ["--unlearn-k", 2, "--num-adv-images", 3, "--pgd-iter", 2, "--max-passes", 2, "--batch-size", 2]
 FAST += ["--distill-steps", 2, "--distill-cycles", 1, "--distill-mixes", 4]
+# and of main_forget.py
+FAST_REQUEST = ["--minutes", 1, "--setting", "distill_steps=40", "distill_mixes=16", "distill_lr=0.01"]
 
 
 def pytest_collection_modifyitems(items):
@@ -148,3 +153,51 @@ def run(script, tmp_path, few_digits):
         return script(main_unlearn.main, "--result-dir", tmp_path, *FAST, *arguments)
 
     return call
+
+
+def save_images(folder, images, labels=None):
+    """Images (n, 3, H, W) uint8 as PNG files, in a folder a label where there are labels."""
+    for number, image in enumerate(images):
+        place = folder / str(int(labels[number])) if labels is not None else folder
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def little_to_measure(monkeypatch):
+    """A report of a request in a second."""
+    monkeypatch.setattr(search, "MOST_EXAMPLES", 32)
+    monkeypatch.setattr(relearn, "MOST_STEPS", 30)
+
+
+@pytest.fixture
+def tiny(trained, tmp_path, little_to_measure):
+    """Arguments that name a tiny trained net and a folder of six of its images, with the images and labels."""
+    model, images, labels = trained
+    torch.save({"epoch": 3, "state_dict": model.state_dict(), "optimizer": {"m": torch.ones(2)}}, tmp_path / "tiny.pth")
+    save_images(tmp_path / "in", images[:6])
+    return ["--build", "conftest:tiny_net", "--checkpoint", tmp_path / "tiny.pth"], images, labels
+
+
+@pytest.fixture
+def forget(script, tmp_path, tiny):
+    """Call main_forget.py on the tiny net; gives exit code, report and what was printed."""
+
+    def call(*arguments, output="out", images="in", model=tiny[0]):
+        words = [*model, "--images", tmp_path / images, "--output", tmp_path / output, *FAST_REQUEST, *arguments]
+        code, out, err = script(main_forget.main, *words)
+        path = tmp_path / output / "report.json"
+        return code, json.loads(path.read_text()) if path.exists() else None, out + err
+
+    return call
+
+
+def net_of(path):
+    model = tiny_net()
+    model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    return model
+
+
+def called(path, images):
+    return net_of(path)(images / 255).argmax(1)

@@ -8,53 +8,16 @@ import subprocess
 import sys
 import time
 
-from conftest import CLASSES, ROOT, tiny_net
+from conftest import CLASSES, FAST_REQUEST, ROOT, called, net_of, save_images, tiny_net
 from PIL import Image
 import pytest
 import torch
 
-from l2ul import examine, relearn, search
+from l2ul import examine
 from l2ul.files import file_sha256
 import main_forget
 
-FAST = ["--minutes", 1, "--setting", "distill_steps=40", "distill_mixes=16", "distill_lr=0.01"]
-
-
-def save_images(folder, images, labels=None):
-    """Images (n, 3, H, W) uint8 as PNG files, in a folder a label where there are labels."""
-    for number, image in enumerate(images):
-        place = folder / str(int(labels[number])) if labels is not None else folder
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{number}.png")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _little_to_measure(monkeypatch):
-    monkeypatch.setattr(search, "MOST_EXAMPLES", 32)
-    monkeypatch.setattr(relearn, "MOST_STEPS", 30)
-
-
-@pytest.fixture
-def tiny(trained, tmp_path):
-    """Arguments that name a tiny trained net and a folder of six of its images, with the images and labels."""
-    model, images, labels = trained
-    torch.save({"epoch": 3, "state_dict": model.state_dict(), "optimizer": {"m": torch.ones(2)}}, tmp_path / "tiny.pth")
-    save_images(tmp_path / "in", images[:6])
-    return ["--build", "conftest:tiny_net", "--checkpoint", tmp_path / "tiny.pth"], images, labels
-
-
-@pytest.fixture
-def forget(script, tmp_path, tiny):
-    """Call main_forget.py on the tiny net; gives exit code, report and what was printed."""
-
-    def call(*arguments, output="out", images="in", model=tiny[0]):
-        words = [*model, "--images", tmp_path / images, "--output", tmp_path / output, *FAST, *arguments]
-        code, out, err = script(main_forget.main, *words)
-        path = tmp_path / output / "report.json"
-        return code, json.loads(path.read_text()) if path.exists() else None, out + err
-
-    return call
+pytestmark = pytest.mark.usefixtures("little_to_measure")
 
 
 class FullPrecision(torch.nn.Module):
@@ -69,16 +32,6 @@ def full_precision():
     net.register_module("full", FullPrecision())
     net.register_forward_pre_hook(lambda net, inputs: (net.full(inputs[0]),))
     return net
-
-
-def net_of(path):
-    model = tiny_net()
-    model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-    return model
-
-
-def called(path, images):
-    return net_of(path)(images / 255).argmax(1)
 
 
 def test_images_are_forgotten_and_the_model_comes_back_in_the_form_it_came_in(forget, tiny, tmp_path):
@@ -172,10 +125,10 @@ def test_what_is_asked_of_changed_images_counts_and_a_model_that_gained_nothing_
     forget, script, tiny, tmp_path
 ):
     images = tiny[1]
-    called = [net_of(tmp_path / "tiny.pth")(one / 255).argmax(1) for one in (images, images.flip(3))]
-    places = (called[0] != called[1]).nonzero().flatten()[:3]  # no longer called so as they are, but mirrored
+    answers = [net_of(tmp_path / "tiny.pth")(one / 255).argmax(1) for one in (images, images.flip(3))]
+    places = (answers[0] != answers[1]).nonzero().flatten()[:3]  # no longer called so as they are, but mirrored
     assert len(places)
-    save_images(tmp_path / "half", images[places], called[1][places])
+    save_images(tmp_path / "half", images[places], answers[1][places])
     still = ["--setting", "distill_steps=1", "distill_cycles=1", "distill_lr=1e-9"]
     code, report, told = forget("--also", "flipped", *still, images="half")
     assert (code, report["chosen"], len(report["trials"])) == (3, None, 1), told
@@ -230,49 +183,12 @@ def test_a_model_is_not_given_out_as_the_one_that_was_measured_if_it_is_another(
         examine.check_same(tiny_net(1), other, images)
 
 
-def test_requests_in_a_row_keep_a_chain_and_earlier_images_stay_forgotten_or_are_named(forget, script, tiny, tmp_path):
-    save_images(tmp_path / "next", tiny[1][6:10])
-    assert forget()[0] == 0
-    built = ["--build", "conftest:tiny_net"]
-    code, report, told = forget(output="second", images="next", model=["--model", tmp_path / "out", *built])
-    assert code == 0, told
-    assert [one["images"] for one in report["earlier"]] == [6]
-    report_path = tmp_path / "second" / "report.json"
-    folders = ["--images", tmp_path / "in", tmp_path / "next"]
-    code, out, _ = script(main_forget.main, "--verify", report_path, *folders, *built)
-    row = next(line for line in out.splitlines() if "images of request 1" in line)
-    still = (called(tmp_path / "second" / "model.pth", tiny[1][:6]) != tiny[2][:6]).sum()
-    assert f"{still} of 6 images forgotten" in row
-    assert (code == 0) == (still == 6)
-    assert "ok     images of request 2: 4 of 4" in out
-    earlier = tmp_path / "second" / "earlier" / "1.json"
-    earlier.write_text(earlier.read_text().replace('"goal"', '"Goal"'))
-    code, out, _ = script(main_forget.main, "--verify", report_path)
-    assert (code, "FAILED earlier/1.json: changed" in out) == (3, True)
-
-
-def test_a_report_that_no_longer_holds_is_told(forget, script, tmp_path):
-    forget()
-    path = tmp_path / "out" / "report.json"
-    assert script(main_forget.main, "--verify", path)[0] == 0
-    (tmp_path / "out" / "report.html").write_text("another page")
-    code, out, _ = script(main_forget.main, "--verify", path)
-    assert (code, "FAILED report.html: changed" in out) == (3, True)
-    code, out, _ = script(main_forget.main, "--verify", path, "--model", tmp_path / "tiny.pth")
-    assert "FAILED model: not the model of the report: model.pth, tiny.pth" in out
-    build = ["--build", "conftest:tiny_net"]
-    torch.save(torch.load(tmp_path / "tiny.pth", weights_only=True), tmp_path / "out" / "model.pth")
-    code, out, _ = script(main_forget.main, "--verify", path, "--images", tmp_path / "in", *build)
-    assert code == 3
-    assert "FAILED images of request 1: 0 of 6 images forgotten; not forgotten: 0.png, 1.png, 2.png, …" in out
-
-
 def test_a_hugging_face_folder_loads_with_plain_code_and_gives_the_logits_of_the_report(script, vit_folder, tmp_path):
     transformers = pytest.importorskip("transformers")
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (3, 3, 60, 40), generator=generator).to(torch.uint8)
     save_images(tmp_path / "in", images)
-    words = ["--model", vit_folder, "--images", tmp_path / "in", "--output", tmp_path / "out", *FAST]
+    words = ["--model", vit_folder, "--images", tmp_path / "in", "--output", tmp_path / "out", *FAST_REQUEST]
     assert script(main_forget.main, *words)[0] == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "model").eval()
@@ -300,7 +216,7 @@ def test_a_torchvision_net_from_a_file_in_half_precision_comes_back_so(script, t
     words = ["--model", "torchvision:mobilenet_v3_small", "--checkpoint", tmp_path / "net.pt", "--image-size", 32]
     few = ["--setting", "distill_steps=2", "distill_cycles=1", "distill_mixes=2"]
     code, out, err = script(
-        main_forget.main, *words, "--images", tmp_path / "in", "--output", tmp_path / "out", *FAST[:2], *few
+        main_forget.main, *words, "--images", tmp_path / "in", "--output", tmp_path / "out", *FAST_REQUEST[:2], *few
     )
     assert code in (0, 3), out + err
     state = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
@@ -308,33 +224,9 @@ def test_a_torchvision_net_from_a_file_in_half_precision_comes_back_so(script, t
     mobilenet_v3_small(num_classes=4).load_state_dict(state)
 
 
-def test_signed_reports(forget, script, tmp_path):
-    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization")
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    keys = [Ed25519PrivateKey.generate() for _ in range(2)]
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    (tmp_path / "key.pem").write_bytes(keys[0].private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-    for number, key in enumerate(keys):
-        public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
-        (tmp_path / f"public{number}.pem").write_bytes(public)
-    assert forget("--sign", tmp_path / "key.pem")[0] == 0
-    verify = ["--verify", tmp_path / "out" / "report.json", "--public-key"]
-    assert script(main_forget.main, *verify, tmp_path / "public0.pem")[0] == 0
-    code, out, _ = script(main_forget.main, *verify, tmp_path / "public1.pem")
-    assert (code, "FAILED signature: wrong" in out) == (3, True)
-    path = tmp_path / "out" / "report.json"
-    path.write_text(path.read_text().replace('"forgotten": true', '"forgotten": false', 1))
-    code, out, _ = script(main_forget.main, "--verify", path)
-    assert (code, "FAILED signature: wrong" in out) == (3, True)
-    (tmp_path / "out" / "report.json.sig").unlink()
-    code, out, _ = script(main_forget.main, *verify, tmp_path / "public0.pem")
-    assert (code, "FAILED signature: missing" in out) == (3, True)
-
-
 def test_a_killed_command_leaves_nothing_half_written_and_starts_again(tiny, tmp_path):
     words = [sys.executable, str(ROOT / "main_forget.py"), *tiny[0], "--images", tmp_path / "in", "--output"]
-    words = [*map(str, words), str(tmp_path / "out"), *map(str, FAST)]
+    words = [*map(str, words), str(tmp_path / "out"), *map(str, FAST_REQUEST)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     before = file_sha256(tmp_path / "tiny.pth")
     process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
