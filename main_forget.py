@@ -113,10 +113,10 @@ def ask(opts: argparse.Namespace, model: Deployed, earlier: list[report.Report],
         place = int((~before.isfinite()).any(1).nonzero()[0])
         raise InputError(f"the model gives {request.items[place].file} logits that are not finite; look at its weights")
     named = [item.new_label for item in request.items]
-    then, now = audit.first_labels(earlier, request.items), before.argmax(1).tolist()
-    called = torch.tensor([new if old is None else old for old, new in zip(then, now, strict=True)])
-    labels = class_numbers([item.label for item in request.items], model.classes, called, "label").to(device)
     new = class_numbers(named, model.classes, None, "new_label").to(device) if any(named) else None
+    then, now = audit.first_labels(earlier, request.items, new), before.argmax(1).tolist()
+    called = torch.tensor([present if old is None else old for old, present in zip(then, now, strict=True)])
+    labels = class_numbers([item.label for item in request.items], model.classes, called, "label").to(device)
     for item, same in zip(request.items, (new == labels).tolist() if any(named) else [], strict=False):
         if same:
             raise InputError(f"the new_label of {item.file} is the class it is called by; give another one")

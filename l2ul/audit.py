@@ -1,10 +1,14 @@
 """Whether a report still tells the truth: hashes, signature, the chain of requests, images that are to be forgotten."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+import inspect
 import json
+import math
 from pathlib import Path
 import shutil
+
+from torch import Tensor
 
 from l2ul import signature
 from l2ul.errors import InputError
@@ -24,9 +28,18 @@ class Check:
     found: str
 
 
-def _statistics(value: object) -> bool:
+def _mean(value: object) -> bool:
     """Whether this is a number a channel, or None."""
-    return value is None or (isinstance(value, list) and len(value) == 3 and _fits(value, [int | float]))
+    whole = _fits(value, [int | float]) and len(value) == 3
+    return value is None or (whole and all(map(math.isfinite, value)))
+
+
+def _std(value: object) -> bool:
+    return value is None or (_mean(value) and min(value) > 0)
+
+
+def _size(value: object) -> bool:
+    return value is None or (isinstance(value, int) and value > 0)
 
 
 # What is relied upon of a report: of a dictionary some keys, of a list what each entry is, else a type or a function.
@@ -35,7 +48,7 @@ SHAPE = {
     "made": str,
     "asked": {"goal": str},
     "model": {
-        "opened_by": {"model": str, "image_size": int | None, "mean": _statistics, "std": _statistics},
+        "opened_by": {"model": str, "image_size": _size, "mean": _mean, "std": _std},
         "classes": [str],
         "before": {"weights_sha256": str},
         "after": {"weights_sha256": str, "files": dict},
@@ -60,7 +73,7 @@ def _fits(value: object, shape: dict | list | type | Callable[[object], bool]) -
         return isinstance(value, dict) and all(name in value and _fits(value[name], shape[name]) for name in shape)
     if isinstance(shape, list):
         return isinstance(value, list) and all(_fits(one, shape[0]) for one in value)
-    return shape(value) if shape is _statistics else isinstance(value, shape)
+    return shape(value) if inspect.isfunction(shape) else isinstance(value, shape)
 
 
 def read_report(path: Path) -> Report:
@@ -172,14 +185,19 @@ def earlier_reports(report: Report, folder: Path) -> tuple[list[Report], list[Ch
     return reports, checks
 
 
-def first_labels(reports: Iterable[Report], items: Iterable[Item]) -> list[int | None]:
-    """The class that each image had when it was first asked for, by its pixels or else its file; None: it was not."""
+def first_labels(reports: Iterable[Report], items: Sequence[Item], new_labels: Tensor | None) -> list[int | None]:
+    """The class that each image had when it was first asked for, by its pixels or else its file; None: it was not.
+
+    new_labels  (k,) what the images shall be called: None too for one that shall be called again what it was at first
+    """
     found: dict[str, int] = {}
     for report in reports:
         for image in report["images"]:
             for key in ("pixels_sha256", "sha256"):
                 found.setdefault(image[key], image["label"])
-    return [found.get(item.pixels_sha256, found.get(item.sha256)) for item in items]
+    then = [found.get(item.pixels_sha256, found.get(item.sha256)) for item in items]
+    new = [None] * len(then) if new_labels is None else new_labels.tolist()
+    return [None if old == wanted else old for old, wanted in zip(then, new, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -200,24 +218,20 @@ class Wanted:
     def forgotten(self, called: int) -> bool:
         return called != self.label if self.new_label is None else called == self.new_label
 
-    def agrees(self, later: "Wanted") -> bool:
-        """Whether some class meets both."""
-        if self.new_label is not None:
-            return later.forgotten(self.new_label)
-        return later.new_label is None or self.forgotten(later.new_label)
-
 
 def wanted(reports: Iterable[Report]) -> list[Wanted]:
-    """What is to be forgotten after these requests: all that they asked for, as far as it can hold together."""
-    found: dict[str, list[Wanted]] = {}
+    """What is to be forgotten after these requests, the last one's first: all they asked for that can hold together."""
+    found: list[Wanted] = []
+    allowed: dict[str, set[int]] = {}  # what an image may still be called
     keys = ("file", "sha256", "pixels_sha256", "label", "new_label")
-    for number, report in enumerate(reports, start=1):
+    for number, report in reversed(list(enumerate(reports, start=1))):
         for image in report["images"]:
-            later = Wanted(number, *(image[key] for key in keys))
-            before = found.get(later.pixels_sha256, [])
-            kept = [replace(one, superseded=one.superseded or not one.agrees(later)) for one in before]
-            found[later.pixels_sha256] = [*kept, later]
-    return [one for of_image in found.values() for one in of_image]
+            one = Wanted(number, *(image[key] for key in keys))
+            classes = allowed.get(one.pixels_sha256, range(len(report["model"]["classes"])))
+            left = {called for called in classes if one.forgotten(called)}
+            found.append(replace(one, superseded=not left))
+            allowed[one.pixels_sha256] = left or classes
+    return found
 
 
 def check_images(wanted: Iterable[Wanted], called: Iterable[tuple[Item, int]]) -> list[Check]:

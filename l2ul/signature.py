@@ -40,7 +40,8 @@ def _read(path: Path, load, method: str, what: str):
     except OSError as error:
         raise InputError(f"cannot read the key {path} ({error.strerror}); {wanted}") from None
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise InputError(f"{path} is not to be used as a key ({str(error).splitlines()[0][:80]}); {wanted}") from None
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} is not to be used as a key ({why[:80]}); {wanted}") from None
     if type(key).__name__ not in ("Ed25519PrivateKey", "Ed25519PublicKey") or not hasattr(key, method):
         raise InputError(f"{path} holds a {type(key).__name__}; {wanted}")
     return key

@@ -1,5 +1,6 @@
 """Reports are checked: files, signatures, the chain of requests, and that images are still forgotten."""
 
+import contextlib
 import copy
 import json
 import sys
@@ -11,6 +12,7 @@ import torch
 from l2ul import audit
 from l2ul.errors import InputError
 import main_forget
+from models import deployed
 
 BUILT = ["--build", "conftest:tiny_net"]
 
@@ -78,7 +80,8 @@ def test_signed_reports(forget, script, tmp_path, monkeypatch):
     (tmp_path / "out" / "report.json.sig").write_bytes(b"\xff\x00 no text")
     code, out, _ = script(main_forget.main, "--verify", path)
     assert (code, "FAILED signature of report.json: wrong" in out) == (3, True)
-    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
+    for name in ("cryptography", "cryptography.exceptions", "cryptography.hazmat.primitives"):
+        monkeypatch.setitem(sys.modules, name, None)
     code, _, err = script(main_forget.main, "--verify", path)
     assert (code, "signatures need the package cryptography" in err) == (2, True)
 
@@ -156,6 +159,8 @@ def test_whatever_is_wrong_in_a_report_it_is_none_or_can_be_checked(forget, scri
             audit.check_files(told, path.parent, {})
             audit.earlier_reports(told, path.parent)
             audit.check_images(audit.wanted([told]), [])
+            with contextlib.suppress(InputError):
+                deployed.reopen(told["model"]["opened_by"], told["model"]["classes"], tmp_path / "tiny.pth", BUILT[1])
     assert refused > 100
     for name in ("images", "files"):
         path.write_text(json.dumps(report | {name: type(report[name])()}))
@@ -186,6 +191,21 @@ def test_a_broken_chain_is_told_before_any_work(forget, tmp_path):
     assert "images to misclassify" not in told
 
 
+def test_of_two_classes_an_image_cannot_be_neither():
+    model = {"classes": ["no", "yes"]}
+    found = audit.wanted([{"model": model, "images": [asked(label, None)]} for label in (0, 1)])
+    assert [(one.request, one.superseded) for one in found] == [(2, False), (1, True)]
+
+
+def test_an_image_may_be_called_again_what_it_was(forget, tiny, tmp_path):
+    forget()
+    rows = [f"{number}.png,{int(label)}" for number, label in enumerate(tiny[2][:6])]
+    (tmp_path / "in" / "labels.csv").write_text("\n".join(["file,new_label", *rows]))
+    code, report, told = forget(output="second", model=["--model", tmp_path / "out", *BUILT])
+    assert code == 0, told
+    assert [row["called_after"] for row in report["images"]] == tiny[2][:6].tolist()
+
+
 def asked(label, new_label, name="a"):
     return {"file": name, "sha256": name, "pixels_sha256": name, "label": label, "new_label": new_label}
 
@@ -203,11 +223,13 @@ def asked(label, new_label, name="a"):
     ],
 )
 def test_what_requests_want_holds_until_a_later_one_wants_what_cannot_hold_as_well(first, second, superseded):
-    found = audit.wanted([{"images": [asked(*first), asked(1, None, "b")]}, {"images": [asked(*second)]}])
-    assert [(one.request, one.file, one.superseded) for one in found] == [
+    model = {"classes": list("0123456")}
+    rows = [[asked(*first), asked(1, None, "b")], [asked(*second)]]
+    found = audit.wanted([{"model": model, "images": images} for images in rows])
+    assert {(one.request, one.file, one.superseded) for one in found} == {
         (1, "a", superseded),
         (2, "a", False),
         (1, "b", False),
-    ]
+    }
     text = audit.check_images(found, [])[0].found
     assert ("1 were later to be called otherwise" in text) == superseded
