@@ -44,6 +44,7 @@ from models.deployed import Deployed
 
 PROGRAM = "main_forget.py"
 NOT_FORGOTTEN = 3  # exit code
+HOLDS = {True: "ok", False: "FAILED", None: "?"}
 SEARCH, RELEARN = 0.8, 0.95  # parts of the time at which the search ends, and relearning
 
 
@@ -238,7 +239,7 @@ def verify(opts: argparse.Namespace, device: torch.device) -> int:
     if opts.images and model:
         checks += audit.check_images(audit.wanted([*earlier, told]), called_now(opts.images, model, device))
     for check in checks:
-        print(f"{ {True: 'ok    ', False: 'FAILED', None: '?     '}[check.holds] } {check.what}: {check.found}")
+        print(f"{HOLDS[check.holds]:6} {check.what}: {check.found}")
     return NOT_FORGOTTEN if any(check.holds is False for check in checks) else 0
 
 
