@@ -159,16 +159,18 @@ def jit(course: Course) -> Iterator[Terms]:
     """outputs made insensitive to noise on D_f (just in time; Foster et al. 2024, arXiv 2402.01401)
 
     The mean over `copies` of ‖f(x) - f(x + ξ)‖ / ‖ξ‖, ξ Gaussian with `sigma` a pixel. Rate and σ differ a net there.
+    In eval mode: its nets have no batch-norm, whose running statistics would become those of noise.
     """
-    for _ in course.epochs:
-        for forgotten in course.batches(course.forgotten):
-            logits, gaps = course.model(forgotten.images), []
-            for _ in range(course.settings["copies"]):
-                noise = torch.randn(forgotten.images.shape, generator=course.generator).to(logits.device)
-                noise = course.settings["sigma"] * noise
-                moved = (logits - course.model(forgotten.images + noise)).norm(dim=1)
-                gaps.append(moved / noise.flatten(1).norm(dim=1))
-            yield {"forget": torch.stack(gaps).mean()}
+    with evaluating(course.model):
+        for _ in course.epochs:
+            for forgotten in course.batches(course.forgotten):
+                logits, gaps = course.model(forgotten.images), []
+                for _ in range(course.settings["copies"]):
+                    noise = torch.randn(forgotten.images.shape, generator=course.generator).to(logits.device)
+                    noise = course.settings["sigma"] * noise
+                    moved = (logits - course.model(forgotten.images + noise)).norm(dim=1)
+                    gaps.append(moved / noise.flatten(1).norm(dim=1))
+                yield {"forget": torch.stack(gaps).mean()}
 
 
 @fixed_length("amun", "retain", epochs=10, lr=1e-2, batch=128, augment=1, eps=0.05, iterations=50)

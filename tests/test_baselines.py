@@ -172,6 +172,13 @@ def test_just_in_time_equals_the_value_of_a_linear_net():
     assert terms["forget"].item() == pytest.approx(torch.pi / 4, abs=0.01)
 
 
+def test_just_in_time_does_not_take_the_statistics_of_noise_for_those_of_images(given):
+    before, outcome = given["model"].state_dict(), carried_out(given, "jit", copies=2)
+    statistics = [name for name in before if name.endswith(("running_mean", "running_var"))]
+    assert statistics
+    assert all(torch.equal(outcome.model.state_dict()[name], before[name]) for name in statistics)
+
+
 def test_nearest_examples_lie_just_beyond_the_border():
     """Logits are two pixels; the border is where they are equal, 0.2 / √2 = 0.14 away; radii are 0.05, 0.1, 0.2."""
     images = torch.tensor([[0.6, 0.4, 0.5], [0.4, 0.6, 0.5]]).view(2, 3, 1, 1)
