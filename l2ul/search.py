@@ -185,7 +185,7 @@ def search(job: Job, first: Settings, budget: Budget, seconds: float, tried: Cal
         trials.append(job.try_out(settings, _changed(first, settings), lambda least=least: budget.left > least))
         tried(trials[-1])
         if not forgotten and not trials[-1].forgotten.all():
-            if trials[-1].status != "diverged" and len(trials) <= MOST_LARGER:
+            if trials[-1].status != "diverged" and len(trials) <= MOST_LARGER and not _fixed_length(job):
                 waiting.appendleft(_larger(job, settings, budget.left, trials))
         elif not forgotten and settings != first:
             waiting = deque(_around(job, first, budget.left, trials))
@@ -200,11 +200,15 @@ def _changed(first: Settings, settings: Settings) -> dict[str, float]:
 def _ladder(job: Job, first: Settings, left: float, seconds: float) -> list[Settings]:
     """Settings to try: one that surely fits, or the method's own, then others."""
     if not job.uses_teacher:
-        fixed_length = methods.get(job.method).settings is not None  # these run as their papers have them
-        return [first, *(() if fixed_length else (_scaled(first, by) for by in GRADIENT))]
+        return [first, *(() if _fixed_length(job) else (_scaled(first, by) for by in GRADIENT))]
     if 3 * seconds * first.distill_steps <= left:
         return [first, *(_scaled(first, by) for by in DISTILL)]
     return [fitted(first, left / 3, seconds)]
+
+
+def _fixed_length(job: Job) -> bool:
+    """Whether the method runs as its paper has it, whatever the settings of the loop."""
+    return methods.get(job.method).settings is not None
 
 
 def _around(job: Job, first: Settings, left: float, trials: list[Trial]) -> list[Settings]:

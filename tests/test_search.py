@@ -110,6 +110,11 @@ def test_gradient_methods_are_tried_at_other_rates(monkeypatch):
     assert [s.unlearn_lr / OWN.unlearn_lr for s in job.tried] == pytest.approx([1, 1 / 3, 3, 0.1])
 
 
+def test_a_method_that_runs_as_its_paper_has_it_is_tried_once(monkeypatch):
+    job, _, _ = tried(monkeypatch, 60, lambda s: (False, 90.0), "jit")
+    assert job.tried == [OWN]
+
+
 def test_settings_by_name():
     assert search.named_settings([("distill_steps", 5.0), ("distill_lr", 0.1)], "distill") == {
         "distill_steps": 5,
