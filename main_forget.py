@@ -18,29 +18,22 @@ import time
 
 import torch
 
-from l2ul import (
-    audit,
-    damage,
-    evaluate,
-    examine,
-    methods,
-    report,
-    request_options,
-    robustness,
-    running,
-    search,
-    signature,
-)
-from l2ul.data import Split, as_pixels
-from l2ul.errors import InputError
-from l2ul.examine import Asked
-from l2ul.files import REPORT, atomic, file_sha256, remove_parts, require_writable
+from l2ul.cli import exit_codes
+from l2ul.common import device as device_module
+from l2ul.common.errors import InputError
+from l2ul.common.files import REPORT, atomic, file_sha256, remove_parts, require_writable
+from l2ul.data.images import Split, as_pixels
+from l2ul.deletion import deployed_model as deployment
+from l2ul.deletion import examine, options, report, search, signature
+from l2ul.deletion import verify as audit
+from l2ul.deletion.deployed_model import Deployed
+from l2ul.deletion.examine import Asked
+from l2ul.deletion.request import Item, class_numbers, read
+from l2ul.deletion.search import Budget, Job, Trial
+from l2ul.methods import registry
+from l2ul.metrics import accuracy, agreement, robustness
 from l2ul.objective import Forget
-from l2ul.request import Item, class_numbers, read
-from l2ul.search import Budget, Job, Trial
 from l2ul.unlearn import Settings
-from models import deployed as deployment
-from models.deployed import Deployed
 
 PROGRAM = "main_forget.py"
 NOT_FORGOTTEN = 3  # exit code
@@ -48,10 +41,10 @@ HOLDS = {True: "ok", False: "FAILED", None: "?"}
 SEARCH, RELEARN = 0.8, 0.95  # parts of the time at which the search ends, and relearning
 
 
-@running.ending(PROGRAM, "nothing was written")
+@exit_codes.ending(PROGRAM, "nothing was written")
 def main() -> None:
     opts = parse()
-    device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
+    device = device_module.choose_device(opts.device, opts.no_cuda, opts.threads)
     raise SystemExit(verify(opts, device) if opts.verify else forget(opts, device))
 
 
@@ -63,7 +56,7 @@ def forget(opts: argparse.Namespace, device: torch.device) -> int:
     before, earlier = model.hashes(), earlier_requests(opts)
     asked = ask(opts, model, earlier, device)
     keep, references = (read_others(opts, flag, model, asked) for flag in ("keep_images", "reference_images"))
-    print(f"{len(asked)} images to {asked.forget.goal}; {opts.method}; {running.device_name(device)}", flush=True)
+    print(f"{len(asked)} images to {asked.forget.goal}; {opts.method}; {device_module.device_name(device)}", flush=True)
     told = describe(opts, model, asked, before, earlier)
     wide = robustness.widened(asked.images, asked.forget, opts.also)
     job = Job(model.classifier, asked.forget, wide, opts.method, len(model.classes), opts.seed, model.as_written)
@@ -74,7 +67,7 @@ def forget(opts: argparse.Namespace, device: torch.device) -> int:
     told |= examine.examine(job, asked, after, references, lambda: budget.part(RELEARN).left > 0)
     told |= report.of_trials(trials, taken) | {"made": report.now()}
     told["seconds"] = {"total": round(budget.used, 1), "trials": round(sum(trial.seconds for trial in trials), 1)}
-    told["peak_memory_mib"] = running.peak_memory_mib(device)
+    told["peak_memory_mib"] = device_module.peak_memory_mib(device)
     output = write(opts, model, asked, after, told, key)
     done = sum(image["forgotten"] for image in told["images"])
     print(f"{done} of {len(asked)} images are forgotten: {output / report.PAGE}")
@@ -105,7 +98,7 @@ def ask(opts: argparse.Namespace, model: Deployed, earlier: list[report.Report],
     """
     request = read(opts.images[0], model.shape, opts.labels, opts.skip_bad)
     images = request.images.to(device)
-    count = evaluate.count_classes(model.classifier.to(device), images)
+    count = accuracy.count_classes(model.classifier.to(device), images)
     model.classes = model.classes or [str(number) for number in range(count)]
     if len(model.classes) != count or count < 2:
         raise InputError(f"the model tells {count} classes apart, and has names for {len(model.classes)}")
@@ -122,7 +115,7 @@ def ask(opts: argparse.Namespace, model: Deployed, earlier: list[report.Report],
         if same:
             raise InputError(f"the new_label of {item.file} is the class it is called by; give another one")
     asked = Asked(request, images, Forget(as_pixels(images), labels, new), before, then)
-    methods.get(opts.method, asked.forget.goal)
+    registry.get(opts.method, asked.forget.goal)
     return asked
 
 
@@ -139,7 +132,7 @@ def read_others(opts: argparse.Namespace, flag: str, model: Deployed, asked: Ask
     if both:
         raise InputError(f"{both} of {name} is also to be forgotten; leave it out of one of the folders")
     images = found.images.to(asked.images.device)
-    called = evaluate.predict(model.classifier, images)
+    called = accuracy.predict(model.classifier, images)
     labels = called  # what an image to keep is really called matters nothing, and its folder may have any name
     if flag == "reference_images":
         labels = class_numbers([item.label for item in found.items], model.classes, called, "label")
@@ -151,7 +144,7 @@ def try_out(opts: argparse.Namespace, job: Job, keep: Split | None, budget: Budg
     first = replace(Settings(bn="eval", seed=opts.seed), **opts.setting)
     seconds = search.prepare(job, first, budget)
     if keep:
-        job.probes.append(damage.probe("images to keep", job.model, keep.images))
+        job.probes.append(agreement.probe("images to keep", job.model, keep.images))
     budget = budget.part(SEARCH)
     if opts.setting:
         return [job.try_out(first, opts.setting, lambda: budget.left > 0)]
@@ -188,7 +181,7 @@ def describe(
         "model": {"opened_by": model.opened_by, "classes": model.classes, "before": before},
         "earlier": audit.next_earlier(earlier[-1], Path(opts.model)) if earlier else [],
         "not_claimed": report.NOT_CLAIMED,
-        "device": running.device_name(asked.images.device),
+        "device": device_module.device_name(asked.images.device),
     }
 
 
@@ -255,13 +248,13 @@ def called_now(folders: list[Path], model: Deployed, device: torch.device) -> li
     classifier, found = model.classifier.to(device), []
     for folder in folders:
         request = read(folder, model.shape, skip_bad=True)
-        found += zip(request.items, evaluate.predict(classifier, request.images.to(device)).tolist(), strict=True)
+        found += zip(request.items, accuracy.predict(classifier, request.images.to(device)).tolist(), strict=True)
     return found
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; whatever can be judged without the model is judged here."""
-    opts = request_options.parser(PROGRAM, __doc__).parse_args(argv)
+    opts = options.parser(PROGRAM, __doc__).parse_args(argv)
     if opts.verify:
         return opts
     if not (opts.images and opts.output):
@@ -270,7 +263,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError(
             f"--images names {len(opts.images)} folders; a request is one folder, several are for --verify"
         )
-    if opts.method == "before" or "retain" in methods.get(opts.method).needs:
+    if opts.method == "before" or "retain" in registry.get(opts.method).needs:
         why = "forgets nothing" if opts.method == "before" else "trains on the rest of the training set"
         raise InputError(f"method {opts.method} {why}; leave out --method, or name one such as distill or adv_imp")
     opts.setting = search.named_settings(opts.setting, opts.method)

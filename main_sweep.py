@@ -19,13 +19,18 @@ from pathlib import Path
 import shlex
 import sys
 
-from l2ul import cluster, options, parsing, ranges, records, running, searching, slurm, sweep, watching
-from l2ul.errors import InputError
-from l2ul.ranges import Interval
-from l2ul.searching import Settings
-from l2ul.sweep import Trial, Words
+from l2ul.cli import exit_codes, options, ranges
+from l2ul.cli import parser as parsing
+from l2ul.cli.ranges import Interval
+from l2ul.common.errors import InputError
+from l2ul.experiments import records
+from l2ul.sweeps import cluster, monitor, slurm
+from l2ul.sweeps import search as searching
+from l2ul.sweeps import trials as sweep
+from l2ul.sweeps.search import Settings
+from l2ul.sweeps.trials import Trial, Words
+from l2ul.sweeps.worker import Bench
 import main_tables
-from main_trials import Bench
 import main_unlearn
 
 PROGRAM = "main_sweep.py"
@@ -57,7 +62,7 @@ class Asked:
         return (*self.common(settings), *self.split)
 
 
-@running.ending(PROGRAM, "finished runs are kept and the same command goes on from there")
+@exit_codes.ending(PROGRAM, "finished runs are kept and the same command goes on from there")
 def main() -> None:
     asked = parse()
     opts, bench = asked.opts, Bench()
@@ -187,7 +192,7 @@ def everything(asked: Asked, bench: Bench, result_dir: Path) -> int:
     announce(asked, trials, pending, result_dir)
     if asked.opts.dry_run or not pending:
         return 0
-    with connected(asked, bench, "main_trials:work") as there, watching.watch(len(pending)) as watch:
+    with connected(asked, bench, "main_trials:work") as there, monitor.watch(len(pending)) as watch:
         for ended in there.carry_out(sweep.in_order(pending, there.slots())):
             for trial, fault in ended:
                 if fault:
@@ -205,7 +210,7 @@ def search(asked: Asked, bench: Bench, result_dir: Path) -> int:
     if not asked.opts.dry_run and left:
         function = "main_trials:attempt_source_free" if asked.opts.source_free else "main_trials:attempt"
         asking = searching.Search(asked.axes, asked.command, known, begun)
-        with connected(asked, bench, function) as there, watching.watch(left) as watch:
+        with connected(asked, bench, function) as there, monitor.watch(left) as watch:
 
             def ended(settings: Settings, score: float | None, fault: str | None) -> None:
                 if fault:
@@ -256,7 +261,7 @@ def announce(asked: Asked, trials: list[Trial], pending: list[Trial], result_dir
         at_once = asked.opts.parallel or max(1, int((os.cpu_count() or 1) / asked.opts.cpus_per_trial))
         others = f", and {unknown} trials of which no record tells" if unknown else ""
         print(
-            f"about {watching.duration(seconds)} one after the other, {watching.duration(seconds / at_once)} with "
+            f"about {monitor.duration(seconds)} one after the other, {monitor.duration(seconds / at_once)} with "
             f"{at_once} at once, by the records of {result_dir}{others}"
         )
     elif pending:

@@ -12,27 +12,29 @@ from pathlib import Path
 
 import pandas as pd
 
-from l2ul import gather, layout, methods, metric_tables, missing, options, running, tables, variants
-from l2ul.errors import InputError
-from l2ul.files import atomic, require_writable
-import main_figures
+from l2ul.cli import exit_codes, options
+from l2ul.common.errors import InputError
+from l2ul.common.files import atomic, require_writable
+from l2ul.methods import registry
+from l2ul.reporting import collect, layout, metric_tables, missing, rows, summary
+from l2ul.reporting import figure_set as main_figures
 import models
 from models import checkpoint, zoo
 
 PROGRAM = "main_tables.py"
 
 
-@running.ending(PROGRAM)
+@exit_codes.ending(PROGRAM)
 def main() -> None:
     make(parse())
 
 
 def make(opts: argparse.Namespace) -> None:
     """Write the tables, and the figures asked for, and print what the Markdown one says."""
-    records, problems = gather.read(opts.result_dir)
-    wanted = tables.Wanted(opts.method, opts.unlearn_k, opts.seed)
-    blocks = choose(variants.blocks(records), opts.dataset, wanted)
-    frame = tables.summarise(blocks, wanted)
+    records, problems = collect.read(opts.result_dir)
+    wanted = summary.Wanted(opts.method, opts.unlearn_k, opts.seed)
+    blocks = choose(rows.blocks(records), opts.dataset, wanted)
+    frame = summary.summarise(blocks, wanted)
     beside = metric_tables.summary(blocks, wanted)
     sections = (
         layout.markdown(frame, blocks),
@@ -42,7 +44,7 @@ def make(opts: argparse.Namespace) -> None:
     )
     text = {
         "md": "\n".join(filter(None, sections)),
-        "csv": tables.to_csv(pd.concat([frame, beside]) if len(beside) else frame),
+        "csv": summary.to_csv(pd.concat([frame, beside]) if len(beside) else frame),
         "tex": layout.latex(frame, blocks) + metric_tables.latex(beside),
     }
     print(text["md"])
@@ -79,7 +81,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def choose(blocks: list[variants.Block], datasets: list[str] | None, wanted: tables.Wanted) -> list[variants.Block]:
+def choose(blocks: list[rows.Block], datasets: list[str] | None, wanted: summary.Wanted) -> list[rows.Block]:
     """The blocks of the data sets asked for; InputError for a data set or a method that is not there at all."""
     there = sorted({block.dataset for block in blocks})
     for name in datasets or ():
@@ -88,11 +90,11 @@ def choose(blocks: list[variants.Block], datasets: list[str] | None, wanted: tab
     recorded = {record["method"] for block in blocks for record in block.records}
     for name in wanted.method or ():
         if name not in recorded:
-            methods.get(name)
+            registry.get(name)
     return [block for block in blocks if not datasets or block.dataset in datasets]
 
 
-def implied(block: variants.Block) -> dict[str, set]:
+def implied(block: rows.Block) -> dict[str, set]:
     """What main_unlearn.py takes without a flag: weights that it finds itself, the family's statistics, a size."""
     family = models.OWN.get(block.model, zoo)
     statistics = {name: {" ".join(f"{value:g}" for value in getattr(family, name.upper()))} for name in ("mean", "std")}
@@ -101,7 +103,7 @@ def implied(block: variants.Block) -> dict[str, set]:
     return statistics | {"checkpoint": found, "image_size": {128 if block.age_grouping else 224}}
 
 
-def missing_section(blocks: list[variants.Block], wanted: tables.Wanted) -> str:
+def missing_section(blocks: list[rows.Block], wanted: summary.Wanted) -> str:
     """Every run that no record is of, and the commands that would do these."""
     cells, lines, files = [], [], []
     for block in blocks:

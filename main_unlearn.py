@@ -17,28 +17,35 @@ import time
 import torch
 from torch import Tensor
 
-from l2ul import attack, distributed, evaluate, helping, methods, options, precisions, records, running, streaming
-from l2ul import forget as forgetting
-from l2ul.cache import GIB, PREFIX, Cache
-from l2ul.data import Images, Split
-from l2ul.errors import InputError
-from l2ul.evaluations import EVALUATIONS
-from l2ul.experiment import Experiment
-from l2ul.files import remove_parts, require_writable
-from l2ul.measuring import Measuring
-from l2ul.peers import Peer, Peers
-from l2ul.runs import HYPER_PARAMETERS, Run, Setup
+from l2ul import attack
+from l2ul.cli import exit_codes, options
+from l2ul.common import device as device_module
+from l2ul.common import distributed, precision
+from l2ul.common.cache import GIB, PREFIX, Cache
+from l2ul.common.errors import InputError
+from l2ul.common.files import remove_parts, require_writable
+from l2ul.data import folder as streaming
+from l2ul.data import forget_set
+from l2ul.data.images import Images, Split
+from l2ul.experiments import records, torchrun
+from l2ul.experiments.execution import Experiment
+from l2ul.experiments.measurement import Measuring
+from l2ul.experiments.reference_models import Peer, Peers
+from l2ul.experiments.runs import HYPER_PARAMETERS, Run, Setup
+from l2ul.methods import registry
+from l2ul.metrics import accuracy
+from l2ul.metrics.groups import EVALUATIONS
 import models
 from models import checkpoint
 
 PROGRAM = "main_unlearn.py"
 
 
-@running.ending(PROGRAM, shared=True)
+@exit_codes.ending(PROGRAM, shared=True)
 def main() -> None:
     opts = parse()
-    device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
-    precisions.use(device, opts.precision)
+    device = device_module.choose_device(opts.device, opts.no_cuda, opts.threads)
+    precision.use(device, opts.precision)
     streaming.check(opts.decoder, device)
     cache = Cache()
     if distributed.is_first():
@@ -51,7 +58,7 @@ def main() -> None:
         carry_out(opts, device, experiment, runs)
         distributed.call_others(None)
     else:
-        helping.assist(experiment.measuring)
+        torchrun.assist(experiment.measuring)
 
 
 def carry_out(opts: argparse.Namespace, device, experiment: Experiment, runs: list[Run]) -> None:
@@ -74,7 +81,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     opts = parser.parse_args(argv)
     options.fill_defaults(opts)
     for name in opts.method:
-        methods.get(name, opts.goal)
+        registry.get(name, opts.goal)
     models.check_name(opts.model)
     if opts.unlearn_k and min(opts.unlearn_k) < 1:
         raise InputError(f"--unlearn-k is {min(opts.unlearn_k)}; expected 1 or more images to forget")
@@ -153,8 +160,8 @@ def load(opts: argparse.Namespace, device, images: Images | None = None) -> Setu
     images = images.to(device)
     with distributed.first_ahead():  # which may download them
         classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std).to(device)
-    evaluate.check_fit(classifier, images.train.images, images.num_classes)
-    evaluate.check_trained_on(images, told_by(classifier), classifier.source)
+    accuracy.check_fit(classifier, images.train.images, images.num_classes)
+    accuracy.check_trained_on(images, told_by(classifier), classifier.source)
     return set_up(opts, images, classifier, Path(path).name if path else None)
 
 
@@ -193,7 +200,7 @@ def load_peers(opts: argparse.Namespace, setup: Setup, device) -> Peers:
         else:
             net = models.load(opts.model, setup.images.num_classes, path, opts.mean, opts.std)
         told = told_by(net)
-        evaluate.check_trained_on(setup.images, told, str(path))
+        accuracy.check_trained_on(setup.images, told, str(path))
         excluded = told.get("excluded", [] if "epochs" in told else None)  # pretrained here on every image, or not told
         known = isinstance(excluded, list) and all(type(index) is int for index in excluded)
         return Peer(net.to(device), net.sha256, str(path), torch.tensor(excluded, dtype=torch.int64) if known else None)
@@ -208,7 +215,7 @@ def plan(opts: argparse.Namespace, setup: Setup) -> list[Run]:
     folder = read_folder(opts, setup) if opts.forget_dir else None
     for seed in opts.seed:
         if folder:
-            forget = forgetting.from_folder(*folder, opts.goal, seed, opts.forget_dir)
+            forget = forget_set.from_folder(*folder, opts.goal, seed, opts.forget_dir)
         else:
             forget = choose(opts, setup, seed)
         if sizes and max(sizes) > len(forget):
@@ -225,30 +232,30 @@ def plan(opts: argparse.Namespace, setup: Setup) -> list[Run]:
 
 def read_folder(opts: argparse.Namespace, setup: Setup) -> tuple[Split, Tensor]:
     """The images of --forget-dir with their folders' classes, and what the classifier calls them."""
-    found = forgetting.read_folder(opts.forget_dir, setup.images)
-    called = evaluate.predict(setup.classifier, found.images, batch_size=opts.test_batch_size, workers=opts.workers)
+    found = forget_set.read_folder(opts.forget_dir, setup.images)
+    called = accuracy.predict(setup.classifier, found.images, batch_size=opts.test_batch_size, workers=opts.workers)
     return found, called
 
 
-def choose(opts: argparse.Namespace, setup: Setup, seed: int) -> forgetting.ForgetSet:
+def choose(opts: argparse.Namespace, setup: Setup, seed: int) -> forget_set.ForgetSet:
     """D_f of a seed from the training images, and what they are to be called, to relabel."""
     train, num_classes = setup.images.train, setup.images.num_classes
     if opts.forget_file:
-        indices = forgetting.read_forget(opts.forget_file, len(train))
+        indices = forget_set.read_forget(opts.forget_file, len(train))
     else:
-        indices = forgetting.choose_forget(len(train), max(opts.unlearn_k), seed)
+        indices = forget_set.choose_forget(len(train), max(opts.unlearn_k), seed)
     true, new = train.labels[indices].cpu(), None
     if opts.relabel_file:
-        new = forgetting.read_new_labels(opts.relabel_file, true, num_classes)
+        new = forget_set.read_new_labels(opts.relabel_file, true, num_classes)
     elif opts.goal == "relabel":
-        new = forgetting.random_new_labels(true, num_classes, seed)
-    return forgetting.ForgetSet(train, indices, new)
+        new = forget_set.random_new_labels(true, num_classes, seed)
+    return forget_set.ForgetSet(train, indices, new)
 
 
 def prepare(opts: argparse.Namespace, setup: Setup, runs: list[Run], device, cache: Cache) -> Experiment:
     """How these runs are carried out and measured, after a look whether they can be."""
     side = setup.classifier.input_side(setup.images.side)
-    test_batch_size = opts.test_batch_size or evaluate.default_batch_size(device, side)
+    test_batch_size = opts.test_batch_size or accuracy.default_batch_size(device, side)
     evaluations = tuple(EVALUATIONS[name] for name in dict.fromkeys(opts.evaluate))
     peers = load_peers(opts, setup, device)
     peers.check(setup.classifier, runs)
@@ -279,7 +286,7 @@ def announce(opts: argparse.Namespace, device, runs: list[Run], pending: list[Ru
     many = {"k": [run.k for run in runs], "seed": [run.seed for run in runs]}
     shape = ", ".join(f"{name} {' '.join(map(str, dict.fromkeys(values)))}" for name, values in many.items())
     print(
-        f"{opts.dataset}, {opts.model}, {running.device_name(device)}: {' '.join(opts.method)}; {shape}; "
+        f"{opts.dataset}, {opts.model}, {device_module.device_name(device)}: {' '.join(opts.method)}; {shape}; "
         f"goal {opts.goal}: {len(pending)} runs to do, {len(runs) - len(pending) - len(to_measure)} done"
         + (f", {len(to_measure)} done but to be measured again for more metrics" if to_measure else ""),
         flush=True,

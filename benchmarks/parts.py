@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-from l2ul import evaluate, options, precisions, running
-from l2ul.adversarial import Attack
 from l2ul.attack import adversarial_set
-from l2ul.cache import Cache
-from l2ul.data import as_pixels
-from l2ul.folding import foldable, folded
+from l2ul.cli import options
+from l2ul.common import device as device_module
+from l2ul.common import precision
+from l2ul.common.bn_folding import foldable, folded
+from l2ul.common.cache import Cache
+from l2ul.common.modes import frozen
+from l2ul.data.images import as_pixels
+from l2ul.experiments.adversarial_sets import Attack
 from l2ul.importance import mas_importance
-from l2ul.modes import frozen
+from l2ul.metrics import accuracy
 from l2ul.unlearn import Settings, unlearn
 import models
 from models import checkpoint
@@ -41,9 +44,9 @@ def interleaved(
     seconds = {name: [] for name in parts}
     for _ in range(repeats):
         for name, part in parts.items():
-            started = running.clock(device)
+            started = device_module.clock(device)
             part()
-            seconds[name].append(running.clock(device) - started)
+            seconds[name].append(device_module.clock(device) - started)
     return seconds
 
 
@@ -73,7 +76,7 @@ class Bench:
         images = self.images.train.images[first : first + k]
         if not self.trained:
             return images, torch.arange(k, device=self.device) % self.images.num_classes
-        return images, evaluate.predict(self.ours, images, pairs=self.pairs).to(self.device)
+        return images, accuracy.predict(self.ours, images, pairs=self.pairs).to(self.device)
 
     def make(self, forget: Labelled, draws: int, iterations: int, cache: Cache | None = None) -> None:
         how = Attack(self.images.num_classes, draws, EPS, ALPHA, iterations, seed=0, precision=self.opts.precision)
@@ -114,7 +117,7 @@ class Bench:
         x = torch.rand(size, 3, self.images.side, self.images.side, device=self.device)
         x = x.contiguous(memory_format=torch.channels_last)
         targets = torch.zeros(size, dtype=torch.long, device=self.device)
-        with folded(self.ours, self.pairs), frozen(self.ours), precisions.autocast(self.device, self.opts.precision):
+        with folded(self.ours, self.pairs), frozen(self.ours), precision.autocast(self.device, self.opts.precision):
             for _ in range(iterations):
                 x.requires_grad_()
                 torch.autograd.grad(F.cross_entropy(self.ours(x), targets), x)
@@ -163,7 +166,7 @@ class Bench:
         images, labels = (part[: self.opts.eval_images] for part in (self.images.test.images, self.images.test.labels))
         decoded = released.PilImages(images, labels)
         parts = {
-            "ours": lambda: evaluate.accuracy(evaluate.predict(self.ours, images, pairs=self.pairs), labels),
+            "ours": lambda: accuracy.accuracy(accuracy.predict(self.ours, images, pairs=self.pairs), labels),
             "released": lambda: released.accuracy(
                 self.theirs, decoded, self.device, LOADER_BATCH, self.opts.workers_of_loader
             ),
@@ -195,7 +198,7 @@ class Bench:
             for name, number in few.items():
                 self._our_steps(name, *self._inputs(16, name), number)
             for _ in range(1 + len(few)):
-                evaluate.predict(self.ours, images, pairs=self.pairs)
+                accuracy.predict(self.ours, images, pairs=self.pairs)
 
         def theirs() -> None:
             self._released_attack(self.forget(16), DRAWS, iterations)

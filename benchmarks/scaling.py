@@ -26,13 +26,17 @@ import l2ul  # noqa: F401, I001  # first: it sets the environment before torch i
 
 import pandas as pd
 
-from l2ul import cluster, ranges, records, running, sweep
-from l2ul.files import atomic
-from l2ul.parsing import Parser, positive_int
-from l2ul.sweep import Trial
+from l2ul.sweeps import cluster
+from l2ul.cli import ranges
+from l2ul.experiments import records
+from l2ul.cli import exit_codes
+from l2ul.sweeps import trials as sweep
+from l2ul.common.files import atomic
+from l2ul.cli.parser import Parser, positive_int
+from l2ul.sweeps.trials import Trial
 import main_sweep
 import main_tables
-import main_trials
+from l2ul.sweeps import worker as main_trials
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "result_data/reference/cifar10_resnet20/runs"
@@ -40,7 +44,7 @@ SEEDS, SIZES, METHODS = 5, (16, 64, 128, 256), ("adv", "adv_imp")  # of each set
 PAPER = ("neggrad", "rawp", "oracle", "adv", "adv_imp")
 
 
-@running.ending("scaling.py")
+@exit_codes.ending("scaling.py")
 def main() -> None:
     opts = parse()
     os.chdir(ROOT)

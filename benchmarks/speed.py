@@ -22,10 +22,14 @@ import pandas as pd
 from parts import DRAWS, ITERATIONS, Bench, Measured
 import torch
 
-from l2ul import options, precisions, records, running
-from l2ul.errors import InputError
-from l2ul.files import atomic, require_writable
-from l2ul.parsing import Parser, nonnegative_int, positive_int
+from l2ul.cli import options
+from l2ul.common import precision
+from l2ul.experiments import records
+from l2ul.cli import exit_codes
+from l2ul.common import device as device_module
+from l2ul.common.errors import InputError
+from l2ul.common.files import atomic, require_writable
+from l2ul.cli.parser import Parser, nonnegative_int, positive_int
 
 SIZES = (16, 64, 128, 256)
 METHODS = ("neggrad", "adv", "adv_imp")
@@ -34,11 +38,11 @@ PARTS = ("attack", *(f"step {method}" for method in METHODS), "evaluation", "sam
 ALL = 60_000  # images of D_r and D_test, measured once before all runs and after each; as released, twice a run
 
 
-@running.ending("speed.py")
+@exit_codes.ending("speed.py")
 def main() -> None:
     opts = parse()
-    device = running.choose_device(opts.device, opts.no_cuda, opts.threads)
-    precisions.use(device, opts.precision)
+    device = device_module.choose_device(opts.device, opts.no_cuda, opts.threads)
+    precision.use(device, opts.precision)
     bench, steps = Bench(opts, device), steps_on_record()
     steps_of_16 = {method: steps[method, 16] for method in METHODS}
     steppers = [lambda method=method: bench.step(method) for method in METHODS]
@@ -51,7 +55,7 @@ def main() -> None:
     rows = [summary(name, measured) for name, measured in found.items()]
     if len(found) == len(PARTS):
         rows += [table_row(found, steps, sizes) for sizes in ((16,), SIZES)]
-    told = {"device": running.device_name(device), "model": opts.model, "trained": bench.trained}
+    told = {"device": device_module.device_name(device), "model": opts.model, "trained": bench.trained}
     told |= {
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
@@ -76,7 +80,7 @@ def parse() -> argparse.Namespace:
     options.add_weights(parser)
     options.add_machine(parser)
     group = parser.add_argument_group("benchmark")
-    group.add_argument("--precision", choices=precisions.PRECISIONS, default="fp32", help="of ours, on a GPU")
+    group.add_argument("--precision", choices=precision.PRECISIONS, default="fp32", help="of ours, on a GPU")
     for flag, default, text in (
         ("--repeats", 5, "of each part"),
         ("--pairs", 128, "examples attacked a repeat, a multiple of 32"),

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from l2ul import Progress, data, precisions, seeds
-from l2ul.data import as_pixels
-from l2ul.errors import is_out_of_memory
-from l2ul.folding import Pair, foldable, folded
-from l2ul.forget import other_class
-from l2ul.modes import frozen
+from l2ul import Progress
+from l2ul.common import precision as precisions
+from l2ul.common import seeds
+from l2ul.common.bn_folding import Pair, foldable, folded
+from l2ul.common.errors import is_out_of_memory
+from l2ul.common.modes import frozen
+from l2ul.data import images as image_sets
+from l2ul.data.forget_set import other_class
+from l2ul.data.images import as_pixels
 
 LEAST = 16  # pairs attacked at once, with some of them repeated where there are fewer: see `_even`
 BATCH_SIZE = {"cpu": (128, 16), "mps": (512, 64), "cuda": (2048, 256)}  # pairs attacked at once; of large images
@@ -153,7 +156,7 @@ def _even(size: int) -> int:
 
 def default_batch_size(device: torch.device, side: int) -> int:
     """Pairs of image and target attacked at once where nobody says, of so many pixels a side."""
-    return data.default_batch_size(BATCH_SIZE, device, side)
+    return image_sets.default_batch_size(BATCH_SIZE, device, side)
 
 
 def random_targets(labels: Tensor, num_classes: int, num_adv_images: int, seed: int, first_position: int = 0) -> Tensor:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from l2ul import Progress
-from l2ul.data import as_pixels
-from l2ul.modes import evaluating
+from l2ul.common.modes import evaluating
+from l2ul.data.images import as_pixels
 
 
 def mas_importance(model: nn.Module, images: Tensor, progress: Progress | None = None) -> dict[str, Tensor]:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 
-from l2ul import attack, course, distill, methods, objective, seeds
-from l2ul.data import Split, as_pixels
+from l2ul import attack, objective
+from l2ul.common import seeds
+from l2ul.data.images import Split, as_pixels
 from l2ul.importance import held_weights, mas_importance
-from l2ul.look import Look
+from l2ul.methods import distill, fixed_length, paper, registry
+from l2ul.methods.monitor import Look
 
 BN_MODES = ("train", "eval")
 
@@ -92,7 +94,7 @@ def unlearn(
     Raises ValueError where something needed is missing, InputError where the method is not for the goal.
     """
     goal = "misclassify" if new_labels is None else "relabel"
-    chosen, settings = methods.get(method, goal), settings or Settings()
+    chosen, settings = registry.get(method, goal), settings or Settings()
     if "retain" in chosen.needs and retain is None:
         raise ValueError(f"method {method!r} trains on the remaining training set; give it as retain")
     if "adv" in chosen.needs and adv is None:
@@ -123,7 +125,7 @@ def _loop(
 ) -> Outcome:
     outcome = Outcome(model, plan.status, 0)
 
-    def ends(terms: methods.Terms) -> bool:
+    def ends(terms: registry.Terms) -> bool:
         """Add a row to the curve; whether there is nothing left to do."""
         row, finite = look(outcome.steps, terms)
         outcome.curve.append(row)
@@ -161,7 +163,7 @@ class _Plan:
     status      of the outcome at the end of all steps
     """
 
-    steps: Iterator[methods.Terms]
+    steps: Iterator[registry.Terms]
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     look_every: int = 1
@@ -174,7 +176,7 @@ def _plan(
     forget: objective.Forget,
     keep: Split | None,
     held: dict[str, Tensor] | None,
-    method: methods.Method,
+    method: registry.Method,
     settings: Settings,
     workers: int,
     look: Look,
@@ -182,10 +184,10 @@ def _plan(
     parameters = [p for p in model.parameters() if p.requires_grad]
     model.train(settings.bn == "train" and "teacher" not in method.needs)
     if method.settings:
-        own = course.overridden(method.settings, settings.course)
-        given = course.Course(model, forget, own, keep, settings.seed, settings.first_position, workers)
-        optimizer = course.optimizer(parameters, own)
-        return _Plan(method.terms(given), optimizer, _constant(optimizer), course.LOOK_EVERY, None, "done")
+        own = fixed_length.overridden(method.settings, settings.course)
+        given = fixed_length.Course(model, forget, own, keep, settings.seed, settings.first_position, workers)
+        optimizer = fixed_length.optimizer(parameters, own)
+        return _Plan(method.terms(given), optimizer, _constant(optimizer), fixed_length.LOOK_EVERY, None, "done")
     limit = max_steps(method, len(forget), len(keep) if keep else 0, settings)
     if "teacher" in method.needs:
         steps, end_every = _distilling(model, forget, look, settings), settings.distill_steps
@@ -203,7 +205,7 @@ def _constant(optimizer: torch.optim.Optimizer) -> LRScheduler:
     return ConstantLR(optimizer, factor=1.0)
 
 
-def max_steps(method: methods.Method, num_forget: int, num_keep: int, settings: Settings) -> int:
+def max_steps(method: registry.Method, num_forget: int, num_keep: int, settings: Settings) -> int:
     """The cap in steps: max_passes times through the keep set, or through D_f where there is none (num_keep = 0).
 
     A draw of noise is looked at on the whole of D_f, so is a pass by itself.
@@ -221,10 +223,10 @@ def _steps(
     forget: objective.Forget,
     keep: Split | None,
     held: dict[str, Tensor] | None,
-    method: methods.Method,
+    method: registry.Method,
     settings: Settings,
     workers: int,
-) -> Iterator[methods.Step]:
+) -> Iterator[registry.Step]:
     """Endless steps: the next batch of D_f with the next one of the set that the method keeps hold of."""
     wanted = Split(forget.images, forget.wanted)
     forget_batches = _batches(wanted, settings.batch_size, _order(settings, "forget batches"), 0)
@@ -235,7 +237,7 @@ def _steps(
     penalty = _penalty(model, held) if held else None
     perturb = _perturbation(model, settings) if "noise" in method.needs else None
     for first, second in zip(forget_batches, keep_batches, strict=False):
-        yield methods.Step(
+        yield registry.Step(
             model,
             forget.goal,
             first,
@@ -246,7 +248,7 @@ def _steps(
         )
 
 
-def _distilling(model: nn.Module, forget: objective.Forget, look: Look, settings: Settings) -> Iterator[methods.Step]:
+def _distilling(model: nn.Module, forget: objective.Forget, look: Look, settings: Settings) -> Iterator[registry.Step]:
     return distill.steps(
         model,
         forget,
@@ -265,10 +267,10 @@ def _order(settings: Settings, purpose: str) -> torch.Generator:
     return seeds.generator(settings.seed, purpose, settings.first_position)
 
 
-def _batches(split: Split, batch_size: int, generator: torch.Generator, workers: int) -> Iterator[methods.Batch]:
+def _batches(split: Split, batch_size: int, generator: torch.Generator, workers: int) -> Iterator[paper.Batch]:
     """Endless batches of a set, newly shuffled each time through it."""
     while True:
-        yield from course.shuffled(split, batch_size, generator, workers)
+        yield from fixed_length.shuffled(split, batch_size, generator, workers)
 
 
 def _penalty(model: nn.Module, held: dict[str, Tensor]) -> Callable[[], Tensor]:

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from l2ul.errors import InputError
-from l2ul.files import atomic, file_sha256, tensors_sha256
+from l2ul.common.errors import InputError
+from l2ul.common.files import atomic, file_sha256, tensors_sha256
 from models import checkpoint as checkpoints
 from models import huggingface, resnet, resnet_cifar100, resnet_small, stems, zoo
 from models.classifier import Classifier, Normalize

@@ -12,8 +12,8 @@ from safetensors.torch import save as serialize
 import torch
 from torch import Tensor, nn
 
-from l2ul.errors import InputError
-from l2ul.files import atomic
+from l2ul.common.errors import InputError
+from l2ul.common.files import atomic
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "1.", "net.")  # data parallel, the released Sequential(normalise, model), our Classifier

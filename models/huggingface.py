@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 import torchvision.transforms.v2.functional as transforms
 
-from l2ul.errors import InputError
+from l2ul.common.errors import InputError
 from models.classifier import Normalize
 
 PREFIX = "hf:"

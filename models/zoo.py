@@ -6,7 +6,7 @@ from torch import Tensor, nn
 import torchvision
 from torchvision.transforms import v2
 
-from l2ul.errors import InputError
+from l2ul.common.errors import InputError
 
 PREFIX = "torchvision:"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet

@@ -15,8 +15,12 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from l2ul import data, defaults, relearn, search
-from l2ul.data import Split
+from l2ul.data import datasets
+from l2ul.data import datasets as data
+from l2ul.data.images import Split
+from l2ul.deletion import search
+from l2ul.experiments import defaults
+from l2ul.metrics import relearn
 import main_forget
 import main_unlearn
 
@@ -137,7 +141,7 @@ def script(monkeypatch, capsys, tmp_path_factory):
 @pytest.fixture
 def few_digits(monkeypatch):
     """The digits cut down to 40 training and 20 test images, so that a whole command takes a second."""
-    digits = data.load("digits", "nowhere")
+    digits = datasets.load("digits", "nowhere")
     few = dataclasses.replace(
         digits,
         train=Split(digits.train.images[:40], digits.train.labels[:40]),

@@ -7,7 +7,7 @@ import re
 import pandas as pd
 import pytest
 
-from l2ul import records
+from l2ul.experiments import records
 import main_tables
 
 NONE = {"acc_forget": None, "acc_retain": None, "acc_test": None}

@@ -13,8 +13,8 @@ from PIL import Image
 import pytest
 import torch
 
-from l2ul import examine
-from l2ul.files import file_sha256
+from l2ul.common.files import file_sha256
+from l2ul.deletion import examine
 import main_forget
 
 pytestmark = pytest.mark.usefixtures("little_to_measure")

@@ -5,8 +5,7 @@ import os
 from pathlib import Path  # noqa: F401  # what is no module, built by a test
 
 from conftest import tiny_net
-import numpy as np
-from PIL import Image
+from helpers import picture
 import pytest
 import torch
 from torch import nn
@@ -44,13 +43,6 @@ def named():
 
 def fails():
     raise ZeroDivisionError("no net today")
-
-
-def picture(path, size=(8, 8), seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
 
 
 @pytest.fixture

@@ -4,24 +4,19 @@ import json
 import re
 
 from conftest import FAST, ROOT
+from helpers import but_for_costs, found, write_folder
 import numpy as np
 import pytest
-import test_data
 import torch
 import torchvision
 
-from l2ul import attack, defaults, forget, measuring, methods, records, runs
-from l2ul.errors import InputError
+from l2ul import attack
+from l2ul.common.errors import InputError
+from l2ul.data import forget_set
+from l2ul.experiments import defaults, measurement, records, runs
+from l2ul.methods import registry
 import main_unlearn
 import models
-
-
-def found(folder):
-    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))}
-
-
-def but_for_costs(record):
-    return {key: v for key, v in record.items() if not key.startswith("seconds_") and key != "peak_memory_mib"}
 
 
 def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
@@ -29,7 +24,7 @@ def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
     assert code == 0, err
     by_method = {record["method"]: record for record in found(tmp_path).values()}
     assert set(by_method) == {"before", "neggrad", "rawp", "oracle", "adv", "adv_imp", "distill"}
-    assert [line.split()[0] for line in out.splitlines()[2:9]] == methods.usual("misclassify")
+    assert [line.split()[0] for line in out.splitlines()[2:9]] == registry.usual("misclassify")
     for name, record in by_method.items():
         assert list(record)[: len(records.KEYS)] == list(records.KEYS)
         assert (
@@ -53,7 +48,7 @@ def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
         assert record["acc_test_before"] == by_method["before"]["acc_test"]
     for identity, record in found(tmp_path).items():
         indices = [int(line) for line in (tmp_path / "runs" / f"{identity}.txt").read_text().split()]
-        assert indices == forget.choose_forget(40, 2, 0).tolist()
+        assert indices == forget_set.choose_forget(40, 2, 0).tolist()
         with np.load(tmp_path / "runs" / f"{identity}.npz") as kept:
             labels = few_digits.train.labels[indices].numpy()
             assert 100 * (kept["forget_after"] == labels).mean() == record["acc_forget"]
@@ -90,12 +85,12 @@ def test_what_is_recorded_is_not_done_again_and_rerun_gives_the_same(run, tmp_pa
 
 def test_one_attack_and_one_measurement_of_before_serve_all_runs_of_a_seed(run, tmp_path, monkeypatch):
     sizes, measured = [], []
-    true_set, true_predict = attack.adversarial_set, measuring.Measuring.predict
+    true_set, true_predict = attack.adversarial_set, measurement.Measuring.predict
     monkeypatch.setattr(
         attack, "adversarial_set", lambda m, x, *a, **o: sizes.append(len(x)) or true_set(m, x, *a, **o)
     )
     monkeypatch.setattr(
-        measuring.Measuring, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
+        measurement.Measuring, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
     )
     code, _, err = run("--unlearn-k", 4, 2, "--method", "before", "adv", "adv_imp")
     assert code == 0, err
@@ -111,10 +106,10 @@ def test_one_attack_and_one_measurement_of_before_serve_all_runs_of_a_seed(run, 
 def test_another_learning_rate_attacks_nothing_and_measures_nothing_again(run, tmp_path, monkeypatch):
     methods_named = ["--method", "before", "adv"]
     assert run(*methods_named)[0] == 0
-    measured, true_predict = [], measuring.Measuring.predict
+    measured, true_predict = [], measurement.Measuring.predict
     monkeypatch.setattr(attack, "pgd_l2", None)
     monkeypatch.setattr(
-        measuring.Measuring, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
+        measurement.Measuring, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
     )
     code, _, err = run(*methods_named, "--unlearn-lr", 0.02, "--reg-lamb", 3)
     assert code == 0, err
@@ -205,7 +200,7 @@ def test_a_kept_hugging_face_model_keeps_the_statistics_it_was_used_with(run, tm
 
 
 def test_unlearns_images_of_a_folder(script, tmp_path):
-    test_data.write_folder(tmp_path / "insects", size=(80, 64))
+    write_folder(tmp_path / "insects", size=(80, 64))
     torch.manual_seed(0)
     torch.save(torchvision.models.squeezenet1_1(num_classes=2).state_dict(), tmp_path / "weights.pt")
     data_set = ["--dataset", "insects", "--data-dir", tmp_path, "--image-size", 64, "--workers", 0]
@@ -279,7 +274,7 @@ def test_help_shows_groups_and_defaults(run, capsys):
 
 def test_library_knows_no_command_line():
     with pytest.raises(InputError):
-        methods.get("none")
+        registry.get("none")
     for path in (ROOT / "l2ul").glob("*.py"):
         text = path.read_text()
         assert "import models" not in text, path

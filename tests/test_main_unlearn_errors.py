@@ -1,12 +1,13 @@
 """What the main script says, and its exit code, when something is wrong."""
 
 from conftest import FAST
+from helpers import write_folder
 import pytest
-import test_data
 import torch
 import torchvision
 
-from l2ul import experiment, forget
+from l2ul.data import forget_set
+from l2ul.experiments import execution
 import main_unlearn
 
 
@@ -22,7 +23,7 @@ def test_a_single_image_that_batch_norm_cannot_learn_from(run, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_of_a_folder_is_one_sentence(script, tmp_path, workers):
-    test_data.write_folder(tmp_path / "insects", size=(80, 64))
+    write_folder(tmp_path / "insects", size=(80, 64))
     (tmp_path / "insects" / "val" / "bee" / "1.png").write_bytes(b"no image")
     torch.save(torchvision.models.squeezenet1_1(num_classes=2).state_dict(), tmp_path / "weights.pt")
     data_set = ["--dataset", "insects", "--data-dir", tmp_path, "--image-size", 64, "--workers", workers]
@@ -87,7 +88,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, arguments, complaint, mo
     def never(*arguments, **options):
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr(experiment.Experiment, "carry_out", never)
+    monkeypatch.setattr(execution.Experiment, "carry_out", never)
     code, out, err = run(*arguments)
     assert code == 2
     assert complaint in err
@@ -105,7 +106,7 @@ def test_a_gpu_that_is_not_there(run):
 
 
 def test_bad_forget_and_relabel_files(run, tmp_path, few_digits):
-    true = few_digits.train.labels[forget.choose_forget(40, 2, 0)].tolist()
+    true = few_digits.train.labels[forget_set.choose_forget(40, 2, 0)].tolist()
     for flag, text, complaint in (
         ("--forget-file", "1\nx\n", "line 2"),
         ("--forget-file", "1\n1\n", "more than once"),
@@ -132,7 +133,7 @@ def test_stops_with_a_sentence_when_interrupted_or_out_of_memory_or_disk(run, tm
         def fail(*arguments, error=error, **options):
             raise error
 
-        monkeypatch.setattr(experiment.unlearn, "unlearn", fail)
+        monkeypatch.setattr(execution.unlearn, "unlearn", fail)
         code, _, err = run("--method", "neggrad")
         assert code == expected
         assert sentence in err

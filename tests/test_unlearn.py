@@ -8,10 +8,11 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from l2ul import attack, importance, methods, objective
-from l2ul.data import Split
-from l2ul.errors import InputError
-from l2ul.forget import random_new_labels
+from l2ul import attack, importance, objective
+from l2ul.common.errors import InputError
+from l2ul.data.forget_set import random_new_labels
+from l2ul.data.images import Split
+from l2ul.methods import paper, registry
 from l2ul.unlearn import Settings, max_steps, unlearn
 
 K, DRAWS = 3, 5  # three classes of five: a net that calls everything one class can forget them too
@@ -64,9 +65,9 @@ class Fixed(nn.Module):
 
 
 def test_terms_of_each_method_equal_values_worked_out_by_hand():
-    forget = methods.Batch(torch.tensor([[0.0, math.log(3.0)]]).view(1, 2, 1, 1), torch.tensor([0]))  # CE log 4
-    kept = methods.Batch(torch.zeros(3, 2, 1, 1), torch.tensor([0, 1, 1]))  # CE log 2
-    step = methods.Step(
+    forget = paper.Batch(torch.tensor([[0.0, math.log(3.0)]]).view(1, 2, 1, 1), torch.tensor([0]))  # CE log 4
+    kept = paper.Batch(torch.zeros(3, 2, 1, 1), torch.tensor([0, 1, 1]))  # CE log 2
+    step = registry.Step(
         Fixed().eval(), "misclassify", forget, adv=kept, retain=kept, penalty=lambda: torch.tensor(7.0), reg_lamb=0.1
     )
     expected = {
@@ -76,20 +77,20 @@ def test_terms_of_each_method_equal_values_worked_out_by_hand():
         "adv_imp": {"forget": -math.log(4) / 4, "adv": math.log(2) * 3 / 4, "importance": 0.7},
     }
     for name, terms in expected.items():
-        found = {term: value.item() for term, value in methods.get(name).terms(step).items()}
+        found = {term: value.item() for term, value in registry.get(name).terms(step).items()}
         assert found == pytest.approx(terms, rel=1e-6), name
 
 
 def test_train_mode_normalises_each_batch_by_itself(trained):
     model, images, labels = trained
-    one, two = methods.Batch(images[:4] / 255, labels[:4]), methods.Batch(images[4:20] / 255, labels[4:20])
+    one, two = paper.Batch(images[:4] / 255, labels[:4]), paper.Batch(images[4:20] / 255, labels[4:20])
     model.features[7].p = 0.0  # dropout would differ between the passes
     model.train()
-    forgotten, kept = methods._together(model, one, two)
+    forgotten, kept = paper._together(model, one, two)
     assert torch.allclose(kept, model(two.images), atol=1e-5)
     assert torch.allclose(forgotten, model(one.images), atol=1e-5)
     model.eval()
-    forgotten, kept = methods._together(model, one, two)
+    forgotten, kept = paper._together(model, one, two)
     assert torch.allclose(torch.cat([forgotten, kept]), model(images[:20] / 255), atol=1e-5)
 
 
@@ -157,7 +158,7 @@ def test_gives_up_at_the_cap(request_):
     settings = Settings(batch_size=4, adv_batch_size=16, unlearn_lr=1e-9, max_passes=3)
     outcome = unlearn(method="adv", **request_, settings=settings)
     assert outcome.status == "cap"
-    assert outcome.steps == 3 * math.ceil(K * DRAWS / 16) == max_steps(methods.get("adv"), K, K * DRAWS, settings)
+    assert outcome.steps == 3 * math.ceil(K * DRAWS / 16) == max_steps(registry.get("adv"), K, K * DRAWS, settings)
     assert unlearn(method="neggrad", **request_, settings=settings).steps == 3 * math.ceil(K / 4)
 
 
@@ -194,8 +195,8 @@ def test_makes_what_a_method_needs_and_says_what_is_missing(trained):
 
 def test_summary_of_each_method_is_one_line():
     ours = ["before", "neggrad", "correct", "rawp", "oracle", "adv", "adv_imp", "distill"]
-    assert list(methods.METHODS)[: len(ours)] == ours
-    assert all(method.summary and "\n" not in method.summary for method in methods.METHODS.values())
+    assert list(registry.METHODS)[: len(ours)] == ours
+    assert all(method.summary and "\n" not in method.summary for method in registry.METHODS.values())
 
 
 def test_methods_of_one_goal_are_refused_for_the_other(request_):

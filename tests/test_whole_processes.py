@@ -11,7 +11,9 @@ import time
 from conftest import FAST, REALDATA, ROOT
 import pytest
 
-from l2ul import data, evaluate, records
+from l2ul.data import datasets
+from l2ul.experiments import records
+from l2ul.metrics import accuracy
 import models
 
 
@@ -55,8 +57,8 @@ def test_threads_wait_a_little_before_they_sleep():
 def test_third_party_classifier_on_the_real_test_set(tmp_path):
     words = [sys.executable, str(REALDATA / "unpack_cifar10.py"), str(tmp_path)]
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-    images = data.load("cifar10", tmp_path, download=False)
+    images = datasets.load("cifar10", tmp_path, download=False)
     classifier = models.load("resnet20", 10, REALDATA / "weights" / "resnet20-12fca82f.th")
-    assert evaluate.accuracy(evaluate.predict(classifier, images.test.images), images.test.labels) == pytest.approx(
+    assert accuracy.accuracy(accuracy.predict(classifier, images.test.images), images.test.labels) == pytest.approx(
         91.73
     )

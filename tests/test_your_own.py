@@ -4,12 +4,14 @@ import re
 import runpy
 
 from conftest import FAST, ROOT
+from helpers import found
 import numpy as np
 import pytest
-from test_main_unlearn import found
 import torch
 
-from l2ul import data, measuring, methods
+from l2ul.data import datasets
+from l2ul.methods import registry as methods_registry
+from l2ul.metrics import registry as measuring_registry
 import models
 
 EXAMPLES = {
@@ -17,7 +19,7 @@ EXAMPLES = {
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     if block.startswith("# my_")
 }
-REGISTRIES = (methods.METHODS, models.OWN, data.LOADERS, measuring.METRICS)
+REGISTRIES = (methods_registry.METHODS, models.OWN, datasets.LOADERS, measuring_registry.METRICS)
 
 
 @pytest.fixture
@@ -93,13 +95,13 @@ def test_an_edit_of_a_method_makes_another_run_and_a_new_metric_is_added_to_old_
 
 def test_what_people_add_is_looked_at(example, monkeypatch):
     with pytest.raises(ValueError, match="needs .*importances.*; expected some of adv, importance, noise, retain"):
-        methods.method("odd", "importances")
+        methods_registry.method("odd", "importances")
     with pytest.raises(ValueError, match="needs adv and retain"):
-        methods.method("odd", "adv", "retain")
+        methods_registry.method("odd", "adv", "retain")
     for name in ("acc_test", "speed", "status"):
         with pytest.raises(ValueError, match="expected a new name that begins with acc_ or metric_"):
-            measuring.metric(name)
-    measuring.metric("metric_odd")(lambda measured: float("nan"))
+            measuring_registry.metric(name)
+    measuring_registry.metric("metric_odd")(lambda measured: float("nan"))
     (record,) = [r for r in example("my_metric", "--method", "before") if r["method"] == "before"]
     assert record["metric_odd"] is None
 

@@ -1,0 +1,159 @@
+"""Data sets as pixels in [0,1]: small ones as uint8 tensors that live on the device, image folders as streams."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+from pathlib import Path
+import socket
+
+import torch
+from torch import Tensor
+import torch.nn.functional as F
+from torchvision import datasets
+
+from l2ul import ProgressBar
+from l2ul.common import distributed
+from l2ul.common.errors import InputError
+from l2ul.data import utkface
+from l2ul.data.folder import PREFETCH, FolderImages
+from l2ul.data.images import Images, Split
+
+WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # the 1,000 classes of ImageNet-1k, in order
+
+
+Loader = Callable[..., Images]
+LOADERS: dict[str, Loader] = {}  # every other name is a folder of images
+
+
+def load(
+    name: str,
+    data_dir: Path,
+    *,
+    image_size: int | None = None,
+    age_grouping: str = "TNN",
+    split_seed: int = 0,
+    whole_train: bool = False,
+    workers: int = 0,
+    download: bool = True,
+    prefetch: int = PREFETCH,
+    decoder: str = "cpu",
+    progress: ProgressBar | None = None,
+) -> Images:
+    """The data set called `name`: `digits`, `cifar10`, `cifar100`, `utkface`, or a folder of images in `data_dir`.
+
+    A folder `<data_dir>/<name>` must hold `train` and `val` (or `test`), each with one folder a class; its images are
+    cut to (image_size, image_size), by default 224. Of `imagenet` the folders' names decide the classes, 1,000 of them
+    even where some are absent; prefetch and decoder are how they are read, see FolderImages. UTKFace takes
+    age_grouping, split_seed, whole_train, workers and progress, see utkface.
+    Raises InputError where there is no such data set or it cannot be had.
+    """
+    options = {"image_size": image_size, "age_grouping": age_grouping, "split_seed": split_seed}
+    options |= {"whole_train": whole_train, "workers": workers, "download": download, "progress": progress}
+    options |= {"prefetch": prefetch, "decoder": decoder}
+    if name in LOADERS:
+        return LOADERS[name](Path(data_dir), **options)
+    return _image_folder(name, Path(data_dir) / name, image_size or 224, prefetch=prefetch, decoder=decoder)
+
+
+def dataset(name: str) -> Callable[[Loader], Loader]:
+    """Register the function below as the data set `name`: it gets the data folder and, by keyword, what `load` does."""
+
+    def register(loader: Loader) -> Loader:
+        LOADERS[name] = loader
+        return loader
+
+    return register
+
+
+@dataset("digits")
+def _load_digits(data_dir: Path, **options) -> Images:
+    return _digits()
+
+
+@dataset("cifar10")
+def _load_cifar10(data_dir: Path, *, download: bool, **options) -> Images:
+    return _cifar("cifar10", datasets.CIFAR10, data_dir, download)
+
+
+@dataset("cifar100")
+def _load_cifar100(data_dir: Path, *, download: bool, **options) -> Images:
+    return _cifar("cifar100", datasets.CIFAR100, data_dir, download)
+
+
+@dataset("utkface")
+def _load_utkface(data_dir: Path, *, age_grouping: str, image_size: int | None, **options) -> Images:
+
+    options = {name: options[name] for name in ("split_seed", "whole_train", "workers", "progress")}
+    return utkface.load(data_dir, age_grouping, image_size=image_size or 128, **options)
+
+
+def _digits() -> Images:
+    """scikit-learn's 1,797 handwritten digits (8 × 8, 17 grey levels), enlarged to 32 × 32 RGB; every fifth tests."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)  # (N, 1, 8, 8)
+    large = F.interpolate(grey, scale_factor=4, mode="bilinear").round().to(torch.uint8)
+    images, labels = large.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(digits.target).long()
+    test = torch.arange(len(labels)) % 5 == 4
+    train = Split(images[~test], labels[~test])
+    return Images("digits", 10, [str(d) for d in range(10)], train, Split(images[test], labels[test]))
+
+
+def _cifar(name: str, kind: type[datasets.CIFAR10], data_dir: Path, download: bool) -> Images:
+    folder = data_dir / kind.base_folder
+    try:
+        with _short_patience(), distributed.first_ahead():
+            parts = [kind(str(data_dir), train=train, download=download) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"{name} is not complete in {folder} and could not be downloaded ({str(error).splitlines()[0]}); "
+            f"put the official python version of it there, or name its folder with --data-dir"
+        ) from None
+    train, test = (
+        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in parts
+    )
+    return Images(name, len(parts[0].classes), parts[0].classes, train, test)
+
+
+@contextlib.contextmanager
+def _short_patience(seconds: float = 30) -> Iterator[None]:
+    """A machine without a network should say so soon: connections in the block time out."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _image_folder(name: str, folder: Path, size: int, **reading) -> Images:
+    if not (folder / "train").is_dir():
+        raise InputError(
+            f"there is no data set {name!r}: expected {', '.join(LOADERS)}, or the name of a folder of images with "
+            f"train and val in it, and there is no {folder / 'train'}"
+        )
+    held_out = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), folder / "val")
+    found = {}
+    for part in (folder / "train", held_out):
+        try:
+            found[part] = datasets.ImageFolder(str(part))
+        except FileNotFoundError as error:
+            raise InputError(f"{part} holds no images in a folder a class: {str(error).splitlines()[0]}") from None
+    train, test = found.values()
+    classes = WNIDS.read_text().split() if name == "imagenet" else train.classes
+    for part, where in ((train, folder / "train"), (test, held_out)):
+        unknown = sorted(set(part.classes) - set(classes))
+        if unknown:
+            expected = "an ImageNet-1k class, n01440764 …" if name == "imagenet" else f"one that is in {train.root}"
+            raise InputError(f"{where} has a class {unknown[0]!r}; expected {expected}: rename or remove its folder")
+    splits = [
+        Split(FolderImages([file for file, _ in part.samples], size, **reading), _labels(part, classes))
+        for part in (train, test)
+    ]
+    return Images(name, len(classes), classes, *splits, facts={"image_size": size})
+
+
+def _labels(part: datasets.ImageFolder, classes: list[str]) -> Tensor:
+    index = {name: number for number, name in enumerate(classes)}
+    return torch.tensor([index[part.classes[target]] for target in part.targets])

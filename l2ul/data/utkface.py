@@ -1,0 +1,134 @@
+"""UTKFace: ages read from file names, five ways to group them, one split for pretraining and unlearning."""
+
+from bisect import bisect_right
+import contextlib
+import hashlib
+from pathlib import Path
+import re
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as transforms
+
+from l2ul import ProgressBar
+from l2ul.common import seeds
+from l2ul.common.errors import InputError
+from l2ul.data.folder import FolderImages
+from l2ul.data.images import Images, Split
+
+AGE_GROUPINGS = {  # upper bounds, in years: the class of an age is the first bound that it is below
+    "TNN": (10, 15, 20, 25, 30, 40, 50, 60, 120),
+    "MFD": (20, 41, 120),
+    "balanced": (20, 30, 45, 120),
+    "groups": (4, 13, 20, 31, 46, 61, 120),
+    "tens": (11, 21, 31, 41, 51, 61, 71, 81, 91, 101, 111, 120),
+}
+CROP = 15 / 16  # of an image's side: 120 of 128 pixels
+REGULAR = re.compile(r"\d+_[01]_[0-4]_\d+\.jpg(\.chip\.jpg)?", re.IGNORECASE)  # age_gender_race_time
+FOLDERS = ("utkface", "UTKFace")
+
+
+def load(
+    data_dir: Path,
+    grouping: str,
+    *,
+    image_size: int = 128,
+    split_seed: int = 0,
+    whole_train: bool = False,
+    workers: int = 0,
+    progress: ProgressBar | None = None,
+) -> Images:
+    """The faces in `<data_dir>/utkface` as uint8 tensors, labelled by age group.
+
+    Images are resized to (image_size, image_size) and their centre, 15/16 of a side, is cut out; training images stay
+    whole with `whole_train`, to be cropped at random. The split depends on file names and `split_seed` alone. Raises
+    InputError where no face is found.
+    """
+    files, notes = _files(Path(data_dir))
+    parts = split_files([file.name for file in files], split_seed)
+    labels = torch.tensor([age_class(_age(file.name), grouping) for file in files])
+    pixels = _decode(files, image_size, workers, progress)
+    crop = round(image_size * CROP)
+    sides = (image_size if whole_train else crop, crop, crop)
+    train, validation, test = (
+        Split(transforms.center_crop(pixels[part], [side, side]), labels[part])
+        for part, side in zip(parts, sides, strict=True)
+    )
+    names = "\n".join(sorted(files[i].name for i in parts[0].tolist()))
+    return Images(
+        "utkface",
+        len(AGE_GROUPINGS[grouping]),
+        class_names(grouping),
+        train,
+        test,
+        validation,
+        facts={"age_grouping": grouping, "image_size": image_size, "split_seed": split_seed},
+        train_sha256=hashlib.sha256(names.encode()).hexdigest(),
+        notes=notes,
+        short_side=image_size,
+    )
+
+
+def age_class(age: int, grouping: str) -> int:
+    """The class of an age: the first bound it is below; ages from the last bound on are in the last group too."""
+    bounds = AGE_GROUPINGS[grouping]
+    return min(bisect_right(bounds, age), len(bounds) - 1)
+
+
+def class_names(grouping: str) -> list[str]:
+    """What the classes of a grouping are called: 0-9, 10-14, …, 60+."""
+    bounds = AGE_GROUPINGS[grouping][:-1]
+    return [f"{low}-{high - 1}" for low, high in zip((0, *bounds), bounds, strict=False)] + [f"{bounds[-1]}+"]
+
+
+def split_files(names: list[str], split_seed: int) -> list[Tensor]:
+    """Indices into sorted file names of the training, validation and test images: 80, 10 and the rest of 100 %.
+
+    Of the 23,708 images of the whole set that is 18,966, 2,371 and 2,371, as the paper has it.
+    """
+    order = torch.randperm(len(names), generator=seeds.generator(split_seed, "utkface split"))
+    train, validation = round(0.8 * len(names)), round(0.1 * len(names))
+    return [part.sort().values for part in order.tensor_split([train, train + validation])]
+
+
+def _files(data_dir: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """The images in order of their names, and one sentence about names that are not as they should be."""
+    folder = next((data_dir / name for name in FOLDERS if (data_dir / name).is_dir()), None)
+    if folder is None:
+        raise InputError(
+            f"there is no folder {data_dir / FOLDERS[0]}; put the aligned and cropped UTKFace images there, "
+            f"or name the folder above them with --data-dir"
+        )
+    found = sorted((f for f in folder.rglob("*") if f.suffix.lower() == ".jpg"), key=lambda file: file.name)
+    files = [file for file in found if _age(file.name) is not None]
+    if len({file.name for file in files}) < len(files):
+        raise InputError(f"{folder} holds a file name twice; leave each image in one folder only")
+    if len(files) < 10:
+        raise InputError(f"{folder} holds {len(files)} images whose names begin with an age; expected 10 or more")
+    odd = [file.name for file in files if not REGULAR.fullmatch(file.name)]
+    notes = []
+    if odd:
+        notes.append(f"UTKFace: {len(odd)} file names are malformed and taken by the age they begin with: {odd}")
+    if len(files) < len(found):
+        notes.append(f"UTKFace: {len(found) - len(files)} files without an age in their names are left out")
+    return files, tuple(notes)
+
+
+def _age(name: str) -> int | None:
+    """The age in years that a file name begins with: the one field that even the malformed names have."""
+    match = re.match(r"(\d{1,3})_", name)
+    return int(match[1]) if match else None
+
+
+def _decode(files: list[Path], size: int, workers: int, progress: ProgressBar | None) -> Tensor:
+    images = FolderImages([str(file) for file in files], size, size)
+    pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    done = 0
+    with progress("read images", len(files)) if progress else contextlib.nullcontext() as advance:
+        for batch in DataLoader(images, 64, num_workers=workers):
+            pixels[done : done + len(batch)] = batch
+            done += len(batch)
+            if advance:
+                advance(len(batch))
+    return pixels

@@ -1,0 +1,93 @@
+"""Whether images stay forgotten when they, or the model's weights, are changed a little."""
+
+from collections.abc import Iterator, Sequence
+import copy
+from io import BytesIO
+
+from PIL import Image
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as transforms
+
+from l2ul.common.errors import Diverged
+from l2ul.data.images import as_pixels
+from l2ul.metrics import accuracy
+from l2ul.objective import Forget
+
+CROP = 7 / 8  # of the sides
+QUALITIES = (75, 50)  # of JPEG
+KINDS = ("flipped", "cropped", "jpeg")  # how the names of changes begin, in small letters
+
+
+def changed_images(images: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Changes that an image may go through, by name: images (k, 3, H, W) uint8, and the same after the change."""
+    yield "flipped", images.flip(3)
+    height, width = images.shape[2:]
+    high, wide = round(CROP * height), round(CROP * width)
+    tops = {"top": 0, "middle": (height - high) // 2, "bottom": height - high}
+    lefts = {"left": 0, "middle": (width - wide) // 2, "right": width - wide}
+    for top, left in (("top", "left"), ("top", "right"), ("middle", "middle"), ("bottom", "left"), ("bottom", "right")):
+        name = "cropped to the middle" if top == "middle" else f"cropped to the {top} {left}"
+        yield name, transforms.resized_crop(images, tops[top], lefts[left], high, wide, [height, width], antialias=True)
+    for quality in QUALITIES:
+        coded = torch.stack([_as_jpeg(image, quality) for image in images.cpu()])
+        yield f"JPEG of quality {quality}", coded.to(images.device)
+
+
+def _as_jpeg(image: Tensor, quality: int) -> Tensor:
+    coded = BytesIO()
+    transforms.to_pil_image(image).save(coded, "jpeg", quality=quality)
+    return transforms.pil_to_tensor(Image.open(coded))
+
+
+def widened(images: Tensor, forget: Forget, kinds: Sequence[str]) -> Forget:
+    """D_f and the same images after all changes of some KINDS, with their labels: what is to be forgotten of them too.
+
+    images  (k, 3, H, W) uint8 on the device of `forget`, which has them first
+    """
+    if not kinds:
+        return forget
+    changed = [found for name, found in changed_images(images) if name.lower().startswith(tuple(kinds))]
+    times = 1 + len(changed)
+    new = forget.new_labels.repeat(times) if forget.new_labels is not None else None
+    return Forget(torch.cat([forget.images, *map(as_pixels, changed)]), forget.labels.repeat(times), new)
+
+
+def in_half(model: nn.Module) -> nn.Module:
+    """A copy with weights and passes in half precision, as many are served."""
+    return _Half(copy.deepcopy(model).half())
+
+
+class _Half(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model(pixels.half()).float()
+
+
+@torch.no_grad()
+def in_int8(model: nn.Module) -> nn.Module:
+    """A copy with every matrix of weights rounded to 255 levels a row (an output channel), as int8 stores them."""
+    rounded = copy.deepcopy(model)
+    for parameter in rounded.parameters():
+        if parameter.ndim > 1:
+            scale = parameter.flatten(1).abs().amax(1).clamp_min(1e-12) / 127  # (out,)
+            scale = scale.view(-1, *[1] * (parameter.ndim - 1))
+            parameter.copy_((parameter / scale).round() * scale)
+    return rounded
+
+
+def still_forgotten(model: nn.Module, images: Tensor, forget: Forget) -> dict[str, Tensor | None]:
+    """Which images (k,) bool are still forgotten, by the name of the change; None where the model cannot run so.
+
+    images  (k, 3, H, W) uint8 on the model's device; forget has their labels
+    """
+    found = {name: accuracy.forgotten(model, changed, forget) for name, changed in changed_images(images)}
+    for name, other in (("half precision", in_half(model)), ("int8 weights", in_int8(model))):
+        try:
+            found[name] = accuracy.forgotten(other, images, forget)
+        except (Diverged, RuntimeError):  # numbers too large for 16 bits, or tensors of 32 made in the forward pass
+            found[name] = None
+    return found

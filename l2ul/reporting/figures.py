@@ -1,0 +1,299 @@
+"""The figures, each drawn from a table or arrays and saved as PNG, PDF and CSV. They load no nets and no data."""
+
+from collections.abc import Callable, Iterable
+import functools
+from pathlib import Path
+
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+import numpy as np
+import pandas as pd
+
+from l2ul.common.files import atomic
+from l2ul.methods import registry
+from l2ul.reporting import rows as variants
+from l2ul.reporting.figure_data import FIRST, OTHER
+
+WIDTH = 6.75  # inches, the text width of a page of two columns, at which the letters below have their sizes
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4.5,
+    "pdf.fonttype": 42,  # letters stay letters
+}
+# Okabe and Ito's colours, which the colour-blind tell apart; the yellow is too pale for lines and comes last
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+CLASS_COLOURS = (*COLOURS[:6], "#F0E442", "#999999", "#7A4419", "#332288")  # no black: it edges D_f
+MARKERS = "os^DvPX<>p"
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+MEASURED = {"acc_retain": "$D_r$", "acc_test": "$D_{test}$"}
+SPLITS = {"forget": "$D_f$", "retain": "$D_r$", "test": "$D_{test}$"}
+SWEPT = {  # a setting: what its axis is called, and whether it is logarithmic
+    "num_adv_images": ("examples an image, $N_{adv}$", True),
+    "pgd_eps": ("ε (L2, pixels in [0,1])", False),
+    "reg_lamb": ("weight of the penalty, λ", True),
+    "unlearn_lr": ("learning rate", True),
+}
+
+
+def _styled(draw: Callable) -> Callable:
+    """What is drawn looks the same whatever the user's own settings of matplotlib, which stay as they are."""
+
+    @functools.wraps(draw)
+    def drawn(*args, **keywords):
+        with style.context(["default", STYLE]):
+            return draw(*args, **keywords)
+
+    return drawn
+
+
+@_styled
+def save(figure: Figure, numbers: pd.DataFrame, stem: Path) -> list[Path]:
+    """Write <stem>.png, <stem>.pdf and, with the numbers shown, <stem>.csv: the same bytes for the same figure."""
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf", "csv")]
+    for path, metadata in zip(paths[:2], (None, {"CreationDate": None}), strict=True):
+        with atomic(path) as part:
+            figure.savefig(part, format=path.suffix[1:], dpi=200, metadata=metadata)
+    with atomic(paths[2]) as part:
+        numbers.to_csv(part, index=False)
+    return paths
+
+
+def _look(method: str) -> dict[str, object]:
+    """Colour, marker and dashes of a method, always the same; those told apart best are of the methods in FIRST."""
+    names = list(dict.fromkeys((*FIRST, *registry.METHODS)))
+    names.remove("before")
+    place = names.index(method) if method in names else len(names)
+    return {"color": COLOURS[place % 7], "marker": MARKERS[place % 10], "linestyle": DASHES[place % 5]}
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Methods, each once, as the registry has them; unknown ones last."""
+    return sorted(set(names), key=variants.place)
+
+
+def _lines(axes: Axes, table: pd.DataFrame, x: str, measure: str) -> None:
+    """A line a method with its band of one standard deviation; open markers where runs hit the cap."""
+    before = table[table["method"] == "before"]
+    if len(before):
+        axes.axhline(before[measure].mean(), color="0.5", linestyle=(0, (4, 3)), linewidth=1)
+    for method in ordered(set(table["method"]) - {"before"}):
+        look, rows = _look(method), table[table["method"] == method].sort_values(x)
+        met, capped = rows[~rows["capped"]], rows[rows["capped"]]
+        spread = met[f"{measure}_std"].fillna(0)
+        low, high = met[measure] - spread, met[measure] + spread
+        axes.fill_between(met[x], low, high, color=look["color"], alpha=0.15, linewidth=0)
+        axes.errorbar(met[x], met[measure], met[f"{measure}_std"], capsize=2, elinewidth=0.7, **look)
+        axes.plot(capped[x], capped[measure], **look | {"linestyle": ""}, markerfacecolor="white", zorder=3)
+
+
+def _values_axis(axes: Axes, values, logarithmic: bool) -> None:
+    """Ticks at the values themselves, if they are few; a logarithmic axis holds a zero, too."""
+    values = sorted(set(values))
+    if logarithmic and values[0] > 0:
+        axes.set_xscale("log", base=2 if values[0] >= 1 else 10)
+    elif logarithmic and values[-1] > 0:
+        axes.set_xscale("symlog", linthresh=min(value for value in values if value > 0), linscale=0.5)
+    if len(values) <= 8:
+        axes.set_xticks(values, labels=[_short(value) for value in values])
+        axes.minorticks_off()
+
+
+def _short(value: float) -> str:
+    small = 0 < value < 0.01
+    return np.format_float_scientific(value, precision=3, trim="-", exp_digits=1) if small else f"{value:g}"
+
+
+def _legend(figure: Figure, table: pd.DataFrame) -> None:
+    names = ordered(set(table["method"]) - {"before"})
+    handles = [Line2D([], [], **_look(name), label=name) for name in names]
+    if (table["method"] == "before").any():
+        handles.append(Line2D([], [], color="0.5", linestyle=(0, (4, 3)), linewidth=1, label="before"))
+    if "capped" in table and table["capped"].any():
+        open_marker = {"marker": "o", "linestyle": "", "color": "0.3", "markerfacecolor": "white"}
+        handles.append(Line2D([], [], **open_marker, label="open: not forgotten at the cap"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+
+
+@_styled
+def accuracy_against_k(table: pd.DataFrame, title: str) -> Figure:
+    """Figure 1, of `shown.accuracies`: accuracies on D_r and D_test after forgetting k images."""
+    figure = Figure((WIDTH, 2.9), layout="constrained")
+    figure.suptitle(title, fontsize=8)
+    for axes, (measure, name) in zip(figure.subplots(1, 2, sharey=True), MEASURED.items(), strict=True):
+        _lines(axes, _apart(table), "k", measure)
+        _values_axis(axes, table["k"].dropna(), True)
+        axes.set(title=name, xlabel="forgotten images, k")
+        if table["k"].nunique() == 1:
+            axes.set_xlim(table["k"].min() / 2, table["k"].min() * 2)
+    figure.axes[0].set_ylabel("accuracy (%)")
+    _legend(figure, table)
+    return figure
+
+
+def _apart(table: pd.DataFrame) -> pd.DataFrame:
+    """Points of a single k side by side: on one another, they would hide each other."""
+    names = ["before", *ordered(set(table["method"]) - {"before"})]
+    aside = table["method"].map(names.index) - len(names) / 2
+    return table.assign(k=table["k"] * 2 ** (0.1 * aside)) if table["k"].nunique() == 1 else table
+
+
+@_styled
+def ablations(table: pd.DataFrame, title: str) -> Figure:
+    """Figure 6, of `shown.ablations`: a column a setting, a row each for D_r and D_test."""
+    settings = [name for name in SWEPT if name in set(table["setting"])]
+    figure = Figure((max(WIDTH * len(settings) / 4, 3.4), 4.2), layout="constrained")
+    figure.suptitle(title, fontsize=8)
+    grid = figure.subplots(2, len(settings), sharey="row", squeeze=False)
+    for column, setting in zip(grid.T, settings, strict=True):
+        rows = table[table["setting"] == setting]
+        for axes, (measure, name) in zip(column, MEASURED.items(), strict=True):
+            _lines(axes, rows, "value", measure)
+            _values_axis(axes, rows["value"].dropna(), SWEPT[setting][1])
+            axes.set(ylabel=f"accuracy on {name} (%)" if axes in grid[:, 0] else "")
+        column[1].set_xlabel(SWEPT[setting][0])
+    _legend(figure, table)
+    return figure
+
+
+@_styled
+def adversarial_examples(images: np.ndarray, examples: np.ndarray, table: pd.DataFrame, title: str) -> Figure:
+    """Figure 2: a row an image, and beside each of its adversarial examples the perturbation, enlarged around grey.
+
+    images (n, H, W, 3) and examples (n · m, H, W, 3), floats in [0,1]; table: a row an example with label and target.
+    A perturbation is enlarged until its largest value is black or white; the factor stands over it, and is added to
+    the table as `enlarged`.
+    """
+    draws = len(examples) // len(images)
+    figure = Figure((WIDTH, len(images) * (WIDTH / (1 + 2 * draws) + 0.16) + 0.2), layout="constrained")
+    figure.suptitle(title, fontsize=8)
+    grid = figure.subplots(len(images), 1 + 2 * draws, squeeze=False)
+    factors = []
+    for place, row in enumerate(table.itertuples()):
+        line, draw = divmod(place, draws)
+        delta = examples[place] - images[line]
+        factors.append(0.5 / max(float(np.abs(delta).max()), 1e-12))
+        _picture(grid[line, 0], images[line], shorten(row.label))
+        _picture(grid[line, 1 + 2 * draw], examples[place], f"→ {shorten(row.target)}")
+        _picture(grid[line, 2 + 2 * draw], 0.5 + delta * factors[-1], f"δ × {factors[-1]:.3g}")
+    table["enlarged"] = factors
+    return figure
+
+
+def shorten(name: str, most: int = 13) -> str:
+    """A class name that fits over a small picture: some of ImageNet's are long."""
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
+    axes.imshow(pixels.clip(0, 1), interpolation="nearest")
+    axes.set_title(title, fontsize=7, pad=2)
+    axes.axis("off")
+
+
+def _grid(count: int, height: float, most: int = 3) -> tuple[Figure, list[Axes], int]:
+    """Panels, at most so many a row (four: two), and how many columns; places that are left over stay empty."""
+    columns = 2 if count in (2, 4) else min(count, most)
+    rows = -(-count // columns)
+    figure = Figure((WIDTH * 2 / 3 if count < most else WIDTH, height * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.axis("off")
+    return figure, panels[:count], columns
+
+
+@_styled
+def confusions(matrices: dict[str, pd.DataFrame], title: str) -> Figure:
+    """Figure 3: a matrix of counts a panel, as `shown.crossings` gives them: true classes by what they are called.
+
+    Small matrices have their numbers in them, large ones a scale of colours; there, the many images put together as
+    other are left grey, for next to them all else would be pale.
+    """
+    large = max(next(iter(matrices.values())).shape) > 12
+    figure, panels, columns = _grid(len(matrices), 3.4, 2) if large else _grid(len(matrices), 2.75)
+    figure.suptitle(title, fontsize=8)
+    for place, (axes, (name, matrix)) in enumerate(zip(panels, matrices.items(), strict=True)):
+        counts = matrix.to_numpy()
+        other = (matrix.index == OTHER)[:, None] | (matrix.columns == OTHER)[None]
+        most = max(counts[~other].max(initial=0), 1)
+        shades = axes.imshow(np.ma.array(counts, mask=other & large), cmap="Blues", vmin=0, vmax=1.15 * most)
+        axes.set(aspect="auto", facecolor="0.85")
+        if large:
+            figure.colorbar(shades, ax=axes, shrink=0.6, ticks=MaxNLocator(4, integer=True))
+        else:
+            _numbers(axes, counts)
+        axes.set_xticks(range(counts.shape[1]), [shorten(name) for name in matrix.columns], rotation=90)
+        axes.set_yticks(range(counts.shape[0]), [shorten(name) for name in matrix.index])
+        if place % columns:
+            axes.set_yticklabels([])
+        axes.set(title=name, ylabel="" if place % columns else "true class")
+        axes.spines[:].set_visible(True)
+    return figure
+
+
+def _numbers(axes: Axes, counts: np.ndarray) -> None:
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            shade = "white" if count > 0.6 * counts.max() else "black"
+            axes.text(column, row, count, ha="center", va="center", fontsize=7, color=shade)
+
+
+@_styled
+def similarity(table: pd.DataFrame, title: str) -> Figure:
+    """Figure 4: linear CKA against the layer, a panel a split; columns method, split, images, position, layer, cka."""
+    figure = Figure((WIDTH, 2.6), layout="constrained")
+    figure.suptitle(title, fontsize=8)
+    grid = figure.subplots(1, len(SPLITS), sharey=True)
+    for axes, (split, name) in zip(grid, SPLITS.items(), strict=True):
+        shown = table[table["split"] == split]
+        for method in ordered(shown["method"]):
+            rows, every = shown[shown["method"] == method], max(1, len(shown["position"].unique()) // 10)
+            axes.plot(rows["position"], rows["cka"], **_look(method), markersize=3.5, markevery=every)
+        axes.set(title=f"{name}, {shown['images'].iloc[0]} images", xlabel="layer, first to last", ylim=(0, 1.03))
+    grid[0].set_ylabel("linear CKA with the original")
+    _legend(figure, table)
+    return figure
+
+
+@_styled
+def maps(table: pd.DataFrame, classes: list[str], title: str) -> Figure:
+    """Figure 5: a t-SNE map a panel; columns panel, split (forget, test), class (empty: not told apart), x, y.
+
+    classes: the names of all, in the order of the legend.
+    """
+    names = [name for name in classes if (table["class"] == name).any()]
+    panels = list(dict.fromkeys(table["panel"]))
+    figure, grid, _ = _grid(len(panels), 2.4)
+    figure.suptitle(title, fontsize=8)
+    for axes, panel in zip(grid, panels, strict=True):
+        rows = table[table["panel"] == panel]
+        for place, name in [(None, ""), *enumerate(names)]:
+            look = {"color": "0.8", "marker": "."} if place is None else _class_look(place)
+            test = rows[(rows["class"] == name) & (rows["split"] == "test")]
+            axes.scatter(test["x"], test["y"], s=7, linewidths=0, alpha=0.85, **look)
+            forget = rows[(rows["class"] == name) & (rows["split"] == "forget")]
+            star = {"marker": "*", "edgecolors": "black", "linewidths": 0.6, "zorder": 3}
+            axes.scatter(forget["x"], forget["y"], s=48, **star, color=look["color"])
+        axes.set(title=panel, xticks=[], yticks=[])
+        axes.spines[:].set_visible(True)
+    handles = [Line2D([], [], **_class_look(place), linestyle="", label=name) for place, name in enumerate(names)]
+    if (table["class"] == "").any():
+        handles.append(Line2D([], [], color="0.8", marker="o", linestyle="", label="other classes"))
+    star = {"marker": "*", "markersize": 8, "markerfacecolor": "white", "color": "black", "linestyle": ""}
+    handles.append(Line2D([], [], **star, label="$D_f$, by true class"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+    return figure
+
+
+def _class_look(place: int) -> dict[str, str]:
+    return {"color": CLASS_COLOURS[place % 10], "marker": MARKERS[place % 10]}

@@ -1,0 +1,67 @@
+"""How far a sweep is: one line on a terminal, and every minute the table of what has ended so far."""
+
+from collections.abc import Callable, Iterable, Iterator
+import contextlib
+from pathlib import Path
+import time
+
+from l2ul.common.progress import counting, say
+from l2ul.reporting import collect, layout, rows, summary
+
+EVERY = 60.0  # seconds from one table to the next, or longer: a twentieth of the time goes into tables at most
+
+
+class Watch:
+    """Counts trials as they end. `tell` shows the counts, `say` a text beside them."""
+
+    def __init__(self, total: int, tell: Callable[..., None], say: Callable[[str], None]):
+        self.total, self.done, self.failed = total, 0, 0
+        self._tell, self._say = tell, say
+        self._started = self._shown = time.monotonic()
+        self._pause = EVERY
+        self._new: list[Path] = []
+        self._found: list[dict[str, object]] = []
+
+    def end(self, files: Iterable[Path], failed: bool) -> None:
+        """A trial ended, and these are its records."""
+        self.failed += failed
+        self.done += not failed
+        self._new += files
+
+    def look(self, running: int) -> None:
+        """To be called often: shows the counts, and now and then the table."""
+        self._tell(self.done + self.failed, done=self.done, failed=self.failed, running=running)
+        started = time.monotonic()
+        if self._new and started - self._shown >= self._pause:
+            self._say(f"{self.counts(running)}\n\n{self.table()}")
+            self._shown = time.monotonic()
+            self._pause = max(EVERY, 20 * (self._shown - started))
+
+    def counts(self, running: int) -> str:
+        ended = self.done + self.failed
+        left = (time.monotonic() - self._started) / max(1, ended) * (self.total - ended)
+        return (
+            f"{self.done} of {self.total} trials done, {self.failed} failed, {running} running, about "
+            f"{duration(left)} left"
+        )
+
+    def table(self) -> str:
+        """Of all that has ended; records are read once."""
+        self._found += collect.read_files(self._new)[0]
+        self._new = []
+        blocks = rows.blocks([dict(record) for record in self._found])  # which names rows in what it is given
+        return layout.markdown(summary.summarise(blocks, summary.Wanted()), blocks)
+
+
+def duration(seconds: float) -> str:
+    """A time for people, in its largest unit that is not too large."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+@contextlib.contextmanager
+def watch(total: int) -> Iterator[Watch]:
+    with counting("trials", total) as tell:
+        yield Watch(total, tell, say)

@@ -1,0 +1,245 @@
+"""The cache: what is found again is what was put, nothing else, and never too much; D_adv with it and without."""
+
+import dataclasses
+import importlib.util
+import os
+from pathlib import Path
+import sys
+
+from conftest import CLASSES, ROOT
+import pytest
+import torch
+
+from l2ul import attack
+from l2ul.common.cache import Cache, fingerprint
+from l2ul.data import datasets
+from l2ul.experiments import adversarial_sets
+from l2ul.experiments.adversarial_sets import Attack
+import models
+
+HOW = Attack(CLASSES, num_adv_images=4, eps=1.0, alpha=0.2, steps=5, seed=3, batch_size=16)
+
+
+def make(how, trained, where, cache=None, position=0):
+    model, images, labels = trained
+    done = []
+    made = how.make(
+        model, images[where], labels[where], position, pairs=[], cache=cache or Cache(), progress=done.append
+    )
+    return made, sum(done)
+
+
+def same(one, other):
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("examples", "targets", "hits"))
+
+
+@pytest.fixture
+def attacked(monkeypatch):
+    """How many images each attack was given."""
+    sizes, true_set = [], attack.adversarial_set
+    monkeypatch.setattr(
+        adversarial_sets.attack,
+        "adversarial_set",
+        lambda m, x, *a, **o: sizes.append(len(x)) or true_set(m, x, *a, **o),
+    )
+    return sizes
+
+
+def test_gives_back_what_was_put_and_only_that(tmp_path):
+    cache = Cache(tmp_path)
+    tensors = {"a": torch.arange(6).view(2, 3), "b": torch.tensor([True, False])}
+    assert cache.get({"x": 1}) is None
+    cache.put({"x": 1}, tensors)
+    found = cache.get({"x": 1})
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert cache.get({"x": 2}) is None
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:20])
+    assert cache.get({"x": 1}) is None
+    cache.put({"x": 1}, tensors)
+    assert cache.get({"x": 1}) is not None
+    assert Cache().get({"x": 1}) is None
+
+
+def test_what_was_not_used_for_the_longest_time_goes_first(tmp_path):
+    cache = Cache(tmp_path, limit=3000)
+    for number in range(3):
+        cache.put({"x": number}, {"a": torch.zeros(200)})  # 800 bytes and a header
+        os.utime(cache._path({"x": number}), (number, number))
+    cache.get({"x": 0})
+    cache.put({"x": 3}, {"a": torch.zeros(200)})
+    cache.trim()
+    assert [cache.get({"x": number}) is not None for number in range(4)] == [True, False, True, True]
+    cache.put({"x": 4}, {"a": torch.zeros(1000)})  # more than all of it
+    assert cache.get({"x": 4}) is None
+
+
+def test_a_folder_that_takes_nothing_more_is_no_error(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    Cache(tmp_path).put({"x": 1}, {"a": torch.zeros(3)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_others_stay(tmp_path):
+    (tmp_path / "resnet50.safetensors").write_bytes(b"0" * 5000)
+    (tmp_path / "l2ul-folder.safetensors").mkdir()
+    cache = Cache(tmp_path, limit=1000)
+    cache.put({"x": 0}, {"a": torch.zeros(200)})
+    cache.put({"x": 1}, {"a": torch.zeros(200)})
+    cache.trim()
+    assert (tmp_path / "resnet50.safetensors").exists()
+    assert (tmp_path / "l2ul-folder.safetensors").exists()
+
+
+def test_leaves_the_last_of_a_disk_to_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("l2ul.common.cache.shutil.disk_usage", lambda folder: type("Usage", (), {"free": 2**30 + 100}))
+    Cache(tmp_path).put({"x": 0}, {"a": torch.zeros(200)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def own_net(tmp_path, monkeypatch, name, forward):
+    """An instance of a class Net of a file whose forward is this."""
+    lines = ["import torch", "class Net(torch.nn.Module):", f"    def forward(self, x): return {forward}"]
+    (tmp_path / f"{name}.py").write_text("\n".join(lines))
+    spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module.Net()
+
+
+def test_tells_nets_of_ones_own_apart_by_their_code(tmp_path, monkeypatch):
+    one = own_net(tmp_path, monkeypatch, "one", "x.mean((2, 3))")
+    same_code = own_net(tmp_path, monkeypatch, "same", "x.mean((2, 3))")
+    edited = own_net(tmp_path, monkeypatch, "edited", "x.amax((2, 3))")
+    assert repr(one) == repr(edited)
+    assert fingerprint(one) == fingerprint(same_code) != fingerprint(edited)
+    for net, value in ((one, 1.0), (same_code, 2.0)):
+        net.register_buffer("scale", torch.tensor(value), persistent=False)
+    assert fingerprint(one) != fingerprint(same_code)
+
+
+@pytest.mark.parametrize(("draws", "first", "then"), [(5, 3, 6), (1, 15, 16), (3, 1, 2), (20, 1, 4), (7, 2, 5)])
+def test_rounding_does_not_depend_on_what_is_cached(tmp_path, draws, first, then):
+    net = models.load("resnet20", 10, ROOT / "data" / "weights" / "digits_resnet20.safetensors")
+    images = datasets.load("digits", "nowhere").train.images
+    problem = net, images, torch.arange(len(images)) % 10
+    how = Attack(10, draws, eps=1.0, alpha=0.2, steps=4, seed=0)
+    expected, _ = make(how, problem, slice(0, then))
+    make(how, problem, slice(0, first), Cache(tmp_path))
+    assert same(make(how, problem, slice(0, then), Cache(tmp_path))[0], expected)
+
+
+def test_tells_nets_apart(trained):
+    model, *_ = trained
+    first = fingerprint(model)
+    assert fingerprint(model) == first
+    model.features[3].stride = (1, 1)  # the same weights
+    assert fingerprint(model) != first
+    model.features[3].stride = (2, 2)
+    with torch.no_grad():
+        model.head.bias[0] += 1e-3
+    assert fingerprint(model) != first
+
+
+def test_makes_only_what_is_not_there_and_the_same_bit_by_bit(trained, tmp_path, attacked):
+    cache = Cache(tmp_path)
+    whole, done = make(HOW, trained, slice(0, 10))
+    assert done == 10 * 4 * 5
+    assert attacked == [4, 4, 2]  # 16 pairs at a time
+    attacked.clear()
+    few, _ = make(HOW, trained, slice(0, 3), cache)
+    assert attacked == [3]
+    assert torch.equal(few.examples, whole.examples[:12])
+    attacked.clear()
+    again, done = make(HOW, trained, slice(0, 10), cache)
+    assert (attacked, done) == ([4, 3], 10 * 4 * 5)
+    assert same(again, whole)
+    attacked.clear()
+    assert same(make(HOW, trained, slice(0, 10), cache)[0], whole)
+    later, _ = make(HOW, trained, slice(4, 8), cache, position=4)  # as a step of a continual run asks for them
+    assert torch.equal(later.examples, whole.examples[16:32])
+    assert attacked == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eps": 1.1}, {"alpha": 0.3}, {"steps": 6}, {"seed": 4}, {"num_adv_images": 5}, {"dtype": "uint8"},
+        {"num_classes": CLASSES - 1},
+    ],
+)  # fmt: skip
+def test_another_setting_is_another_entry(trained, tmp_path, attacked, change):
+    cache = Cache(tmp_path)
+    make(HOW, trained, slice(0, 2), cache)
+    attacked.clear()
+    make(dataclasses.replace(HOW, **change), trained, slice(0, 2), cache)
+    assert attacked == [2]
+
+
+def test_other_images_places_labels_and_nets_are_other_entries(trained, tmp_path, attacked):
+    model, images, labels = trained
+    cache = Cache(tmp_path)
+    make(HOW, trained, slice(0, 2), cache)
+    attacked.clear()
+    make(HOW, trained, slice(0, 2), cache, position=1)
+    make(HOW, (model, images, (labels + 1) % CLASSES), slice(0, 2), cache)
+    make(HOW, (model, 255 - images, labels), slice(0, 2), cache)
+    with torch.no_grad():
+        model.head.weight.mul_(1.01)
+    make(HOW, trained, slice(0, 2), cache)
+    assert attacked == [2] * 4
+
+
+def test_counts_hits_before_and_after_rounding(trained):
+    model, images, labels = trained
+    made, _ = make(dataclasses.replace(HOW, steps=30, eps=3.0, dtype="uint8"), trained, slice(0, 6))
+    exact, _ = make(dataclasses.replace(HOW, steps=30, eps=3.0), trained, slice(0, 6))
+    with torch.no_grad():
+        called = model(made.examples / 255).argmax(1)
+        truly = model(exact.examples).argmax(1)
+    assert torch.equal(made.hits, called == made.targets)
+    assert torch.equal(made.exact_hits, truly == made.targets)
+    assert torch.equal(exact.exact_hits, exact.hits)
+    success = made.success(8)
+    assert success["adv_success"] == 100 * made.hits[:8].float().mean().item()
+
+
+def test_records_the_batch_that_memory_had_room_for(trained, tmp_path, monkeypatch):
+    true_attack = attack.pgd_l2
+
+    def small_memory(model, x, *arguments, **options):
+        if len(x) > 5:
+            raise torch.OutOfMemoryError("too much")
+        return true_attack(model, x, *arguments, **options)
+
+    monkeypatch.setattr(attack, "pgd_l2", small_memory)
+    assert make(HOW, trained, slice(0, 4), Cache(tmp_path))[0].batch_size == 4
+    monkeypatch.undo()
+    assert make(HOW, trained, slice(0, 6), Cache(tmp_path))[0].batch_size == 16  # of what is made now
+
+
+def test_stretches():
+    assert list(adversarial_sets._stretches([], 3)) == []
+    assert list(adversarial_sets._stretches([0, 1, 2, 3, 6, 8, 9], 3)) == [(0, 3), (3, 4), (6, 7), (8, 10)]
+
+
+def test_a_process_that_stops_keeps_what_it_finished(trained, tmp_path, attacked, monkeypatch):
+    cache, true_set = Cache(tmp_path), attack.adversarial_set
+
+    def stopped(model, images, *arguments, **options):
+        if options["first_position"] == 8:
+            raise KeyboardInterrupt
+        return true_set(model, images, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adversarial_sets.attack, "adversarial_set", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            make(HOW, trained, slice(0, 10), cache)
+    attacked.clear()
+    make(HOW, trained, slice(0, 10), cache)
+    assert attacked == [2]

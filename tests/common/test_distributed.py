@@ -1,0 +1,279 @@
+"""One run on many processes: what it comes to is what one process would find, and one of them speaks for all."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+from conftest import CLASSES, FAST, ROOT, TinyNet, tiny_net
+from PIL import Image
+from processes import together
+import pytest
+import torch
+from torch import nn
+
+from l2ul.cli import exit_codes
+from l2ul.common import distributed
+from l2ul.common.cache import Cache
+from l2ul.common.errors import Diverged, InputError
+from l2ul.data.folder import FolderImages
+from l2ul.data.images import Split
+from l2ul.experiments import torchrun
+from l2ul.experiments.adversarial_sets import Attack
+from l2ul.metrics import accuracy
+from l2ul.training import loop
+from l2ul.training.loop import Recipe
+import main_unlearn
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="forks, on CPUs")
+
+RECIPE = Recipe(epochs=3, lr=0.05, batch_size=13, crop_padding=1, flip=True, label_smoothing=0.1)  # 40: 13, 13, 13, 1
+
+
+def plain_net() -> nn.Module:
+    """Without batch-norm and dropout: nothing in it depends on which images are looked at together."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        layers = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, CLASSES)
+        return nn.Sequential(*layers)
+
+
+def joined(work):
+    """Work as a script does it."""
+
+    def inside(*arguments):
+        with exit_codes.ending("test.py", "go on", shared=True):
+            return work(*arguments)
+
+    return inside
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_parts_are_everything_once_and_of_about_one_size(monkeypatch, size):
+    for count in (0, 1, 2, 7, 24, 25):
+        parts = []
+        for rank in range(size):
+            monkeypatch.setattr(distributed, "size", lambda: size)
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            parts.append(list(range(count))[distributed.shard(count)])
+        assert sum(parts, []) == list(range(count))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def count(model, images, batch_size):
+    seen = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    found = accuracy.predict(model, images, batch_size=batch_size, pairs=[], shared=True)
+    spoilt = images / 255
+    spoilt[5] = torch.nan
+    with pytest.raises(Diverged, match="1 of 37 images"):  # in all processes, whichever has it
+        accuracy.predict(model, spoilt, batch_size=batch_size, pairs=[], shared=True)
+    return found, sum(seen) // 2
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("batch_size", [5, 30])  # 8 batches, and fewer than there are processes
+def test_every_image_is_looked_at_once_and_all_know_its_class(trained, tmp_path, size, batch_size):
+    model, images, _ = trained
+    expected = accuracy.predict(model, images[:37], batch_size=batch_size, pairs=[])
+    codes, found, *_ = together(tmp_path / "all", size, joined(count), model, images[:37], batch_size)
+    assert codes == [0] * size
+    assert all(torch.equal(classes, expected) for classes, _ in found)
+    assert sum(seen for _, seen in found) == 37
+
+
+def fit(net, images, labels, state_file, resume=False, recipe=RECIPE, dies=None):
+    model = net()
+
+    def on_epoch(row):
+        if (row["epoch"], distributed.rank()) == dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    split = Split(images, labels)
+    options = {"state_file": state_file, "resume": resume, "on_epoch": on_epoch, "test_batch_size": 7}
+    rows = loop.fit(model, split, split, recipe, seed=0, **options)
+    return model.state_dict(), rows
+
+
+def same(one, other, tolerance=0.0):
+    return all(torch.allclose(one[name].double(), other[name].double(), rtol=0, atol=tolerance) for name in one)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_net_without_batch_norm_gets_the_weights_of_one_process(trained, tmp_path, size):
+    _, images, labels = trained
+    whole, rows = fit(plain_net, images, labels, tmp_path / "one.pt")
+    first = fit(plain_net, images, labels, tmp_path / "short.pt", recipe=dataclasses.replace(RECIPE, epochs=1))[0]
+    assert not same(whole, first, 1e-3)
+    codes, found, *_ = together(tmp_path / "all", size, joined(fit), plain_net, images, labels, tmp_path / "many.pt")
+    assert codes == [0] * size
+    for state, own_rows in found:
+        assert same(state, whole, 1e-6)
+        assert same(state, found[0][0])
+        assert [row["loss"] for row in own_rows] == pytest.approx([row["loss"] for row in rows], abs=1e-6)
+        assert [row["acc"] for row in own_rows] == [row["acc"] for row in rows]
+
+
+def fit_folder(images, labels, state_file):
+    model, split = plain_net(), Split(images, labels)
+    loop.fit(model, split, split, RECIPE, seed=0, state_file=state_file, workers=1)
+    return model.state_dict()
+
+
+def test_images_on_disk_are_decoded_in_parts_and_train_the_same_net(tmp_path):
+    pixels = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    files, labels = [str(tmp_path / f"{number}.png") for number in range(20)], torch.arange(20) % CLASSES
+    for file, image in zip(files, pixels, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+    images = FolderImages(files, 8, 8)
+    expected = fit(plain_net, pixels, labels, tmp_path / "tensor.pt")[0]
+    assert same(fit_folder(images, labels, tmp_path / "folder.pt"), expected)
+    codes, found, *_ = together(tmp_path / "all", 2, joined(fit_folder), images, labels, tmp_path / "many.pt")
+    assert codes == [0, 0]
+    assert all(same(state, expected, 1e-6) for state in found)
+
+
+def test_batch_norm_ends_with_the_same_statistics_everywhere(trained, tmp_path):
+    _, images, labels = trained
+    recipe = dataclasses.replace(RECIPE, batch_size=16)
+    codes, found, *_ = together(
+        tmp_path / "all", 2, joined(fit), TinyNet, images, labels, tmp_path / "state.pt", False, recipe
+    )
+    assert codes == [0, 0]
+    assert same(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    fresh = TinyNet().state_dict()
+    assert not torch.equal(found[0][0]["features.1.running_mean"], fresh["features.1.running_mean"])
+
+
+def test_a_killed_process_ends_all_and_any_number_goes_on(trained, tmp_path):
+    _, images, labels = trained
+    given = plain_net, images, labels
+    _, whole, *_ = together(tmp_path / "whole", 2, joined(fit), *given, tmp_path / "whole.pt")
+    codes, _, _, errors = together(
+        tmp_path / "killed", 2, joined(fit), *given, tmp_path / "state.pt", False, RECIPE, (2, 1)
+    )
+    assert codes == [1, -signal.SIGKILL]
+    assert errors[0] == "test.py: another process of this run was lost; go on\n"
+    kept = (tmp_path / "state.pt").read_bytes()
+    assert len(torch.load(tmp_path / "state.pt", weights_only=True)["history"]) == 2
+    for size, tolerance in ((2, 0.0), (3, 1e-6)):
+        (tmp_path / "state.pt").write_bytes(kept)
+        codes, found, *_ = together(tmp_path / f"again {size}", size, joined(fit), *given, tmp_path / "state.pt", True)
+        assert codes == [0] * size
+        assert all(same(state, whole[0][0], tolerance) for state, _ in found)
+        assert len(found[0][1]) == RECIPE.epochs
+    assert same(fit(*given, tmp_path / "state.pt", True)[0], whole[0][0], 1e-6)
+
+
+HOW = Attack(CLASSES, num_adv_images=4, eps=1.0, alpha=0.2, steps=5, seed=3, batch_size=16)
+
+
+def attack(model, images, labels, folder):
+    if not distributed.is_first():
+        setup = SimpleNamespace(classifier=tiny_net(7))  # whose weights are those that the first process sends
+        return torchrun.assist(SimpleNamespace(setup=setup, device=torch.device("cpu")))
+    made, done = [], []
+    for known in (3, 10):  # of which the first are then in the cache
+        options = {"pairs": [], "cache": Cache(folder), "progress": done.append}
+        made.append(HOW.make(model, images[:known], labels[:known], **options))
+    distributed.call_others(None)
+    return made, sum(done)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_adversarial_examples_are_those_of_one_process(trained, tmp_path, size):
+    model, images, labels = trained
+    (tmp_path / "one").mkdir()
+    (tmp_path / "cache").mkdir()
+    (few, many), done = attack(model, images, labels, tmp_path / "one")
+    assert done == (3 + 10) * 4 * 5
+    codes, found, *_ = together(tmp_path / "all", size, joined(attack), model, images, labels, tmp_path / "cache")
+    assert codes == [0] * size
+    assert found[1:] == [None] * (size - 1)
+    made, own_done = found[0]
+    assert own_done == done
+    for one, other in zip((few, many), made, strict=True):
+        assert torch.equal(one.targets, other.targets)
+        assert torch.allclose(one.examples, other.examples, rtol=0, atol=1e-5)
+        assert torch.equal(one.hits, other.hits)
+    names = [{path.name for path in (tmp_path / where).glob("*.safetensors")} for where in ("one", "cache")]
+    assert names[0] == names[1]
+    assert len(names[0]) == 10
+
+
+def unlearn(arguments):
+    sys.argv = ["main_unlearn.py", *map(str, arguments)]
+    main_unlearn.main()
+
+
+def test_runs_are_recorded_once_and_as_without_torchrun(run, tmp_path, tmp_path_factory):
+    words = ["--unlearn-k", 2, 5, "--method", "before", "neggrad", "adv_imp", "--seed", 1, "--threads", 1]
+    assert run(*words)[0] == 0
+    place = tmp_path_factory.mktemp("many")
+    own = ["--result-dir", place, "--cache-dir", place / "cache", *FAST, *words]
+    codes, _, out, err = together(place / "all", 2, unlearn, own)
+    assert codes == [0, 0], err
+    assert "6 runs to do" in out[0]
+    assert (out[1], err[1]) == ("", "")
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == sorted(path.name for path in (place / "runs").iterdir())
+    for name in (name for name in names if name.endswith(".json")):
+        one, many = (json.loads((where / "runs" / name).read_text()) for where in (tmp_path, place))
+        assert many["device"] == f"{one['device']} x 2"
+        for key in one.keys() - {"device", "peak_memory_mib"}:
+            assert key.startswith("seconds") or one[key] == pytest.approx(many[key], abs=1e-6), key
+    codes, _, out, _ = together(place / "again", 3, unlearn, own)
+    assert codes == [0, 0, 0]
+    assert "0 runs to do, 6 done" in out[0]
+
+
+@pytest.mark.parametrize("words", [["--seed", "x"], ["--forget-file", "nothing.txt"], ["--decoder", "gpu"]])
+def test_bad_input_is_said_once(few_digits, tmp_path, words):
+    codes, _, out, err = together(tmp_path / "all", 2, unlearn, ["--result-dir", tmp_path, "--device", "cpu", *words])
+    assert codes == [2, 2]
+    assert sum(text.count("\n") for text in err) == 1, err
+    assert out == ["", ""]
+
+
+def stumble():
+    if distributed.rank() == 1:
+        raise InputError("the image 7 cannot be read; mend it")
+    distributed.decided(lambda: None)
+    distributed.decided(lambda: distributed.total(torch.zeros(1)))
+
+
+def test_an_error_of_one_process_ends_all(tmp_path):
+    codes, _, _, err = together(tmp_path / "all", 2, joined(stumble))
+    assert codes == [1, 2]
+    assert err == ["", "test.py: the image 7 cannot be read; mend it\n"]
+
+
+def test_torchrun_itself(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import l2ul\n"
+        "from l2ul.common import distributed\nfrom l2ul.cli import exit_codes\n"
+        "import torch\n"
+        "with exit_codes.ending('script.py', shared=True):\n"
+        "    print(distributed.size(), distributed.total(torch.tensor([1.0 + distributed.rank()])).item())\n"
+    )
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*words, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "2 3.0\n"), done.stderr
+
+
+def test_a_script_for_one_process_says_so(tmp_path):
+    def alone():
+        with exit_codes.ending("alone.py"):
+            raise AssertionError("got in")
+
+    codes, _, _, err = together(tmp_path / "all", 2, alone)
+    assert codes == [2, 2]
+    assert (
+        "".join(err)
+        == "alone.py: torchrun started it in several processes, but it is for one; start it without torchrun\n"
+    )

@@ -1,0 +1,103 @@
+"""The images of a request: of any form, upright, once each, with the labels that were given."""
+
+from io import BytesIO
+
+from helpers import picture
+import numpy as np
+from PIL import Image, features
+import pytest
+import torch
+
+from l2ul.common.errors import InputError
+from l2ul.deletion import deployed_model as deployed
+from l2ul.deletion import request
+
+
+def test_damaged_files_may_be_left_out(tmp_path):
+    picture(tmp_path / "0.png")
+    path = picture(tmp_path / "2.jpg", (64, 64))
+    path.write_bytes(path.read_bytes()[:600])
+    (tmp_path / "notes.txt").write_text("no picture")
+    found = request.read(tmp_path, deployed._square(None), skip_bad=True)
+    assert [item.file for item in found.items] == ["0.png"]
+    assert [bad.file for bad in found.bad] == ["2.jpg", "notes.txt"]
+
+
+def test_images_of_any_kind_are_read_as_upright_colour(tmp_path):
+    colours = np.zeros((4, 6, 3), np.uint8)
+    colours[0, 0] = 255  # upper left
+    folder = tmp_path / "in"
+    folder.mkdir()
+    upright = Image.fromarray(colours)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    turned = upright.rotate(180)
+    turned.save(folder / "turned.png", exif=exif)
+    upright.save(folder / "upright.bmp")
+    upright.convert("P").save(folder / "palette.gif")
+    Image.fromarray(colours[:, :, 0]).save(folder / "grey.png")
+    Image.fromarray(colours[:, :, 0].astype(np.uint16) * 257).save(folder / "deep.png")
+    upright.convert("RGBA").save(folder / "alpha.webp", lossless=True)
+    found = request.read(folder, deployed._square(None))
+    assert len(found) == 1  # they are one image
+    assert set(found.items[0].same_as) == {"deep.png", "grey.png", "palette.gif", "turned.png", "upright.bmp"}
+    assert torch.equal(found.images[0], torch.from_numpy(colours).permute(2, 0, 1))
+
+
+def test_labels_of_folders_and_of_a_table_agree_or_one_is_to_be_corrected(tmp_path):
+    picture(tmp_path / "cat" / "a.png")
+    (tmp_path / "labels.csv").write_text("file,label,new_label\ncat/a.png,,dog\n")
+    found = request.read(tmp_path, deployed._square(None))
+    assert (found.items[0].label, found.items[0].new_label) == ("cat", "dog")
+    (tmp_path / "labels.csv").write_text("file,label\ncat/a.png,dog\n")
+    with pytest.raises(InputError, match="but its folder is 'cat'"):
+        request.read(tmp_path, deployed._square(None))
+
+
+def test_classes_by_name_and_number():
+    classes = ["cat", "7", "dog", "dog"]
+    assert request.class_numbers(["cat", "7", "2", None], classes, torch.tensor([0, 0, 0, 3]), "label").tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    with pytest.raises(InputError, match="the name of several classes"):
+        request.class_numbers(["dog"], classes, None, "label")
+
+
+def test_a_table_elsewhere_is_used_and_one_in_the_folder_is_no_image(tmp_path):
+    picture(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "labels.csv").write_text("file,label\na.png,cat\n")
+    (tmp_path / "other.csv").write_text("file,label\na.png,dog\n")
+    shape = deployed._square(None)
+    assert request.read(tmp_path / "in", shape, tmp_path / "other.csv").items[0].label == "dog"
+    for table in (None, tmp_path / "in" / ".." / "in" / "labels.csv"):
+        found = request.read(tmp_path / "in", shape, table)
+        assert (found.items[0].label, found.bad) == ("cat", [])
+
+
+FORMATS = ("png", "jpeg", "gif", "tiff", "bmp", "webp", "avif", "dds", "ppm")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_whatever_is_damaged_in_an_image_it_is_read_or_named(tmp_path, kind):
+    if kind in ("webp", "avif") and not features.check(kind):
+        pytest.skip(f"this Pillow has no {kind}")
+    generator = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    coded = BytesIO()
+    pixels = Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    pixels.save(coded, kind, **({"exif": exif} if kind in ("jpeg", "png", "tiff", "webp", "avif") else {}))
+    path, whole = tmp_path / "image", coded.getvalue()
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for place in generator.integers(0, min(len(whole), 600), generator.integers(1, 5)):
+            damaged[place] = generator.integers(256)
+        path.write_bytes(damaged[: generator.integers(1, len(damaged))] if generator.random() < 0.3 else damaged)
+        try:
+            found = request._decoded(path)
+        except request._Unreadable:
+            continue
+        assert found.mode == "RGB"

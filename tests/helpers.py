@@ -1,0 +1,40 @@
+"""Functions that several test modules share."""
+
+import json
+
+from conftest import FAST
+import numpy as np
+from PIL import Image
+
+import main_sweep
+
+
+def found(folder):
+    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))}
+
+
+def but_for_costs(record):
+    return {key: v for key, v in record.items() if not key.startswith("seconds_") and key != "peak_memory_mib"}
+
+
+def write_folder(root, classes=("ant", "bee"), parts=("train", "val"), size=(40, 60)):
+    generator = np.random.default_rng(0)
+    for part in parts:
+        for label, name in enumerate(classes):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(3):
+                pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+                pixels[:, :, 0] = 10 * label + number
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+def picture(path, size=(8, 8), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def asked(tmp_path, *arguments):
+    return main_sweep.parse([str(word) for word in ("--result-dir", tmp_path, *FAST, *arguments)])

@@ -1,0 +1,233 @@
+"""`distill`: its terms against closed values and torch's own, its mixes, its cycles, and what it does to nets."""
+
+import math
+
+from conftest import CLASSES
+import pytest
+import torch
+from torch import nn
+
+from l2ul import objective
+from l2ul.common import activations
+from l2ul.data.mixes import mixes
+from l2ul.methods import distill, registry
+from l2ul.unlearn import Settings, unlearn
+import models
+
+K = 4
+FAST = Settings(distill_steps=40, distill_mixes=16, distill_lr=3e-3, distill_forget=2)
+
+
+@pytest.fixture
+def request_(trained):
+    model, images, labels = trained
+    return {"model": model, "images": images[:K], "labels": labels[:K], "method": "distill"}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_margin_loss_equals_values_worked_out_by_hand():
+    logits = torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.5, 0.1], [0.0, 0.4, 0.3]])
+    labels = torch.tensor([0, 0, 0])
+    away = objective.margin_loss(logits, labels, "misclassify", 0.3)
+    assert away.tolist() == pytest.approx([1.3, 0.0, 0.0])  # 2 - 1 + 0.3; led by 0.5; led by 0.4
+    toward = objective.margin_loss(logits, labels, "relabel", 0.3)
+    assert toward.tolist() == pytest.approx([0.0, 0.8, 0.7])
+
+
+def test_margin_loss_pulls_with_a_bounded_gradient_until_the_margin_is_reached():
+    logits = torch.tensor([[50.0, 0.0, 1.0], [0.0, 1.0, 0.0]], requires_grad=True)
+    objective.margin_loss(logits, torch.tensor([0, 0]), "misclassify", 0.3).sum().backward()
+    assert logits.grad.tolist() == [[1.0, 0.0, -1.0], [0.0, 0.0, 0.0]]
+
+
+def test_divergence_is_the_mean_kl_of_torch_distributions():
+    now, then = (torch.randn(6, 5, generator=generator(seed)) for seed in (0, 1))
+    categorical = torch.distributions.Categorical
+    expected = torch.distributions.kl_divergence(categorical(logits=then), categorical(logits=now)).mean()
+    assert objective.divergence(now, then).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert objective.divergence(then + 3.0, then).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_feature_gap_is_the_part_of_the_variance_that_is_lost_whatever_the_scale():
+    then = torch.tensor([[0.0, 2.0], [4.0, 6.0]])  # variance 5
+    gap = objective.feature_gap([then + 1.0, 10 * then - 20.0], [then, 10 * then], [5.0, 500.0])
+    assert gap.item() == pytest.approx((1 / 5 + 4 / 5) / 2)
+
+
+def test_mixes_blend_two_different_images_in_the_parts_that_are_said():
+    images = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 16, 16)  # one red, one green, one blue
+    blended = mixes(images, 200, generator())
+    assert blended.shape == (200, 3, 16, 16)
+    inside = blended[:, :, 8, 8]  # a shift of 2 leaves the centre alone
+    assert torch.allclose(inside.sum(1), torch.ones(200))
+    assert ((inside > 0).sum(1) == 2).all()
+    assert inside[inside > 0].min() >= 0.3 - 1e-6
+    assert inside.max() <= 0.7 + 1e-6
+    assert len({tuple((row > 0).tolist()) for row in inside}) == 3
+    assert (blended[:, :, 0] == 0).all(1).any(), "none was shifted down"
+    assert torch.equal(mixes(images, 5, generator(1)), mixes(images, 5, generator(1)))
+
+
+def test_one_image_is_mixed_with_itself_upside_down():
+    image = torch.zeros(1, 3, 7, 7)  # too small to be shifted
+    image[0, :, 0, 3] = 1
+    for mix in mixes(image, 20, generator()):
+        assert mix[0, 0, 3] + mix[0, 6, 3] == pytest.approx(1.0)
+        assert 0.3 - 1e-6 <= mix[0, 0, 3] <= 0.7 + 1e-6
+
+
+def test_given_tells_what_layers_take_and_leaves_no_hook(trained):
+    model, images, _ = trained
+    x = images[:5] / 255
+    logits, (second, last) = activations.given(model, x, ["features.3", "head"])
+    assert torch.equal(logits, model(x))
+    assert torch.equal(second, model.features[:3](x))
+    assert torch.equal(last, model.features(x))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("resnet20", "net.layer3"),
+        ("resnet18_cifar100", "net.conv5_x"),
+        ("mobilenet_v2", "net.features"),
+        ("squeezenet1_1", "net.classifier.2"),
+    ],
+)
+def test_last_map_is_what_is_pooled_for_the_classifying_layer(name, last):
+    model = models.build(name, CLASSES)
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert activations.last_map(model, images) == last
+    _, (found,) = activations.given(model.eval(), images, [], last)
+    assert found.ndim == 4
+    assert found.shape[2:].numel() > 1
+
+
+def test_a_net_that_tells_no_places_apart_has_no_last_map():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    images = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert activations.last_map(model, images) is None
+    assert len(distill.Teacher(model, images).spreads) == 1
+
+
+def test_teacher_holds_what_layers_are_given_and_the_last_map_as_they_were(trained):
+    model, images, _ = trained
+    x = images[:5] / 255
+    teacher = distill.Teacher(model, x)
+    assert teacher.layers == ["features.3", "head"]
+    assert len(teacher.pairs) == 2
+    assert teacher.last == "features.5"  # the last ReLU: behind it, no place is told apart
+    _, found = activations.given(model, x, teacher.layers, teacher.last)
+    with torch.no_grad():
+        assert torch.allclose(found[-1], model.features[:6](x))
+    assert teacher.spreads == pytest.approx([layer.var(correction=0).item() for layer in found], rel=1e-5)
+    assert [gap.item() for gap in teacher.gaps(model, x)] == pytest.approx([0.0, 0.0], abs=1e-6)
+    with torch.no_grad():
+        model.head.bias[0] += 1.0
+        model.features[0].bias += 0.5
+    logits, layers = teacher.gaps(model, x)
+    assert logits > 1e-3
+    assert layers > 1e-3
+    nn.init.zeros_(model.features[1].weight)
+    nn.init.zeros_(model.features[1].bias)  # what the second convolution is given is 0 for every image
+    constant = distill.Teacher(model, x)
+    assert constant.spreads[0] == math.inf
+    nn.init.ones_(model.features[1].bias)
+    assert all(gap.isfinite() for gap in constant.gaps(model, x))
+
+
+def test_features_of_large_images_are_averaged_over_positions(monkeypatch):
+    monkeypatch.setattr("l2ul.common.activations.LARGEST", 10)
+    maps, tokens = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 3)
+    assert torch.equal(activations.pooled(maps), maps.mean((2, 3)))
+    assert torch.equal(activations.pooled(tokens), tokens.mean(1))
+    assert activations.pooled(maps[:, :, :1, :1]).shape == (2, 3, 1, 1)
+
+
+def test_one_cycle_rises_for_three_tenths_and_ends_near_zero():
+    rates = [distill.one_cycle(step, 100) for step in range(200)]
+    assert max(rates) == pytest.approx(1.0, abs=1e-3)
+    assert rates.index(max(rates)) in (29, 30)
+    assert rates[:30] == sorted(rates[:30])
+    assert rates[30:100] == sorted(rates[30:100], reverse=True)
+    assert rates[99] < 1e-3
+    assert rates[100:] == rates[:100]
+
+
+def test_a_step_takes_only_images_that_are_left_and_weighs_them_by_their_number(trained):
+    model, images, labels = trained
+    forget = objective.Forget(images[:K] / 255, labels[:K])
+    logits = torch.zeros(K, CLASSES)
+    logits[torch.arange(K), labels[:K]] = 5.0
+    logits[1] = logits[1].roll(1)  # forgotten by a margin of 5
+    settings = {"batch_size": 8, "num_mixes": 4, "margin": 0.3, "weights": (1.0, 1.0), "growth": 2.0, "seed": 0}
+    steps = distill.steps(model, forget, lambda: logits, **settings)
+    step = next(steps)
+    assert sorted(step.forget.labels.tolist()) == sorted(labels[[0, 2, 3]].tolist())
+    assert step.share == pytest.approx(2 * 3 / 8)
+    assert next(steps).share == pytest.approx(4 * 3 / 8), "it does not grow"
+    terms = registry.get("distill").terms(step)
+    assert terms["logits"].item() == pytest.approx(0.0, abs=1e-6)
+    assert terms["features"].item() == pytest.approx(0.0, abs=1e-6)
+    expected = objective.margin_loss(model(step.forget.images), step.forget.labels, "misclassify", 0.3).mean()
+    assert terms["forget"].item() == pytest.approx(2 * 3 / 8 * expected.item(), rel=1e-6)
+    done = next(distill.steps(model, forget, lambda: logits.roll(1, 1), **settings))
+    assert len(done.forget.labels) == 0
+    logits[torch.arange(K), labels[:K]] = torch.tensor([4.9, -9.0, -9.0, -9.0])
+    barely = torch.where(logits == 4.9, -0.1, logits)  # all forgotten, one by less than the margin
+    assert next(distill.steps(model, forget, lambda: barely, **settings)).share == pytest.approx(1 / 8)
+    assert registry.get("distill").terms(done)["forget"].item() == 0.0
+
+
+def test_forgets_at_the_end_of_a_cycle_and_keeps_batch_norm_and_the_original(request_):
+    original = {name: tensor.clone() for name, tensor in request_["model"].state_dict().items()}
+    outcome = unlearn(**request_, settings=FAST)
+    assert (outcome.status, outcome.steps % 40) == ("forgotten", 0)
+    assert any(row["forgotten"] == 100 for row in outcome.curve[:-1]), "it stopped at once"
+    with torch.inference_mode():
+        called = outcome.model(request_["images"] / 255).argmax(1)
+    assert (called != request_["labels"]).all()
+    assert not outcome.model.training
+    for name, tensor in outcome.model.state_dict().items():
+        assert torch.equal(request_["model"].state_dict()[name], original[name])
+        if "running" in name:
+            assert torch.equal(tensor, original[name]), name
+    again = unlearn(**request_, settings=FAST)
+    assert again.curve == outcome.curve
+
+
+def test_keeps_more_than_gradient_ascent_does(request_, trained):
+    model, images, labels = trained
+    others, known = images[K:] / 255, labels[K:]
+    kept = {}
+    for method in ("distill", "neggrad"):
+        settings = Settings(distill_steps=60, distill_lr=3e-3, distill_mixes=32, batch_size=K, unlearn_lr=0.01)
+        outcome = unlearn(**request_ | {"method": method}, settings=settings)
+        assert outcome.status == "forgotten"
+        with torch.inference_mode():
+            kept[method] = (outcome.model(others).argmax(1) == known).float().mean().item()
+    assert kept["distill"] > kept["neggrad"]
+
+
+def test_relabels_one_image_of_a_net_without_batch_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, CLASSES))
+    image = torch.rand(1, 3, 8, 8, generator=generator())
+    label = model(image).argmax(1)
+    new = (label + 1) % CLASSES
+    outcome = unlearn(model.eval(), image, label, "distill", new_labels=new, settings=FAST)
+    assert outcome.status == "forgotten"
+    assert torch.equal(outcome.model(image).argmax(1), new)
+
+
+def test_gives_up_after_its_cycles_and_says_so(request_):
+    settings = Settings(distill_steps=3, distill_cycles=2, distill_lr=1e-9, distill_mixes=4)
+    outcome = unlearn(**request_, settings=settings)
+    assert (outcome.status, outcome.steps) == ("cap", 6)
+    diverged = unlearn(**request_, settings=Settings(distill_lr=1e30, distill_mixes=4))
+    assert diverged.status == "diverged"
+    assert not all(map(math.isfinite, diverged.curve[-1].values()))

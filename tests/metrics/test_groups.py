@@ -1,0 +1,169 @@
+"""Groups of metrics in records: against nets that never saw D_f, and added to runs whose net is at hand."""
+
+import json
+
+from conftest import FAST, ROOT
+import pytest
+import torch
+
+from l2ul import unlearn
+from l2ul.data import forget_set
+from l2ul.experiments import measurement
+from l2ul.metrics import accuracy as evaluate
+from l2ul.metrics import relearn
+import main_unlearn
+import models
+
+CHECKPOINT = ROOT / "data/weights/digits_resnet20.safetensors"
+RUN = ["--unlearn-k", 6, "--method", "before", "distill"]
+GAPS = ["metric_gap_forget", "metric_gap_retain", "metric_gap_test", "metric_gap_mia", "metric_average_gap"]
+
+
+@pytest.fixture
+def net(tmp_path):
+    """Save the digits' classifier, its weights moved by so much of their own size, told to be trained without D_f."""
+
+    def save(name, move, excluded=range(40)):
+        classifier = models.load("resnet20", 10, CHECKPOINT)
+        generator = torch.Generator().manual_seed(len(name))
+        with torch.no_grad():
+            for weights in classifier.net.parameters():
+                weights.add_(move * weights.std(correction=0) * torch.randn(weights.shape, generator=generator))
+        path = tmp_path / "nets" / f"{name}.safetensors"
+        models.save(classifier, path, {"excluded": list(excluded)})
+        return path
+
+    return save
+
+
+@pytest.fixture
+def unlearned(script, few_digits, monkeypatch):
+    """Call main_unlearn.py with a result folder; returns its records by method and step, and what it printed."""
+    monkeypatch.setattr(relearn, "MOST_STEPS", 6)
+
+    def call(folder, *arguments):
+        code, out, err = script(main_unlearn.main, "--result-dir", folder, *FAST, *arguments)
+        assert code == 0, err
+        records = [json.loads(path.read_text()) for path in folder.glob("runs/*.json")]
+        return {(record["method"], record["continual_step"]): record for record in records}, out
+
+    return call
+
+
+def test_of_the_retrained_net_itself_every_gap_is_none(unlearned, net, tmp_path):
+    same = net("the_same", 0.0)  # another file with the classifier's weights
+    groups = ["--evaluate", "retrained", "relearn", "duplicates", "rmia", "distance"]
+    records, _ = unlearned(tmp_path, *RUN, *groups, "--retrained", same, "--references", same, same)
+    record, unlike = records["before", None], records["distill", None]
+    assert [record[name] for name in GAPS] == [0] * 5
+    assert (record["metric_tow"], record["metric_distance_retrained"]) == (1, 0)
+    assert (record["metric_js_forget"], record["metric_js_test"]) == pytest.approx((0, 0))
+    assert (record["metric_cka_forget"], record["metric_cka_test"]) == pytest.approx((1, 1))
+    assert (record["metric_relearn_steps"], record["metric_relearn_steps_retrained"]) == (0, 0)
+    assert record["retrained_sha256"] == models.load("resnet20", 10, same).sha256
+    assert 50 <= record["metric_rmia_auc"] <= 100
+    assert 0 < unlike["metric_tow"] < 1
+    assert 0 < unlike["metric_js_test"] < 1
+    assert unlike["metric_distance_retrained"] == unlike["metric_distance"] > 0
+    assert unlike["metric_gap_test"] == pytest.approx(abs(unlike["acc_test"] - record["acc_test"]))
+    assert unlike["metric_average_gap"] == pytest.approx(sum(unlike[name] for name in GAPS[:4]) / 4)
+    assert unlike["metric_near_duplicates"] == record["metric_near_duplicates"] >= 0
+
+
+def test_what_is_added_to_runs_on_record_is_as_if_evaluated_at_once(unlearned, net, few_digits, tmp_path, monkeypatch):
+    other, references = net("moved", 0.15), [net("a", 0.1), net("bc", 0.1)]
+    asked = ["--evaluate", "membership", "distance", "retrained", "rmia", "relearn", "duplicates"]
+    asked += ["--retrained", other, "--references", *references]
+    kept = [*RUN, "--save-model"]
+    measured, true_predict = [], measurement.Measuring.predict
+    monkeypatch.setattr(
+        measurement.Measuring, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
+    )
+    at_once, _ = unlearned(tmp_path / "first", *kept, *asked)
+    assert sorted(measured) == ["measure after", "measure before", "measure retrained"]  # no net twice
+    plain, _ = unlearned(tmp_path / "second", *kept)
+    monkeypatch.setattr(unlearn, "unlearn", None)
+    assert (
+        "0 runs to do, 0 done, 2 done but to be measured again"
+        in unlearned(tmp_path / "second", *kept, *asked, "--dry-run")[1]
+    )
+    later, _ = unlearned(tmp_path / "second", *kept, *asked)
+    for key, record in later.items():
+        assert record.items() >= plain[key].items()
+        added = {name: value for name, value in record.items() if name not in plain[key]}
+        assert added == {name: at_once[key][name] for name in added}
+        assert at_once[key].keys() == record.keys()
+    assert "0 runs to do, 2 done\n" in unlearned(tmp_path / "second", *kept, *asked)[1]
+    known = models.load("resnet20", 10, other)
+    called = evaluate.predict(known, few_digits.test.images)
+    accuracy = evaluate.accuracy(called, few_digits.test.labels)
+    for record in later.values():
+        assert record["metric_gap_test"] == pytest.approx(abs(record["acc_test"] - accuracy))
+
+
+def test_against_another_retrained_net_is_measured_again_and_what_was_of_the_first_is_gone(unlearned, net, tmp_path):
+    first, second = net("one", 0.1), net("other", 0.2)
+    arguments = ["--unlearn-k", 6, "--method", "before", "--evaluate"]
+    unlearned(tmp_path, *arguments, "retrained", "distance", "--retrained", first)
+    found, out = unlearned(tmp_path, *arguments, "relearn", "--retrained", second)
+    assert "0 runs to do, 0 done, 1 done but to be measured again" in out
+    record = found["before", None]
+    assert record["retrained_sha256"] == models.load("resnet20", 10, second).sha256
+    assert not any(name in record for name in (*GAPS, "metric_tow", "metric_js_test"))
+    assert record["metric_distance"] == 0
+    assert record["metric_relearn_steps_retrained"] >= 0
+    assert "0 runs to do, 1 done\n" in unlearned(tmp_path, *arguments, "relearn")[1]  # no net is asked for
+    again, out = unlearned(tmp_path, *arguments, "retrained", "--retrained", second)
+    assert "measured again" in out
+    assert again["before", None].items() >= record.items()
+
+
+def test_steps_of_a_continual_run_and_runs_that_diverged_are_measured_alone_too(unlearned, tmp_path, monkeypatch):
+    steps = ["--continual-step", 3, *RUN]
+    lost = ["--unlearn-k", 6, "--method", "distill", "--distill-lr", 1e30]
+    plain, _ = unlearned(tmp_path / "steps", *steps)
+    unlearned(tmp_path / "lost", *lost)
+    monkeypatch.setattr(unlearn, "unlearn", None)
+    later, out = unlearned(tmp_path / "steps", *steps, "--evaluate", "distance")
+    assert "0 runs to do, 0 done, 4 done but" in out
+    assert 0 < later["distill", 1]["metric_distance"] < later["distill", 2]["metric_distance"]
+    assert all(record.items() >= plain[key].items() for key, record in later.items())
+    (record,) = unlearned(tmp_path / "lost", *lost, "--evaluate", "distance", "relearn")[0].values()
+    assert (record["status"], record["metric_distance"], record["metric_relearn_steps"]) == ("diverged", None, None)
+
+
+def test_a_kept_net_that_is_not_the_one_on_record_is_not_measured_for_it(unlearned, net, tmp_path):
+    arguments = ["--unlearn-k", 6, "--method", "distill"]
+    unlearned(tmp_path, *arguments, "--save-model")
+    (kept,) = (tmp_path / "models").iterdir()
+    net("another", 3.0).rename(kept)
+    with pytest.raises(AssertionError, match="is not the net of .*; do the run again with --rerun --save-model"):
+        unlearned(tmp_path, *arguments, "--evaluate", "distance")
+
+
+def test_nets_that_cannot_be_measured_against_are_refused_in_a_sentence(script, few_digits, net, tmp_path):
+    def refused(*arguments):
+        code, out, err = script(main_unlearn.main, "--result-dir", tmp_path, *FAST, "--method", "before", *arguments)
+        assert (code, out) == (2, "")
+        return err
+
+    gone = forget_set.choose_forget(40, 2, 0).tolist()
+    some = net("some", 0.1, gone[:1])
+    told = refused("--evaluate", "retrained", "--retrained", some)
+    assert f"was trained on 1 of the 2 images of D_f (k 2, seed 0), such as image {gone[1]}" in told
+    assert "was trained on 1 of the 2" in refused("--evaluate", "rmia", "--references", net("all", 0.1), some)
+    assert "is the classifier itself" in refused("--evaluate", "retrained", "--retrained", CHECKPOINT)
+    assert "there is no nowhere" in refused("--evaluate", "retrained", "--retrained", "nowhere")
+    assert "name with --references the weights" in refused("--evaluate", "rmia", "--references", "nowhere")
+    small = tmp_path / "small.safetensors"
+    models.save(models.build("resnet32", 10), small, {})
+    assert "does not fit resnet20 of 10 classes" in refused("--evaluate", "retrained", "--retrained", small)
+    trained_here = tmp_path / "whole.safetensors"
+    models.save(models.load("resnet20", 10, CHECKPOINT), trained_here, {"epochs": 3})
+    assert "was trained on 2 of the 2" in refused("--evaluate", "retrained", "--retrained", trained_here)
+    assert "not finite" in refused("--evaluate", "relearn", "--retrained", net("lost", float("nan")))
+    assert "by --retrained" in refused("--evaluate", "retrained")
+    assert "by --references" in refused("--evaluate", "membership", "rmia")
+    assert "add --evaluate rmia" in refused("--references", some)
+    told = refused("--evaluate", "distance", "--retrained", some)
+    assert "add --evaluate retrained or --evaluate relearn" in told

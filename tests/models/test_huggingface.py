@@ -1,0 +1,130 @@
+"""Hugging Face classifiers: their processor as layers, loaded and saved as transformers does."""
+
+import pytest
+from safetensors.torch import load_file, save_file
+import torch
+from torch import nn
+
+from l2ul.common.errors import InputError
+from l2ul.methods import distill
+from l2ul.unlearn import Settings, unlearn
+import models
+from models import huggingface
+
+PROCESSORS = {
+    "ViTImageProcessor": {"size": {"height": 48, "width": 32}, "image_mean": [0.5, 0.4, 0.3]},
+    "DeiTImageProcessor": {},
+    "CLIPImageProcessor": {"size": {"shortest_edge": 64}, "crop_size": {"height": 48, "width": 48}},
+    "ConvNextImageProcessor": {"size": {"shortest_edge": 64}, "crop_pct": 0.875},
+    "MobileNetV2ImageProcessor": {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}},
+    "BitImageProcessor": {"do_normalize": False},
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_hugging_face_layers_equal_its_processor(tmp_path, kind):
+    import transformers
+
+    getattr(transformers, kind)(**PROCESSORS[kind]).save_pretrained(tmp_path)
+    image = torch.randint(0, 256, (1, 3, 20, 30), generator=torch.Generator().manual_seed(0)).float()
+    image = torch.nn.functional.interpolate(image, size=(120, 90), mode="bilinear").to(torch.uint8)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    expected = processor(image[0], return_tensors="pt")["pixel_values"]
+    layers = huggingface._preprocess(f"hf:{tmp_path}")
+    found = layers(image / 255)
+    assert found.shape == expected.shape
+    levels = (found - expected).abs() * layers[-1].std * 255  # 8-bit levels: the processor rounds in each of two passes
+    assert levels.max() < 2
+    assert levels.mean() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["MobileViTImageProcessor", "LevitImageProcessor", "PerceiverImageProcessor"])
+def test_a_processor_with_steps_of_its_own_is_refused(tmp_path, kind):
+    import transformers
+
+    getattr(transformers, kind)().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"{kind}.* does more than resize, centre crop and normalise"):
+        huggingface._preprocess(f"hf:{tmp_path}")
+
+
+def test_half_precision_files_are_loaded_in_single(vit_folder, tmp_path):
+    import transformers
+
+    transformers.AutoModelForImageClassification.from_pretrained(vit_folder).half().save_pretrained(tmp_path)
+    transformers.AutoImageProcessor.from_pretrained(vit_folder).save_pretrained(tmp_path)
+    assert {p.dtype for p in models.load(f"hf:{tmp_path}", 10).parameters()} == {torch.float32}
+
+
+def test_gradients_reach_the_pixels_of_the_data_set(vit_folder):
+    classifier = models.load(f"hf:{vit_folder}", 10)
+    pixels = torch.rand(2, 3, 32, 32, requires_grad=True)
+    classifier(pixels)[0, 0].backward()
+    assert pixels.grad[0].abs().max() > 0
+    assert pixels.grad[1].abs().max() == 0
+
+
+def test_hugging_face_model_is_saved_for_plain_transformers_code(vit_folder, tmp_path):
+    import transformers
+
+    classifier = models.load(f"hf:{vit_folder}", 10)
+    with torch.no_grad():
+        classifier.net.classifier.bias += 1.0
+    models.save(classifier, tmp_path / "unlearned", {"k": 1})
+    net = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "unlearned").eval()
+    transformers.AutoImageProcessor.from_pretrained(tmp_path / "unlearned")
+    pixels = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(net(classifier.preprocess(pixels)).logits, classifier(pixels), atol=1e-6)
+    assert torch.allclose(models.load(f"hf:{tmp_path / 'unlearned'}", 10)(pixels), classifier(pixels), atol=1e-6)
+    assert models.build(f"hf:{vit_folder}", 3)(pixels).shape == (2, 3)
+
+
+def test_bad_hugging_face_folders(vit_folder, tmp_path):
+    with pytest.raises(InputError, match="tells 10 classes apart, the data set has 7"):
+        models.load(f"hf:{vit_folder}", 7)
+    with pytest.raises(InputError, match="cannot load hf:.*expected what save_pretrained writes"):
+        models.load(f"hf:{tmp_path}", 10)
+    (tmp_path / "config.json").write_text((vit_folder / "config.json").read_text())
+    state = load_file(vit_folder / "model.safetensors")
+    del state["classifier.weight"]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="lacks weights of its own net .classifier.weight"):
+        models.load(f"hf:{tmp_path}", 10)
+
+
+@pytest.mark.parametrize("resample", [2, 3])
+def test_gradients_equal_those_through_the_processors_own_resize(tmp_path, resample):
+    import transformers
+
+    size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    net = transformers.ViTForImageClassification(
+        transformers.ViTConfig(image_size=96, patch_size=16, num_labels=10, **size)
+    )
+    net.eval().save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 96, "width": 96}, resample=resample).save_pretrained(tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    # bicubic overshoots at hard edges: there pixels are clamped here, as they are where the processor gets 8 bits
+    images = 0.4 + 0.2 * torch.rand(2, 3, 32, 32)
+
+    def gradient(logits_of):
+        pixels = images.clone().requires_grad_()
+        (found,) = torch.autograd.grad(logits_of(pixels).logsumexp(1).sum(), pixels)
+        return found
+
+    ours = gradient(models.load(f"hf:{tmp_path}", 10))
+    theirs = gradient(lambda x: net(processor(x, return_tensors="pt", do_rescale=False)["pixel_values"]).logits)
+    assert theirs.abs().max() > 0
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_distill_keeps_what_the_layers_of_a_vit_are_given(vit_folder):
+    model = models.load(f"hf:{vit_folder}", 10)
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        labels = model(images).argmax(1)
+    teacher = distill.Teacher(model, images)
+    weighted = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    assert len(teacher.layers) == len(weighted) - 1 == 2 * 6 + 1  # of each block six; the classifier; not the patches
+    assert [gap.item() for gap in teacher.gaps(model, images)] == pytest.approx([0.0, 0.0], abs=1e-6)
+    outcome = unlearn(model, images, labels, "distill", settings=Settings(distill_steps=10, distill_mixes=4))
+    assert outcome.status == "forgotten"

@@ -1,0 +1,297 @@
+"""Figures show what the records, predictions and nets say; what is missing is told, and stops no other."""
+
+import json
+from pathlib import Path
+
+from conftest import CLASSES, ROOT
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from l2ul import attack
+from l2ul.cli import options
+from l2ul.common import activations
+from l2ul.common.errors import InputError
+from l2ul.data import images as image_sets
+from l2ul.metrics import features
+from l2ul.reporting import collect, figure_data, figures
+from l2ul.reporting import figure_set as main_figures
+from l2ul.reporting import rows as variants
+import models
+
+REFERENCE = ROOT / "result_data" / "reference" / "digits"
+DEVICE = ["--device", "cpu", "--figure-samples", "15"]
+
+
+def draw(folders, output, *words):
+    parser = options.Parser("figures")
+    main_figures.add_flags(parser)
+    found = collect.read(folders)[0]
+    found = [record | {"_path": Path(record["forget_file"]).with_suffix(".json")} for record in found]
+    return main_figures.draw(parser.parse_args([str(word) for word in words]), found, output)
+
+
+def some_runs(**changes):
+    """Records as `variants` has named them: neggrad, adv and adv_imp, k 16 and 64, two seeds, then changed copies."""
+    template = {
+        "dataset": "cifar10",
+        "model": "resnet20",
+        "goal": "misclassify",
+        "continual_step": None,
+        "status": "forgotten",
+        "needs_retain": False,
+        "acc_retain_before": 99.0,
+        "acc_test_before": 90.0,
+        "unlearn_lr": 1e-3,
+        "num_adv_images": None,
+        "pgd_eps": None,
+        "reg_lamb": None,
+    }
+    runs = []
+    for method in ("before", "neggrad", "adv", "adv_imp"):
+        for k in (16, 64):
+            for seed in (0, 1):
+                run = template | {"method": method, "k": k, "seed": seed}
+                run |= {"acc_retain": 50.0 + 4 * seed, "acc_test": 40.0 + 2 * seed + k / 16}
+                if method.startswith("adv"):
+                    run |= {"num_adv_images": 20, "pgd_eps": 4.0}
+                runs.append(run | ({"reg_lamb": 1.0} if method == "adv_imp" else {}))
+    runs += [run | change for run in runs if run["method"] == "adv_imp" for change in changes.get("copies", ())]
+    named = [figure_data.plain(run | {"_path": f"{place}.json"}) for place, run in enumerate(runs)]
+    return variants.blocks(named)[0].records
+
+
+# features
+
+
+def closed_form(x, y):
+    """Kornblith et al. 2019: ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖) of centred features."""
+    x, y = (part - part.mean(0) for part in (x.double(), y.double()))
+    return float((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()))
+
+
+def test_cka_is_the_closed_form_and_blind_to_rotation_and_scale():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 7, generator=generator), torch.randn(30, 50, generator=generator)
+    value = features.cka(features.gram(x), features.gram(y))
+    assert value == pytest.approx(closed_form(x, y), rel=1e-9)
+    assert 0 < value < 1
+    turn = torch.linalg.qr(torch.randn(7, 7, generator=generator)).Q
+    assert features.cka(features.gram(3 * x @ turn + 5), features.gram(y)) == pytest.approx(value, rel=1e-4)
+    assert features.cka(features.gram(x), features.gram(x)) == pytest.approx(1)
+    assert np.isnan(features.cka(features.gram(torch.ones(30, 2)), features.gram(y)))
+
+
+def test_layers_are_those_that_run_in_the_order_they_run():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.unused, self.first = nn.Linear(4 * 36, 5), nn.Linear(3, 3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.head(torch.relu_(self.first(x)).flatten(1))
+
+    net, images = Net(), torch.rand(6, 3, 8, 8)
+    assert activations.layers(net, images) == {"first": 4 * 36, "head": 5}
+    grams = features.layer_grams(net, images, batch_size=4)
+    with torch.no_grad():  # as it is before the activation overwrites it
+        before = net.first(images)
+    assert (before < 0).any()
+    assert torch.allclose(grams["first"], features.gram(before.flatten(1)), rtol=1e-4)
+    assert not net.first._forward_hooks
+    assert net.training
+
+
+def test_layers_in_groups_give_the_same_and_large_outputs_are_averaged(trained, monkeypatch):
+    model, images, _ = trained
+    whole = features.layer_grams(model, images)
+    monkeypatch.setattr(features, "MEMORY", 1)  # a pass for each layer
+    alone = features.layer_grams(model, images, batch_size=7)
+    assert list(whole) == list(alone) == ["features.0", "features.3", "head"]
+    assert all(torch.allclose(whole[name], alone[name], rtol=1e-3, atol=1e-3) for name in whole)
+    monkeypatch.setattr("l2ul.common.activations.LARGEST", 300)
+    assert activations.layers(model, images) == {"features.0": 8, "features.3": 256, "head": CLASSES}
+    tokens = torch.arange(24.0).view(2, 3, 4)
+    monkeypatch.setattr("l2ul.common.activations.LARGEST", 8)
+    assert torch.equal(activations._flat(tokens), tokens.mean(1))
+
+
+def test_similarity_with_itself_is_one_and_counts_every_layer(trained):
+    model, images, _ = trained
+    table = features.similarity(model, [("adv", model)], {"forget": images[:4], "test": images[4:]})
+    assert table["cka"].to_numpy() == pytest.approx(1)
+    assert table[["split", "images", "position"]].drop_duplicates().shape[0] == 6
+
+
+def test_last_features_are_what_the_classifying_layer_sees(trained):
+    model, images, _ = trained
+    found = features.last_features(model, images, batch_size=16)
+    with torch.no_grad():
+        assert torch.allclose(found, model.features(image_sets.as_pixels(images)), atol=1e-5)
+        without = nn.Sequential(nn.Conv2d(3, 5, 8), nn.Flatten())
+        assert torch.allclose(features.last_features(without, images), without(image_sets.as_pixels(images)), atol=1e-5)
+    assert np.array_equal(features.tsne(found, 3), features.tsne(found, 3))
+
+
+# tables
+
+
+def test_accuracies_are_means_of_the_runs_that_forgot():
+    runs = some_runs()
+    next(run for run in runs if (run["method"], run["k"], run["seed"]) == ("adv", 64, 1))["status"] = "cap"
+    next(run for run in runs if (run["method"], run["k"], run["seed"]) == ("neggrad", 64, 1)).update(
+        status="diverged", acc_retain=None, acc_test=None
+    )
+    table = figure_data.accuracies(runs).set_index(["method", "k", "capped"])
+    row = table.loc["adv_imp", 16, False]
+    assert (row["runs"], row["acc_retain"], row["acc_test"]) == (2, 52.0, 42.0)
+    assert row["acc_retain_std"] == pytest.approx(np.std([50, 54], ddof=1))
+    assert table.loc["adv", 64, True]["acc_test"] == 46.0
+    assert table.loc["adv", 64, False]["acc_test"] == 44.0
+    assert table.loc["neggrad", 64, False]["runs"] == 1
+    assert table.xs("before", level="method")["acc_retain"].tolist() == [99.0]
+
+
+def test_a_sweep_is_found_and_does_not_mix_into_the_accuracies():
+    runs = some_runs(copies=({"pgd_eps": 1.0, "acc_test": 10.0}, {"reg_lamb": 0.0}, {"pgd_eps": 2.0, "reg_lamb": 9.0}))
+    assert {run["pgd_eps"] for run in figure_data.usual(runs)} == {None, 4.0}
+    table = figure_data.ablations(runs)
+    swept = {name: sorted(set(rows["value"].dropna())) for name, rows in table.groupby("setting")}
+    assert swept == {"pgd_eps": [1.0, 4.0], "reg_lamb": [0.0, 1.0]}
+    assert set(table["k"]) == {64}
+    assert set(table["method"]) == {"adv_imp", "before"}
+    eps = table[(table["setting"] == "pgd_eps") & (table["value"] == 1.0)].iloc[0]
+    assert (eps["runs"], eps["acc_test"]) == (2, 10.0)
+    assert set(figure_data.ablations(runs, k=16)["k"]) == {16}
+    with pytest.raises(InputError, match="--pgd-eps"):
+        figure_data.ablations(some_runs())
+
+
+def test_runs_of_one_forget_set_are_of_the_largest_k_and_the_methods_that_matter_most():
+    runs = [run for run in some_runs() if run["method"] != "before"]
+    found = figure_data.on_one_forget_set(runs)
+    assert [(run["method"], run["k"], run["seed"]) for run in found] == [
+        (m, 64, 0) for m in ("neggrad", "adv", "adv_imp")
+    ]
+    assert [run["method"] for run in figure_data.on_one_forget_set(runs, 2)] == ["adv", "adv_imp"]
+    runs = [run | ({"forget_sha256": "another"} if run["method"] == "adv_imp" else {}) for run in runs]
+    assert [run["method"] for run in figure_data.on_one_forget_set(runs)] == ["neggrad", "adv"]
+
+
+def test_matrices_count_images_and_put_rare_classes_together():
+    small = figure_data.crossings(np.array([0, 2]), {"adv": np.array([1, 1]), "t": np.array([1, 2, 0, 1])}, list("abc"))
+    assert small["adv"].to_numpy().tolist() == [[0, 1, 0], [0, 0, 0], [0, 1, 0]]
+    assert small["t"].to_numpy().tolist() == [[0, 1, 1], [0, 0, 0], [1, 1, 0]]
+    names = [str(number) for number in range(100)]
+    large = figure_data.crossings(np.arange(60), {"adv": np.arange(60) // 2 + 70}, names)["adv"]
+    assert large.shape == (21, 21)
+    assert large.columns[-1] == large.index[-1] == figure_data.OTHER
+    assert large.to_numpy().sum() == 60
+    few = figure_data.crossings(np.array([5, 7]), {"adv": np.array([8, 9])}, names)["adv"]
+    assert (list(few.index), list(few.columns)) == (["5", "7"], ["8", "9"])
+    assert figure_data.counts({"adv": few}).query("count > 0")[["label", "called"]].to_numpy().tolist() == [
+        ["5", "8"],
+        ["7", "9"],
+    ]
+    assert figure_data.told_apart(np.array([5, 8]), np.array([5, 5, 7]), names).tolist() == ["5", ""]
+
+
+# drawing
+
+
+def test_a_figure_is_saved_alike_each_time_and_leaves_matplotlib_as_it_was(tmp_path):
+    before = dict(matplotlib.rcParams)
+    runs = some_runs(copies=({"reg_lamb": 0.0, "status": "cap"},))
+    for folder in ("one", "two"):
+        table = figure_data.ablations(runs)
+        made = figures.save(figures.ablations(table, "title"), table, tmp_path / folder / "net.v2")
+    assert [path.name for path in made] == ["net.v2.png", "net.v2.pdf", "net.v2.csv"]
+    for path in made:
+        assert path.read_bytes() == (tmp_path / "one" / path.name).read_bytes()
+    assert dict(matplotlib.rcParams) == before
+    assert pd.read_csv(made[2])["acc_test"].to_numpy() == pytest.approx(table["acc_test"].to_numpy())
+
+
+def test_lines_show_means_and_open_markers_what_hit_the_cap():
+    table = figure_data.accuracies([run | ({"status": "cap"} if run["k"] == 64 else {}) for run in some_runs()])
+    left, right = figures.accuracy_against_k(table, "title").axes
+    open_ones = [line for line in right.lines if line.get_markerfacecolor() == "white"]
+    assert [line.get_ydata().tolist() for line in open_ones] == [[45.0]] * 3
+    assert [line.get_text() for line in left.get_xticklabels()] == ["16", "64"]
+    one = figure_data.accuracies([run for run in some_runs() if run["k"] == 16])
+    lines = figures.accuracy_against_k(one, "title").axes[0].lines[1:]  # after that of the net before
+    places = {float(x) for line in lines for x in line.get_xdata()}
+    assert len(places) == 3  # beside one another
+    assert np.log2(sorted(places)).mean() == pytest.approx(4)
+    looks = {(line.get_color(), line.get_marker()) for line in open_ones}
+    assert len(looks) == 3
+
+
+def test_the_whole_command_from_runs_to_figures(run, few_digits, tmp_path, capsys):
+    code, _, err = run("--save-model", "--method", "before", "neggrad", "adv", "--pgd-eps", 1)
+    assert code == 0, err
+    made = draw([tmp_path], tmp_path / "pictures", "--figures", *DEVICE)
+    assert {path.name for path in made} == {
+        f"digits_resnet20_{number}_{main_figures.FIGURES[number][0]}.{kind}"
+        for number in (1, 2, 3, 4, 5)
+        for kind in ("png", "pdf", "csv")
+    }
+    assert all(path.stat().st_size for path in made)
+    assert "figure 6 was left out: no records differ in one setting alone" in capsys.readouterr().out
+    numbers = {
+        path.name.split("_")[2]: pd.read_csv(path, dtype={"class": str}) for path in made if path.suffix == ".csv"
+    }
+    check_numbers(numbers, few_digits, tmp_path)
+
+
+def check_numbers(numbers, digits, folder):
+    forget = torch.tensor([int(n) for n in next((folder / "runs").glob("*.txt")).read_text().split()])
+    labels = digits.train.labels[forget]
+    net = models.load("resnet20", 10, ROOT / "data/weights/digits_resnet20.safetensors")
+    settings = {"num_adv_images": 3, "eps": 1.0, "alpha": 0.4, "steps": 2, "seed": 0}
+    examples, targets = attack.adversarial_set(net, digits.train.images[forget], labels, 10, **settings)
+    assert numbers["2"]["index"].tolist() == forget.repeat_interleave(3).tolist()
+    assert numbers["2"]["target"].tolist() == targets.tolist()
+    owners = image_sets.as_pixels(digits.train.images[forget]).repeat_interleave(3, 0)
+    assert numbers["2"]["norm"].to_numpy() == pytest.approx((examples - owners).flatten(1).norm(dim=1), rel=1e-4)
+    totals = numbers["3"].groupby("panel")["count"].sum().to_dict()
+    assert totals == {"called after neggrad": 2, "called after adv": 2, "adversarial targets": 6}
+    assert numbers["4"].groupby(["method", "split"]).size().tolist() == [20] * 6
+    assert numbers["4"]["cka"].between(0, 1.0001).all()
+    assert numbers["5"].groupby("panel", sort=False).size().to_dict() == {"before": 17, "neggrad": 17, "adv": 17}
+    stars = numbers["5"][(numbers["5"]["panel"] == "adv") & (numbers["5"]["split"] == "forget")]
+    assert stars["class"].tolist() == [str(label) for label in labels.tolist()]
+
+
+def test_what_is_missing_is_told_and_stops_no_other(tmp_path, few_digits, capsys):
+    made = draw([REFERENCE], tmp_path, "--figures", *DEVICE, "--checkpoint", "none.safetensors")
+    assert {path.name.split("_")[2] for path in made} == {"1", "3"}  # of the few digits there are not enough images
+    told = capsys.readouterr().out
+    assert "figure 4 was left out: no saved nets beside the records; run main_unlearn.py with --save-model" in told
+    assert "figure 2 was left out: digits has 40 training images, the records were made with 1438" in told
+    assert "figure 3 has no targets" in told
+    assert draw([REFERENCE], tmp_path, *DEVICE) == []  # --figures was not given
+    draw([REFERENCE], tmp_path, "--figures", 3, "--figure-k", 99, "--figure-method", "adv")
+    assert "figure 3 was left out: no predictions beside the records of k 99, adv;" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_the_records_are_refused(run, tmp_path, capsys):
+    run("--save-model", "--method", "neggrad")
+    for path in (tmp_path / "runs").glob("*.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"checkpoint_sha256": "0" * 64}))
+    file = ROOT / "data/weights/digits_resnet20.safetensors"
+    assert draw([tmp_path], tmp_path, "--figures", 5, *DEVICE, "--checkpoint", file) == []
+    assert "is not what the runs began with (sha256 000000000000…)" in capsys.readouterr().out
+
+
+def test_runs_of_a_continual_deletion_are_left_out(tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    for place, path in enumerate((REFERENCE / "runs").glob("*.json")):
+        record = json.loads(path.read_text())
+        (folder / f"{place}.json").write_text(json.dumps(record | {"continual_step": 1, "continual_size": 8}))
+    assert draw([tmp_path], tmp_path, "--figures", *DEVICE) == []

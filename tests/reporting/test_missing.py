@@ -1,0 +1,192 @@
+"""What tables lack: runs without a record and the commands that fill them, damaged files, bad input."""
+
+import json
+import re
+import shlex
+
+import pytest
+import tabled
+from tabled import RECORD, cells
+
+from l2ul.reporting import collect
+import main_tables
+import main_unlearn
+
+folder, tables = tabled.folder, tabled.tables  # fixtures
+
+
+def test_what_is_missing_is_listed_with_a_command(folder, tables):
+    folder(
+        {"checkpoint": "resnet20.th", "bn": "eval"},
+        {"seed": 1, "bn": "eval"},
+        {"k": 64, "bn": "eval"},
+        {"method": "adv_imp", "bn": "eval"},
+        {"method": "adv_imp", "bn": "eval", "seed": 1},
+    )
+    markdown = tables()
+    assert "- cifar10, resnet20, goal misclassify, k = 64: `adv` seed 1; `adv_imp` seed 0 1\n" in markdown
+    lines = markdown.split("```bash\n")[1].split("\n```")[0].splitlines()
+    assert len(lines) == 2  # seed 0 lacks one method, seed 1 both
+    assert all("--model resnet20 --checkpoint resnet20.th --bn eval" in line for line in lines)
+    assert lines[0].endswith("--unlearn-k 64 --seed 1 --method adv adv_imp")
+    assert lines[1].endswith("--unlearn-k 64 --seed 0 --method adv_imp")
+
+
+def test_without_a_file_name_the_weights_are_told_by_their_hash(folder, tables):
+    folder({})
+    markdown = tables("--seed", 0, 1)
+    assert "--checkpoint FILE" in markdown
+    assert "`FILE`: the file of weights of resnet20 whose sha256 begins with 12fca82f0beb." in markdown
+
+
+def planned(script, line: str) -> set[str]:
+    words = shlex.split(line)
+    assert words[:2] == ["python", "main_unlearn.py"]
+    code, out, err = script(main_unlearn.main, *words[2:], "--dry-run")
+    assert (code, err) == (0, "")
+    assert "done " not in out.split("\n", 1)[1]
+    return {text.split()[2] for text in out.splitlines() if text.startswith("to do")}
+
+
+@pytest.mark.parametrize(("goal", "method"), [("misclassify", "neggrad"), ("relabel", "correct")])
+def test_commands_plan_exactly_the_missing_runs(run, script, tables, tmp_path, goal, method):
+    base = ["--goal", goal, "--method", "before", method, "--seed", 0, 1]
+    assert run(*base, "--bn", "eval")[0] == 0
+    assert run(*base[:-1], "--bn", "eval", "--unlearn-k", 3)[0] == 0
+    there = {path: json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")}
+    gone = {(2, "before", 1), (2, method, 0)}
+    expected = {path for path, record in there.items() if (record["k"], record["method"], record["seed"]) in gone}
+    for path in expected:
+        path.unlink()
+    lines = tables("--unlearn-k", 2).split("```bash\n")[1].split("\n```")[0].splitlines()
+    assert set().union(*(planned(script, line) for line in lines)) == {path.stem for path in expected}
+
+
+def test_settings_of_a_method_of_fixed_length_are_rows_and_flags(run, script, tables, tmp_path):
+    net = ["--method", "boundary_shrink", "jit", "--course", "copies=2"]
+    assert run(*net, "epochs=1", "--seed", 0, 1)[0] == 0
+    assert run(*net, "epochs=2", "--seed", 0)[0] == 0
+    theirs = [json.loads(path.read_text())["course"] for path in (tmp_path / "runs").glob("*.json")]
+    assert theirs.count("augment=1 batch=64 bound=0.1 epochs=1 lr=1e-05") == 2
+    markdown = tables("--seed", 0, 1, 2)
+    assert cells(markdown, "boundary_shrink") != cells(markdown, "boundary_shrink (epochs=2)")
+    assert cells(markdown, "jit")[0]
+    lines = markdown.split("```bash\n")[1].split("\n```")[0].splitlines()
+    assert sorted(shlex.split(line)[shlex.split(line).index("--course") + 1] for line in lines) == [
+        "copies=2",
+        "epochs=1",
+    ]
+    assert all(len(planned(script, line)) == 1 for line in lines)
+
+
+def test_commands_for_what_was_asked_for_and_never_run(run, script, tables, tmp_path):
+    assert run("--method", "neggrad", "adv")[0] == 0
+    markdown = tables("--method", "adv", "adv_imp", "--unlearn-k", 2, 4, "--seed", 0)
+    lines = markdown.split("```bash\n")[1].split("\n```")[0].splitlines()
+    found = set().union(*(planned(script, line) for line in lines))
+    assert run("--method", "adv", "adv_imp", "--unlearn-k", 2, 4)[0] == 0
+    records_there = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")}
+    made = {(records_there[name]["k"], records_there[name]["method"]) for name in found}
+    assert made == {(2, "adv_imp"), (4, "adv"), (4, "adv_imp")}
+    assert "## Missing" not in tables("--method", "adv", "adv_imp", "--unlearn-k", 2, 4, "--seed", 0)
+
+
+def test_a_listed_forget_set_is_told_from_a_chosen_one(run, script, tables, tmp_path):
+    file = tmp_path / "forget.txt"
+    file.write_text("3\n1\n")
+    assert run("--method", "neggrad", "--seed", 0)[0] == 0
+    assert run("--method", "neggrad", "before", "--forget-file", file, "--seed", 0)[0] == 0
+    assert "neggrad (D_f by seed)" in tables()
+    markdown = tables("--method", "before", "--seed", 0, 1)
+    line = markdown.split("```bash\n")[1].split("\n```")[0]
+    assert "--forget-file" in line
+    assert len(planned(script, line)) == 1
+
+
+DAMAGED = {
+    "cut.json": ('{"method": "adv"', "is not JSON"),
+    "bytes.json": (b"\xff\x00", "is not JSON"),
+    "deep.json": ("[" * 100000, "is not JSON"),
+    "list.json": ("[1]", "is not a record"),
+    "empty.json": ("{}", "it lacks dataset, model, checkpoint_sha256 and more"),
+    "status.json": ({"status": "fine"}, "status is 'fine'; expected one of forgotten"),
+    "nan.json": ({"acc_test": float("nan")}, "holds NaN"),
+    "huge.json": (json.dumps(RECORD).replace("70.0", "1e999"), "acc_test is inf"),
+    "text.json": ({"acc_test": "good"}, "acc_test is 'good'; expected percent or null"),
+    "null.json": ({"acc_test": None}, "acc_test is null though status is forgotten"),
+    "k.json": ({"k": "2"}, "k is '2'; expected a whole number"),
+    "name.json": ({"method": None}, "method is None; expected text"),
+    "goal.json": ({"goal": "retain"}, "goal is 'retain'"),
+    "step.json": ({"continual_step": 0}, "continual_step is 0"),
+    "nested.json": ({"pgd_eps": [4.0]}, "pgd_eps holds several values; expected one"),
+    "twin.json": ({"seconds_unlearn": 9.0}, "the same run as"),
+}
+
+
+def test_every_damaged_file_is_named_with_the_reason(folder, tables, tmp_path):
+    runs = folder({}, {"seed": 1}) / "runs"
+    for name, (content, _) in DAMAGED.items():
+        content = json.dumps(RECORD | content) if isinstance(content, dict) else content
+        (runs / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (runs / "folder.json").mkdir()
+    markdown = tables()
+    assert cells(markdown, "adv")[2] == "**70.00 ± 0.00**"
+    problems = markdown.split("## Problems")[1].splitlines()
+    for name, (_, reason) in DAMAGED.items():
+        assert any(f"/{name}: " in line and reason in line for line in problems), name
+    assert any("/folder.json: cannot be read" in line for line in problems)
+    assert len([line for line in problems if line.startswith("- ")]) == len(DAMAGED) + 1
+
+
+def test_where_all_files_are_damaged_there_is_no_table(tmp_path, tables):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a.json").write_text("{")
+    assert tables().startswith("No table")
+
+
+def test_runs_of_subfolders_count_only_where_the_folder_has_none(folder):
+    place = folder({}, into="a/runs")
+    folder({"seed": 1}, into="b/runs")
+    assert [record["seed"] for record in collect.read([place])[0]] == [0, 1]
+    assert [record["seed"] for record in collect.read([place / "b", place / "a"])[0]] == [1, 0]
+    folder({"seed": 2})
+    assert [record["seed"] for record in collect.read([place])[0]] == [2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--method", "nothing"], "unknown method 'nothing'"),
+        (["--dataset", "cifar100"], "there is no record of data set 'cifar100'; expected one of cifar10"),
+        (["--unlearn_k", "0"], "'0' is not allowed"),
+        (["--result-dir", "nowhere"], "nowhere holds no runs"),
+    ],
+)
+def test_bad_input_is_one_sentence(folder, script, arguments, sentence):
+    code, out, err = script(main_tables.main, "--result-dir", folder({}), *arguments)
+    assert (code, out) == (2, "")
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_empty_folder_is_one_sentence(script, tmp_path):
+    (tmp_path / "runs").mkdir()
+    code, _, err = script(main_tables.main, "--result-dir", tmp_path)
+    assert code == 2
+    assert re.fullmatch(r"main_tables\.py: there is no record in \S+; make some with main_unlearn\.py\n", err)
+
+
+def test_commands_of_continual_runs_go_on_from_the_steps_that_are_there(run, script, tables, tmp_path):
+    steps = ["--continual-step", 1, "--method", "neggrad"]
+    assert run(*steps, "--unlearn-k", 2)[0] == 0
+    line = tables("--unlearn-k", 3, "--seed", 0).split("```bash\n")[1].split("\n```")[0]
+    assert "--continual-step 1 --" in line
+    code, out, _ = script(main_unlearn.main, *shlex.split(line)[2:], "--dry-run")
+    assert code == 0
+    assert [text.split()[0] for text in out.splitlines()[1:]] == ["done", "done", "to"]
+
+
+def test_figures_are_drawn_beside_the_tables(folder, tables, tmp_path):
+    folder({}, {"method": "adv_imp"})
+    tables("--figures", 1)
+    assert (tmp_path / "tables" / "cifar10_resnet20_1_accuracy_against_k.png").is_file()

@@ -1,0 +1,212 @@
+"""Tables of records: means, marks, rows, published figures, and the three files."""
+
+import io
+import json
+import re
+
+from conftest import ROOT
+import pandas as pd
+import pytest
+import tabled
+from tabled import BEFORE, NONE, cells, csv
+
+from l2ul.reporting import published
+import main_tables
+
+folder, tables = tabled.folder, tabled.tables  # fixtures
+
+
+def test_mean_deviation_and_the_best_in_bold(folder, tables, tmp_path):
+    folder(
+        BEFORE,
+        {"acc_test": 72.0},
+        {"seed": 1, "acc_test": 74.0},
+        {"method": "neggrad", "acc_test": 50.0, "pgd_eps": None},
+        {"method": "neggrad", "seed": 1, "acc_test": 52.0, "pgd_eps": None, "acc_retain": 90.0},
+        {"method": "oracle", "needs_retain": True, "acc_test": 88.0, "acc_retain": 99.0},
+        {"method": "oracle", "needs_retain": True, "acc_test": 88.0, "acc_retain": 99.0, "seed": 1},
+    )
+    markdown = tables()
+    assert cells(markdown, "method") == ["cifar10, resnet20, k = 16", "", ""]
+    assert cells(markdown, "") == ["D_f", "D_r", "D_test"]
+    assert cells(markdown, "adv") == ["0.00 ± 0.00", "80.00 ± 0.00", "**73.00 ± 1.41**"]
+    assert cells(markdown, "neggrad") == ["0.00 ± 0.00", "**85.00 ± 7.07**", "51.00 ± 1.41"]
+    assert cells(markdown, "oracle")[2] == "88.00 ± 0.00"
+    assert cells(markdown, "before")[2] == "91.00 (n=1)"
+    assert "over 2 seeds unless it says another n" in markdown
+    assert "Trained on D_r, which the others do without: `oracle`" in markdown
+    rows = [line.split("|")[1].strip() for line in markdown.splitlines() if line.startswith("| ")][2:]
+    assert rows == ["before", "neggrad", "oracle", "adv"]  # as in the registry
+    row = csv(tmp_path).query("method == 'adv' and metric == 'acc_test'").iloc[0]
+    assert (row["mean"], round(row["std"], 4), row["n"], row["runs"], row["bold"]) == (73.0, 1.4142, 2, 2, True)
+    assert csv(tmp_path)["bold"].sum() == 2
+
+
+def test_runs_that_did_not_forget_are_marked_and_never_averaged_in(folder, tables, tmp_path):
+    diverged = {"status": "diverged"} | NONE
+    folder(
+        *({"seed": seed} for seed in range(3)),
+        {"k": 64, "acc_test": 72.0},
+        {"k": 64, "seed": 1, "acc_test": 10.0, "acc_forget": 50.0, "status": "cap"},
+        {"k": 64, "seed": 2} | diverged,
+        *({"k": 128, "seed": seed, "acc_forget": 40.0 + seed, "status": "cap"} for seed in range(3)),
+        *({"k": 256, "seed": seed} | diverged for seed in range(2)),
+        {"k": 256, "seed": 2, "status": "failed"} | NONE,
+    )
+    markdown = tables()
+    found = cells(markdown, "adv")
+    assert found[3] == "0.00 (1 of 3; 1 cap, 1 diverged)"
+    assert found[5] == "72.00 (1 of 3; 1 cap, 1 diverged)"
+    assert found[6] == "41.00 ± 1.00† (3 cap)"
+    assert found[9:] == ["diverged (2), failed (1)"] * 3
+    assert found[2] == "**70.00 ± 0.00**"
+    assert "**" not in "".join(found[3:])  # the best must have forgotten in every run
+    assert "stopped at the cap (max_passes = 1000)" in markdown
+    row = csv(tmp_path).query("k == 128 and metric == 'acc_forget'").iloc[0]
+    assert pd.isna(row["mean"])
+    assert (row["n"], row["runs"], row["cap"], row["mean_cap"]) == (0, 3, 3, 41.0)
+
+
+def test_other_settings_and_weights_are_rows_of_their_own(folder, tables):
+    folder(
+        {},
+        {"seed": 1},
+        {"acc_test": 20.0, "bn": "eval"},
+        {"acc_test": 30.0, "unlearn_lr": 1e-4, "pgd_eps": 2.0},
+        {"acc_test": 40.0, "checkpoint_sha256": "f" * 64},
+        BEFORE,
+        BEFORE | {"seed": 1},
+    )
+    markdown = tables()
+    assert cells(markdown, "adv")[2] == "**70.00 ± 0.00**"
+    assert cells(markdown, "adv (bn=eval)")[2] == "20.00 (n=1)"
+    assert cells(markdown, "adv (pgd_eps=2, unlearn_lr=0.0001)")[2] == "30.00 (n=1)"
+    assert cells(markdown, "adv (weights ffffffffffff)")[2] == "40.00 (n=1)"
+    assert "Rows with brackets" in markdown
+    assert "## Missing" not in markdown  # rows with brackets are extras
+
+
+def test_of_two_settings_as_common_the_default_is_the_plain_row(folder, tables):
+    folder({"bn": "eval", "acc_test": 20.0}, {})
+    assert cells(tables(), "adv (bn=eval)")[2] == "20.00"
+
+
+def test_two_runs_of_a_seed_are_not_two_seeds(folder, tables):
+    folder({"forget_sha256": "a" * 64}, {"forget_sha256": "b" * 64, "acc_test": 60.0})
+    markdown = tables()
+    assert cells(markdown, "adv (D_f aaaaaaaaaaaa)")[2] == "**70.00**"
+    assert cells(markdown, "adv (D_f bbbbbbbbbbbb)")[2] == "60.00"
+
+
+def test_published_figures_stand_below_ours_with_their_source(folder, tables, tmp_path):
+    at = {"model": "resnet18", "k": 256, "acc_test": 46.0}
+    folder(at | {"method": "adv_imp"}, at, at | {"k": 16})
+    markdown = tables()
+    lines = [line.split("|")[1].strip() for line in markdown.splitlines() if line.startswith("| ")][2:]
+    assert lines == [
+        "oracle, published¹",
+        "adv",
+        "adv, published¹",
+        "adv_imp",
+        "adv_imp, published¹",
+        "StructGuard, published¹",
+    ]
+    assert cells(markdown, "adv_imp, published¹") == ["", "", "", "", "", "45.44"]
+    assert cells(markdown, "oracle, published¹")[5] == "38.59 (derived)"
+    assert f"¹ Published figures, not ours: {published.SOURCE}" in markdown
+    theirs = csv(tmp_path).dropna(subset="published")
+    assert theirs["published"].tolist() == [38.59, 36.69, 45.44, 56.32]
+    assert theirs["mean"].isna().tolist() == [True, False, False, True]
+    assert set(theirs["metric"]) == {"acc_test"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"goal": "relabel", "acc_relabel": 100.0}, {"k": 128}, {"model": "resnet20"}, {"dataset": "other"}]
+)
+def test_nothing_is_said_to_be_published_elsewhere(folder, tables, change):
+    folder({"model": "resnet18", "k": 256} | change)
+    assert "published¹" not in tables()
+
+
+def test_relabelling_and_other_goals_have_tables_of_their_own(folder, tables):
+    folder({}, {"goal": "relabel", "acc_relabel": 100.0, "acc_test": 60.0})
+    first, second = tables().split("## Goal relabel")
+    assert cells(first, "adv") == ["0.00", "**80.00**", "**70.00**"]
+    assert cells(second, "") == ["D_f", "relabelled", "D_r", "D_test"]
+    assert cells(second, "adv") == ["0.00", "100.00", "**80.00**", "**60.00**"]
+
+
+def test_continual_runs_have_a_row_a_step(folder, tables):
+    steps = [{"continual_step": n, "continual_size": 8, "k": 8 * n, "acc_forget_earlier": None} for n in (1, 2)]
+    steps[1]["acc_forget_earlier"] = 12.5
+    folder(*steps, {}, *(step | {"seed": 1, "acc_forget_earlier": step["k"] - 3.5} for step in steps[1:]))
+    markdown = tables()
+    plain, continual = markdown.split("## Goal misclassify, in several steps")
+    assert cells(plain, "adv") == ["0.00", "**80.00**", "**70.00**"]
+    assert cells(continual, "method")[0] == "cifar10, resnet20, 8 a step"
+    assert cells(continual, "") == ["D_f", "earlier D_f", "D_r", "D_test"]
+    assert cells(continual, "adv, step 1 (k = 8)") == ["0.00 (n=1)", "", "**80.00** (n=1)", "**70.00** (n=1)"]
+    assert cells(continual, "adv, step 2 (k = 16)")[1] == "12.50 ± 0.00"
+    assert "k = 8 (8 a step): `adv` seed 1" in markdown
+    assert "--continual-step 8" in markdown.split("```bash")[1]
+
+
+def test_age_groupings_and_samples_of_the_rest_are_told(folder, tables):
+    age = {"dataset": "utkface", "model": "resnet18_cifar100"}
+    folder(
+        age | {"age_grouping": "TNN"},
+        age | {"age_grouping": "MFD", "retain_sample": 500, "acc_retain_low": 78.0, "acc_retain_high": 82.0},
+    )
+    markdown = tables()
+    names = ["utkface MFD, resnet18_cifar100, k = 16", "utkface TNN, resnet18_cifar100, k = 16"]
+    assert cells(markdown, "method")[::3] == names
+    assert "resnet18_cifar100: D_r was measured on a random sample of 500 of its images, known to ± 2.00" in markdown
+
+
+def test_the_same_whatever_the_order_and_place_of_files(folder, tables, tmp_path):
+    changes = [
+        {"seed": s, "k": k, "acc_test": 70.1 + s, "bn": b} for s in (0, 1) for k in (16, 64) for b in ("train", "eval")
+    ]
+    folder(*changes, into="a/runs")
+    first = tables()
+    for path in (tmp_path / "a" / "runs").iterdir():
+        path.unlink()
+    folder(*reversed(changes), into="a/runs")
+    assert tables() == first
+
+
+def test_latex_and_csv_are_whole(folder, tables, tmp_path):
+    folder(
+        {"dataset": "my_data & co", "acc_forget": 50.0, "status": "cap"},
+        {"method": "adv_imp", "dataset": "my_data & co"},
+    )
+    tables("--output", tmp_path / "tables")
+    text = (tmp_path / "tables" / "table.tex").read_text()
+    assert r"\multicolumn{3}{c}{my\_data \& co, resnet20}" in text
+    assert r"50.00$^\dagger$ (1 cap)" in text
+    assert r"adv\_imp & 0.00 & \textbf{80.00} & \textbf{70.00} \\" in text
+    opened, closed = (re.findall(rf"\\{word}\{{(\w+)\}}", text) for word in ("begin", "end"))
+    assert opened == ["table", "tabular", "minipage"]
+    assert sorted(closed) == sorted(opened)
+    assert text.replace(r"\{", "").count("{") == text.replace(r"\}", "").count("}")
+    assert text.isascii()
+    frame = pd.read_csv(io.StringIO((tmp_path / "tables" / "table.csv").read_text()))
+    assert len(frame) == 6
+    assert not set(frame) & {"rank", "data", "forgot"}
+
+
+def test_the_reference_records_make_a_table(script, tmp_path):
+    code, out, _ = script(main_tables.main, "--result-dir", "result_data/reference", "--output", tmp_path)
+    assert code == 0
+    assert "## Problems" not in out
+    runs = [json.loads(path.read_text()) for path in (ROOT / "result_data/reference/digits/runs").glob("*.json")]
+    (adv,) = [record for record in runs if record["method"] == "adv"]
+    code, out, _ = script(main_tables.main, "--result-dir", "result_data/reference/digits", "--output", tmp_path)
+    assert cells(out, "adv")[:3] == [f"{adv[key]:.2f}" for key in ("acc_forget", "acc_retain", "acc_test")]
+
+
+def test_records_older_than_a_setting_had_its_default(folder, tables):
+    folder({}, {"seed": 1, "adv_dtype": "float32"}, {"seed": 2, "adv_dtype": "uint8"})
+    markdown = tables()
+    assert cells(markdown, "adv")[2] == "**70.00 ± 0.00**"
+    assert cells(markdown, "adv (adv_dtype=uint8)")[2] == "**70.00** (n=1)"
