@@ -23,6 +23,7 @@ from l2ul.cli import exit_codes, options, ranges
 from l2ul.cli import parser as parsing
 from l2ul.cli.ranges import Interval
 from l2ul.common.errors import InputError
+from l2ul.common.progress import format_duration
 from l2ul.experiments import records
 from l2ul.sweeps import cluster, monitor, slurm
 from l2ul.sweeps import search as searching
@@ -261,7 +262,7 @@ def announce(asked: Asked, trials: list[Trial], pending: list[Trial], result_dir
         at_once = asked.opts.parallel or max(1, int((os.cpu_count() or 1) / asked.opts.cpus_per_trial))
         others = f", and {unknown} trials of which no record tells" if unknown else ""
         print(
-            f"about {monitor.duration(seconds)} one after the other, {monitor.duration(seconds / at_once)} with "
+            f"about {format_duration(seconds)} one after the other, {format_duration(seconds / at_once)} with "
             f"{at_once} at once, by the records of {result_dir}{others}"
         )
     elif pending:

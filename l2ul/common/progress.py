@@ -1,50 +1,94 @@
-"""How a script runs: on which device, with what progress shown, and how it ends when something is wrong."""
+"""Progress of long work: a bar on a terminal, plain lines at growing intervals in a log file."""
 
 from collections.abc import Callable, Iterator
 import contextlib
+import sys
 import time
 
 from tqdm import tqdm
 
-from l2ul import Progress
-from l2ul.common import distributed
+FIRST_LINE = 10.0  # seconds of work before the first line
+LONGEST_PAUSE = 300.0  # seconds between two lines, at most
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int | None, estimate: bool = False) -> Iterator[Progress]:
-    """A bar on a terminal; elsewhere nothing, or one line with an estimate of the time where that was asked for."""
-    bar = tqdm(desc=what, total=total, unit_scale=True, leave=False, disable=None if distributed.is_first() else True)
-    started, done, rest, told = None, 0, 0, not (estimate and bar.disable)
+def progress_bar(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+    """Show the progress of the work inside the block on standard error; yield `advance(count=1, note="")`.
 
-    def advance(count: int) -> None:
-        nonlocal started, done, rest, told
-        bar.update(count)
-        if started is None:  # what came before, and the first units, tell nothing about the rest
-            started, rest = time.perf_counter(), (total or 0) - count
+    On a terminal this is a bar. Elsewhere it is a line after 10 s, after 20 s more, after 40 s more and so on, at least
+    one each 5 minutes while units finish. Work of less than 10 s shows no line. Only the first process of a torchrun
+    shows anything.
+
+    Args:
+        description: name of the work, such as "attack".
+        total: number of units, or None if it is not known: the lines then count steps.
+
+    `advance` takes the number of units that finished and an optional text about the state, such as
+    "40 % of D_f forgotten".
+    """
+    from l2ul.common import distributed  # imports torch
+
+    if not distributed.is_first():
+        yield lambda count=1, note="": None
+        return
+    with tqdm(desc=description, total=total, unit_scale=True, leave=False, disable=None) as bar:
+        if bar.disable:  # standard error is not a terminal
+            yield ProgressLines(description, total).advance
             return
-        done += count
-        elapsed = time.perf_counter() - started
-        if not told and elapsed > 2:
-            print(f"{what}: about {elapsed / done * rest:.0f} s", flush=True)
-            told = True
 
-    with bar:
+        def advance(count: int = 1, note: str = "") -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(count)
+
         yield advance
 
 
-@contextlib.contextmanager
-def counting(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar of things that end, on a terminal, with counts beside it; elsewhere nothing. Told how many have ended."""
-    with tqdm(desc=what, total=total, leave=False, disable=None) as bar:
+class ProgressLines:
+    """Lines about work with `total` units (None: not known), written to standard error at growing intervals."""
 
-        def tell(ended: int, **counts: int) -> None:
-            bar.set_postfix(counts, refresh=False)
-            bar.update(ended - bar.n)
+    def __init__(self, description: str, total: int | None = None):
+        self.description, self.total = description, total
+        self.done = 0
+        self._pause = FIRST_LINE
+        self._next_line = time.monotonic() + self._pause
+        self._rate_start: tuple[float, int] | None = None  # time and units done when the first units had finished
 
-        yield tell
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Add `count` finished units; write a line if it is time for one."""
+        self.done += count
+        now = time.monotonic()
+        if self._rate_start is None and count:  # the first units include preparation, or come from a cache
+            self._rate_start = now, self.done
+        if now >= self._next_line and self.done != self.total:
+            print(self.line(now, note), file=sys.stderr, flush=True)
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+            self._next_line = now + self._pause
+
+    def line(self, now: float, note: str = "") -> str:
+        """Return the line for the time `now`: units done, note, rate, time left."""
+        start, done_before = self._rate_start or (now, self.done)
+        rate = (self.done - done_before) / (now - start) if now > start else 0.0
+        if self.total:
+            parts = [f"{self.done:,} / {self.total:,} ({100 * self.done / self.total:.0f} %)"]
+        else:
+            parts = [f"step {self.done:,}"]
+        parts += [note] if note else []
+        parts += [format_rate(rate)] if rate else []
+        parts += [f"about {format_duration((self.total - self.done) / rate)} left"] if self.total and rate else []
+        return f"{self.description}: {', '.join(parts)}"
 
 
-def say(text: str) -> None:
-    """Print a text without harm to a bar that is shown."""
-    with tqdm.external_write_mode():
-        print(text, flush=True)
+def format_rate(per_second: float) -> str:
+    """Return a rate in the unit that makes it at least 1: `55 per second`, `3.2 per minute`."""
+    factor, unit = (1, "second") if per_second >= 1 else (60, "minute") if per_second >= 1 / 60 else (3600, "hour")
+    rate = factor * per_second
+    return f"{rate:,.0f} per {unit}" if rate >= 10 else f"{rate:.1f} per {unit}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in its largest unit of which it has at least two: `95 s`, `9 min`, `2.5 h`, `3.0 days`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} days"

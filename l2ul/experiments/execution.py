@@ -175,7 +175,7 @@ class Experiment:
         )
         total = len(largest.forget) * attack.num_adv_images * attack.steps
         started = device_module.clock(self.device)
-        with progress_bar("attack", total, estimate=True) as advance:
+        with progress_bar("attack", total) as advance:
             made = attack.make(
                 model,
                 *self._forget(largest),
@@ -231,7 +231,14 @@ class Experiment:
     def _unlearn(self, run: Run, model: nn.Module, inputs: dict[str, object]) -> unlearn.Outcome:
         hyper = {name: self.setup.hyper[name] for name in LOOP_FLAGS}
         new = run.forget.new_labels
-        with progress_bar(f"{run.method.name} k = {run.k}", None) as advance:
+        done = 0
+        with progress_bar(f"{run.method.name} k {run.k}") as advance:
+
+            def show(row: dict[str, float]) -> None:
+                nonlocal done
+                advance(row["step"] - done, f"{row['forgotten']:.0f} % of D_f forgotten")
+                done = row["step"]
+
             return unlearn.unlearn(
                 model,
                 *self._forget(run),
@@ -239,7 +246,7 @@ class Experiment:
                 new_labels=new.to(self.device) if new is not None else None,
                 settings=unlearn.Settings(seed=run.seed, first_position=run.first_position, **hyper),
                 workers=self.measuring.workers,
-                on_step=lambda row: advance(1),
+                on_step=show,
                 **inputs,
             )
 

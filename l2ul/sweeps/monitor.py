@@ -5,7 +5,9 @@ import contextlib
 from pathlib import Path
 import time
 
-from l2ul.common.progress import counting, say
+from tqdm import tqdm
+
+from l2ul.common.progress import format_duration
 from l2ul.reporting import collect, layout, rows, summary
 
 EVERY = 60.0  # seconds from one table to the next, or longer: a twentieth of the time goes into tables at most
@@ -42,7 +44,7 @@ class Watch:
         left = (time.monotonic() - self._started) / max(1, ended) * (self.total - ended)
         return (
             f"{self.done} of {self.total} trials done, {self.failed} failed, {running} running, about "
-            f"{duration(left)} left"
+            f"{format_duration(left)} left"
         )
 
     def table(self) -> str:
@@ -53,15 +55,17 @@ class Watch:
         return layout.markdown(summary.summarise(blocks, summary.Wanted()), blocks)
 
 
-def duration(seconds: float) -> str:
-    """A time for people, in its largest unit that is not too large."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 @contextlib.contextmanager
 def watch(total: int) -> Iterator[Watch]:
-    with counting("trials", total) as tell:
-        yield Watch(total, tell, say)
+    """Show a bar of trials on a terminal, with counts beside it; elsewhere only what `Watch` prints."""
+    with tqdm(desc="trials", total=total, leave=False, disable=None) as bar:
+
+        def show_counts(ended: int, **counts: int) -> None:
+            bar.set_postfix(counts, refresh=False)
+            bar.update(ended - bar.n)
+
+        def print_beside_bar(text: str) -> None:
+            with tqdm.external_write_mode():
+                print(text, flush=True)
+
+        yield Watch(total, show_counts, print_beside_bar)

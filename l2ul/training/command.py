@@ -150,7 +150,7 @@ def fit(opts, recipe: loop.Recipe, images: image_sets.Images, excluded: Tensor |
         tracker(row)
         print(f"epoch {row['epoch']}: loss {row['loss']:.4f}, {held_out} {row['acc']:.2f} %", flush=True)
 
-    with progress_bar("train", recipe.epochs * len(images.train), estimate=True) as advance:
+    with progress_bar("train", recipe.epochs * len(images.train)) as advance:
         loop.fit(
             classifier,
             images.train,
