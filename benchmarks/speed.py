@@ -23,7 +23,7 @@ from parts import DRAWS, ITERATIONS, Bench, Measured
 import torch
 
 from l2ul.cli import options
-from l2ul.common import precision
+from l2ul.common import choices, precision
 from l2ul.experiments import records
 from l2ul.cli import exit_codes
 from l2ul.common import device as device_module
@@ -80,7 +80,7 @@ def parse() -> argparse.Namespace:
     options.add_weights(parser)
     options.add_machine(parser)
     group = parser.add_argument_group("benchmark")
-    group.add_argument("--precision", choices=precision.PRECISIONS, default="fp32", help="of ours, on a GPU")
+    group.add_argument("--precision", choices=choices.PRECISIONS, default="fp32", help="of ours, on a GPU")
     for flag, default, text in (
         ("--repeats", 5, "of each part"),
         ("--pairs", 128, "examples attacked a repeat, a multiple of 32"),

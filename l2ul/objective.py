@@ -7,8 +7,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 import torch.nn.functional as F
 
-GOALS = ("misclassify", "relabel")
-
 
 @dataclass(frozen=True)
 class Batch:

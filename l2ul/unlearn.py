@@ -17,8 +17,6 @@ from l2ul.importance import held_weights, mas_importance
 from l2ul.methods import distill, fixed_length, paper, registry
 from l2ul.methods.monitor import Look
 
-BN_MODES = ("train", "eval")
-
 
 @dataclass(frozen=True)
 class Settings:

@@ -2,8 +2,8 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from l2ul import objective, unlearn
 from l2ul.cli.parser import (
     Parser,
     finite_float,
@@ -13,16 +13,14 @@ from l2ul.cli.parser import (
     positive_int,
     setting,
 )
+from l2ul.common import choices
 from l2ul.common.errors import InputError
-from l2ul.common.precision import PRECISIONS
-from l2ul.common.progress import progress_bar as progress
-from l2ul.data import datasets, folder, images
-from l2ul.data.storage import DTYPES
-from l2ul.data.utkface import AGE_GROUPINGS
 from l2ul.experiments import defaults
 from l2ul.experiments.defaults import COMMON_DEFAULTS, DEFAULTS, default
 from l2ul.methods import fixed_length, registry
-from l2ul.metrics import groups
+
+if TYPE_CHECKING:
+    from l2ul.data.images import Images
 
 
 def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) -> None:
@@ -49,11 +47,11 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
         "side are cut out (default: 128)",
         type=positive_int,
     )
-    add(group, "--age-grouping", "classes of utkface", choices=tuple(AGE_GROUPINGS), default="TNN")
+    add(group, "--age-grouping", "classes of utkface", choices=tuple(choices.AGE_GROUPINGS), default="TNN")
     add(group, "--split-seed", "of the split of utkface", type=nonnegative_int, default=0)
     add(group, "--workers", "processes that decode images of a folder", type=nonnegative_int, default=2)
-    add(group, "--prefetch", "batches that each of them decodes ahead", type=positive_int, default=folder.PREFETCH)
-    add(group, "--decoder", "of such images; gpu: nvJPEG, on a CUDA GPU", choices=folder.DECODERS, default="cpu")
+    add(group, "--prefetch", "batches that each of them decodes ahead", type=positive_int, default=choices.PREFETCH)
+    add(group, "--decoder", "of such images; gpu: nvJPEG, on a CUDA GPU", choices=choices.DECODERS, default="cpu")
     add(
         group,
         "--model",
@@ -79,7 +77,7 @@ def add_weights(parser: Parser) -> None:
 
 def add_machine(parser: Parser) -> None:
     group = parser.add_argument_group("machine")
-    add(group, "--device", "where to compute (default: the best there is)", choices=("cuda", "mps", "cpu"))
+    add(group, "--device", "where to compute (default: the best there is)", choices=choices.DEVICES)
     add(group, "--no-cuda", "do not use a CUDA GPU", action="store_true")
     add(group, "--threads", "CPU threads (default: torch's choice)", type=positive_int)
 
@@ -90,7 +88,7 @@ def add_speed(parser: Parser) -> None:
         group,
         "--precision",
         "fp32; on a CUDA GPU: tf32, faster, in all passes; there or on a CPU with AMX: bf16, fastest, in the attack",
-        choices=PRECISIONS,
+        choices=choices.PRECISIONS,
     )
     add(
         group,
@@ -109,7 +107,7 @@ def add_attack(parser: Parser) -> None:
     add(group, "--pgd-eps", "radius ε, an L2 norm over pixels in [0,1]", type=nonnegative_float)
     add(group, "--pgd-alpha", "length of a step, likewise", type=nonnegative_float)
     add(group, "--pgd-iter", "steps", type=positive_int)
-    add(group, "--adv-dtype", "as which they are kept; uint8: rounded to valid 8-bit images", choices=tuple(DTYPES))
+    add(group, "--adv-dtype", "as which they are kept; uint8: rounded to valid 8-bit images", choices=choices.DTYPES)
     add(
         group,
         "--attack-batch-size",
@@ -152,7 +150,7 @@ def add_unlearning(parser: Parser) -> None:
     summaries = "; ".join(f"{name}: {method.summary}" for name, method in registry.METHODS.items())
     usual = "all that are for the goal and not of fixed length"
     add(group, "--method", f"one or more of {summaries} (default: {usual})", nargs="+")
-    add(group, "--goal", "what forgetting means", choices=objective.GOALS, default="misclassify")
+    add(group, "--goal", "what forgetting means", choices=choices.GOALS, default="misclassify")
     add(group, "--unlearn-k", "images to forget, one number or more", type=int, nargs="+")
     add(group, "--seed", "of forget set, attack and loop, one or more", type=nonnegative_int, nargs="+", default=[0])
     add(
@@ -204,7 +202,7 @@ def add_unlearning(parser: Parser) -> None:
         "--bn",
         "train: batch-norm learns and updates its statistics, as the released scripts do; eval: they are kept, and "
         "dropout is off",
-        choices=unlearn.BN_MODES,
+        choices=choices.BN_MODES,
     )
 
 
@@ -223,7 +221,7 @@ def add_output(parser: Parser) -> None:
         "measure D_r on so many training images, always the same ones, with a 95 %% interval (default: on all)",
         type=positive_int,
     )
-    add(group, "--evaluate", groups.summaries(), nargs="+", choices=tuple(groups.EVALUATIONS), default=[])
+    add(group, "--evaluate", _evaluations(), nargs="+", choices=tuple(choices.EVALUATIONS), default=[])
     add(group, "--retrained", "weights of a net trained without D_f, to evaluate against", type=Path, metavar="FILE")
     add(group, "--references", "of several such, for the attack rmia", type=Path, nargs="+", metavar="FILE")
     add(group, "--save-model", "keep each unlearned net, in models beside runs", action="store_true")
@@ -268,12 +266,20 @@ def _by_dataset(flag: str) -> str:
     return f"(default: {_shown(COMMON_DEFAULTS[flag])}{others})"
 
 
+def _evaluations() -> str:
+    groups = "; ".join(f"{name}: {summary}" for name, summary in choices.EVALUATIONS.items())
+    return f"measure more: {groups} (default: accuracies alone)".replace("%", "%%")
+
+
 def _shown(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def load_data(options: argparse.Namespace, whole_train: bool = False) -> images.Images:
-    """The data set that the flags of `add_data` name."""
+def load_data(options: argparse.Namespace, whole_train: bool = False) -> "Images":
+    """Load the data set that the flags of `add_data` name."""
+    from l2ul.common.progress import progress_bar  # imports torch
+    from l2ul.data import datasets
+
     return datasets.load(
         options.dataset,
         options.data_dir,
@@ -284,7 +290,7 @@ def load_data(options: argparse.Namespace, whole_train: bool = False) -> images.
         workers=options.workers,
         prefetch=options.prefetch,
         decoder=options.decoder,
-        progress=progress,
+        progress=progress_bar,
     )
 
 

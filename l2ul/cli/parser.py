@@ -3,10 +3,10 @@
 import argparse
 from collections.abc import Callable, Container, Sequence
 import math
+import os
 import sys
 
 from l2ul.cli import ranges
-from l2ul.common import distributed
 from l2ul.common.errors import InputError
 
 
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args([_dashed(word) for word in (sys.argv[1:] if args is None else args)], namespace)
 
     def exit(self, status: int = 0, message: str | None = None):
-        super().exit(status, message if distributed.is_first() else None)
+        super().exit(status, message if os.environ.get("RANK", "0") == "0" else None)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

@@ -1,7 +1,5 @@
 """How a run ends early: input the user can mend, numbers that are no longer finite, memory used up."""
 
-import torch
-
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "out of memory",
@@ -19,6 +17,8 @@ class Diverged(ArithmeticError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """A GPU's and Python's own have a type; others of torch and of CUDA's libraries are told by their text alone."""
+    import torch  # here, as parsers raise InputError and start without torch
+
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

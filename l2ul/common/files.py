@@ -8,12 +8,13 @@ import os
 from pathlib import Path
 import shutil
 import tempfile
+from typing import TYPE_CHECKING
 import uuid
 
-import torch
-from torch import Tensor
-
 from l2ul.common.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REPORT = "report.json"  # of a request to forget, beside the model that it ended with
 
@@ -61,8 +62,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+def tensors_sha256(tensors: "dict[str, Tensor]") -> str:
     """Hex sha256 of tensors by name: names, types, shapes and bytes."""
+    import torch  # here, as parsers use this module and start without torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -2,9 +2,8 @@
 
 import torch
 
+from l2ul.common.choices import PRECISIONS
 from l2ul.common.errors import InputError
-
-PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def use(device: torch.device, precision: str) -> None:

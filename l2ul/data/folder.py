@@ -13,10 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, io
 from torchvision.transforms import v2
 
+from l2ul.common.choices import PREFETCH
 from l2ul.common.errors import InputError
-
-DECODERS = ("cpu", "gpu")
-PREFETCH = 2  # batches that a worker decodes ahead, where nobody says
 
 
 def check(decoder: str, device: torch.device) -> None:

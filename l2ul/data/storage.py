@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from l2ul.common import choices
 from l2ul.common.errors import InputError
 from l2ul.common.files import require_writable
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "uint8": torch.uint8}
+DTYPES = {name: getattr(torch, name) for name in choices.DTYPES}
 IN_MEMORY = 2**30  # bytes that may stay in the memory of a CPU; of a GPU, half of what is free
 
 

@@ -13,17 +13,11 @@ from torchvision.transforms.v2 import functional as transforms
 
 from l2ul import ProgressBar
 from l2ul.common import seeds
+from l2ul.common.choices import AGE_GROUPINGS
 from l2ul.common.errors import InputError
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Images, Split
 
-AGE_GROUPINGS = {  # upper bounds, in years: the class of an age is the first bound that it is below
-    "TNN": (10, 15, 20, 25, 30, 40, 50, 60, 120),
-    "MFD": (20, 41, 120),
-    "balanced": (20, 30, 45, 120),
-    "groups": (4, 13, 20, 31, 46, 61, 120),
-    "tens": (11, 21, 31, 41, 51, 61, 71, 81, 91, 101, 111, 120),
-}
 CROP = 15 / 16  # of an image's side: 120 of 128 pixels
 REGULAR = re.compile(r"\d+_[01]_[0-4]_\d+\.jpg(\.chip\.jpg)?", re.IGNORECASE)  # age_gender_race_time
 FOLDERS = ("utkface", "UTKFace")

@@ -5,7 +5,7 @@ from pathlib import Path
 from l2ul.cli import options
 from l2ul.cli.options import Parser
 from l2ul.cli.parser import finite_float, nonnegative_int, positive_float, positive_int, setting
-from l2ul.metrics import robustness
+from l2ul.common.choices import CHANGES
 
 
 def parser(program: str, doc: str) -> Parser:
@@ -46,7 +46,7 @@ def add_search(parser: Parser) -> None:
     options.add(group, "--method", "any that needs no other training images", default="distill", metavar="NAME")
     options.add(group, "--minutes", "that the whole command may take", type=positive_float, default=10.0)
     text = "forget the images as well when changed so, at the price of more damage (default: as they are)"
-    options.add(group, "--also", text, nargs="+", choices=robustness.KINDS, default=[])
+    options.add(group, "--also", text, nargs="+", choices=CHANGES, default=[])
     text = "settings of the method, such as distill_steps=300; then no others are tried"
     options.add(group, "--setting", text, type=setting, nargs="+", default=[], metavar="NAME=VALUE")
     text = "images that must keep working: the damage to them counts as well"

@@ -6,10 +6,11 @@ import hashlib
 
 from torch import Tensor, nn
 
+from l2ul.common.choices import GOALS
 from l2ul.common.errors import InputError
 from l2ul.common.files import code_text
 from l2ul.methods.fixed_length import Course, Value
-from l2ul.objective import GOALS, Batch
+from l2ul.objective import Batch
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from l2ul.common import choices
 from l2ul.data import near_duplicates as duplicates
 from l2ul.metrics import accuracy as evaluate
 from l2ul.metrics import agreement, membership, relearn, retrain_gap
@@ -24,16 +25,11 @@ def evaluation(
     against = dict.fromkeys(to_retrained, "retrained_sha256") | dict.fromkeys(to_references, "references_sha256")
 
     def register(compute: Callable[[Measured], dict[str, float]]) -> Callable:
-        EVALUATIONS[name] = Evaluation((*metrics, *against), compute, compute.__doc__.split("\n")[0], against)
+        summary = choices.EVALUATIONS.setdefault(name, compute.__doc__.split("\n")[0])
+        EVALUATIONS[name] = Evaluation((*metrics, *against), compute, summary, against)
         return compute
 
     return register
-
-
-def summaries() -> str:
-    """What each group is, in one line for all of them."""
-    found = "; ".join(f"{name}: {group.summary}" for name, group in EVALUATIONS.items())
-    return f"measure more: {found} (default: accuracies alone)"
 
 
 def outdated(record: dict[str, object], against: dict[str, str]) -> set[str]:

@@ -16,7 +16,6 @@ from l2ul.objective import Forget
 
 CROP = 7 / 8  # of the sides
 QUALITIES = (75, 50)  # of JPEG
-KINDS = ("flipped", "cropped", "jpeg")  # how the names of changes begin, in small letters
 
 
 def changed_images(images: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -41,8 +40,9 @@ def _as_jpeg(image: Tensor, quality: int) -> Tensor:
 
 
 def widened(images: Tensor, forget: Forget, kinds: Sequence[str]) -> Forget:
-    """D_f and the same images after all changes of some KINDS, with their labels: what is to be forgotten of them too.
+    """D_f and the same images after all changes of some kinds, with their labels: what is to be forgotten.
 
+    kinds   of `choices.CHANGES`
     images  (k, 3, H, W) uint8 on the device of `forget`, which has them first
     """
     if not kinds:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from l2ul import objective
+from l2ul.common.choices import GOALS
 from l2ul.common.errors import InputError
 from l2ul.data import forget_set
 from l2ul.experiments import defaults, records
@@ -107,8 +107,8 @@ def _faults(record: object) -> Iterator[str]:
             yield f"{key} is {record[key]!r}; expected text"
     if record["status"] not in records.STATUSES:
         yield f"status is {record['status']!r}; expected one of {', '.join(records.STATUSES)}"
-    if record["goal"] not in objective.GOALS:
-        yield f"goal is {record['goal']!r}; expected one of {', '.join(objective.GOALS)}"
+    if record["goal"] not in GOALS:
+        yield f"goal is {record['goal']!r}; expected one of {', '.join(GOALS)}"
     for key, least in WHOLE.items():
         if type(record[key]) is not int or record[key] < least:
             yield f"{key} is {record[key]!r}; expected a whole number of at least {least}"

@@ -12,9 +12,9 @@ from l2ul.cli import exit_codes, options
 from l2ul.cli.parser import nonnegative_float, nonnegative_int, positive_float, positive_int
 from l2ul.common import device as device_module
 from l2ul.common import distributed, seeds
+from l2ul.common.choices import PRECISIONS, SCHEDULES, TRACKERS
 from l2ul.common.errors import InputError
 from l2ul.common.files import require_writable
-from l2ul.common.precision import PRECISIONS
 from l2ul.common.progress import progress_bar
 from l2ul.data import folder, forget_set
 from l2ul.data import images as image_sets
@@ -63,7 +63,7 @@ def add_flags(parser: options.Parser, recipe: loop.Recipe, by_grouping: dict[str
         values = [f"{grouping} {row[name]}" for grouping, row in by_grouping.items()] or [str(getattr(recipe, name))]
         options.add(group, flag, f"{text} (default: {', '.join(values)})", type=kind, default=None)
     options.add(group, "--batch-size", "images a step", type=positive_int, default=recipe.batch_size)
-    options.add(group, "--schedule", "of the learning rate", choices=loop.SCHEDULES, default=recipe.schedule)
+    options.add(group, "--schedule", "of the learning rate", choices=SCHEDULES, default=recipe.schedule)
     options.add(
         group,
         "--precision",
@@ -72,9 +72,7 @@ def add_flags(parser: options.Parser, recipe: loop.Recipe, by_grouping: dict[str
         default="fp32",
     )
     options.add(group, "--seed", "of first weights, order and augmentation", type=nonnegative_int, default=0)
-    options.add(
-        group, "--tracker", "also write the curve for it, beside the weights (default: none)", choices=tracking.TRACKERS
-    )
+    options.add(group, "--tracker", "also write the curve for it, beside the weights (default: none)", choices=TRACKERS)
     options.add(
         group, "--exclude", "indices of training images to leave out, one a line (a retrained reference)", type=Path
     )

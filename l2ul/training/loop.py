@@ -20,8 +20,6 @@ from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split, as_pixels
 from l2ul.metrics import accuracy
 
-SCHEDULES = ("cosine", "onecycle")
-
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:

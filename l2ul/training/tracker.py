@@ -5,8 +5,6 @@ from pathlib import Path
 
 from l2ul.common.errors import InputError
 
-TRACKERS = ("tensorboard",)
-
 
 def open_tracker(name: str | None, folder: Path) -> Callable[[dict[str, float]], object]:
     """A function that takes the row of an epoch; without a name, one that does nothing with it.
