@@ -17,7 +17,7 @@ from l2ul.attack import adversarial_set
 from l2ul.cli import options
 from l2ul.common import device as device_module
 from l2ul.common import precision
-from l2ul.common.bn_folding import foldable, folded
+from l2ul.common.bn_folding import folded
 from l2ul.common.cache import Cache
 from l2ul.common.modes import frozen
 from l2ul.data.images import as_pixels
@@ -64,7 +64,6 @@ class Bench:
             self.ours = models.build(opts.model, self.images.num_classes).eval()
         self.ours = self.ours.to(device, memory_format=torch.channels_last)
         self.theirs = released.as_built(self.ours)
-        self.pairs = foldable(self.ours, as_pixels(self.images.train.images[:1]))
         self.fresh = itertools.count()
 
     def forget(self, k: int) -> Labelled:
@@ -76,11 +75,11 @@ class Bench:
         images = self.images.train.images[first : first + k]
         if not self.trained:
             return images, torch.arange(k, device=self.device) % self.images.num_classes
-        return images, accuracy.predict(self.ours, images, pairs=self.pairs).to(self.device)
+        return images, accuracy.predict(self.ours, images).to(self.device)
 
     def make(self, forget: Labelled, draws: int, iterations: int, cache: Cache | None = None) -> None:
         how = Attack(self.images.num_classes, draws, EPS, ALPHA, iterations, seed=0, precision=self.opts.precision)
-        how.make(self.ours, *forget, pairs=self.pairs, cache=cache or Cache(), progress=lambda count: None)
+        how.make(self.ours, *forget, cache=cache or Cache(), progress=lambda count: None)
 
     def attack(self) -> Measured:
         """A pair and iteration of the attack, from --pairs and --iterations of them, on other images each repeat."""
@@ -103,7 +102,7 @@ class Bench:
 
     def _our_attack(self, forget: Labelled, draws: int) -> None:
         how = {"num_adv_images": draws, "eps": EPS, "alpha": ALPHA, "steps": self.opts.iterations, "seed": 0}
-        how |= {"batch_size": self.opts.pairs, "precision": self.opts.precision, "pairs": self.pairs}
+        how |= {"batch_size": self.opts.pairs, "precision": self.opts.precision}
         adversarial_set(self.ours, *forget, self.images.num_classes, **how)
 
     def _released_attack(self, forget: Labelled, draws: int, iterations: int) -> None:
@@ -117,7 +116,7 @@ class Bench:
         x = torch.rand(size, 3, self.images.side, self.images.side, device=self.device)
         x = x.contiguous(memory_format=torch.channels_last)
         targets = torch.zeros(size, dtype=torch.long, device=self.device)
-        with folded(self.ours, self.pairs), frozen(self.ours), precision.autocast(self.device, self.opts.precision):
+        with folded(self.ours, x), frozen(self.ours), precision.autocast(self.device, self.opts.precision):
             for _ in range(iterations):
                 x.requires_grad_()
                 torch.autograd.grad(F.cross_entropy(self.ours(x), targets), x)
@@ -166,7 +165,7 @@ class Bench:
         images, labels = (part[: self.opts.eval_images] for part in (self.images.test.images, self.images.test.labels))
         decoded = released.PilImages(images, labels)
         parts = {
-            "ours": lambda: accuracy.accuracy(accuracy.predict(self.ours, images, pairs=self.pairs), labels),
+            "ours": lambda: accuracy.accuracy(accuracy.predict(self.ours, images), labels),
             "released": lambda: released.accuracy(
                 self.theirs, decoded, self.device, LOADER_BATCH, self.opts.workers_of_loader
             ),
@@ -198,7 +197,7 @@ class Bench:
             for name, number in few.items():
                 self._our_steps(name, *self._inputs(16, name), number)
             for _ in range(1 + len(few)):
-                accuracy.predict(self.ours, images, pairs=self.pairs)
+                accuracy.predict(self.ours, images)
 
         def theirs() -> None:
             self._released_attack(self.forget(16), DRAWS, iterations)

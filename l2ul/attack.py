@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from l2ul import Progress
 from l2ul.common import precision as precisions
 from l2ul.common import seeds
-from l2ul.common.bn_folding import Pair, foldable, folded
+from l2ul.common.bn_folding import folded
 from l2ul.common.errors import is_out_of_memory
-from l2ul.common.modes import frozen
+from l2ul.common.modes import evaluating, frozen
 from l2ul.data import images as image_sets
 from l2ul.data.forget_set import other_class
 from l2ul.data.images import as_pixels
@@ -95,7 +95,7 @@ def adversarial_set(
     first_position: int = 0,
     batch_size: int | None = None,
     precision: str = "fp32",
-    pairs: list[Pair] | None = None,
+    fold: bool = True,
     on_halved: Callable[[int], object] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ def adversarial_set(
 
     images     (k, 3, H, W) uint8 or float in [0,1]; labels (k,) int64, the true classes
     precision  of the passes through the model: see `precisions`
-    pairs      of layers to fold, by default those that `folding.foldable` finds
+    fold       whether batch-norm is folded into convolutions, see `bn_folding.folded`
     on_halved  called with the new number of pairs a batch where memory ran out
     returns    examples (k · num_adv_images, 3, H, W) float in [0,1] and their targets (k · num_adv_images,), the draws
                of the first image first
@@ -120,7 +120,7 @@ def adversarial_set(
     size = _even(batch_size or default_batch_size(images.device, images.shape[-1]))
     examples = torch.empty((len(owners), *pixels.shape[1:]), device=images.device, memory_format=torch.channels_last)
     done = 0
-    with folded(model, foldable(model, pixels) if pairs is None else pairs):
+    with folded(model, pixels) if fold else evaluating(model):
         while done < len(owners):
             left = len(owners) - done
             count = math.ceil(left / math.ceil(left / size))  # all batches of about one size

@@ -1,4 +1,4 @@
-"""Batch-norm folded into the convolution right before it, for as long as a net is only asked for its logits."""
+"""Fold each batch-norm into the convolution before it while a model only computes logits."""
 
 from collections.abc import Iterator
 import contextlib
@@ -10,38 +10,59 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from l2ul.common.modes import evaluating
 
-Pair = tuple[str, str]  # names of a convolution and of the batch-norm that takes what it gives, and nothing else does
-
-
-def foldable(model: nn.Module, pixels: Tensor) -> list[Pair]:
-    """The pairs of a model that can be folded without changing its logits.
-
-    pixels  (1, 3, H, W) in [0,1], that the model takes
-
-    Found by looking at what each layer is given, and proved on a copy in double precision whose batch-norms have
-    random statistics. A net that such a copy cannot be made of, or whose logits would change, has none.
-    """
-    if not any(type(module) is nn.BatchNorm2d for module in model.modules()):
-        return []
-    try:
-        probe = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
-        _randomise(probe)
-        sample = pixels[:1].detach().cpu().double()
-        pairs, expected = _adjacent(probe, sample)
-        with folded(probe, pairs):
-            found = probe(sample)
-    except Exception:  # whatever somebody's own net may raise: it is then used as it is
-        return []
-    scale = expected.abs().max().clamp_min(1e-12)
-    return pairs if (found - expected).abs().max() <= 1e-7 * scale else []
+Pair = tuple[str, str]  # names of a convolution and of the batch-norm that alone reads its output
+KNOWN = "_l2ul_foldable"  # attribute of a model: the result of `foldable`, which copies of the model share
 
 
 @contextlib.contextmanager
-def folded(model: nn.Module, pairs: list[Pair]) -> Iterator[None]:
-    """Inside the block each pair is one convolution, of the weights as they are now; put back afterwards.
+def folded(model: nn.Module, sample: Tensor) -> Iterator[None]:
+    """Replace each foldable pair of layers by one convolution inside the block, and restore the layers afterwards.
 
-    In eval mode, as batch-norm is then an affine map of each channel. Weights must not change inside the block.
+    sample  (n, 3, H, W) in [0,1], an input that the model accepts
+
+    The model is in eval mode inside the block, where batch-norm is an affine map of each channel. The folded
+    convolutions use the weights as they are when the block starts: do not change weights inside it.
     """
+    with _folded(model, foldable(model, sample)):
+        yield
+
+
+def foldable(model: nn.Module, sample: Tensor) -> tuple[Pair, ...]:
+    """Return the pairs of layers that can be folded without changing the logits.
+
+    sample  (n, 3, H, W) in [0,1], an input that the model accepts
+
+    The pairs are found by tracing a forward pass, and verified on a copy in double precision whose batch-norms have
+    random statistics. The result is empty if the model cannot be copied or if folding would change its logits. It is
+    stored on the model, so that the search runs once for a model and its copies; it is repeated after a layer is
+    replaced, or for images of another size.
+    """
+    if not any(type(module) is nn.BatchNorm2d for module in model.modules()):
+        return ()
+    key = tuple(sample.shape[1:]), tuple((name, type(module)) for name, module in model.named_modules())
+    known = getattr(model, KNOWN, None)
+    if known is None or known[0] != key:
+        known = key, _verified_pairs(model, sample)
+        setattr(model, KNOWN, known)
+    return known[1]
+
+
+def _verified_pairs(model: nn.Module, sample: Tensor) -> tuple[Pair, ...]:
+    try:
+        probe = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
+        _randomise(probe)
+        sample = sample[:1].detach().cpu().double()
+        pairs, expected = _adjacent(probe, sample)
+        with _folded(probe, pairs):
+            logits = probe(sample)
+    except Exception:  # a model of the user's own may raise anything; it is then used without folding
+        return ()
+    scale = expected.abs().max().clamp_min(1e-12)
+    return tuple(pairs) if (logits - expected).abs().max() <= 1e-7 * scale else ()
+
+
+@contextlib.contextmanager
+def _folded(model: nn.Module, pairs: tuple[Pair, ...] | list[Pair]) -> Iterator[None]:
     originals = {name: model.get_submodule(name) for pair in pairs for name in pair}
     with evaluating(model):
         try:
@@ -56,9 +77,9 @@ def folded(model: nn.Module, pairs: list[Pair]) -> Iterator[None]:
 
 
 def _adjacent(model: nn.Module, pixels: Tensor) -> tuple[list[Pair], Tensor]:
-    """Pairs of which the second is given the very tensor that the first gave, each called once; and the logits."""
+    """Return the pairs whose second layer alone reads the output of the first, each called once, and the logits."""
     names = {module: name for name, module in model.named_modules()}
-    made: dict[int, tuple[str, Tensor]] = {}  # the tensors are held, so that no identity is given out twice
+    made: dict[int, tuple[str, Tensor]] = {}  # keeps the tensors alive, so that no id is used twice
     calls: list[str] = []
     pairs: list[Pair] = []
 
@@ -78,7 +99,7 @@ def _adjacent(model: nn.Module, pixels: Tensor) -> tuple[list[Pair], Tensor]:
 
 
 def _randomise(model: nn.Module) -> None:
-    """Give each batch-norm statistics and weights that no wrong folding could get past."""
+    """Give each batch-norm random statistics and weights, with which a wrong folding changes the logits."""
     generator = torch.Generator().manual_seed(0)
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:

@@ -37,7 +37,7 @@ class Asked:
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits (n, C) on the CPU, in eval mode, as they come from the layers one by one."""
-    return torch.cat(list(accuracy.logits(model, images, pairs=[]))).clone()  # a tensor that autograd takes too
+    return torch.cat(list(accuracy.logits(model, images, fold=False))).clone()  # a tensor that autograd takes too
 
 
 def examine(

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from l2ul import Progress, attack
 from l2ul.common import distributed
-from l2ul.common.bn_folding import Pair
 from l2ul.common.cache import Cache, circumstances, fingerprint
 from l2ul.common.files import tensors_sha256
 from l2ul.data import storage
@@ -87,7 +86,6 @@ class Attack:
         labels: Tensor,
         first_position: int = 0,
         *,
-        pairs: list[Pair],
         cache: Cache,
         progress: Progress,
     ) -> Adversarial:
@@ -108,7 +106,7 @@ class Attack:
         with cache.making(keys[0]):  # or wait for another command that is at it
             missing = made.take(missing, cache)
             progress((len(keys) - len(missing)) * self.num_adv_images * self.steps)
-            work = Work(images, labels, first_position, self._stretches(list(missing), made.batch_size), pairs)
+            work = Work(images, labels, first_position, self._stretches(list(missing), made.batch_size))
             distributed.call_others("attack", self, distributed.state(model), work.on(torch.device("cpu")), sizes)
             for number, (start, parts) in enumerate(self._shares(model, work, sizes, progress)):
                 for place, part in enumerate(parts, start):
@@ -142,7 +140,7 @@ class Attack:
             if own < len(work.stretches):
                 start, stop = work.stretches[own]
                 some = work.images[start:stop], work.labels[start:stop], work.first_position + start
-                parts = self._attack(model, *some, sizes, work.pairs, progress)
+                parts = self._attack(model, *some, sizes, progress)
                 if distributed.size() > 1:
                     parts = [{name: tensor.cpu() for name, tensor in part.items()} for part in parts]
                 found = start, parts
@@ -163,7 +161,6 @@ class Attack:
         labels: Tensor,
         position: int,
         sizes: list[int],
-        pairs: list[Pair],
         progress: Progress,
     ) -> Iterator[dict[str, Tensor]]:
         """What the cache keeps of each of a few images; a batch size that memory has room for is added to `sizes`."""
@@ -180,19 +177,18 @@ class Attack:
             first_position=position,
             batch_size=sizes[-1],
             precision=self.precision,
-            pairs=pairs,
             on_halved=sizes.append,
             progress=progress,
         )
         stored = storage.as_stored(exact, storage.DTYPES[self.dtype])
-        hits = self._hits(model, stored, targets, pairs)
-        exact_hits = hits.clone() if stored is exact else self._hits(model, exact, targets, pairs)
+        hits = self._hits(model, stored, targets)
+        exact_hits = hits.clone() if stored is exact else self._hits(model, exact, targets)
         parts = (part.split(self.num_adv_images) for part in (stored, hits, exact_hits))
         for examples, hit, exact_hit in zip(*parts, strict=True):
             yield {"examples": examples.contiguous(), "hits": hit, "exact_hits": exact_hit}
 
-    def _hits(self, model: nn.Module, examples: Tensor, targets: Tensor, pairs: list[Pair]) -> Tensor:
-        called = accuracy.predict(model, examples, batch_size=self.measuring_batch, pairs=pairs)
+    def _hits(self, model: nn.Module, examples: Tensor, targets: Tensor) -> Tensor:
+        called = accuracy.predict(model, examples, batch_size=self.measuring_batch)
         return called == targets.cpu()
 
     def _keys(self, model: nn.Module, images: Tensor, labels: Tensor, first_position: int) -> list[dict[str, object]]:
@@ -210,14 +206,13 @@ class Attack:
 class Work:
     """What of a D_f is to be attacked: images (k, 3, H, W) and labels (k,), of which the first has this position.
 
-    stretches  place of the first image of each few, and of the one after the last; pairs of layers to fold
+    stretches  place of the first image of each few, and of the one after the last
     """
 
     images: Tensor
     labels: Tensor
     first_position: int
     stretches: list[tuple[int, int]]
-    pairs: list[Pair]
 
     def on(self, device: torch.device) -> "Work":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))

@@ -180,7 +180,6 @@ class Experiment:
                 model,
                 *self._forget(largest),
                 largest.first_position,
-                pairs=self.measuring.pairs,
                 cache=self.cache,
                 progress=advance,
             )

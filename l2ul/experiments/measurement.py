@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from l2ul.common import device as device_module
 from l2ul.common import distributed, seeds
-from l2ul.common.bn_folding import Pair, foldable
 from l2ul.common.cache import Cache, circumstances, fingerprint
 from l2ul.common.errors import InputError
 from l2ul.common.progress import progress_bar
 from l2ul.data import datasets
 from l2ul.data import images as image_sets
-from l2ul.data.images import as_pixels
 from l2ul.data.storage import DiskImages
 from l2ul.experiments.reference_models import Peer, Peers, gone
 from l2ul.experiments.runs import Run, Setup
@@ -71,11 +69,6 @@ class Measuring:
         if wanted is None or wanted >= num_train:
             return torch.arange(num_train)
         return torch.randperm(num_train, generator=seeds.generator(0, "retain sample"))[:wanted].sort().values
-
-    @cached_property
-    def pairs(self) -> list[Pair]:
-        """The layers of the classifier, and of what it is unlearned to, that can be folded."""
-        return foldable(self.setup.classifier, as_pixels(self.setup.images.train.images[torch.tensor([0])]))
 
     @cached_property
     def _splits(self) -> dict[str, image_sets.Split]:
@@ -132,7 +125,7 @@ class Measuring:
     @property
     def _pass(self) -> dict[str, object]:
         """How images are passed through a net, as options of `evaluate.predict` and `evaluate.logits`."""
-        return {"batch_size": self.batch_size, "workers": self.workers, "pairs": self.pairs}
+        return {"batch_size": self.batch_size, "workers": self.workers}
 
     def of_run(
         self, run: Run, before: Predictions, model: nn.Module, after: Predictions | None

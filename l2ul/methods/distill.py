@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from l2ul import objective
 from l2ul.common import activations, seeds
-from l2ul.common.bn_folding import foldable, folded
+from l2ul.common.bn_folding import folded
 from l2ul.common.modes import frozen_copy
 from l2ul.data.mixes import mixes
 from l2ul.methods import paper, registry
@@ -26,7 +26,6 @@ class Teacher:
 
     def __init__(self, model: nn.Module, images: Tensor):
         self.net = frozen_copy(model)
-        self.pairs = foldable(self.net, images[:1])  # folding changes what batch-norms are given, no weighted layer
         self.layers = list(activations.layers(self.net, images[:1]))[1:]
         self.last = activations.last_map(self.net, images[:1])
         _, found = self.given(images[:SPREAD_OVER])
@@ -35,7 +34,7 @@ class Teacher:
     @torch.no_grad()
     def given(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits and features of θ⁰."""
-        with folded(self.net, self.pairs):
+        with folded(self.net, images):  # changes the inputs of batch-norms, of no weighted layer
             return activations.given(self.net, images, self.layers, self.last)
 
     def gaps(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

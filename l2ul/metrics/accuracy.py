@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from l2ul import Progress
 from l2ul.common import distributed
-from l2ul.common.bn_folding import Pair, foldable, folded
+from l2ul.common.bn_folding import folded
 from l2ul.common.errors import Diverged, InputError
 from l2ul.common.modes import evaluating
 from l2ul.data import images as image_sets
@@ -30,7 +30,7 @@ def predict(
     *,
     batch_size: int | None = None,
     workers: int = 0,
-    pairs: list[Pair] | None = None,
+    fold: bool = True,
     shared: bool = False,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -38,14 +38,14 @@ def predict(
 
     images      uint8 or float in [0,1]
     batch_size  images measured at once, by default `default_batch_size`
-    pairs       of layers to fold, by default those that `folding.foldable` finds
+    fold        whether batch-norm is folded into convolutions; for a few images the search takes longer than it saves
     shared      all processes of a torchrun ask this of the same model: each looks at some of the batches, and gets all
                 classes, which are those that one process would find
 
     Raises Diverged if any logit is not finite: argmax would call those a class.
     """
     found = [torch.empty(0, dtype=torch.int64, device=next(model.parameters()).device)]
-    options = {"batch_size": batch_size, "workers": workers, "pairs": pairs, "shared": shared, "on_device": True}
+    options = {"batch_size": batch_size, "workers": workers, "fold": fold, "shared": shared, "on_device": True}
     for part in logits(model, images, **options):
         found.append(torch.where(part.isfinite().all(1), part.argmax(1), -1))
         if progress:
@@ -64,7 +64,7 @@ def logits(
     *,
     batch_size: int | None = None,
     workers: int = 0,
-    pairs: list[Pair] | None = None,
+    fold: bool = True,
     shared: bool = False,
     on_device: bool = False,
 ) -> Iterator[Tensor]:
@@ -75,11 +75,9 @@ def logits(
     """
     device = next(model.parameters()).device
     sample = as_pixels(images[torch.tensor([0])])
-    if pairs is None:
-        pairs = foldable(model, sample)
     if batch_size is None:
         batch_size = default_batch_size(device, sample.shape[-1])
-    with folded(model, pairs):
+    with folded(model, sample) if fold else evaluating(model):
         for batch in batches(images, batch_size, device, workers, shared):
             found = model(batch)
             yield found if on_device else found.cpu()
@@ -90,7 +88,7 @@ def forgotten(model: nn.Module, images: Tensor, forget: Forget) -> Tensor:
 
     Layer by layer: for few images it would take longer to find what can be folded. Raises Diverged as `predict` does.
     """
-    return forget.done(predict(model, images, pairs=[]).to(forget.labels.device))
+    return forget.done(predict(model, images, fold=False).to(forget.labels.device))
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:

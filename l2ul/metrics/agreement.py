@@ -55,19 +55,19 @@ def held_out(model: nn.Module, images: Tensor, num_classes: int, *, count: int, 
     mixed = mixes(as_pixels(images), count, seeds.generator(seed + SEED, "held out"))
     eps = EPS * images.shape[-1] / 32
     size = {"num_adv_images": 1, "eps": eps, "alpha": eps, "steps": STEPS, "seed": seed + SEED}
-    called = accuracy.predict(model, mixed, pairs=[]).to(images.device)
-    examples, _ = attack.adversarial_set(model, mixed, called, num_classes, pairs=[], **size)
+    called = accuracy.predict(model, mixed, fold=False).to(images.device)
+    examples, _ = attack.adversarial_set(model, mixed, called, num_classes, fold=False, **size)
     return probe("adversarial examples", model, examples)
 
 
 def probe(name: str, model: nn.Module, images: Tensor) -> Probe:
     """Images with the old model's answers to them."""
-    return Probe(name, images, accuracy.predict(model, images, pairs=[]))  # few: to look what folds would take longer
+    return Probe(name, images, accuracy.predict(model, images, fold=False))  # few: to look what folds would take longer
 
 
 def kept(model: nn.Module, probe: Probe) -> Kept:
     """How many of a probe's answers a model keeps; raises Diverged where its logits are not finite."""
-    same = accuracy.predict(model, probe.images, pairs=[]) == probe.answers
+    same = accuracy.predict(model, probe.images, fold=False) == probe.answers
     low, high = accuracy.interval(same, torch.ones_like(same))
     return Kept(probe.name, 100 * float(same.double().mean()), low, high, len(same))
 

@@ -1,12 +1,15 @@
 """Folding: the same logits with fewer layers, wherever that is exact, and the net as it was afterwards."""
 
+import copy
+
 from conftest import tiny_net
 import pytest
 import torch
 from torch import nn
 import torch.nn.functional as F
 
-from l2ul.common.bn_folding import foldable, folded
+from l2ul.common import bn_folding
+from l2ul.common.bn_folding import KNOWN, foldable, folded
 from l2ul.metrics import accuracy
 import models
 
@@ -44,7 +47,7 @@ def test_same_logits_and_the_net_as_it_was(name, side, some_stay):
     modules, state = list(model.modules()), {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
         expected = model(pixels)
-        with folded(model, pairs):
+        with folded(model, pixels):
             assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == len(norms) - len(pairs)
             found = model(pixels)
         assert torch.equal(model(pixels), expected)
@@ -55,10 +58,9 @@ def test_same_logits_and_the_net_as_it_was(name, side, some_stay):
 
 def test_follows_the_weights_as_they_change():
     model, pixels = tiny_net(), torch.rand(2, 3, 8, 8)
-    pairs = foldable(model, pixels)
-    assert pairs == [("features.0", "features.1"), ("features.3", "features.4")]
+    assert foldable(model, pixels) == (("features.0", "features.1"), ("features.3", "features.4"))
     with_statistics(model)
-    with torch.no_grad(), folded(model, pairs):
+    with torch.no_grad(), folded(model, pixels):
         found = model(pixels)
     assert torch.allclose(found, model(pixels), atol=1e-5)
 
@@ -87,14 +89,14 @@ class Odd(nn.Module):
 @pytest.mark.parametrize("how", ["read twice", "called twice", "changed in place", "raises in double"])
 def test_what_would_change_the_logits_is_left_alone(how):
     model, pixels = Odd(how).eval(), torch.rand(2, 3, 8, 8)
-    assert foldable(model, pixels) == []
-    assert torch.equal(accuracy.predict(model, pixels), accuracy.predict(model, pixels, pairs=[], batch_size=2))
+    assert foldable(model, pixels) == ()
+    assert torch.equal(accuracy.predict(model, pixels), accuracy.predict(model, pixels, fold=False, batch_size=2))
 
 
 def test_puts_the_net_back_after_an_error_and_in_train_mode():
     model, pixels = tiny_net().train(), torch.rand(2, 3, 8, 8)
-    before, pairs = list(model.modules()), foldable(model, pixels)
-    with pytest.raises(RuntimeError, match="channels"), folded(model, pairs):
+    before = list(model.modules())
+    with pytest.raises(RuntimeError, match="channels"), folded(model, pixels):
         model(pixels[:, :2])
     assert list(model.modules()) == before
     assert all(module.training for module in model.modules())
@@ -104,6 +106,19 @@ def test_input_gradients_are_those_of_the_net():
     model = with_statistics(tiny_net())
     pixels = torch.rand(4, 3, 8, 8).requires_grad_()
     (expected,) = torch.autograd.grad(model(pixels).square().sum(), pixels)
-    with folded(model, foldable(model, pixels)):
+    with folded(model, pixels):
         (found,) = torch.autograd.grad(model(pixels).square().sum(), pixels)
     assert torch.allclose(found, expected, atol=1e-5 * expected.abs().max())
+
+
+def test_pairs_are_searched_once_for_a_model_and_its_copies(monkeypatch):
+    searches, search = [], bn_folding._verified_pairs
+    monkeypatch.setattr(bn_folding, "_verified_pairs", lambda *arguments: searches.append(1) or search(*arguments))
+    model, pixels = tiny_net(), torch.rand(2, 3, 8, 8)
+    pairs = foldable(model, pixels)
+    assert foldable(copy.deepcopy(model), pixels[:1]) == foldable(model, pixels) == pairs
+    assert len(searches) == 1
+    model.features[1] = nn.Identity()
+    assert foldable(model, pixels) == pairs[1:]
+    assert len(searches) == 2
+    assert KNOWN not in model.state_dict()

@@ -23,9 +23,7 @@ HOW = Attack(CLASSES, num_adv_images=4, eps=1.0, alpha=0.2, steps=5, seed=3, bat
 def make(how, trained, where, cache=None, position=0):
     model, images, labels = trained
     done = []
-    made = how.make(
-        model, images[where], labels[where], position, pairs=[], cache=cache or Cache(), progress=done.append
-    )
+    made = how.make(model, images[where], labels[where], position, cache=cache or Cache(), progress=done.append)
     return made, sum(done)
 
 

@@ -66,11 +66,11 @@ def test_parts_are_everything_once_and_of_about_one_size(monkeypatch, size):
 def count(model, images, batch_size):
     seen = []
     model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    found = accuracy.predict(model, images, batch_size=batch_size, pairs=[], shared=True)
+    found = accuracy.predict(model, images, batch_size=batch_size, fold=False, shared=True)
     spoilt = images / 255
     spoilt[5] = torch.nan
     with pytest.raises(Diverged, match="1 of 37 images"):  # in all processes, whichever has it
-        accuracy.predict(model, spoilt, batch_size=batch_size, pairs=[], shared=True)
+        accuracy.predict(model, spoilt, batch_size=batch_size, fold=False, shared=True)
     return found, sum(seen) // 2
 
 
@@ -78,7 +78,7 @@ def count(model, images, batch_size):
 @pytest.mark.parametrize("batch_size", [5, 30])  # 8 batches, and fewer than there are processes
 def test_every_image_is_looked_at_once_and_all_know_its_class(trained, tmp_path, size, batch_size):
     model, images, _ = trained
-    expected = accuracy.predict(model, images[:37], batch_size=batch_size, pairs=[])
+    expected = accuracy.predict(model, images[:37], batch_size=batch_size, fold=False)
     codes, found, *_ = together(tmp_path / "all", size, joined(count), model, images[:37], batch_size)
     assert codes == [0] * size
     assert all(torch.equal(classes, expected) for classes, _ in found)
@@ -178,7 +178,7 @@ def attack(model, images, labels, folder):
         return torchrun.assist(SimpleNamespace(setup=setup, device=torch.device("cpu")))
     made, done = [], []
     for known in (3, 10):  # of which the first are then in the cache
-        options = {"pairs": [], "cache": Cache(folder), "progress": done.append}
+        options = {"cache": Cache(folder), "progress": done.append}
         made.append(HOW.make(model, images[:known], labels[:known], **options))
     distributed.call_others(None)
     return made, sum(done)

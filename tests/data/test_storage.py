@@ -20,7 +20,7 @@ def make(trained, count, folder, dtype=torch.float32, batch_size=None):
     """D_adv of the first images, kept as dtype, in a file in the folder where they do not fit."""
     model, images, labels = trained
     how = Attack(CLASSES, 4, 2.0, 0.3, 5, 1, NAMES[dtype], batch_size=batch_size, scratch_dir=folder)
-    made = how.make(model, images[:count], labels[:count], pairs=[], cache=Cache(), progress=lambda count: None)
+    made = how.make(model, images[:count], labels[:count], cache=Cache(), progress=lambda count: None)
     return made.examples, made.targets
 
 
