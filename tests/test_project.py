@@ -1,8 +1,10 @@
 """The project's own files say the same thing in each place they say it, and the README tells the truth."""
 
+import json
 import os
 from pathlib import Path
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -11,13 +13,16 @@ from conftest import ROOT
 import pytest
 
 from l2ul.data import utkface
-from l2ul.deletion import options
 from l2ul.experiments import runs
 from l2ul.methods import registry
 import main_unlearn
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*data/README.md")])
+}
 
 
 def split(requirement: str) -> tuple[str, str]:
@@ -45,30 +50,93 @@ def test_constraints_are_equal_in_both_places_and_cover_what_is_asked_for():
     assert [split(pin)[0] for pin in pins] == list(dict.fromkeys(split(line)[0] for line in asked))
 
 
-def test_readme_has_every_flag_and_method_and_no_other():
-    parser_help = subprocess.run(
-        [sys.executable, "main_unlearn.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    flags = set(re.findall(r"(--[a-z-]+)", parser_help.replace("-\n", "-"))) - {"--help"}
-    table = README.split("## Flags")[1].split("\n## ")[0]
-    told = set(re.findall(r"^\| `(--[a-z-]+)", table, re.MULTILINE))
-    assert told == flags
+def test_the_readme_is_short_and_names_every_method():
+    assert len(README.splitlines()) <= 250
     for name in registry.METHODS:
         assert f"`{name}`" in README
+        assert f"`{name}`" in (ROOT / "docs" / "methods.md").read_text()
 
 
-def test_readme_has_every_flag_of_a_request_and_no_other():
-    actions = options.parser("", "")._actions
-    flags = {word for action in actions for word in action.option_strings if word[:2] == "--"}
-    table = README.split("| flag of `main_forget.py` |")[1].split("\n\n")[0]
-    assert set(re.findall(r"`(--[a-z-]+)`", table)) - {"--model"} == flags - {"--help", "--model"}
-
-
-def test_readme_commands_name_files_that_exist():
-    for name in re.findall(r"(?:uv run|python|bash) ([a-z0-9_]+\.(?:py|sh))", README):
-        assert (ROOT / name).exists() or name.startswith("my_"), name
+def test_commands_of_readme_and_docs_name_files_that_exist():
+    for page, text in PAGES.items():
+        for name in re.findall(r"(?:uv run|python|bash|--extra \w+) ((?:\w+/)*[a-z0-9_]+\.(?:py|sh))", text):
+            assert (ROOT / name).exists() or name.startswith("my_"), (page, name)
     assert "pip install uv && uv run main_unlearn.py" in README
     assert "pip install uv && uv run pytest" in README
+
+
+def test_the_example_of_the_readme_is_the_one_that_is_tested():
+    (example,) = [block for block in code_blocks(README, "python") if block.startswith("# my_method.py")]
+    assert example in code_blocks(PAGES["docs/extending.md"], "python")
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)):
+        if target.startswith(("https://", "http://")):
+            continue
+        name, _, anchor = target.partition("#")
+        place = (ROOT / page).parent / name if name else ROOT / page
+        assert place.exists(), (page, target)
+        if anchor:
+            assert anchor in anchors(place.read_text()), (page, target)
+
+
+def test_no_page_is_wider_than_a_screen():
+    for page, text in PAGES.items():
+        for line in text.splitlines():
+            assert len(line) <= 120 or line.startswith(("|", "![")), (page, line)
+
+
+DATA_SETS = {"CIFAR-10, ResNet-20": "cifar10_resnet20", "digits, ResNet-20": "digits"}  # rows of the results table
+
+
+def results_rows() -> list[list[str]]:
+    table = README.split("## Results")[1].split("\n\n")[2]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def recorded(folder: str, method: str, k: int) -> list[dict]:
+    """Return the committed records of a method: plain runs that misclassify, with the default of --bn."""
+    paths = sorted((ROOT / "result_data" / "reference" / folder / "runs").glob("*.json"))
+    found = [json.loads(path.read_text()) for path in paths]
+    same = {"method": method, "k": k, "goal": "misclassify", "continual_step": None}
+    return [record for record in found if same.items() <= record.items() and record["bn"] != "eval"]
+
+
+def shown(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+@pytest.mark.parametrize("row", results_rows(), ids=lambda row: " ".join(row[:3]))
+def test_a_row_of_the_results_is_what_the_records_say(row):
+    data, k, methods, after, tested, time, count = row
+    folder, names = DATA_SETS[data], re.findall(r"`(\w+)`", methods)
+    if after == "not measured":
+        assert not any(recorded(folder, name, int(k)) for name in names)
+        return
+    runs = recorded(folder, names[0], int(k))
+    forgot = [run for run in runs if run["status"] == "forgotten"]
+    averaged = forgot or [run for run in runs if run["status"] == "cap"]
+    assert after == f"{statistics.mean(run['acc_forget'] for run in averaged):.2f}" + ("" if forgot else " †")
+    (before,) = {f"{run['acc_test_before']:.2f}" for run in runs}
+    assert tested.replace("*", "") == f"{before} → {shown([run['acc_test'] for run in averaged])}"
+    assert ("**" in tested) == (names[0] == "distill")  # the best of its data set and k
+    phases = ("seconds_attack", "seconds_importance", "seconds_unlearn")
+    seconds = statistics.median(sum(run[phase] for phase in phases) for run in runs)
+    assert time == (f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s")
+    assert count == (str(len(runs)) if len(averaged) == len(runs) else f"{len(averaged)} of {len(runs)}")
 
 
 def test_files_name_no_place_of_one_machine():

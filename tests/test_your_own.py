@@ -1,4 +1,4 @@
-"""The README's four examples of what people add, run as they stand there."""
+"""The examples of docs/extending.md, run as they stand there."""
 
 import re
 import runpy
@@ -16,7 +16,7 @@ import models
 
 EXAMPLES = {
     re.match(r"# (my_\w+)\.py", block)[1]: block
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
     if block.startswith("# my_")
 }
 REGISTRIES = (methods_registry.METHODS, models.OWN, datasets.LOADERS, measuring_registry.METRICS)
