@@ -41,7 +41,7 @@ HOLDS = {True: "ok", False: "FAILED", None: "?"}
 SEARCH, RELEARN = 0.8, 0.95  # parts of the time at which the search ends, and relearning
 
 
-@exit_codes.ending(PROGRAM, "nothing was written")
+@exit_codes.clean_exit(PROGRAM, "nothing was written")
 def main() -> None:
     opts = parse()
     device = device_module.choose_device(opts.device, opts.no_cuda, opts.threads)

@@ -63,7 +63,7 @@ class Asked:
         return (*self.common(settings), *self.split)
 
 
-@exit_codes.ending(PROGRAM, "finished runs are kept and the same command goes on from there")
+@exit_codes.clean_exit(PROGRAM)
 def main() -> None:
     asked = parse()
     opts, bench = asked.opts, Bench()

@@ -24,7 +24,7 @@ from models import checkpoint, zoo
 PROGRAM = "main_tables.py"
 
 
-@exit_codes.ending(PROGRAM)
+@exit_codes.clean_exit(PROGRAM)
 def main() -> None:
     make(parse())
 

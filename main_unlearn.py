@@ -41,9 +41,15 @@ from models import checkpoint
 PROGRAM = "main_unlearn.py"
 
 
-@exit_codes.ending(PROGRAM, shared=True)
+@exit_codes.clean_exit(PROGRAM, shared=True)
 def main() -> None:
     opts = parse()
+    with distributed.joined():
+        unlearn(opts)
+
+
+def unlearn(opts: argparse.Namespace) -> None:
+    """Do the runs of a command that have no record yet, and print the table of all."""
     device = device_module.choose_device(opts.device, opts.no_cuda, opts.threads)
     precision.use(device, opts.precision)
     streaming.check(opts.decoder, device)

@@ -38,7 +38,7 @@ PARTS = ("attack", *(f"step {method}" for method in METHODS), "evaluation", "sam
 ALL = 60_000  # images of D_r and D_test, measured once before all runs and after each; as released, twice a run
 
 
-@exit_codes.ending("speed.py")
+@exit_codes.clean_exit("speed.py")
 def main() -> None:
     opts = parse()
     device = device_module.choose_device(opts.device, opts.no_cuda, opts.threads)

@@ -1,59 +1,140 @@
-"""How a script runs: on which device, with what progress shown, and how it ends when something is wrong."""
+"""How a script ends: one sentence on standard error and an exit code instead of a traceback.
+
+| exit code | meaning |
+|---|---|
+| 0 | success |
+| 1 | out of memory, disk full, loss not finite, another process of a torchrun was lost |
+| 2 | bad input |
+| 130 | stopped by Ctrl-C (SIGINT) |
+| 143 | stopped by SIGTERM, which SLURM and Docker send |
+
+This module imports torch only where it needs it, so that `--help` answers at once.
+"""
 
 from collections.abc import Iterator
 import contextlib
 import errno
+import os
+import signal
 import sys
+import threading
 
-from l2ul.common import distributed
 from l2ul.common.errors import Diverged, InputError, is_out_of_memory
+
+CONTINUES = "finished runs are kept; the same command continues"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM was received. Code that cleans up after Ctrl-C does the same after SIGTERM."""
 
 
 @contextlib.contextmanager
-def ending(
-    program: str, stopped: str = "finished runs are kept and the same command goes on from there", shared: bool = False
-) -> Iterator[None]:
-    """How a script ends: bad input exits with 2, Ctrl-C with 130, memory or disk used up or numbers lost with 1.
+def clean_exit(program: str, after_stop: str = CONTINUES, shared: bool = False) -> Iterator[None]:
+    """Turn errors that a user can act on into one sentence and an exit code. Other errors keep their traceback.
 
-    stopped  what to say to who pressed Ctrl-C
-    shared   whether torchrun may start it in many processes, which are then one group inside the block; the first to
-             end early says why, once, and torchrun ends the others
+    Args:
+        program: name of the script, which begins the sentence.
+        after_stop: what a user should know after Ctrl-C or SIGTERM.
+        shared: whether torchrun may start the script in several processes. The script then calls
+            `distributed.joined()` after it has parsed its command line. Only the first process to end prints its
+            sentence; torchrun ends the others.
     """
-    try:
-        with distributed.joined(shared):
+    with sigterm_as_exception():
+        try:
+            if not shared:
+                _require_one_process()
             yield
-    except InputError as error:
-        # a loader's worker hands its error on with a traceback before it
-        _exit(2, f"{program}: {str(error).strip().splitlines()[-1].removeprefix('l2ul.common.errors.InputError: ')}")
-    except Diverged as error:
-        _exit(1, f"{program}: {error}")
-    except KeyboardInterrupt:
-        _exit(130, f"\n{program}: stopped; {stopped}")
-    except ValueError as error:
-        if "Expected more than 1 value per channel" not in str(error):
-            raise
-        _exit(
-            2,
-            f"{program}: batch-norm in train mode cannot learn from a single value a channel, which a batch of one "
-            f"image gives this net; take a --batch-size that leaves no image alone (or --bn eval to unlearn)",
+        except InputError as error:
+            # an error from a worker of a data loader has a traceback before its message
+            _exit(
+                2, f"{program}: {str(error).strip().splitlines()[-1].removeprefix('l2ul.common.errors.InputError: ')}"
+            )
+        except Diverged as error:
+            _exit(1, f"{program}: {error}")
+        except Terminated:
+            _exit(143, f"{program}: stopped by SIGTERM; {after_stop}")
+        except KeyboardInterrupt:
+            _exit(130, f"\n{program}: stopped by Ctrl-C; {after_stop}")
+        except ValueError as error:
+            if "Expected more than 1 value per channel" not in str(error):
+                raise
+            _exit(
+                2,
+                f"{program}: batch-norm in train mode needs more than one value per channel, and this model has one "
+                f"for a batch of one image; choose a --batch-size that leaves no batch of one image (or unlearn with "
+                f"--bn eval)",
+            )
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+                _exit(1, f"{program}: out of memory ({first_line}); use smaller batches; {after_stop}")
+            if not _is_loss_of_another_process(error):
+                raise
+            _exit(1, f"{program}: another process of this run was lost; {after_stop}")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _exit(1, f"{program}: the disk is full ({error.filename}); free some space; {after_stop}")
+
+
+@contextlib.contextmanager
+def sigterm_as_exception() -> Iterator[None]:
+    """Raise `Terminated` in the main thread when SIGTERM arrives inside the block.
+
+    Later SIGTERMs are ignored, so that files which are being written stay whole. Processes of a torchrun other than
+    the first have nothing to save and keep the default, which ends them at once. So do threads, where Python allows
+    no signal handlers.
+    """
+    if threading.current_thread() is not threading.main_thread() or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    previous = signal.getsignal(signal.SIGTERM)
+    handle_sigterm()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
+def handle_sigterm() -> None:
+    """Install the handler of `sigterm_as_exception`; needed again after a library has installed its own."""
+    process = os.getpid()
+
+    def handler(number: int, frame: object) -> None:
+        if os.getpid() != process:  # a forked child, such as a worker of a data loader
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        signal.signal(number, signal.SIG_IGN)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, handler)
+
+
+def _require_one_process() -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "torchrun started this script in several processes, but it uses one; start it without torchrun"
         )
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) and distributed.is_loss_of_another(error):
-            _exit(1, f"{program}: another process of this run was lost; {stopped}")
-        if not is_out_of_memory(error):
-            raise
-        _exit(1, f"{program}: out of memory ({_first_line(error)}); take smaller batches, finished runs are kept")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _exit(1, f"{program}: the disk is full ({error.filename}); make room, finished runs are kept")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _is_loss_of_another_process(error: BaseException) -> bool:
+    from l2ul.common import distributed
+
+    return distributed.is_loss_of_another(error)
 
 
 def _exit(code: int, sentence: str) -> None:
-    if distributed.says_it():
+    if _speaks_for_all():
         print(sentence, file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def _speaks_for_all() -> bool:
+    """Return whether this process of a torchrun prints why the run ends: the first one that ends."""
+    if "l2ul.common.distributed" in sys.modules:
+        from l2ul.common import distributed
+
+        if distributed.size() > 1:
+            return distributed.says_it()
+    return os.environ.get("RANK", "0") == "0"  # the processes have not met yet, and all end for the same reason

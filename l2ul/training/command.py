@@ -38,7 +38,7 @@ def main(
     `by_grouping` has the values of the recipe that depend on the age grouping, of UTKFace.
     """
     again = "give the same command with --resume to go on after the last finished epoch"
-    with exit_codes.ending(program, again, shared=True):
+    with exit_codes.clean_exit(program, again, shared=True):
         parser = options.Parser(description, prog=program)
         options.add_data(parser, dataset=dataset, model=model)
         add_flags(parser, recipe, by_grouping or {})
@@ -49,7 +49,8 @@ def main(
             raise InputError(f"--model is {opts.model}; Hugging Face models are trained with transformers, not here")
         asked = {field.name: getattr(opts, field.name, None) for field in dataclasses.fields(recipe)}
         asked = {name: value for name, value in asked.items() if value is not None}
-        train(opts, dataclasses.replace(recipe, **(by_grouping or {}).get(opts.age_grouping, {}) | asked))
+        with distributed.joined():
+            train(opts, dataclasses.replace(recipe, **(by_grouping or {}).get(opts.age_grouping, {}) | asked))
 
 
 def add_flags(parser: options.Parser, recipe: loop.Recipe, by_grouping: dict[str, dict[str, float]]) -> None:

@@ -1,22 +1,93 @@
-"""What a script says while it runs, and to whom."""
+"""How a script ends: exit codes, sentences and signals."""
 
-import sys
-from types import SimpleNamespace
+import errno
+import os
+import signal
 
 import pytest
 
-from l2ul.common.errors import InputError
-from l2ul.training import tracker
+from l2ul.cli import exit_codes
+from l2ul.common.errors import Diverged, InputError
 
 
-def test_a_tracker_gets_loss_and_accuracy_an_epoch_and_is_asked_for_by_name(tmp_path, monkeypatch):
-    tracker.open_tracker(None, tmp_path)({"epoch": 1, "loss": 0.5, "acc": 90.0})
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(InputError, match="--tracker tensorboard needs the package tensorboard"):
-        tracker.open_tracker("tensorboard", tmp_path)
-    written = []
-    writer = SimpleNamespace(add_scalar=lambda *values: written.append(values), flush=lambda: None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder: writer))
-    tracker.open_tracker("tensorboard", tmp_path)({"epoch": 3, "loss": 0.5, "acc": 90.0})
-    assert written == [("loss", 0.5, 3), ("acc", 90.0, 3)]
+def ending(error, **options):
+    """Exit code of a script in which `error` is raised."""
+    with pytest.raises(SystemExit) as stop, exit_codes.clean_exit("script.py", "nothing was written", **options):
+        raise error
+    return stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (InputError("--seed is x; expected a number"), 2, "script.py: --seed is x; expected a number\n"),
+        (
+            InputError("Caught InputError in a worker.\nl2ul.common.errors.InputError: cannot read a.png\n"),
+            2,
+            "script.py: cannot read a.png\n",
+        ),
+        (Diverged("2 of 10 images"), 1, "script.py: 2 of 10 images\n"),
+        (KeyboardInterrupt(), 130, "\nscript.py: stopped by Ctrl-C; nothing was written\n"),
+        (exit_codes.Terminated(), 143, "script.py: stopped by SIGTERM; nothing was written\n"),
+        (MemoryError(), 1, "script.py: out of memory (MemoryError); use smaller batches; nothing was written\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x.json"),
+            1,
+            "script.py: the disk is full (runs/x.json); free some space; nothing was written\n",
+        ),
+    ],
+)
+def test_an_error_that_a_user_can_act_on_is_one_sentence(capsys, error, code, sentence):
+    assert ending(error) == code
+    assert capsys.readouterr() == ("", sentence)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a fault"), ValueError("a fault"), OSError(errno.EACCES, "denied")])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)), exit_codes.clean_exit("script.py"):
+        raise error
+
+
+def test_sigterm_runs_the_clean_up_once_and_exits_with_143(capsys):
+    before, cleaned_up = signal.getsignal(signal.SIGTERM), []
+
+    @exit_codes.clean_exit("script.py")
+    def main():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:  # as code that cleans up after Ctrl-C does
+            signal.raise_signal(signal.SIGTERM)  # a second one does not disturb it
+            cleaned_up.append(True)
+            raise
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert (stop.value.code, cleaned_up) == (143, [True])
+    assert capsys.readouterr().err == f"script.py: stopped by SIGTERM; {exit_codes.CONTINUES}\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_dies_of_sigterm_as_if_there_were_no_handler():
+    with exit_codes.clean_exit("script.py"):
+        child = os.fork()
+        if not child:
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+
+
+def test_torchrun_may_start_only_scripts_that_share_their_work(capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, sentences in ((0, 1), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit) as stop, exit_codes.clean_exit("script.py"):
+            raise AssertionError("work began")
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("start it without torchrun\n") == sentences
+    with exit_codes.clean_exit("script.py", shared=True):
+        pass

@@ -45,7 +45,7 @@ def joined(work):
     """Work as a script does it."""
 
     def inside(*arguments):
-        with exit_codes.ending("test.py", "go on", shared=True):
+        with exit_codes.clean_exit("test.py", "go on", shared=True), distributed.joined():
             return work(*arguments)
 
     return inside
@@ -257,7 +257,7 @@ def test_torchrun_itself(tmp_path):
         "import l2ul\n"
         "from l2ul.common import distributed\nfrom l2ul.cli import exit_codes\n"
         "import torch\n"
-        "with exit_codes.ending('script.py', shared=True):\n"
+        "with exit_codes.clean_exit('script.py', shared=True), distributed.joined():\n"
         "    print(distributed.size(), distributed.total(torch.tensor([1.0 + distributed.rank()])).item())\n"
     )
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -268,12 +268,12 @@ def test_torchrun_itself(tmp_path):
 
 def test_a_script_for_one_process_says_so(tmp_path):
     def alone():
-        with exit_codes.ending("alone.py"):
+        with exit_codes.clean_exit("alone.py"):
             raise AssertionError("got in")
 
     codes, _, _, err = together(tmp_path / "all", 2, alone)
     assert codes == [2, 2]
     assert (
         "".join(err)
-        == "alone.py: torchrun started it in several processes, but it is for one; start it without torchrun\n"
+        == "alone.py: torchrun started this script in several processes, but it uses one; start it without torchrun\n"
     )
