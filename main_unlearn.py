@@ -44,7 +44,7 @@ PROGRAM = "main_unlearn.py"
 @exit_codes.clean_exit(PROGRAM, shared=True)
 def main() -> None:
     opts = parse()
-    with distributed.joined():
+    with distributed.process_group():
         unlearn(opts)
 
 
@@ -52,7 +52,7 @@ def unlearn(opts: argparse.Namespace) -> None:
     """Do the runs of a command that have no record yet, and print the table of all."""
     device = device_module.choose_device(opts.device, opts.no_cuda, opts.threads)
     precision.use(device, opts.precision)
-    streaming.check(opts.decoder, device)
+    streaming.check_decoder(opts.decoder, device)
     cache = Cache()
     if distributed.is_first():
         open_results(opts)
@@ -164,7 +164,7 @@ def load(opts: argparse.Namespace, device, images: Images | None = None) -> Setu
     for note in images.notes:
         print(note)
     images = images.to(device)
-    with distributed.first_ahead():  # which may download them
+    with distributed.local_first():  # which may download them
         classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std).to(device)
     accuracy.check_fit(classifier, images.train.images, images.num_classes)
     accuracy.check_trained_on(images, told_by(classifier), classifier.source)

@@ -13,7 +13,7 @@ from l2ul.common import precision as precisions
 from l2ul.common import seeds
 from l2ul.common.bn_folding import folded
 from l2ul.common.errors import is_out_of_memory
-from l2ul.common.modes import evaluating, frozen
+from l2ul.common.modes import eval_mode, frozen
 from l2ul.data import images as image_sets
 from l2ul.data.forget_set import other_class
 from l2ul.data.images import as_pixels
@@ -120,7 +120,7 @@ def adversarial_set(
     size = _even(batch_size or default_batch_size(images.device, images.shape[-1]))
     examples = torch.empty((len(owners), *pixels.shape[1:]), device=images.device, memory_format=torch.channels_last)
     done = 0
-    with folded(model, pixels) if fold else evaluating(model):
+    with folded(model, pixels) if fold else eval_mode(model):
         while done < len(owners):
             left = len(owners) - done
             count = math.ceil(left / math.ceil(left / size))  # all batches of about one size

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from l2ul import Progress
-from l2ul.common.modes import evaluating
+from l2ul.common.modes import eval_mode
 from l2ul.data.images import as_pixels
 
 
@@ -19,7 +19,7 @@ def mas_importance(model: nn.Module, images: Tensor, progress: Progress | None =
     """
     names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
     total = [torch.zeros_like(parameter) for parameter in parameters]
-    with evaluating(model):
+    with eval_mode(model):
         for image in as_pixels(images).split(1):
             norm = torch.linalg.vector_norm(model(image))
             gradients = torch.autograd.grad(norm, parameters, materialize_grads=True)

@@ -109,7 +109,7 @@ def unlearn(
     held = held_weights(importance) if "importance" in chosen.needs else None
     forget = objective.Forget(as_pixels(images), labels, new_labels)
     look = Look(unlearned, forget)
-    with seeds.drawing(labels.device, settings.seed, "dropout", settings.first_position):
+    with seeds.fork_rng(labels.device, settings.seed, "dropout", settings.first_position):
         plan = _plan(unlearned, forget, keep, held, chosen, settings, workers, look)
         return _loop(unlearned, look, plan, on_step or (lambda row: None), go_on or (lambda: True))
 

@@ -84,7 +84,7 @@ def _published(name: str, num_classes: int, choice: str | None) -> Classifier:
         classifier = Classifier(name, num_classes, *huggingface.load(name, num_classes))
         classifier.source = name
     else:
-        state, source, mean, std = zoo.own_weights(name, num_classes, choice)
+        state, source, mean, std = zoo.pretrained_state(name, num_classes, choice)
         classifier = build(name, num_classes, mean, std)
         _fill(classifier, state, source)
         classifier.source = source
@@ -103,13 +103,13 @@ def _from_file(name: str, num_classes: int, path: Path) -> Classifier:
 
 
 def _fill(classifier: Classifier, state: dict[str, Tensor], source: str) -> None:
-    wrong = checkpoints.fill(classifier.net, state)
+    wrong = checkpoints.load_into(classifier.net, state)
     if wrong:
         what = f"{classifier.name} of {classifier.num_classes} classes"
         raise InputError(f"{source} does not fit {what}: {wrong}{_looks_like(state)}")
 
 
-def classes_of(name: str, state: dict[str, Tensor], source: str) -> int:
+def infer_num_classes(name: str, state: dict[str, Tensor], source: str) -> int:
     """How many classes a file's weights tell apart, as those of the net `name`; InputError where they are of another.
 
     name  one of ours or torchvision:NAME

@@ -51,7 +51,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _content(path: Path) -> tuple[object, dict[str, str] | None]:
     """All that a file holds, and the metadata of a safetensors file; None for a pickle."""
     try:
-        refuse_program(path)
+        reject_program(path)
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
@@ -71,7 +71,7 @@ def _content(path: Path) -> tuple[object, dict[str, str] | None]:
         raise InputError(f"{path} is damaged or is no checkpoint ({first[:120]}); fetch it again") from None
 
 
-def refuse_program(path: Path) -> None:
+def reject_program(path: Path) -> None:
     """Raise InputError for a TorchScript or torch.export file: to read one is to run what it holds."""
     if not zipfile.is_zipfile(path):
         return
@@ -130,7 +130,7 @@ def wrapping_prefix(keys: Collection[str], expected: set[str]) -> str:
     return prefix
 
 
-def fill(net: nn.Module, state: dict[str, Tensor]) -> str | None:
+def load_into(net: nn.Module, state: dict[str, Tensor]) -> str | None:
     """Give the net the weights of a file, whatever is put before their names; returns in words why they do not fit."""
     prefix = wrapping_prefix(state, set(net.state_dict()))
     state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}

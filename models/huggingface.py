@@ -57,7 +57,7 @@ def configuration(name: str):
     return _read(name, AutoConfig.from_pretrained)
 
 
-def shape(name: str) -> Callable[[Image], Tensor]:
+def transform(name: str) -> Callable[[Image], Tensor]:
     """From an RGB image to uint8 pixels (3, H, W) as the processor resizes and crops it."""
     from transformers import AutoImageProcessor
 

@@ -27,13 +27,13 @@ def build(name: str, num_classes: int) -> nn.Module:
     return torchvision.models.get_model(name.removeprefix(PREFIX), weights=None, num_classes=num_classes)
 
 
-def own_weights(name: str, num_classes: int, choice: str | None) -> tuple[dict[str, Tensor], str, tuple, tuple]:
+def pretrained_state(name: str, num_classes: int, choice: str | None) -> tuple[dict[str, Tensor], str, tuple, tuple]:
     """State, description, mean and std of torchvision's own weights: those called `choice`, or the first set of them.
 
     `choice` is one that `has_weights` knows.
     The first set (IMAGENET1K_V1 for most nets) is what papers report on; newer ones are asked for by name.
     """
-    chosen = own_set(name, choice)
+    chosen = pretrained_weights(name, choice)
     classes = len(chosen.meta["categories"])
     if classes != num_classes:
         raise InputError(
@@ -57,14 +57,14 @@ def has_weights(name: str, choice: str) -> bool:
     return choice in torchvision.models.get_model_weights(name.removeprefix(PREFIX)).__members__
 
 
-def own_set(name: str, choice: str | None = None) -> torchvision.models.WeightsEnum:
+def pretrained_weights(name: str, choice: str | None = None) -> torchvision.models.WeightsEnum:
     """torchvision's own set of weights of a net: the one called `choice`, or the first."""
     weights = torchvision.models.get_model_weights(name.removeprefix(PREFIX))
     return weights[choice] if choice else next(iter(weights))
 
 
-def shape(name: str, choice: str | None = None) -> v2.Compose:
+def transform(name: str, choice: str | None = None) -> v2.Compose:
     """From an RGB image to uint8 pixels (3, H, W), resized and cropped as for torchvision's own weights of a net."""
-    preset = own_set(name, choice).transforms()
+    preset = pretrained_weights(name, choice).transforms()
     resize = v2.Resize(preset.resize_size, preset.interpolation, antialias=preset.antialias)
     return v2.Compose([resize, v2.CenterCrop(preset.crop_size), v2.PILToTensor()])

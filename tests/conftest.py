@@ -169,14 +169,14 @@ def save_images(folder, images, labels=None):
 
 
 @pytest.fixture
-def little_to_measure(monkeypatch):
+def fast_report(monkeypatch):
     """A report of a request in a second."""
     monkeypatch.setattr(search, "MOST_EXAMPLES", 32)
     monkeypatch.setattr(relearn, "MOST_STEPS", 30)
 
 
 @pytest.fixture
-def tiny(trained, tmp_path, little_to_measure):
+def tiny(trained, tmp_path, fast_report):
     """Arguments that name a tiny trained net and a folder of six of its images, with the images and labels."""
     model, images, labels = trained
     torch.save({"epoch": 3, "state_dict": model.state_dict(), "optimizer": {"m": torch.ones(2)}}, tmp_path / "tiny.pth")
@@ -197,11 +197,11 @@ def forget(script, tmp_path, tiny):
     return call
 
 
-def net_of(path):
+def load_tiny_net(path):
     model = tiny_net()
     model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
     return model
 
 
-def called(path, images):
-    return net_of(path)(images / 255).argmax(1)
+def predicted_classes(path, images):
+    return load_tiny_net(path)(images / 255).argmax(1)

@@ -9,11 +9,11 @@ from PIL import Image
 import main_sweep
 
 
-def found(folder):
+def load_records(folder):
     return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))}
 
 
-def but_for_costs(record):
+def without_costs(record):
     return {key: v for key, v in record.items() if not key.startswith("seconds_") and key != "peak_memory_mib"}
 
 
@@ -29,12 +29,12 @@ def write_folder(root, classes=("ant", "bee"), parts=("train", "val"), size=(40,
                 Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
-def picture(path, size=(8, 8), seed=0):
+def write_image(path, size=(8, 8), seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
 
 
-def asked(tmp_path, *arguments):
+def parse_sweep(tmp_path, *arguments):
     return main_sweep.parse([str(word) for word in ("--result-dir", tmp_path, *FAST, *arguments)])

@@ -19,7 +19,7 @@ def _one(rank: int, size: int, port: int, folder: Path, work, arguments) -> None
         torch.save(work(*arguments), folder / f"{rank}.pt")
 
 
-def together(folder: Path, size: int, work, *arguments) -> tuple[list[int], list[object], list[str], list[str]]:
+def run_processes(folder: Path, size: int, work, *arguments) -> tuple[list[int], list[object], list[str], list[str]]:
     """Of `work(*arguments)` in each of `size` processes: exit codes, results, standard outputs, standard errors."""
     folder.mkdir(parents=True)
     with socket.socket() as free:

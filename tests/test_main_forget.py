@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from conftest import CLASSES, FAST_REQUEST, ROOT, called, net_of, save_images, tiny_net
+from conftest import CLASSES, FAST_REQUEST, ROOT, load_tiny_net, predicted_classes, save_images, tiny_net
 from PIL import Image
 import pytest
 import torch
@@ -17,7 +17,7 @@ from l2ul.common.files import file_sha256
 from l2ul.deletion import examine
 import main_forget
 
-pytestmark = pytest.mark.usefixtures("little_to_measure")
+pytestmark = pytest.mark.usefixtures("fast_report")
 
 
 class FullPrecision(torch.nn.Module):
@@ -42,7 +42,7 @@ def test_images_are_forgotten_and_the_model_comes_back_in_the_form_it_came_in(fo
     assert list(written) == ["epoch", "state_dict"]  # the optimizer's tensors could hold the images
     assert report["model"]["left_out"] == ["optimizer"]
     _, images, labels = tiny
-    now = called(tmp_path / "out" / "model.pth", images)
+    now = predicted_classes(tmp_path / "out" / "model.pth", images)
     assert (now[:6] != labels[:6]).all()
     assert [row["called_after"] for row in report["images"]] == now[:6].tolist()
     assert [row["label"] for row in report["images"]] == labels[:6].tolist()  # the model's own predictions
@@ -77,7 +77,7 @@ def test_relabelled_by_a_table(forget, tiny, tmp_path):
     code, report, told = forget()
     assert code == 0, told
     assert report["asked"]["goal"] == "relabel"
-    now = called(tmp_path / "out" / "model.pth", images)
+    now = predicted_classes(tmp_path / "out" / "model.pth", images)
     assert (now[:6] == (labels[:6] + 1) % CLASSES).all()
 
 
@@ -125,7 +125,7 @@ def test_what_is_asked_of_changed_images_counts_and_a_model_that_gained_nothing_
     forget, script, tiny, tmp_path
 ):
     images = tiny[1]
-    answers = [net_of(tmp_path / "tiny.pth")(one / 255).argmax(1) for one in (images, images.flip(3))]
+    answers = [load_tiny_net(tmp_path / "tiny.pth")(one / 255).argmax(1) for one in (images, images.flip(3))]
     places = (answers[0] != answers[1]).nonzero().flatten()[:3]  # no longer called so as they are, but mirrored
     assert len(places)
     save_images(tmp_path / "half", images[places], answers[1][places])

@@ -5,7 +5,7 @@ import os
 from pathlib import Path  # noqa: F401  # what is no module, built by a test
 
 from conftest import tiny_net
-from helpers import picture
+from helpers import write_image
 import pytest
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ def fails():
 def place(tmp_path):
     """A folder with two pictures, a net's weights and files that are none."""
     for number in range(2):
-        picture(tmp_path / "in" / f"{number}.png", seed=number)
+        write_image(tmp_path / "in" / f"{number}.png", seed=number)
     torch.save(tiny_net().state_dict(), tmp_path / "tiny.pt")
     return tmp_path
 
@@ -95,7 +95,7 @@ def empty_folder(place):
 
 
 def truncated(place):
-    path = picture(place / "in" / "2.jpg", (64, 64))
+    path = write_image(place / "in" / "2.jpg", (64, 64))
     path.write_bytes(path.read_bytes()[:600])
 
 
@@ -104,19 +104,19 @@ def text(place):
 
 
 def other_size(place):
-    picture(place / "in" / "wide.png", (16, 8))
+    write_image(place / "in" / "wide.png", (16, 8))
 
 
 def large(place):
-    picture(place / "large" / "0.png", (4, 4))
+    write_image(place / "large" / "0.png", (4, 4))
 
 
 def mixed(place):
-    picture(place / "in" / "3" / "a.png")
+    write_image(place / "in" / "3" / "a.png")
 
 
 def deep(place):
-    picture(place / "deep" / "3" / "more" / "a.png")
+    write_image(place / "deep" / "3" / "more" / "a.png")
 
 
 def table(content):
@@ -124,20 +124,20 @@ def table(content):
 
 
 def wrong_label(place):
-    picture(place / "labelled" / "cat" / "a.png")
+    write_image(place / "labelled" / "cat" / "a.png")
 
 
 def contradiction(place):
     for label in "12":
-        picture(place / "twice" / label / "a.png")
+        write_image(place / "twice" / label / "a.png")
 
 
 def also_kept(place):
-    picture(place / "keep" / "a.png", seed=1)
+    write_image(place / "keep" / "a.png", seed=1)
 
 
 def full_output(place):
-    picture(place / "out" / "a.png")
+    write_image(place / "out" / "a.png")
 
 
 def bad_key(place):

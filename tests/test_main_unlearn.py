@@ -4,7 +4,7 @@ import json
 import re
 
 from conftest import FAST, ROOT
-from helpers import but_for_costs, found, write_folder
+from helpers import load_records, without_costs, write_folder
 import numpy as np
 import pytest
 import torch
@@ -22,7 +22,7 @@ import models
 def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
     code, out, err = run()
     assert code == 0, err
-    by_method = {record["method"]: record for record in found(tmp_path).values()}
+    by_method = {record["method"]: record for record in load_records(tmp_path).values()}
     assert set(by_method) == {"before", "neggrad", "rawp", "oracle", "adv", "adv_imp", "distill"}
     assert [line.split()[0] for line in out.splitlines()[2:9]] == registry.usual("misclassify")
     for name, record in by_method.items():
@@ -46,7 +46,7 @@ def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
         assert record["acc_retain_low"] is record["acc_forget_earlier"] is record["acc_relabel"] is None
         assert record["continual_step"] is None
         assert record["acc_test_before"] == by_method["before"]["acc_test"]
-    for identity, record in found(tmp_path).items():
+    for identity, record in load_records(tmp_path).items():
         indices = [int(line) for line in (tmp_path / "runs" / f"{identity}.txt").read_text().split()]
         assert indices == forget_set.choose_forget(40, 2, 0).tolist()
         with np.load(tmp_path / "runs" / f"{identity}.npz") as kept:
@@ -62,17 +62,17 @@ def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
 
 def test_what_is_recorded_is_not_done_again_and_rerun_gives_the_same(run, tmp_path, monkeypatch):
     run()
-    first = found(tmp_path)
+    first = load_records(tmp_path)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     code, out, _ = run()
     assert code == 0
     assert "0 runs to do, 7 done" in out
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     assert run("--rerun")[0] == 0
-    again = found(tmp_path)
+    again = load_records(tmp_path)
     assert first.keys() == again.keys()
     for identity, record in again.items():
-        assert but_for_costs(record) == but_for_costs(first[identity])
+        assert without_costs(record) == without_costs(first[identity])
     # what a method does not use does not make it run again
     assert "2 runs to do, 5 done" in run("--pgd-eps", 1.0, "--dry-run")[1]
     assert "1 runs to do, 6 done" in run("--reg-lamb", 2.0, "--dry-run")[1]
@@ -96,11 +96,11 @@ def test_one_attack_and_one_measurement_of_before_serve_all_runs_of_a_seed(run, 
     assert code == 0, err
     assert sizes == [4]
     assert measured == ["measure before"] + ["measure after"] * 4
-    together = found(tmp_path)
+    together = load_records(tmp_path)
     code, out, _ = run("--unlearn-k", 2, "--method", "adv", "--rerun", "--no-cache")
-    alone = {i: r for i, r in found(tmp_path).items() if r["method"] == "adv" and r["k"] == 2}
+    alone = {i: r for i, r in load_records(tmp_path).items() if r["method"] == "adv" and r["k"] == 2}
     for identity, record in alone.items():
-        assert but_for_costs(record) == but_for_costs(together[identity])
+        assert without_costs(record) == without_costs(together[identity])
 
 
 def test_another_learning_rate_attacks_nothing_and_measures_nothing_again(run, tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_another_learning_rate_attacks_nothing_and_measures_nothing_again(run, t
     assert code == 0, err
     assert measured == ["measure after"]
     slow, fast = (
-        next(r for r in found(tmp_path).values() if r["method"] == "adv" and r["unlearn_lr"] == lr)
+        next(r for r in load_records(tmp_path).values() if r["method"] == "adv" and r["unlearn_lr"] == lr)
         for lr in (0.01, 0.02)
     )
     assert fast["adv_success"] == slow["adv_success"]
@@ -146,7 +146,7 @@ def test_relabels_and_takes_files(run, tmp_path, few_digits):
     ]
     code, _, err = run(*arguments, "--unlearn-k", 3, "--method", "correct", "--max-passes", 60, "--unlearn-lr=0.02")
     assert code == 0, err
-    ((identity, record),) = found(tmp_path).items()
+    ((identity, record),) = load_records(tmp_path).items()
     assert (record["goal"], record["k"], record["status"], record["acc_relabel"]) == ("relabel", 3, "forgotten", 100.0)
     assert record["acc_forget"] == 0
     assert (tmp_path / "runs" / f"{identity}.txt").read_text() == "7\n3\n11\n"
@@ -156,7 +156,7 @@ def test_keeps_the_unlearned_model_and_makes_it_again_if_it_is_gone(run, tmp_pat
     arguments = ["--method", "before", "neggrad", "--save-model"]
     assert run(*arguments)[0] == 0
     (path,) = (tmp_path / "models").iterdir()
-    record = found(tmp_path)[path.stem]
+    record = load_records(tmp_path)[path.stem]
     assert record["method"] == "neggrad"
     classifier = models.load("resnet20", 10, path)
     with torch.inference_mode():
@@ -174,7 +174,7 @@ def test_unlearns_a_hugging_face_model_and_keeps_it_for_plain_transformers_code(
     arguments = ["--model", f"hf:{vit_folder}", "--method", "adv_imp", "--unlearn-k", 1, "--save-model"]
     code, _, err = run(*arguments)
     assert code == 0, err
-    ((identity, record),) = found(tmp_path).items()
+    ((identity, record),) = load_records(tmp_path).items()
     assert record["status"] in ("forgotten", "cap")
     net = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "models" / identity)
     given = transformers.AutoModelForImageClassification.from_pretrained(vit_folder)
@@ -189,11 +189,11 @@ def test_a_kept_hugging_face_model_keeps_the_statistics_it_was_used_with(run, tm
     arguments = [*given, "--method", "neggrad", "--continual-step", 1, "--unlearn-k", 2, "--bn", "eval"]
     code, _, err = run(*arguments)
     assert code == 0, err
-    whole = found(tmp_path)
+    whole = load_records(tmp_path)
     (first, second) = sorted(whole, key=lambda identity: whole[identity]["k"])
     (tmp_path / "runs" / f"{second}.json").unlink()
     assert run(*arguments)[0] == 0
-    assert but_for_costs(found(tmp_path)[second]) == but_for_costs(whole[second])
+    assert without_costs(load_records(tmp_path)[second]) == without_costs(whole[second])
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "models" / first)
     assert processor.image_mean == pytest.approx([0.1, 0.2, 0.3])
     assert processor.image_std == pytest.approx([0.4, 0.5, 0.6])
@@ -207,15 +207,15 @@ def test_unlearns_images_of_a_folder(script, tmp_path):
     net = ["--model", "torchvision:squeezenet1_1", "--checkpoint", tmp_path / "weights.pt"]
     code, _, err = script(main_unlearn.main, "--result-dir", tmp_path, *FAST, *data_set, *net)
     assert code == 0, err
-    for record in found(tmp_path).values():
+    for record in load_records(tmp_path).values():
         assert (record["num_train"], record["num_test"], record["image_size"]) == (6, 6, 64)
-    assert len(found(tmp_path)) == 7
+    assert len(load_records(tmp_path)) == 7
 
 
 def test_a_diverged_run_has_no_accuracy(run, tmp_path):
     code, out, err = run("--method", "adv", "--unlearn-lr", "1e30", "--bn", "eval")
     assert code == 0, err
-    (record,) = found(tmp_path).values()
+    (record,) = load_records(tmp_path).values()
     assert record["status"] == "diverged"
     assert record["acc_test"] is record["acc_forget"] is record["acc_retain"] is None
     assert record["acc_test_before"] > 90

@@ -4,7 +4,7 @@ import re
 import runpy
 
 from conftest import FAST, ROOT
-from helpers import found
+from helpers import load_records
 import numpy as np
 import pytest
 import torch
@@ -33,7 +33,7 @@ def example(script, tmp_path, few_digits):
         given = ["--result-dir", tmp_path, *FAST, *arguments]
         code, out, err = script(lambda: runpy.run_path(str(path), run_name="__main__"), *given)
         assert code == 0, err
-        return list(found(tmp_path).values())
+        return list(load_records(tmp_path).values())
 
     yield call
     for registry, before in zip(REGISTRIES, kept, strict=True):

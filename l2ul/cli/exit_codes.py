@@ -36,7 +36,7 @@ def clean_exit(program: str, after_stop: str = CONTINUES, shared: bool = False) 
         program: name of the script, which begins the sentence.
         after_stop: what a user should know after Ctrl-C or SIGTERM.
         shared: whether torchrun may start the script in several processes. The script then calls
-            `distributed.joined()` after it has parsed its command line. Only the first process to end prints its
+            `distributed.process_group()` after it has parsed its command line. Only the first process to end prints its
             sentence; torchrun ends the others.
     """
     with sigterm_as_exception():
@@ -121,7 +121,7 @@ def _require_one_process() -> None:
 def _is_loss_of_another_process(error: BaseException) -> bool:
     from l2ul.common import distributed
 
-    return distributed.is_loss_of_another(error)
+    return distributed.is_lost_process(error)
 
 
 def _exit(code: int, sentence: str) -> None:
@@ -136,5 +136,5 @@ def _speaks_for_all() -> bool:
         from l2ul.common import distributed
 
         if distributed.size() > 1:
-            return distributed.says_it()
+            return distributed.is_first_to_report()
     return os.environ.get("RANK", "0") == "0"  # the processes have not met yet, and all end for the same reason

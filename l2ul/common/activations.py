@@ -6,7 +6,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from l2ul.common.modes import evaluating
+from l2ul.common.modes import eval_mode
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import batches
 
@@ -15,7 +15,7 @@ LARGEST = 65_536  # values of an image that a layer's features keep; beyond, pos
 
 
 @contextlib.contextmanager
-def _hooked(model: nn.Module, names: Iterable[str], note: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def hooked(model: nn.Module, names: Iterable[str], note: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """`note` is told name, input and output of each of these layers as it runs, in inference and eval mode."""
     handles = [
         model.get_submodule(name).register_forward_hook(
@@ -24,18 +24,18 @@ def _hooked(model: nn.Module, names: Iterable[str], note: Callable[[str, Tensor,
         for name in names
     ]
     try:
-        with torch.inference_mode(), evaluating(model):
+        with torch.inference_mode(), eval_mode(model):
             yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _names(model: nn.Module, kinds: type | tuple[type, ...]) -> list[str]:
+def module_names(model: nn.Module, kinds: type | tuple[type, ...]) -> list[str]:
     return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
 
 
-def _flat(output: Tensor) -> Tensor:
+def flat_features(output: Tensor) -> Tensor:
     """A layer's output (N, …) as (N, D), a copy: an activation behind the layer may overwrite the output."""
     return pooled(output).flatten(1).clone()
 
@@ -47,10 +47,12 @@ def pooled(features: Tensor) -> Tensor:
     return features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
 
 
-def given(model: nn.Module, images: Tensor, names: list[str], last: str | None = None) -> tuple[Tensor, list[Tensor]]:
+def logits_and_inputs(
+    model: nn.Module, images: Tensor, names: list[str], last: str | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """Logits, and what each of these layers is given on the way, pooled, in the order of the names.
 
-    last  a module whose output, as it is, comes after those: see `last_map`
+    last  a module whose output, as it is, comes after those: see `last_spatial_module`
     """
     found = {}
     handles = [
@@ -72,7 +74,7 @@ def given(model: nn.Module, images: Tensor, names: list[str], last: str | None =
     return logits, [found[key] for key in keys]
 
 
-def last_map(model: nn.Module, images: Tensor) -> str | None:
+def last_spatial_module(model: nn.Module, images: Tensor) -> str | None:
     """The module that gives the last features which still tell places apart, before they are pooled; None if none does.
 
     Maps (N, C, H, W) of more than one position, or tokens (N, T, D) of more than one.
@@ -85,7 +87,7 @@ def last_map(model: nn.Module, images: Tensor) -> str | None:
             if places.numel() > 1:
                 seen.append(name)
 
-    with _hooked(model, [name for name, _ in model.named_modules() if name], note):
+    with hooked(model, [name for name, _ in model.named_modules() if name], note):
         model(images)
     return seen[-1] if seen else None
 
@@ -94,6 +96,8 @@ def layers(model: nn.Module, images: Tensor | FolderImages) -> dict[str, int]:
     """The convolutions and linear layers that run, in the order they do, and how many features each gives an image."""
     sizes: dict[str, int] = {}
     first = next(batches(images, 1, next(model.parameters()).device))
-    with _hooked(model, _names(model, WEIGHTED), lambda name, _, out: sizes.update({name: _flat(out).shape[1]})):
+    with hooked(
+        model, module_names(model, WEIGHTED), lambda name, _, out: sizes.update({name: flat_features(out).shape[1]})
+    ):
         model(first)
     return sizes

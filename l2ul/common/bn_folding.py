@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from l2ul.common.modes import evaluating
+from l2ul.common.modes import eval_mode
 
 Pair = tuple[str, str]  # names of a convolution and of the batch-norm that alone reads its output
 KNOWN = "_l2ul_foldable"  # attribute of a model: the result of `foldable`, which copies of the model share
@@ -64,7 +64,7 @@ def _verified_pairs(model: nn.Module, sample: Tensor) -> tuple[Pair, ...]:
 @contextlib.contextmanager
 def _folded(model: nn.Module, pairs: tuple[Pair, ...] | list[Pair]) -> Iterator[None]:
     originals = {name: model.get_submodule(name) for pair in pairs for name in pair}
-    with evaluating(model):
+    with eval_mode(model):
         try:
             with torch.no_grad():
                 for convolution, norm in pairs:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import torchvision
 
 from l2ul import METHOD_VERSION
-from l2ul.common.files import atomic, code_text, tensors_sha256
+from l2ul.common.files import atomic, source_code, tensors_sha256
 
 try:
     import fcntl
@@ -62,7 +62,7 @@ class Cache:
                 part.write_bytes(save({name: tensor.cpu() for name, tensor in tensors.items()}))
 
     @contextlib.contextmanager
-    def making(self, key: dict[str, object]) -> Iterator[None]:
+    def lock(self, key: dict[str, object]) -> Iterator[None]:
         """Of several processes that want what is under a key one makes it in this block; others wait, then find it.
 
         A process that is killed lets the next one in. Where there are no locks on files, each makes it for itself.
@@ -97,7 +97,7 @@ class Cache:
         return self.folder / f"{PREFIX}{hashlib.sha256(text.encode()).hexdigest()[:32]}{SUFFIX}"
 
 
-def circumstances(device: torch.device) -> dict[str, object]:
+def environment(device: torch.device) -> dict[str, object]:
     """What else decides how numbers are rounded, as part of a key: code, libraries and hardware."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
@@ -111,6 +111,6 @@ def circumstances(device: torch.device) -> dict[str, object]:
 def fingerprint(model: nn.Module) -> str:
     """Hex hash of a model: its layers as it prints them, the code of those that are not well known, all its tensors."""
     kinds = {type(module) for module in model.modules()}
-    own = sorted(code_text(kind) for kind in kinds if not f"{kind.__module__}.".startswith(WELL_KNOWN))
+    own = sorted(source_code(kind) for kind in kinds if not f"{kind.__module__}.".startswith(WELL_KNOWN))
     layers = hashlib.sha256("\n".join([repr(model), *own]).encode()).hexdigest()
     return layers[:32] + tensors_sha256(dict(model.named_parameters()) | dict(model.named_buffers()))

@@ -23,7 +23,7 @@ _store: list[dist.Store] = []  # what all processes can write to, however they e
 
 
 @contextlib.contextmanager
-def joined(shared: bool = True) -> Iterator[None]:
+def process_group(shared: bool = True) -> Iterator[None]:
     """Inside the block the processes that torchrun started are one group, of which only the first prints.
 
     NCCL between CUDA GPUs, gloo between CPUs, and for what is no tensor on a GPU. Raises InputError in all of several
@@ -73,14 +73,14 @@ def shard(count: int) -> slice:
     return slice(count * rank() // size(), count * (rank() + 1) // size())
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce(values: Tensor) -> Tensor:
     """The sum over the processes, in place; `values` is alike in shape everywhere."""
     if size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def joint(part: Tensor) -> Tensor:
+def all_gather(part: Tensor) -> Tensor:
     """The parts of all processes, one after the other, on the CPU; a part may be empty."""
     if size() == 1:
         return part.cpu()
@@ -89,7 +89,7 @@ def joint(part: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def collected(thing: object) -> list:
+def gather(thing: object) -> list:
     """What each process has, at the first; elsewhere nothing."""
     if size() == 1:
         return [thing]
@@ -98,7 +98,7 @@ def collected(thing: object) -> list:
     return things or []
 
 
-def decided(decide: Callable[[], object]) -> object:
+def broadcast(decide: Callable[[], object]) -> object:
     """What the first process decides, everywhere: of files that others may see later, or not at all."""
     box = [decide() if is_first() else None]
     if size() > 1:
@@ -107,7 +107,7 @@ def decided(decide: Callable[[], object]) -> object:
 
 
 @contextlib.contextmanager
-def first_ahead() -> Iterator[None]:
+def local_first() -> Iterator[None]:
     """The first process of each machine goes through the block before its others, which find what it has fetched."""
     if size() > 1 and local_rank():
         dist.barrier()
@@ -138,7 +138,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in model.state_dict().items()} if size() > 1 else {}
 
 
-def parallel(model: nn.Module) -> nn.Module:
+def data_parallel(model: nn.Module) -> nn.Module:
     """The model as it is trained: each backward pass leaves the mean of all processes' gradients in each of them."""
     if size() == 1:
         return model
@@ -173,10 +173,10 @@ def shared_statistics(model: nn.Module) -> Iterator[None]:
     for module in norms.values():
         if module.track_running_stats:
             for statistic in (module.running_mean, module.running_var):
-                total(statistic).div_(size())
+                all_reduce(statistic).div_(size())
 
 
-def says_it() -> bool:
+def is_first_to_report() -> bool:
     """Whether this is the first process to say why the run ends: one sentence is enough."""
     if size() == 1:
         return True
@@ -186,7 +186,7 @@ def says_it() -> bool:
         return is_first()
 
 
-def is_loss_of_another(error: BaseException) -> bool:
+def is_lost_process(error: BaseException) -> bool:
     """Whether an error only tells that another process has ended."""
     if size() == 1:
         return False

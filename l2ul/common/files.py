@@ -73,7 +73,7 @@ def tensors_sha256(tensors: "dict[str, Tensor]") -> str:
     return digest.hexdigest()
 
 
-def code_text(thing: Callable) -> str:
+def source_code(thing: Callable) -> str:
     """The source of a function or class; of one typed at a prompt, its compiled code."""
     try:
         return inspect.getsource(thing)

@@ -8,7 +8,7 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode (running statistics used and kept, dropout off) inside the block."""
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -30,7 +30,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     try:
-        with evaluating(model):
+        with eval_mode(model):
             yield
     finally:
         for parameter, was in asked.items():

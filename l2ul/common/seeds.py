@@ -20,7 +20,7 @@ def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def drawing(device: torch.device, seed: int, purpose: str, *counters: int) -> Iterator[None]:
+def fork_rng(device: torch.device, seed: int, purpose: str, *counters: int) -> Iterator[None]:
     """What draws from torch's own generators inside the block (first weights, dropout) does so from one stream."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_torch_seed(seed, purpose, *counters))

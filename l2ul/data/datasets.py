@@ -102,7 +102,7 @@ def _digits() -> Images:
 def _cifar(name: str, kind: type[datasets.CIFAR10], data_dir: Path, download: bool) -> Images:
     folder = data_dir / kind.base_folder
     try:
-        with _short_patience(), distributed.first_ahead():
+        with _short_patience(), distributed.local_first():
             parts = [kind(str(data_dir), train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise InputError(
@@ -151,7 +151,7 @@ def _image_folder(name: str, folder: Path, size: int, **reading) -> Images:
         Split(FolderImages([file for file, _ in part.samples], size, **reading), _labels(part, classes))
         for part in (train, test)
     ]
-    return Images(name, len(classes), classes, *splits, facts={"image_size": size})
+    return Images(name, len(classes), classes, *splits, settings={"image_size": size})
 
 
 def _labels(part: datasets.ImageFolder, classes: list[str]) -> Tensor:

@@ -17,7 +17,7 @@ from l2ul.common.choices import PREFETCH
 from l2ul.common.errors import InputError
 
 
-def check(decoder: str, device: torch.device) -> None:
+def check_decoder(decoder: str, device: torch.device) -> None:
     """Raise InputError where the device cannot decode so."""
     if decoder == "gpu" and device.type != "cuda":
         raise InputError("--decoder gpu needs a CUDA GPU, and this runs on another device; leave it out")

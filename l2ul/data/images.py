@@ -56,7 +56,7 @@ class Images:
     """A data set: its name, how many classes, what they are called, and its splits.
 
     validation    held out of training, where the data set has such a part
-    facts         what else was chosen about it, under its flags' names: kept in every record
+    settings       what else was chosen about it, under its flags' names: kept in every record
     train_sha256  of the training images' names, where the split is made here
     notes         sentences about it that a user should see
     short_side    of the images before their centre was cut out, where they are no longer on disk; None: nothing was cut
@@ -68,7 +68,7 @@ class Images:
     train: Split
     test: Split
     validation: Split | None = None
-    facts: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
     train_sha256: str | None = None
     notes: tuple[str, ...] = ()
     short_side: int | None = None

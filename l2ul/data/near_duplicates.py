@@ -12,7 +12,7 @@ LIKE = 0.95  # correlation of pixels from which on two images count as nearly th
 
 
 @torch.inference_mode()
-def near_duplicates(
+def count_near_duplicates(
     forget: Tensor, retain: Tensor | FolderImages, device: torch.device, batch_size: int = 1024, workers: int = 0
 ) -> int:
     """How many images of D_r have a correlation of pixels of LIKE or more with an image of D_f, or its mirror image.

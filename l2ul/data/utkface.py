@@ -57,7 +57,7 @@ def load(
         train,
         test,
         validation,
-        facts={"age_grouping": grouping, "image_size": image_size, "split_seed": split_seed},
+        settings={"age_grouping": grouping, "image_size": image_size, "split_seed": split_seed},
         train_sha256=hashlib.sha256(names.encode()).hexdigest(),
         notes=notes,
         short_side=image_size,

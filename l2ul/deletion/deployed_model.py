@@ -124,7 +124,7 @@ def open_deployed(
         raise InputError("no classifier is named; give --model, or --build for a module of your own")
     place = Path(model)
     if place.is_file():
-        checkpoints.refuse_program(place)
+        checkpoints.reject_program(place)
         raise InputError(f"--model {model} is a file; name the net by --model and its file of weights by --checkpoint")
     if _is_output(place):
         _refuse(
@@ -191,7 +191,7 @@ def _open_huggingface(model: str, checkpoint: str | Path | None, sizes: Sizes) -
     kind = told.dtype or torch.float32
     return Deployed(
         _on_shaped(loaded),
-        _square(sizes.image_size) if sizes.image_size else huggingface.shape(model),
+        _square(sizes.image_size) if sizes.image_size else huggingface.transform(model),
         classes,
         _opened_by(huggingface.PREFIX, sizes),
         place if place.is_dir() else None,
@@ -204,7 +204,7 @@ def _open_huggingface(model: str, checkpoint: str | Path | None, sizes: Sizes) -
 def _open_named(model: str, checkpoint: str | Path | None, sizes: Sizes) -> Deployed:
     is_zoo = model.startswith(zoo.PREFIX)
     choice = str(checkpoint) if checkpoint and is_zoo and zoo.has_weights(model, str(checkpoint)) else None
-    own = zoo.own_set(model, choice) if is_zoo and (choice or checkpoint is None) else None
+    own = zoo.pretrained_weights(model, choice) if is_zoo and (choice or checkpoint is None) else None
     if own:
         place, state, classes = None, {}, list(own.meta["categories"])
         count = len(classes)
@@ -213,9 +213,9 @@ def _open_named(model: str, checkpoint: str | Path | None, sizes: Sizes) -> Depl
     else:
         place, classes = Path(checkpoint), []
         state, _ = checkpoints.read(place)
-        count = models.classes_of(model, state, str(place))
+        count = models.infer_num_classes(model, state, str(place))
     loaded = models.load(model, count, checkpoint, sizes.mean, sizes.std)
-    shape = zoo.shape(model, choice) if is_zoo and not sizes.image_size else _square(sizes.image_size)
+    shape = zoo.transform(model, choice) if is_zoo and not sizes.image_size else _square(sizes.image_size)
     known = Sizes(sizes.image_size, models.decimals(loaded.normalize.mean), models.decimals(loaded.normalize.std))
     return Deployed(_on_shaped(loaded), shape, classes, _opened_by(model, known), place, _dtypes(state, loaded.net))
 
@@ -224,7 +224,7 @@ def _open_built(build: str, checkpoint: str | Path | None, sizes: Sizes) -> Depl
     net = _built(build)
     place = Path(checkpoint) if checkpoint else None
     state = checkpoints.read(place)[0] if place else {}
-    wrong = checkpoints.fill(net, state) if place else None
+    wrong = checkpoints.load_into(net, state) if place else None
     if wrong:
         raise InputError(f"{place} does not fit what {build} builds: {wrong}")
     preprocess = nn.Sequential(Normalize(sizes.mean or (0.0,) * 3, sizes.std or (1.0,) * 3))

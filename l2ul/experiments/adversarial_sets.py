@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from l2ul import Progress, attack
 from l2ul.common import distributed
-from l2ul.common.cache import Cache, circumstances, fingerprint
+from l2ul.common.cache import Cache, environment, fingerprint
 from l2ul.common.files import tensors_sha256
 from l2ul.data import storage
 from l2ul.metrics import accuracy
@@ -103,7 +103,7 @@ class Attack:
         if not missing:
             progress(len(aims) * self.steps)
             return replace(made, batch_size=sizes[-1])
-        with cache.making(keys[0]):  # or wait for another command that is at it
+        with cache.lock(keys[0]):  # or wait for another command that is at it
             missing = made.take(missing, cache)
             progress((len(keys) - len(missing)) * self.num_adv_images * self.steps)
             work = Work(images, labels, first_position, self._stretches(list(missing), made.batch_size))
@@ -115,13 +115,13 @@ class Attack:
                     if number % distributed.size():  # of another process, which shows nothing
                         progress(self.num_adv_images * self.steps)
                 cache.trim()
-            return replace(made, batch_size=min(distributed.collected(sizes[-1])))
+            return replace(made, batch_size=min(distributed.gather(sizes[-1])))
 
     def assist(self, model: nn.Module, work: "Work", sizes: list[int]) -> None:
         """Of the other processes of a torchrun: their part of what `make` has called for, sent to the first."""
         for _ in self._shares(model, work, sizes, lambda count: None):
             pass
-        distributed.collected(sizes[-1])
+        distributed.gather(sizes[-1])
 
     def _stretches(self, missing: list[int], batch_size: int) -> list[tuple[int, int]]:
         """The images to attack, a few at a time: no more than a batch has room for, and some for every process."""
@@ -144,7 +144,7 @@ class Attack:
                 if distributed.size() > 1:
                     parts = [{name: tensor.cpu() for name, tensor in part.items()} for part in parts]
                 found = start, parts
-            yield from filter(None, distributed.collected(found))
+            yield from filter(None, distributed.gather(found))
 
     def _empty(self, images: Tensor, targets: Tensor) -> Adversarial:
         """Room for everything, made whole at once: small tensors between large ones keep memory from shrinking."""
@@ -195,7 +195,7 @@ class Attack:
         """For each image, all that decides its examples, bit by bit."""
         names = ("num_classes", "num_adv_images", "eps", "alpha", "steps", "seed", "dtype", "precision")
         shared = {name: getattr(self, name) for name in names}
-        shared |= {"kind": "adversarial examples", "net": fingerprint(model)} | circumstances(images.device)
+        shared |= {"kind": "adversarial examples", "net": fingerprint(model)} | environment(images.device)
         return [
             shared | {"image": tensors_sha256({"": image}), "label": label, "position": first_position + place}
             for place, (image, label) in enumerate(zip(images, labels.tolist(), strict=True))

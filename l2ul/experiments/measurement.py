@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l2ul.common import device as device_module
 from l2ul.common import distributed, seeds
-from l2ul.common.cache import Cache, circumstances, fingerprint
+from l2ul.common.cache import Cache, environment, fingerprint
 from l2ul.common.errors import InputError
 from l2ul.common.progress import progress_bar
 from l2ul.data import datasets
@@ -103,8 +103,8 @@ class Measuring:
             return self.predict(model, what)
         started = device_module.clock(self.device)
         key = {"kind": "predictions", "precision": self.setup.hyper["precision"], "net": fingerprint(model)}
-        key |= circumstances(self.device) | {part: split.sha256() for part, split in self._splits.items()}
-        with self.cache.making(key):  # or wait for another process that is at it
+        key |= environment(self.device) | {part: split.sha256() for part, split in self._splits.items()}
+        with self.cache.lock(key):  # or wait for another process that is at it
             kept = self.cache.get(key)
             if kept:
                 return Predictions(**kept, seconds=device_module.clock(self.device) - started)

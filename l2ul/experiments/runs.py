@@ -168,7 +168,7 @@ class Setup:
             "continual_size": step[1] if step else None,
             "retain_sample": self.retain_sample,
             **dict.fromkeys(("image_size", "age_grouping", "split_seed")),
-            **images.facts,
+            **images.settings,
             "train_sha256": images.train_sha256,
             "method_code": method.code_sha256(),
         }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from l2ul import attack, objective
-from l2ul.common.modes import evaluating, frozen_copy
+from l2ul.common.modes import eval_mode, frozen_copy
 from l2ul.data.forget_set import random_new_labels
 from l2ul.data.images import Split
 from l2ul.methods.fixed_length import Course
@@ -143,7 +143,7 @@ def boundary_shrink(course: Course) -> Iterator[Terms]:
     Nearest: the likeliest class but the true one after a step of length `bound` in every pixel along the gradient's
     sign. In the paper that step's class is taken, be it the true one still.
     """
-    with evaluating(course.model):
+    with eval_mode(course.model):
         pixels = course.forget.images.detach().clone().requires_grad_()
         loss = F.cross_entropy(course.model(pixels), course.forget.labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, pixels)
@@ -162,7 +162,7 @@ def jit(course: Course) -> Iterator[Terms]:
     The mean over `copies` of ‖f(x) - f(x + ξ)‖ / ‖ξ‖, ξ Gaussian with `sigma` a pixel. Rate and σ differ a net there.
     In eval mode: its nets have no batch-norm, whose running statistics would become those of noise.
     """
-    with evaluating(course.model):
+    with eval_mode(course.model):
         for _ in course.epochs:
             for forgotten in course.batches(course.forgotten):
                 logits, gaps = course.model(forgotten.images), []
@@ -193,7 +193,7 @@ def nearest_examples(model: nn.Module, forget: objective.Forget, eps: float, ite
     2^12 eps that changes the class. An image that none changes is left with the largest's and its class.
     """
     examples = forget.images.clone()
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         called = model(examples).argmax(1)
     for doublings in range(13):
         left = (called == forget.labels).nonzero().flatten()
@@ -202,7 +202,7 @@ def nearest_examples(model: nn.Module, forget: objective.Forget, eps: float, ite
         radius, own = eps * 2**doublings, forget.images[left]
         settings = {"eps": radius, "alpha": radius / 10, "steps": iterations, "start": torch.zeros_like(own)}
         examples[left] = attack.pgd_l2(model, own, forget.labels[left], away=True, **settings)
-        with evaluating(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             called[left] = model(examples[left]).argmax(1)
     return Split(examples, called)
 
@@ -216,7 +216,7 @@ def _joined(first: Batch, second: Batch) -> Batch:
 
 
 def _wrong_labels(course: Course) -> Tensor:
-    with evaluating(course.model), torch.no_grad():
+    with eval_mode(course.model), torch.no_grad():
         num_classes = course.model(course.forget.images[:1]).shape[1]
     return random_new_labels(course.forget.labels.cpu(), num_classes, course.seed).to(course.forget.labels.device)
 
@@ -224,7 +224,7 @@ def _wrong_labels(course: Course) -> Tensor:
 def _forget_gradient(course: Course, parameters: list[Tensor]) -> list[Tensor]:
     """∂CE(D_f)/∂θ⁰, the mean over the images, in eval mode."""
     total, forget = [torch.zeros_like(parameter) for parameter in parameters], course.forget
-    with evaluating(course.model):
+    with eval_mode(course.model):
         for indices in torch.arange(len(forget)).split(course.settings["batch"]):
             logits = course.model(forget.images[indices])
             loss = F.cross_entropy(logits, forget.labels[indices], reduction="sum") / len(forget)
@@ -235,7 +235,7 @@ def _forget_gradient(course: Course, parameters: list[Tensor]) -> list[Tensor]:
 def _squared_gradients(course: Course, parameters: list[Tensor], split: Split) -> tuple[list[Tensor], int]:
     """Sum over batches of the squared gradients of CE, in eval mode, and the number of batches."""
     total, number = [torch.zeros_like(parameter) for parameter in parameters], 0
-    with evaluating(course.model):
+    with eval_mode(course.model):
         for batch in course.batches(split):
             found = torch.autograd.grad(_cross_entropy(course.model, batch), parameters, materialize_grads=True)
             torch._foreach_addcmul_(total, found, found)

@@ -27,7 +27,7 @@ class Teacher:
     def __init__(self, model: nn.Module, images: Tensor):
         self.net = frozen_copy(model)
         self.layers = list(activations.layers(self.net, images[:1]))[1:]
-        self.last = activations.last_map(self.net, images[:1])
+        self.last = activations.last_spatial_module(self.net, images[:1])
         _, found = self.given(images[:SPREAD_OVER])
         self.spreads = [layer.var(correction=0).item() or math.inf for layer in found]  # constant: not held
 
@@ -35,12 +35,12 @@ class Teacher:
     def given(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits and features of θ⁰."""
         with folded(self.net, images):  # changes the inputs of batch-norms, of no weighted layer
-            return activations.given(self.net, images, self.layers, self.last)
+            return activations.logits_and_inputs(self.net, images, self.layers, self.last)
 
     def gaps(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         """How far the model's logits and features of the images are from those of θ⁰."""
         then_logits, then = self.given(images)
-        now_logits, now = activations.given(model, images, self.layers, self.last)
+        now_logits, now = activations.logits_and_inputs(model, images, self.layers, self.last)
         return objective.divergence(now_logits, then_logits), objective.feature_gap(now, then, self.spreads)
 
 

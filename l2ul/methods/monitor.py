@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from l2ul.common.modes import evaluating
+from l2ul.common.modes import eval_mode
 from l2ul.methods.registry import Terms
 from l2ul.objective import Forget
 
@@ -41,7 +41,7 @@ class Look:
 
     @torch.no_grad()
     def _see(self) -> Tensor:
-        with evaluating(self.model):  # folding anew at each step would take what it saves
+        with eval_mode(self.model):  # folding anew at each step would take what it saves
             return torch.cat([self.model(part) for part in self.forget.images.split(512)])
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from l2ul.common.choices import GOALS
 from l2ul.common.errors import InputError
-from l2ul.common.files import code_text
+from l2ul.common.files import source_code
 from l2ul.methods.fixed_length import Course, Value
 from l2ul.objective import Batch
 
@@ -53,7 +53,7 @@ class Method:
         """Of the source of a method of somebody's own, which is no version of ours: an edit makes another run of it."""
         if self.terms is None or self.terms.__module__.startswith("l2ul."):
             return None
-        return hashlib.sha256(code_text(self.terms).encode()).hexdigest()
+        return hashlib.sha256(source_code(self.terms).encode()).hexdigest()
 
 
 NEEDS = frozenset({"adv", "importance", "retain", "noise", "teacher"})

@@ -9,7 +9,7 @@ from l2ul import Progress
 from l2ul.common import distributed
 from l2ul.common.bn_folding import folded
 from l2ul.common.errors import Diverged, InputError
-from l2ul.common.modes import evaluating
+from l2ul.common.modes import eval_mode
 from l2ul.data import images as image_sets
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Images, as_pixels, batches
@@ -51,7 +51,7 @@ def predict(
         if progress:
             progress(len(part) * (distributed.size() if shared else 1))
     classes = torch.cat(found)
-    classes = distributed.joint(classes) if shared else classes.cpu()
+    classes = distributed.all_gather(classes) if shared else classes.cpu()
     if (classes < 0).any():
         raise Diverged(f"{int((classes < 0).sum())} of {len(classes)} images got logits that are not finite")
     return classes
@@ -77,7 +77,7 @@ def logits(
     sample = as_pixels(images[torch.tensor([0])])
     if batch_size is None:
         batch_size = default_batch_size(device, sample.shape[-1])
-    with folded(model, sample) if fold else evaluating(model):
+    with folded(model, sample) if fold else eval_mode(model):
         for batch in batches(images, batch_size, device, workers, shared):
             found = model(batch)
             yield found if on_device else found.cpu()
@@ -115,7 +115,7 @@ def count_classes(model: nn.Module, images: Tensor | FolderImages) -> int:
     """How many logits the model gives for one of the images; InputError unless it takes it."""
     pixels = images[torch.tensor([0])]
     try:
-        with torch.inference_mode(), evaluating(model):
+        with torch.inference_mode(), eval_mode(model):
             found = model(as_pixels(pixels).to(next(model.parameters()).device))
     except (RuntimeError, AssertionError, ValueError, LookupError, TypeError, AttributeError) as error:
         size, why = " x ".join(map(str, pixels.shape[2:])), (str(error) or type(error).__name__).splitlines()[0]
@@ -136,11 +136,11 @@ def check_fit(model: nn.Module, images: Tensor | FolderImages, num_classes: int)
 def check_trained_on(images: Images, told: dict[str, object], source: str) -> None:
     """Raise InputError where a split is made here and weights tell (None: nothing) that they were trained on another.
 
-    told  what the file of the weights says under the names of `images.facts` and train_sha256
+    told  what the file of the weights says under the names of `images.settings` and train_sha256
     """
     if not images.train_sha256:
         return
-    for name, value in images.facts.items():
+    for name, value in images.settings.items():
         if told.get(name) not in (None, value):
             raise InputError(
                 f"{source} was trained with --{name.replace('_', '-')} {told[name]}, not {value}; give that, or train "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l2ul import Progress
-from l2ul.common.activations import _flat, _hooked, _names, layers
+from l2ul.common.activations import flat_features, hooked, layers, module_names
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import batches
 
@@ -27,7 +27,7 @@ def layer_grams(model: nn.Module, images: Tensor | FolderImages, batch_size: int
     for group in _groups(sizes, MEMORY // (4 * len(images))):
         parts: dict[str, list[Tensor]] = {name: [] for name in group}
         found: dict[str, Tensor] = {}
-        with _hooked(model, group, lambda name, _, output, to=found: to.update({name: _flat(output)})):
+        with hooked(model, group, lambda name, _, output, to=found: to.update({name: flat_features(output)})):
             for batch in batches(images, batch_size, device):
                 model(batch)
                 for name in group:
@@ -98,7 +98,7 @@ def last_features(model: nn.Module, images: Tensor | FolderImages, batch_size: i
     A net that ends in something else (SqueezeNet: a pooled convolution) has its logits taken. On the CPU.
     """
     kept, seen = [], {}
-    with _hooked(model, _names(model, nn.Linear), lambda _, inputs, output: seen.update(last=(inputs, output))):
+    with hooked(model, module_names(model, nn.Linear), lambda _, inputs, output: seen.update(last=(inputs, output))):
         for batch in batches(images, batch_size, next(model.parameters()).device):
             logits = model(batch)
             inputs, output = seen.pop("last", (logits, logits))

@@ -150,7 +150,7 @@ def near_duplicates(measured: Measured) -> dict[str, float]:
     def count() -> int:
         device = next(measured.model.parameters()).device
         forget, retain = measured.split("forget").pixels(), measured.split("retain").images
-        return duplicates.near_duplicates(forget, retain, device, workers=measured.workers)
+        return duplicates.count_near_duplicates(forget, retain, device, workers=measured.workers)
 
     return {"metric_near_duplicates": measured.once("near-duplicates", count)}
 

@@ -49,7 +49,7 @@ def main(
             raise InputError(f"--model is {opts.model}; Hugging Face models are trained with transformers, not here")
         asked = {field.name: getattr(opts, field.name, None) for field in dataclasses.fields(recipe)}
         asked = {name: value for name, value in asked.items() if value is not None}
-        with distributed.joined():
+        with distributed.process_group():
             train(opts, dataclasses.replace(recipe, **(by_grouping or {}).get(opts.age_grouping, {}) | asked))
 
 
@@ -90,7 +90,7 @@ def add_flags(parser: options.Parser, recipe: loop.Recipe, by_grouping: dict[str
 
 def train(opts, recipe: loop.Recipe) -> None:
     device = device_module.choose_device(opts.device, opts.no_cuda, opts.threads)
-    folder.check(opts.decoder, device)
+    folder.check_decoder(opts.decoder, device)
     output = opts.output or checkpoint.candidates(options.data_label(opts), opts.model, opts.data_dir)[0]
     if output.suffix != ".safetensors":
         raise InputError(f"--output is {output}; expected a name that ends in .safetensors")
@@ -99,10 +99,10 @@ def train(opts, recipe: loop.Recipe) -> None:
     if excluded is not None and not opts.output:
         output = without(output, excluded)
     described = {"dataset": opts.dataset, "model": opts.model, "seed": opts.seed}
-    described |= images.facts | dataclasses.asdict(recipe)
+    described |= images.settings | dataclasses.asdict(recipe)
     described |= {"excluded": excluded.tolist()} if excluded is not None else {}
     described |= {"train_sha256": images.train_sha256} if images.train_sha256 else {}
-    if distributed.decided(lambda: is_there(output, described, opts.rerun)):
+    if distributed.broadcast(lambda: is_there(output, described, opts.rerun)):
         print(f"{output} exists already; --rerun trains it again")
         return
     describe(images)
@@ -132,7 +132,7 @@ def is_there(output: Path, described: dict[str, object], rerun: bool) -> bool:
 def fit(opts, recipe: loop.Recipe, images: image_sets.Images, excluded: Tensor | None, output: Path) -> nn.Module:
     """A net of its first weights, trained; what is needed to go on is beside the output."""
     device = images.train.labels.device
-    with seeds.drawing(device, opts.seed, "first weights"):
+    with seeds.fork_rng(device, opts.seed, "first weights"):
         classifier = models.build(opts.model, images.num_classes, opts.mean, opts.std).to(device)
     identity = {
         "model": opts.model,
@@ -141,7 +141,7 @@ def fit(opts, recipe: loop.Recipe, images: image_sets.Images, excluded: Tensor |
         "excluded": excluded.tolist() if excluded is not None else None,
         "train_sha256": images.train_sha256,
         "num_train": len(images.train),
-    } | images.facts
+    } | images.settings
     tracker = tracking.open_tracker(opts.tracker if distributed.is_first() else None, output.with_suffix(""))
     held_out = "validation" if images.validation else "D_test"
 

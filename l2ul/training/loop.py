@@ -72,13 +72,13 @@ def fit(
     optimizer = _optimizer(model, recipe)
     scheduler = _scheduler(optimizer, recipe, len(train))
     settings = dataclasses.asdict(recipe) | {"seed": seed} | (identity or {})
-    state = distributed.decided(lambda: _read(state_file, settings)) if resume else None
+    state = distributed.broadcast(lambda: _read(state_file, settings)) if resume else None
     history, best = _restore(state, model, optimizer, scheduler) if state else ([], None)
-    net = distributed.parallel(model)
+    net = distributed.data_parallel(model)
     for epoch in range(len(history), recipe.epochs):
         generator = seeds.generator(seed, "pretrain", epoch)
         own = (distributed.rank(),) if distributed.rank() else ()
-        with seeds.drawing(device, seed, "dropout", epoch, *own), distributed.shared_statistics(model):
+        with seeds.fork_rng(device, seed, "dropout", epoch, *own), distributed.shared_statistics(model):
             steps = _steps(train, held_out.side, recipe, generator, workers)
             loss = _epoch(net, steps, recipe, optimizer, scheduler, progress) / len(train)
         if not math.isfinite(loss):
@@ -169,7 +169,7 @@ def _epoch(
         total += loss.detach() * step.share
         if progress:
             progress(step.count)
-    return distributed.total(total).item()
+    return distributed.all_reduce(total).item()
 
 
 def _keep(state_file: Path, settings: dict[str, object], model, optimizer, scheduler, history, best) -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 from conftest import CLASSES, FAST, ROOT, TinyNet, tiny_net
 from PIL import Image
-from processes import together
+from processes import run_processes
 import pytest
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ def joined(work):
     """Work as a script does it."""
 
     def inside(*arguments):
-        with exit_codes.clean_exit("test.py", "go on", shared=True), distributed.joined():
+        with exit_codes.clean_exit("test.py", "go on", shared=True), distributed.process_group():
             return work(*arguments)
 
     return inside
@@ -79,7 +79,7 @@ def count(model, images, batch_size):
 def test_every_image_is_looked_at_once_and_all_know_its_class(trained, tmp_path, size, batch_size):
     model, images, _ = trained
     expected = accuracy.predict(model, images[:37], batch_size=batch_size, fold=False)
-    codes, found, *_ = together(tmp_path / "all", size, joined(count), model, images[:37], batch_size)
+    codes, found, *_ = run_processes(tmp_path / "all", size, joined(count), model, images[:37], batch_size)
     assert codes == [0] * size
     assert all(torch.equal(classes, expected) for classes, _ in found)
     assert sum(seen for _, seen in found) == 37
@@ -108,7 +108,9 @@ def test_a_net_without_batch_norm_gets_the_weights_of_one_process(trained, tmp_p
     whole, rows = fit(plain_net, images, labels, tmp_path / "one.pt")
     first = fit(plain_net, images, labels, tmp_path / "short.pt", recipe=dataclasses.replace(RECIPE, epochs=1))[0]
     assert not same(whole, first, 1e-3)
-    codes, found, *_ = together(tmp_path / "all", size, joined(fit), plain_net, images, labels, tmp_path / "many.pt")
+    codes, found, *_ = run_processes(
+        tmp_path / "all", size, joined(fit), plain_net, images, labels, tmp_path / "many.pt"
+    )
     assert codes == [0] * size
     for state, own_rows in found:
         assert same(state, whole, 1e-6)
@@ -131,7 +133,7 @@ def test_images_on_disk_are_decoded_in_parts_and_train_the_same_net(tmp_path):
     images = FolderImages(files, 8, 8)
     expected = fit(plain_net, pixels, labels, tmp_path / "tensor.pt")[0]
     assert same(fit_folder(images, labels, tmp_path / "folder.pt"), expected)
-    codes, found, *_ = together(tmp_path / "all", 2, joined(fit_folder), images, labels, tmp_path / "many.pt")
+    codes, found, *_ = run_processes(tmp_path / "all", 2, joined(fit_folder), images, labels, tmp_path / "many.pt")
     assert codes == [0, 0]
     assert all(same(state, expected, 1e-6) for state in found)
 
@@ -139,7 +141,7 @@ def test_images_on_disk_are_decoded_in_parts_and_train_the_same_net(tmp_path):
 def test_batch_norm_ends_with_the_same_statistics_everywhere(trained, tmp_path):
     _, images, labels = trained
     recipe = dataclasses.replace(RECIPE, batch_size=16)
-    codes, found, *_ = together(
+    codes, found, *_ = run_processes(
         tmp_path / "all", 2, joined(fit), TinyNet, images, labels, tmp_path / "state.pt", False, recipe
     )
     assert codes == [0, 0]
@@ -152,8 +154,8 @@ def test_batch_norm_ends_with_the_same_statistics_everywhere(trained, tmp_path):
 def test_a_killed_process_ends_all_and_any_number_goes_on(trained, tmp_path):
     _, images, labels = trained
     given = plain_net, images, labels
-    _, whole, *_ = together(tmp_path / "whole", 2, joined(fit), *given, tmp_path / "whole.pt")
-    codes, _, _, errors = together(
+    _, whole, *_ = run_processes(tmp_path / "whole", 2, joined(fit), *given, tmp_path / "whole.pt")
+    codes, _, _, errors = run_processes(
         tmp_path / "killed", 2, joined(fit), *given, tmp_path / "state.pt", False, RECIPE, (2, 1)
     )
     assert codes == [1, -signal.SIGKILL]
@@ -162,7 +164,9 @@ def test_a_killed_process_ends_all_and_any_number_goes_on(trained, tmp_path):
     assert len(torch.load(tmp_path / "state.pt", weights_only=True)["history"]) == 2
     for size, tolerance in ((2, 0.0), (3, 1e-6)):
         (tmp_path / "state.pt").write_bytes(kept)
-        codes, found, *_ = together(tmp_path / f"again {size}", size, joined(fit), *given, tmp_path / "state.pt", True)
+        codes, found, *_ = run_processes(
+            tmp_path / f"again {size}", size, joined(fit), *given, tmp_path / "state.pt", True
+        )
         assert codes == [0] * size
         assert all(same(state, whole[0][0], tolerance) for state, _ in found)
         assert len(found[0][1]) == RECIPE.epochs
@@ -191,7 +195,7 @@ def test_adversarial_examples_are_those_of_one_process(trained, tmp_path, size):
     (tmp_path / "cache").mkdir()
     (few, many), done = attack(model, images, labels, tmp_path / "one")
     assert done == (3 + 10) * 4 * 5
-    codes, found, *_ = together(tmp_path / "all", size, joined(attack), model, images, labels, tmp_path / "cache")
+    codes, found, *_ = run_processes(tmp_path / "all", size, joined(attack), model, images, labels, tmp_path / "cache")
     assert codes == [0] * size
     assert found[1:] == [None] * (size - 1)
     made, own_done = found[0]
@@ -215,7 +219,7 @@ def test_runs_are_recorded_once_and_as_without_torchrun(run, tmp_path, tmp_path_
     assert run(*words)[0] == 0
     place = tmp_path_factory.mktemp("many")
     own = ["--result-dir", place, "--cache-dir", place / "cache", *FAST, *words]
-    codes, _, out, err = together(place / "all", 2, unlearn, own)
+    codes, _, out, err = run_processes(place / "all", 2, unlearn, own)
     assert codes == [0, 0], err
     assert "6 runs to do" in out[0]
     assert (out[1], err[1]) == ("", "")
@@ -226,14 +230,16 @@ def test_runs_are_recorded_once_and_as_without_torchrun(run, tmp_path, tmp_path_
         assert many["device"] == f"{one['device']} x 2"
         for key in one.keys() - {"device", "peak_memory_mib"}:
             assert key.startswith("seconds") or one[key] == pytest.approx(many[key], abs=1e-6), key
-    codes, _, out, _ = together(place / "again", 3, unlearn, own)
+    codes, _, out, _ = run_processes(place / "again", 3, unlearn, own)
     assert codes == [0, 0, 0]
     assert "0 runs to do, 6 done" in out[0]
 
 
 @pytest.mark.parametrize("words", [["--seed", "x"], ["--forget-file", "nothing.txt"], ["--decoder", "gpu"]])
 def test_bad_input_is_said_once(few_digits, tmp_path, words):
-    codes, _, out, err = together(tmp_path / "all", 2, unlearn, ["--result-dir", tmp_path, "--device", "cpu", *words])
+    codes, _, out, err = run_processes(
+        tmp_path / "all", 2, unlearn, ["--result-dir", tmp_path, "--device", "cpu", *words]
+    )
     assert codes == [2, 2]
     assert sum(text.count("\n") for text in err) == 1, err
     assert out == ["", ""]
@@ -242,12 +248,12 @@ def test_bad_input_is_said_once(few_digits, tmp_path, words):
 def stumble():
     if distributed.rank() == 1:
         raise InputError("the image 7 cannot be read; mend it")
-    distributed.decided(lambda: None)
-    distributed.decided(lambda: distributed.total(torch.zeros(1)))
+    distributed.broadcast(lambda: None)
+    distributed.broadcast(lambda: distributed.all_reduce(torch.zeros(1)))
 
 
 def test_an_error_of_one_process_ends_all(tmp_path):
-    codes, _, _, err = together(tmp_path / "all", 2, joined(stumble))
+    codes, _, _, err = run_processes(tmp_path / "all", 2, joined(stumble))
     assert codes == [1, 2]
     assert err == ["", "test.py: the image 7 cannot be read; mend it\n"]
 
@@ -257,8 +263,8 @@ def test_torchrun_itself(tmp_path):
         "import l2ul\n"
         "from l2ul.common import distributed\nfrom l2ul.cli import exit_codes\n"
         "import torch\n"
-        "with exit_codes.clean_exit('script.py', shared=True), distributed.joined():\n"
-        "    print(distributed.size(), distributed.total(torch.tensor([1.0 + distributed.rank()])).item())\n"
+        "with exit_codes.clean_exit('script.py', shared=True), distributed.process_group():\n"
+        "    print(distributed.size(), distributed.all_reduce(torch.tensor([1.0 + distributed.rank()])).item())\n"
     )
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -271,7 +277,7 @@ def test_a_script_for_one_process_says_so(tmp_path):
         with exit_codes.clean_exit("alone.py"):
             raise AssertionError("got in")
 
-    codes, _, _, err = together(tmp_path / "all", 2, alone)
+    codes, _, _, err = run_processes(tmp_path / "all", 2, alone)
     assert codes == [2, 2]
     assert (
         "".join(err)

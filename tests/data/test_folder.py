@@ -98,9 +98,9 @@ def test_how_they_are_read_goes_with_them_and_is_told_apart(photos, tmp_path):
 
 
 def test_a_gpu_that_is_not_there_decodes_nothing():
-    folder.check("cpu", CPU)
+    folder.check_decoder("cpu", CPU)
     with pytest.raises(InputError, match="--decoder gpu needs a CUDA GPU"):
-        folder.check("gpu", CPU)
+        folder.check_decoder("gpu", CPU)
 
 
 @pytest.mark.cuda

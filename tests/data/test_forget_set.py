@@ -4,7 +4,7 @@ import csv
 import json
 
 from conftest import FAST, ROOT
-from helpers import but_for_costs, found
+from helpers import load_records, without_costs
 import numpy as np
 from PIL import Image
 import pytest
@@ -35,14 +35,14 @@ def test_each_continual_step_starts_from_the_last_net_and_sees_its_own_images(ru
     code, out, err = run(*CONTINUAL)
     assert code == 0, err
     assert attacked == [(2, 0), (2, 2), (2, 4)]
-    records = steps(found(tmp_path))
+    records = steps(load_records(tmp_path))
     assert set(records) == {(m, s) for m in ("before", "neggrad", "adv_imp") for s in (1, 2, 3)}
     for (method, step), record in records.items():
         assert (record["k"], record["continual_size"]) == (2 * step, 2)
         assert (record["acc_forget_earlier"] is None) == (step == 1)
         if method == "before":
             assert record["acc_forget"] == record["acc_forget_before"]
-    for identity, record in found(tmp_path).items():
+    for identity, record in load_records(tmp_path).items():
         indices = [int(line) for line in (tmp_path / "runs" / f"{identity}.txt").read_text().split()]
         assert len(indices) == record["k"]
         with np.load(tmp_path / "runs" / f"{identity}.npz") as kept:
@@ -56,28 +56,32 @@ def test_each_continual_step_starts_from_the_last_net_and_sees_its_own_images(ru
 
 def test_a_continual_run_goes_on_where_it_was_and_ends_alike(run, tmp_path):
     assert run(*CONTINUAL)[0] == 0
-    whole = found(tmp_path)
+    whole = load_records(tmp_path)
     last = {i for i, r in whole.items() if r["continual_step"] == 3 and r["method"] != "before"}
     for identity in last:
         (tmp_path / "runs" / f"{identity}.json").unlink()
     code, out, _ = run(*CONTINUAL)
     assert code == 0
     assert "2 runs to do, 7 done" in out
-    assert {i: but_for_costs(r) for i, r in found(tmp_path).items()} == {i: but_for_costs(r) for i, r in whole.items()}
+    assert {i: without_costs(r) for i, r in load_records(tmp_path).items()} == {
+        i: without_costs(r) for i, r in whole.items()
+    }
     # without the nets of the steps before, those are made again
     for path in (tmp_path / "models").iterdir():
         path.unlink()
     for identity in last:
         (tmp_path / "runs" / f"{identity}.json").unlink()
     assert run(*CONTINUAL)[0] == 0
-    assert {i: but_for_costs(r) for i, r in found(tmp_path).items()} == {i: but_for_costs(r) for i, r in whole.items()}
+    assert {i: without_costs(r) for i, r in load_records(tmp_path).items()} == {
+        i: without_costs(r) for i, r in whole.items()
+    }
 
 
 def test_after_a_step_that_diverged_the_next_ones_have_no_net_to_start_from(run, tmp_path):
     lost = ["--unlearn-lr", "1e30", "--bn", "eval", "--method", "adv"]
     code, out, err = run("--continual-step", 2, "--unlearn-k", 6, *lost)
     assert code == 0, err
-    for (_, step), record in steps(found(tmp_path)).items():
+    for (_, step), record in steps(load_records(tmp_path)).items():
         assert record["status"] == "diverged"
         assert (record["steps"] == 0) == (step > 1)
         assert record["acc_test"] is None
@@ -90,13 +94,13 @@ def test_noise_of_later_steps_is_drawn_anew(run, tmp_path):
     assert run("--unlearn-k", 2, *arguments, "--save-model")[0] == 0
     before = models.load("resnet20", 10, ROOT / "data/weights/digits_resnet20.safetensors")
     nets = [before]
-    for record in sorted(found(tmp_path).items(), key=lambda item: item[1]["k"]):
+    for record in sorted(load_records(tmp_path).items(), key=lambda item: item[1]["k"]):
         if record[1]["continual_step"]:
             nets.append(models.load("resnet20", 10, tmp_path / "models" / f"{record[0]}.safetensors"))
     weights = [torch.cat([p.detach().flatten() for p in net.parameters()]) for net in nets]
     first, second = weights[1] - weights[0], weights[2] - weights[1]
     assert torch.cosine_similarity(first, second, dim=0).abs() < 0.02
-    (alone,) = [i for i, r in found(tmp_path).items() if r["continual_step"] is None]
+    (alone,) = [i for i, r in load_records(tmp_path).items() if r["continual_step"] is None]
     same = models.load("resnet20", 10, tmp_path / "models" / f"{alone}.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(same.parameters(), nets[1].parameters(), strict=True))
 
@@ -104,7 +108,7 @@ def test_noise_of_later_steps_is_drawn_anew(run, tmp_path):
 def test_a_step_made_again_for_its_net_alone_keeps_its_record(run, tmp_path):
     assert run(*CONTINUAL[:4], "--method", "neggrad")[0] == 0
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
-    (last,) = [i for i, r in found(tmp_path).items() if r["continual_step"] == 3]
+    (last,) = [i for i, r in load_records(tmp_path).items() if r["continual_step"] == 3]
     (tmp_path / "runs" / f"{last}.json").unlink()
     for path in (tmp_path / "models").iterdir():
         path.unlink()
@@ -134,7 +138,7 @@ def test_corrects_the_images_of_a_folder_that_the_model_gets_wrong(run, tmp_path
     arguments = ["--forget-dir", digits_folder, "--goal", "relabel", "--method", "correct", "--max-passes", 100]
     code, out, err = run(*arguments, "--unlearn-k", 2, "--unlearn-lr", 0.02)
     assert code == 0, err
-    ((identity, record),) = found(tmp_path).items()
+    ((identity, record),) = load_records(tmp_path).items()
     assert (record["k"], record["status"], record["acc_relabel"], record["acc_forget"]) == (2, "forgotten", 100.0, 0.0)
     assert record["acc_forget_before"] == 100  # of them are called what they are to get away from
     assert record["forget_dir"] == "images"
@@ -147,7 +151,7 @@ def test_corrects_the_images_of_a_folder_that_the_model_gets_wrong(run, tmp_path
 def test_forgets_the_images_of_a_folder(run, tmp_path, digits_folder):
     code, _, err = run("--forget-dir", digits_folder, "--method", "neggrad", "--unlearn-k", 8)
     assert code == 0, err
-    (record,) = found(tmp_path).values()
+    (record,) = load_records(tmp_path).values()
     assert record["acc_forget_before"] == 75  # two lie in the folder of another class
 
 
@@ -184,12 +188,12 @@ def test_bad_forget_sets_are_one_sentence(script, tmp_path, digits_folder, few_d
     code, _, err = script(main_unlearn.main, "--result-dir", tmp_path, *fast, *given)
     assert (code, err.count("\n")) == (2, 1), err
     assert complaint in err
-    assert not found(tmp_path)
+    assert not load_records(tmp_path)
 
 
 def test_a_sample_stands_for_d_r_and_says_so(run, tmp_path):
     assert run("--retain-sample", 10, "--method", "before", "neggrad", "--seed", 0, 1)[0] == 0
-    for identity, record in found(tmp_path).items():
+    for identity, record in load_records(tmp_path).items():
         assert record["retain_sample"] == 10
         assert record["retain_measured"] <= 10
         assert record["acc_retain_low"] < record["acc_retain"] <= record["acc_retain_high"] <= 100
@@ -198,9 +202,9 @@ def test_a_sample_stands_for_d_r_and_says_so(run, tmp_path):
             indices = kept["retain_indices"]
             assert len(indices) == len(kept["retain_after"]) == record["retain_measured"]
             assert not forgotten & set(indices.tolist())
-    sampled = {r["acc_retain_before"] for r in found(tmp_path).values()}
+    sampled = {r["acc_retain_before"] for r in load_records(tmp_path).values()}
     assert run("--method", "before")[0] == 0  # on all: another record
-    whole = [r for r in found(tmp_path).values() if r["retain_sample"] is None]
+    whole = [r for r in load_records(tmp_path).values() if r["retain_sample"] is None]
     assert len(whole) == 1
     assert sampled
     assert whole[0]["acc_retain_low"] is None
@@ -218,7 +222,7 @@ def test_interval_is_wilson_s():
 
 def test_records_are_plain_json_and_curves_have_a_row_a_step(run, tmp_path):
     assert run("--method", "rawp", "--max-passes", 3)[0] == 0
-    ((identity, record),) = found(tmp_path).items()
+    ((identity, record),) = load_records(tmp_path).items()
     json.dumps(record, allow_nan=False)
     with open(tmp_path / "runs" / f"{identity}.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == record["steps"]

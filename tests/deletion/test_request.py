@@ -2,7 +2,7 @@
 
 from io import BytesIO
 
-from helpers import picture
+from helpers import write_image
 import numpy as np
 from PIL import Image, features
 import pytest
@@ -14,8 +14,8 @@ from l2ul.deletion import request
 
 
 def test_damaged_files_may_be_left_out(tmp_path):
-    picture(tmp_path / "0.png")
-    path = picture(tmp_path / "2.jpg", (64, 64))
+    write_image(tmp_path / "0.png")
+    path = write_image(tmp_path / "2.jpg", (64, 64))
     path.write_bytes(path.read_bytes()[:600])
     (tmp_path / "notes.txt").write_text("no picture")
     found = request.read(tmp_path, deployed._square(None), skip_bad=True)
@@ -45,7 +45,7 @@ def test_images_of_any_kind_are_read_as_upright_colour(tmp_path):
 
 
 def test_labels_of_folders_and_of_a_table_agree_or_one_is_to_be_corrected(tmp_path):
-    picture(tmp_path / "cat" / "a.png")
+    write_image(tmp_path / "cat" / "a.png")
     (tmp_path / "labels.csv").write_text("file,label,new_label\ncat/a.png,,dog\n")
     found = request.read(tmp_path, deployed._square(None))
     assert (found.items[0].label, found.items[0].new_label) == ("cat", "dog")
@@ -67,7 +67,7 @@ def test_classes_by_name_and_number():
 
 
 def test_a_table_elsewhere_is_used_and_one_in_the_folder_is_no_image(tmp_path):
-    picture(tmp_path / "in" / "a.png")
+    write_image(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "labels.csv").write_text("file,label\na.png,cat\n")
     (tmp_path / "other.csv").write_text("file,label\na.png,dog\n")
     shape = deployed._square(None)

@@ -5,7 +5,7 @@ import copy
 import json
 import sys
 
-from conftest import called, save_images
+from conftest import predicted_classes, save_images
 import pytest
 import torch
 
@@ -27,7 +27,7 @@ def test_requests_in_a_row_keep_a_chain_and_earlier_images_stay_forgotten_or_are
     folders = ["--images", tmp_path / "in", tmp_path / "next"]
     code, out, _ = script(main_forget.main, "--verify", report_path, *folders, *BUILT)
     row = next(line for line in out.splitlines() if "images of request 1" in line)
-    still = (called(tmp_path / "second" / "model.pth", tiny[1][:6]) != tiny[2][:6]).sum()
+    still = (predicted_classes(tmp_path / "second" / "model.pth", tiny[1][:6]) != tiny[2][:6]).sum()
     assert f"{still} of 6 images forgotten" in row
     assert (code == 0) == (still == 6)
     assert "ok     images of request 2: 4 of 4" in out

@@ -83,7 +83,7 @@ def test_one_image_is_mixed_with_itself_upside_down():
 def test_given_tells_what_layers_take_and_leaves_no_hook(trained):
     model, images, _ = trained
     x = images[:5] / 255
-    logits, (second, last) = activations.given(model, x, ["features.3", "head"])
+    logits, (second, last) = activations.logits_and_inputs(model, x, ["features.3", "head"])
     assert torch.equal(logits, model(x))
     assert torch.equal(second, model.features[:3](x))
     assert torch.equal(last, model.features(x))
@@ -102,8 +102,8 @@ def test_given_tells_what_layers_take_and_leaves_no_hook(trained):
 def test_last_map_is_what_is_pooled_for_the_classifying_layer(name, last):
     model = models.build(name, CLASSES)
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert activations.last_map(model, images) == last
-    _, (found,) = activations.given(model.eval(), images, [], last)
+    assert activations.last_spatial_module(model, images) == last
+    _, (found,) = activations.logits_and_inputs(model.eval(), images, [], last)
     assert found.ndim == 4
     assert found.shape[2:].numel() > 1
 
@@ -111,7 +111,7 @@ def test_last_map_is_what_is_pooled_for_the_classifying_layer(name, last):
 def test_a_net_that_tells_no_places_apart_has_no_last_map():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     images = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    assert activations.last_map(model, images) is None
+    assert activations.last_spatial_module(model, images) is None
     assert len(distill.Teacher(model, images).spreads) == 1
 
 
@@ -122,7 +122,7 @@ def test_teacher_holds_what_layers_are_given_and_the_last_map_as_they_were(train
     assert teacher.layers == ["features.3", "head"]
     assert len(foldable(teacher.net, x)) == 2
     assert teacher.last == "features.5"  # the last ReLU: behind it, no place is told apart
-    _, found = activations.given(model, x, teacher.layers, teacher.last)
+    _, found = activations.logits_and_inputs(model, x, teacher.layers, teacher.last)
     with torch.no_grad():
         assert torch.allclose(found[-1], model.features[:6](x))
     assert teacher.spreads == pytest.approx([layer.var(correction=0).item() for layer in found], rel=1e-5)

@@ -280,7 +280,7 @@ def test_torchvision_own_weights(tmp_path, monkeypatch):
 def test_torchvision_nets_trained_on_other_statistics(monkeypatch):
     weights = torchvision.models.GoogLeNet_Weights
     monkeypatch.setattr(weights, "get_state_dict", lambda self, **options: {})
-    _, _, mean, std = zoo.own_weights("torchvision:googlenet", 1000, None)
+    _, _, mean, std = zoo.pretrained_state("torchvision:googlenet", 1000, None)
     pixels = torch.rand(1, 3, 4, 4)
     usual = torchvision.transforms.functional.normalize(pixels, zoo.MEAN, zoo.STD)
     theirs = torchvision.models.GoogLeNet(init_weights=False, transform_input=True)._transform_input(usual)

@@ -1,6 +1,6 @@
 """Search for settings: by what it goes, what it knows from records, and what Optuna is told."""
 
-from helpers import asked
+from helpers import parse_sweep
 import torch
 
 from l2ul.cli.ranges import Interval
@@ -32,7 +32,7 @@ def test_a_search_knows_what_is_on_record(run, tmp_path, few_digits):
         run("--method", "neggrad", "--seed", 0, "--unlearn-lr", rate)
     run("--method", "neggrad", "--seed", 1, "--unlearn-lr", 0.003)
     wanted = ["--method", "neggrad", "--seed", 0, 1, "--unlearn-lr", "1e-3:1e-1:log", "--search", 9]
-    found = asked(tmp_path, *wanted)
+    found = parse_sweep(tmp_path, *wanted)
     known, begun = main_sweep.recall(found, main_trials.Bench(), tmp_path)
     assert [settings for settings, _ in known] == [{"unlearn_lr": 0.003}]
     assert begun == [{"unlearn_lr": 0.01}]
@@ -51,9 +51,9 @@ def test_settings_are_told_to_optuna_by_their_places_and_back():
 
 def test_a_search_measures_on_a_sample_and_without_the_source_on_held_out_examples(tmp_path):
     words = ["--method", "adv", "--pgd-eps", "1:5", "--search", 3]
-    found = main_unlearn.parse(list(asked(tmp_path, *words).command({"pgd_eps": 2.0})))
+    found = main_unlearn.parse(list(parse_sweep(tmp_path, *words).command({"pgd_eps": 2.0})))
     assert (found.retain_sample, found.evaluate, found.pgd_eps) == (5000, [], 2.0)
-    found = main_unlearn.parse(list(asked(tmp_path, *words, "--source-free").command({"pgd_eps": 2.0})))
+    found = main_unlearn.parse(list(parse_sweep(tmp_path, *words, "--source-free").command({"pgd_eps": 2.0})))
     assert found.evaluate == ["agreement"]
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 
 from conftest import FAST, ROOT
-from helpers import asked
+from helpers import parse_sweep
 import numpy as np
 import pytest
 import torch
@@ -42,7 +42,7 @@ def states(out):
 
 
 def trials(tmp_path, *arguments):
-    found = asked(tmp_path, *arguments)
+    found = parse_sweep(tmp_path, *arguments)
     return main_sweep.plan(found, main_trials.Bench(), main_sweep.ranges.product(found.axes))
 
 
@@ -182,7 +182,7 @@ def test_of_two_that_want_the_same_from_the_cache_one_makes_it(tmp_path):
     cache, made = Cache(tmp_path), []
 
     def want():
-        with cache.making({"x": 1}):
+        with cache.lock({"x": 1}):
             if cache.get({"x": 1}) is None:
                 time.sleep(0.05)
                 made.append(1)
@@ -194,7 +194,7 @@ def test_of_two_that_want_the_same_from_the_cache_one_makes_it(tmp_path):
     for thread in threads:
         thread.join()
     assert made == [1]
-    with Cache().making({"x": 1}), Cache(tmp_path / "none").making({"x": 1}):
+    with Cache().lock({"x": 1}), Cache(tmp_path / "none").lock({"x": 1}):
         pass  # no folder, no lock
 
 
@@ -247,7 +247,7 @@ def test_without_ray_it_says_what_to_call(swept, monkeypatch):
 
 
 def test_settings_of_a_course_are_crossed_too(tmp_path):
-    found = asked(tmp_path, "--method", "finetune", "--course", "epochs=1:2:2", "lr=0.01", "lr=0.1")
+    found = parse_sweep(tmp_path, "--method", "finetune", "--course", "epochs=1:2:2", "lr=0.01", "lr=0.1")
     assert found.axes["course"][1] == ("epochs=1.0", "lr=0.1")
     assert len(found.axes["course"]) == 4
     parsed = main_unlearn.parse(list(found.command({"course": found.axes["course"][1]})))
@@ -256,7 +256,7 @@ def test_settings_of_a_course_are_crossed_too(tmp_path):
 
 def test_threads_are_those_of_a_trial_whatever_runs_beside_it(tmp_path):
     def threads(*words):
-        return main_unlearn.parse(list(asked(tmp_path, *words).command({}))).threads
+        return main_unlearn.parse(list(parse_sweep(tmp_path, *words).command({}))).threads
 
     assert threads() == 1
     assert threads("--cpus-per-trial", 4, "--parallel", 8) == 4
