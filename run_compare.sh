@@ -1,35 +1,35 @@
 #!/usr/bin/env bash
-# The paper's methods, ours and those of others on one D_f, measured against a net that was retrained without it; further
-# arguments go to every main_unlearn.py:
+# Compare all methods on one forget set D_f with a model that was retrained without it. Further arguments go to every
+# main_unlearn.py:
 #     bash run_compare.sh
 #     DATASET=digits MODEL=resnet20 PRETRAIN=main_pretrain_digits_resnet20.py RECIPE="" AUGMENT=1 K=64 bash run_compare.sh
-# Trains what is not there yet: the original, the retrained net and two references for RMIA, all by one recipe, so that
-# it is the forgetting that is compared, and not the schedule. Figures: README.md, "Measured".
+# Trains what is missing: the original model, the retrained model and two reference models for RMIA. All use the same
+# recipe, so that differences in the schedule do not affect the comparison. Results: docs/reproducing.md.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 PYTHON=${PYTHON:-"uv run"}        # e.g. PYTHON=python in a conda environment
 DATA=${DATA:-data}
 RESULTS=${RESULTS:-result_data/compare}
-NETS=${NETS:-$RESULTS/nets}       # where the trained nets go
+NETS=${NETS:-$RESULTS/nets}       # folder of the trained models
 DATASET=${DATASET:-cifar10}
 MODEL=${MODEL:-resnet20}
 PRETRAIN=${PRETRAIN:-main_pretrain_cifar10_resnet18.py}
 RECIPE=${RECIPE-"--schedule onecycle --lr 0.2 --epochs 30"}
-K=${K:-256}                       # images to forget, the D_f of this seed
-SEED=${SEED:-0}
-REFERENCES=${REFERENCES:-"2 3"}   # seeds of the nets that calibrate RMIA
+K=${K:-256}                       # number of images to forget
+SEED=${SEED:-0}                   # seed of D_f and of unlearning
+REFERENCES=${REFERENCES:-"2 3"}   # seeds of the reference models for RMIA
 OURS=${OURS:-"before neggrad rawp oracle adv adv_imp distill"}
-OTHERS=${OTHERS:-"boundary_shrink jit"}             # those that do without D_r
-TRAINED=${TRAINED:-"finetune random_labels neggrad_plus l1_sparse salun scrub ssd bad_teaching amun"}  # on D_r
-AUGMENT=${AUGMENT:-2}             # of those: crops, and with 2 mirror images, as the nets were trained
-COURSE=${COURSE:-}                # settings of those in place of theirs, such as "epochs=2"
+OTHERS=${OTHERS:-"boundary_shrink jit"}             # do not train on D_r, the retain set
+TRAINED=${TRAINED:-"finetune random_labels neggrad_plus l1_sparse salun scrub ssd bad_teaching amun"}  # train on D_r
+AUGMENT=${AUGMENT:-2}             # of TRAINED: 1 crops, 2 crops and mirrors, as in training
+COURSE=${COURSE:-}                # other settings of TRAINED, such as "epochs=2"
 EVALUATE=${EVALUATE:-"membership distance retrained rmia relearn duplicates"}
 
 case " $* " in *" --dry-run "*) dry=1 ;; *) dry= ;; esac
 lacking=
 
-# train NAME SEED ARGUMENTS...: a net of this seed, unless its file is there; goes on where it was stopped
+# train NAME SEED ARGUMENTS...: train a model unless its file exists; resume an interrupted training
 train() {
     local file="$NETS/$1.safetensors" seed=$2
     shift 2
@@ -41,7 +41,7 @@ train() {
     fi
     mkdir -p "$NETS"
     echo "== training $file"
-    # shellcheck disable=SC2086  # lists of words on purpose
+    # shellcheck disable=SC2086  # word splitting is intended
     $PYTHON "$PRETRAIN" --data-dir "$DATA" --model "$MODEL" $RECIPE --seed "$seed" --output "$file" --resume "$@"
 }
 

@@ -1,56 +1,55 @@
 #!/usr/bin/env bash
-# The CIFAR and ImageNet experiments of the paper, one after the other, then their tables; further arguments go to every
-# main_unlearn.py:
+# Run the paper's CIFAR and ImageNet experiments one after the other, then make their tables. Further arguments go to
+# every main_unlearn.py:
 #     bash run_unlearn_cifar_imagenet.sh
 #     bash run_unlearn_cifar_imagenet.sh --dry-run
 #     WHAT="cifar10 continual" SEEDS="0" K="16" bash run_unlearn_cifar_imagenet.sh --save-model
-# Settings are the released scripts'. If D_test falls too far, search EPS in 1.0-5.0 or LR in 1e-4-1e-3.
-# Published D_test at k = 256 after forgetting (StructGuard, CVPR 2026): CIFAR-10 ResNet-18 Adv 36.69, Adv+Imp 45.44;
-# CIFAR-100 ResNet-50 Adv 46.45, Adv+Imp 48.71; ImageNet ResNet-50 Adv 21.27, Adv+Imp 31.19. Ours: not measured yet.
+# The settings are those of the released scripts. If D_test (accuracy on the test set) falls too far, search EPS in
+# 1.0-5.0 or LR in 1e-4-1e-3. Published and measured values: docs/reproducing.md.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 PYTHON=${PYTHON:-"uv run"}        # e.g. PYTHON=python in a conda environment
-DATA=${DATA:-data}                # holds cifar-10-batches-py, cifar-100-python, imagenet/train, imagenet/val, weights
+DATA=${DATA:-data}                # contains cifar-10-batches-py, cifar-100-python, imagenet/train, imagenet/val, weights
 RESULTS=${RESULTS:-result_data}
-WHAT=${WHAT:-"cifar10 cifar100 vit imagenet relabel continual nets imagenet-a"}  # which experiments
+WHAT=${WHAT:-"cifar10 cifar100 vit imagenet relabel continual nets imagenet-a"}  # experiments to run
 SEEDS=${SEEDS:-"0 1 2 3 4"}
 METHODS=${METHODS:-"before neggrad rawp oracle adv adv_imp distill"}
 RELABEL_METHODS=${RELABEL_METHODS:-"before correct oracle adv adv_imp distill"}
-NETS=${NETS:-"mobilenet_v2 squeezenet1_1 densenet121 resnet34"}  # the paper's others, on CIFAR-10
-K=${K:-"16 64 128 256"}           # images to forget
+NETS=${NETS:-"mobilenet_v2 squeezenet1_1 densenet121 resnet34"}  # other nets, on CIFAR-10
+K=${K:-"16 64 128 256"}           # number of images to forget
 VIT_K=${VIT_K:-"16 32 64 128 256"}
-STEP=${STEP:-16}                  # images that arrive at a time in the continual experiment
-STEPS_K=${STEPS_K:-64}            # and how many in all
+STEP=${STEP:-16}                  # continual experiment: images per step
+STEPS_K=${STEPS_K:-64}            # continual experiment: images in all steps
 
 EPS=${EPS:-4.0}                   # radius of the attack, L2 norm over pixels in [0,1]
-ALPHA=${ALPHA:-0.1}               # length of its steps
-ITERATIONS=${ITERATIONS:-100}     # number of its steps
-CIFAR10_ADV=${CIFAR10_ADV:-20}    # adversarial examples of each image
-OTHER_ADV=${OTHER_ADV:-200}
-LR=${LR:-1e-3}
+ALPHA=${ALPHA:-0.1}               # step size of the attack
+ITERATIONS=${ITERATIONS:-100}     # number of steps of the attack
+CIFAR10_ADV=${CIFAR10_ADV:-20}    # adversarial examples per image, CIFAR-10
+OTHER_ADV=${OTHER_ADV:-200}       # adversarial examples per image, CIFAR-100 and ImageNet
+LR=${LR:-1e-3}                    # learning rate of unlearning
 LAMBDA=${LAMBDA:-1.0}             # weight of the importance penalty
-PRECISION=${PRECISION:-fp32}      # on a CUDA GPU also tf32, or bf16 in the attack: faster
-RETAIN_SAMPLE=${RETAIN_SAMPLE:-50000}  # training images of ImageNet that D_r is measured on
+PRECISION=${PRECISION:-fp32}      # faster on a CUDA GPU: tf32, or bf16 (attack only)
+RETAIN_SAMPLE=${RETAIN_SAMPLE:-50000}  # training images of ImageNet to measure D_r on
 
 failed=0
 for word in $WHAT; do
     case "$word" in
         cifar10 | cifar100 | vit | imagenet | relabel | continual | nets | imagenet-a) ;;
         *)
-            echo "WHAT names $word; expected some of cifar10 cifar100 vit imagenet relabel continual nets imagenet-a" >&2
+            echo "WHAT names $word; expected one or more of cifar10 cifar100 vit imagenet relabel continual nets imagenet-a" >&2
             exit 2
             ;;
     esac
 done
 
-# run KEY NAME ARGUMENTS...: one experiment; says what is missing and goes on with the next
+# run KEY NAME ARGUMENTS...: run one experiment. If it fails, print HINT and continue with the next one.
 run() {
     local key=$1 name=$2
     shift 2
     case " $WHAT " in *" $key "*) ;; *) return 0 ;; esac
     echo "== $name"
-    # shellcheck disable=SC2086  # lists of words on purpose
+    # shellcheck disable=SC2086  # word splitting is intended
     $PYTHON main_unlearn.py --data-dir "$DATA" --result-dir "$RESULTS" --seed $SEEDS --pgd-eps "$EPS" \
         --pgd-alpha "$ALPHA" --pgd-iter "$ITERATIONS" --unlearn-lr "$LR" --reg-lamb "$LAMBDA" --precision "$PRECISION" "$@" || {
         local code=$?
@@ -67,32 +66,32 @@ run() {
     imagenet=(--dataset imagenet --model torchvision:resnet50 --num-adv-images "$OTHER_ADV" --batch-size 16
         --adv-batch-size 128 --max-passes 100 --retain-sample "$RETAIN_SAMPLE")
 
-    HINT="CIFAR-10 is downloaded by itself; weights: $PYTHON main_pretrain_cifar10_resnet18.py, or the paper's cifar10_pretrained_models/resnet18.pt"
+    HINT="it needs weights: run $PYTHON main_pretrain_cifar10_resnet18.py, or use the authors' cifar10_pretrained_models/resnet18.pt"
     run cifar10 "CIFAR-10, ResNet-18" "${cifar10[@]}" --model resnet18 --unlearn-k $K --method $METHODS "$@"
 
-    HINT="CIFAR-100 is downloaded by itself; weights: $PYTHON main_pretrain_cifar100_resnet50.py, or the paper's cifar100_pretrained_models/resnet50.pt"
+    HINT="it needs weights: run $PYTHON main_pretrain_cifar100_resnet50.py, or use the authors' cifar100_pretrained_models/resnet50.pt"
     run cifar100 "CIFAR-100, ResNet-50" "${cifar100[@]}" --model resnet50_cifar100 --unlearn-k $K \
         --adv-batch-size 256 --max-passes 100 --method $METHODS "$@"
 
-    HINT="CIFAR-100 and the classifier Ahmed9275/Vit-Cifar100 are downloaded by themselves, where there is a network"
+    HINT="it needs network access to download CIFAR-100 and the classifier Ahmed9275/Vit-Cifar100"
     run vit "CIFAR-100, ViT-B/16" "${cifar100[@]}" --model hf:Ahmed9275/Vit-Cifar100 --unlearn-k $VIT_K \
         --adv-batch-size 512 --max-passes 1000 --method $METHODS "$@"
 
-    HINT="put ImageNet-1k into $DATA/imagenet/train and $DATA/imagenet/val, a folder a class; torchvision downloads the weights"
+    HINT="put ImageNet-1k into $DATA/imagenet/train and $DATA/imagenet/val, one folder per class; torchvision downloads the weights"
     run imagenet "ImageNet-1k, ResNet-50" "${imagenet[@]}" --unlearn-k $K --method $METHODS "$@"
 
-    HINT="the weights are those of the first experiment"
+    HINT="it uses the weights of the first experiment"
     run relabel "CIFAR-10, ResNet-18, relabelled" "${cifar10[@]}" --model resnet18 --unlearn-k $K \
         --goal relabel --method $RELABEL_METHODS "$@"
-    run continual "CIFAR-10, ResNet-18, $STEP images at a time" "${cifar10[@]}" --model resnet18 \
+    run continual "CIFAR-10, ResNet-18, $STEP images per step" "${cifar10[@]}" --model resnet18 \
         --unlearn-k "$STEPS_K" --continual-step "$STEP" --method $METHODS "$@"
 
     for net in $NETS; do
-        HINT="weights: $PYTHON main_pretrain_cifar10_resnet18.py --model $net"
+        HINT="it needs weights: run $PYTHON main_pretrain_cifar10_resnet18.py --model $net"
         run nets "CIFAR-10, $net" "${cifar10[@]}" --model "$net" --unlearn-k $K --method $METHODS "$@"
     done
 
-    HINT="put ImageNet-A's folders into $DATA/imagenet-a, and ImageNet-1k as above"
+    HINT="put the folders of ImageNet-A into $DATA/imagenet-a, and ImageNet-1k as above"
     run imagenet-a "ImageNet-A, ResNet-50, corrected" "${imagenet[@]}" --forget-dir "$DATA/imagenet-a" \
         --goal relabel --unlearn-k $K --method $RELABEL_METHODS "$@"
 }
