@@ -19,6 +19,7 @@ from torch import Tensor
 
 from l2ul import attack
 from l2ul.cli import exit_codes, options
+from l2ul.cli.run_line import run_line
 from l2ul.common import device as device_module
 from l2ul.common import distributed, precision
 from l2ul.common.cache import GIB, PREFIX, Cache
@@ -277,6 +278,7 @@ def prepare(opts: argparse.Namespace, setup: Setup, runs: list[Run], device, cac
         attack_batch_size=opts.attack_batch_size or attack.default_batch_size(device, side),
         scratch_dir=opts.result_dir / "scratch",
         cache=cache,
+        on_record=lambda record: print(run_line(record), flush=True),
     )
 
 

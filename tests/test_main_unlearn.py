@@ -24,7 +24,15 @@ def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
     assert code == 0, err
     by_method = {record["method"]: record for record in load_records(tmp_path).values()}
     assert set(by_method) == {"before", "neggrad", "rawp", "oracle", "adv", "adv_imp", "distill"}
-    assert [line.split()[0] for line in out.splitlines()[2:9]] == registry.usual("misclassify")
+    lines = out.splitlines()
+    assert [line.split()[1] for line in lines[1:8]] == registry.usual("misclassify")
+    for line, record in zip(lines[1:8], (by_method[line.split()[1]] for line in lines[1:8]), strict=True):
+        assert re.match(r"\d\d:\d\d:\d\d  \w+ +k 2    seed 0  ", line)
+        assert (
+            f"D_f {record['acc_forget']:.2f}  D_r {record['acc_retain']:.2f}  D_test {record['acc_test']:.2f}" in line
+        )
+        assert re.search(r"(not changed|orgotten after \d+ steps) .* [\d.]+ s$", line)
+    assert [line.split()[0] for line in lines[9:16]] == registry.usual("misclassify")
     for name, record in by_method.items():
         assert list(record)[: len(records.KEYS)] == list(records.KEYS)
         assert (

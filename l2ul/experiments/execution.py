@@ -32,6 +32,7 @@ class Experiment:
     keep_models  whether the nets are kept; those of continual runs always are, as the next step starts from them
     scratch_dir  for what does not fit in memory
     cache        where adversarial examples are kept
+    on_record    called with each record that was written
     """
 
     setup: Setup
@@ -42,6 +43,7 @@ class Experiment:
     attack_batch_size: int | None = None
     scratch_dir: Path = Path("result_data/scratch")
     cache: Cache = field(default_factory=Cache)
+    on_record: Callable[[dict[str, object]], object] = lambda record: None
 
     @property
     def device(self) -> torch.device:
@@ -294,3 +296,4 @@ class Experiment:
         }
         names = (run.earlier.names if run.earlier else []) + run.forget.names
         run.files.write(record, names, predictions, outcome.curve)
+        self.on_record(record)
