@@ -12,6 +12,7 @@ import tomllib
 from conftest import ROOT
 import pytest
 
+from l2ul.cli import command_line_docs
 from l2ul.data import utkface
 from l2ul.experiments import runs
 from l2ul.methods import registry
@@ -63,6 +64,31 @@ def test_commands_of_readme_and_docs_name_files_that_exist():
             assert (ROOT / name).exists() or name.startswith("my_"), (page, name)
     assert "pip install uv && uv run main_unlearn.py" in README
     assert "pip install uv && uv run pytest" in README
+
+
+def commands(text: str) -> list[str]:
+    """Return the lines of the shell blocks, continuation lines joined, without comments."""
+    lines = "\n".join(code_blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+
+
+@pytest.fixture(scope="module")
+def known_flags():
+    found = {script: command_line_docs.help_text(script) for script in command_line_docs.SCRIPTS}
+    return {script: set(re.findall(r"--[a-z][a-z-]+", text)) for script, text in found.items()}
+
+
+def test_flags_of_commands_in_readme_and_docs_exist(known_flags):
+    checked = 0
+    for page, text in PAGES.items():
+        for command in commands(text):
+            script = re.search(r"\bmain_\w+\.py", command)
+            if script is None:
+                continue
+            flags = set(re.findall(r"(?<=\s)--[a-z][a-z-]+", command[script.end() :]))
+            assert flags <= known_flags[script[0]], (page, command)
+            checked += 1
+    assert checked > 20
 
 
 def test_the_example_of_the_readme_is_the_one_that_is_tested():

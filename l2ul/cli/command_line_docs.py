@@ -45,9 +45,9 @@ def help_text(script: str) -> str:
 
 
 def sections(script: str) -> list[str]:
-    """Return the paragraphs of a script's help, without the usage line, which repeats the flags."""
-    parts = help_text(script).strip().split("\n\n")
-    return [part for part in parts if not part.startswith(("usage:", "options:"))]
+    """Return the paragraphs of a script's help, without the usage line, which repeats the flags, and -h."""
+    text = re.sub(r"\n  -h, --help .*", "", help_text(script))
+    return [part for part in text.strip().split("\n\n") if not part.startswith("usage:") and part != "options:"]
 
 
 def flags(section: str) -> tuple[str, set[str]]:
