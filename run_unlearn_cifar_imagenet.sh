@@ -53,7 +53,7 @@ run() {
     $PYTHON main_unlearn.py --data-dir "$DATA" --result-dir "$RESULTS" --seed $SEEDS --pgd-eps "$EPS" \
         --pgd-alpha "$ALPHA" --pgd-iter "$ITERATIONS" --unlearn-lr "$LR" --reg-lamb "$LAMBDA" --precision "$PRECISION" "$@" || {
         local code=$?
-        [ "$code" -eq 130 ] && exit 130
+        case "$code" in 130 | 143) exit "$code" ;; esac  # stopped by Ctrl-C or SIGTERM
         echo "== $name was not run (exit code $code): $HINT" >&2
         failed=1
     }

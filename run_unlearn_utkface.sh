@@ -56,7 +56,7 @@ for grouping in $GROUPINGS; do
                 --max-passes "$PASSES" --unlearn-lr "$LR" --reg-lamb "$LAMBDA" --precision "$PRECISION" "$@"
     } || {
         code=$?
-        [ "$code" -eq 130 ] && exit 130
+        case "$code" in 130 | 143) exit "$code" ;; esac  # stopped by Ctrl-C or SIGTERM
         echo "== UTKFace, $grouping was not finished (exit code $code)" >&2
         failed=1
     }
