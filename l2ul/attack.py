@@ -1,4 +1,7 @@
-"""Targeted L2-PGD, and the adversarial set of a forget set made with it on the original weights."""
+"""Targeted L2-PGD and the adversarial set D_adv of a forget set, computed on the original weights.
+
+D_adv is used in place of the retain set (Cha et al., AAAI 2024, arXiv 2301.11578).
+"""
 
 from collections.abc import Callable
 import math
@@ -18,8 +21,8 @@ from l2ul.data import images as image_sets
 from l2ul.data.forget_set import other_class
 from l2ul.data.images import as_pixels
 
-LEAST = 16  # pairs attacked at once, with some of them repeated where there are fewer: see `_even`
-BATCH_SIZE = {"cpu": (128, 16), "mps": (512, 64), "cuda": (2048, 256)}  # pairs attacked at once; of large images
+MIN_BATCH = 16  # smallest batch of the attack; smaller batches are filled with copies, see `_multiple_of_eight`
+BATCH_SIZE = {"cpu": (128, 16), "mps": (512, 64), "cuda": (2048, 256)}  # by device type: (images up to 64 px, larger)
 
 
 def pgd_l2(
@@ -32,22 +35,28 @@ def pgd_l2(
     steps: int,
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
-    away: bool = False,
+    targeted: bool = True,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Adversarial examples that `model` calls `targets`, within an L2 ball around the images.
+    """Compute adversarial examples that `model` classifies as `targets`, within an L2 ball around the images.
 
-    images   (N, 3, H, W) float in [0,1] or uint8; targets (N,) int64 classes to be called
-    eps      radius of the ball, alpha length of a step: L2 norms over all pixels of an image, in [0,1] units
-    start    a first perturbation (N, 3, H, W), brought into the ball and the range of pixels; by default u - x with
-             u uniform in [0,1], from `generator`
-    away     untargeted: `targets` are the classes to get away from, and steps go up the gradient
-    returns  (N, 3, H, W) float: inside [0,1] exactly, inside the ball to rounding
+    images     (N, 3, H, W) float in [0,1] or uint8
+    targets    (N,) int64, the target classes; the true classes if not `targeted`
+    eps        radius of the ball, an L2 norm over all pixels of an image with pixels in [0,1]
+    alpha      length of a step, in the same unit
+    steps      number of steps
+    start      first perturbation (N, 3, H, W), projected on the ball and clipped; by default u - x with u uniform in
+               [0,1], drawn from `generator`
+    targeted   False: move away from the classes `targets`, up the gradient
+    progress   called with N after each step
+    returns    (N, 3, H, W) float, inside [0,1] exactly and inside the ball up to rounding
 
-    Each step: δ ← δ - α g / max(‖g‖₂, 1e-6) with g = ∇_δ CE(model(x + δ), target), then x + δ clipped to [0,1], then δ
-    projected on the ball. Clipping comes first, as in the library behind the paper (arXiv 2301.11578);
-    shrinking δ toward 0 afterwards cannot leave [0,1]. The model runs in eval mode, its weights without gradients.
-    Raises ValueError for a negative or undefined eps, alpha or steps.
+    A step: δ ← δ - α g / max(‖g‖₂, 1e-6) with g = ∇_δ CE(model(x + δ), target), then x + δ is clipped to [0,1], then δ
+    is projected on the ball. The order is that of advertorch, the library behind arXiv 2301.11578. The projection
+    shrinks δ toward 0, so x + δ stays in [0,1]. The model runs in eval mode and its weights get no gradients.
+    Raises ValueError if eps, alpha or steps is negative or not finite.
+
+    Example: `pgd_l2(model, images, targets, eps=4.0, alpha=0.1, steps=100)`
     """
     for name, value in {"eps": eps, "alpha": alpha, "steps": steps}.items():
         if not (value >= 0 and math.isfinite(value)):
@@ -56,7 +65,7 @@ def pgd_l2(
     if start is None:
         start = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device) - x
     delta = _clip(x, _project(start, eps))
-    sign = 1 if away else -1
+    sign = -1 if targeted else 1
     with frozen(model):
         for _ in range(steps):
             example = (x + delta).requires_grad_()
@@ -66,7 +75,7 @@ def pgd_l2(
             delta = _project(_clip(x, delta), eps)
             if progress:
                 progress(len(x))
-    return (x + delta).clamp_(0, 1)  # the sum may round to a hair outside
+    return (x + delta).clamp_(0, 1)  # rounding of the sum can leave [0,1]
 
 
 def _norm(pixels: Tensor) -> Tensor:
@@ -99,34 +108,38 @@ def adversarial_set(
     on_halved: Callable[[int], object] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """D_adv: `num_adv_images` targeted examples of each image, each with its own random target and start.
+    """Compute D_adv: `num_adv_images` targeted examples of each image, each with its own random target and start.
 
-    images     (k, 3, H, W) uint8 or float in [0,1]; labels (k,) int64, the true classes
-    precision  of the passes through the model: see `precisions`
-    fold       whether batch-norm is folded into convolutions, see `bn_folding.folded`
-    on_halved  called with the new number of pairs a batch where memory ran out
-    returns    examples (k · num_adv_images, 3, H, W) float in [0,1] and their targets (k · num_adv_images,), the draws
-               of the first image first
+    images          (k, 3, H, W) uint8 or float in [0,1]
+    labels          (k,) int64, the true classes
+    eps, alpha, steps   of the attack, see `pgd_l2`
+    first_position  position of the first image in D_f, above 0 in a later step of a continual run
+    batch_size      examples computed at once, by default `default_batch_size`
+    precision       of forward and backward passes, see `common.precision`
+    fold            whether to fold batch-norms into convolutions, see `bn_folding.folded`
+    on_halved       called with the new batch size each time that memory runs out
+    progress        called with the number of examples after each step of a batch
+    returns         examples (k · num_adv_images, 3, H, W) float in [0,1] and their targets (k · num_adv_images,)
+                    int64, the examples of the first image first
 
-    Target (uniform over the classes other than the true one) and start of a draw depend on (seed, position of the
-    image, draw) alone, so the set of the first k images is the head of the set of more. The first image's position is
-    0, or `first_position` where they are not the first of D_f. Pairs are attacked `batch_size` at a time (by default
-    `default_batch_size`), rounded down to a multiple of eight, whatever images they belong to; half as many where
-    memory runs out.
+    Target and start of an example depend only on (seed, position of the image, number of the draw). The set of the
+    first k images is therefore the head of the set of more images. The target is uniform over the classes other than
+    the true one. The batch size is rounded down to a multiple of eight and halved when memory runs out.
+    Raises ValueError as `pgd_l2`, and the out-of-memory error if a single example does not fit.
     """
     targets = random_targets(labels, num_classes, num_adv_images, seed, first_position)
     pixels = as_pixels(images)
     owners = torch.arange(len(images), device=images.device).repeat_interleave(num_adv_images)
-    size = _even(batch_size or default_batch_size(images.device, images.shape[-1]))
+    size = _multiple_of_eight(batch_size or default_batch_size(images.device, images.shape[-1]))
     examples = torch.empty((len(owners), *pixels.shape[1:]), device=images.device, memory_format=torch.channels_last)
     done = 0
     with folded(model, pixels) if fold else eval_mode(model):
         while done < len(owners):
             left = len(owners) - done
-            count = math.ceil(left / math.ceil(left / size))  # all batches of about one size
+            count = math.ceil(left / math.ceil(left / size))  # batches of nearly equal size
             part = slice(done, done + count)
-            full = max(math.ceil(count / 8) * 8, min(size, LEAST)) if size >= 8 else count
-            filled = torch.arange(done, done + full).clamp_max(part.stop - 1)  # with the last pair, again and again
+            full = max(math.ceil(count / 8) * 8, min(size, MIN_BATCH)) if size >= 8 else count
+            filled = torch.arange(done, done + full).clamp_max(part.stop - 1)  # padded with copies of the last example
             x = pixels[owners[filled]]
             start = _starts(x, filled.tolist(), num_adv_images, seed, first_position) - x
             options = {"eps": eps, "alpha": alpha, "steps": steps, "start": start}
@@ -137,7 +150,7 @@ def adversarial_set(
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
-                size = _even(math.ceil(size / 2))
+                size = _multiple_of_eight(math.ceil(size / 2))
                 if on_halved:
                     on_halved(size)
                 continue
@@ -145,22 +158,25 @@ def adversarial_set(
     return examples, targets
 
 
-def _even(size: int) -> int:
-    """A size for batches that can be filled up: a multiple of eight, or less than eight.
+def _multiple_of_eight(size: int) -> int:
+    """Return the size rounded down to a multiple of eight; sizes below eight stay as they are.
 
-    Batches of a multiple of eight are rounded alike by a CPU's kernels, others are not (nor, of linear layers with
-    AVX-512, one of eight itself): so an example does not depend on how many are made with it.
+    CPU kernels round results of a batch alike if its size is a multiple of eight, except size eight itself in
+    linear layers with AVX-512. With such sizes an example does not depend on how many examples are computed with it.
     """
     return size - size % 8 if size >= 8 else size
 
 
 def default_batch_size(device: torch.device, side: int) -> int:
-    """Pairs of image and target attacked at once where nobody says, of so many pixels a side."""
+    """Return the default number of examples of `side` x `side` pixels computed at once on the device."""
     return image_sets.default_batch_size(BATCH_SIZE, device, side)
 
 
 def random_targets(labels: Tensor, num_classes: int, num_adv_images: int, seed: int, first_position: int = 0) -> Tensor:
-    """The class (k · num_adv_images,) that each example is to be called: uniform over those other than its label."""
+    """Draw the targets (k · num_adv_images,) int64 of D_adv, uniform over the classes other than the true one.
+
+    labels (k,) int64, the true classes; for `seed` and `first_position` see `adversarial_set`
+    """
     draws = [
         seeds.stream(seed, "target", position, draw).integers(num_classes - 1)
         for position in range(first_position, first_position + len(labels))
@@ -169,9 +185,9 @@ def random_targets(labels: Tensor, num_classes: int, num_adv_images: int, seed: 
     return other_class(labels.repeat_interleave(num_adv_images), torch.tensor(draws, device=labels.device))
 
 
-def _starts(like: Tensor, pairs: list[int], num_adv_images: int, seed: int, first_position: int) -> Tensor:
-    """The images (n, 3, H, W), uniform noise, that these pairs start from."""
-    drawn = [divmod(pair, num_adv_images) for pair in pairs]  # place in D_f, draw
-    streams = [seeds.stream(seed, "start", first_position + place, draw) for place, draw in drawn]
+def _starts(like: Tensor, examples: list[int], num_adv_images: int, seed: int, first_position: int) -> Tensor:
+    """Draw the starting images (n, 3, H, W) of these examples of D_adv: uniform noise in [0,1]."""
+    drawn = [divmod(example, num_adv_images) for example in examples]  # (position in D_f, number of the draw)
+    streams = [seeds.stream(seed, "start", first_position + position, draw) for position, draw in drawn]
     noise = [stream.random(tuple(like.shape[1:]), dtype=np.float32) for stream in streams]
     return torch.from_numpy(np.stack(noise)).to(like.device)

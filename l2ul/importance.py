@@ -1,4 +1,4 @@
-"""How much each weight matters for the images to be forgotten (MAS), and from it which weights are held."""
+"""MAS importance of each weight for D_f, and the strength with which the penalty holds each weight."""
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +9,14 @@ from l2ul.data.images import as_pixels
 
 
 def mas_importance(model: nn.Module, images: Tensor, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Ω of each trainable parameter: mean over single images of |∂‖g(x)‖₂ / ∂θ|, with g the logits.
+    """Compute Ω of each trainable parameter: the mean over single images of |∂‖g(x)‖₂ / ∂θ|, with g the logits.
 
-    images   (k, 3, H, W) uint8 or float in [0,1]
-    returns  {parameter name: Ω, of the parameter's shape, at least 0}
+    images    (k, 3, H, W) uint8 or float in [0,1]
+    progress  called with 1 after each image
+    returns   {parameter name: Ω}, each Ω of its parameter's shape and at least 0
 
-    Aljundi et al., Memory Aware Synapses (ECCV 2018), as in arXiv 2301.11578; a gradient per image, in eval mode. A
-    parameter that the logits do not depend on has Ω = 0.
+    The model runs in eval mode with one gradient per image. A parameter that the logits do not depend on has Ω = 0.
+    Source: Aljundi et al., Memory Aware Synapses (ECCV 2018, arXiv 1711.09601), as used in arXiv 2301.11578.
     """
     names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad], strict=True)
     total = [torch.zeros_like(parameter) for parameter in parameters]
@@ -31,9 +32,9 @@ def mas_importance(model: nn.Module, images: Tensor, progress: Progress | None =
 
 
 def held_weights(importance: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Ω̄ = 1 - Ω, with Ω scaled min-max to [0,1] within each tensor: 0 is free to move, 1 is held.
+    """Return Ω̄ = 1 - Ω by parameter name, with Ω scaled min-max to [0,1] within each tensor.
 
-    A tensor whose Ω is constant tells nothing apart and is held whole.
+    A weight with Ω̄ = 0 is free to move, one with Ω̄ = 1 is held most strongly. A tensor of constant Ω has Ω̄ = 1.
     """
     return {name: 1 - _min_max(omega) for name, omega in importance.items()}
 

@@ -1,4 +1,11 @@
-"""The terms of the loss (arXiv 2301.11578; Aljundi et al. 2018 for the penalty; those of `distill` are ours)."""
+"""The terms of the loss and the definition of "forgotten".
+
+Misclassification, relabelling and the importance penalty are those of Cha et al., Learning to Unlearn (AAAI 2024,
+arXiv 2301.11578). The penalty itself is from Aljundi et al., Memory Aware Synapses (ECCV 2018, arXiv 1711.09601). The
+margin loss and the feature gap belong to this project's method `distill` (see `l2ul.methods.distill`).
+
+Shapes: n images of a batch, k images of D_f, C classes.
+"""
 
 from dataclasses import dataclass
 
@@ -7,10 +14,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 import torch.nn.functional as F
 
+Terms = dict[str, Tensor]  # of the loss, which is their sum; each term is a column of the curve
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (n, 3, H, W) float in [0,1] and labels (n,) int64: true ones, new ones or adversarial targets."""
+    """A mini-batch: images (n, 3, H, W) float in [0,1] and labels (n,) int64.
+
+    The labels are true classes, new classes of D_f or targets of adversarial examples.
+    """
 
     images: Tensor
     labels: Tensor
@@ -18,7 +30,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Forget:
-    """D_f: images (k, 3, H, W) float in [0,1], true labels (k,) int64 and, to relabel, new labels (k,)."""
+    """The forget set D_f.
+
+    images      (k, 3, H, W) float in [0,1]
+    labels      (k,) int64, the true classes
+    new_labels  (k,) int64, the classes to relabel the images with; None to have them misclassified
+    """
 
     images: Tensor
     labels: Tensor
@@ -29,33 +46,50 @@ class Forget:
 
     @property
     def goal(self) -> str:
+        """The goal, "misclassify" or "relabel"."""
         return "misclassify" if self.new_labels is None else "relabel"
 
     @property
-    def wanted(self) -> Tensor:
-        """The labels (k,) that L_forget is about: true ones to get away from, or new ones to be called."""
+    def target_labels(self) -> Tensor:
+        """The labels (k,) in L_forget: the true classes to misclassify, the new classes to relabel."""
         return self.labels if self.new_labels is None else self.new_labels
 
-    def done(self, predictions: Tensor) -> Tensor:
-        """Which images (k,) are forgotten: not called their true class, or called the new one."""
-        same = predictions == self.wanted
-        return ~same if self.new_labels is None else same
+    def is_forgotten(self, predictions: Tensor) -> Tensor:
+        """Return which images (k,) bool are forgotten, from the predicted classes (k,) of all of D_f."""
+        return is_forgotten(predictions, self.target_labels, self.goal)
+
+
+def is_forgotten(predictions: Tensor, labels: Tensor, goal: str) -> Tensor:
+    """Return which images (n,) bool are forgotten. This function is the only definition of "forgotten".
+
+    predictions  (n,) int64, the predicted classes
+    labels       (n,) int64: the true classes with the goal "misclassify", the new classes with the goal "relabel"
+
+    An image is forgotten if the prediction differs from its true class, or equals its new class.
+    """
+    equal = predictions == labels
+    return ~equal if goal == "misclassify" else equal
 
 
 def forget_loss(logits: Tensor, labels: Tensor, goal: str) -> Tensor:
-    """L_forget: to misclassify, -CE to the true labels, gradient ascent; to relabel, CE to the new labels.
+    """Compute L_forget, a scalar: the mean over a batch of -CE (gradient ascent) to misclassify or of CE to relabel.
 
-    logits (n, C), labels (n,) int64: the true or the new ones; returns a scalar, the mean over the images.
+    logits (n, C), labels (n,) int64: the true classes to misclassify, the new classes to relabel. Not bounded below
+    with the goal "misclassify".
     """
     loss = F.cross_entropy(logits, labels)
     return -loss if goal == "misclassify" else loss
 
 
 def margin_loss(logits: Tensor, labels: Tensor, goal: str, margin: float) -> Tensor:
-    """How far each image (n,) is from being forgotten by a margin; 0 where it is, so that nothing is left to gain.
+    """Compute for each image (n,) how far its logits are from forgetting it by a margin; 0 beyond the margin.
 
-    logits (n, C), labels (n,) int64: the true or the new ones. With z the logit of the label and z' the largest other
-    one: max(0, z - z' + margin) to misclassify, max(0, z' - z + margin) to relabel. Bounded below, unlike -CE.
+    logits (n, C), labels (n,) int64: the true classes to misclassify, the new classes to relabel. With z the logit of
+    the label and z' the largest of the other logits,
+
+        max(0, z - z' + margin) to misclassify,    max(0, z' - z + margin) to relabel.
+
+    Unlike -CE, this loss is bounded below by 0.
     """
     own = logits.gather(1, labels[:, None]).squeeze(1)
     other = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
@@ -63,34 +97,44 @@ def margin_loss(logits: Tensor, labels: Tensor, goal: str, margin: float) -> Ten
     return F.relu(ahead + margin)
 
 
-def divergence(logits: Tensor, original: Tensor) -> Tensor:
-    """KL(p⁰ ‖ p), the mean over images of the sum over classes: logits of the model and of θ⁰, both (n, C)."""
+def kl_divergence(logits: Tensor, original: Tensor) -> Tensor:
+    """Compute KL(p⁰ ‖ p) = Σ_c p⁰_c (log p⁰_c - log p_c), a scalar: the mean over images, in nats.
+
+    logits, original  (n, C), the logits of p (the model) and of p⁰ (the original model)
+    """
     return F.kl_div(logits.log_softmax(1), original.log_softmax(1), log_target=True, reduction="batchmean")
 
 
-def feature_gap(features: list[Tensor], original: list[Tensor], spreads: list[float]) -> Tensor:
-    """Mean over layers of mean((f - f⁰)²) / spread: with the variance of f⁰ as the spread, what part of it is lost.
+def feature_gap(features: list[Tensor], original: list[Tensor], variances: list[float]) -> Tensor:
+    """Compute the mean over layers of mean((f - f⁰)²) / variance, a scalar.
 
-    features, original  of each layer, the model's and those of θ⁰ for the same images; spreads of each layer, above 0
+    features, original  of each layer, any shape: f of the model and f⁰ of the original model on the same images
+    variances           of f⁰ of each layer, above 0; infinity leaves a layer out
+
+    The gap is the part of the variance of the original features that is lost, whatever their scale.
     """
-    layers = zip(features, original, spreads, strict=True)
-    return torch.stack([F.mse_loss(now, then) / spread for now, then, spread in layers]).mean()
+    layers = zip(features, original, variances, strict=True)
+    return torch.stack([F.mse_loss(now, before) / variance for now, before, variance in layers]).mean()
 
 
 def importance_penalty(parameters: list[Tensor], reference: list[Tensor], held: list[Tensor]) -> Tensor:
-    """½ Σ_i Ω̄_i (θ_i - θ⁰_i)² over all weights: parameters θ, reference θ⁰ and held Ω̄ of the same shapes."""
-    return _Penalty.apply(reference, held, *parameters)
+    """Compute ½ Σ_i Ω̄_i (θ_i - θ⁰_i)² over all weights, a scalar.
+
+    parameters θ, reference θ⁰ and held Ω̄ in [0,1]: tensors of the same shapes in the same order (see
+    `importance.held_weights`)
+    """
+    return _ImportancePenalty.apply(reference, held, *parameters)
 
 
-class _Penalty(torch.autograd.Function):
-    """The penalty with its gradient Ω̄ (θ - θ⁰) written down: a few calls for all tensors, where autograd takes many."""
+class _ImportancePenalty(torch.autograd.Function):
+    """The penalty with its gradient Ω̄ (θ - θ⁰) in closed form, which needs a few calls for all tensors together."""
 
     @staticmethod
     def forward(context, reference: list[Tensor], held: list[Tensor], *parameters: Tensor) -> Tensor:
-        moved = torch._foreach_sub(parameters, reference)
-        pull = torch._foreach_mul(moved, held)
-        context.save_for_backward(*pull)
-        return 0.5 * torch.stack([torch.sum(part) for part in torch._foreach_mul(moved, pull)]).sum()
+        difference = torch._foreach_sub(parameters, reference)
+        gradient = torch._foreach_mul(difference, held)
+        context.save_for_backward(*gradient)
+        return 0.5 * torch.stack([torch.sum(part) for part in torch._foreach_mul(difference, gradient)]).sum()
 
     @staticmethod
     @once_differentiable

@@ -1,21 +1,27 @@
-"""The loop: step until every image is forgotten, the cap is reached or the numbers are no longer finite."""
+"""Unlearning on tensors: attack and importance if the method needs them, then the loop.
 
-from collections.abc import Callable, Iterator, Mapping
+The loop takes steps of the method until all of D_f is forgotten, the limit of steps is reached or a number is not
+finite. It is the same for all methods, which differ in their `Procedure` (see `l2ul.methods`).
+"""
+
+from collections.abc import Callable, Mapping
 import copy
 from dataclasses import dataclass, field
-import itertools
-import math
+import time
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ConstantLR, LRScheduler
 
-from l2ul import attack, objective
+from l2ul import METHOD_VERSION, attack, objective
 from l2ul.common import seeds
 from l2ul.data.images import Split, as_pixels
-from l2ul.importance import held_weights, mas_importance
+from l2ul.importance import mas_importance
 from l2ul.methods import distill, fixed_length, paper, registry
-from l2ul.methods.monitor import Look
+from l2ul.methods.checkpoint import Checkpoint, Guard, State, fingerprint
+from l2ul.methods.monitor import ForgetMonitor
+from l2ul.methods.procedure import Procedure
+
+RUNNING = "running"  # status of an outcome until the loop ends
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,22 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """An unlearned model and how it came about. status: forgotten, cap, diverged, stopped, or done (`before`)."""
+    """An unlearned model and how the loop ended.
+
+    status          "forgotten": all of D_f is forgotten; "cap": the limit of steps was reached before; "diverged": a
+                    loss, a weight or a logit is not finite; "stopped": `go_on` returned False; "done": the method's
+                    fixed length is over, or it is `before`
+    steps           number of steps taken
+    curve           a row for each measurement of D_f: `step`, the terms of the loss, `acc_forget` and `forgotten` (both
+                    in percent of D_f)
+    seconds_before  spent by interrupted calls that this one continued
+    """
 
     model: nn.Module
     status: str
     steps: int
-    curve: list[dict[str, float]] = field(default_factory=list)  # a row a step: terms, percent of D_f
+    curve: list[dict[str, float]] = field(default_factory=list)
+    seconds_before: float = 0.0
 
 
 def unlearn(
@@ -74,30 +90,38 @@ def unlearn(
     workers: int = 0,
     on_step: Callable[[dict[str, float]], object] | None = None,
     go_on: Callable[[], bool] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Outcome:
-    """The whole of a method on tensors: attack and importance where the method needs them, then the loop.
+    """Unlearn D_f with a method: attack and importance if the method needs them, then the loop.
 
-    model       pixels in [0,1] in, logits out; left as it is, a copy is unlearned
-    images      D_f: (k, 3, H, W), uint8 or float in [0,1]; labels (k,) int64, the true classes
-    method      a name of `methods.METHODS`
-    new_labels  (k,) the classes to be called instead; without them, any class but the true one
-    adv         D_adv, made here from num_adv_images, eps, alpha, attack_steps and the seed if needed and not given
-    importance  Ω by parameter name, likewise
+    model       takes pixels in [0,1] and returns logits (n, C); a copy is unlearned, the model itself stays as it is
+    images      D_f: (k, 3, H, W), uint8 or float in [0,1]
+    labels      (k,) int64, the true classes
+    method      a name in `registry.METHODS`
+    num_classes needed to compute D_adv
+    new_labels  (k,) int64, the classes to relabel D_f with; None to have D_f misclassified
+    adv         D_adv: images and targets; by default computed with num_adv_images, eps, alpha, attack_steps and the
+                seed (see `attack.adversarial_set`)
+    importance  Ω by parameter name; by default computed (see `importance.mas_importance`)
     retain      D_r, for the methods that need it
-    num_classes needed where D_adv is made here
-    workers     processes that decode images of D_r that are on disk
-    on_step     called with each row of the curve
-    go_on       asked after each row; the loop ends where it says no, with what there is by then
+    workers     processes that decode images of D_r that stay on disk
+    on_step     called with each row of the curve, which has `step` and `forgotten` (percent of D_f) for a progress line
+    go_on       called after each row; the loop stops if it returns False
+    checkpoint  a file in which the state of the loop is written every few minutes and on KeyboardInterrupt, SystemExit,
+                SIGINT or SIGTERM. A later call with the same arguments continues from it and returns the same weights,
+                curve and status as an uninterrupted call. A state of other settings or inputs is ignored. The file is
+                left to the caller to delete. Methods of fixed length write no state and start from their beginning.
 
-    Raises ValueError where something needed is missing, InputError where the method is not for the goal.
+    Returns the `Outcome`. Raises ValueError if an input that the method needs is missing, InputError if there is no
+    such method or it does not support the goal.
     """
     goal = "misclassify" if new_labels is None else "relabel"
     chosen, settings = registry.get(method, goal), settings or Settings()
     if "retain" in chosen.needs and retain is None:
-        raise ValueError(f"method {method!r} trains on the remaining training set; give it as retain")
+        raise ValueError(f"method {method!r} trains on the retain set D_r; pass it as retain")
     if "adv" in chosen.needs and adv is None:
         if num_classes is None:
-            raise ValueError(f"method {method!r} makes adversarial examples; give num_classes, or adv")
+            raise ValueError(f"method {method!r} needs adversarial examples; pass num_classes or adv")
         size = {"num_adv_images": num_adv_images, "eps": eps, "alpha": alpha, "steps": attack_steps}
         adv = attack.adversarial_set(model, images, labels, num_classes, seed=settings.seed, **size)
     if "importance" in chosen.needs and importance is None:
@@ -105,192 +129,116 @@ def unlearn(
     unlearned = copy.deepcopy(model)
     if chosen.terms is None:
         return Outcome(unlearned, "done", 0)
-    keep = Split(*adv) if "adv" in chosen.needs else retain if "retain" in chosen.needs else None
-    held = held_weights(importance) if "importance" in chosen.needs else None
+
     forget = objective.Forget(as_pixels(images), labels, new_labels)
-    look = Look(unlearned, forget)
+    keep = Split(*adv) if "adv" in chosen.needs else retain if "retain" in chosen.needs else None
+    importance = importance if "importance" in chosen.needs else None
+    monitor = ForgetMonitor(unlearned, forget)
     with seeds.fork_rng(labels.device, settings.seed, "dropout", settings.first_position):
-        plan = _plan(unlearned, forget, keep, held, chosen, settings, workers, look)
-        return _loop(unlearned, look, plan, on_step or (lambda row: None), go_on or (lambda: True))
+        if chosen.settings is not None:
+            own = fixed_length.overridden(chosen.settings, settings.course)
+            drawn = {"seed": settings.seed, "first_position": settings.first_position}
+            context = fixed_length.MethodContext(unlearned, forget, own, keep, workers=workers, **drawn)
+            procedure = fixed_length.FixedLengthProcedure(chosen.terms, context, settings.bn)
+        elif "teacher" in chosen.needs:
+            procedure = distill.DistillProcedure(chosen, unlearned, forget, settings, monitor)
+        else:
+            inputs = {"keep": keep, "importance": importance, "workers": workers}
+            procedure = paper.PaperProcedure(chosen, unlearned, forget, settings, **inputs)
+        loop = _Loop(unlearned, procedure, monitor)
+        if checkpoint and procedure.is_resumable:
+            identity = fingerprint(
+                *(METHOD_VERSION, torch.__version__, labels.device.type, method, chosen.code_sha256(), settings),
+                *(model.state_dict(), images, labels, new_labels, keep, importance),
+            )
+            if state := checkpoint.load(identity):
+                loop.load_state_dict(state)
+        else:
+            checkpoint = None
+        return loop.run(on_step or (lambda row: None), go_on or (lambda: True), checkpoint)
 
 
-def _loop(
-    model: nn.Module,
-    look: Look,
-    plan: "_Plan",
-    on_step: Callable[[dict[str, float]], object],
-    go_on: Callable[[], bool],
-) -> Outcome:
-    outcome = Outcome(model, plan.status, 0)
+class _Loop:
+    """Steps of a procedure and measurements of D_f, with all state that decides how they go on."""
 
-    def ends(terms: registry.Terms) -> bool:
-        """Add a row to the curve; whether there is nothing left to do."""
-        row, finite = look(outcome.steps, terms)
-        outcome.curve.append(row)
-        on_step(row)
-        if not finite:
-            outcome.status = "diverged"
-        elif plan.end_every and row["forgotten"] == 100 and not outcome.steps % plan.end_every:
-            outcome.status = "forgotten"
-        elif not go_on():
-            outcome.status = "stopped"
-        return outcome.status != plan.status
+    def __init__(self, model: nn.Module, procedure: Procedure, monitor: ForgetMonitor):
+        self.model, self.procedure, self.monitor = model, procedure, monitor
+        self.outcome = Outcome(model, RUNNING, 0)
+        self.started = time.perf_counter()
 
-    for terms in plan.steps:
-        if terms:  # else the method has moved the weights itself
-            plan.optimizer.zero_grad()
-            sum(terms.values()).backward()
-            plan.optimizer.step()
-            plan.scheduler.step()
-        outcome.steps += 1
-        if not outcome.steps % plan.look_every and ends(terms):
-            break
-    else:
-        if outcome.steps % plan.look_every:
-            ends(terms)
-    model.eval()
-    return outcome
+    def run(
+        self,
+        on_step: Callable[[dict[str, float]], object],
+        go_on: Callable[[], bool],
+        checkpoint: Checkpoint | None,
+    ) -> Outcome:
+        """Take steps until D_f is forgotten, the limit of steps is reached or a number is not finite."""
+        outcome, procedure, last_terms = self.outcome, self.procedure, {}
+        with Guard(checkpoint, self.state_dict) as guard:
+            while outcome.status == RUNNING:
+                guard.step_begins()
+                terms = None if outcome.steps == procedure.max_steps else next(procedure, None)
+                has_ended, row = terms is None, None
+                if not has_ended:
+                    if terms:  # without terms, the method has changed the weights itself
+                        procedure.optimizer.zero_grad()
+                        sum(terms.values()).backward()
+                        procedure.optimizer.step()
+                        procedure.scheduler.step()
+                    outcome.steps += 1
+                    last_terms = terms
+                was_due = outcome.steps % procedure.check_every == 0
+                if was_due != has_ended:  # at the end, only if the last step was not measured
+                    row, is_finite = self.monitor.measure(outcome.steps, last_terms)
+                    outcome.curve.append(row)
+                    may_stop = procedure.stop_every and outcome.steps % procedure.stop_every == 0
+                    if not is_finite:
+                        outcome.status = "diverged"
+                    elif may_stop and row["forgotten"] == 100:
+                        outcome.status = "forgotten"
+                if has_ended and outcome.status == RUNNING:
+                    outcome.status = procedure.final_status
+                guard.step_ends()
+                if row is not None:
+                    on_step(row)
+                    if outcome.status == RUNNING and not go_on():
+                        outcome.status = "stopped"
+        self.model.eval()
+        return outcome
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return weights and buffers, also those that the model's `state_dict` leaves out."""
+        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
-@dataclass(frozen=True)
-class _Plan:
-    """How the loop goes: the terms of one step after the other, and what follows them.
-
-    look_every  steps between two looks at D_f
-    end_every   steps between two at which the loop may end, if D_f is forgotten; None: it goes to the end
-    status      of the outcome at the end of all steps
-    """
-
-    steps: Iterator[registry.Terms]
-    optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
-    look_every: int = 1
-    end_every: int | None = 1
-    status: str = "cap"
-
-
-def _plan(
-    model: nn.Module,
-    forget: objective.Forget,
-    keep: Split | None,
-    held: dict[str, Tensor] | None,
-    method: registry.Method,
-    settings: Settings,
-    workers: int,
-    look: Look,
-) -> _Plan:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    model.train(settings.bn == "train" and "teacher" not in method.needs)
-    if method.settings:
-        own = fixed_length.overridden(method.settings, settings.course)
-        given = fixed_length.Course(model, forget, own, keep, settings.seed, settings.first_position, workers)
-        optimizer = fixed_length.optimizer(parameters, own)
-        return _Plan(method.terms(given), optimizer, _constant(optimizer), fixed_length.LOOK_EVERY, None, "done")
-    limit = max_steps(method, len(forget), len(keep) if keep else 0, settings)
-    if "teacher" in method.needs:
-        steps, end_every = _distilling(model, forget, look, settings), settings.distill_steps
-        optimizer, scheduler = distill.optimizer(parameters, settings.distill_lr, settings.distill_steps)
-    else:
-        steps, end_every = _steps(model, forget, keep, held, method, settings, workers), 1
-        optimizer = torch.optim.SGD(
-            parameters, settings.unlearn_lr, settings.momentum, weight_decay=settings.weight_decay, fused=True
-        )
-        scheduler = _constant(optimizer)
-    return _Plan(map(method.terms, itertools.islice(steps, limit)), optimizer, scheduler, 1, end_every)
-
-
-def _constant(optimizer: torch.optim.Optimizer) -> LRScheduler:
-    return ConstantLR(optimizer, factor=1.0)
-
-
-def max_steps(method: registry.Method, num_forget: int, num_keep: int, settings: Settings) -> int:
-    """The cap in steps: max_passes times through the keep set, or through D_f where there is none (num_keep = 0).
-
-    A draw of noise is looked at on the whole of D_f, so is a pass by itself.
-    """
-    if "noise" in method.needs:
-        return settings.max_passes
-    if "teacher" in method.needs:
-        return settings.distill_cycles * settings.distill_steps
-    size, batch = (num_keep, settings.adv_batch_size) if num_keep else (num_forget, settings.batch_size)
-    return settings.max_passes * math.ceil(size / batch)
-
-
-def _steps(
-    model: nn.Module,
-    forget: objective.Forget,
-    keep: Split | None,
-    held: dict[str, Tensor] | None,
-    method: registry.Method,
-    settings: Settings,
-    workers: int,
-) -> Iterator[registry.Step]:
-    """Endless steps: the next batch of D_f with the next one of the set that the method keeps hold of."""
-    wanted = Split(forget.images, forget.wanted)
-    forget_batches = _batches(wanted, settings.batch_size, _order(settings, "forget batches"), 0)
-    keep_batches = itertools.repeat(None)
-    if keep:
-        keep_batches = _batches(keep, settings.adv_batch_size, _order(settings, "keep batches"), workers)
-    keep_name = "adv" if "adv" in method.needs else "retain"
-    penalty = _penalty(model, held) if held else None
-    perturb = _perturbation(model, settings) if "noise" in method.needs else None
-    for first, second in zip(forget_batches, keep_batches, strict=False):
-        yield registry.Step(
-            model,
-            forget.goal,
-            first,
-            **{keep_name: second},
-            penalty=penalty,
-            reg_lamb=settings.reg_lamb,
-            perturb=perturb,
-        )
-
-
-def _distilling(model: nn.Module, forget: objective.Forget, look: Look, settings: Settings) -> Iterator[registry.Step]:
-    return distill.steps(
-        model,
-        forget,
-        lambda: look.logits,
-        batch_size=settings.distill_forget,
-        num_mixes=settings.distill_mixes,
-        margin=settings.distill_margin,
-        weights=(settings.distill_logits, settings.distill_features),
-        growth=settings.distill_growth ** (1 / settings.distill_steps),
-        seed=settings.seed,
-        first_position=settings.first_position,
-    )
-
-
-def _order(settings: Settings, purpose: str) -> torch.Generator:
-    return seeds.generator(settings.seed, purpose, settings.first_position)
-
-
-def _batches(split: Split, batch_size: int, generator: torch.Generator, workers: int) -> Iterator[paper.Batch]:
-    """Endless batches of a set, newly shuffled each time through it."""
-    while True:
-        yield from fixed_length.shuffled(split, batch_size, generator, workers)
-
-
-def _penalty(model: nn.Module, held: dict[str, Tensor]) -> Callable[[], Tensor]:
-    parameters = [(parameter, held[name]) for name, parameter in model.named_parameters() if name in held]
-    now, weights = zip(*parameters, strict=True)
-    before = [parameter.detach().clone() for parameter in now]
-    return lambda: objective.importance_penalty(now, before, weights)
-
-
-def _perturbation(model: nn.Module, settings: Settings) -> Callable[[], None]:
-    """Sets the weights to θ⁰ + fresh Gaussian noise, σ = noise_growth · rms(θ⁰ of the tensor) · number of calls."""
-    generator = _order(settings, "noise")
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before = [parameter.detach().clone() for parameter in parameters]
-    scales = [weights.square().mean().sqrt() for weights in before]
-    calls = itertools.count(1)
+    def state_dict(self) -> State:
+        """Return all that decides the steps to come, and the curve so far."""
+        device = self.monitor.logits.device
+        return {
+            "step": self.outcome.steps,
+            "status": self.outcome.status,
+            "curve": self.outcome.curve,
+            "seconds": self.outcome.seconds_before + time.perf_counter() - self.started,
+            "model": {name: tensor.detach() for name, tensor in self._tensors().items()},
+            "logits": self.monitor.logits,
+            "optimizer": self.procedure.optimizer.state_dict(),
+            "scheduler": self.procedure.scheduler.state_dict(),
+            "procedure": self.procedure.state_dict(),
+            "generator": torch.get_rng_state(),
+            "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
 
     @torch.no_grad()
-    def perturb() -> None:
-        sigma = settings.noise_growth * next(calls)
-        for parameter, weights, scale in zip(parameters, before, scales, strict=True):
-            noise = torch.randn(weights.shape, generator=generator).to(weights.device)
-            parameter.copy_(weights + sigma * scale * noise)
-
-    return perturb
+    def load_state_dict(self, state: State) -> None:
+        """Continue after the step at which `state_dict` returned this state."""
+        self.outcome.steps, self.outcome.status, self.outcome.curve = state["step"], state["status"], state["curve"]
+        self.outcome.seconds_before = state["seconds"]
+        for name, tensor in self._tensors().items():
+            tensor.copy_(state["model"][name])
+        device = next(self.model.parameters()).device
+        self.monitor.logits = state["logits"].to(device)
+        self.procedure.optimizer.load_state_dict(state["optimizer"])
+        self.procedure.scheduler.load_state_dict(state["scheduler"])
+        self.procedure.load_state_dict(state["procedure"])
+        torch.set_rng_state(state["generator"])  # last, as the procedure may draw from it
+        if state["cuda_generator"] is not None:
+            torch.cuda.set_rng_state(state["cuda_generator"], device)

@@ -1,6 +1,25 @@
-"""The steps of `distill`: images still to be forgotten, and mixes of D_f on which θ⁰ is the teacher."""
+"""`distill`: forget D_f by a margin and keep the outputs and features of the original model on mixes of D_f.
 
-from collections.abc import Callable, Iterator
+Our method; it needs no images but D_f. With θ the weights, θ⁰ the original weights, z logits, f features,
+p = softmax(z) and x̃ mixes of images of D_f (see `l2ul.data.mixes`), a step minimises
+
+    L(θ) = w · s · mean_{x ∈ B} max(0, z_y(x) - max_{c≠y} z_c(x) + m)           "forget": margin loss on D_f
+           + a · mean_x̃ KL(p⁰(x̃) ‖ p(x̃))                                        "logits"
+           + b · mean_l mean_x̃ (f_l(x̃) - f⁰_l(x̃))² / Var(f⁰_l)                  "features"
+
+- B holds at most `distill_forget` images, drawn from the images R that are not yet forgotten by the margin m
+  (`distill_margin`). The sign of the difference of logits is reversed to relabel, with y the new class.
+- s = min(1, |R| / distill_forget): a single remaining image weighs no more alone than in a full batch.
+- w starts at 1 and is multiplied by `distill_growth` ^ (1 / distill_steps) at each step before which an image is not
+  forgotten, as in a penalty method. No fixed weight suits every model, as scales of logits differ.
+- a = `distill_logits`, b = `distill_features`. The features f_l are the inputs of every convolution and linear layer
+  but the first, and the last feature map before pooling. Var(f⁰_l) is taken over D_f.
+- The model is in eval mode, so running statistics of batch-norm stay and dropout is off.
+
+Adam follows a learning rate that rises to `distill_lr` and falls to nearly 0 in each cycle of `distill_steps` steps.
+The loop stops at the end of a cycle if all of D_f is forgotten, and gives up after `distill_cycles` cycles.
+"""
+
 import math
 
 import torch
@@ -12,91 +31,121 @@ from l2ul.common import activations, seeds
 from l2ul.common.bn_folding import folded
 from l2ul.common.modes import frozen_copy
 from l2ul.data.mixes import mixes
-from l2ul.methods import paper, registry
+from l2ul.methods.monitor import ForgetMonitor
+from l2ul.methods.procedure import Procedure
+from l2ul.methods.registry import Method, Step, Terms, method
+from l2ul.objective import Batch, Forget
 
-SPREAD_OVER = 256  # images
+VARIANCE_IMAGES = 256  # images of D_f, at most, that variances of features are computed on
+
+
+@method("distill", "teacher")
+def distill(step: Step) -> Terms:
+    """ours: margin loss on D_f + distillation of logits and features of θ⁰ on mixes of D_f"""
+    logits_gap, features_gap = step.teacher_gaps()
+    terms = {"forget": logits_gap.new_zeros(()), "logits": logits_gap, "features": features_gap}
+    if len(step.forget.labels):
+        logits = step.model(step.forget.images)
+        losses = objective.margin_loss(logits, step.forget.labels, step.goal, step.margin)
+        terms["forget"] = step.forget_weight * losses.mean()
+    return terms
+
+
+class DistillProcedure(Procedure):
+    """The steps, optimizer and schedule of `distill`, and of other methods that need a teacher.
+
+    model     θ⁰; moved in place
+    settings  `unlearn.Settings`
+    monitor   gives the logits of D_f after the previous step
+    """
+
+    def __init__(self, method: Method, model: nn.Module, forget: Forget, settings, monitor: ForgetMonitor):
+        self.method, self.model, self.forget, self.settings = method, model.eval(), forget, settings
+        self.monitor = monitor
+        self.teacher = Teacher(model, forget.images)
+        self.generator = seeds.generator(settings.seed, "distill", settings.first_position)
+        self.weight = 1.0  # w of the module's docstring
+        self.growth = settings.distill_growth ** (1 / settings.distill_steps)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(parameters, settings.distill_lr, fused=True)
+        self.scheduler = LambdaLR(self.optimizer, lambda step: one_cycle(step, settings.distill_steps))
+        self.max_steps = settings.distill_cycles * settings.distill_steps
+        self.stop_every = settings.distill_steps
+
+    def __next__(self) -> Terms:
+        return self.method.terms(self.next_step())
+
+    def next_step(self) -> Step:
+        """Draw the images of D_f and the mixes of the next step."""
+        forget, settings, logits = self.forget, self.settings, self.monitor.logits
+        if not forget.is_forgotten(logits.argmax(1)).all():
+            self.weight *= self.growth
+        losses = objective.margin_loss(logits, forget.target_labels, forget.goal, settings.distill_margin)
+        remaining = losses.nonzero().flatten()
+        drawn = torch.randperm(len(remaining), generator=self.generator)[: settings.distill_forget]
+        chosen = remaining[drawn.to(remaining.device)]
+        mixed = mixes(forget.images, settings.distill_mixes, self.generator)
+        return Step(
+            self.model,
+            forget.goal,
+            Batch(forget.images[chosen], forget.target_labels[chosen]),
+            teacher_gaps=lambda: self._weighted_gaps(mixed),
+            margin=settings.distill_margin,
+            forget_weight=self.weight * min(1.0, len(remaining) / settings.distill_forget),
+        )
+
+    def _weighted_gaps(self, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        logits_gap, features_gap = self.teacher.gaps(self.model, mixed)
+        return self.settings.distill_logits * logits_gap, self.settings.distill_features * features_gap
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the weight of the forget loss and the state of the generator."""
+        return {"weight": self.weight, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Continue with this weight and generator."""
+        self.weight = state["weight"]
+        self.generator.set_state(state["generator"].cpu())
 
 
 class Teacher:
-    """θ⁰, frozen, and what of it is held: its logits, what each weighted layer but the first is given, the last map.
+    """The frozen original model, with the logits and features that `distill` keeps.
 
     model   in eval mode; copied
-    images  (n, 3, H, W) float in [0,1]; how far features spread over these is what gaps to them are measured in
+    images  (k, 3, H, W) float in [0,1], D_f: the variances of features are computed on them
+
+    Features are the inputs of each convolution and linear layer but the first, and the last feature map before pooling.
+    A layer whose features are constant on D_f has an infinite variance, so that its gap is 0.
     """
 
     def __init__(self, model: nn.Module, images: Tensor):
-        self.net = frozen_copy(model)
-        self.layers = list(activations.layers(self.net, images[:1]))[1:]
-        self.last = activations.last_spatial_module(self.net, images[:1])
-        _, found = self.given(images[:SPREAD_OVER])
-        self.spreads = [layer.var(correction=0).item() or math.inf for layer in found]  # constant: not held
+        self.model = frozen_copy(model)
+        self.layers = list(activations.layers(self.model, images[:1]))[1:]
+        self.last = activations.last_spatial_module(self.model, images[:1])
+        _, features = self.outputs(images[:VARIANCE_IMAGES])
+        self.variances = [layer.var(correction=0).item() or math.inf for layer in features]
 
     @torch.no_grad()
-    def given(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits and features of θ⁰."""
-        with folded(self.net, images):  # changes the inputs of batch-norms, of no weighted layer
-            return activations.logits_and_inputs(self.net, images, self.layers, self.last)
+    def outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the logits (n, C) and the features of each layer of the original model."""
+        with folded(self.model, images):  # leaves the inputs of convolutions and linear layers as they are
+            return activations.logits_and_inputs(self.model, images, self.layers, self.last)
 
     def gaps(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-        """How far the model's logits and features of the images are from those of θ⁰."""
-        then_logits, then = self.given(images)
-        now_logits, now = activations.logits_and_inputs(model, images, self.layers, self.last)
-        return objective.divergence(now_logits, then_logits), objective.feature_gap(now, then, self.spreads)
-
-
-def steps(
-    model: nn.Module,
-    forget: objective.Forget,
-    logits: Callable[[], Tensor],
-    *,
-    batch_size: int,
-    num_mixes: int,
-    margin: float,
-    weights: tuple[float, float],
-    growth: float,
-    seed: int,
-    first_position: int = 0,
-) -> Iterator[registry.Step]:
-    """Endless steps: images of D_f that are not yet forgotten by the margin, and mixes of all of D_f.
-
-    model    θ⁰ as yet
-    logits   gives those of D_f (k, C) as they are by now
-    weights  of the gaps of logits and features
-    growth   what the forget loss is multiplied by, again, at each step before which some image is not forgotten
-
-    The forget loss is the mean over a batch of the images left, times their number over `batch_size` where fewer are
-    left than that: an image weighs no more alone than among many, and many weigh no more than a batch. It grows, as in
-    a penalty method, because no one weight suits every net: how far apart logits are differs between them.
-    """
-    teacher = Teacher(model, forget.images)
-    generator = seeds.generator(seed, "distill", first_position)
-
-    def compare(images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(weight * gap for weight, gap in zip(weights, teacher.gaps(model, images), strict=True))
-
-    pull = 1.0
-    while True:
-        pull *= 1.0 if forget.done(logits().argmax(1)).all() else growth
-        left = objective.margin_loss(logits(), forget.wanted, forget.goal, margin).nonzero().flatten()
-        chosen = left[torch.randperm(len(left), generator=generator)[:batch_size].to(left.device)]
-        stand_ins = mixes(forget.images, num_mixes, generator)
-        yield registry.Step(
-            model,
-            forget.goal,
-            paper.Batch(forget.images[chosen], forget.wanted[chosen]),
-            compare=lambda images=stand_ins: compare(images),
-            margin=margin,
-            share=pull * min(1.0, len(left) / batch_size),
+        """Return the KL divergence of logits and the feature gap between a model and the original, two scalars."""
+        original_logits, original_features = self.outputs(images)
+        logits, features = activations.logits_and_inputs(model, images, self.layers, self.last)
+        return (
+            objective.kl_divergence(logits, original_logits),
+            objective.feature_gap(features, original_features, self.variances),
         )
 
 
-def optimizer(parameters: list[Tensor], lr: float, cycle: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """Adam at a rate that rises to `lr` and falls to nearly 0 in every cycle of so many steps."""
-    adam = torch.optim.Adam(parameters, lr, fused=True)
-    return adam, LambdaLR(adam, lambda step: one_cycle(step, cycle))
-
-
 def one_cycle(step: int, length: int) -> float:
-    """Part of the highest learning rate at a step: up in the first 30 % of each cycle and down again, by cosines."""
+    """Return the part of the highest learning rate at a step: up in 30 % of each cycle, then down, by cosines.
+
+    step    from 0; cycles repeat
+    length  of a cycle, in steps
+    """
     place, rise = (step % length + 0.5) / length, 0.3
     return 0.5 - 0.5 * math.cos(math.pi * (place / rise if place < rise else (1 - place) / (1 - rise)))

@@ -1,33 +1,39 @@
-"""Methods of fixed length: what each of them works with, and the passes through D_r and D_f that they share."""
+"""What methods of fixed length share: their context, passes through D_r and D_f, their optimizer and their settings.
 
-from collections.abc import Iterator, Mapping
+A method of fixed length is a generator: it takes a `MethodContext` and yields the terms of the loss of each step. It
+runs for a number of epochs, whether D_f is forgotten or not. The methods are in `l2ul.methods.baselines`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim.lr_scheduler import ConstantLR
 
 from l2ul.common import seeds
 from l2ul.common.errors import InputError
 from l2ul.data.augment import augment
-from l2ul.data.folder import FolderImages
-from l2ul.data.images import Split, as_pixels
-from l2ul.objective import Batch, Forget
+from l2ul.data.images import Split
+from l2ul.methods.procedure import Procedure, shuffled
+from l2ul.objective import Batch, Forget, Terms
 
 Value = int | float  # of a setting
 POSITIVE = ("epochs", "batch", "copies", "iterations", "temperature", "sigma", "eps")  # settings that may not be 0
-LOOK_EVERY = 10  # steps, of which each is a batch of D_r, between two looks at the whole of D_f
 
 
 @dataclass(frozen=True)
-class Course:
+class MethodContext:
     """What a method of fixed length works with.
 
-    model    θ⁰ as yet, in the mode that it is trained in
-    settings the method's own, by name: see `methods.fixed_length`
-    retain   D_r, for the methods that need it
-    seed     of every order and draw; first_position: see `unlearn.Settings`
-    workers  processes that decode images of D_r that are on disk
+    model           the original model at first; the loop moves it in place between steps
+    forget          D_f
+    settings        the method's own settings by name, see `registry.fixed_length`
+    retain          D_r, for the methods that need it
+    seed            of every order and draw
+    first_position  position of the first image in D_f, above 0 in a later step of a continual run
+    workers         processes that decode images of D_r that stay on disk
     """
 
     model: nn.Module
@@ -40,64 +46,73 @@ class Course:
 
     @property
     def epochs(self) -> range:
+        """The numbers of the epochs."""
         return range(self.settings["epochs"])
 
     @cached_property
     def generator(self) -> torch.Generator:
-        """What the course draws from, in the order of its steps."""
+        """The CPU generator of all draws of the method, in the order of its steps."""
         return seeds.generator(self.seed, "course", self.first_position)
 
-    def batches(self, split: Split, size: int | None = None) -> Iterator[Batch]:
-        """One time through a set in a new order; `size` images at once, by default as the settings say.
-
-        The images are as they are, or cropped as in training, and mirrored too: `augment` of the settings is 0, 1, 2.
-        """
-        how = self.settings.get("augment", 0)
-        for batch in shuffled(split, size or self.settings["batch"], self.generator, self.workers):
-            images = batch.images
-            if how:
-                images = augment(images, images.shape[-1] // 8, how > 1, self.generator)
-            yield Batch(images.to(memory_format=torch.channels_last), batch.labels)
-
-    def spread(self, kept: Split, forgotten: Split) -> Iterator[tuple[Batch, Batch]]:
-        """One time through both sets, the second spread evenly over the batches of the first.
-
-        So that a step sees what it would of one shuffled set of both; a step may have no image of the second.
-        """
-        steps = -(-len(kept) // self.settings["batch"])
-        shares = torch.arange(steps + 1) * len(forgotten) // steps  # after each step, so many have been seen
-        every = next(self.batches(forgotten, len(forgotten)))
-        for kept_batch, low, high in zip(self.batches(kept), shares[:-1], shares[1:], strict=True):
-            yield kept_batch, Batch(every.images[low:high], every.labels[low:high])
-
-    def endless(self, split: Split) -> Iterator[Batch]:
-        """Batches of a set, over and over."""
-        while True:
-            yield from self.batches(split)
-
     @property
-    def forgotten(self) -> Split:
+    def forget_split(self) -> Split:
         """D_f with its true labels."""
         return Split(self.forget.images, self.forget.labels)
 
+    def batches(self, split: Split, size: int | None = None) -> Iterator[Batch]:
+        """Yield the batches of one pass through a set in a random order, `size` (by default `batch`) images each.
 
-def shuffled(split: Split, batch_size: int, generator: torch.Generator, workers: int) -> Iterator[Batch]:
-    """Batches of a set, once through it in a new order; images on disk are decoded by so many workers."""
-    order = torch.randperm(len(split), generator=generator).split(batch_size)
-    if isinstance(split.images, FolderImages):
-        found = split.images.loader(order, split.labels.device, workers)
-    else:
-        found = (split.images[part] for part in order)
-    for indices, images in zip(order, found, strict=True):
-        yield Batch(as_pixels(images.to(split.labels.device)), split.labels[indices])
+        The setting `augment` selects the augmentation: 0 none, 1 random crops as in training, 2 also random flips.
+        """
+        augmentation = self.settings.get("augment", 0)
+        for batch in shuffled(split, size or self.settings["batch"], self.generator, self.workers):
+            images = batch.images
+            if augmentation:
+                images = augment(images, images.shape[-1] // 8, augmentation > 1, self.generator)
+            yield Batch(images.to(memory_format=torch.channels_last), batch.labels)
+
+    def endless_batches(self, split: Split) -> Iterator[Batch]:
+        """Yield the batches of pass after pass through a set."""
+        while True:
+            yield from self.batches(split)
+
+    def paired_batches(self, retain: Split, forget: Split) -> Iterator[tuple[Batch, Batch]]:
+        """Yield the batches of one pass through D_r, each with its share of one pass through D_f.
+
+        D_f is spread evenly over the batches, as if both sets were shuffled together. A share can be empty.
+        """
+        steps = -(-len(retain) // self.settings["batch"])
+        bounds = torch.arange(steps + 1) * len(forget) // steps  # images of D_f before and after each step
+        whole = next(self.batches(forget, len(forget)))
+        for batch, low, high in zip(self.batches(retain), bounds[:-1], bounds[1:], strict=True):
+            yield batch, Batch(whole.images[low:high], whole.labels[low:high])
 
 
-def optimizer(parameters: list[Tensor], settings: Mapping[str, Value]) -> torch.optim.Optimizer:
-    """What follows the losses of a course: SGD with momentum 0.9 and weight decay 5e-4, or Adam, at a constant rate."""
-    rate = settings.get("lr", 0.0)  # a course that moves the weights itself has none
-    if settings.get("adam"):
-        return torch.optim.Adam(parameters, rate)
-    return torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=5e-4)
+class FixedLengthProcedure(Procedure):
+    """The steps of a method of fixed length, with SGD (momentum 0.9, weight decay 5e-4) or Adam at a constant rate.
+
+    terms    the method's generator
+    bn       "train" or "eval", the mode of the model in training steps
+
+    A step is usually a batch of D_r, so D_f is measured every tenth step. The state is not kept: an interrupted run
+    starts from its beginning.
+    """
+
+    check_every, stop_every, final_status, is_resumable = 10, None, "done", False
+
+    def __init__(self, terms: Callable[[MethodContext], Iterator[Terms]], context: MethodContext, bn: str):
+        context.model.train(bn == "train")
+        parameters = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
+        lr = context.settings.get("lr", 0.0)  # a method that changes the weights itself has no lr
+        if context.settings.get("adam"):
+            self.optimizer = torch.optim.Adam(parameters, lr)
+        else:
+            self.optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=5e-4)
+        self.scheduler = ConstantLR(self.optimizer, factor=1.0)
+        self._steps = terms(context)
+
+    def __next__(self) -> Terms:
+        return next(self._steps)
 
 
 def overridden(settings: Mapping[str, Value], given: Mapping[str, float]) -> dict[str, Value]:

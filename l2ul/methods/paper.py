@@ -1,13 +1,32 @@
-"""The methods: what each computes its loss from at a step. A new one is a function here; nothing else changes."""
+"""The paper's methods: Cha et al., Learning to Unlearn (AAAI 2024, arXiv 2301.11578).
+
+Each minimises a loss with SGD from the original weights θ⁰ until all of D_f is forgotten or `max_passes` is reached.
+A step takes n_f images of D_f and n_a adversarial examples (x', ȳ), or n_r images of D_r:
+
+    neggrad, correct   L = L_forget
+    oracle             L = L_forget + CE(g(x_r), y_r)
+    adv                L = n_f / (n_f + n_a) · L_forget + n_a / (n_f + n_a) · CE(g(x'), ȳ)
+    adv_imp            L = adv's + λ · ½ Σ_i Ω̄_i (θ_i - θ⁰_i)²
+    rawp               no loss: θ = θ⁰ + σ_t · rms(θ⁰) · ε with ε ~ N(0, 1) and σ_t = noise_growth · t at step t
+
+with L_forget = -CE(g(x_f), y_f) to misclassify (neggrad) and CE(g(x_f), y*_f) to relabel (correct), and rms taken over
+each parameter tensor. `before` is the original model.
+"""
 
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import ConstantLR
 
+from l2ul import objective
+from l2ul.common import seeds
+from l2ul.data.images import Split
+from l2ul.importance import held_weights
+from l2ul.methods.procedure import EndlessBatches, Procedure
 from l2ul.methods.registry import METHODS, Method, Step, Terms, method
-from l2ul.objective import Batch, forget_loss, margin_loss
+from l2ul.objective import Batch, Forget, forget_loss
 
-METHODS["before"] = Method("before", None, frozenset(), "the classifier as it was given, θ⁰")
+METHODS["before"] = Method("before", None, frozenset(), "the original model θ⁰")
 
 
 @method("neggrad", goals=("misclassify",))
@@ -24,28 +43,28 @@ def correct(step: Step) -> Terms:
 
 @method("rawp", "noise", goals=("misclassify",))
 def rawp(step: Step) -> Terms:
-    """no loss: random weight perturbation, grown until D_f is forgotten"""
+    """random weight perturbation, with noise that grows until D_f is forgotten"""
     step.perturb()
     return {}
 
 
 @method("oracle", "retain")
 def oracle(step: Step) -> Terms:
-    """CE on batches of D_r + L_forget, with the remaining training set that the others do without"""
-    forgotten, kept = _together(step.model, step.forget, step.retain)
+    """L_forget + CE on batches of the retain set D_r, which the other methods do without"""
+    forget, retain = _joint_logits(step.model, step.forget, step.retain)
     return {
-        "forget": forget_loss(forgotten, step.forget.labels, step.goal),
-        "retain": F.cross_entropy(kept, step.retain.labels),
+        "forget": forget_loss(forget, step.forget.labels, step.goal),
+        "retain": F.cross_entropy(retain, step.retain.labels),
     }
 
 
 @method("adv", "adv")
 def adv(step: Step) -> Terms:
     """L_forget + CE on D_adv, each weighted by its part of the joint batch (arXiv 2301.11578)"""
-    forgotten, kept = _together(step.model, step.forget, step.adv)
-    share = len(forgotten) / (len(forgotten) + len(kept))  # n_f / (n_f + n_a)
+    forget, kept = _joint_logits(step.model, step.forget, step.adv)
+    share = len(forget) / (len(forget) + len(kept))  # n_f / (n_f + n_a)
     return {
-        "forget": share * forget_loss(forgotten, step.forget.labels, step.goal),
+        "forget": share * forget_loss(forget, step.forget.labels, step.goal),
         "adv": (1 - share) * F.cross_entropy(kept, step.adv.labels),
     }
 
@@ -56,22 +75,11 @@ def adv_imp(step: Step) -> Terms:
     return adv(step) | {"importance": step.reg_lamb * step.penalty()}
 
 
-@method("distill", "teacher")
-def distill(step: Step) -> Terms:
-    """ours: margin loss on D_f + logits and features of θ⁰ distilled on mixes of D_f"""
-    logits_gap, features_gap = step.compare()
-    terms = {"forget": logits_gap.new_zeros(()), "logits": logits_gap, "features": features_gap}
-    if len(step.forget.labels):
-        logits = step.model(step.forget.images)
-        terms["forget"] = step.share * margin_loss(logits, step.forget.labels, step.goal, step.margin).mean()
-    return terms
+def _joint_logits(model: nn.Module, forget: Batch, keep: Batch) -> tuple[Tensor, Tensor]:
+    """Return the logits of the two batches of a step.
 
-
-def _together(model: nn.Module, forget: Batch, keep: Batch) -> tuple[Tensor, Tensor]:
-    """Logits of the two batches of a step.
-
-    In eval mode from one forward pass. In train mode batch-norm would mix their statistics, so each goes by itself, as
-    in the released scripts: the batch to keep first.
+    In eval mode both come from one forward pass. In train mode batch-norm would mix the statistics of the batches, so
+    each has its own pass, as in the released scripts: first the batch of D_adv or D_r.
     """
     if model.training:
         kept = model(keep.images)
@@ -80,4 +88,123 @@ def _together(model: nn.Module, forget: Batch, keep: Batch) -> tuple[Tensor, Ten
     return logits[: len(forget.labels)], logits[len(forget.labels) :]
 
 
-# noqa: E402, F401  # registers methods of others, after those above
+class PaperProcedure(Procedure):
+    """SGD on the loss of a method that is a function of a `Step`.
+
+    model       θ⁰; moved in place
+    settings    `unlearn.Settings`
+    keep        D_adv or D_r, whichever the method needs
+    importance  Ω by parameter name
+    workers     processes that decode images of D_r that stay on disk
+
+    With `bn` "train" (as released) batch-norm uses batch statistics and dropout is active in training steps.
+    `max_passes` counts passes through `keep`, or through D_f without it. For rawp it counts draws, as each is followed
+    by a pass through D_f.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        model: nn.Module,
+        forget: Forget,
+        settings,
+        *,
+        keep: Split | None = None,
+        importance: dict[str, Tensor] | None = None,
+        workers: int = 0,
+    ):
+        self.method, self.model, self.goal, self.settings = (
+            method,
+            model.train(settings.bn == "train"),
+            forget.goal,
+            settings,
+        )
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.SGD(
+            parameters, settings.unlearn_lr, settings.momentum, weight_decay=settings.weight_decay, fused=True
+        )
+        self.scheduler = ConstantLR(self.optimizer, factor=1.0)
+        labelled = Split(forget.images, forget.target_labels)
+        self.forget_batches = EndlessBatches(labelled, settings.batch_size, self._generator("forget batches"))
+        self.keep_batches = None
+        if keep is not None:
+            generator = self._generator("keep batches")
+            self.keep_batches = EndlessBatches(keep, settings.adv_batch_size, generator, workers)
+        self.noise = None
+        if "noise" in method.needs:
+            self.noise = WeightNoise(parameters, settings.noise_growth, self._generator("noise"))
+        self.penalty = Penalty(model, held_weights(importance)) if importance is not None else None
+        batches_of_a_pass = 1 if self.noise else len(self.keep_batches or self.forget_batches)
+        self.max_steps = settings.max_passes * batches_of_a_pass
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return seeds.generator(self.settings.seed, purpose, self.settings.first_position)
+
+    def __next__(self) -> Terms:
+        forget = next(self.forget_batches)
+        keep = next(self.keep_batches) if self.keep_batches else None
+        step = Step(
+            self.model,
+            self.goal,
+            forget,
+            adv=keep if "adv" in self.method.needs else None,
+            retain=keep if "retain" in self.method.needs else None,
+            penalty=self.penalty,
+            reg_lamb=self.settings.reg_lamb,
+            perturb=self.noise,
+        )
+        return self.method.terms(step)
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the states of the batches and of the noise."""
+        parts = {"forget_batches": self.forget_batches, "keep_batches": self.keep_batches, "noise": self.noise}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Continue with the batches and the noise of this state."""
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
+
+
+class Penalty:
+    """The importance penalty of a model against its weights at this moment, θ⁰."""
+
+    def __init__(self, model: nn.Module, held: dict[str, Tensor]):
+        named = [(parameter, held[name]) for name, parameter in model.named_parameters() if name in held]
+        self.parameters, self.held = zip(*named, strict=True)
+        self.reference = [parameter.detach().clone() for parameter in self.parameters]
+
+    def __call__(self) -> Tensor:
+        """Return ½ Σ_i Ω̄_i (θ_i - θ⁰_i)², a scalar."""
+        return objective.importance_penalty(self.parameters, self.reference, self.held)
+
+
+class WeightNoise:
+    """Gaussian noise on the original weights, with a standard deviation that grows by `growth` at each draw.
+
+    growth  in parts of the root mean square of a parameter tensor
+    """
+
+    def __init__(self, parameters: list[Tensor], growth: float, generator: torch.Generator):
+        self.parameters, self.growth, self.generator = parameters, growth, generator
+        self.reference = [parameter.detach().clone() for parameter in parameters]
+        self.rms = [weights.square().mean().sqrt() for weights in self.reference]
+        self.draws = 0
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Set the weights to θ⁰ + growth · number of draws · rms(θ⁰) · fresh noise."""
+        self.draws += 1
+        sigma = self.growth * self.draws
+        for parameter, weights, rms in zip(self.parameters, self.reference, self.rms, strict=True):
+            noise = torch.randn(weights.shape, generator=self.generator).to(weights.device)
+            parameter.copy_(weights + sigma * rms * noise)
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the number of draws and the state of the generator."""
+        return {"draws": self.draws, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Continue after these draws."""
+        self.draws = state["draws"]
+        self.generator.set_state(state["generator"].cpu())

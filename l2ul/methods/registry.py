@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from l2ul.common.choices import GOALS
 from l2ul.common.errors import InputError
 from l2ul.common.files import source_code
-from l2ul.methods.fixed_length import Course, Value
-from l2ul.objective import Batch
+from l2ul.methods.fixed_length import MethodContext, Value
+from l2ul.objective import Batch, Terms
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,9 @@ class Step:
     penalty: Callable[[], Tensor] | None = None  # ½ Σ Ω̄ (θ - θ⁰)²
     reg_lamb: float = 0.0
     perturb: Callable[[], None] | None = None  # sets the weights to θ⁰ + noise, a little more of it at each call
-    compare: Callable[[], tuple[Tensor, ...]] | None = None  # weighted gaps to θ⁰ on stand-ins: logits, features
+    teacher_gaps: Callable[[], tuple[Tensor, Tensor]] | None = None  # of logits and features on mixes, weighted
     margin: float = 0.0
-    share: float = 1.0  # of the forget loss
-
-
-Terms = dict[str, Tensor]  # the loss is their sum; each is a column of the curve
+    forget_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -38,12 +35,12 @@ class Method:
     """A named method: its terms, what they need of NEEDS, and for which goals.
 
     One that needs `noise` moves the weights itself: it has no loss and takes no step of SGD. One that needs `teacher`
-    compares with θ⁰ on stand-ins for D_r made of D_f, in eval mode, and goes on to the end of a cycle. One with
-    `settings` is of fixed length: its terms are a generator that gets a `course.Course` and yields those of each step.
+    compares with θ⁰ on mixes of D_f, in eval mode, and goes on to the end of a cycle. One with
+    `settings` is of fixed length: its terms are a generator that gets a `MethodContext` and yields those of each step.
     """
 
     name: str
-    terms: Callable[[Step], Terms] | Callable[[Course], Iterator[Terms]] | None
+    terms: Callable[[Step], Terms] | Callable[[MethodContext], Iterator[Terms]] | None
     needs: frozenset[str]
     summary: str
     goals: tuple[str, ...] = GOALS
@@ -80,7 +77,7 @@ def fixed_length(name: str, *needs: str, **settings: Value) -> Callable[[Callabl
     """Register the generator below as the method `name` of fixed length, to misclassify; see `baselines`.
 
     settings  its own: `batch` images of D_r or D_f a step, and for training `epochs`, `lr` and, for Adam, `adam` 1;
-              `augment`: see `course.Course.batches`
+              `augment`: see `fixed_length.MethodContext.batches`
     """
     return method(name, *needs, goals=("misclassify",), settings=settings)
 

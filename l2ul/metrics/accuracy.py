@@ -88,7 +88,7 @@ def forgotten(model: nn.Module, images: Tensor, forget: Forget) -> Tensor:
 
     Layer by layer: for few images it would take longer to find what can be folded. Raises Diverged as `predict` does.
     """
-    return forget.done(predict(model, images, fold=False).to(forget.labels.device))
+    return forget.is_forgotten(predict(model, images, fold=False).to(forget.labels.device))
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> float:

@@ -32,7 +32,7 @@ def making(given, name, **settings):
     """A course of the method, and its generator."""
     own = fixed_length.overridden(registry.get(name).settings, {"batch": 8, "augment": 0, **settings})
     forget = objective.Forget(given["images"] / 255, given["labels"])
-    made = fixed_length.Course(given["model"], forget, own, given["retain"])
+    made = fixed_length.MethodContext(given["model"], forget, own, given["retain"])
     return made, registry.get(name).terms(made)
 
 
@@ -94,7 +94,7 @@ def test_forgets_without_the_rest(given, name, settings):
 def test_negative_gradient_is_oracle_with_weights(given):
     given["model"].eval()
     made, steps = making(given, "neggrad_plus", retain=0.75)
-    forgotten = next(made.endless(made.forgotten))  # as the method draws them: D_f before D_r
+    forgotten = next(made.endless_batches(made.forget_split))  # as the method draws them: D_f before D_r
     kept = next(made.batches(made.retain))
     oracle = paper.oracle(registry.Step(given["model"], "misclassify", forgotten, retain=kept))
     found = next(registry.get("neggrad_plus").terms(making(given, "neggrad_plus", retain=0.75)[0]))
@@ -149,7 +149,7 @@ def linear_course(name, forget, retain, **settings):
     own = fixed_length.overridden(registry.get(name).settings, settings)
     labels = torch.zeros(len(forget), dtype=torch.int64)
     kept = Split(torch.tensor(retain).view(-1, 3, 1, 1), torch.zeros(len(retain), dtype=torch.int64))
-    return model, fixed_length.Course(
+    return model, fixed_length.MethodContext(
         model, objective.Forget(torch.tensor(forget).view(-1, 3, 1, 1), labels), own, kept
     )
 
@@ -209,10 +209,10 @@ def test_bad_teacher_has_other_weights_and_the_student_learns_of_both(given):
 
 def test_spread_sees_every_image_once_and_evenly(given):
     made, _ = making(given, "random_labels")
-    kept, forgotten = zip(*made.spread(made.retain, made.forgotten), strict=True)
+    kept, forgotten = zip(*made.paired_batches(made.retain, made.forget_split), strict=True)
     assert [len(batch.labels) for batch in kept] == [8, 8, 8, 8, 4]
     assert [len(batch.labels) for batch in forgotten] == [0, 1, 1, 1, 1]
-    for batches, split in ((kept, made.retain), (forgotten, made.forgotten)):
+    for batches, split in ((kept, made.retain), (forgotten, made.forget_split)):
         seen = torch.cat([batch.images.flatten(1) for batch in batches]).sum(1).sort().values
         pixels = split.images.float().flatten(1).sum(1).sort().values
         assert torch.allclose(seen, pixels / (255 if split is made.retain else 1), atol=1e-3)

@@ -1,6 +1,8 @@
 """`distill`: its terms against closed values and torch's own, its mixes, its cycles, and what it does to nets."""
 
+from dataclasses import replace
 import math
+from types import SimpleNamespace
 
 from conftest import CLASSES
 import pytest
@@ -48,8 +50,8 @@ def test_divergence_is_the_mean_kl_of_torch_distributions():
     now, then = (torch.randn(6, 5, generator=generator(seed)) for seed in (0, 1))
     categorical = torch.distributions.Categorical
     expected = torch.distributions.kl_divergence(categorical(logits=then), categorical(logits=now)).mean()
-    assert objective.divergence(now, then).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert objective.divergence(then + 3.0, then).item() == pytest.approx(0.0, abs=1e-6)
+    assert objective.kl_divergence(now, then).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert objective.kl_divergence(then + 3.0, then).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_feature_gap_is_the_part_of_the_variance_that_is_lost_whatever_the_scale():
@@ -112,7 +114,7 @@ def test_a_net_that_tells_no_places_apart_has_no_last_map():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     images = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     assert activations.last_spatial_module(model, images) is None
-    assert len(distill.Teacher(model, images).spreads) == 1
+    assert len(distill.Teacher(model, images).variances) == 1
 
 
 def test_teacher_holds_what_layers_are_given_and_the_last_map_as_they_were(trained):
@@ -125,7 +127,7 @@ def test_teacher_holds_what_layers_are_given_and_the_last_map_as_they_were(train
     _, found = activations.logits_and_inputs(model, x, teacher.layers, teacher.last)
     with torch.no_grad():
         assert torch.allclose(found[-1], model.features[:6](x))
-    assert teacher.spreads == pytest.approx([layer.var(correction=0).item() for layer in found], rel=1e-5)
+    assert teacher.variances == pytest.approx([layer.var(correction=0).item() for layer in found], rel=1e-5)
     assert [gap.item() for gap in teacher.gaps(model, x)] == pytest.approx([0.0, 0.0], abs=1e-6)
     with torch.no_grad():
         model.head.bias[0] += 1.0
@@ -136,7 +138,7 @@ def test_teacher_holds_what_layers_are_given_and_the_last_map_as_they_were(train
     nn.init.zeros_(model.features[1].weight)
     nn.init.zeros_(model.features[1].bias)  # what the second convolution is given is 0 for every image
     constant = distill.Teacher(model, x)
-    assert constant.spreads[0] == math.inf
+    assert constant.variances[0] == math.inf
     nn.init.ones_(model.features[1].bias)
     assert all(gap.isfinite() for gap in constant.gaps(model, x))
 
@@ -165,22 +167,29 @@ def test_a_step_takes_only_images_that_are_left_and_weighs_them_by_their_number(
     logits = torch.zeros(K, CLASSES)
     logits[torch.arange(K), labels[:K]] = 5.0
     logits[1] = logits[1].roll(1)  # forgotten by a margin of 5
-    settings = {"batch_size": 8, "num_mixes": 4, "margin": 0.3, "weights": (1.0, 1.0), "growth": 2.0, "seed": 0}
-    steps = distill.steps(model, forget, lambda: logits, **settings)
-    step = next(steps)
+    settings = Settings(distill_forget=8, distill_mixes=4, distill_logits=1.0, distill_features=1.0)
+    settings = replace(settings, distill_growth=2.0, distill_steps=1)
+
+    def procedure(logits):
+        return distill.DistillProcedure(
+            registry.get("distill"), model, forget, settings, SimpleNamespace(logits=logits)
+        )
+
+    steps = procedure(logits)
+    step = steps.next_step()
     assert sorted(step.forget.labels.tolist()) == sorted(labels[[0, 2, 3]].tolist())
-    assert step.share == pytest.approx(2 * 3 / 8)
-    assert next(steps).share == pytest.approx(4 * 3 / 8), "it does not grow"
+    assert step.forget_weight == pytest.approx(2 * 3 / 8)
+    assert steps.next_step().forget_weight == pytest.approx(4 * 3 / 8), "it does not grow"
     terms = registry.get("distill").terms(step)
     assert terms["logits"].item() == pytest.approx(0.0, abs=1e-6)
     assert terms["features"].item() == pytest.approx(0.0, abs=1e-6)
     expected = objective.margin_loss(model(step.forget.images), step.forget.labels, "misclassify", 0.3).mean()
     assert terms["forget"].item() == pytest.approx(2 * 3 / 8 * expected.item(), rel=1e-6)
-    done = next(distill.steps(model, forget, lambda: logits.roll(1, 1), **settings))
+    done = procedure(logits.roll(1, 1)).next_step()
     assert len(done.forget.labels) == 0
     logits[torch.arange(K), labels[:K]] = torch.tensor([4.9, -9.0, -9.0, -9.0])
     barely = torch.where(logits == 4.9, -0.1, logits)  # all forgotten, one by less than the margin
-    assert next(distill.steps(model, forget, lambda: barely, **settings)).share == pytest.approx(1 / 8)
+    assert procedure(barely).next_step().forget_weight == pytest.approx(1 / 8)
     assert registry.get("distill").terms(done)["forget"].item() == 0.0
 
 

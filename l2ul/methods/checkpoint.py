@@ -1,0 +1,173 @@
+"""The state of an unfinished loop in a file, from which the same call continues after an interruption.
+
+Everything that decides the steps to come is in the state: weights and buffers, optimizer, schedule, positions in the
+passes through D_f and D_adv or D_r, random generators, the curve and the number of the step.
+"""
+
+from collections.abc import Callable
+import hashlib
+from pathlib import Path
+import signal
+import threading
+import time
+
+import torch
+from torch import Tensor
+
+from l2ul.common.files import atomic
+from l2ul.data.images import Split
+
+FORMAT = 1  # of the file; raise it when the keys of a state change
+SAMPLE = 256  # images of a large set that its fingerprint covers
+State = dict[str, object]  # tensors, numbers, strings, lists and dicts: what torch.load reads with weights_only=True
+
+
+class Checkpoint:
+    """A file that holds the state of a loop.
+
+    path     written atomically, with torch.save
+    every    seconds between two writes
+    report   called with a sentence when a state is continued, ignored or could not be written
+    """
+
+    def __init__(self, path: Path, every: float = 180.0, report: Callable[[str], object] = lambda sentence: None):
+        self.path, self.every, self.report = Path(path), every, report
+        self.identity = ""
+        self._written = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `every` seconds have passed since the last write, or since the checkpoint was made."""
+        return time.monotonic() - self._written >= self.every
+
+    def load(self, identity: str) -> State | None:
+        """Return the state in the file, on the CPU; None if there is none or it belongs to another run.
+
+        identity  of this run, see `fingerprint`; `save` writes it to the file
+        """
+        self.identity, self._written = identity, time.monotonic()
+        if not self.path.exists():
+            return None
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            found = state["format"], state["identity"]
+        except Exception:  # torch.load raises many types for a damaged file
+            self.report(f"{self.path} is damaged; the run starts from its beginning")
+            return None
+        if found != (FORMAT, identity):
+            self.report(f"{self.path} belongs to other settings or inputs; the run starts from its beginning")
+            return None
+        self.report(f"continuing after step {state['step']} from {self.path}")
+        return state
+
+    def save(self, state: State) -> None:
+        """Write the state. A failure is reported and does not end the run."""
+        try:
+            with atomic(self.path) as part:
+                torch.save({"format": FORMAT, "identity": self.identity, **state}, part)
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
+            self.report(f"cannot write {self.path} ({error}); the run goes on without it")
+        self._written = time.monotonic()
+
+    def delete(self) -> None:
+        """Delete the file, if there is one."""
+        self.path.unlink(missing_ok=True)
+
+
+class Guard:
+    """Keep the checkpoint of a loop up to date, and consistent when the loop is interrupted.
+
+    checkpoint  None: the guard does nothing
+    state_dict  returns the state after the last complete step
+
+    Inside the `with` block SIGINT and SIGTERM wait until the current step is complete. Then the state is written and
+    the signal goes to its previous handler. A second signal does not wait; the file then holds the state of the last
+    write. The state is also written if an exception leaves the block between two steps. Outside the main thread, where
+    Python does not allow signal handlers, signals do not wait.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | None, state_dict: Callable[[], State]):
+        self.checkpoint, self.state_dict = checkpoint, state_dict
+        self._handlers: dict[int, object] = {}
+        self._pending: int | None = None
+        self._is_complete = self._is_saved = False
+
+    def __enter__(self) -> "Guard":
+        if self.checkpoint and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if handler is not None and handler is not signal.SIG_IGN:  # None: not set by Python
+                    self._handlers[number] = handler
+                    signal.signal(number, self._wait)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if kind is not None and self._is_complete and not self._is_saved:
+            self._save()
+        if self._pending is not None:
+            self._deliver()
+
+    def step_begins(self) -> None:
+        """From here on the state is not consistent."""
+        self._is_complete = self._is_saved = False
+
+    def step_ends(self) -> None:
+        """From here on the state is consistent: write it if that is due, and deliver a signal that waits."""
+        self._is_complete = True
+        if self.checkpoint and (self._pending is not None or self.checkpoint.is_due):
+            self._save()
+        if self._pending is not None:
+            self._deliver()
+
+    def _save(self) -> None:
+        if self.checkpoint:
+            self.checkpoint.save(self.state_dict())
+            self._is_saved = True
+
+    def _wait(self, number: int, frame: object) -> None:
+        if self._pending is not None:
+            self._deliver()
+        self._pending = number
+
+    def _deliver(self) -> None:
+        number, self._pending = self._pending, None
+        handler = self._handlers[number]
+        if callable(handler):
+            handler(number, None)
+        else:  # the default of the operating system ends the process
+            signal.signal(number, handler)
+            signal.raise_signal(number)
+
+
+def fingerprint(*parts: object) -> str:
+    """Return a hex sha256 of settings and inputs, which identifies a run.
+
+    parts  tensors, dicts of tensors, Splits, and values whose repr is the same in every process. Of a Split, labels and
+           256 images (or all file names) are hashed, as it may be too large to hash whole.
+    """
+    digest = hashlib.sha256()
+
+    def add(part: object) -> None:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(part, dict):
+            for key, value in part.items():
+                digest.update(f"{key}:".encode())
+                add(value)
+        elif isinstance(part, Split):
+            add(part.labels)
+            if hasattr(part.images, "files"):
+                add("\n".join(map(str, part.images.files)))
+            else:
+                places = torch.linspace(0, len(part) - 1, min(len(part), SAMPLE), dtype=torch.float64)
+                add(part.images[places.long()])
+        else:
+            digest.update(repr(part).encode())
+        digest.update(b"\n")
+
+    for part in parts:
+        add(part)
+    return digest.hexdigest()

@@ -1,0 +1,99 @@
+"""What the loop needs of a method: steps, optimizer, schedule and state; and the batches that steps are made of."""
+
+from collections.abc import Iterator
+import itertools
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from l2ul.data.folder import FolderImages
+from l2ul.data.images import Split, as_pixels
+from l2ul.objective import Batch, Terms
+
+
+class Procedure(Iterator[Terms]):
+    """The training procedure of a method: `next` gives the terms of the loss of the next step.
+
+    The loop minimises the sum of the terms with `optimizer` and `scheduler`. A step without terms has changed the
+    weights itself.
+
+    max_steps     steps until the loop gives up; None: until the iterator ends
+    check_every   steps between two measurements of D_f
+    stop_every    the loop stops after a multiple of this number of steps if D_f is forgotten; None: it never does
+    final_status  status of the outcome if the loop runs to its end
+    is_resumable  whether `state_dict` holds all that decides the steps to come
+    """
+
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    max_steps: int | None = None
+    check_every: int = 1
+    stop_every: int | None = 1
+    final_status: str = "cap"
+    is_resumable: bool = True
+
+    def state_dict(self) -> dict[str, object]:
+        """Return what decides the next steps beside model, optimizer and scheduler: tensors, numbers and dicts."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Continue after the step at which `state_dict` returned this state."""
+
+
+class EndlessBatches(Iterator[Batch]):
+    """Batches of a set in endless passes, each pass in a new random order.
+
+    generator  on the CPU; draws the order at the beginning of each pass
+    workers    processes that decode images that stay on disk
+    """
+
+    def __init__(self, split: Split, batch_size: int, generator: torch.Generator, workers: int = 0):
+        self.split, self.batch_size, self.generator, self.workers = split, batch_size, generator, workers
+        self._before_pass = generator.get_state()
+        self._taken = 0  # batches of the current pass
+        self._pass: Iterator[Batch] = iter(())
+
+    def __len__(self) -> int:
+        """Return the number of batches of a pass."""
+        return -(-len(self.split) // self.batch_size)
+
+    def __next__(self) -> Batch:
+        batch = next(self._pass, None)
+        if batch is None:
+            self._before_pass, self._taken = self.generator.get_state(), 0
+            self._pass = shuffled(self.split, self.batch_size, self.generator, self.workers)
+            batch = next(self._pass)
+        self._taken += 1
+        return batch
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the state of the generator before the current pass and the number of batches taken from the pass."""
+        return {"generator": self._before_pass, "taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Continue in the middle of a pass. May draw from torch's global generator: restore that one afterwards."""
+        self._before_pass, self._taken = state["generator"].cpu(), state["taken"]
+        self.generator.set_state(self._before_pass)
+        if self._taken:
+            rest = shuffled(self.split, self.batch_size, self.generator, self.workers, skip=self._taken)
+            self._pass = itertools.chain([batch for batch in [next(rest, None)] if batch], rest)
+
+
+def shuffled(split: Split, batch_size: int, generator: torch.Generator, workers: int, skip: int = 0) -> Iterator[Batch]:
+    """Yield the batches of one pass through a set in a random order.
+
+    generator  on the CPU; draws the order
+    workers    processes that decode images that stay on disk
+    skip       batches to leave out at the beginning of the pass
+
+    The last batch is smaller if the set is not a multiple of the batch size. A loader of images on disk draws a seed
+    from torch's global generator at the first batch.
+    """
+    order = torch.randperm(len(split), generator=generator).split(batch_size)[skip:]
+    if isinstance(split.images, FolderImages):
+        loaded = split.images.loader(order, split.labels.device, workers)
+    else:
+        loaded = (split.images[indices] for indices in order)
+    for indices, images in zip(order, loaded, strict=True):
+        yield Batch(as_pixels(images.to(split.labels.device)), split.labels[indices])
