@@ -11,6 +11,7 @@ result_data/runs is not done again. What the commands gave when last measured: R
 import l2ul  # noqa: F401  # isort: skip  # first: it sets the environment before torch is imported
 
 import argparse
+import functools
 from pathlib import Path
 import time
 
@@ -279,6 +280,7 @@ def prepare(opts: argparse.Namespace, setup: Setup, runs: list[Run], device, cac
         scratch_dir=opts.result_dir / "scratch",
         cache=cache,
         on_record=lambda record: print(run_line(record), flush=True),
+        report=functools.partial(print, flush=True),
     )
 
 
@@ -301,7 +303,8 @@ def announce(opts: argparse.Namespace, device, runs: list[Run], pending: list[Ru
     )
     if opts.dry_run:
         for run in runs:
-            state = "to do" if run in pending else "measure" if run in to_measure else "done"
+            pending_state = "resume" if run.files.state.exists() else "to do"
+            state = pending_state if run in pending else "measure" if run in to_measure else "done"
             step = f" step {run.settings['continual_step']}" if run.is_step else ""
             print(f"{state:7} {run.files.identity} {run.method.name:10} k = {run.k:<4} seed = {run.seed}{step}")
 

@@ -19,6 +19,7 @@ from l2ul.experiments import records
 from l2ul.experiments.adversarial_sets import Adversarial, Attack
 from l2ul.experiments.measurement import Measuring, Predictions
 from l2ul.experiments.runs import LOOP_FLAGS, Run, Setup
+from l2ul.methods.checkpoint import Checkpoint
 from l2ul.metrics.groups import outdated
 
 SAME = 1.0  # points of accuracy that rounding on another machine may change
@@ -33,6 +34,7 @@ class Experiment:
     scratch_dir  for what does not fit in memory
     cache        where adversarial examples are kept
     on_record    called with each record that was written
+    report       called with a sentence when a run continues from the state of an interrupted one
     """
 
     setup: Setup
@@ -44,6 +46,7 @@ class Experiment:
     scratch_dir: Path = Path("result_data/scratch")
     cache: Cache = field(default_factory=Cache)
     on_record: Callable[[dict[str, object]], object] = lambda record: None
+    report: Callable[[str], object] = lambda sentence: None
 
     @property
     def device(self) -> torch.device:
@@ -219,7 +222,7 @@ class Experiment:
             inputs["retain"] = self.measuring.retain(run)
         started = device_module.clock(self.device)
         outcome = self._unlearn(run, model, inputs)
-        seconds["unlearn"] = device_module.clock(self.device) - started
+        seconds["unlearn"] = outcome.seconds_before + device_module.clock(self.device) - started
         after = self._measure_after(outcome, before) if measure else None
         seconds["evaluate"] = after.seconds if after else 0.0
         finite = outcome.status != records.DIVERGED
@@ -227,6 +230,7 @@ class Experiment:
             self.save(outcome.model, run.files.model, run.settings)
         if measure:
             self._record(run, outcome, before, after, seconds, attacked)
+        run.files.state.unlink(missing_ok=True)
         return outcome
 
     def _unlearn(self, run: Run, model: nn.Module, inputs: dict[str, object]) -> unlearn.Outcome:
@@ -248,6 +252,7 @@ class Experiment:
                 settings=unlearn.Settings(seed=run.seed, first_position=run.first_position, **hyper),
                 workers=self.measuring.workers,
                 on_step=show,
+                checkpoint=Checkpoint(run.files.state, report=self.report),
                 **inputs,
             )
 

@@ -34,6 +34,7 @@ class RunFiles:
     def __init__(self, result_dir: Path, identity: str, model_suffix: str = ".safetensors"):
         self.identity = identity
         self.record = Path(result_dir) / "runs" / f"{identity}.json"
+        self.state = self.record.with_suffix(".state.pt")  # of an unfinished loop
         self.model = Path(result_dir) / "models" / f"{identity}{model_suffix}"
 
     def read(self) -> dict[str, object] | None:

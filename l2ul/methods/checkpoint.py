@@ -33,11 +33,15 @@ class Checkpoint:
     def __init__(self, path: Path, every: float = 180.0, report: Callable[[str], object] = lambda sentence: None):
         self.path, self.every, self.report = Path(path), every, report
         self.identity = ""
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Count the seconds to the next write from now."""
         self._written = time.monotonic()
 
     @property
     def is_due(self) -> bool:
-        """Whether `every` seconds have passed since the last write, or since the checkpoint was made."""
+        """Whether `every` seconds have passed since the last write, or since the beginning."""
         return time.monotonic() - self._written >= self.every
 
     def load(self, identity: str) -> State | None:
@@ -45,7 +49,8 @@ class Checkpoint:
 
         identity  of this run, see `fingerprint`; `save` writes it to the file
         """
-        self.identity, self._written = identity, time.monotonic()
+        self.identity = identity
+        self.restart_clock()
         if not self.path.exists():
             return None
         try:
@@ -67,7 +72,7 @@ class Checkpoint:
                 torch.save({"format": FORMAT, "identity": self.identity, **state}, part)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
             self.report(f"cannot write {self.path} ({error}); the run goes on without it")
-        self._written = time.monotonic()
+        self.restart_clock()
 
     def delete(self) -> None:
         """Delete the file, if there is one."""
