@@ -122,7 +122,7 @@ def test_teacher_holds_what_layers_are_given_and_the_last_map_as_they_were(train
     x = images[:5] / 255
     teacher = distill.Teacher(model, x)
     assert teacher.layers == ["features.3", "head"]
-    assert len(foldable(teacher.net, x)) == 2
+    assert len(foldable(teacher.model, x)) == 2
     assert teacher.last == "features.5"  # the last ReLU: behind it, no place is told apart
     _, found = activations.logits_and_inputs(model, x, teacher.layers, teacher.last)
     with torch.no_grad():
