@@ -6,6 +6,7 @@ passes through D_f and D_adv or D_r, random generators, the curve and the number
 
 from collections.abc import Callable
 import hashlib
+import os
 from pathlib import Path
 import signal
 import threading
@@ -86,7 +87,7 @@ class Guard:
     state_dict  returns the state after the last complete step
 
     Inside the `with` block SIGINT and SIGTERM wait until the current step is complete. Then the state is written and
-    the signal goes to its previous handler. A second signal does not wait; the file then holds the state of the last
+    the signal goes to its previous handler. A second Ctrl-C does not wait; the file then holds the state of the last
     write. The state is also written if an exception leaves the block between two steps. Outside the main thread, where
     Python does not allow signal handlers, signals do not wait.
     """
@@ -95,6 +96,7 @@ class Guard:
         self.checkpoint, self.state_dict = checkpoint, state_dict
         self._handlers: dict[int, object] = {}
         self._pending: int | None = None
+        self._process = os.getpid()
         self._is_complete = self._is_saved = False
 
     def __enter__(self) -> "Guard":
@@ -108,11 +110,11 @@ class Guard:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._wait:  # otherwise the previous handler has replaced it
+                signal.signal(number, handler)
         if kind is not None and self._is_complete and not self._is_saved:
             self._save()
-        if self._pending is not None:
-            self._deliver()
+        self._deliver_pending()
 
     def step_begins(self) -> None:
         """From here on the state is not consistent."""
@@ -123,8 +125,7 @@ class Guard:
         self._is_complete = True
         if self.checkpoint and (self._pending is not None or self.checkpoint.is_due):
             self._save()
-        if self._pending is not None:
-            self._deliver()
+        self._deliver_pending()
 
     def _save(self) -> None:
         if self.checkpoint:
@@ -132,12 +133,19 @@ class Guard:
             self._is_saved = True
 
     def _wait(self, number: int, frame: object) -> None:
-        if self._pending is not None:
-            self._deliver()
-        self._pending = number
+        if os.getpid() != self._process:  # a forked child, such as a worker of a data loader
+            self._deliver(number)
+        elif self._pending is None:
+            self._pending = number
+        elif number == signal.SIGINT:
+            self._deliver_pending()
 
-    def _deliver(self) -> None:
+    def _deliver_pending(self) -> None:
         number, self._pending = self._pending, None
+        if number is not None:
+            self._deliver(number)
+
+    def _deliver(self, number: int) -> None:
         handler = self._handlers[number]
         if callable(handler):
             handler(number, None)

@@ -130,34 +130,67 @@ def test_an_error_in_the_middle_of_a_step_keeps_the_last_complete_state(inputs, 
     same(unlearn(**arguments, checkpoint=Checkpoint(path)), expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_for_the_end_of_the_step(inputs, tmp_path, monkeypatch, number):
-    arguments, path = inputs("oracle"), tmp_path / "state.pt"
-    expected = unlearn(**arguments)
-    method, calls = registry.METHODS["oracle"], []
-
-    def handler(received, frame):
-        raise SystemExit(received)
+def with_signals(monkeypatch, name, call, *numbers):
+    """Send these signals to the process in the middle of a step of the method; return the method as it was."""
+    method, calls = registry.METHODS[name], []
 
     def terms(step):
         calls.append(step)
-        if len(calls) == 3:
-            os.kill(os.getpid(), number)
+        if len(calls) == call:
+            for number in numbers:
+                os.kill(os.getpid(), number)
         return method.terms(step)
 
-    previous = signal.signal(number, handler)
-    try:
-        monkeypatch.setattr(type(method), "code_sha256", lambda self: None)
-        monkeypatch.setitem(registry.METHODS, "oracle", dataclasses.replace(method, terms=terms))
-        with pytest.raises(SystemExit) as stop:
-            unlearn(**arguments, checkpoint=Checkpoint(path))
-        assert stop.value.code == number
-        assert signal.getsignal(number) is handler
-    finally:
-        signal.signal(number, previous)
+    monkeypatch.setattr(type(method), "code_sha256", lambda self: None)  # of the function above it would differ
+    monkeypatch.setitem(registry.METHODS, name, dataclasses.replace(method, terms=terms))
+    return method
+
+
+@pytest.fixture
+def handler():
+    """Handle both signals by SystemExit with the signal's number during a test."""
+
+    def raise_exit(number, frame):
+        raise SystemExit(number)
+
+    previous = {number: signal.signal(number, raise_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield raise_exit
+    for number, one in previous.items():
+        signal.signal(number, one)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_end_of_the_step(inputs, tmp_path, monkeypatch, handler, number):
+    arguments, path = inputs("oracle"), tmp_path / "state.pt"
+    expected = unlearn(**arguments)
+    method = with_signals(monkeypatch, "oracle", 3, number, signal.SIGTERM)  # SLURM may send several
+    with pytest.raises(SystemExit) as stop:
+        unlearn(**arguments, checkpoint=Checkpoint(path))
+    assert stop.value.code == number
+    assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is handler
     assert torch.load(path, weights_only=True)["step"] == 3
     monkeypatch.setitem(registry.METHODS, "oracle", method)
     same(unlearn(**arguments, checkpoint=Checkpoint(path)), expected)
+
+
+def test_a_second_ctrl_c_does_not_wait(inputs, tmp_path, monkeypatch, handler):
+    arguments, path = inputs("oracle"), tmp_path / "state.pt"
+    with_signals(monkeypatch, "oracle", 3, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(SystemExit):
+        unlearn(**arguments, checkpoint=Checkpoint(path))
+    assert not path.exists()
+
+
+def test_a_handler_that_is_replaced_on_delivery_stays_replaced(inputs, tmp_path, monkeypatch, handler):
+    def once(number, frame):
+        signal.signal(number, signal.SIG_IGN)
+        raise SystemExit
+
+    signal.signal(signal.SIGTERM, once)
+    with_signals(monkeypatch, "oracle", 3, signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        unlearn(**inputs("oracle"), checkpoint=Checkpoint(tmp_path / "state.pt"))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
 def test_the_state_is_written_every_so_many_seconds(inputs, tmp_path, monkeypatch):
