@@ -1,4 +1,4 @@
-"""What a net's layers make of images: how alike two nets' features are (linear CKA), and a map of them (t-SNE)."""
+"""Read inputs and outputs of a model's layers with forward hooks."""
 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
@@ -7,19 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from l2ul.common.modes import eval_mode
-from l2ul.data.folder import FolderImages
-from l2ul.data.images import batches
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-LARGEST = 65_536  # values of an image that a layer's features keep; beyond, positions are averaged
+LARGEST = 65_536  # features of a layer per image; larger ones are averaged over positions
 
 
 @contextlib.contextmanager
-def hooked(model: nn.Module, names: Iterable[str], note: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """`note` is told name, input and output of each of these layers as it runs, in inference and eval mode."""
+def hooked(
+    model: nn.Module, names: Iterable[str], hook: Callable[[str, Tensor | None, Tensor], object]
+) -> Iterator[None]:
+    """Call `hook(name, input, output)` for each of the named layers that runs inside the block.
+
+    The model is in eval mode inside the block, and torch in inference mode.
+    """
     handles = [
         model.get_submodule(name).register_forward_hook(
-            lambda _, inputs, output, name=name: note(name, inputs[0] if inputs else None, output)
+            lambda _, inputs, output, name=name: hook(name, inputs[0] if inputs else None, output)
         )
         for name in names
     ]
@@ -32,32 +35,36 @@ def hooked(model: nn.Module, names: Iterable[str], note: Callable[[str, Tensor, 
 
 
 def module_names(model: nn.Module, kinds: type | tuple[type, ...]) -> list[str]:
-    return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
-
-
-def flat_features(output: Tensor) -> Tensor:
-    """A layer's output (N, …) as (N, D), a copy: an activation behind the layer may overwrite the output."""
-    return pooled(output).flatten(1).clone()
+    """Return the names of the modules of these types."""
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def pooled(features: Tensor) -> Tensor:
-    """Features (N, …), averaged over positions where an image has more than LARGEST: (N, C, H, W) or (N, T, D)."""
+    """Return features (N, C, H, W) or (N, T, D), averaged over positions if an image has more than LARGEST of them."""
     if features[0].numel() <= LARGEST or features.ndim not in (3, 4):
         return features
     return features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
 
 
+def flat_features(output: Tensor) -> Tensor:
+    """Return a layer's output (N, …) as pooled features (N, D).
+
+    The result is a copy, because an in-place activation after the layer may overwrite the output.
+    """
+    return pooled(output).flatten(1).clone()
+
+
 def logits_and_inputs(
     model: nn.Module, images: Tensor, names: list[str], last: str | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and what each of these layers is given on the way, pooled, in the order of the names.
+    """Return the logits of images (n, 3, H, W) and the pooled input of each named layer, in the order of the names.
 
-    last  a module whose output, as it is, comes after those: see `last_spatial_module`
+    last  name of a module whose output, not pooled, is added to the end of the list; see `last_spatial_module`
     """
-    found = {}
+    features: dict[str | None, Tensor] = {}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: found.update({name: pooled(inputs[0])})
+            lambda _, inputs, name=name: features.update({name: pooled(inputs[0])})
         )
         for name in names
     ]
@@ -65,39 +72,43 @@ def logits_and_inputs(
     if last is not None:
         keys.append(None)
         module = model.get_submodule(last)
-        handles.append(module.register_forward_hook(lambda _, inputs, output: found.update({None: output})))
+        handles.append(module.register_forward_hook(lambda _, inputs, output: features.update({None: output})))
     try:
         logits = model(images)
     finally:
         for handle in handles:
             handle.remove()
-    return logits, [found[key] for key in keys]
+    return logits, [features[key] for key in keys]
 
 
 def last_spatial_module(model: nn.Module, images: Tensor) -> str | None:
-    """The module that gives the last features which still tell places apart, before they are pooled; None if none does.
+    """Return the name of the last module whose output has several positions; None if there is none.
 
-    Maps (N, C, H, W) of more than one position, or tokens (N, T, D) of more than one.
+    Such outputs are feature maps (N, C, H, W) with H · W > 1 and tokens (N, T, D) with T > 1.
     """
-    seen = []
+    spatial = []
 
-    def note(name: str, inputs: Tensor, output: object) -> None:
+    def note(name: str, inputs: Tensor | None, output: object) -> None:
         if isinstance(output, Tensor) and output.ndim in (3, 4):
-            places = output.shape[2:] if output.ndim == 4 else output.shape[1:2]
-            if places.numel() > 1:
-                seen.append(name)
+            positions = output.shape[2:] if output.ndim == 4 else output.shape[1:2]
+            if positions.numel() > 1:
+                spatial.append(name)
 
     with hooked(model, [name for name, _ in model.named_modules() if name], note):
         model(images)
-    return seen[-1] if seen else None
+    return spatial[-1] if spatial else None
 
 
-def layers(model: nn.Module, images: Tensor | FolderImages) -> dict[str, int]:
-    """The convolutions and linear layers that run, in the order they do, and how many features each gives an image."""
+def layers(model: nn.Module, pixels: Tensor) -> dict[str, int]:
+    """Return the convolutions and linear layers that run, in order, with the number of features each has per image.
+
+    pixels  (n, 3, H, W) float in [0,1]; the first image is used
+    """
     sizes: dict[str, int] = {}
-    first = next(batches(images, 1, next(model.parameters()).device))
-    with hooked(
-        model, module_names(model, WEIGHTED), lambda name, _, out: sizes.update({name: flat_features(out).shape[1]})
-    ):
-        model(first)
+
+    def note(name: str, inputs: Tensor | None, output: Tensor) -> None:
+        sizes[name] = flat_features(output).shape[1]
+
+    with hooked(model, module_names(model, WEIGHTED), note):
+        model(pixels[:1])
     return sizes

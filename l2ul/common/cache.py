@@ -1,4 +1,4 @@
-"""What was computed once and would come out the same again, kept in a folder under a hash of all that decides it."""
+"""A cache on disk: tensors that are expensive to compute, under a key of everything that decides them."""
 
 from collections.abc import Iterator
 import contextlib
@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 import shutil
 
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 import torch
@@ -17,41 +18,39 @@ import torchvision
 from l2ul import METHOD_VERSION
 from l2ul.common.files import atomic, source_code, tensors_sha256
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 GIB = 2**30
-PREFIX, SUFFIX = "l2ul-", ".safetensors"  # of the files: whatever else is in the folder is somebody else's
-WELL_KNOWN = ("torch.", "torchvision.", "transformers.")  # whose layers are told by their names and settings
+PREFIX, SUFFIX = "l2ul-", ".safetensors"  # of the cache's files; other files in the folder are left alone
+WELL_KNOWN = ("torch.", "torchvision.", "transformers.")  # libraries whose layers are identified by name and settings
 
 
 class Cache:
-    """Tensors by key, a file each. Beyond `limit` bytes, those not asked for for the longest time are deleted.
+    """Tensors by key, one file each in `folder`. Without a folder, nothing is cached.
 
-    Several processes may share a folder: files are whole or absent, and one that another deletes is only missed. The
-    last GiB of a disk is left to others. Without a folder nothing is kept.
+    The total size is limited to `limit` bytes: `trim` deletes the least recently used files. Several processes may
+    share a folder. The last GiB of a disk is left free.
     """
 
     def __init__(self, folder: Path | None = None, limit: int = 10 * GIB):
         self.folder, self.limit = folder, limit
 
     def get(self, key: dict[str, object]) -> dict[str, Tensor] | None:
-        """What was put under a key (plain values); None where it is not there, or damaged."""
+        """Return the tensors under a key; None if there are none or their file is damaged.
+
+        key  plain values, which JSON can represent
+        """
         if self.folder is None:
             return None
         path = self._path(key)
         try:
-            found = load_file(path)
+            tensors = load_file(path)
         except (OSError, SafetensorError):
             return None
-        with contextlib.suppress(OSError):  # gone by now, or another user's: it will only seem older than it is
-            os.utime(path)
-        return found
+        with contextlib.suppress(OSError):  # deleted meanwhile, or a file of another user
+            os.utime(path)  # marks the file as recently used
+        return tensors
 
     def put(self, key: dict[str, object], tensors: dict[str, Tensor]) -> None:
-        """Keep contiguous tensors under a key, if there is room; it is no error if there is none."""
+        """Store contiguous tensors under a key. Does nothing if they do not fit or cannot be written."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self.folder is None or size > self.limit:
             return
@@ -63,27 +62,26 @@ class Cache:
 
     @contextlib.contextmanager
     def lock(self, key: dict[str, object]) -> Iterator[None]:
-        """Of several processes that want what is under a key one makes it in this block; others wait, then find it.
+        """Let one process at a time run the block for a key, so that the others find what the first one computed.
 
-        A process that is killed lets the next one in. Where there are no locks on files, each makes it for itself.
+        The lock of a killed process is released. Where the folder allows no locks, processes run the block in parallel.
         """
         with contextlib.ExitStack() as stack:
-            if self.folder is not None and fcntl is not None:
-                name = f"{PREFIX}{self._path(key).stem[-2:]}.lock"  # a few files that stay, for any number of keys
-                with contextlib.suppress(OSError):
-                    file = stack.enter_context(open(self.folder / name, "w"))
-                    fcntl.flock(file, fcntl.LOCK_EX)
+            if self.folder is not None and self.folder.is_dir():
+                name = f"{PREFIX}{self._path(key).stem[-2:]}.lock"  # at most 256 lock files, for any number of keys
+                with contextlib.suppress(OSError, NotImplementedError):
+                    stack.enter_context(FileLock(self.folder / name))
             yield
 
     def trim(self) -> None:
-        """Delete what is beyond the limit, least recently used first."""
+        """Delete the least recently used files until the total size is at most the limit."""
         if self.folder is None:
             return
         files = []
         for path in self.folder.glob(f"{PREFIX}*{SUFFIX}"):
-            with contextlib.suppress(OSError):  # another process was faster
-                told = path.stat()
-                files.append((told.st_mtime_ns, told.st_size, path))
+            with contextlib.suppress(OSError):  # deleted by another process
+                status = path.stat()
+                files.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.limit:
@@ -98,7 +96,7 @@ class Cache:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """What else decides how numbers are rounded, as part of a key: code, libraries and hardware."""
+    """Return the part of a key that decides rounding: hardware, versions of the libraries and of the method."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
         "device": f"{device.type} {name}",
@@ -109,8 +107,8 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hex hash of a model: its layers as it prints them, the code of those that are not well known, all its tensors."""
+    """Return a hash of a model: its layers, its parameters and buffers, and the source code of custom layers."""
     kinds = {type(module) for module in model.modules()}
-    own = sorted(source_code(kind) for kind in kinds if not f"{kind.__module__}.".startswith(WELL_KNOWN))
-    layers = hashlib.sha256("\n".join([repr(model), *own]).encode()).hexdigest()
+    custom = sorted(source_code(kind) for kind in kinds if not f"{kind.__module__}.".startswith(WELL_KNOWN))
+    layers = hashlib.sha256("\n".join([repr(model), *custom]).encode()).hexdigest()
     return layers[:32] + tensors_sha256(dict(model.named_parameters()) | dict(model.named_buffers()))

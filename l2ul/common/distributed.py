@@ -1,6 +1,6 @@
-"""One run on the processes that torchrun started: which part is whose, and how parts become a whole.
+"""Run on the processes that torchrun started: the process group, its collectives and data-parallel training.
 
-Without torchrun there is one process, whose part is everything: each function then does next to nothing.
+Without torchrun there is one process, and every function works without communication.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,74 +14,75 @@ from torch import Tensor, nn
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from l2ul.common.errors import InputError
+TIMEOUT = timedelta(days=30)  # the other processes wait while the first unlearns; torchrun detects lost processes
+LOST = (  # in the messages of torch about a process that ended
+    "gloo",
+    "NCCL",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+)
 
-PATIENCE = timedelta(days=30)  # the others wait while the first unlearns; torchrun itself sees which of them die
-LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-
-_store: list[dist.Store] = []  # what all processes can write to, however they end
+_store: list[dist.Store] = []  # shared by all processes, also while they end
 
 
 @contextlib.contextmanager
-def process_group(shared: bool = True) -> Iterator[None]:
-    """Inside the block the processes that torchrun started are one group, of which only the first prints.
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun started into one group inside the block. Only the first one prints.
 
-    NCCL between CUDA GPUs, gloo between CPUs, and for what is no tensor on a GPU. Raises InputError in all of several
-    processes where what they do cannot be `shared`.
+    The backend is NCCL for tensors on CUDA GPUs and gloo for everything else.
     """
     if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
         yield
         return
     store, rank, size = next(dist.rendezvous("env://"))
     gpus = torch.cuda.is_available() and dist.is_nccl_available()
-    options = {"rank": rank, "world_size": size, "timeout": PATIENCE}
+    options = {"rank": rank, "world_size": size, "timeout": TIMEOUT}
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), **options)
     _store[:] = [dist.PrefixStore("l2ul", store)]
-    if size > 1 and not shared:
-        raise InputError("torchrun started it in several processes, but it is for one; start it without torchrun")
     with contextlib.ExitStack() as stack:
         if rank:
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
         yield
-        dist.destroy_process_group()  # not where something went wrong: the others may never answer
+        dist.destroy_process_group()  # skipped after an error, when other processes may not respond
 
 
 def size() -> int:
-    """How many processes share this run."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, 0 being the first."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if size() > 1 else 0
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints, and writes records, caches and checkpoints."""
+    """Return whether this is the first process, which prints and writes records, caches and checkpoints."""
     return rank() == 0
 
 
 def local_rank() -> int:
-    """Which of the processes on this machine this is: the number of its GPU."""
+    """Return the rank of this process on its machine, which is also the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def shard(count: int) -> slice:
-    """This process's part of `count` things in a row: every thing is in one part, whose lengths differ by 1 at most."""
+    """Return this process's share of `count` items. Shares are disjoint, and their lengths differ by at most 1."""
     return slice(count * rank() // size(), count * (rank() + 1) // size())
 
 
 def all_reduce(values: Tensor) -> Tensor:
-    """The sum over the processes, in place; `values` is alike in shape everywhere."""
+    """Sum `values` over all processes, in place. Their shape must be equal in all processes."""
     if size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def all_gather(part: Tensor) -> Tensor:
-    """The parts of all processes, one after the other, on the CPU; a part may be empty."""
+    """Return the parts of all processes, concatenated in order of rank, on the CPU. A part may be empty."""
     if size() == 1:
         return part.cpu()
     parts = [None] * size()
@@ -89,18 +90,21 @@ def all_gather(part: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def gather(thing: object) -> list:
-    """What each process has, at the first; elsewhere nothing."""
+def gather(value: object) -> list:
+    """Return the objects of all processes, in order of rank, in the first process; an empty list in the others."""
     if size() == 1:
-        return [thing]
-    things = [None] * size() if is_first() else None
-    dist.gather_object(thing, things)
-    return things or []
+        return [value]
+    values = [None] * size() if is_first() else None
+    dist.gather_object(value, values)
+    return values or []
 
 
-def broadcast(decide: Callable[[], object]) -> object:
-    """What the first process decides, everywhere: of files that others may see later, or not at all."""
-    box = [decide() if is_first() else None]
+def broadcast(compute: Callable[[], object]) -> object:
+    """Call `compute` in the first process and return its result in every process.
+
+    For decisions that depend on files, which other processes may see later or not at all.
+    """
+    box = [compute() if is_first() else None]
     if size() > 1:
         dist.broadcast_object_list(box)
     return box[0]
@@ -108,7 +112,7 @@ def broadcast(decide: Callable[[], object]) -> object:
 
 @contextlib.contextmanager
 def local_first() -> Iterator[None]:
-    """The first process of each machine goes through the block before its others, which find what it has fetched."""
+    """Run the block in the first process of each machine before the others, which then find the files it downloaded."""
     if size() > 1 and local_rank():
         dist.barrier()
     yield
@@ -117,13 +121,16 @@ def local_first() -> Iterator[None]:
 
 
 def call_others(name: str | None, *arguments: object) -> None:
-    """The others, in `serve`, call what they know by this name; None sets them free. Does nothing in the others."""
+    """Make the other processes, which are in `serve`, call the function of this name. None ends their `serve`.
+
+    Does nothing in the other processes.
+    """
     if size() > 1 and is_first():
         dist.broadcast_object_list([(name, arguments)])
 
 
 def serve(known: dict[str, Callable[..., object]]) -> None:
-    """Of the others: do what the first process calls for, until it sets them free."""
+    """Call the functions that the first process names with `call_others`, until it sends None."""
     while True:
         box = [None]
         dist.broadcast_object_list(box)
@@ -134,17 +141,17 @@ def serve(known: dict[str, Callable[..., object]]) -> None:
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """A model's tensors on the CPU, to be sent; nothing where there is no other process."""
+    """Return a model's state dict on the CPU, to be sent; an empty dictionary if there is no other process."""
     return {name: tensor.cpu() for name, tensor in model.state_dict().items()} if size() > 1 else {}
 
 
 def data_parallel(model: nn.Module) -> nn.Module:
-    """The model as it is trained: each backward pass leaves the mean of all processes' gradients in each of them."""
+    """Return the model for data-parallel training: backward passes average the gradients over all processes."""
     if size() == 1:
         return model
     device = next(model.parameters()).device
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of a new name for broadcast_buffers, which older torch lacks
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch rename broadcast_buffers
         return DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
         )
@@ -152,10 +159,11 @@ def data_parallel(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def shared_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch-norm inside the block, a time through the training set, has one set of running statistics in the end.
+    """Give batch-norm equal running statistics in all processes at the end of the block, an epoch of training.
 
-    On GPUs batches are normalised by the statistics of all processes' images (SyncBatchNorm). That exists for no other
-    device: there each process takes its own images', and the running statistics are averaged when the block ends.
+    On GPUs, batches are normalised with the statistics of all processes' images (SyncBatchNorm). Other devices do not
+    support that: each process normalises with its own statistics, and the running statistics are averaged at the end
+    of the block.
     """
     kind = nn.modules.batchnorm._BatchNorm
     norms = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
@@ -164,7 +172,7 @@ def shared_statistics(model: nn.Module) -> Iterator[None]:
         return
     on_gpu = next(model.parameters()).device.type == "cuda"
     try:
-        for name, module in norms.items() if on_gpu else ():  # which share weights and statistics with these
+        for name, module in norms.items() if on_gpu else ():  # the replacements share weights and statistics
             model.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(module))
         yield
     finally:
@@ -177,17 +185,17 @@ def shared_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def is_first_to_report() -> bool:
-    """Whether this is the first process to say why the run ends: one sentence is enough."""
+    """Return whether this is the first process to report why the run ends. Only that one prints its message."""
     if size() == 1:
         return True
     try:
         return _store[0].add("ended", 1) == 1
-    except (IndexError, RuntimeError):  # the store went with the process that held it
+    except (IndexError, RuntimeError):  # the process that held the store has ended
         return is_first()
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether an error only tells that another process has ended."""
+    """Return whether an error means that another process has ended."""
     if size() == 1:
         return False
     return isinstance(error, dist.DistError) or any(words in str(error) for words in LOST)

@@ -1,22 +1,26 @@
-"""How a run ends early: input the user can mend, numbers that are no longer finite, memory used up."""
+"""Exceptions that end a run with one sentence, and how to recognise that memory ran out."""
 
-OUT_OF_MEMORY = (
+OUT_OF_MEMORY = (  # in the messages of torch on a CPU; of torch on MPS and CUDA; of cuBLAS
     "can't allocate memory",
     "out of memory",
     "STATUS_ALLOC_FAILED",
-)  # of a CPU, of MPS and CUDA, of cuBLAS
+)
 
 
 class InputError(ValueError):
-    """Bad input, said in one sentence: which value, what was expected, how to mend it. Scripts exit with 2."""
+    """Bad input. The message is one sentence: the value, what was expected, how to fix it. Scripts exit with code 2."""
 
 
 class Diverged(ArithmeticError):
-    """A model gave logits that are not finite: no accuracy can be stated for it."""
+    """The model's logits or the loss are not finite. Scripts exit with code 1."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's and Python's own have a type; others of torch and of CUDA's libraries are told by their text alone."""
+    """Return whether an error means that memory ran out.
+
+    Python and torch's CUDA allocator raise exceptions of their own for this; other parts of torch and the CUDA
+    libraries raise a RuntimeError, which only its message tells apart.
+    """
     import torch  # here, as parsers raise InputError and start without torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

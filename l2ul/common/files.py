@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and what hashes of files, tensors and code are made from."""
+"""Write files atomically; hash files, tensors and source code."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -16,23 +16,23 @@ from l2ul.common.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-REPORT = "report.json"  # of a request to forget, beside the model that it ended with
+REPORT = "report.json"  # the report of a deletion request, in the folder of the unlearned model
 
 
 @contextlib.contextmanager
 def atomic(path: Path, replace: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path` to write a file or a folder to; renamed to `path` if the block ends well.
+    """Yield a temporary path for a file or folder, and rename it to `path` when the block ends without an error.
 
-    replace  a folder that is there already; otherwise OSError where one is by then that holds anything
+    replace  whether an existing folder is replaced; if not, OSError is raised for a folder that is not empty
 
-    A process killed in the block leaves a hidden `.<name>.<random>.part`, which `remove_parts` clears away.
+    A process that is killed inside the block leaves `.<name>.<random>.part`, which `remove_parts` deletes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         yield part
-        if replace and path.is_dir():  # one name cannot replace a folder: it is moved aside, never half deleted
+        if replace and path.is_dir():  # a rename cannot replace a folder: move the old one aside first
             old = part.with_suffix(".old.part")
             os.replace(path, old)
             os.replace(part, path)
@@ -46,24 +46,25 @@ def atomic(path: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def remove_parts(folder: Path, older_than: float, prefix: str = "") -> None:
-    """Delete what killed processes left half-written in `folder` before `older_than` (seconds since the epoch).
+    """Delete the partial files in `folder` that killed processes left.
 
-    Only of files whose names begin with `prefix`.
+    older_than  seconds since the epoch; files that changed later are kept, as another process may be writing them
+    prefix      only delete partial files of files whose names begin with it
     """
     for part in Path(folder).glob(f".{prefix}*.part"):
-        with contextlib.suppress(OSError):  # another process may be clearing up too
+        with contextlib.suppress(OSError):  # deleted by another process
             if part.stat().st_mtime < older_than:
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensors_sha256(tensors: "dict[str, Tensor]") -> str:
-    """Hex sha256 of tensors by name: names, types, shapes and bytes."""
+    """Return the SHA-256 of named tensors, in hexadecimal: of their names, types, shapes and values."""
     import torch  # here, as parsers use this module and start without torch
 
     digest = hashlib.sha256()
@@ -74,7 +75,7 @@ def tensors_sha256(tensors: "dict[str, Tensor]") -> str:
 
 
 def source_code(thing: Callable) -> str:
-    """The source of a function or class; of one typed at a prompt, its compiled code."""
+    """Return the source code of a function or class; its compiled code if there is no source file."""
     try:
         return inspect.getsource(thing)
     except (OSError, TypeError):
@@ -84,12 +85,12 @@ def source_code(thing: Callable) -> str:
 
 
 def require_writable(folder: Path) -> None:
-    """Create `folder` and raise InputError if no file can be made there."""
+    """Create `folder` if necessary; raise InputError if no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(
-            f"cannot write to {folder} ({error.strerror}); choose a folder that you may write to"
+            f"cannot write to {folder} ({error.strerror}); choose a folder with write permission"
         ) from None

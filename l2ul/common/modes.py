@@ -1,4 +1,4 @@
-"""Which mode a model is in while a piece of the method runs on it; put back afterwards."""
+"""Context managers that set a model's mode for a block and restore it afterwards."""
 
 from collections.abc import Iterator
 import contextlib
@@ -9,29 +9,32 @@ from torch import nn
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode (running statistics used and kept, dropout off) inside the block."""
+    """Put the model in eval mode inside the block. Each module gets its own mode back afterwards."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        for module, was in training.items():
-            module.training = was
-
-
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose weights ask for no gradient: a teacher."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+        for module, mode in training.items():
+            module.training = mode
 
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and no weight asks for a gradient, so that a backward pass computes input gradients alone."""
-    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    """Put the model in eval mode and turn off gradients of its parameters inside the block.
+
+    A backward pass inside the block then computes gradients of the inputs only.
+    """
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     try:
         with eval_mode(model):
             yield
     finally:
-        for parameter, was in asked.items():
-            parameter.requires_grad_(was)
+        for parameter, required in requires_grad.items():
+            parameter.requires_grad_(required)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of the model in eval mode whose parameters require no gradient, to serve as a teacher."""
+    return copy.deepcopy(model).eval().requires_grad_(False)

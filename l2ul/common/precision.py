@@ -1,4 +1,4 @@
-"""In how many bits a processor multiplies: as exactly as it can, or faster."""
+"""Floating-point precision of the passes through a model: fp32, tf32 or bf16."""
 
 import torch
 
@@ -7,28 +7,30 @@ from l2ul.common.errors import InputError
 
 
 def use(device: torch.device, precision: str) -> None:
-    """Set this process up for a precision: factors have 24 bits in fp32, 11 in tf32, 8 in bf16.
+    """Set the precision of matrix products and convolutions in this process.
 
-    bf16 is for the passes inside `autocast`; what is outside it is then tf32 on a GPU and fp32 on a CPU. Raises
-    InputError where the device has no units for it: a CPU without them is ten times slower with bf16 than without.
+    precision  one of `choices.PRECISIONS`: fp32 (24 bits of significand), tf32 (11 bits) or bf16 (8 bits)
+
+    bf16 applies inside `autocast`; other passes then use tf32 on a GPU and fp32 on a CPU. Raises InputError if the
+    device has no hardware for the precision: without it, bf16 on a CPU is ten times slower than fp32.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
     on_cpu = precision == "bf16" and device.type == "cpu" and has_amx()
     if precision != "fp32" and device.type != "cuda" and not on_cpu:
-        where = "a CUDA GPU, or a CPU with AMX" if precision == "bf16" else "a CUDA GPU"
-        raise InputError(f"--precision {precision} needs {where} (others are slower with it, or no faster); use fp32")
-    # the older of torch's two ways to say it: with the newer one, whoever asks in the older way gets an error
+        needed = "a CUDA GPU, or a CPU with AMX" if precision == "bf16" else "a CUDA GPU"
+        raise InputError(f"--precision {precision} needs {needed}; use --precision fp32 on this device")
+    # torch has an older and a newer interface; after the newer one is used, reading the older one raises an error
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def has_amx() -> bool:
-    """Whether this CPU has tile units for bf16 (on x86, since Sapphire Rapids)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # a newer torch only
+    """Return whether this CPU has AMX, the matrix units for bf16 (Intel, since Sapphire Rapids)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older versions of torch
     return bool(capabilities.get("amx_bf16"))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Passes through a model inside this block are in bf16 if that is the precision, else in float32."""
+    """Return a context in which passes through a model are in bf16 if that is the precision, else in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

@@ -1,4 +1,4 @@
-"""Random streams: each choice of a run has its own, named by its purpose, from the one seed in the options."""
+"""Independent random streams: one for each purpose of a run, all derived from its seed."""
 
 from collections.abc import Iterator
 import contextlib
@@ -9,19 +9,25 @@ import torch
 
 
 def stream(seed: int, purpose: str, *counters: int) -> np.random.Generator:
-    """A counter-based stream for one (seed, purpose, counters): the same on every machine and in any order of work."""
+    """Return the NumPy generator for (seed, purpose, counters).
+
+    Equal arguments give equal numbers on every machine, in any order of work.
+    """
     key = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *counters])
     return np.random.Generator(np.random.Philox(key))
 
 
 def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
-    """The same for torch's own functions: a CPU generator for one (seed, purpose, counters)."""
+    """Return the torch CPU generator for (seed, purpose, counters)."""
     return torch.Generator().manual_seed(_torch_seed(seed, purpose, *counters))
 
 
 @contextlib.contextmanager
 def fork_rng(device: torch.device, seed: int, purpose: str, *counters: int) -> Iterator[None]:
-    """What draws from torch's own generators inside the block (first weights, dropout) does so from one stream."""
+    """Seed torch's global generators for (seed, purpose, counters) inside the block, and restore them afterwards.
+
+    For code that takes no generator, such as weight initialisation and dropout.
+    """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(_torch_seed(seed, purpose, *counters))
         yield

@@ -1,4 +1,4 @@
-"""Data sets as pixels in [0,1]: small ones as uint8 tensors that live on the device, image folders as streams."""
+"""Images with labels: a split, a data set of several splits, and batches of float pixels in [0,1]."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -9,14 +9,17 @@ from torch import Tensor
 from l2ul.common import distributed
 from l2ul.common.files import tensors_sha256
 from l2ul.data.folder import FolderImages
-from l2ul.data.storage import DiskImages
 
-LARGE = 64  # pixels a side; larger images are taken fewer at once
+LARGE = 64  # pixels; images with a longer side have smaller default batches
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images and their labels: uint8 pixels (N, 3, H, W), as a tensor or as FolderImages; int64 labels (N,)."""
+    """Images and their labels.
+
+    images  (N, 3, H, W): a tensor, uint8 or float in [0,1], or FolderImages
+    labels  (N,) int64
+    """
 
     images: Tensor | FolderImages
     labels: Tensor
@@ -26,40 +29,42 @@ class Split:
 
     @property
     def side(self) -> int:
-        """Pixels of a side of the images, which are square."""
+        """The height and width of the images, in pixels."""
         return self.images.size if isinstance(self.images, FolderImages) else self.images.shape[-1]
 
     def pixels(self) -> Tensor:
-        """All images as one tensor: for sets that are small, such as D_f."""
+        """Return all images as one tensor. Meant for small sets such as D_f."""
         return self.images[torch.arange(len(self))]
 
     def sha256(self) -> str:
-        """Hex hash of the images: of their pixels, or of their files' names, sizes and times."""
+        """Return a hash of the images: of their pixels, or of the names, sizes and times of their files."""
         if isinstance(self.images, FolderImages):
             return self.images.sha256()
         return tensors_sha256({"images": self.images})
 
     def subset(self, indices: Tensor) -> "Split":
-        """The images at `indices`, in that order."""
+        """Return the images at `indices`, in that order."""
         if isinstance(self.images, FolderImages):
             return Split(self.images.subset(indices), self.labels[indices])
         return Split(self.images[indices], self.labels[indices])
 
     def to(self, device: torch.device) -> "Split":
-        """Tensors moved to the device; images on disk stay there."""
+        """Return the split with its tensors on the device. FolderImages stay on disk."""
         images = self.images if isinstance(self.images, FolderImages) else self.images.to(device)
         return Split(images, self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class Images:
-    """A data set: its name, how many classes, what they are called, and its splits.
+    """A data set.
 
-    validation    held out of training, where the data set has such a part
-    settings       what else was chosen about it, under its flags' names: kept in every record
-    train_sha256  of the training images' names, where the split is made here
-    notes         sentences about it that a user should see
-    short_side    of the images before their centre was cut out, where they are no longer on disk; None: nothing was cut
+    classes       names of the classes
+    validation    held out of training, in data sets that have such a split
+    settings      the options that decide the data set, by flag name: part of every record
+    train_sha256  hash of the names of the training images, for data sets whose split is made by this project
+    notes         sentences about the data set that a user should see
+    short_side    side to which images were resized before the centre crop, if they are no longer on disk; None if they
+                  were not cropped
     """
 
     name: str
@@ -75,19 +80,19 @@ class Images:
 
     @property
     def side(self) -> int:
-        """Pixels of a side of the images that classifiers are measured on."""
+        """The height and width of the test images, in pixels."""
         return self.test.side
 
     def to(self, device: torch.device) -> "Images":
-        """The splits moved to the device, where they are tensors."""
+        """Return the data set with its tensors on the device."""
         validation = self.validation.to(device) if self.validation else None
         return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation)
 
 
 def as_pixels(images: Tensor) -> Tensor:
-    """Float pixels in [0,1] from uint8 ones; float ones keep their values, halves become float32.
+    """Convert images to float32 pixels in [0,1], in channels-last memory format.
 
-    Channels last, which convolutions are fastest with.
+    uint8 images are divided by 255; float images keep their values.
     """
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images
     pixels = pixels.float() if pixels.dtype == torch.float16 else pixels
@@ -95,28 +100,31 @@ def as_pixels(images: Tensor) -> Tensor:
 
 
 def default_batch_size(sizes: dict[str, tuple[int, int]], device: torch.device, side: int) -> int:
-    """How many images at once where nobody says, from the (usual, for large images) sizes for each kind of device."""
+    """Return the default batch size for images of (side, side) pixels.
+
+    sizes  for each type of device, the batch size for images up to LARGE pixels a side and for larger ones
+    """
     return sizes[device.type][side > LARGE]
 
 
 def batches(
-    images: Tensor | FolderImages | DiskImages,
+    images: Tensor | FolderImages,
     batch_size: int,
     device: torch.device,
     workers: int = 0,
     shared: bool = False,
 ) -> Iterator[Tensor]:
-    """All images in order, as float batches (n, 3, H, W) in [0,1] on the device.
+    """Yield all images in order, as batches (n, 3, H, W) of float pixels in [0,1] on the device.
 
-    `shared` under torchrun: each process gets some of the batches, which are the same for any number of processes.
+    workers  processes that decode FolderImages
+    shared   under torchrun, yield only this process's share of the batches; the batches themselves are the same for any
+             number of processes
     """
-    every = torch.arange(len(images)).split(batch_size)
-    part = distributed.shard(len(every)) if shared else slice(None)
+    indices = torch.arange(len(images)).split(batch_size)
+    share = distributed.shard(len(indices)) if shared else slice(None)
     if isinstance(images, Tensor):
-        source = images.split(batch_size)[part]
-    elif isinstance(images, DiskImages):
-        source = (images[indices] for indices in every[part])
+        source = images.split(batch_size)[share]
     else:
-        source = images.loader(every[part], device, workers)
+        source = images.loader(indices[share], device, workers)
     for batch in source:
         yield as_pixels(batch.to(device, non_blocking=device.type == "cuda"))

@@ -1,17 +1,17 @@
-"""The steps of `distill`: images still to be forgotten, and mixes of D_f on which θ⁰ is the teacher."""
+"""Mixes: blends of images of D_f, which `distill` uses in place of D_r."""
 
 import torch
 from torch import Tensor
 
 from l2ul.data.augment import augment
 
-MIXED = (0.3, 0.7)  # part of one of two images in a mix
+MIXED = (0.3, 0.7)  # range of the weight of the first image in a blend
 
 
 def mixes(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Stand-ins (count, 3, H, W) for the retain set: each a blend of two of the images, shifted and mirrored.
+    """Return `count` mixes (count, 3, H, W): each a blend of two different images, randomly shifted and mirrored.
 
-    images  (k, 3, H, W) float in [0,1]. With k = 1, the image is blended with itself turned upside down.
+    images  (k, 3, H, W) float in [0,1]; if k = 1, the image is blended with itself rotated by 180 degrees
     """
     first = torch.randint(len(images), (count,), generator=generator)
     if len(images) > 1:
@@ -19,6 +19,6 @@ def mixes(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     else:
         second = images.rot90(2, (2, 3)).expand(count, -1, -1, -1)
     low, high = MIXED
-    part = low + (high - low) * torch.rand((count, 1, 1, 1), generator=generator).to(images.device)
-    blended = part * images[first] + (1 - part) * second
+    weight = low + (high - low) * torch.rand((count, 1, 1, 1), generator=generator).to(images.device)
+    blended = weight * images[first] + (1 - weight) * second
     return augment(blended, images.shape[-1] // 8, True, generator).to(memory_format=torch.channels_last)

@@ -1,6 +1,5 @@
-"""D_adv where it fits: a tensor on the device, or one temporary file that is read a batch at a time."""
+"""Memory for adversarial examples: a tensor in RAM or GPU memory, or a memory-mapped file if they do not fit."""
 
-import copy
 import math
 import os
 from pathlib import Path
@@ -16,65 +15,41 @@ from l2ul.common.errors import InputError
 from l2ul.common.files import require_writable
 
 DTYPES = {name: getattr(torch, name) for name in choices.DTYPES}
-IN_MEMORY = 2**30  # bytes that may stay in the memory of a CPU; of a GPU, half of what is free
+IN_MEMORY = 2**30  # bytes that are kept in RAM on a CPU; on a GPU, the limit is half of its free memory
 
 
-class DiskImages:
-    """Images (N, 3, H, W) in a file without a name, gone with the process: written by slices, read by indices."""
+def empty_images(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path) -> Tensor:
+    """Return an uninitialised tensor for images (N, 3, H, W): on the device if it fits, else on disk.
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, folder: Path):
-        self.shape, self.dtype = torch.Size(shape), dtype
-        self._numpy = torch.empty(0, dtype=dtype).numpy().dtype
-        self._image_bytes = math.prod(shape[1:]) * self._numpy.itemsize
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # lives as long as this object
-        if hasattr(os, "posix_fallocate") and len(self):  # so that nothing else takes the room meanwhile
-            os.posix_fallocate(self._file.fileno(), 0, len(self) * self._image_bytes)
+    A tensor on disk is a CPU tensor whose memory is a temporary file in `folder`. The operating system reads and writes
+    the file as needed, so the tensor can be larger than RAM. The file is deleted when the tensor is.
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __setitem__(self, part: slice, images: Tensor) -> None:
-        self._file.seek(part.start * self._image_bytes)
-        self._file.write(images.contiguous(memory_format=torch.contiguous_format).cpu().numpy().tobytes())
-        self._file.flush()
-
-    def __getitem__(self, indices: Tensor | slice) -> "Tensor | DiskImages":
-        """The images at `indices`; of a slice from the start, the same file with fewer images."""
-        if isinstance(indices, slice):
-            if indices.start or indices.step:
-                raise ValueError(f"{indices} is not the head of a set")
-            head = copy.copy(self)
-            head.shape = torch.Size((indices.stop, *self.shape[1:]))
-            return head
-        found = np.empty((len(indices), *self.shape[1:]), self._numpy)
-        for image, index in zip(found, indices.tolist(), strict=True):
-            self._file.seek(index * self._image_bytes)
-            image[...] = np.frombuffer(self._file.read(self._image_bytes), self._numpy).reshape(image.shape)
-        return torch.from_numpy(found)
-
-
-def empty_images(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, folder: Path) -> Tensor | DiskImages:
-    """Room for images (N, 3, H, W): on the device where they fit well, else in a temporary file in `folder`.
-
-    Raises InputError where the disk has no room for them.
+    Raises InputError if `folder` is not writable or the disk has too little space.
     """
-    wanted = math.prod(shape) * dtype.itemsize
-    if wanted <= _room(device):
+    size = math.prod(shape) * dtype.itemsize
+    if size <= _memory_limit(device):
         return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
     require_writable(folder)
     free = shutil.disk_usage(folder).free
-    if wanted > free:
+    if size > free:
         raise InputError(
-            f"the adversarial examples take {wanted / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f} GiB left; "
-            f"make room, or take a smaller --num-adv-images, --unlearn-k or --adv-dtype"
+            f"the adversarial examples need {size / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f} GiB free; "
+            f"free some space, or use a smaller --num-adv-images, --unlearn-k or --adv-dtype"
         )
-    return DiskImages(shape, dtype, folder)
+    return _memory_mapped(shape, dtype, size, folder)
+
+
+def _memory_mapped(shape: tuple[int, ...], dtype: torch.dtype, size: int, folder: Path) -> Tensor:
+    with tempfile.TemporaryFile(dir=folder) as file:  # the mapping keeps the file until the tensor is deleted
+        if hasattr(os, "posix_fallocate"):  # reserve the disk space: writing to a mapped file cannot report a full disk
+            os.posix_fallocate(file.fileno(), 0, size)
+        return torch.from_numpy(np.memmap(file, torch.empty(0, dtype=dtype).numpy().dtype, mode="r+", shape=shape))
 
 
 def as_stored(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float pixels in [0,1] as they are kept: 8-bit ones rounded to 0 … 255."""
+    """Convert float pixels in [0,1] to `dtype`; for uint8, round them to 0 … 255."""
     return (images * 255).round().to(dtype) if dtype == torch.uint8 else images.to(dtype)
 
 
-def _room(device: torch.device) -> int:
+def _memory_limit(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else IN_MEMORY

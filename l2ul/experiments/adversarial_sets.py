@@ -26,13 +26,13 @@ class Adversarial:
     batch_size  pairs attacked at once: what was asked for, or less where memory ran out meanwhile
     """
 
-    examples: Tensor | storage.DiskImages
+    examples: Tensor
     targets: Tensor
     hits: Tensor
     exact_hits: Tensor
     batch_size: int
 
-    def head(self, num_pairs: int) -> tuple[Tensor | storage.DiskImages, Tensor]:
+    def head(self, num_pairs: int) -> tuple[Tensor, Tensor]:
         return self.examples[:num_pairs], self.targets[:num_pairs]
 
     def store(self, place: int, part: dict[str, Tensor]) -> None:

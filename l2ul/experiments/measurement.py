@@ -16,7 +16,6 @@ from l2ul.common.errors import InputError
 from l2ul.common.progress import progress_bar
 from l2ul.data import datasets
 from l2ul.data import images as image_sets
-from l2ul.data.storage import DiskImages
 from l2ul.experiments.reference_models import Peer, Peers, gone
 from l2ul.experiments.runs import Run, Setup
 from l2ul.metrics import accuracy
@@ -118,7 +117,7 @@ class Measuring:
             self._known[key] = compute()
         return self._known[key]
 
-    def classes(self, model: nn.Module, images: Tensor | datasets.FolderImages | DiskImages) -> Tensor:
+    def classes(self, model: nn.Module, images: Tensor | datasets.FolderImages) -> Tensor:
         """The classes (N,), on the CPU, that the model gives the images."""
         return accuracy.predict(model, images, **self._pass)
 

@@ -13,7 +13,6 @@ from l2ul.common.modes import eval_mode
 from l2ul.data import images as image_sets
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Images, as_pixels, batches
-from l2ul.data.storage import DiskImages
 from l2ul.objective import Forget
 
 BATCH_SIZE = {"cpu": (256, 256), "mps": (512, 64), "cuda": (2048, 256)}  # images measured at once; large ones
@@ -26,7 +25,7 @@ def default_batch_size(device: torch.device, side: int) -> int:
 
 def predict(
     model: nn.Module,
-    images: Tensor | FolderImages | DiskImages,
+    images: Tensor | FolderImages,
     *,
     batch_size: int | None = None,
     workers: int = 0,
@@ -60,7 +59,7 @@ def predict(
 @torch.inference_mode()
 def logits(
     model: nn.Module,
-    images: Tensor | FolderImages | DiskImages,
+    images: Tensor | FolderImages,
     *,
     batch_size: int | None = None,
     workers: int = 0,

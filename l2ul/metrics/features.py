@@ -22,8 +22,8 @@ def layer_grams(model: nn.Module, images: Tensor | FolderImages, batch_size: int
     A Gram matrix needs the features of all images. Layers are taken as many at a time as fit in MEMORY, with a pass
     over the images for each such group. Of a layer that runs more than once in a pass, the last output counts.
     """
-    sizes, grams = layers(model, images), {}
     device = next(model.parameters()).device
+    sizes, grams = layers(model, next(batches(images, 1, device))), {}
     for group in _groups(sizes, MEMORY // (4 * len(images))):
         parts: dict[str, list[Tensor]] = {name: [] for name in group}
         found: dict[str, Tensor] = {}

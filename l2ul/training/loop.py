@@ -15,7 +15,7 @@ from l2ul.common import distributed, seeds
 from l2ul.common import precision as precisions
 from l2ul.common.errors import Diverged, InputError
 from l2ul.common.files import atomic
-from l2ul.data.augment import _cut, _places
+from l2ul.data.augment import crop, crop_positions
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split, as_pixels
 from l2ul.metrics import accuracy
@@ -127,7 +127,7 @@ class _Step:
     share: int
 
 
-def _steps(train: Split, crop: int, recipe: Recipe, generator: torch.Generator, workers: int) -> Iterator[_Step]:
+def _steps(train: Split, crop_size: int, recipe: Recipe, generator: torch.Generator, workers: int) -> Iterator[_Step]:
     """One time through the training set. What is drawn for an image does not depend on the number of processes."""
     device = train.labels.device
     order = torch.randperm(len(train), generator=generator).split(recipe.batch_size)
@@ -140,8 +140,8 @@ def _steps(train: Split, crop: int, recipe: Recipe, generator: torch.Generator, 
     else:
         loaded = (train.images[indices].to(device) for indices in own)
     for every, part, share, indices, images in zip(order, parts, shares, own, loaded, strict=True):
-        places = _places(len(every), images.shape[2:], recipe.crop_padding, recipe.flip, generator, crop)
-        cropped = _cut(images, recipe.crop_padding, *(place[part] for place in places))
+        places = crop_positions(len(every), images.shape[2:], recipe.crop_padding, recipe.flip, generator, crop_size)
+        cropped = crop(images, recipe.crop_padding, *(place[part] for place in places))
         yield _Step(cropped, train.labels[indices], len(every), share)
 
 

@@ -1,4 +1,7 @@
-"""D_adv in a file: the same examples as in memory, and 8-bit ones that are valid images."""
+"""Adversarial examples in a memory-mapped file equal those in memory; 8-bit examples are valid images."""
+
+from pathlib import Path
+import sys
 
 from conftest import CLASSES
 import pytest
@@ -17,66 +20,87 @@ NAMES = {dtype: name for name, dtype in storage.DTYPES.items()}
 
 
 def make(trained, count, folder, dtype=torch.float32, batch_size=None):
-    """D_adv of the first images, kept as dtype, in a file in the folder where they do not fit."""
+    """Return examples and targets of D_adv for the first `count` images."""
     model, images, labels = trained
-    how = Attack(CLASSES, 4, 2.0, 0.3, 5, 1, NAMES[dtype], batch_size=batch_size, scratch_dir=folder)
-    made = how.make(model, images[:count], labels[:count], cache=Cache(), progress=lambda count: None)
+    attack = Attack(CLASSES, 4, 2.0, 0.3, 5, 1, NAMES[dtype], batch_size=batch_size, scratch_dir=folder)
+    made = attack.make(model, images[:count], labels[:count], cache=Cache(), progress=lambda count: None)
     return made.examples, made.targets
 
 
 @pytest.fixture
 def on_disk(monkeypatch):
+    """Store all adversarial examples on disk; return the shapes of the tensors that were."""
+    shapes, memory_mapped = [], storage._memory_mapped
+
+    def record(shape, *arguments):
+        shapes.append(shape)
+        return memory_mapped(shape, *arguments)
+
     monkeypatch.setattr(storage, "IN_MEMORY", 0)
+    monkeypatch.setattr(storage, "_memory_mapped", record)
+    return shapes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
-def test_a_file_holds_what_memory_holds(trained, tmp_path, monkeypatch, dtype):
+def test_examples_on_disk_equal_those_in_memory(trained, tmp_path, request, dtype):
     model, *_ = trained
     expected, targets = make(trained, 6, tmp_path, dtype)
-    assert isinstance(expected, torch.Tensor)
-    monkeypatch.setattr(storage, "IN_MEMORY", 0)
-    found, same = make(trained, 6, tmp_path, dtype, batch_size=7)
-    assert isinstance(found, storage.DiskImages)
-    assert (found.shape, len(found), found.dtype) == (expected.shape, 24, dtype)
-    assert torch.equal(targets, same)
+    on_disk = request.getfixturevalue("on_disk")
+    stored, same_targets = make(trained, 6, tmp_path, dtype, batch_size=7)
+    assert on_disk == [(24, 3, 8, 8)]
+    assert (stored.shape, len(stored), stored.dtype) == (expected.shape, 24, dtype)
+    assert torch.equal(targets, same_targets)
     some = torch.tensor([23, 0, 7, 7])
     tolerance = 1.01 if dtype == torch.uint8 else 1e-3 if dtype == torch.float16 else 1e-5
-    assert (found[some].double() - expected[some].double()).abs().max() < tolerance
-    with pytest.raises(ValueError, match="is not the head of a set"):
-        found[2:8]
-    head = found[:8]
-    assert (len(head), len(found)) == (8, 24)
-    assert torch.equal(head[torch.tensor([7])], found[torch.tensor([7])])
-    assert not list(tmp_path.iterdir())  # a file without a name: nothing is left behind
-    called = accuracy.predict(model, found, batch_size=5)
-    assert torch.equal(called, accuracy.predict(model, found[torch.arange(24)], batch_size=5))
+    assert (stored[some].double() - expected[some].double()).abs().max() < tolerance
+    head = stored[:8]
+    assert (len(head), len(stored)) == (8, 24)
+    assert torch.equal(head[torch.tensor([7])], stored[torch.tensor([7])])
+    assert not list(tmp_path.iterdir())  # the file has no name, so nothing is left behind
+    predictions = accuracy.predict(model, stored, batch_size=5)
+    assert torch.equal(predictions, accuracy.predict(model, stored.clone(), batch_size=5))
 
 
-def test_eight_bits_are_the_nearest(trained, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_a_set_on_disk_is_a_file_that_goes_with_the_tensor(tmp_path, on_disk):
+    def is_mapped():
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
+    images = storage.empty_images((5, 3, 8, 8), torch.float32, torch.device("cpu"), tmp_path)
+    images[2:4] = 0.5
+    assert is_mapped()
+    assert images.flatten(1).amax(1).tolist() == [0, 0, 0.5, 0.5, 0]
+    del images
+    assert not is_mapped()
+
+
+def test_uint8_examples_are_rounded_to_the_nearest_level(trained, tmp_path):
     exact, _ = make(trained, 3, tmp_path)
     rounded, _ = make(trained, 3, tmp_path, torch.uint8)
     assert (rounded.float() / 255 - exact).abs().max() <= 0.5 / 255 + 1e-6
 
 
-def test_unlearns_with_examples_from_a_file(trained, tmp_path, on_disk):
+def test_unlearning_with_examples_on_disk_equals_unlearning_in_memory(trained, tmp_path, on_disk):
     model, images, labels = trained
     made = make(trained, 4, tmp_path)
     settings = Settings(unlearn_lr=0.01, batch_size=4, adv_batch_size=8, max_passes=3)
     outcome = unlearn(model, images[:4], labels[:4], "adv", adv=made, settings=settings)
-    in_memory = made[0][torch.arange(16)], made[1]
+    in_memory = made[0].clone(), made[1]
     again = unlearn(model, images[:4], labels[:4], "adv", adv=in_memory, settings=settings)
     assert outcome.curve == again.curve
     assert len(Split(*made)) == 16
 
 
-def test_a_full_disk_is_said_before_the_attack(trained, tmp_path, on_disk, monkeypatch):
+def test_a_full_disk_is_reported_before_the_attack(trained, tmp_path, on_disk, monkeypatch):
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
     monkeypatch.setattr(attack, "pgd_l2", None)
-    with pytest.raises(InputError, match="the adversarial examples take .* GiB, and .* has 0.0 GiB left; make room"):
+    with pytest.raises(
+        InputError, match="the adversarial examples need .* GiB, and .* has 0.0 GiB free; free some space"
+    ):
         make(trained, 4, tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_sentence(trained, tmp_path, on_disk):
+def test_an_unwritable_folder_raises_input_error(trained, tmp_path, on_disk):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to .*file"):
         make(trained, 4, tmp_path / "file")

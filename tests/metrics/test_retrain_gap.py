@@ -94,7 +94,7 @@ def test_near_duplicates_are_counted_by_correlation_of_pixels():
     forget, others = noise(2, 16), noise(50, 16, seed=1)
 
     def count(retain, **how):
-        return near_duplicates.near_duplicates(forget, retain, device, **how)
+        return near_duplicates.count_near_duplicates(forget, retain, device, **how)
 
     assert count(others) == 0
     same = torch.cat([others, forget[:1], forget[1:].flip(3), 0.3 * forget[:1] + 0.5])  # a copy, mirrored, pale
@@ -105,7 +105,7 @@ def test_near_duplicates_are_counted_by_correlation_of_pixels():
     mixed = [(one + c * aside).view(1, 3, 16, 16) / 4 + 0.5 for c in (0.32, 0.34)]  # correlations 1 / √(1 + c²)
     assert [count(image) for image in mixed] == [1, 0]  # 0.952 and 0.947
     assert count(torch.full((3, 3, 16, 16), 0.4)) == 0
-    assert near_duplicates.near_duplicates(torch.full((1, 3, 16, 16), 0.4), others, device) == 0
+    assert near_duplicates.count_near_duplicates(torch.full((1, 3, 16, 16), 0.4), others, device) == 0
 
 
 def test_near_duplicates_of_large_images_on_disk(tmp_path):
@@ -115,4 +115,4 @@ def test_near_duplicates_of_large_images_on_disk(tmp_path):
     for file, image in zip(files, large, strict=True):
         to_pil_image(image).save(file)
     retain = FolderImages([str(file) for file in files], 64, 64)
-    assert near_duplicates.near_duplicates(large[1:3], retain, torch.device("cpu"), batch_size=3) == 2
+    assert near_duplicates.count_near_duplicates(large[1:3], retain, torch.device("cpu"), batch_size=3) == 2

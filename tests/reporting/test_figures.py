@@ -113,10 +113,10 @@ def test_layers_in_groups_give_the_same_and_large_outputs_are_averaged(trained, 
     assert list(whole) == list(alone) == ["features.0", "features.3", "head"]
     assert all(torch.allclose(whole[name], alone[name], rtol=1e-3, atol=1e-3) for name in whole)
     monkeypatch.setattr("l2ul.common.activations.LARGEST", 300)
-    assert activations.layers(model, images) == {"features.0": 8, "features.3": 256, "head": CLASSES}
+    assert activations.layers(model, images / 255) == {"features.0": 8, "features.3": 256, "head": CLASSES}
     tokens = torch.arange(24.0).view(2, 3, 4)
     monkeypatch.setattr("l2ul.common.activations.LARGEST", 8)
-    assert torch.equal(activations._flat(tokens), tokens.mean(1))
+    assert torch.equal(activations.flat_features(tokens), tokens.mean(1))
 
 
 def test_similarity_with_itself_is_one_and_counts_every_layer(trained):

@@ -7,7 +7,7 @@ from conftest import tiny_net
 import pytest
 import torch
 
-from l2ul.common import device
+from l2ul.common import choices, device
 from l2ul.common import precision as precisions
 from l2ul.common.errors import Diverged, InputError
 from l2ul.data import datasets
@@ -37,7 +37,7 @@ def train(trained, state_file, epochs=None, recipe=RECIPE, resume=False, identit
     return model, rows
 
 
-@pytest.mark.parametrize("schedule", loop.SCHEDULES)
+@pytest.mark.parametrize("schedule", choices.SCHEDULES)
 def test_a_stopped_run_ends_as_one_that_was_not(trained, tmp_path, schedule):
     recipe = dataclasses.replace(RECIPE, schedule=schedule)
     whole, rows = train(trained, tmp_path / "whole.pt", recipe=recipe)
