@@ -1,25 +1,20 @@
-"""Tables from the records of finished runs: Markdown, CSV and LaTeX, and what no record is of yet.
+"""Make tables and figures from the records of finished runs, and list the runs that are missing.
 
-    python main_tables.py                                                       # of result_data
+    python main_tables.py                                                       # records of result_data
     python main_tables.py --result-dir result_data/reference --output tables
-    python main_tables.py --method adv adv_imp --unlearn-k 16 64 --seed 0 1 2   # these; says what is missing of them
+    python main_tables.py --method adv adv_imp --unlearn-k 16 64 --seed 0 1 2   # these runs, and which are missing
+    python main_tables.py --figures 1 6                                         # and two figures
 
-Rows are methods, columns data set and net × k × D_f, D_r, D_test; then other metrics. Nothing is measured here.
+The tables are written as Markdown, CSV and LaTeX. Rows are methods; columns are data set and model, k, and metric.
 """
 
 import argparse
 from pathlib import Path
 
-import pandas as pd
-
-from l2ul.cli import exit_codes, options
-from l2ul.common.errors import InputError
-from l2ul.common.files import atomic, require_writable
-from l2ul.methods import registry
-from l2ul.reporting import collect, layout, metric_tables, missing, rows, summary
-from l2ul.reporting import figure_set as main_figures
-import models
-from models import checkpoint, zoo
+from l2ul.cli import exit_codes
+from l2ul.cli.parser import Parser, nonnegative_int, positive_int
+from l2ul.common.choices import DEVICES
+from l2ul.reporting import FIGURES
 
 PROGRAM = "main_tables.py"
 
@@ -29,110 +24,90 @@ def main() -> None:
     make(parse())
 
 
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__.split("\n")[0], prog=PROGRAM)
+    add = parser.add_argument
+    folders = "folders with a folder runs, in them or in their subfolders (default: result_data)"
+    add("--result-dir", type=Path, nargs="+", default=[Path("result_data")], metavar="PATH", help=folders)
+    output = "folder for table.md, table.csv and table.tex (default: tables in the first --result-dir)"
+    add("--output", type=Path, metavar="PATH", help=output)
+    group = parser.add_argument_group("selection (default: all runs); selected runs without a record count as missing")
+    add = group.add_argument
+    add("--dataset", nargs="+", metavar="NAME", help="data sets")
+    add("--method", nargs="+", metavar="NAME", help="methods")
+    add("--unlearn-k", type=positive_int, nargs="+", metavar="K", help="numbers of images to forget")
+    add("--seed", type=nonnegative_int, nargs="+", metavar="N", help="seeds")
+    group = parser.add_argument_group("figures (--figures: all of them, or the given numbers)")
+    add = group.add_argument
+    names = "; ".join(f"{number}: {name.replace('_', ' ')}" for number, name in FIGURES.items())
+    add("--figures", type=int, choices=sorted(FIGURES), nargs="*", metavar="N", help=names)
+    add("--data-dir", type=Path, default=Path("data"), metavar="FOLDER", help="data and weights for figures 2 to 5")
+    weights = "original weights for figures 2, 4 and 5 (default: the file that main_unlearn.py finds)"
+    add("--checkpoint", metavar="FILE", help=weights)
+    add("--device", choices=DEVICES, help="device for figures 2, 4 and 5 (default: the best available one)")
+    add("--figure-k", type=positive_int, metavar="K", help="size of the D_f shown (default: the largest)")
+    add("--figure-seed", type=nonnegative_int, metavar="N", help="seed of the D_f shown (default: the smallest)")
+    methods = "methods of figures 3 to 5 (default: up to four that have the inputs)"
+    add("--figure-method", nargs="+", metavar="NAME", help=methods)
+    samples = "images of D_r and of D_test in figures 4 and 5 (default: 500)"
+    add("--figure-samples", type=positive_int, default=500, metavar="N", help=samples)
+    return parser.parse_args(argv)
+
+
 def make(opts: argparse.Namespace) -> None:
-    """Write the tables, and the figures asked for, and print what the Markdown one says."""
-    records, problems = collect.read(opts.result_dir)
-    wanted = summary.Wanted(opts.method, opts.unlearn_k, opts.seed)
-    blocks = choose(rows.blocks(records), opts.dataset, wanted)
-    frame = summary.summarise(blocks, wanted)
-    beside = metric_tables.summary(blocks, wanted)
-    sections = (
-        layout.markdown(frame, blocks),
-        metric_tables.markdown(beside),
-        missing_section(blocks, wanted),
-        problem_section(problems),
-    )
+    """Write the tables and the selected figures, and print the tables as Markdown."""
+    # imported here because these modules import torch, which takes longer than --help may
+    from l2ul.reporting import missing, read_records, render, rows, summary
+
+    records, problems = read_records.read(opts.result_dir)
+    selection = summary.Selection(opts.method, opts.unlearn_k, opts.seed)
+    blocks = summary.select(rows.blocks(records), opts.dataset, selection)
+    numbers = summary.summarise(blocks, selection)
+    sections = [
+        render.markdown(numbers, blocks),
+        missing.section(blocks, selection),
+        read_records.problem_section(problems),
+    ]
     text = {
         "md": "\n".join(filter(None, sections)),
-        "csv": summary.to_csv(pd.concat([frame, beside]) if len(beside) else frame),
-        "tex": layout.latex(frame, blocks) + metric_tables.latex(beside),
+        "csv": summary.to_csv(numbers),
+        "tex": render.latex(numbers, blocks),
     }
     print(text["md"])
     output = opts.output or opts.result_dir[0] / "tables"
     paths = write(text, output)
     if opts.figures is not None:
-        drawn = [record for block in blocks for record in block.records if wanted.has(record)]
-        paths += main_figures.draw(opts, drawn, output)
+        shown = [record for block in blocks for record in block.records if selection.has(record)]
+        paths += draw(opts, shown, output)
     print("files:", *paths)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = options.Parser(__doc__.split("\n")[0], prog=PROGRAM)
-    parser.add_argument(
-        "--result-dir",
-        help="folders with runs in them, or else in their subfolders (default: result_data)",
-        type=Path,
-        nargs="+",
-        default=[Path(missing.DEFAULT_RESULT_DIR)],
-        metavar="PATH",
-    )
-    parser.add_argument(
-        "--output",
-        help="where table.md, table.csv and table.tex go (default: tables in the first --result-dir)",
-        type=Path,
-        metavar="PATH",
-    )
-    group = parser.add_argument_group("of which runs (default: all); what is given is expected to be there")
-    group.add_argument("--dataset", help="data sets", nargs="+", metavar="NAME")
-    group.add_argument("--method", help="methods", nargs="+", metavar="NAME")
-    group.add_argument("--unlearn-k", help="images to forget", type=options.positive_int, nargs="+", metavar="K")
-    group.add_argument("--seed", help="seeds", type=options.nonnegative_int, nargs="+", metavar="N")
-    main_figures.add_flags(parser)
-    return parser.parse_args(argv)
-
-
-def choose(blocks: list[rows.Block], datasets: list[str] | None, wanted: summary.Wanted) -> list[rows.Block]:
-    """The blocks of the data sets asked for; InputError for a data set or a method that is not there at all."""
-    there = sorted({block.dataset for block in blocks})
-    for name in datasets or ():
-        if name not in there:
-            raise InputError(f"there is no record of data set {name!r}; expected one of {', '.join(there) or 'none'}")
-    recorded = {record["method"] for block in blocks for record in block.records}
-    for name in wanted.method or ():
-        if name not in recorded:
-            registry.get(name)
-    return [block for block in blocks if not datasets or block.dataset in datasets]
-
-
-def implied(block: rows.Block) -> dict[str, set]:
-    """What main_unlearn.py takes without a flag: weights that it finds itself, the family's statistics, a size."""
-    family = models.OWN.get(block.model, zoo)
-    statistics = {name: {" ".join(f"{value:g}" for value in getattr(family, name.upper()))} for name in ("mean", "std")}
-    label = f"{block.dataset}_{block.age_grouping}" if block.age_grouping else block.dataset
-    found = {path.name for path in checkpoint.candidates(label, block.model, Path())}
-    return statistics | {"checkpoint": found, "image_size": {128 if block.age_grouping else 224}}
-
-
-def missing_section(blocks: list[rows.Block], wanted: summary.Wanted) -> str:
-    """Every run that no record is of, and the commands that would do these."""
-    cells, lines, files = [], [], []
-    for block in blocks:
-        absent = missing.find(block, wanted)
-        cells += missing.describe(block, absent)
-        needed = missing.commands(block, absent, implied)
-        lines += needed
-        files += filter(None, [missing.weights_note(block, needed)])
-    if not cells:
-        return ""
-    listed = "\n".join(f"- {line}" for line in cells)
-    notes = "".join(f"\n{note}\n" for note in dict.fromkeys(files))
-    commands = "\n".join(lines)
-    return f"## Missing: no record yet\n\n{listed}\n\nTo fill them:\n\n```bash\n{commands}\n```\n{notes}"
-
-
-def problem_section(problems: list[str]) -> str:
-    listed = "\n".join(f"- {line}" for line in problems)
-    return f"## Problems: files that are not in the tables\n\n{listed}\n" if problems else ""
-
-
 def write(text: dict[str, str], folder: Path) -> list[Path]:
-    """The tables as files, each whole."""
+    """Write the tables, one file for each suffix."""
+    from l2ul.common.files import atomic, require_writable
+
     require_writable(folder)
-    paths = [folder / f"table.{kind}" for kind in text]
+    paths = [folder / f"table.{suffix}" for suffix in text]
     for path, content in zip(paths, text.values(), strict=True):
         with atomic(path) as part:
             part.write_text(content, encoding="utf-8")
     return paths
+
+
+def draw(opts: argparse.Namespace, records: list[dict[str, object]], folder: Path) -> list[Path]:
+    """Draw the figures that the options select."""
+    from l2ul.reporting import figure_set
+
+    inputs = figure_set.FigureOptions(
+        data_dir=opts.data_dir,
+        checkpoint=opts.checkpoint,
+        device=opts.device,
+        k=opts.figure_k,
+        seed=opts.figure_seed,
+        methods=opts.figure_method,
+        samples=opts.figure_samples,
+    )
+    return figure_set.draw(records, opts.figures or FIGURES, folder, inputs)
 
 
 if __name__ == "__main__":

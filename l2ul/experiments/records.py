@@ -1,35 +1,284 @@
-"""One file a finished run, whole or absent, and the table made from them: no other state is kept."""
+"""Records: one JSON file for each finished run, with the schema of its keys.
 
+`SCHEMA` is the only place that says what a key of a record means, which type it has, and whether it is a setting, a
+result or a fact about the machine. Checking, the rows of the tables, the commands for missing runs and the page
+docs/records-and-tables.md are derived from it. This module does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import csv
+from dataclasses import dataclass
 import hashlib
 import json
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
-from torch import Tensor
 
+from l2ul.common.choices import GOALS
 from l2ul.common.files import atomic
+from l2ul.experiments import defaults
+from l2ul.metrics import columns
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+Record = dict[str, object]
 
 FORGOTTEN, CAP, DONE, DIVERGED, FAILED = STATUSES = ("forgotten", "cap", "done", "diverged", "failed")
-KEYS = (  # of every record, first and in this order: tables and other people's tools rely on them
-    *("dataset", "model", "checkpoint_sha256", "method", "needs_retain", "goal", "k", "seed", "continual_step"),
-    *("status", "steps", "acc_forget", "acc_retain", "acc_test"),
-    *("acc_forget_before", "acc_retain_before", "acc_test_before"),
-    *("seconds_attack", "seconds_importance", "seconds_unlearn", "seconds_evaluate", "peak_memory_mib", "device"),
-)
-NOT_FORGOTTEN = (CAP, DIVERGED, FAILED)  # what the table points at
-MEASURED = ("acc_forget", "acc_relabel", "acc_forget_earlier", "acc_retain", "acc_test", "steps")
-SPECIAL = {"acc_relabel": "relabelled %", "acc_forget_earlier": "earlier D_f %"}  # shown where there are any
+
+ROLES = {
+    "subject": "what the run is about; each combination is a cell of a table",
+    "setting": "how the run was done; other values make a row of their own",
+    "result": "what came out of the run",
+    "cost": "what the run took",
+    "machine": "where the run was done; it decides no result",
+    "provenance": "where the inputs came from; it decides no result",
+}
+SUBJECT, SETTING, RESULT, COST, MACHINE, PROVENANCE = ROLES
+
+TYPES = {  # type of a value: how messages name it, and how a value is checked
+    "text": ("text", lambda value: isinstance(value, str)),
+    "integer": ("an integer", lambda value: type(value) is int),
+    "number": ("a number", lambda value: type(value) is not bool and _is_number(value)),
+    "percent": ("a percentage from 0 to 100", lambda value: TYPES["number"][1](value) and 0 <= value <= 100),
+    "boolean": ("true or false", lambda value: type(value) is bool),
+    "numbers": ("text that holds numbers separated by spaces", lambda value: _are_numbers(value)),
+    "any": ("a single value", lambda value: isinstance(value, str) or _is_number(value)),
+}
 
 
-def run_id(settings: dict[str, object]) -> str:
-    """Sixteen hex digits from everything that decides a run's result, whatever the order of the keys."""
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _are_numbers(value: object) -> bool:
+    try:
+        return all(math.isfinite(float(word)) for word in value.split())
+    except (AttributeError, ValueError):
+        return False
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a record.
+
+    Args:
+        name: the key.
+        role: one of ROLES, or None for a key that the schema does not know.
+        type: one of TYPES.
+        doc: one line of documentation.
+        null: whether the value may be null.
+        required: whether every record has the key.
+        least: smallest value allowed.
+        choices: all values allowed.
+        default: value that applies to records without the key, and to commands without the flag.
+        flag: whether main_unlearn.py has a flag with the name of the key.
+    """
+
+    name: str
+    role: str | None
+    type: str
+    doc: str
+    null: bool = False
+    required: bool = False
+    least: float | None = None
+    choices: tuple[str, ...] | None = None
+    default: object = None
+    flag: bool = False
+
+    def accepts(self, value: object) -> bool:
+        if value is None:
+            return self.null
+        if not TYPES[self.type][1](value):
+            return False
+        return (self.choices is None or value in self.choices) and (self.least is None or value >= self.least)
+
+    @property
+    def expected(self) -> str:
+        """The values that `accepts` accepts, in words."""
+        text = f"one of {', '.join(self.choices)}" if self.choices else TYPES[self.type][0]
+        return f"{text}{'' if self.least is None else f' of at least {self.least:g}'}{' or null' if self.null else ''}"
+
+    def default_for(self, dataset: str) -> object:
+        """Return the default for a data set, None where there is none."""
+        return defaults.default(dataset, self.name) if self.name in defaults.COMMON_DEFAULTS else self.default
+
+
+def _hyper_parameters() -> Iterator[Key]:
+    for name, value in defaults.COMMON_DEFAULTS.items():
+        if name not in ("model", "unlearn_k"):
+            kind = {int: "integer", float: "number", str: "text"}[type(value)]
+            yield Key(name, SETTING, kind, "", null=True, flag=True)
+
+
+def _results() -> Iterator[Key]:
+    for column in columns.COLUMNS.values():
+        if column.key not in ("acc_forget", "acc_retain", "acc_test"):  # which are required and stand above
+            kind = "percent" if column.key.startswith("acc_") else "number"
+            yield Key(column.key, RESULT, kind, column.legend, null=True)
+
+
+_HASH = "hex SHA-256"
+SCHEMA: dict[str, Key] = {
+    key.name: key
+    for key in (
+        Key("dataset", SUBJECT, "text", "data set", required=True),
+        Key("model", SUBJECT, "text", "model, as --model names it", required=True),
+        Key("checkpoint_sha256", SETTING, "text", f"{_HASH} of the original weights", null=True, required=True),
+        Key("method", SUBJECT, "text", "unlearning method", required=True),
+        Key("needs_retain", SUBJECT, "boolean", "whether the method trains on D_r", null=True, required=True),
+        Key("goal", SUBJECT, "text", "what forgetting means", required=True, choices=GOALS),
+        Key("k", SUBJECT, "integer", "images forgotten once the run is done", required=True, least=1),
+        Key("seed", SUBJECT, "integer", "seed of the choice of D_f, the attack and the loop", required=True, least=0),
+        Key(
+            "continual_step",
+            SUBJECT,
+            "integer",
+            "number of the step in a continual run, null in other runs",
+            null=True,
+            required=True,
+            least=1,
+        ),
+        Key(
+            "status",
+            RESULT,
+            "text",
+            "how the run ended: all of D_f forgotten, cap on passes reached, method of fixed length done, loss not "
+            "finite, or error",
+            required=True,
+            choices=STATUSES,
+        ),
+        Key("steps", RESULT, "integer", "optimizer steps taken", required=True, least=0),
+        *(
+            Key(name, RESULT, "percent", columns.get(name).legend, null=True, required=True)
+            for name in ("acc_forget", "acc_retain", "acc_test")
+        ),
+        *(
+            Key(f"{name}_before", RESULT, "percent", f"{name} of the original model", null=True, required=True)
+            for name in ("acc_forget", "acc_retain", "acc_test")
+        ),
+        *(
+            Key(f"seconds_{phase}", COST, "number", f"seconds for {doc}", null=True, required=True, least=0)
+            for phase, doc in {
+                "attack": "the adversarial examples",
+                "importance": "the weight importance",
+                "unlearn": "the unlearning loop",
+                "evaluate": "the accuracies",
+            }.items()
+        ),
+        Key("peak_memory_mib", COST, "number", "peak memory in MiB", null=True, required=True, least=0),
+        Key("device", MACHINE, "text", "device", null=True, required=True),
+        *_hyper_parameters(),
+        Key("course", SETTING, "text", "settings of a method of fixed length, as NAME=VALUE", null=True),
+        Key("mean", SETTING, "numbers", "mean of each input channel", null=True, flag=True),
+        Key("std", SETTING, "numbers", "standard deviation of each input channel", null=True, flag=True),
+        Key("num_train", SETTING, "integer", "images in the training set", null=True, least=1),
+        Key("num_test", SETTING, "integer", "images in the test set", null=True, least=1),
+        Key("train_sha256", SETTING, "text", f"{_HASH} of the training images, if they are known", null=True),
+        Key("image_size", SETTING, "integer", "side of the input images in pixels", null=True, least=1, flag=True),
+        Key("age_grouping", SUBJECT, "text", "age groups of UTKFace", null=True),
+        Key("split_seed", SETTING, "integer", "seed of the split of UTKFace", null=True, least=0, default=0, flag=True),
+        Key("decoder", SETTING, "text", "decoder of images on disk", default="cpu", flag=True),
+        Key("forget_dir", SETTING, "text", "name of the folder of --forget-dir", null=True, flag=True),
+        Key("forget_sha256", SUBJECT, "text", f"{_HASH} of D_f", null=True),
+        Key("continual_size", SUBJECT, "integer", "images per step of a continual run", null=True, least=1),
+        Key(
+            "retain_sample",
+            SETTING,
+            "integer",
+            "training images that acc_retain is measured on, null for all",
+            null=True,
+            least=1,
+            flag=True,
+        ),
+        Key("method_version", SETTING, "integer", "version of the built-in methods", null=True),
+        Key("method_code", SETTING, "text", f"{_HASH} of the source code of your own method", null=True),
+        Key("method_settings", PROVENANCE, "text", "names of the keys that are settings of your own method", null=True),
+        *_results(),
+        Key("acc_forget_earlier_before", RESULT, "percent", "acc_forget_earlier of the original model", null=True),
+        Key("acc_retain_low", RESULT, "percent", "lower end of the 95 % interval of a sampled acc_retain", null=True),
+        Key("acc_retain_high", RESULT, "percent", "upper end of the 95 % interval of a sampled acc_retain", null=True),
+        Key("retain_measured", RESULT, "integer", "images of D_r that acc_retain is measured on", null=True, least=0),
+        Key("adv_success", RESULT, "percent", "adversarial examples predicted as their target", null=True),
+        Key("adv_success_exact", RESULT, "percent", "adv_success without rounding, in older records", null=True),
+        Key("error", RESULT, "text", "last lines of the error message of a failed run", null=True),
+        Key("attack_batch_size", MACHINE, "integer", "adversarial examples computed at once", null=True, least=1),
+        Key("test_batch_size", MACHINE, "integer", "images per batch when measuring", null=True, least=1),
+        Key("python", MACHINE, "text", "version of Python", null=True),
+        Key("torch", MACHINE, "text", "version of PyTorch", null=True),
+        Key("torchvision", MACHINE, "text", "version of torchvision", null=True),
+        Key("checkpoint", PROVENANCE, "text", "name of the file of the original weights", null=True),
+        Key("retrained_sha256", PROVENANCE, "text", f"{_HASH} of the weights of the retrained model", null=True),
+        Key("references_sha256", PROVENANCE, "text", f"{_HASH} of the hashes of the reference models", null=True),
+    )
+}
+KEYS = tuple(key.name for key in SCHEMA.values() if key.required)  # first in every record, in this order
+IDENTITY = tuple(key.name for key in SCHEMA.values() if key.role == SUBJECT)
+NOT_FORGOTTEN = (CAP, DIVERGED, FAILED)
+ACCURACIES = ("acc_forget", "acc_retain", "acc_test")  # null only where a run diverged or failed
+
+
+def lookup(name: str) -> Key:
+    """Return the schema of a key. A key that SCHEMA does not have is a result if its name says so, else role None."""
+    if name in SCHEMA:
+        return SCHEMA[name]
+    if name.startswith("acc_"):
+        return Key(name, RESULT, "percent", "your own metric, in percent", null=True)
+    if name.startswith("metric_"):
+        return Key(name, RESULT, "number", "your own metric", null=True)
+    return Key(name, None, "any", "", null=True)
+
+
+def settings(record: Record) -> Record:
+    """Return the settings of a record. A key that neither SCHEMA nor the record's method declares is not a setting."""
+    own = (record.get("method_settings") or "").split()
+    return {name: value for name, value in record.items() if lookup(name).role == SETTING or name in own}
+
+
+def problems(record: object) -> Iterator[str]:
+    """Yield a sentence for each way in which parsed JSON breaks the schema; nothing for a valid record."""
+    if not isinstance(record, dict):
+        yield "is not a record, which is a JSON object"
+        return
+    absent = [name for name in KEYS if name not in record]
+    if absent:
+        yield f"is incomplete: it lacks {', '.join(absent[:3])}{' and more' if len(absent) > 3 else ''}"
+        return
+    for name, value in record.items():
+        if not lookup(name).accepts(value):
+            yield f"{name} is {json.dumps(value)}; expected {lookup(name).expected}"
+    for name in ACCURACIES:
+        if record[name] is None and record["status"] not in (DIVERGED, FAILED):
+            yield f"{name} is null but status is {record['status']}; expected a percentage"
+
+
+def schema_table() -> str:
+    """Return the schema as a Markdown table, for docs/records-and-tables.md."""
+    lines = ["| Key | Role | Type | Meaning |", "|:--|:--|:--|:--|"]
+    for each in SCHEMA.values():
+        kind = f"{each.type}{' or null' if each.null else ''}"
+        choices = f": {', '.join(f'`{choice}`' for choice in each.choices)}" if each.choices else ""
+        lines.append(f"| `{each.name}` | {each.role} | {kind} | {each.doc}{choices} |")
+    return "\n".join(lines) + "\n"
+
+
+def run_id(settings: Record) -> str:
+    """Return 16 hex digits that depend on every setting of a run, not on the order of the keys."""
     text = json.dumps(settings, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class RunFiles:
-    """The files of one run below `<result_dir>`: runs/<id>.json, .txt, .npz and .csv, and models/<id>…"""
+    """The files of a run: `runs/<id>.json`, `.txt`, `.npz` and `.csv`, and `models/<id>…`, in `result_dir`.
+
+    The `.json` is the record, the `.txt` names the images of D_f, the `.npz` holds predicted classes before and after,
+    and the `.csv` holds the loss terms of each step.
+    """
 
     def __init__(self, result_dir: Path, identity: str, model_suffix: str = ".safetensors"):
         self.identity = identity
@@ -37,52 +286,62 @@ class RunFiles:
         self.state = self.record.with_suffix(".state.pt")  # of an unfinished loop
         self.model = Path(result_dir) / "models" / f"{identity}{model_suffix}"
 
-    def read(self) -> dict[str, object] | None:
-        """The finished run's record; None where there is none, it is damaged, or it says that the run failed."""
+    def read(self) -> Record | None:
+        """Return the record of the finished run, or None if it is absent, damaged, or of a run that failed."""
         record = read(self.record)
         return None if record is None or record.get("status") == FAILED else record
 
     def write(
         self,
-        record: dict[str, object],
+        record: Record,
         forget: list[str],
         predictions: dict[str, Tensor],
         curve: list[dict[str, float]],
     ) -> None:
-        """Everything of a finished run, `forget` being what tells the images of D_f.
+        """Write all files of a finished run. The record is written last: where it exists, the others do too.
 
-        The record comes last, so where it is, the rest is too.
+        Args:
+            record: the record. It must not hold NaN or infinity.
+            forget: a name or index for each image of D_f.
+            predictions: classes, or indices, as integer tensors (N,).
+            curve: the loss terms of each step.
+
+        Raises:
+            ValueError: if the record holds a number that is not finite.
         """
         with atomic(self.record.with_suffix(".txt")) as part:
             part.write_text("".join(f"{name}\n" for name in forget))
         with atomic(self.record.with_suffix(".npz")) as part, open(part, "wb") as file:
             np.savez_compressed(file, **{name: _small(classes) for name, classes in predictions.items()})
-        with atomic(self.record.with_suffix(".csv")) as part:
-            pd.DataFrame(curve, columns=list(curve[0]) if curve else ["step"]).to_csv(part, index=False)
+        with atomic(self.record.with_suffix(".csv")) as part, open(part, "w", newline="") as file:
+            names = list(curve[0]) if curve else ["step"]
+            writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({name: "" if value != value else value for name, value in row.items()} for row in curve)
         self.rewrite(record)
 
-    def rewrite(self, record: dict[str, object]) -> None:
-        """The record alone: what stands beside it stays."""
-        ordered = {key: record[key] for key in KEYS} | record
+    def rewrite(self, record: Record) -> None:
+        """Write the record and keep the other files."""
+        ordered = {name: record[name] for name in KEYS} | record
         with atomic(self.record) as part:
             part.write_text(json.dumps(ordered, indent=1, allow_nan=False) + "\n")
 
 
-def failure(settings: dict[str, object], metrics: list[str], error: str) -> dict[str, object]:
-    """The record of a run that ended without a result: nothing was measured, and `error` says why."""
+def failure(settings: Record, metrics: list[str], error: str) -> Record:
+    """Return the record of a run that ended with an error: no metrics, and the message under `error`."""
     unknown = dict.fromkeys((*KEYS, *metrics))
-    phases = {key: 0.0 for key in KEYS if key.startswith("seconds_")}
+    phases = {name: 0.0 for name in KEYS if name.startswith("seconds_")}
     return unknown | settings | phases | {"status": FAILED, "steps": 0, "error": error}
 
 
 def _small(classes: Tensor) -> np.ndarray:
-    """Classes, or indices, in as few bytes as hold them."""
+    """Return nonnegative integers as an array of the smallest type that holds them."""
     values = classes.cpu().numpy()
     return values.astype(np.min_scalar_type(int(values.max(initial=0))))
 
 
-def read(path: Path) -> dict[str, object] | None:
-    """A record; None where the file is missing or is not one."""
+def read(path: Path) -> Record | None:
+    """Read a record without checking it; return None if the file is absent or holds something else."""
     try:
         record = json.loads(Path(path).read_text())
     except (OSError, ValueError):
@@ -90,23 +349,28 @@ def read(path: Path) -> dict[str, object] | None:
     return record if isinstance(record, dict) and "method" in record else None
 
 
-def table(records: list[dict[str, object]]) -> pd.DataFrame:
-    """A row for each method and k, in the order given: mean (± standard deviation over seeds) of what was measured.
+def table(records: list[Record]) -> pd.DataFrame:
+    """Return a row for each method and k, in the given order: mean (± standard deviation over seeds) of each metric.
 
-    Runs that diverged or failed have no accuracies and are left out of the means of those, not of steps and seconds;
-    a column counts every run that did not forget.
+    Means leave out runs without accuracies, which diverged or failed. The column `not forgotten` counts the runs that
+    did not forget all of D_f.
     """
-    rows = []
-    frame = pd.DataFrame(records)
-    measured = [name for name in MEASURED if name in frame and (frame[name].notna().any() or name not in SPECIAL)]
+    import pandas as pd  # slow to import, and not needed to read or write a record
+
+    rows, frame = [], pd.DataFrame(records)
+    shown = [
+        column
+        for column in columns.of_table("accuracy")
+        if column.key in frame and (column.key in ACCURACIES or frame[column.key].notna().any())
+    ]
     for (method, k), runs in frame.groupby(["method", "k"], sort=False):
-        row = {"method": method, "k": k} | {name: _mean(runs[name]) for name in measured}
+        row = {"method": method, "k": k} | {f"{column.heading} %": _mean(runs[column.key]) for column in shown}
+        row["steps"] = _mean(runs["steps"])
         row["seconds"] = _mean(runs.filter(like="seconds_").sum(axis=1))
         counts = runs["status"][runs["status"].isin(NOT_FORGOTTEN)].value_counts()
         row["not forgotten"] = ", ".join(f"{count} {status}" for status, count in counts.items())
         rows.append(row | {"runs": len(runs)})
-    names = {"acc_forget": "D_f %", "acc_retain": "D_r %", "acc_test": "D_test %"} | SPECIAL
-    return pd.DataFrame(rows).rename(columns=names)
+    return pd.DataFrame(rows)
 
 
 def _mean(values: pd.Series) -> str:

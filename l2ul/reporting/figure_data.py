@@ -1,4 +1,4 @@
-"""What figures show: which runs, the files beside these, and tables made from records and predictions."""
+"""Data of the figures: which runs they show, and tables made from records and from the predictions beside them."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -14,45 +14,39 @@ from torch import Tensor
 from l2ul.common import seeds
 from l2ul.common.errors import InputError
 from l2ul.experiments import records
-from l2ul.reporting import rows as variants
-from l2ul.reporting.rows import Record
+from l2ul.experiments.records import Record
+from l2ul.metrics import columns
+from l2ul.reporting.rows import place, settings
 
-ENDED = (records.FORGOTTEN, records.DONE, records.CAP)  # with accuracies
-MEASURED = ("acc_retain", "acc_test")
-FIRST = ("adv_imp", "adv", "oracle", "neggrad")  # the methods that a figure with room for a few shows
-SWEPT = {  # settings whose influence is shown, and the flag that sets each
-    "num_adv_images": "--num-adv-images",
-    "pgd_eps": "--pgd-eps",
-    "reg_lamb": "--reg-lamb",
-    "unlearn_lr": "--unlearn-lr",
+WITH_ACCURACIES = (records.FORGOTTEN, records.DONE, records.CAP)
+MEASURED = tuple(column.key for column in columns.of_table("accuracy") if column.compared)  # D_r and D_test
+PREFERRED = ("adv_imp", "adv", "oracle", "neggrad")  # methods of a figure that has room for a few
+SWEPT = {  # settings whose effect figure 6 shows: label of the axis, and whether it is logarithmic
+    "num_adv_images": ("examples per image, $N_{adv}$", True),
+    "pgd_eps": ("ε (L2, pixels in [0,1])", False),
+    "reg_lamb": ("weight of the penalty, λ", True),
+    "unlearn_lr": ("learning rate", True),
 }
-MOST_CLASSES = 20  # of a matrix; the others are put together
+MOST_CLASSES = 20  # in a matrix; the others are merged
 OTHER = "(other)"
 
 
-def plain(record: Record) -> Record:
-    """A copy as `variants` takes it: the record's `_path` not among the settings, nothing that it has added before."""
-    kept = {key: value for key, value in record.items() if key not in ("_path", "row", "differs")}
-    beside = {"forget_file": str(Path(record["_path"]).with_suffix(".txt"))}
-    return {"age_grouping": None, "continual_size": None} | kept | beside
-
-
 def path_of(run: Record, suffix: str) -> Path:
-    """A file beside the run's record."""
+    """Return the path of a file beside the record of a run."""
     return Path(run["forget_file"]).with_suffix(suffix)
 
 
-def saved_net(run: Record) -> Path:
-    """Where main_unlearn.py --save-model keeps the unlearned net: a file, of a Hugging Face net a folder."""
+def saved_model(run: Record) -> Path:
+    """Return the path that main_unlearn.py --save-model uses: a file, or a folder for a Hugging Face model."""
     record = path_of(run, ".json")
     suffix = "" if run["model"].startswith("hf:") else ".safetensors"
     return records.RunFiles(record.parent.parent, record.stem, suffix).model
 
 
 def usual(runs: Iterable[Record]) -> list[Record]:
-    """Of each method the runs of its plain row, or where it has none, of the row with most: one kind of settings.
+    """Return for each method the runs of one row: the one with usual settings, else the one with most runs.
 
-    The runs are those of a `variants.Block`, whose rows are named.
+    The runs are from a `rows.Block`.
     """
     runs, counts = list(runs), defaultdict(Counter)
     for run in runs:
@@ -65,26 +59,26 @@ def usual(runs: Iterable[Record]) -> list[Record]:
 
 
 def on_one_forget_set(runs: Iterable[Record], most: int | None = None) -> list[Record]:
-    """Of the usual runs those on one D_f, one a method: of the largest k, of the smallest seed with that.
+    """Return runs with usual settings on one D_f, one for each method: the largest k, and its smallest seed.
 
-    Where they are more than `most`, methods in FIRST are kept before others.
+    If they are more than `most`, methods in PREFERRED are kept before others.
     """
     runs = usual(runs)
     largest = max(run["k"] for run in runs)
     first = min((run for run in runs if run["k"] == largest), key=lambda run: run["seed"])
     keys = ("k", "seed", "forget_sha256", "checkpoint_sha256")
     by_method = {run["method"]: run for run in runs if all(run.get(key) == first.get(key) for key in keys)}
-    known = sorted(by_method, key=variants.place)
-    kept = sorted(known, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))[:most]
+    known = sorted(by_method, key=place)
+    kept = sorted(known, key=lambda name: PREFERRED.index(name) if name in PREFERRED else len(PREFERRED))[:most]
     return [by_method[name] for name in known if name in kept]
 
 
 def means(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """A row for each value of `by`: number of runs, mean and standard deviation of accuracies on D_r and D_test.
+    """Return a row for each value of `by`: number of runs, mean and standard deviation of the metrics in MEASURED.
 
-    Runs that forgot and runs that hit the cap (`capped`) have rows of their own; others, which diverged, have none.
+    Runs that stopped at the cap (`capped`) have rows of their own. Runs without accuracies are left out.
     """
-    ended = runs[runs["status"].isin(ENDED)]
+    ended = runs[runs["status"].isin(WITH_ACCURACIES)]
     ended = ended.assign(capped=ended["status"] == records.CAP).astype(dict.fromkeys(MEASURED, float))
     groups = ended.groupby([*by, "capped"], sort=False)
     table = groups.size().rename("runs").to_frame()
@@ -94,25 +88,28 @@ def means(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def _before(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row, as of `means`: what the original net gave for the same D_f."""
+    """Return one row like those of `means` with the accuracies of the original model."""
     row = {"method": "before", "capped": False, "runs": len(runs)}
     return pd.DataFrame([row | {name: runs[f"{name}_before"].mean() for name in MEASURED}])
 
 
 def accuracies(runs: Iterable[Record]) -> pd.DataFrame:
-    """`means` by method and k of the usual runs, and a row for the net before."""
+    """Return `means` by method and k of the runs with usual settings, and a row for the original model."""
     frame = pd.DataFrame([run for run in usual(runs) if run["method"] != "before"])
     table = means(frame, ["method", "k"]) if len(frame) else frame
     if not len(table):
-        raise InputError("no run of a method ended well; make some with main_unlearn.py")
+        raise InputError("no run of a method has accuracies; do more runs with main_unlearn.py")
     return pd.concat([table, _before(frame)], ignore_index=True)
 
 
 def ablations(runs: Iterable[Record], k: int | None = None) -> pd.DataFrame:
-    """`means` by setting, value and method, of runs that differ in one of SWEPT alone, and the net before.
+    """Return `means` by setting, value and method, of runs that differ in a single setting of SWEPT.
 
-    All are of one k: that of most values, of several the largest. Of each setting and method those runs are taken that
-    show most values of it with all else the same.
+    All runs have one k, the one with most values (the largest such k). For each setting and method, the runs are those
+    with most values of the setting and all other settings equal. Each setting has a row for the original model.
+
+    Raises:
+        InputError: if no runs differ in a single setting.
     """
     runs = [run for run in runs if run["method"] != "before" and k in (None, run["k"])]
     swept = {(setting, *key): same for setting in SWEPT for key, same in _sweeps(runs, setting).items()}
@@ -120,8 +117,8 @@ def ablations(runs: Iterable[Record], k: int | None = None) -> pd.DataFrame:
     for (setting, size, _), same in swept.items():
         sizes[size] += _values(same, setting)
     if not sizes:
-        flags = ", ".join(SWEPT.values())
-        raise InputError(f"no records differ in one setting alone; run main_unlearn.py with several values of {flags}")
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in SWEPT)
+        raise InputError(f"no records differ in a single setting; run main_unlearn.py with several values of {flags}")
     shown, tables = max(sizes, key=lambda size: (sizes[size], size)), []
     for setting in SWEPT:
         same = [run for (name, size, _), group in swept.items() if (name, size) == (setting, shown) for run in group]
@@ -133,12 +130,11 @@ def ablations(runs: Iterable[Record], k: int | None = None) -> pd.DataFrame:
 
 
 def _sweeps(runs: list[Record], setting: str) -> dict[tuple[int, str], list[Record]]:
-    """By k and method: runs of several values of a setting, and the same of every other; those of most values."""
+    """Return, by k and method, the runs with most values of a setting that agree in all other settings."""
     alike = defaultdict(list)
     for run in runs:
-        if run.get(setting) is not None and run["status"] in ENDED:
-            given = variants.settings(run)
-            others = {name: value for name, value in given.items() if name not in (setting, "row", "differs")}
+        if run.get(setting) is not None and run["status"] in WITH_ACCURACIES:
+            others = {name: value for name, value in settings(run).items() if name != setting}
             alike[run["k"], run["method"], json.dumps(others, sort_keys=True)].append(run)
     most = defaultdict(list)
     for (size, method, _), same in alike.items():
@@ -150,18 +146,23 @@ def _values(runs: list[Record], setting: str) -> int:
     return len({run[setting] for run in runs})
 
 
-def crossings(labels: np.ndarray, called: dict[str, np.ndarray], names: list[str]) -> dict[str, pd.DataFrame]:
-    """A matrix of counts for each entry of `called`: true classes (rows) by the classes the images are called.
+def confusion_matrices(
+    labels: np.ndarray, predicted: dict[str, np.ndarray], names: list[str]
+) -> dict[str, pd.DataFrame]:
+    """Return a matrix of counts for each entry of `predicted`: true classes (rows) by predicted classes (columns).
 
-    labels (k,) are classes, each entry of `called` (k · n,) with the n classes of the first image first. Of more than
-    MOST_CLASSES classes, those that occur most keep their rows and columns, the others share one.
+    Args:
+        labels: true classes (k,).
+        predicted: arrays (k · n,) of n classes for each image, those of the first image first.
+        names: names of all classes. If there are more than MOST_CLASSES, the most frequent ones keep their rows and
+            columns and the others are merged.
     """
-    shares = sum(np.bincount(classes, minlength=len(names)) / len(classes) for classes in called.values())
+    shares = sum(np.bincount(classes, minlength=len(names)) / len(classes) for classes in predicted.values())
     rows, columns = _most(np.bincount(labels, minlength=len(names))), _most(shares)
     index = _headings(rows, labels, names)
-    heads = _headings(columns, np.concatenate(list(called.values())), names)
+    heads = _headings(columns, np.concatenate(list(predicted.values())), names)
     matrices = {}
-    for name, classes in called.items():
+    for name, classes in predicted.items():
         old = np.repeat(labels, len(classes) // len(labels))
         table = pd.crosstab(_named(old, rows, names), _named(classes, columns, names))
         matrices[name] = table.reindex(index=index, columns=heads, fill_value=0)
@@ -169,7 +170,7 @@ def crossings(labels: np.ndarray, called: dict[str, np.ndarray], names: list[str
 
 
 def counts(matrices: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """The cells of `crossings`, a row each."""
+    """Return the cells of `confusion_matrices`, one per row."""
     cells = [
         matrix.rename_axis(index="label", columns="called").stack().rename("count").reset_index().assign(panel=panel)
         for panel, matrix in matrices.items()
@@ -178,7 +179,7 @@ def counts(matrices: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _most(weights: np.ndarray) -> list[int]:
-    """All classes if they are few, else those with the highest weights, in their order."""
+    """Return all classes, or those with the MOST_CLASSES highest weights, in ascending order."""
     if len(weights) <= MOST_CLASSES:
         return list(range(len(weights)))
     return sorted(c for c in np.argsort(-weights, kind="stable")[:MOST_CLASSES].tolist() if weights[c])
@@ -193,23 +194,26 @@ def _named(classes: np.ndarray, kept: list[int], names: list[str]) -> np.ndarray
     return np.array([names[c] if c in kept else OTHER for c in classes.tolist()], dtype=object)
 
 
-def told_apart(classes: np.ndarray, forget: np.ndarray, names: list[str]) -> np.ndarray:
-    """The names of classes that get a colour: all of up to ten, else the eight most frequent in D_f; "" for others."""
+def coloured_classes(classes: np.ndarray, forget: np.ndarray, names: list[str]) -> np.ndarray:
+    """Return the class name of each image, "" for classes without a colour of their own.
+
+    All classes have a colour if they are at most ten, else the eight that are most frequent in D_f.
+    """
     counts = np.bincount(forget, minlength=len(names))
     kept = range(len(names)) if len(names) <= 10 else [c for c in np.argsort(-counts, kind="stable")[:8] if counts[c]]
     return np.array([names[c] if c in kept else "" for c in classes.tolist()], dtype=object)
 
 
 def predictions(path: Path) -> dict[str, np.ndarray]:
-    """The classes that a run's .npz holds."""
+    """Read the predicted classes in the .npz file of a run."""
     try:
         with np.load(path) as kept:
             return {name: classes.astype(np.int64) for name, classes in kept.items()}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is damaged ({error}); do its run again with --rerun") from None
+        raise InputError(f"{path} is damaged ({error}); repeat its run with --rerun") from None
 
 
 def sample(among: Tensor, count: int, seed: int, purpose: str) -> Tensor:
-    """At most `count` of these indices, drawn under the seed, in the order they stand."""
+    """Return at most `count` of the indices, drawn with the seed, in their original order."""
     drawn = seeds.stream(seed, purpose).permutation(len(among))[:count]
     return among[torch.from_numpy(drawn).sort().values]

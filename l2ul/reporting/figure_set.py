@@ -1,17 +1,11 @@
-"""The figures of main_tables.py --figures: from records, and from the predictions and saved nets beside them.
+"""Draw all figures of a data set, model and goal. Data and models are loaded when a figure needs them.
 
-    python main_tables.py --figures                      # all six, where what they need is there
-    python main_tables.py --figures 1 6                  # accuracies, which need records alone
-    python main_tables.py --figures 4 5 --figure-k 16    # of nets that main_unlearn.py kept with --save-model
-
-Each is a PNG, a PDF and a CSV of the numbers shown. What cannot be drawn is told in a sentence; the others are drawn.
+Figures 1 and 6 need records alone. Figure 3 needs the predictions beside the records, and figures 2 to 5 the data set.
+Figures 4 and 5 need unlearned models that main_unlearn.py saved with --save-model.
 """
 
-import l2ul  # noqa: F401  # isort: skip  # first: it sets the environment before torch is imported
-
-import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 import functools
 import itertools
 from pathlib import Path
@@ -22,7 +16,6 @@ import pandas as pd
 import torch
 
 from l2ul import attack
-from l2ul.cli import options
 from l2ul.common import device as device_module
 from l2ul.common import precision as precisions
 from l2ul.common.errors import InputError
@@ -30,139 +23,170 @@ from l2ul.common.files import file_sha256
 from l2ul.common.progress import progress_bar
 from l2ul.data import datasets, storage
 from l2ul.data import images as image_sets
+from l2ul.experiments.records import Record
 from l2ul.metrics import accuracy, features
-from l2ul.reporting import figure_data, figures, rows
-from l2ul.reporting.rows import Record
+from l2ul.reporting import FIGURES, figure_data, figures, rows
 import models
 from models import checkpoint
 
-Drawn = tuple[Figure, pd.DataFrame]
-MOST_METHODS = 4  # side by side, unless methods are named
+Drawn = tuple[Figure, pd.DataFrame]  # a figure and the numbers that it shows
+Report = Callable[[str], object]
+MOST_METHODS = 4  # in figures 3 to 5, unless methods are named
 SHOWN_IMAGES, SHOWN_EXAMPLES = 4, 3  # of figure 2
-DATA_KEYS = ("image_size", "age_grouping", "split_seed")  # of a record: what its data set was loaded with
+DATA_KEYS = ("image_size", "age_grouping", "split_seed")  # keys of a record that its data set is loaded with
 
 
-def add_flags(parser: options.Parser) -> None:
-    """The flags that `draw` reads."""
-    group = parser.add_argument_group("figures (--figures: all, or the numbers given)")
-    add = group.add_argument
-    add(
-        "--figures",
-        type=int,
-        choices=sorted(FIGURES),
-        nargs="*",
-        metavar="N",
-        help="; ".join(f"{number}: {name.replace('_', ' ')}" for number, (name, _) in FIGURES.items()),
-    )
-    add("--data-dir", type=Path, default=Path("data"), metavar="FOLDER", help="data and weights, for 2 to 5")
-    add("--checkpoint", metavar="FILE", help="the original weights, for 2, 4 and 5 (default: as main_unlearn.py)")
-    add("--device", choices=("cuda", "mps", "cpu"), help="where to compute (default: the best there is)")
-    add("--figure-k", type=options.positive_int, metavar="K", help="size of the D_f shown (default: the largest)")
-    add("--figure-seed", type=options.nonnegative_int, metavar="N", help="seed of it (default: the smallest)")
-    those = f"methods shown in 3 to 5 (default: those that have what is needed, at most {MOST_METHODS})"
-    add("--figure-method", nargs="+", metavar="NAME", help=those)
-    samples = "images of D_r and of D_test in 4 and 5 (default: 500)"
-    add("--figure-samples", type=options.positive_int, default=500, metavar="N", help=samples)
+@dataclass(frozen=True)
+class FigureOptions:
+    """Inputs of the figures, and the runs that figures 2 to 5 show.
 
-
-def draw(opts: argparse.Namespace, found: list[Record], output_dir: Path) -> list[Path]:
-    """Draw what `opts.figures` names (empty: all) from records with the path of each in `_path`; returns the files.
-
-    A set of figures for each data set, net and goal, named after them. Runs of a continual deletion are left out.
+    Args:
+        data_dir: folder with data sets and weights.
+        checkpoint: original weights, by default the file that main_unlearn.py finds.
+        device: "cuda", "mps" or "cpu", by default the best available one.
+        k: size of D_f, by default the largest recorded one.
+        seed: seed of D_f, by default the smallest recorded one.
+        methods: methods of figures 3 to 5, by default up to MOST_METHODS for which the inputs exist.
+        samples: images of D_r and of D_test in figures 4 and 5.
     """
-    if opts.figures is None:
-        return []
-    runs = [figure_data.plain(record) for record in found if record["continual_step"] is None]
+
+    data_dir: Path = Path("data")
+    checkpoint: str | None = None
+    device: str | None = None
+    k: int | None = None
+    seed: int | None = None
+    methods: list[str] | None = None
+    samples: int = 500
+
+
+def draw(
+    records: Iterable[Record],
+    numbers: Iterable[int],
+    output_dir: Path,
+    options: FigureOptions,
+    report: Report = print,
+) -> list[Path]:
+    """Draw figures for each data set, model and goal of the records. Runs of continual deletions are left out.
+
+    Args:
+        records: records from `read_records.read`.
+        numbers: which figures, keys of FIGURES.
+        output_dir: folder for a PNG, a PDF and a CSV of each figure.
+        options: inputs of the figures.
+        report: called with a sentence for each figure that cannot be drawn, or not completely.
+
+    Returns:
+        The paths of the files.
+    """
     paths = []
-    for block in rows.blocks(runs):
-        subject = Subject(opts, block)
-        for number in sorted(set(opts.figures or FIGURES)):
-            name, make = FIGURES[number]
+    for block in rows.blocks(record for record in records if record["continual_step"] is None):
+        subject = Subject(options, block, report)
+        for number in sorted(set(numbers)):
             try:
-                figure, numbers = make(subject)
+                figure, shown = DRAW[number](subject)
             except InputError as error:
-                print(f"{subject.name}: figure {number} was left out: {error}", flush=True)
+                report(f"{subject.name}: figure {number} was left out: {error}")
                 continue
-            paths += figures.save(figure, numbers, Path(output_dir) / f"{subject.name}_{number}_{name}")
+            paths += figures.save(figure, shown, Path(output_dir) / f"{subject.name}_{number}_{FIGURES[number]}")
     return paths
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a set of figures is about: runs of one data set, net and goal; data and nets are loaded when needed."""
+    """The runs of one data set, model and goal, with the data and models that figures need."""
 
-    opts: argparse.Namespace
+    options: FigureOptions
     block: rows.Block
+    report: Report = field(default=print)
 
     @property
     def name(self) -> str:
-        """How the names of the files begin."""
+        """Prefix of the file names."""
         block = self.block
         parts = [block.dataset, block.age_grouping, block.model, "relabel" if block.goal == "relabel" else None]
         return "_".join(part.replace(":", "_").replace("/", "_") for part in parts if part)
 
     @functools.cached_property
     def device(self) -> torch.device:
-        return device_module.choose_device(self.opts.device)
+        return device_module.choose_device(self.options.device)
 
     @functools.cached_property
     def images(self) -> image_sets.Images:
+        """The data set that the runs used."""
         run = self.block.records[0]
         chosen = {key: run[key] for key in DATA_KEYS if run.get(key) is not None}
-        images = datasets.load(run["dataset"], self.opts.data_dir, download=False, **chosen)
+        images = datasets.load(run["dataset"], self.options.data_dir, download=False, progress=progress_bar, **chosen)
         if run.get("num_train") not in (None, len(images.train)):
             raise InputError(
-                f"{run['dataset']} has {len(images.train)} training images, the records were made with "
-                f"{run['num_train']}; name the folder of those with --data-dir"
+                f"{run['dataset']} has {len(images.train)} training images, but the records are of a training set of "
+                f"{run['num_train']}; name the folder of that one with --data-dir"
             )
         return images
 
     def original(self, run: Record) -> models.Classifier:
-        """The net that the run began with."""
-        told = self.opts.checkpoint
-        usual = checkpoint.find(run["dataset"], run["model"], self.opts.data_dir)
-        files = [Path(path) for path in (told, usual) if path and Path(path).is_file()]
+        """Load the original model of a run."""
+        named = self.options.checkpoint
+        usual = checkpoint.find(run["dataset"], run["model"], self.options.data_dir)
+        files = [Path(path) for path in (named, usual) if path and Path(path).is_file()]
         same = (path for path in files if file_sha256(path) == run["checkpoint_sha256"])
         statistics = [[float(value) for value in (run.get(key) or "").split()] or None for key in ("mean", "std")]
-        net = models.load(run["model"], self.images.num_classes, next(same, told), *statistics).to(self.device)
-        if net.sha256 != run["checkpoint_sha256"]:
+        model = models.load(run["model"], self.images.num_classes, next(same, named), *statistics).to(self.device)
+        if model.sha256 != run["checkpoint_sha256"]:
             raise InputError(
-                f"{net.source} is not what the runs began with (sha256 {run['checkpoint_sha256'][:12]}…); name that "
-                f"file with --checkpoint"
+                f"{model.source} does not hold the original weights of the runs (SHA-256 "
+                f"{run['checkpoint_sha256'][:12]}…); name the file of those with --checkpoint"
             )
-        return net
+        return model
 
     def unlearned(self, run: Record) -> models.Classifier:
-        return models.load_saved(figure_data.saved_net(run), self.original(run)).to(self.device)
+        """Load the unlearned model of a run."""
+        return models.load_saved(figure_data.saved_model(run), self.original(run)).to(self.device)
 
-    def chosen(self, has: Callable[[Record], bool], missing: str, mend: str) -> list[Record]:
-        """Runs on one D_f, one a method, of those that have what a figure needs; InputError where none has."""
-        asked = {"k": self.opts.figure_k, "seed": self.opts.figure_seed}
-        names = self.opts.figure_method
-        there = [
+    def runs(self, is_usable: Callable[[Record], bool], needed: str, remedy: str) -> list[Record]:
+        """Return usable runs on one D_f, one for each method.
+
+        Args:
+            is_usable: whether the inputs of a figure exist for a run.
+            needed, remedy: names these inputs, and the command that makes them, in the message of an InputError.
+
+        Raises:
+            InputError: if no run is usable.
+        """
+        chosen = {"k": self.options.k, "seed": self.options.seed}
+        methods = self.options.methods
+        usable = [
             run
             for run in self.block.records
             if run["method"] != "before"
-            and (not names or run["method"] in names)
-            and all(value in (None, run[key]) for key, value in asked.items())
-            and has(run)
+            and (not methods or run["method"] in methods)
+            and all(value in (None, run[key]) for key, value in chosen.items())
+            and is_usable(run)
         ]
-        if not there:
-            words = [f"{key} {value}" for key, value in asked.items() if value is not None] + (names or [])
-            raise InputError(f"no {missing} beside the records{' of ' if words else ''}{', '.join(words)}; {mend}")
-        return figure_data.on_one_forget_set(there, None if names else MOST_METHODS)
+        if not usable:
+            words = [f"{key} {value}" for key, value in chosen.items() if value is not None] + (methods or [])
+            raise InputError(f"no {needed} beside the records{' of ' if words else ''}{', '.join(words)}; {remedy}")
+        return figure_data.on_one_forget_set(usable, None if methods else MOST_METHODS)
+
+    def runs_with_models(self) -> list[Record]:
+        return self.runs(
+            lambda run: figure_data.saved_model(run).exists(), "saved models", "run main_unlearn.py with --save-model"
+        )
+
+    def models(self, runs: list[Record]) -> Iterator[tuple[str, models.Classifier]]:
+        """Yield method and unlearned model of each run, so that one model is held at a time."""
+        return ((run["method"], self.unlearned(run)) for run in runs)
 
     def forget(self, run: Record) -> torch.Tensor:
-        """Indices (k,) of the run's D_f."""
+        """Read the indices (k,) of the D_f of a run."""
         try:
             return torch.from_numpy(np.loadtxt(run["forget_file"], dtype=np.int64, ndmin=1))
         except (OSError, ValueError):
             raise InputError(
-                f"{run['forget_file']} does not list training images, and the figure shows those"
+                f"{run['forget_file']} holds no indices of training images, which the figure shows"
             ) from None
 
-    def sampled(self, run: Record, split: str, among: torch.Tensor) -> torch.Tensor:
-        return figure_data.sample(among, self.opts.figure_samples, run["seed"], f"figure {split}")
+    def sample(self, run: Record, split: str, among: torch.Tensor) -> torch.Tensor:
+        return figure_data.sample(among, self.options.samples, run["seed"], f"figure {split}")
 
     def title(self, runs: list[Record]) -> str:
         sizes = " ".join(f"{k}" for k in sorted({run["k"] for run in runs}))
@@ -171,11 +195,15 @@ class Subject:
 
 
 def accuracy_against_k(subject: Subject) -> Drawn:
-    runs = figure_data.usual(run for run in subject.block.records if run["method"] != "before")
-    table = figure_data.accuracies(runs)
-    left_out = sum(run["method"] != "before" for run in subject.block.records) - len(runs)
-    if left_out:
-        print(f"{subject.name}: figure 1 shows one row of settings a method; {left_out} runs with others are left out")
+    """Draw figure 1."""
+    runs = [run for run in subject.block.records if run["method"] != "before"]
+    shown = figure_data.usual(runs)
+    table = figure_data.accuracies(shown)
+    if len(runs) > len(shown):
+        subject.report(
+            f"{subject.name}: figure 1 shows one row of settings for each method; {len(runs) - len(shown)} runs with "
+            f"other settings are left out"
+        )
     most = int(table["runs"][table["method"] != "before"].max())
     note = f"mean ± standard deviation of up to {most} seeds" if most > 1 else "one seed"
     title = f"{subject.block.label}, {subject.block.goal}; {note}"
@@ -183,15 +211,19 @@ def accuracy_against_k(subject: Subject) -> Drawn:
 
 
 def ablations(subject: Subject) -> Drawn:
-    table = figure_data.ablations(subject.block.records, subject.opts.figure_k)
+    """Draw figure 6."""
     block = subject.block
+    table = figure_data.ablations(block.records, subject.options.k)
     return figures.ablations(table, f"{block.label}, {block.goal}, k = {table['k'].iloc[0]}"), table
 
 
 def adversarial_examples(subject: Subject) -> Drawn:
-    """Targets and starts depend on seed, position in D_f and draw alone, so these are the first draws of the run's own
-    D_adv, to the rounding of batches of another size."""
-    run = subject.chosen(
+    """Draw figure 2.
+
+    Targets and starts depend on seed, position in D_f and draw only. The examples shown are therefore the first ones of
+    the run's own D_adv, up to rounding that depends on the batch size.
+    """
+    run = subject.runs(
         lambda run: run.get("num_adv_images") and Path(run["forget_file"]).is_file(),
         "list of D_f of a method with adversarial examples",
         "run main_unlearn.py --method adv",
@@ -201,53 +233,59 @@ def adversarial_examples(subject: Subject) -> Drawn:
     pixels, labels = chosen.pixels().to(subject.device), chosen.labels.to(subject.device)
     precision = run.get("precision") or "fp32"
     precisions.use(subject.device, precision)
-    net, draws = subject.original(run), min(SHOWN_EXAMPLES, run["num_adv_images"])
-    made, targets = attack.adversarial_set(
-        net,
-        pixels,
-        labels,
-        subject.images.num_classes,
-        num_adv_images=draws,
-        eps=run["pgd_eps"],
-        alpha=run["pgd_alpha"],
-        steps=run["pgd_iter"],
-        seed=run["seed"],
-        batch_size=run.get("attack_batch_size"),
-        precision=precision,
-    )
+    model, draws = subject.original(run), min(SHOWN_EXAMPLES, run["num_adv_images"])
+    with progress_bar("figure 2: attack", len(pixels) * draws * run["pgd_iter"]) as advance:
+        made, targets = attack.adversarial_set(
+            model,
+            pixels,
+            labels,
+            subject.images.num_classes,
+            num_adv_images=draws,
+            eps=run["pgd_eps"],
+            alpha=run["pgd_alpha"],
+            steps=run["pgd_iter"],
+            seed=run["seed"],
+            batch_size=run.get("attack_batch_size"),
+            precision=precision,
+            progress=advance,
+        )
     made = storage.as_stored(made, storage.DTYPES[run.get("adv_dtype") or "float32"])
     names, owners = np.array(subject.images.classes), torch.arange(len(pixels)).repeat_interleave(draws)
     images, examples = _array(pixels), _array(made)
-    told = {"index": indices[owners], "label": names[chosen.labels[owners]], "target": names[targets.cpu()]}
-    numbers = pd.DataFrame(told | {"called": names[accuracy.predict(net, made)]})
+    classes = {"index": indices[owners], "label": names[chosen.labels[owners]], "target": names[targets.cpu()]}
+    numbers = pd.DataFrame(classes | {"called": names[accuracy.predict(model, made)]})
     numbers["norm"] = np.linalg.norm((examples - images[owners]).reshape(len(owners), -1), axis=1)
     title = f"{subject.title([run])}, ε = {run['pgd_eps']:g}: image, example → target, its enlarged δ"
     return figures.adversarial_examples(images, examples, numbers, title), numbers
 
 
 def _array(images: torch.Tensor) -> np.ndarray:
-    """(N, H, W, 3) floats in [0,1]."""
+    """Return images as an array (N, H, W, 3) of floats in [0,1]."""
     return image_sets.as_pixels(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def new_classes(subject: Subject) -> Drawn:
-    runs = subject.chosen(_has_predictions, "predictions", "run main_unlearn.py")
-    found = [figure_data.predictions(figure_data.path_of(run, ".npz")) for run in runs]
-    called = {
-        f"called after {run['method']}": classes["forget_after"] for run, classes in zip(runs, found, strict=True)
+    """Draw figure 3."""
+    runs = subject.runs(_has_predictions, "predictions", "run main_unlearn.py")
+    files = [figure_data.predictions(figure_data.path_of(run, ".npz")) for run in runs]
+    predicted = {
+        f"predictions of {run['method']}": classes["forget_after"] for run, classes in zip(runs, files, strict=True)
     }
     try:
         labels, names = subject.images.train.labels[subject.forget(runs[0])], subject.images.classes
     except InputError as error:
-        print(f"{subject.name}: figure 3 has no targets, and classes as the net called them: {error}", flush=True)
-        names = [str(number) for number in range(1 + max(int(c.max()) for c in found[0].values()))]
-        matrices = figure_data.crossings(found[0]["forget_before"], called, names)
+        subject.report(
+            f"{subject.name}: figure 3 shows no targets, and predictions of the original model in place of true "
+            f"classes: {error}"
+        )
+        names = [str(number) for number in range(1 + max(int(c.max()) for c in files[0].values()))]
+        matrices = figure_data.confusion_matrices(files[0]["forget_before"], predicted, names)
     else:
         draws = next((run["num_adv_images"] for run in runs if run.get("num_adv_images")), None)
         if draws:
             targets = attack.random_targets(labels, len(names), draws, runs[0]["seed"])
-            called["adversarial targets"] = targets.numpy()
-        matrices = figure_data.crossings(labels.numpy(), called, names)
+            predicted["adversarial targets"] = targets.numpy()
+        matrices = figure_data.confusion_matrices(labels.numpy(), predicted, names)
     return figures.confusions(matrices, subject.title(runs)), figure_data.counts(matrices)
 
 
@@ -256,47 +294,42 @@ def _has_predictions(run: Record) -> bool:
     return path.is_file() and "forget_after" in figure_data.predictions(path)
 
 
-def _with_nets(subject: Subject) -> list[Record]:
-    return subject.chosen(
-        lambda run: figure_data.saved_net(run).exists(), "saved nets", "run main_unlearn.py with --save-model"
-    )
-
-
 def layer_similarity(subject: Subject) -> Drawn:
-    runs = _with_nets(subject)
+    """Draw figure 4."""
+    runs = subject.runs_with_models()
     train, test, forget = subject.images.train, subject.images.test, subject.forget(runs[0])
-    retain = subject.sampled(runs[0], "retain", accuracy.complement(forget, len(train)))
+    retain = subject.sample(runs[0], "retain", accuracy.complement(forget, len(train)))
     splits = {
         "forget": train.subset(forget).images,
         "retain": train.subset(retain).images,
-        "test": test.subset(subject.sampled(runs[0], "test", torch.arange(len(test)))).images,
+        "test": test.subset(subject.sample(runs[0], "test", torch.arange(len(test)))).images,
     }
-    nets = ((run["method"], subject.unlearned(run)) for run in runs)
-    with progress_bar("figure 4", len(splits) * (1 + len(runs))) as advance:
-        table = features.similarity(subject.original(runs[0]), nets, splits, advance)
+    with progress_bar("figure 4: features", len(splits) * (1 + len(runs))) as advance:
+        table = features.similarity(subject.original(runs[0]), subject.models(runs), splits, advance)
     return figures.similarity(table, subject.title(runs)), table
 
 
 def feature_maps(subject: Subject) -> Drawn:
-    runs = _with_nets(subject)
+    """Draw figure 5."""
+    runs = subject.runs_with_models()
     images, forget = subject.images, subject.forget(runs[0])
-    test = subject.sampled(runs[0], "test", torch.arange(len(images.test)))
+    test = subject.sample(runs[0], "test", torch.arange(len(images.test)))
     parts = {"forget": images.train.subset(forget), "test": images.test.subset(test)}
-    nets = itertools.chain([("before", subject.original(runs[0]))], ((r["method"], subject.unlearned(r)) for r in runs))
-    with progress_bar("figure 5", 1 + len(runs)) as advance:
-        table = features.maps(nets, {name: part.images for name, part in parts.items()}, runs[0]["seed"], advance)
+    compared = itertools.chain([("before", subject.original(runs[0]))], subject.models(runs))
+    with progress_bar("figure 5: features and t-SNE", 1 + len(runs)) as advance:
+        table = features.maps(compared, {name: part.images for name, part in parts.items()}, runs[0]["seed"], advance)
     labels = torch.cat([part.labels for part in parts.values()]).numpy()
-    classes = figure_data.told_apart(labels, parts["forget"].labels.numpy(), images.classes)
+    classes = figure_data.coloured_classes(labels, parts["forget"].labels.numpy(), images.classes)
     table.insert(2, "index", np.tile(torch.cat([forget, test]), 1 + len(runs)))
     table.insert(3, "class", np.tile(classes, 1 + len(runs)))
     return figures.maps(table, images.classes, subject.title(runs)), table
 
 
-FIGURES: dict[int, tuple[str, Callable[[Subject], Drawn]]] = {
-    1: ("accuracy_against_k", accuracy_against_k),
-    2: ("adversarial_examples", adversarial_examples),
-    3: ("new_classes", new_classes),
-    4: ("layer_similarity", layer_similarity),
-    5: ("feature_maps", feature_maps),
-    6: ("ablations", ablations),
+DRAW: dict[int, Callable[[Subject], Drawn]] = {
+    1: accuracy_against_k,
+    2: adversarial_examples,
+    3: new_classes,
+    4: layer_similarity,
+    5: feature_maps,
+    6: ablations,
 }

@@ -1,4 +1,4 @@
-"""The figures, each drawn from a table or arrays and saved as PNG, PDF and CSV. They load no nets and no data."""
+"""Draw figures from tables and arrays, and save them as PNG, PDF and CSV. Nothing is loaded here."""
 
 from collections.abc import Callable, Iterable
 import functools
@@ -14,10 +14,11 @@ import pandas as pd
 
 from l2ul.common.files import atomic
 from l2ul.methods import registry
-from l2ul.reporting import rows as variants
-from l2ul.reporting.figure_data import FIRST, OTHER
+from l2ul.metrics import columns
+from l2ul.reporting.figure_data import MEASURED, OTHER, PREFERRED, SWEPT
+from l2ul.reporting.rows import place as method_order
 
-WIDTH = 6.75  # inches, the text width of a page of two columns, at which the letters below have their sizes
+WIDTH = 6.75  # inches: the text width of a page with two columns, for which the font sizes below are chosen
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -29,25 +30,18 @@ STYLE = {
     "axes.spines.right": False,
     "lines.linewidth": 1.2,
     "lines.markersize": 4.5,
-    "pdf.fonttype": 42,  # letters stay letters
+    "pdf.fonttype": 42,  # TrueType fonts: text can be selected and edited
 }
-# Okabe and Ito's colours, which the colour-blind tell apart; the yellow is too pale for lines and comes last
+# Okabe and Ito's colours for colour-blind readers; yellow is too pale for lines and comes last
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-CLASS_COLOURS = (*COLOURS[:6], "#F0E442", "#999999", "#7A4419", "#332288")  # no black: it edges D_f
+CLASS_COLOURS = (*COLOURS[:6], "#F0E442", "#999999", "#7A4419", "#332288")  # without black, the edge colour of D_f
 MARKERS = "os^DvPX<>p"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-MEASURED = {"acc_retain": "$D_r$", "acc_test": "$D_{test}$"}
-SPLITS = {"forget": "$D_f$", "retain": "$D_r$", "test": "$D_{test}$"}
-SWEPT = {  # a setting: what its axis is called, and whether it is logarithmic
-    "num_adv_images": ("examples an image, $N_{adv}$", True),
-    "pgd_eps": ("ε (L2, pixels in [0,1])", False),
-    "reg_lamb": ("weight of the penalty, λ", True),
-    "unlearn_lr": ("learning rate", True),
-}
+SPLITS = {split: columns.get(f"acc_{split}").latex for split in ("forget", "retain", "test")}
 
 
 def _styled(draw: Callable) -> Callable:
-    """What is drawn looks the same whatever the user's own settings of matplotlib, which stay as they are."""
+    """Draw with the style above, whatever the user's settings of matplotlib, and leave those unchanged."""
 
     @functools.wraps(draw)
     def drawn(*args, **keywords):
@@ -59,7 +53,7 @@ def _styled(draw: Callable) -> Callable:
 
 @_styled
 def save(figure: Figure, numbers: pd.DataFrame, stem: Path) -> list[Path]:
-    """Write <stem>.png, <stem>.pdf and, with the numbers shown, <stem>.csv: the same bytes for the same figure."""
+    """Write <stem>.png, <stem>.pdf and the numbers as <stem>.csv. The same figure gives the same bytes."""
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf", "csv")]
     for path, metadata in zip(paths[:2], (None, {"CreationDate": None}), strict=True):
         with atomic(path) as part:
@@ -69,36 +63,36 @@ def save(figure: Figure, numbers: pd.DataFrame, stem: Path) -> list[Path]:
     return paths
 
 
-def _look(method: str) -> dict[str, object]:
-    """Colour, marker and dashes of a method, always the same; those told apart best are of the methods in FIRST."""
-    names = list(dict.fromkeys((*FIRST, *registry.METHODS)))
+def _line_style(method: str) -> dict[str, object]:
+    """Return colour, marker and dashes of a method, the same in every figure; PREFERRED have the most distinct ones."""
+    names = list(dict.fromkeys((*PREFERRED, *registry.METHODS)))
     names.remove("before")
     place = names.index(method) if method in names else len(names)
     return {"color": COLOURS[place % 7], "marker": MARKERS[place % 10], "linestyle": DASHES[place % 5]}
 
 
 def ordered(names: Iterable[str]) -> list[str]:
-    """Methods, each once, as the registry has them; unknown ones last."""
-    return sorted(set(names), key=variants.place)
+    """Return the methods, each once, in the order of the registry; unknown ones last."""
+    return sorted(set(names), key=method_order)
 
 
 def _lines(axes: Axes, table: pd.DataFrame, x: str, measure: str) -> None:
-    """A line a method with its band of one standard deviation; open markers where runs hit the cap."""
+    """Draw a line with a band of one standard deviation for each method. Open markers: stopped at the cap."""
     before = table[table["method"] == "before"]
     if len(before):
         axes.axhline(before[measure].mean(), color="0.5", linestyle=(0, (4, 3)), linewidth=1)
     for method in ordered(set(table["method"]) - {"before"}):
-        look, rows = _look(method), table[table["method"] == method].sort_values(x)
+        line, rows = _line_style(method), table[table["method"] == method].sort_values(x)
         met, capped = rows[~rows["capped"]], rows[rows["capped"]]
         spread = met[f"{measure}_std"].fillna(0)
         low, high = met[measure] - spread, met[measure] + spread
-        axes.fill_between(met[x], low, high, color=look["color"], alpha=0.15, linewidth=0)
-        axes.errorbar(met[x], met[measure], met[f"{measure}_std"], capsize=2, elinewidth=0.7, **look)
-        axes.plot(capped[x], capped[measure], **look | {"linestyle": ""}, markerfacecolor="white", zorder=3)
+        axes.fill_between(met[x], low, high, color=line["color"], alpha=0.15, linewidth=0)
+        axes.errorbar(met[x], met[measure], met[f"{measure}_std"], capsize=2, elinewidth=0.7, **line)
+        axes.plot(capped[x], capped[measure], **line | {"linestyle": ""}, markerfacecolor="white", zorder=3)
 
 
 def _values_axis(axes: Axes, values, logarithmic: bool) -> None:
-    """Ticks at the values themselves, if they are few; a logarithmic axis holds a zero, too."""
+    """Set the scale and, for up to eight values, a tick at each. A logarithmic axis can show zero."""
     values = sorted(set(values))
     if logarithmic and values[0] > 0:
         axes.set_xscale("log", base=2 if values[0] >= 1 else 10)
@@ -116,24 +110,24 @@ def _short(value: float) -> str:
 
 def _legend(figure: Figure, table: pd.DataFrame) -> None:
     names = ordered(set(table["method"]) - {"before"})
-    handles = [Line2D([], [], **_look(name), label=name) for name in names]
+    handles = [Line2D([], [], **_line_style(name), label=name) for name in names]
     if (table["method"] == "before").any():
         handles.append(Line2D([], [], color="0.5", linestyle=(0, (4, 3)), linewidth=1, label="before"))
     if "capped" in table and table["capped"].any():
         open_marker = {"marker": "o", "linestyle": "", "color": "0.3", "markerfacecolor": "white"}
-        handles.append(Line2D([], [], **open_marker, label="open: not forgotten at the cap"))
+        handles.append(Line2D([], [], **open_marker, label="open: stopped at the cap"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
 
 
 @_styled
 def accuracy_against_k(table: pd.DataFrame, title: str) -> Figure:
-    """Figure 1, of `shown.accuracies`: accuracies on D_r and D_test after forgetting k images."""
+    """Draw figure 1 from `figure_data.accuracies`: accuracies on D_r and D_test after forgetting k images."""
     figure = Figure((WIDTH, 2.9), layout="constrained")
     figure.suptitle(title, fontsize=8)
-    for axes, (measure, name) in zip(figure.subplots(1, 2, sharey=True), MEASURED.items(), strict=True):
-        _lines(axes, _apart(table), "k", measure)
+    for axes, measure in zip(figure.subplots(1, len(MEASURED), sharey=True), MEASURED, strict=True):
+        _lines(axes, _side_by_side(table), "k", measure)
         _values_axis(axes, table["k"].dropna(), True)
-        axes.set(title=name, xlabel="forgotten images, k")
+        axes.set(title=columns.get(measure).latex, xlabel="forgotten images, k")
         if table["k"].nunique() == 1:
             axes.set_xlim(table["k"].min() / 2, table["k"].min() * 2)
     figure.axes[0].set_ylabel("accuracy (%)")
@@ -141,8 +135,8 @@ def accuracy_against_k(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def _apart(table: pd.DataFrame) -> pd.DataFrame:
-    """Points of a single k side by side: on one another, they would hide each other."""
+def _side_by_side(table: pd.DataFrame) -> pd.DataFrame:
+    """Move points of a single k apart, so that they do not hide each other."""
     names = ["before", *ordered(set(table["method"]) - {"before"})]
     aside = table["method"].map(names.index) - len(names) / 2
     return table.assign(k=table["k"] * 2 ** (0.1 * aside)) if table["k"].nunique() == 1 else table
@@ -150,29 +144,34 @@ def _apart(table: pd.DataFrame) -> pd.DataFrame:
 
 @_styled
 def ablations(table: pd.DataFrame, title: str) -> Figure:
-    """Figure 6, of `shown.ablations`: a column a setting, a row each for D_r and D_test."""
+    """Draw figure 6 from `figure_data.ablations`: a column for each setting, a row for each metric."""
     settings = [name for name in SWEPT if name in set(table["setting"])]
     figure = Figure((max(WIDTH * len(settings) / 4, 3.4), 4.2), layout="constrained")
     figure.suptitle(title, fontsize=8)
-    grid = figure.subplots(2, len(settings), sharey="row", squeeze=False)
+    grid = figure.subplots(len(MEASURED), len(settings), sharey="row", squeeze=False)
     for column, setting in zip(grid.T, settings, strict=True):
-        rows = table[table["setting"] == setting]
-        for axes, (measure, name) in zip(column, MEASURED.items(), strict=True):
+        rows, (label, logarithmic) = table[table["setting"] == setting], SWEPT[setting]
+        for axes, measure in zip(column, MEASURED, strict=True):
             _lines(axes, rows, "value", measure)
-            _values_axis(axes, rows["value"].dropna(), SWEPT[setting][1])
-            axes.set(ylabel=f"accuracy on {name} (%)" if axes in grid[:, 0] else "")
-        column[1].set_xlabel(SWEPT[setting][0])
+            _values_axis(axes, rows["value"].dropna(), logarithmic)
+            axes.set(ylabel=f"accuracy on {columns.get(measure).latex} (%)" if axes in grid[:, 0] else "")
+        column[-1].set_xlabel(label)
     _legend(figure, table)
     return figure
 
 
 @_styled
 def adversarial_examples(images: np.ndarray, examples: np.ndarray, table: pd.DataFrame, title: str) -> Figure:
-    """Figure 2: a row an image, and beside each of its adversarial examples the perturbation, enlarged around grey.
+    """Draw figure 2: a row for each image, with its adversarial examples and their perturbations.
 
-    images (n, H, W, 3) and examples (n · m, H, W, 3), floats in [0,1]; table: a row an example with label and target.
-    A perturbation is enlarged until its largest value is black or white; the factor stands over it, and is added to
-    the table as `enlarged`.
+    A perturbation is scaled so that its largest value is black or white, around grey. The factor is its title, and
+    becomes the column `enlarged` of the table.
+
+    Args:
+        images: (n, H, W, 3) floats in [0,1].
+        examples: (n · m, H, W, 3) floats in [0,1], those of the first image first.
+        table: a row for each example, with the columns label and target.
+        title: title of the figure.
     """
     draws = len(examples) // len(images)
     figure = Figure((WIDTH, len(images) * (WIDTH / (1 + 2 * draws) + 0.16) + 0.2), layout="constrained")
@@ -191,7 +190,7 @@ def adversarial_examples(images: np.ndarray, examples: np.ndarray, table: pd.Dat
 
 
 def shorten(name: str, most: int = 13) -> str:
-    """A class name that fits over a small picture: some of ImageNet's are long."""
+    """Shorten a class name to fit above a small picture."""
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
@@ -202,7 +201,7 @@ def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
 
 
 def _grid(count: int, height: float, most: int = 3) -> tuple[Figure, list[Axes], int]:
-    """Panels, at most so many a row (four: two), and how many columns; places that are left over stay empty."""
+    """Return a figure, its panels and the number of columns: at most `most`, and two for four panels."""
     columns = 2 if count in (2, 4) else min(count, most)
     rows = -(-count // columns)
     figure = Figure((WIDTH * 2 / 3 if count < most else WIDTH, height * rows), layout="constrained")
@@ -214,10 +213,10 @@ def _grid(count: int, height: float, most: int = 3) -> tuple[Figure, list[Axes],
 
 @_styled
 def confusions(matrices: dict[str, pd.DataFrame], title: str) -> Figure:
-    """Figure 3: a matrix of counts a panel, as `shown.crossings` gives them: true classes by what they are called.
+    """Draw figure 3 from `figure_data.confusion_matrices`: a panel for each matrix, true by predicted classes.
 
-    Small matrices have their numbers in them, large ones a scale of colours; there, the many images put together as
-    other are left grey, for next to them all else would be pale.
+    Small matrices show their numbers, large ones a colour scale. In a large matrix the cells of merged classes stay
+    grey, since their high counts would make the others pale.
     """
     large = max(next(iter(matrices.values())).shape) > 12
     figure, panels, columns = _grid(len(matrices), 3.4, 2) if large else _grid(len(matrices), 2.75)
@@ -250,7 +249,10 @@ def _numbers(axes: Axes, counts: np.ndarray) -> None:
 
 @_styled
 def similarity(table: pd.DataFrame, title: str) -> Figure:
-    """Figure 4: linear CKA against the layer, a panel a split; columns method, split, images, position, layer, cka."""
+    """Draw figure 4: linear CKA with the original model for each layer, a panel for each split.
+
+    The table has the columns method, split, images, position, layer and cka.
+    """
     figure = Figure((WIDTH, 2.6), layout="constrained")
     figure.suptitle(title, fontsize=8)
     grid = figure.subplots(1, len(SPLITS), sharey=True)
@@ -258,18 +260,21 @@ def similarity(table: pd.DataFrame, title: str) -> Figure:
         shown = table[table["split"] == split]
         for method in ordered(shown["method"]):
             rows, every = shown[shown["method"] == method], max(1, len(shown["position"].unique()) // 10)
-            axes.plot(rows["position"], rows["cka"], **_look(method), markersize=3.5, markevery=every)
+            axes.plot(rows["position"], rows["cka"], **_line_style(method), markersize=3.5, markevery=every)
         axes.set(title=f"{name}, {shown['images'].iloc[0]} images", xlabel="layer, first to last", ylim=(0, 1.03))
-    grid[0].set_ylabel("linear CKA with the original")
+    grid[0].set_ylabel("linear CKA with the original model")
     _legend(figure, table)
     return figure
 
 
 @_styled
 def maps(table: pd.DataFrame, classes: list[str], title: str) -> Figure:
-    """Figure 5: a t-SNE map a panel; columns panel, split (forget, test), class (empty: not told apart), x, y.
+    """Draw figure 5: a t-SNE map of features for each panel.
 
-    classes: the names of all, in the order of the legend.
+    Args:
+        table: columns panel, split (forget or test), class ("" for classes without a colour), x and y.
+        classes: names of all classes, in the order of the legend.
+        title: title of the figure.
     """
     names = [name for name in classes if (table["class"] == name).any()]
     panels = list(dict.fromkeys(table["panel"]))
@@ -278,15 +283,15 @@ def maps(table: pd.DataFrame, classes: list[str], title: str) -> Figure:
     for axes, panel in zip(grid, panels, strict=True):
         rows = table[table["panel"] == panel]
         for place, name in [(None, ""), *enumerate(names)]:
-            look = {"color": "0.8", "marker": "."} if place is None else _class_look(place)
+            point = {"color": "0.8", "marker": "."} if place is None else _class_style(place)
             test = rows[(rows["class"] == name) & (rows["split"] == "test")]
-            axes.scatter(test["x"], test["y"], s=7, linewidths=0, alpha=0.85, **look)
+            axes.scatter(test["x"], test["y"], s=7, linewidths=0, alpha=0.85, **point)
             forget = rows[(rows["class"] == name) & (rows["split"] == "forget")]
             star = {"marker": "*", "edgecolors": "black", "linewidths": 0.6, "zorder": 3}
-            axes.scatter(forget["x"], forget["y"], s=48, **star, color=look["color"])
+            axes.scatter(forget["x"], forget["y"], s=48, **star, color=point["color"])
         axes.set(title=panel, xticks=[], yticks=[])
         axes.spines[:].set_visible(True)
-    handles = [Line2D([], [], **_class_look(place), linestyle="", label=name) for place, name in enumerate(names)]
+    handles = [Line2D([], [], **_class_style(place), linestyle="", label=name) for place, name in enumerate(names)]
     if (table["class"] == "").any():
         handles.append(Line2D([], [], color="0.8", marker="o", linestyle="", label="other classes"))
     star = {"marker": "*", "markersize": 8, "markerfacecolor": "white", "color": "black", "linestyle": ""}
@@ -295,5 +300,5 @@ def maps(table: pd.DataFrame, classes: list[str], title: str) -> Figure:
     return figure
 
 
-def _class_look(place: int) -> dict[str, str]:
+def _class_style(place: int) -> dict[str, str]:
     return {"color": CLASS_COLOURS[place % 10], "marker": MARKERS[place % 10]}

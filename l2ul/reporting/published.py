@@ -1,19 +1,19 @@
-"""Figures that others published, as data with their source: what the tables may set beside ours, and nothing else."""
+"""Accuracies that others published, with their source. The tables show them beside ours."""
 
 from dataclasses import dataclass
 
-SOURCE = "StructGuard (CVPR 2026), which compares itself with these methods on the same nets and settings"
+SOURCE = "StructGuard (CVPR 2026), which compares with these methods on the same models and settings"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Accuracy on D_test in percent once D_f, of k images to misclassify, was wholly forgotten."""
+    """Accuracy on D_test in percent after all k images of D_f were forgotten, goal misclassify."""
 
     dataset: str
     model: str
-    method: str  # as the registry calls it; a method that is not here by its own name
+    method: str  # name in the registry, or the source's name of a method that is not in it
     acc_test: float
-    derived: bool = False  # not printed at the source as such, but derived from what is
+    derived: bool = False  # computed from other numbers of the source
     k: int = 256
 
 
@@ -32,5 +32,5 @@ FIGURES = (
 
 
 def figures(dataset: str, model: str, k: int) -> list[Figure]:
-    """What was published for a column of the table of the goal misclassify."""
+    """Return the published accuracies for a data set, model and k."""
     return [figure for figure in FIGURES if (figure.dataset, figure.model, figure.k) == (dataset, model, k)]

@@ -1,24 +1,27 @@
-"""Rows of a table: a method, and what sets its runs apart where the same method was run with other settings."""
+"""Rows of the tables: one for each method, and one for each other combination of settings it was run with."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 import json
 
-from l2ul.experiments import defaults
+from l2ul.experiments import records
+from l2ul.experiments.records import Record
 from l2ul.methods import fixed_length, registry
-from l2ul.reporting.collect import is_setting
 
 BLOCK = ("goal", "continual_size", "dataset", "age_grouping", "model")
-Record = dict[str, object]
 
 
 @dataclass
 class Block:
-    """The records of one goal, data set and net (and number of images a step), their rows named.
+    """The records of one goal, data set and model (and number of images per step).
 
-    usual  the commonest value of each setting among the methods that use it; a row that has them is called by its
-           method's name alone
+    Attributes:
+        usual: most frequent value of each setting, among the methods that use it. The row of runs with these values
+            has the name of their method, and other rows name what differs.
+        records: the records. Each has two keys more: `row`, the name of its row, and `differs`, the settings that
+            differ from `usual`.
     """
 
     goal: str
@@ -35,13 +38,13 @@ class Block:
         return f"{self.dataset}{f' {self.age_grouping}' if self.age_grouping else ''}, {self.model}"
 
     def main_row(self, method: str) -> str:
-        """The row that stands for a method: its plain one, else the one of most runs."""
+        """Return the row that represents a method: the one with usual settings, else the one with most runs."""
         rows = Counter(record["row"] for record in self.records if record["method"] == method)
         return method if method in rows or not rows else min(rows, key=lambda row: (-rows[row], row))
 
 
-def blocks(records: list[Record]) -> list[Block]:
-    """The records in blocks, in a fixed order; each record gets its `row` and in `differs` what sets it apart."""
+def blocks(found: Iterable[Record]) -> list[Block]:
+    """Group records into blocks. The result does not depend on the order of the records."""
 
     def axes(record: Record) -> tuple:
         return (*(record[name] for name in BLOCK), record["continual_step"] is not None)
@@ -50,81 +53,75 @@ def blocks(records: list[Record]) -> list[Block]:
         return json.dumps([axes(record), record], sort_keys=True)
 
     made = []
-    for key, group in groupby(sorted(records, key=order), key=axes):
-        block = Block(*key)
-        block.records = list(group)
+    for key, group in groupby(sorted(found, key=order), key=axes):
+        block = Block(*key, records=[dict(record) for record in group])
         _name_rows(block)
         made.append(block)
     return made
 
 
 def settings(record: Record) -> Record:
-    """What decided the run's result besides method, data and seed; those of a method of fixed length one by one."""
-    found = {key: value for key, value in record.items() if is_setting(key)}
+    """Return the settings of a run, those of a method of fixed length one by one, and whether D_f was listed."""
+    found = records.settings(record)
     own = fixed_length.read(found.pop("course", None) or "")
-    return found | {f"{record['method']}.{key}": value for key, value in own.items()}
+    listed = {"listed": record.get("listed")}
+    return found | {f"{record['method']}.{name}": value for name, value in own.items()} | listed
 
 
 def _name_rows(block: Block) -> None:
-    given = [settings(record) for record in block.records]
-    users = defaultdict(set)  # of each setting: null is what a method that does not use it has
-    for record, values in zip(block.records, given, strict=True):
-        for key, value in values.items():
+    values = [settings(record) for record in block.records]
+    pairs = list(zip(block.records, values, strict=True))
+    users = defaultdict(set)  # of each setting the methods that use it, for which it is not null
+    for record, own in pairs:
+        for name, value in own.items():
             if value is not None:
-                users[key].add(record["method"])
-    for key in sorted(users):
-        _fill_in(key, block, given)
-        pairs = zip(block.records, given, strict=True)
-        block.usual[key] = _commonest(
-            [values.get(key) for record, values in pairs if record["method"] in users[key]], key, block.dataset
-        )
-    for record, values in zip(block.records, given, strict=True):
+                users[name].add(record["method"])
+    for name in sorted(users):
+        default = records.lookup(name).default_for(block.dataset)
+        if default is not None:
+            for own in values:
+                own.setdefault(name, default)  # older records lack settings that were added later
+        used = [own.get(name) for record, own in pairs if record["method"] in users[name]]
+        block.usual[name] = _most_frequent(used, default)
+    for record, own in pairs:
         record["differs"] = {
-            key: values.get(key)
-            for key in block.usual
-            if record["method"] in users[key] and values.get(key) != block.usual[key]
+            name: own.get(name)
+            for name, usual in block.usual.items()
+            if record["method"] in users[name] and own.get(name) != usual
         }
-    _tell_apart(block.records)
+    _separate_forget_sets(block.records)
     for record in block.records:
-        told = ", ".join(_told(key, value) for key, value in record["differs"].items())
-        record["row"] = record["method"] + (f" ({told})" if told else "")
+        differs = ", ".join(_describe(name, value) for name, value in record["differs"].items())
+        record["row"] = record["method"] + (f" ({differs})" if differs else "")
 
 
-def _fill_in(key: str, block: Block, given: list[Record]) -> None:
-    """Older records lack settings that came later: their runs had what is the default of these."""
-    if key in defaults.COMMON_DEFAULTS:
-        for values in given:
-            values.setdefault(key, defaults.default(block.dataset, key))
-
-
-def _commonest(values: list, key: str, dataset: str) -> object:
-    """The value that most have; of several, the default."""
+def _most_frequent(values: list, default: object) -> object:
+    """Return the most frequent value. The default wins a tie."""
     counts = Counter(values)
-    usual = defaults.default(dataset, key) if key in defaults.COMMON_DEFAULTS else None
-    return max(counts, key=lambda value: (counts[value], value == usual, repr(value)))
+    return max(counts, key=lambda value: (counts[value], value == default, repr(value)))
 
 
-def _tell_apart(records: list[Record]) -> None:
-    """Two runs of one seed differ in D_f alone where all else is the same: that is then what sets them apart."""
+def _separate_forget_sets(found: list[Record]) -> None:
+    """Separate runs that differ in D_f only: the hash of D_f joins what differs."""
     same = defaultdict(list)
-    for record in records:
-        same[json.dumps([record[key] for key in ("method", "differs", "k", "continual_step", "seed")])].append(record)
+    for record in found:
+        same[json.dumps([record[name] for name in ("method", "differs", "k", "continual_step", "seed")])].append(record)
     for runs in same.values():
         if len(runs) > 1:
             for record in runs:
                 record["differs"] = record["differs"] | {"forget_sha256": record.get("forget_sha256")}
 
 
-def _told(key: str, value: object) -> str:
-    if key == "listed":
+def _describe(name: str, value: object) -> str:
+    if name == "listed":
         return "D_f from a file" if value else "D_f by seed"
-    if key in ("checkpoint_sha256", "forget_sha256"):
-        return f"{'weights' if key == 'checkpoint_sha256' else 'D_f'} {str(value)[:12]}"
-    key = key.rpartition(".")[2]  # of a method of fixed length: its row is called by the method already
-    return f"{key}={'none' if value is None else f'{value:g}' if isinstance(value, float) else value}"
+    if name in ("checkpoint_sha256", "forget_sha256"):
+        return f"{'weights' if name == 'checkpoint_sha256' else 'D_f'} {str(value)[:12]}"
+    name = name.rpartition(".")[2]  # without the method, which the row names already
+    return f"{name}={'none' if value is None else f'{value:g}' if isinstance(value, float) else value}"
 
 
 def place(method: str) -> tuple[int, str]:
-    """Where a method's rows stand: as in the registry, unknown ones after."""
+    """Return a sort key for methods: the order of the registry, then unknown methods by name."""
     names = list(registry.METHODS)
     return (names.index(method) if method in names else len(names), method)

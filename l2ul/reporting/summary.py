@@ -1,106 +1,144 @@
-"""What the tables say, in numbers: for each method and column mean and standard deviation, and how runs ended."""
+"""The numbers of all tables: mean and standard deviation of each row and column, and how the runs ended."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 import json
 
 import pandas as pd
 
+from l2ul.common.errors import InputError
 from l2ul.experiments import records
+from l2ul.experiments.records import Record
+from l2ul.methods import registry
+from l2ul.metrics import columns
+from l2ul.metrics.columns import Column
 from l2ul.reporting import published
-from l2ul.reporting.rows import BLOCK, Block, Record, place
+from l2ul.reporting.rows import BLOCK, Block, place
 
-METRICS = {  # of a column, in this order; the others where the runs have them
-    "acc_forget": "D_f",
-    "acc_relabel": "relabelled",
-    "acc_forget_earlier": "earlier D_f",
-    "acc_retain": "D_r",
-    "acc_test": "D_test",
-}
-COLUMN = (*BLOCK, "continual", "k", "continual_step")
-COMPARED = ("acc_retain", "acc_test")  # the best of these is in bold
-SHORT = {records.CAP: "cap", records.DIVERGED: "diverged", records.FAILED: "failed"}
+CELL = (*BLOCK, "continual", "k", "continual_step")  # with a metric, the values that are compared
+SHORT = {records.CAP: "cap", records.DIVERGED: "diverged", records.FAILED: "failed"}  # status: column of its count
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a table is about; None: all that there is. What is given is expected too."""
+class Selection:
+    """Which methods, k and seeds a table shows, None for all. Runs that are selected but absent count as missing."""
 
     method: list[str] | None = None
     k: list[int] | None = None
     seed: list[int] | None = None
 
     def has(self, record: Record) -> bool:
-        pairs = ((self.method, record["method"]), (self.seed, record["seed"]))
+        chosen = ((self.method, record["method"]), (self.seed, record["seed"]))
         sizes = self.k is None or record["k"] in self.sizes(record["continual_size"])
-        return sizes and all(names is None or value in names for names, value in pairs)
+        return sizes and all(values is None or value in values for values, value in chosen)
 
     def sizes(self, step: int | None) -> list[int]:
-        """Every k asked for; in a continual run the sums after each of its steps."""
+        """Return every selected k. For a continual run, these are the sums after each of its steps."""
         sums = [n for k in self.k for n in (*range(step, k, step), k)] if step else self.k
         return sorted(set(sums))
 
 
-def summarise(blocks: Iterable[Block], wanted: Wanted, metrics: Iterable[str] = tuple(METRICS)) -> pd.DataFrame:
-    """A row for each row, column and metric of the tables: numbers only, of runs that did what they should.
+def select(blocks: Iterable[Block], datasets: list[str] | None, selection: Selection) -> list[Block]:
+    """Return the blocks of the data sets, None for all.
 
-    `mean` and `std` are over the n runs that forgot (or were as long as they should be); those that hit the cap are
-    in `mean_cap` and `std_cap`, and every kind is counted. `std` is null for one run.
+    Raises:
+        InputError: if a data set has no record, or a selected method has none and is not known either.
     """
-    rows = []
+    blocks = list(blocks)
+    recorded = sorted({block.dataset for block in blocks})
+    for name in datasets or ():
+        if name not in recorded:
+            raise InputError(
+                f"there is no record of data set {name!r}; expected one of {', '.join(recorded) or 'none'}"
+            )
+    methods = {record["method"] for block in blocks for record in block.records}
+    for name in selection.method or ():
+        if name not in methods:
+            registry.get(name)
+    return [block for block in blocks if not datasets or block.dataset in datasets]
+
+
+def summarise(blocks: Iterable[Block], selection: Selection) -> pd.DataFrame:
+    """Compute the numbers of all tables.
+
+    Returns:
+        A row for each row of a table and metric. `mean` and `std` are over the `n` runs with status forgotten or done,
+        `mean_cap` and `std_cap` over those that stopped at the cap. `cap`, `diverged` and `failed` count runs. `std` is
+        null for a single run. The rows stand in the order of the tables.
+    """
+    numbers = []
     for block in blocks:
-        chosen = pd.DataFrame([record for record in block.records if wanted.has(record)])
-        if not len(chosen):
-            continue
-        for _, runs in chosen.groupby(["method", "row", "k", "continual_step"], dropna=False):
-            rows += _rows(block, runs.to_dict("records"), metrics)
-        rows += _published(block, rows)
-    frame = pd.DataFrame(rows)
-    if not len(frame):
-        return frame
+        runs = [record for record in block.records if selection.has(record)]
+        numbers += _of_block(block, runs)
+        numbers += _published(block, numbers)
+    if not numbers:
+        return pd.DataFrame()
+    frame = pd.DataFrame(numbers)
     frame["bold"] = _best(frame)
-    order = frame.apply(lambda row: (*_order(row[name] for name in COLUMN), *row_order(row), row["rank"]), axis=1)
-    return frame.loc[order.sort_values().index].reset_index(drop=True)
+    places = {name: at for at, name in enumerate(columns.ordered(frame["metric"]))}
+
+    def order(row: pd.Series) -> tuple:
+        cell = ((not pd.isna(row[name]), "" if pd.isna(row[name]) else row[name]) for name in CELL)
+        return (columns.get(row["metric"]).table, *cell, *row_order(row), places[row["metric"]])
+
+    return frame.loc[frame.apply(order, axis=1).sort_values().index].reset_index(drop=True)
 
 
 def row_order(row: pd.Series | Record) -> tuple:
-    """Methods as in the registry; of each the plain row first."""
+    """Return a sort key: methods as in the registry, of each the row with usual settings first."""
     return (*place(row["method"]), row["row"] != row["method"], row["row"])
 
 
-def _order(values: Iterable) -> tuple:
-    return tuple((not pd.isna(value), "" if pd.isna(value) else value) for value in values)
+def _of_block(block: Block, runs: list[Record]) -> list[Record]:
+    """Return the numbers of a block. A run counts for a further metric only if it has any further metric."""
+    shown = [column for column in columns.of_table("accuracy") if column.is_shown_for(block.goal, block.continual)]
+    numbers = _of_table(block, runs, shown)
+    measured = [run for run in runs if _other_metrics(run)]
+    names = columns.ordered(name for run in measured for name in _other_metrics(run))
+    return numbers + _of_table(block, measured, [columns.get(name) for name in names])
 
 
-def _rows(block: Block, runs: list[Record], metrics: Iterable[str]) -> list[Record]:
+def _other_metrics(run: Record) -> list[str]:
+    """Return the keys of a record that the tables of further metrics show: known columns and your own metrics."""
+    return [
+        name
+        for name in run
+        if (name in columns.COLUMNS or name not in records.SCHEMA)
+        and name.startswith(("acc_", "metric_"))
+        and columns.get(name).table == "other"
+    ]
+
+
+def _of_table(block: Block, runs: list[Record], shown: list[Column]) -> list[Record]:
+    of_rows = defaultdict(list)
+    for run in runs:
+        of_rows[run["row"], run["k"], run["continual_step"]].append(run)
+    return [
+        _about(block, same) | {"metric": column.key} | _statistics(same, column.key)
+        for same in of_rows.values()
+        for column in shown
+    ]
+
+
+def _about(block: Block, runs: list[Record]) -> Record:
+    """Return the values that all numbers of a row share."""
     first = runs[0]
-    step = None if pd.isna(first["continual_step"]) else int(first["continual_step"])
-    shared = {name: getattr(block, name) for name in (*BLOCK, "continual")}
-    shared |= {
+    return {
+        **{name: getattr(block, name) for name in (*BLOCK, "continual")},
         "data": block.label,
-        "k": int(first["k"]),
-        "continual_step": step,
-        "method": first["method"],
-        "row": first["row"],
+        **{name: first[name] for name in ("k", "continual_step", "method", "row")},
+        "settings": json.dumps(first["differs"], sort_keys=True),
+        "runs": len(runs),
+        **{name: sum(run["status"] == status for run in runs) for status, name in SHORT.items()},
+        "needs_retain": bool(first["needs_retain"]),
+        "forgot": all(_forgot(run) for run in runs),
     }
-    counts = {name: sum(run["status"] == status for run in runs) for status, name in SHORT.items()}
-    shared |= {"settings": json.dumps(first["differs"], sort_keys=True), "runs": len(runs)} | counts
-    shared |= {"needs_retain": bool(first["needs_retain"]), "forgot": all(_forgot(run) for run in runs)}
-    made = []
-    for rank, metric in enumerate(metrics):
-        if metric in ("acc_relabel", "acc_forget_earlier") and not _applies(metric, block):
-            continue
-        values = pd.Series([run.get(metric) for run in runs], dtype=float)
-        status = pd.Series([run["status"] for run in runs])
-        made.append(shared | {"metric": metric, "rank": rank} | _statistics(values, status))
-    return made
 
 
-def _applies(metric: str, block: Block) -> bool:
-    return block.goal == "relabel" if metric == "acc_relabel" else block.continual
-
-
-def _statistics(values: pd.Series, status: pd.Series) -> Record:
+def _statistics(runs: list[Record], metric: str) -> Record:
+    values = pd.Series([run.get(metric) for run in runs], dtype=float)
+    status = pd.Series([run["status"] for run in runs])
     good = values[status.isin([records.FORGOTTEN, records.DONE])].dropna()
     capped = values[status == records.CAP].dropna()
     means = {"mean": good.mean(), "std": good.std(), "n": len(good)}
@@ -108,31 +146,34 @@ def _statistics(values: pd.Series, status: pd.Series) -> Record:
 
 
 def _forgot(run: Record) -> bool:
-    """Whether all of D_f was forgotten; a method of fixed length does not say so by its status."""
+    """Return whether all of D_f was forgotten. For a method of fixed length, the accuracy decides."""
     if run["status"] != records.DONE:
         return run["status"] == records.FORGOTTEN
     return run.get("acc_relabel") == 100 if run["goal"] == "relabel" else run["acc_forget"] == 0
 
 
 def _best(frame: pd.DataFrame) -> pd.Series:
-    """Where the highest mean of a column stands, as it is printed, among rows that forgot and did not train on D_r."""
-    rival = frame["forgot"] & ~frame["needs_retain"] & (frame["method"] != "before") & frame["metric"].isin(COMPARED)
-    printed = frame["mean"].round(2).where(rival)
-    highest = printed.groupby([frame[name] for name in (*COLUMN, "metric")], dropna=False).transform("max")
-    return printed.notna() & (printed == highest)
+    """Return which means are the best of their column, among rows that forgot and did not train on D_r."""
+    shown = {name: columns.get(name) for name in frame["metric"].unique()}
+    compared = frame["metric"].map(lambda name: shown[name].compared)
+    rival = compared & frame["forgot"] & ~frame["needs_retain"] & (frame["method"] != "before")
+    sign = frame["metric"].map(lambda name: -1 if shown[name].better == "down" else 1)
+    digits = frame["metric"].map(lambda name: shown[name].digits)
+    printed = pd.Series([round(mean, n) for mean, n in zip(frame["mean"], digits, strict=True)], frame.index)
+    score = (sign * printed).where(rival)
+    best = score.groupby([frame[name] for name in (*CELL, "metric")], dropna=False).transform("max")
+    return score.notna() & (score == best)
 
 
-def _published(block: Block, rows: list[Record]) -> list[Record]:
-    """Set published figures beside the plain rows of a block; returns rows for those that have no row of ours."""
+def _published(block: Block, numbers: list[Record]) -> list[Record]:
+    """Add published accuracies to the rows with usual settings; return new rows for methods that have none."""
     if block.goal != "misclassify" or block.continual or block.age_grouping:
         return []
-    ours = [row for row in rows if all(row[name] == getattr(block, name) for name in BLOCK)]
+    ours = [row for row in numbers if row["metric"] == "acc_test" and all(row[n] == getattr(block, n) for n in BLOCK)]
     added = []
     for k in sorted({row["k"] for row in ours}):
-        tested = {row["row"]: row for row in ours if row["k"] == k and row["metric"] == "acc_test"}
+        tested = {row["row"]: row for row in ours if row["k"] == k}
         for figure in published.figures(block.dataset, block.model, k):
-            if not tested:  # of other metrics, nothing is published
-                continue
             if figure.method not in tested:
                 added.append(_without_runs(next(iter(tested.values())), figure.method))
             row = tested.get(figure.method) or added[-1]
@@ -146,12 +187,12 @@ def _without_runs(like: Record, method: str) -> Record:
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """The numbers, a line for each; what is not known is empty."""
-    columns = [
+    """Return the numbers as CSV. Unknown values are empty."""
+    names = [
         *BLOCK,
         *("continual_step", "k", "method", "row", "settings", "metric", "mean", "std", "n", "runs"),
         *SHORT.values(),
         *("mean_cap", "std_cap", "bold", "published", "published_source"),
     ]
-    whole = ["continual_size", "continual_step"]
-    return frame.reindex(columns=columns).astype(dict.fromkeys(whole, "Int64")).to_csv(index=False)
+    integers = ["continual_size", "continual_step"]
+    return frame.reindex(columns=names).astype(dict.fromkeys(integers, "Int64")).to_csv(index=False)

@@ -8,7 +8,7 @@ import time
 from tqdm import tqdm
 
 from l2ul.common.progress import format_duration
-from l2ul.reporting import collect, layout, rows, summary
+from l2ul.reporting import read_records, render, rows, summary
 
 EVERY = 60.0  # seconds from one table to the next, or longer: a twentieth of the time goes into tables at most
 
@@ -49,10 +49,10 @@ class Watch:
 
     def table(self) -> str:
         """Of all that has ended; records are read once."""
-        self._found += collect.read_files(self._new)[0]
+        self._found += read_records.read_files(self._new)[0]
         self._new = []
-        blocks = rows.blocks([dict(record) for record in self._found])  # which names rows in what it is given
-        return layout.markdown(summary.summarise(blocks, summary.Wanted()), blocks)
+        blocks = rows.blocks(self._found)
+        return render.markdown(summary.summarise(blocks, summary.Selection()), blocks)
 
 
 @contextlib.contextmanager

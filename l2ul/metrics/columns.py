@@ -1,0 +1,220 @@
+"""The columns of every table: one list, from which Markdown, CSV, LaTeX and the table on the screen are made.
+
+To show another value of the records, add a `Column` to COLUMNS, or call `register` for a metric of your own. The order
+of the list is the order in the tables. This module does not import torch.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Column:
+    """How the values under one key of the records are shown in a table.
+
+    Args:
+        key: key of the record, `acc_…` for a percentage or `metric_…` for any other number.
+        heading: heading in Markdown and on the screen. It is escaped for LaTeX unless `latex` is given.
+        legend: what the value is, for the notes below a table. Notes end with the better direction.
+        digits: digits after the decimal point.
+        better: "up", "down", or None where neither is better in general (then the legend names the target, if any).
+        latex: heading as LaTeX code.
+        table: "accuracy" for the main table, "other" for the tables of further metrics.
+        compared: whether the best value of a column is bold.
+        goal: the only goal that the column is shown for, or None for both.
+        continual: whether the column is shown for continual runs only.
+    """
+
+    key: str
+    heading: str
+    legend: str
+    digits: int = 2
+    better: Literal["up", "down"] | None = None
+    latex: str | None = None
+    table: Literal["accuracy", "other"] = "other"
+    compared: bool = False
+    goal: str | None = None
+    continual: bool = False
+
+    @property
+    def note(self) -> str:
+        """The legend with the better direction, as it stands below a table."""
+        direction = {"up": "; higher is better", "down": "; lower is better"}.get(self.better, "")
+        return f"{self.legend}{direction}"
+
+    def is_shown_for(self, goal: str, continual: bool) -> bool:
+        return self.goal in (None, goal) and (continual or not self.continual)
+
+
+COLUMNS: dict[str, Column] = {}
+
+
+def register(column: Column) -> Column:
+    """Add a column after the others, or replace the one with the same key. Return it.
+
+    Raises:
+        ValueError: if the key begins with neither `acc_` nor `metric_`.
+    """
+    if not column.key.startswith(("acc_", "metric_")):
+        raise ValueError(f"a column has the key {column.key!r}; expected one that begins with acc_ or metric_")
+    COLUMNS[column.key] = column
+    return column
+
+
+def get(key: str) -> Column:
+    """Return the column of a key, or a plain one for a metric without a column."""
+    return COLUMNS.get(key) or default(key)
+
+
+def default(key: str, legend: str | None = None) -> Column:
+    """Return a column with a heading made from the key: accuracies have two digits, other metrics four."""
+    heading = key.removeprefix("metric_").removeprefix("acc_").replace("_", " ")
+    unit = ", accuracy in percent" if key.startswith("acc_") else ""
+    return Column(key, heading, legend or f"your own metric{unit}", digits=2 if key.startswith("acc_") else 4)
+
+
+def of_table(table: Literal["accuracy", "other"]) -> list[Column]:
+    return [column for column in COLUMNS.values() if column.table == table]
+
+
+def ordered(keys: Iterable[str]) -> list[str]:
+    """Return the keys, each once, in the order of COLUMNS; others follow in alphabetical order."""
+    keys = set(keys)
+    return [*(key for key in COLUMNS if key in keys), *sorted(keys - COLUMNS.keys())]
+
+
+for _column in (
+    Column(
+        "acc_forget",
+        "D_f",
+        "accuracy on the forget set, the images to forget",
+        better="down",
+        latex="$D_f$",
+        table="accuracy",
+    ),
+    Column(
+        "acc_relabel",
+        "relabelled",
+        "share of the forget set that the model predicts as the new label",
+        better="up",
+        table="accuracy",
+        goal="relabel",
+    ),
+    Column(
+        "acc_forget_earlier",
+        "earlier D_f",
+        "accuracy on the forget sets of earlier steps",
+        better="down",
+        latex="earlier $D_f$",
+        table="accuracy",
+        continual=True,
+    ),
+    Column(
+        "acc_retain",
+        "D_r",
+        "accuracy on the retain set, the other training images",
+        better="up",
+        latex="$D_r$",
+        table="accuracy",
+        compared=True,
+    ),
+    Column(
+        "acc_test",
+        "D_test",
+        "accuracy on the test set",
+        better="up",
+        latex=r"$D_\mathrm{test}$",
+        table="accuracy",
+        compared=True,
+    ),
+):
+    register(_column)
+
+_ATTACK = "membership inference from the model's outputs, D_f against D_test"
+_AUC, _TPR = "AUC in percent; 50 is chance", "true positives at 1 % false positives, in percent; 1 is chance"
+for _name in ("confidence", "loss", "entropy", "modified_entropy", "logistic"):
+    _heading = _name.replace("_", " ")
+    register(Column(f"metric_mia_{_name}_auc", f"{_heading} AUC", f"{_ATTACK}: {_AUC}"))
+    register(Column(f"metric_mia_{_name}_tpr", f"{_heading} TPR", f"{_ATTACK}: {_TPR}"))
+_RMIA = "the attack RMIA, calibrated with reference models that were not trained on D_f"
+register(Column("metric_rmia_auc", "RMIA AUC", f"{_RMIA}: {_AUC}"))
+register(Column("metric_rmia_tpr", "RMIA TPR", f"{_RMIA}: {_TPR}"))
+
+_GAP = "absolute difference from the retrained model in percentage points"
+for _column in (
+    Column("metric_gap_forget", "gap D_f", f"accuracy: {_GAP}", better="down", latex="gap $D_f$"),
+    Column("metric_gap_retain", "gap D_r", f"accuracy: {_GAP}", better="down", latex="gap $D_r$"),
+    Column("metric_gap_test", "gap D_test", f"accuracy: {_GAP}", better="down", latex=r"gap $D_\mathrm{test}$"),
+    Column("metric_gap_mia", "gap MIA", f"AUC of the logistic attack: {_GAP}", better="down"),
+    Column("metric_average_gap", "mean gap", "mean of the four gaps", better="down"),
+    Column(
+        "metric_tow", "ToW", "tug of war, the product of 1 - gap / 100 on D_f, D_r and D_test", digits=4, better="up"
+    ),
+    Column(
+        "metric_js_forget",
+        "JS D_f",
+        "Jensen-Shannon divergence from the retrained model's outputs, in bits, 0 to 1",
+        digits=4,
+        better="down",
+        latex="JS $D_f$",
+    ),
+    Column(
+        "metric_js_test",
+        "JS D_test",
+        "Jensen-Shannon divergence from the retrained model's outputs, in bits, 0 to 1",
+        digits=4,
+        better="down",
+        latex=r"JS $D_\mathrm{test}$",
+    ),
+    Column(
+        "metric_cka_forget",
+        "CKA D_f",
+        "linear CKA with the retrained model's features, mean over layers, 0 to 1",
+        digits=4,
+        better="up",
+        latex="CKA $D_f$",
+    ),
+    Column(
+        "metric_cka_test",
+        "CKA D_test",
+        "linear CKA with the retrained model's features, mean over layers, 0 to 1",
+        digits=4,
+        better="up",
+        latex=r"CKA $D_\mathrm{test}$",
+    ),
+    Column(
+        "metric_distance_retrained",
+        "distance to retrained",
+        "relative L2 distance of the weights from those of the retrained model",
+        digits=4,
+    ),
+    Column(
+        "metric_distance",
+        "distance to original",
+        "relative L2 distance of the weights from those of the original model",
+        digits=4,
+    ),
+    Column(
+        "metric_relearn_steps",
+        "relearning steps",
+        "steps of fine-tuning on D_f until its accuracy is that of the original model; 500 means 500 or more, and the "
+        "steps of the retrained model are the target",
+        digits=1,
+    ),
+    Column(
+        "metric_relearn_steps_retrained",
+        "relearning steps, retrained",
+        "the same number of steps for the retrained model",
+        digits=1,
+    ),
+    Column(
+        "metric_answers_kept",
+        "agreement",
+        "share of held-out adversarial examples, made from mixes of D_f, for which the predictions of unlearned and "
+        "original model agree, in percent",
+        better="up",
+    ),
+    Column("metric_near_duplicates", "near-duplicates", "images of D_r that nearly equal an image of D_f", digits=1),
+):
+    register(_column)

@@ -1,0 +1,128 @@
+"""Read and check the records of result folders. A file that cannot be used is reported with the reason."""
+
+from collections.abc import Iterable
+from functools import lru_cache
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from l2ul.common.errors import InputError
+from l2ul.data import forget_set
+from l2ul.experiments import records
+from l2ul.experiments.records import Record
+
+# Records of older versions lack these keys, which the tables read.
+LATER_KEYS = ("age_grouping", "continual_size", "retain_sample", "checkpoint", "forget_sha256")
+
+
+def run_folders(folders: Iterable[Path]) -> list[Path]:
+    """Return the `runs` folder of each folder or, where it has none, those of its subfolders.
+
+    Raises:
+        InputError: if a folder has neither.
+    """
+    found = []
+    for folder in folders:
+        runs = [folder / "runs"] if (folder / "runs").is_dir() else sorted(folder.glob("*/runs"))
+        if not runs:
+            raise InputError(
+                f"{folder} has no folder runs, and no folder in it has one; name with --result-dir a folder that "
+                f"main_unlearn.py wrote to"
+            )
+        found += runs
+    return list(dict.fromkeys(found))
+
+
+def read(folders: Iterable[Path]) -> tuple[list[Record], list[str]]:
+    """Read the records of result folders.
+
+    Returns:
+        The records, each run once, and a sentence for each file that was left out. Three keys are added to each
+        record: `result_dir` and `forget_file`, the paths that belong to it, and `listed`, which is true if D_f is known
+        not to be the choice of the seed.
+
+    Raises:
+        InputError: if there is no record file at all.
+    """
+    runs = run_folders(folders)
+    paths = [path for folder in runs for path in sorted(folder.glob("*.json"))]
+    if not paths:
+        raise InputError(f"there is no record in {' '.join(map(str, runs))}; make records with main_unlearn.py")
+    return read_files(paths)
+
+
+def read_files(paths: Iterable[Path]) -> tuple[list[Record], list[str]]:
+    """Read records from files, see `read`."""
+    found, problems, first = [], [], {}
+    for path in paths:
+        try:
+            record = _load(path)
+        except InputError as error:
+            problems.append(f"{path}: {error}")
+            continue
+        twin = first.setdefault(_identity(record), path)
+        if twin is path:
+            found.append(record | _added(path, record))
+        else:
+            problems.append(f"{path}: the same run as {twin}; it is counted once")
+    return found, problems
+
+
+def _load(path: Path) -> Record:
+    try:
+        record = json.loads(path.read_text(), parse_constant=_refuse)
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError):
+        raise InputError("is not JSON; the file is damaged or incomplete") from None
+    reason = next(records.problems(record), None)
+    if reason:
+        raise InputError(reason)
+    return dict.fromkeys(LATER_KEYS) | record
+
+
+def _refuse(constant: str):
+    raise InputError(f"holds {constant}; a record has finite numbers only")
+
+
+def _identity(record: Record) -> str:
+    """Return the same text for two records of one run. Settings that have their default may be absent."""
+    dataset = record["dataset"]
+    chosen = {
+        name: value
+        for name, value in records.settings(record).items()
+        if value is not None and value != records.lookup(name).default_for(dataset)
+    }
+    return json.dumps([{name: record.get(name) for name in records.IDENTITY}, chosen], sort_keys=True)
+
+
+def _added(path: Path, record: Record) -> Record:
+    file = path.with_suffix(".txt")
+    places = {"result_dir": str(path.parent.parent), "forget_file": str(file)}
+    return places | {"listed": _is_listed(file, record)}
+
+
+def _is_listed(file: Path, record: Record) -> bool | None:
+    """Return True if the indices beside a record differ from the seed's choice, None if they agree or are unknown."""
+    total = record.get("num_train")
+    if record["continual_step"] is not None or total is None or record["k"] >= total:
+        return None
+    try:
+        indices = [int(line) for line in file.read_text().split()]
+    except (OSError, ValueError):  # the file is absent, or names images that are not training images
+        return None
+    return True if indices != _choice(total, record["seed"])[: record["k"]].tolist() else None
+
+
+@lru_cache(maxsize=8)
+def _choice(total: int, seed: int) -> Tensor:
+    return forget_set.choose_forget(total, total - 1, seed)
+
+
+def problem_section(problems: list[str]) -> str:
+    """Return a Markdown section that lists the files that were left out; "" if there are none."""
+    listed = "".join(f"- {line}\n" for line in problems)
+    return f"## Problems: files that are not in the tables\n\n{listed}" if problems else ""
