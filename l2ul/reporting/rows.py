@@ -44,13 +44,13 @@ class Block:
 
 
 def blocks(found: Iterable[Record]) -> list[Block]:
-    """Group records into blocks. The result does not depend on the order of the records."""
+    """Group copies of the records into blocks. The result does not depend on the order of the records."""
 
     def axes(record: Record) -> tuple:
         return (*(record[name] for name in BLOCK), record["continual_step"] is not None)
 
     def order(record: Record) -> str:
-        return json.dumps([axes(record), record], sort_keys=True)
+        return json.dumps([axes(record), record.get("forget_file"), record], sort_keys=True)
 
     made = []
     for key, group in groupby(sorted(found, key=order), key=axes):

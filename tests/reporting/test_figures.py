@@ -1,7 +1,6 @@
-"""Figures show what the records, predictions and nets say; what is missing is told, and stops no other."""
+"""Test the figures: their numbers, their drawings, and figures that cannot be drawn."""
 
 import json
-from pathlib import Path
 
 from conftest import CLASSES, ROOT
 import matplotlib
@@ -12,35 +11,31 @@ import torch
 from torch import nn
 
 from l2ul import attack
-from l2ul.cli import options
 from l2ul.common import activations
 from l2ul.common.errors import InputError
 from l2ul.data import images as image_sets
 from l2ul.metrics import features
-from l2ul.reporting import collect, figure_data, figures
-from l2ul.reporting import figure_set as main_figures
-from l2ul.reporting import rows as variants
+from l2ul.reporting import FIGURES, figure_data, figure_set, figures, read_records, rows
 import models
 
 REFERENCE = ROOT / "result_data" / "reference" / "digits"
-DEVICE = ["--device", "cpu", "--figure-samples", "15"]
+SMALL = {"device": "cpu", "samples": 15}
 
 
-def draw(folders, output, *words):
-    parser = options.Parser("figures")
-    main_figures.add_flags(parser)
-    found = collect.read(folders)[0]
-    found = [record | {"_path": Path(record["forget_file"]).with_suffix(".json")} for record in found]
-    return main_figures.draw(parser.parse_args([str(word) for word in words]), found, output)
+def draw(folders, output, numbers=tuple(FIGURES), **options):
+    records, _ = read_records.read(folders)
+    return figure_set.draw(records, numbers, output, figure_set.FigureOptions(**SMALL | options))
 
 
 def some_runs(**changes):
-    """Records as `variants` has named them: neggrad, adv and adv_imp, k 16 and 64, two seeds, then changed copies."""
+    """Return the records of a block: neggrad, adv and adv_imp, k 16 and 64, two seeds, then changed copies."""
     template = {
         "dataset": "cifar10",
         "model": "resnet20",
         "goal": "misclassify",
         "continual_step": None,
+        "continual_size": None,
+        "age_grouping": None,
         "status": "forgotten",
         "needs_retain": False,
         "acc_retain_before": 99.0,
@@ -60,20 +55,19 @@ def some_runs(**changes):
                     run |= {"num_adv_images": 20, "pgd_eps": 4.0}
                 runs.append(run | ({"reg_lamb": 1.0} if method == "adv_imp" else {}))
     runs += [run | change for run in runs if run["method"] == "adv_imp" for change in changes.get("copies", ())]
-    named = [figure_data.plain(run | {"_path": f"{place}.json"}) for place, run in enumerate(runs)]
-    return variants.blocks(named)[0].records
+    return rows.blocks(run | {"forget_file": f"{place:02}.txt"} for place, run in enumerate(runs))[0].records
 
 
 # features
 
 
 def closed_form(x, y):
-    """Kornblith et al. 2019: ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖) of centred features."""
+    """Return ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖) of centred features (Kornblith et al. 2019)."""
     x, y = (part - part.mean(0) for part in (x.double(), y.double()))
     return float((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
-def test_cka_is_the_closed_form_and_blind_to_rotation_and_scale():
+def test_cka_equals_the_closed_form_and_ignores_rotation_and_scale():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(30, 7, generator=generator), torch.randn(30, 50, generator=generator)
     value = features.cka(features.gram(x), features.gram(y))
@@ -85,7 +79,7 @@ def test_cka_is_the_closed_form_and_blind_to_rotation_and_scale():
     assert np.isnan(features.cka(features.gram(torch.ones(30, 2)), features.gram(y)))
 
 
-def test_layers_are_those_that_run_in_the_order_they_run():
+def test_layers_are_in_the_order_in_which_they_run():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -97,7 +91,7 @@ def test_layers_are_those_that_run_in_the_order_they_run():
     net, images = Net(), torch.rand(6, 3, 8, 8)
     assert activations.layers(net, images) == {"first": 4 * 36, "head": 5}
     grams = features.layer_grams(net, images, batch_size=4)
-    with torch.no_grad():  # as it is before the activation overwrites it
+    with torch.no_grad():  # before the activation overwrites it
         before = net.first(images)
     assert (before < 0).any()
     assert torch.allclose(grams["first"], features.gram(before.flatten(1)), rtol=1e-4)
@@ -119,14 +113,14 @@ def test_layers_in_groups_give_the_same_and_large_outputs_are_averaged(trained, 
     assert torch.equal(activations.flat_features(tokens), tokens.mean(1))
 
 
-def test_similarity_with_itself_is_one_and_counts_every_layer(trained):
+def test_similarity_of_a_model_with_itself_is_one_in_every_layer(trained):
     model, images, _ = trained
     table = features.similarity(model, [("adv", model)], {"forget": images[:4], "test": images[4:]})
     assert table["cka"].to_numpy() == pytest.approx(1)
     assert table[["split", "images", "position"]].drop_duplicates().shape[0] == 6
 
 
-def test_last_features_are_what_the_classifying_layer_sees(trained):
+def test_last_features_are_the_inputs_of_the_classifying_layer(trained):
     model, images, _ = trained
     found = features.last_features(model, images, batch_size=16)
     with torch.no_grad():
@@ -139,7 +133,7 @@ def test_last_features_are_what_the_classifying_layer_sees(trained):
 # tables
 
 
-def test_accuracies_are_means_of_the_runs_that_forgot():
+def test_accuracies_are_means_over_runs_that_forgot():
     runs = some_runs()
     next(run for run in runs if (run["method"], run["k"], run["seed"]) == ("adv", 64, 1))["status"] = "cap"
     next(run for run in runs if (run["method"], run["k"], run["seed"]) == ("neggrad", 64, 1)).update(
@@ -155,7 +149,7 @@ def test_accuracies_are_means_of_the_runs_that_forgot():
     assert table.xs("before", level="method")["acc_retain"].tolist() == [99.0]
 
 
-def test_a_sweep_is_found_and_does_not_mix_into_the_accuracies():
+def test_runs_of_a_sweep_are_not_part_of_the_accuracies():
     runs = some_runs(copies=({"pgd_eps": 1.0, "acc_test": 10.0}, {"reg_lamb": 0.0}, {"pgd_eps": 2.0, "reg_lamb": 9.0}))
     assert {run["pgd_eps"] for run in figure_data.usual(runs)} == {None, 4.0}
     table = figure_data.ablations(runs)
@@ -170,7 +164,7 @@ def test_a_sweep_is_found_and_does_not_mix_into_the_accuracies():
         figure_data.ablations(some_runs())
 
 
-def test_runs_of_one_forget_set_are_of_the_largest_k_and_the_methods_that_matter_most():
+def test_runs_on_one_forget_set_have_the_largest_k_and_the_preferred_methods():
     runs = [run for run in some_runs() if run["method"] != "before"]
     found = figure_data.on_one_forget_set(runs)
     assert [(run["method"], run["k"], run["seed"]) for run in found] == [
@@ -181,28 +175,30 @@ def test_runs_of_one_forget_set_are_of_the_largest_k_and_the_methods_that_matter
     assert [run["method"] for run in figure_data.on_one_forget_set(runs)] == ["neggrad", "adv"]
 
 
-def test_matrices_count_images_and_put_rare_classes_together():
-    small = figure_data.crossings(np.array([0, 2]), {"adv": np.array([1, 1]), "t": np.array([1, 2, 0, 1])}, list("abc"))
+def test_confusion_matrices_count_images_and_merge_rare_classes():
+    small = figure_data.confusion_matrices(
+        np.array([0, 2]), {"adv": np.array([1, 1]), "t": np.array([1, 2, 0, 1])}, list("abc")
+    )
     assert small["adv"].to_numpy().tolist() == [[0, 1, 0], [0, 0, 0], [0, 1, 0]]
     assert small["t"].to_numpy().tolist() == [[0, 1, 1], [0, 0, 0], [1, 1, 0]]
     names = [str(number) for number in range(100)]
-    large = figure_data.crossings(np.arange(60), {"adv": np.arange(60) // 2 + 70}, names)["adv"]
+    large = figure_data.confusion_matrices(np.arange(60), {"adv": np.arange(60) // 2 + 70}, names)["adv"]
     assert large.shape == (21, 21)
     assert large.columns[-1] == large.index[-1] == figure_data.OTHER
     assert large.to_numpy().sum() == 60
-    few = figure_data.crossings(np.array([5, 7]), {"adv": np.array([8, 9])}, names)["adv"]
+    few = figure_data.confusion_matrices(np.array([5, 7]), {"adv": np.array([8, 9])}, names)["adv"]
     assert (list(few.index), list(few.columns)) == (["5", "7"], ["8", "9"])
     assert figure_data.counts({"adv": few}).query("count > 0")[["label", "called"]].to_numpy().tolist() == [
         ["5", "8"],
         ["7", "9"],
     ]
-    assert figure_data.told_apart(np.array([5, 8]), np.array([5, 5, 7]), names).tolist() == ["5", ""]
+    assert figure_data.coloured_classes(np.array([5, 8]), np.array([5, 5, 7]), names).tolist() == ["5", ""]
 
 
 # drawing
 
 
-def test_a_figure_is_saved_alike_each_time_and_leaves_matplotlib_as_it_was(tmp_path):
+def test_saving_a_figure_is_deterministic_and_leaves_matplotlib_unchanged(tmp_path):
     before = dict(matplotlib.rcParams)
     runs = some_runs(copies=({"reg_lamb": 0.0, "status": "cap"},))
     for folder in ("one", "two"):
@@ -215,32 +211,32 @@ def test_a_figure_is_saved_alike_each_time_and_leaves_matplotlib_as_it_was(tmp_p
     assert pd.read_csv(made[2])["acc_test"].to_numpy() == pytest.approx(table["acc_test"].to_numpy())
 
 
-def test_lines_show_means_and_open_markers_what_hit_the_cap():
+def test_lines_show_means_and_open_markers_runs_at_the_cap():
     table = figure_data.accuracies([run | ({"status": "cap"} if run["k"] == 64 else {}) for run in some_runs()])
     left, right = figures.accuracy_against_k(table, "title").axes
     open_ones = [line for line in right.lines if line.get_markerfacecolor() == "white"]
     assert [line.get_ydata().tolist() for line in open_ones] == [[45.0]] * 3
     assert [line.get_text() for line in left.get_xticklabels()] == ["16", "64"]
     one = figure_data.accuracies([run for run in some_runs() if run["k"] == 16])
-    lines = figures.accuracy_against_k(one, "title").axes[0].lines[1:]  # after that of the net before
+    lines = figures.accuracy_against_k(one, "title").axes[0].lines[1:]  # after the line of the original model
     places = {float(x) for line in lines for x in line.get_xdata()}
-    assert len(places) == 3  # beside one another
+    assert len(places) == 3  # side by side
     assert np.log2(sorted(places)).mean() == pytest.approx(4)
-    looks = {(line.get_color(), line.get_marker()) for line in open_ones}
-    assert len(looks) == 3
+    styles = {(line.get_color(), line.get_marker()) for line in open_ones}
+    assert len(styles) == 3
 
 
-def test_the_whole_command_from_runs_to_figures(run, few_digits, tmp_path, capsys):
+def test_figures_of_runs_with_saved_models(run, few_digits, tmp_path, capsys):
     code, _, err = run("--save-model", "--method", "before", "neggrad", "adv", "--pgd-eps", 1)
     assert code == 0, err
-    made = draw([tmp_path], tmp_path / "pictures", "--figures", *DEVICE)
+    made = draw([tmp_path], tmp_path / "pictures")
     assert {path.name for path in made} == {
-        f"digits_resnet20_{number}_{main_figures.FIGURES[number][0]}.{kind}"
+        f"digits_resnet20_{number}_{FIGURES[number]}.{kind}"
         for number in (1, 2, 3, 4, 5)
         for kind in ("png", "pdf", "csv")
     }
     assert all(path.stat().st_size for path in made)
-    assert "figure 6 was left out: no records differ in one setting alone" in capsys.readouterr().out
+    assert "figure 6 was left out: no records differ in a single setting" in capsys.readouterr().out
     numbers = {
         path.name.split("_")[2]: pd.read_csv(path, dtype={"class": str}) for path in made if path.suffix == ".csv"
     }
@@ -258,7 +254,7 @@ def check_numbers(numbers, digits, folder):
     owners = image_sets.as_pixels(digits.train.images[forget]).repeat_interleave(3, 0)
     assert numbers["2"]["norm"].to_numpy() == pytest.approx((examples - owners).flatten(1).norm(dim=1), rel=1e-4)
     totals = numbers["3"].groupby("panel")["count"].sum().to_dict()
-    assert totals == {"called after neggrad": 2, "called after adv": 2, "adversarial targets": 6}
+    assert totals == {"predictions of neggrad": 2, "predictions of adv": 2, "adversarial targets": 6}
     assert numbers["4"].groupby(["method", "split"]).size().tolist() == [20] * 6
     assert numbers["4"]["cka"].between(0, 1.0001).all()
     assert numbers["5"].groupby("panel", sort=False).size().to_dict() == {"before": 17, "neggrad": 17, "adv": 17}
@@ -266,32 +262,33 @@ def check_numbers(numbers, digits, folder):
     assert stars["class"].tolist() == [str(label) for label in labels.tolist()]
 
 
-def test_what_is_missing_is_told_and_stops_no_other(tmp_path, few_digits, capsys):
-    made = draw([REFERENCE], tmp_path, "--figures", *DEVICE, "--checkpoint", "none.safetensors")
-    assert {path.name.split("_")[2] for path in made} == {"1", "3"}  # of the few digits there are not enough images
-    told = capsys.readouterr().out
-    assert "figure 4 was left out: no saved nets beside the records; run main_unlearn.py with --save-model" in told
-    assert "figure 2 was left out: digits has 40 training images, the records were made with 1438" in told
-    assert "figure 3 has no targets" in told
-    assert draw([REFERENCE], tmp_path, *DEVICE) == []  # --figures was not given
-    draw([REFERENCE], tmp_path, "--figures", 3, "--figure-k", 99, "--figure-method", "adv")
+def test_figures_without_inputs_are_reported_and_the_others_drawn(tmp_path, few_digits, capsys):
+    made = draw([REFERENCE], tmp_path, checkpoint="none.safetensors")
+    assert {path.name.split("_")[2] for path in made} == {"1", "3"}  # the others need more digits than the fixture has
+    printed = capsys.readouterr().out
+    assert "figure 4 was left out: no saved models beside the records; run main_unlearn.py with --save-model" in printed
+    assert (
+        "figure 2 was left out: digits has 40 training images, but the records are of a training set of 1438" in printed
+    )
+    assert "figure 3 shows no targets" in printed
+    draw([REFERENCE], tmp_path, [3], k=99, methods=["adv"])
     assert "figure 3 was left out: no predictions beside the records of k 99, adv;" in capsys.readouterr().out
 
 
-def test_weights_that_are_not_the_records_are_refused(run, tmp_path, capsys):
+def test_weights_other_than_those_of_the_records_are_refused(run, tmp_path, capsys):
     run("--save-model", "--method", "neggrad")
     for path in (tmp_path / "runs").glob("*.json"):
         record = json.loads(path.read_text())
         path.write_text(json.dumps(record | {"checkpoint_sha256": "0" * 64}))
     file = ROOT / "data/weights/digits_resnet20.safetensors"
-    assert draw([tmp_path], tmp_path, "--figures", 5, *DEVICE, "--checkpoint", file) == []
-    assert "is not what the runs began with (sha256 000000000000…)" in capsys.readouterr().out
+    assert draw([tmp_path], tmp_path, [5], checkpoint=file) == []
+    assert "does not hold the original weights of the runs (SHA-256 000000000000…)" in capsys.readouterr().out
 
 
-def test_runs_of_a_continual_deletion_are_left_out(tmp_path):
+def test_continual_runs_are_left_out(tmp_path):
     folder = tmp_path / "runs"
     folder.mkdir()
     for place, path in enumerate((REFERENCE / "runs").glob("*.json")):
         record = json.loads(path.read_text())
         (folder / f"{place}.json").write_text(json.dumps(record | {"continual_step": 1, "continual_size": 8}))
-    assert draw([tmp_path], tmp_path, "--figures", *DEVICE) == []
+    assert draw([tmp_path], tmp_path) == []

@@ -1,4 +1,4 @@
-"""What tables lack: runs without a record and the commands that fill them, damaged files, bad input."""
+"""Test the lists below the tables: missing runs with commands, damaged files, and messages on bad input."""
 
 import json
 import re
@@ -8,14 +8,14 @@ import pytest
 import tabled
 from tabled import RECORD, cells
 
-from l2ul.reporting import collect
+from l2ul.reporting import read_records
 import main_tables
 import main_unlearn
 
 folder, tables = tabled.folder, tabled.tables  # fixtures
 
 
-def test_what_is_missing_is_listed_with_a_command(folder, tables):
+def test_missing_runs_are_listed_with_commands(folder, tables):
     folder(
         {"checkpoint": "resnet20.th", "bn": "eval"},
         {"seed": 1, "bn": "eval"},
@@ -32,11 +32,11 @@ def test_what_is_missing_is_listed_with_a_command(folder, tables):
     assert lines[1].endswith("--unlearn-k 64 --seed 0 --method adv_imp")
 
 
-def test_without_a_file_name_the_weights_are_told_by_their_hash(folder, tables):
+def test_weights_without_a_file_name_are_identified_by_their_hash(folder, tables):
     folder({})
     markdown = tables("--seed", 0, 1)
     assert "--checkpoint FILE" in markdown
-    assert "`FILE`: the file of weights of resnet20 whose sha256 begins with 12fca82f0beb." in markdown
+    assert "`FILE` is the file with the weights of resnet20 whose SHA-256 begins with 12fca82f0beb." in markdown
 
 
 def planned(script, line: str) -> set[str]:
@@ -79,7 +79,7 @@ def test_settings_of_a_method_of_fixed_length_are_rows_and_flags(run, script, ta
     assert all(len(planned(script, line)) == 1 for line in lines)
 
 
-def test_commands_for_what_was_asked_for_and_never_run(run, script, tables, tmp_path):
+def test_commands_for_selected_runs_that_were_never_done(run, script, tables, tmp_path):
     assert run("--method", "neggrad", "adv")[0] == 0
     markdown = tables("--method", "adv", "adv_imp", "--unlearn-k", 2, 4, "--seed", 0)
     lines = markdown.split("```bash\n")[1].split("\n```")[0].splitlines()
@@ -91,7 +91,7 @@ def test_commands_for_what_was_asked_for_and_never_run(run, script, tables, tmp_
     assert "## Missing" not in tables("--method", "adv", "adv_imp", "--unlearn-k", 2, 4, "--seed", 0)
 
 
-def test_a_listed_forget_set_is_told_from_a_chosen_one(run, script, tables, tmp_path):
+def test_a_listed_forget_set_is_a_row_of_its_own(run, script, tables, tmp_path):
     file = tmp_path / "forget.txt"
     file.write_text("3\n1\n")
     assert run("--method", "neggrad", "--seed", 0)[0] == 0
@@ -108,22 +108,25 @@ DAMAGED = {
     "bytes.json": (b"\xff\x00", "is not JSON"),
     "deep.json": ("[" * 100000, "is not JSON"),
     "list.json": ("[1]", "is not a record"),
-    "empty.json": ("{}", "it lacks dataset, model, checkpoint_sha256 and more"),
-    "status.json": ({"status": "fine"}, "status is 'fine'; expected one of forgotten"),
+    "empty.json": ("{}", "is incomplete: it lacks dataset, model, checkpoint_sha256 and more"),
+    "status.json": ({"status": "fine"}, 'status is "fine"; expected one of forgotten'),
     "nan.json": ({"acc_test": float("nan")}, "holds NaN"),
-    "huge.json": (json.dumps(RECORD).replace("70.0", "1e999"), "acc_test is inf"),
-    "text.json": ({"acc_test": "good"}, "acc_test is 'good'; expected percent or null"),
-    "null.json": ({"acc_test": None}, "acc_test is null though status is forgotten"),
-    "k.json": ({"k": "2"}, "k is '2'; expected a whole number"),
-    "name.json": ({"method": None}, "method is None; expected text"),
-    "goal.json": ({"goal": "retain"}, "goal is 'retain'"),
-    "step.json": ({"continual_step": 0}, "continual_step is 0"),
-    "nested.json": ({"pgd_eps": [4.0]}, "pgd_eps holds several values; expected one"),
+    "huge.json": (json.dumps(RECORD).replace("70.0", "1e999"), "acc_test is Infinity"),
+    "text.json": ({"acc_test": "good"}, 'acc_test is "good"; expected a percentage from 0 to 100 or null'),
+    "null.json": ({"acc_test": None}, "acc_test is null but status is forgotten; expected a percentage"),
+    "k.json": ({"k": "2"}, 'k is "2"; expected an integer of at least 1'),
+    "name.json": ({"method": None}, "method is null; expected text"),
+    "goal.json": ({"goal": "retain"}, 'goal is "retain"; expected one of misclassify, relabel'),
+    "step.json": ({"continual_step": 0}, "continual_step is 0; expected an integer of at least 1 or null"),
+    "nested.json": ({"pgd_eps": [4.0]}, "pgd_eps is [4.0]; expected a number or null"),
+    "unknown.json": ({"tags": ["a"]}, 'tags is ["a"]; expected a single value or null'),
+    "boolean.json": ({"pgd_eps": True}, "pgd_eps is true; expected a number or null"),
+    "words.json": ({"mean": "0.5 grey"}, "expected text that holds numbers separated by spaces or null"),
     "twin.json": ({"seconds_unlearn": 9.0}, "the same run as"),
 }
 
 
-def test_every_damaged_file_is_named_with_the_reason(folder, tables, tmp_path):
+def test_every_damaged_file_is_listed_with_the_reason(folder, tables, tmp_path):
     runs = folder({}, {"seed": 1}) / "runs"
     for name, (content, _) in DAMAGED.items():
         content = json.dumps(RECORD | content) if isinstance(content, dict) else content
@@ -138,19 +141,19 @@ def test_every_damaged_file_is_named_with_the_reason(folder, tables, tmp_path):
     assert len([line for line in problems if line.startswith("- ")]) == len(DAMAGED) + 1
 
 
-def test_where_all_files_are_damaged_there_is_no_table(tmp_path, tables):
+def test_without_a_valid_record_there_is_no_table(tmp_path, tables):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "a.json").write_text("{")
     assert tables().startswith("No table")
 
 
-def test_runs_of_subfolders_count_only_where_the_folder_has_none(folder):
+def test_runs_of_subfolders_are_read_only_if_the_folder_has_none(folder):
     place = folder({}, into="a/runs")
     folder({"seed": 1}, into="b/runs")
-    assert [record["seed"] for record in collect.read([place])[0]] == [0, 1]
-    assert [record["seed"] for record in collect.read([place / "b", place / "a"])[0]] == [1, 0]
+    assert [record["seed"] for record in read_records.read([place])[0]] == [0, 1]
+    assert [record["seed"] for record in read_records.read([place / "b", place / "a"])[0]] == [1, 0]
     folder({"seed": 2})
-    assert [record["seed"] for record in collect.read([place])[0]] == [2]
+    assert [record["seed"] for record in read_records.read([place])[0]] == [2]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_runs_of_subfolders_count_only_where_the_folder_has_none(folder):
         (["--method", "nothing"], "unknown method 'nothing'"),
         (["--dataset", "cifar100"], "there is no record of data set 'cifar100'; expected one of cifar10"),
         (["--unlearn_k", "0"], "'0' is not allowed"),
-        (["--result-dir", "nowhere"], "nowhere holds no runs"),
+        (["--result-dir", "nowhere"], "nowhere has no folder runs"),
     ],
 )
 def test_bad_input_is_one_sentence(folder, script, arguments, sentence):
@@ -173,10 +176,10 @@ def test_an_empty_folder_is_one_sentence(script, tmp_path):
     (tmp_path / "runs").mkdir()
     code, _, err = script(main_tables.main, "--result-dir", tmp_path)
     assert code == 2
-    assert re.fullmatch(r"main_tables\.py: there is no record in \S+; make some with main_unlearn\.py\n", err)
+    assert re.fullmatch(r"main_tables\.py: there is no record in \S+; make records with main_unlearn\.py\n", err)
 
 
-def test_commands_of_continual_runs_go_on_from_the_steps_that_are_there(run, script, tables, tmp_path):
+def test_commands_of_continual_runs_continue_from_recorded_steps(run, script, tables, tmp_path):
     steps = ["--continual-step", 1, "--method", "neggrad"]
     assert run(*steps, "--unlearn-k", 2)[0] == 0
     line = tables("--unlearn-k", 3, "--seed", 0).split("```bash\n")[1].split("\n```")[0]
@@ -186,7 +189,7 @@ def test_commands_of_continual_runs_go_on_from_the_steps_that_are_there(run, scr
     assert [text.split()[0] for text in out.splitlines()[1:]] == ["done", "done", "to"]
 
 
-def test_figures_are_drawn_beside_the_tables(folder, tables, tmp_path):
+def test_figures_are_written_beside_the_tables(folder, tables, tmp_path):
     folder({}, {"method": "adv_imp"})
     tables("--figures", 1)
     assert (tmp_path / "tables" / "cifar10_resnet20_1_accuracy_against_k.png").is_file()

@@ -1,4 +1,4 @@
-"""Tables of records: means, marks, rows, published figures, and the three files."""
+"""Test the tables of accuracies: means, marks, rows, published numbers, and the three files."""
 
 import io
 import json
@@ -33,8 +33,8 @@ def test_mean_deviation_and_the_best_in_bold(folder, tables, tmp_path):
     assert cells(markdown, "neggrad") == ["0.00 ± 0.00", "**85.00 ± 7.07**", "51.00 ± 1.41"]
     assert cells(markdown, "oracle")[2] == "88.00 ± 0.00"
     assert cells(markdown, "before")[2] == "91.00 (n=1)"
-    assert "over 2 seeds unless it says another n" in markdown
-    assert "Trained on D_r, which the others do without: `oracle`" in markdown
+    assert "over 2 seeds unless it states another n" in markdown
+    assert "Methods that train on D_r: `oracle`" in markdown
     rows = [line.split("|")[1].strip() for line in markdown.splitlines() if line.startswith("| ")][2:]
     assert rows == ["before", "neggrad", "oracle", "adv"]  # as in the registry
     row = csv(tmp_path).query("method == 'adv' and metric == 'acc_test'").iloc[0]
@@ -61,7 +61,7 @@ def test_runs_that_did_not_forget_are_marked_and_never_averaged_in(folder, table
     assert found[9:] == ["diverged (2), failed (1)"] * 3
     assert found[2] == "**70.00 ± 0.00**"
     assert "**" not in "".join(found[3:])  # the best must have forgotten in every run
-    assert "stopped at the cap (max_passes = 1000)" in markdown
+    assert "reached the cap (max_passes = 1000)" in markdown
     row = csv(tmp_path).query("k == 128 and metric == 'acc_forget'").iloc[0]
     assert pd.isna(row["mean"])
     assert (row["n"], row["runs"], row["cap"], row["mean_cap"]) == (0, 3, 3, 41.0)
@@ -113,7 +113,7 @@ def test_published_figures_stand_below_ours_with_their_source(folder, tables, tm
     ]
     assert cells(markdown, "adv_imp, published¹") == ["", "", "", "", "", "45.44"]
     assert cells(markdown, "oracle, published¹")[5] == "38.59 (derived)"
-    assert f"¹ Published figures, not ours: {published.SOURCE}" in markdown
+    assert f"¹ Published by others, not measured here: {published.SOURCE}" in markdown
     theirs = csv(tmp_path).dropna(subset="published")
     assert theirs["published"].tolist() == [38.59, 36.69, 45.44, 56.32]
     assert theirs["mean"].isna().tolist() == [True, False, False, True]
@@ -141,13 +141,13 @@ def test_continual_runs_have_a_row_a_step(folder, tables):
     steps[1]["acc_forget_earlier"] = 12.5
     folder(*steps, {}, *(step | {"seed": 1, "acc_forget_earlier": step["k"] - 3.5} for step in steps[1:]))
     markdown = tables()
-    plain, continual = markdown.split("## Goal misclassify, in several steps")
+    plain, continual = markdown.split("## Goal misclassify, continual")
     assert cells(plain, "adv") == ["0.00", "**80.00**", "**70.00**"]
-    assert cells(continual, "method")[0] == "cifar10, resnet20, 8 a step"
+    assert cells(continual, "method")[0] == "cifar10, resnet20, 8 per step"
     assert cells(continual, "") == ["D_f", "earlier D_f", "D_r", "D_test"]
     assert cells(continual, "adv, step 1 (k = 8)") == ["0.00 (n=1)", "", "**80.00** (n=1)", "**70.00** (n=1)"]
     assert cells(continual, "adv, step 2 (k = 16)")[1] == "12.50 ± 0.00"
-    assert "k = 8 (8 a step): `adv` seed 1" in markdown
+    assert "k = 8 (8 per step): `adv` seed 1" in markdown
     assert "--continual-step 8" in markdown.split("```bash")[1]
 
 
@@ -160,7 +160,7 @@ def test_age_groupings_and_samples_of_the_rest_are_told(folder, tables):
     markdown = tables()
     names = ["utkface MFD, resnet18_cifar100, k = 16", "utkface TNN, resnet18_cifar100, k = 16"]
     assert cells(markdown, "method")[::3] == names
-    assert "resnet18_cifar100: D_r was measured on a random sample of 500 of its images, known to ± 2.00" in markdown
+    assert "resnet18_cifar100: D_r is measured on a random sample of 500 of its images, within ± 2.00" in markdown
 
 
 def test_the_same_whatever_the_order_and_place_of_files(folder, tables, tmp_path):
