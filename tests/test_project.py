@@ -165,6 +165,17 @@ def test_a_row_of_the_results_is_what_the_records_say(row):
     assert count == (str(len(runs)) if len(averaged) == len(runs) else f"{len(averaged)} of {len(runs)}")
 
 
+def test_costs_of_the_main_command_in_the_readme_are_those_of_the_record():
+    record = json.loads((ROOT / "result_data" / "reference" / "benchmarks" / "readme_commands.json").read_text())
+    (row,) = [row for row in record["commands"] if row["command"] == "uv run main_unlearn.py"]
+    text = " ".join(README.split())
+    assert f"an environment of about {record['environment_gb']:.0f} GB" in text
+    assert (
+        f"needs {row['seconds_cpu'] / 60:.0f} minutes of CPU time and {row['peak_memory_mib'] / 1024:.1f} GiB" in text
+    )
+    assert f"{row['seconds_wall'] / 60:.0f} minutes on a busy AMD EPYC" in text
+
+
 def test_files_name_no_place_of_one_machine():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if tracked.returncode:
