@@ -171,7 +171,7 @@ def save_images(folder, images, labels=None):
 @pytest.fixture
 def fast_report(monkeypatch):
     """A report of a request in a second."""
-    monkeypatch.setattr(search, "MOST_EXAMPLES", 32)
+    monkeypatch.setattr(search, "MAX_EXAMPLES", 32)
     monkeypatch.setattr(relearn, "MOST_STEPS", 30)
 
 

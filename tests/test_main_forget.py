@@ -1,4 +1,4 @@
-"""A request to forget, as a user makes it: the model comes back in its form, and the report tells the truth."""
+"""Deletion requests through `main_forget.py`: the written model, the report, the search, dry runs and progress."""
 
 import json
 import os
@@ -13,15 +13,16 @@ from PIL import Image
 import pytest
 import torch
 
+from l2ul.common import progress
 from l2ul.common.files import file_sha256
-from l2ul.deletion import examine
+from l2ul.deletion import checks
 import main_forget
 
 pytestmark = pytest.mark.usefixtures("fast_report")
 
 
 class FullPrecision(torch.nn.Module):
-    """Makes tensors of 32 bits on its way, whatever it is given."""
+    """Return float32 tensors for inputs of any type."""
 
     def forward(self, x):
         return x * torch.ones(1, 3, 1, 1)
@@ -34,26 +35,31 @@ def full_precision():
     return net
 
 
-def test_images_are_forgotten_and_the_model_comes_back_in_the_form_it_came_in(forget, tiny, tmp_path):
+def test_images_are_forgotten_and_the_model_is_written_in_its_own_form(forget, tiny, tmp_path):
     before = file_sha256(tmp_path / "tiny.pth")
-    code, report, told = forget()
-    assert (code, report["images"][0]["forgotten"]) == (0, True), told
+    code, report, printed = forget()
+    assert (code, report["images"][0]["forgotten"]) == (0, True), printed
     written = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
-    assert list(written) == ["epoch", "state_dict"]  # the optimizer's tensors could hold the images
+    assert list(written) == [
+        "epoch",
+        "state_dict",
+    ]  # the tensors of the optimizer may contain information about the images
     assert report["model"]["left_out"] == ["optimizer"]
     _, images, labels = tiny
     now = predicted_classes(tmp_path / "out" / "model.pth", images)
     assert (now[:6] != labels[:6]).all()
     assert [row["called_after"] for row in report["images"]] == now[:6].tolist()
-    assert [row["label"] for row in report["images"]] == labels[:6].tolist()  # the model's own predictions
+    assert [row["label"] for row in report["images"]] == labels[:6].tolist()  # the predictions of the model
     assert file_sha256(tmp_path / "tiny.pth") == before == report["model"]["before"]["files"]["tiny.pth"]
-    assert "6 of 6 images are forgotten" in told
+    assert "6 of 6 images are forgotten" in printed
 
 
-def test_the_page_opens_offline_and_says_what_the_report_says(forget, tmp_path):
+def test_the_page_needs_no_other_files_and_agrees_with_the_report(forget, tmp_path):
     _, report, _ = forget()
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "All 6 images are forgotten" in page
+    assert '<h1 class="good">The model misclassifies 6 of 6 images</h1>' in page
+    assert page.count("prediction before: ") == page.count("prediction after: ") == 6
+    assert "agreement with the original model: adversarial examples" in page
     assert page.count("data:image/png;base64,") == 6
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
     for sentence in report["not_claimed"]:
@@ -65,92 +71,94 @@ def test_the_page_opens_offline_and_says_what_the_report_says(forget, tmp_path):
     assert names.count("\n") == 7
 
 
-def test_no_thumbnails_leaves_the_pictures_out(forget, tmp_path):
+def test_no_thumbnails_leaves_the_images_out_of_the_page(forget, tmp_path):
     forget("--no-thumbnails")
     assert "data:image" not in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_relabelled_by_a_table(forget, tiny, tmp_path):
+def test_images_are_relabelled_as_the_label_table_says(forget, tiny, tmp_path):
     _, images, labels = tiny
     rows = [f"{number}.png,{(int(labels[number]) + 1) % CLASSES}" for number in range(6)]
     (tmp_path / "in" / "labels.csv").write_text("\n".join(["file,new_label", *rows]))
-    code, report, told = forget()
-    assert code == 0, told
+    code, report, printed = forget()
+    assert code == 0, printed
     assert report["asked"]["goal"] == "relabel"
+    assert "The model predicts the new label of 6 of 6 images" in (tmp_path / "out" / "report.html").read_text()
     now = predicted_classes(tmp_path / "out" / "model.pth", images)
     assert (now[:6] == (labels[:6] + 1) % CLASSES).all()
 
 
-def test_not_all_forgotten_is_exit_code_3_with_a_report(forget):
-    code, report, told = forget("--setting", "distill_steps=1", "distill_cycles=1", "distill_lr=1e-9")
+def test_exit_code_3_with_a_report_if_not_all_images_are_forgotten(forget):
+    code, report, printed = forget("--setting", "distill_steps=1", "distill_cycles=1", "distill_lr=1e-9")
     assert code == 3
-    assert "0 of 6 images are forgotten" in told
-    assert report["chosen"] is None  # nothing was gained
+    assert "0 of 6 images are forgotten" in printed
+    assert report["chosen"] is None  # the model is unchanged
     assert report["trials"][0]["changed"]["distill_steps"] == 1
 
 
-def test_nothing_is_done_where_the_model_calls_no_image_by_its_label(forget, tiny, tmp_path):
+def test_nothing_is_done_if_the_model_misclassifies_all_images_already(forget, tiny, tmp_path):
     _, images, labels = tiny
     save_images(tmp_path / "wrong", images[:3], (labels[:3] + 1) % CLASSES)
-    code, report, told = forget(images="wrong")
-    assert (code, report["trials"], report["chosen"]) == (0, [], None), told
+    code, report, printed = forget(images="wrong")
+    assert (code, report["trials"], report["chosen"]) == (0, [], None), printed
     assert report["model"]["before"]["weights_sha256"] == report["model"]["after"]["weights_sha256"]
     assert not any(row["was_called"] for row in report["images"])
 
 
-def test_settings_are_searched_within_the_time(tiny, script, tmp_path):
+def test_the_search_ends_within_the_time_limit(tiny, script, tmp_path):
     save_images(tmp_path / "keep" / "any name", tiny[1][10:20])
     words = [*tiny[0], "--images", tmp_path / "in", "--output", tmp_path / "out", "--keep-images", tmp_path / "keep"]
     started = time.perf_counter()
     code, out, _ = script(
         main_forget.main, *words, "--minutes", 0.15, "--reference-images", tmp_path / "keep" / "any name"
     )
-    assert time.perf_counter() - started < 0.15 * 60 + 15  # beside other work a step may be long
+    assert time.perf_counter() - started < 0.15 * 60 + 15  # steps are slow on a busy machine
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     ranks = [(one["forgotten"], sum(kept["percent"] for kept in one["kept"])) for one in report["trials"]]
-    assert ranks == sorted(ranks, reverse=True)  # the first is taken
+    assert ranks == sorted(ranks, reverse=True)  # the first is chosen
     assert (code == 0) == (ranks[0][0] == 6)
     assert [probe["name"] for probe in report["damage"]] == ["adversarial examples", "images to keep"]
     assert report["membership"]["references"] == 10
-    assert "of old answers kept (images to keep)" in out
+    lines = [line for line in out.splitlines() if re.match(r"\d\d:\d\d:\d\d  .*: \d of 6 forgotten, ", line)]
+    assert len(lines) == len(report["trials"])  # a line per candidate
+    assert all(re.search(r"agreement [\d.]+ % \(images to keep\), \d+ s$", line) for line in lines)
 
 
-def test_images_are_also_forgotten_when_changed_if_that_is_asked_for(forget):
-    code, report, told = forget("--also", "flipped")
-    assert code == 0, told
+def test_changed_copies_are_forgotten_with_also(forget, tmp_path):
+    code, report, printed = forget("--also", "flipped")
+    assert code == 0, printed
     assert report["robustness"]["flipped"] == 6
+    assert "misclassifies 6 of 6 images, also when flipped" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_what_is_asked_of_changed_images_counts_and_a_model_that_gained_nothing_is_the_one_that_came(
-    forget, script, tiny, tmp_path
-):
+def test_changed_copies_count_and_the_model_is_unchanged_if_no_candidate_is_better(forget, script, tiny, tmp_path):
     images = tiny[1]
     answers = [load_tiny_net(tmp_path / "tiny.pth")(one / 255).argmax(1) for one in (images, images.flip(3))]
-    places = (answers[0] != answers[1]).nonzero().flatten()[:3]  # no longer called so as they are, but mirrored
+    places = (answers[0] != answers[1]).nonzero().flatten()[:3]  # misclassified as they are, but not when flipped
     assert len(places)
     save_images(tmp_path / "half", images[places], answers[1][places])
     still = ["--setting", "distill_steps=1", "distill_cycles=1", "distill_lr=1e-9"]
-    code, report, told = forget("--also", "flipped", *still, images="half")
-    assert (code, report["chosen"], len(report["trials"])) == (3, None, 1), told
+    code, report, printed = forget("--also", "flipped", *still, images="half")
+    assert (code, report["chosen"], len(report["trials"])) == (3, None, 1), printed
     assert not any(row["forgotten"] for row in report["images"])
     assert report["model"]["before"]["weights_sha256"] == report["model"]["after"]["weights_sha256"]
-    assert "no setting forgot more than it had" in (tmp_path / "out" / "report.html").read_text()
+    assert "no settings forgot more images than the original model" in (tmp_path / "out" / "report.html").read_text()
     code, report, _ = forget("--also", "flipped", output="done", images="half")
     assert (code, report["robustness"]["flipped"]) == (0, len(places))
     code, report, _ = forget(output="nothing", images="half")
     assert (code, report["trials"]) == (0, [])
 
 
-def test_a_net_that_cannot_run_in_half_precision_is_not_lost_for_that(forget, tiny, tmp_path):
-    code, report, told = forget(model=["--build", "test_main_forget:full_precision", *tiny[0][2:]])
-    assert code == 0, told
+def test_robustness_is_null_for_a_model_that_cannot_run_in_half_precision(forget, tiny, tmp_path):
+    code, report, printed = forget(model=["--build", "test_main_forget:full_precision", *tiny[0][2:]])
+    assert code == 0, printed
     assert report["robustness"]["half precision"] is None
     assert "half precision" not in report["images"][0]["survives"]
-    assert "the model cannot run so" in (tmp_path / "out" / "report.html").read_text()
+    assert "the model cannot run in this form" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_nothing_that_others_put_into_the_output_is_lost(forget, monkeypatch, tmp_path):
-    measure = main_forget.examine.examine
+def test_files_that_others_put_into_the_output_meanwhile_are_kept(forget, monkeypatch, tmp_path):
+    measure = checks.measure
 
     def meanwhile(*arguments):
         (tmp_path / "out").mkdir()
@@ -158,32 +166,32 @@ def test_nothing_that_others_put_into_the_output_is_lost(forget, monkeypatch, tm
         (tmp_path / "tiny.pth").touch()
         return measure(*arguments)
 
-    monkeypatch.setattr(main_forget.examine, "examine", meanwhile)
-    code, _, told = forget()
+    monkeypatch.setattr(checks, "measure", meanwhile)
+    code, _, printed = forget()
     assert code == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
-    assert "out-2/report.html" in told
+    assert "out-2/report.html" in printed
     assert (tmp_path / "out-2" / "report.json").is_file()
 
 
-def test_a_link_to_a_folder_that_is_not_there_yet_is_followed(forget, tmp_path):
+def test_a_link_to_a_missing_folder_is_followed(forget, tmp_path):
     (tmp_path / "out").symlink_to(tmp_path / "real")
     assert forget()[0] == 0
     assert (tmp_path / "out").is_symlink()
     assert (tmp_path / "real" / "model.pth").is_file()
 
 
-def test_a_model_is_not_given_out_as_the_one_that_was_measured_if_it_is_another():
+def test_a_written_model_that_differs_from_the_measured_one_is_an_error():
     images = torch.rand(2, 3, 8, 8)
-    examine.check_same(tiny_net(1), tiny_net(1), images)
+    checks.check_same_model(tiny_net(1), tiny_net(1), images)
     other = tiny_net(1)
     with torch.no_grad():
         next(other.parameters()).mul_(1 + 1e-6)
     with pytest.raises(RuntimeError, match="differs in "):
-        examine.check_same(tiny_net(1), other, images)
+        checks.check_same_model(tiny_net(1), other, images)
 
 
-def test_a_hugging_face_folder_loads_with_plain_code_and_gives_the_logits_of_the_report(script, vit_folder, tmp_path):
+def test_a_hugging_face_folder_loads_with_transformers_and_gives_the_logits_of_the_report(script, vit_folder, tmp_path):
     transformers = pytest.importorskip("transformers")
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (3, 3, 60, 40), generator=generator).to(torch.uint8)
@@ -202,7 +210,7 @@ def test_a_hugging_face_folder_loads_with_plain_code_and_gives_the_logits_of_the
     assert code == 0, out
 
 
-def test_a_torchvision_net_from_a_file_in_half_precision_comes_back_so(script, tmp_path):
+def test_a_torchvision_model_in_half_precision_is_written_in_half_precision(script, tmp_path):
     from torchvision.models import mobilenet_v3_small
 
     torch.manual_seed(0)
@@ -224,13 +232,13 @@ def test_a_torchvision_net_from_a_file_in_half_precision_comes_back_so(script, t
     mobilenet_v3_small(num_classes=4).load_state_dict(state)
 
 
-def test_a_killed_command_leaves_nothing_half_written_and_starts_again(tiny, tmp_path):
+def test_a_killed_command_leaves_no_output_and_can_be_repeated(tiny, tmp_path):
     words = [sys.executable, str(ROOT / "main_forget.py"), *tiny[0], "--images", tmp_path / "in", "--output"]
-    words = [*map(str, words), str(tmp_path / "out"), *map(str, FAST_REQUEST)]
+    words = [*map(str, words), str(tmp_path / "out"), *map(str, FAST_REQUEST), "--minutes", "10"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     before = file_sha256(tmp_path / "tiny.pth")
     process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.readline()  # it has begun
+    process.stdout.readline()  # the search has started
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -238,3 +246,49 @@ def test_a_killed_command_leaves_nothing_half_written_and_starts_again(tiny, tmp
     assert file_sha256(tmp_path / "tiny.pth") == before
     again = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert (again.returncode, (tmp_path / "out" / "report.json").exists()) == (0, True), again.stderr
+
+
+def test_progress_lines_appear_in_a_log_file(forget, monkeypatch):
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.0)
+    code, _, printed = forget()
+    assert code == 0, printed
+    assert re.search(
+        r"^distill_steps 40.*: step \d+, \d+ % of D_f forgotten, at most \d+ s left", printed, re.MULTILINE
+    )
+    assert re.search(r"^relearning: \d+ / 30 ", printed, re.MULTILINE)
+
+
+def test_a_dry_run_checks_the_request_and_writes_nothing(forget, tiny, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    code, report, printed = forget("--dry-run", output="new/out")
+    assert (code, report) == (0, None), printed
+    assert sorted(tmp_path.rglob("*")) == before
+    counts = tiny[2][:6].bincount().tolist()
+    assert "6 images to misclassify; distill; cpu" in printed
+    assert ", ".join(f"{label} ({count})" for label, count in enumerate(counts)) in printed
+    assert "predictions: 6 of 6 images are classified as their label" in printed
+    assert re.search(r"  0.png: predicted as 0 \([\d.]+%\), label 0$", printed, re.MULTILINE)
+    assert "0 of 6 images are forgotten already; time limit 1 minutes" in printed
+    assert f"the output would be {tmp_path / 'new' / 'out'}" in printed
+
+
+def test_a_dry_run_shows_new_labels_and_checks_the_earlier_requests(forget, tiny, tmp_path):
+    built = ["--build", "conftest:tiny_net"]
+    forget()
+    rows = [f"{number}.png,{int(label)}" for number, label in enumerate(tiny[2][:6])]
+    (tmp_path / "in" / "labels.csv").write_text("\n".join(["file,new_label", *rows]))
+    code, _, printed = forget("--dry-run", output="second", model=["--model", tmp_path / "out", *built])
+    assert (code, "6 images to relabel" in printed) == (0, True), printed
+    assert re.search(r"  1.png: predicted as \d .*, label \d, new label 1$", printed, re.MULTILINE)
+    (tmp_path / "out" / "report.json").write_text("{}")
+    code, _, printed = forget("--dry-run", output="second", model=["--model", tmp_path / "out", *built])
+    assert (code, "is not a report of a deletion request (asked is missing)" in printed) == (2, True)
+    assert not (tmp_path / "second").exists()
+
+
+def test_help_has_examples_and_terms():
+    shown = subprocess.run(
+        [sys.executable, "main_forget.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for text in ("examples:", "terms:", "--images FOLDER", "required: ", "--dry-run"):
+        assert text in shown

@@ -1,8 +1,8 @@
-"""What is wrong with a request is said in one sentence, with exit code 2, and nothing is written."""
+"""Wrong requests end with one sentence and exit code 2, and nothing is written."""
 
 import json
 import os
-from pathlib import Path  # noqa: F401  # what is no module, built by a test
+from pathlib import Path  # noqa: F401  # a --build function that returns no module
 
 from conftest import tiny_net
 from helpers import write_image
@@ -23,7 +23,7 @@ class Net(nn.Module):
 
 
 class Several(Net):
-    """Gives not the logits alone."""
+    """Return logits inside another object."""
 
     def __init__(self, wrap):
         super().__init__()
@@ -42,12 +42,12 @@ def named():
 
 
 def fails():
-    raise ZeroDivisionError("no net today")
+    raise ZeroDivisionError("no network today")
 
 
 @pytest.fixture
 def place(tmp_path):
-    """A folder with two pictures, a net's weights and files that are none."""
+    """A folder with two images and the weights of a network."""
     for number in range(2):
         write_image(tmp_path / "in" / f"{number}.png", seed=number)
     torch.save(tiny_net().state_dict(), tmp_path / "tiny.pt")
@@ -100,7 +100,7 @@ def truncated(place):
 
 
 def text(place):
-    (place / "in" / "notes.txt").write_text("no picture")
+    (place / "in" / "notes.txt").write_text("no write_image")
 
 
 def other_size(place):
@@ -148,6 +148,10 @@ def names(place):
     (place / "names.txt").write_text("cat\ndog\n")
 
 
+def bad_names(place):
+    (place / "bad_names.txt").write_bytes(b"\xff\xfe\xfa")
+
+
 def no_report(place):
     (place / "report.json").write_text(json.dumps({"some": "thing"}))
 
@@ -156,11 +160,11 @@ TINY = "--build conftest:tiny_net --checkpoint {}/tiny.pt"
 REST = "--images {}/in --output {}/out"
 CASES = [
     (None, f"{REST}", "no classifier is named; give --model"),
-    (None, f"--model resnet20 {REST}", "no weights are given for resnet20; name their file with --checkpoint"),
+    (None, f"--model resnet20 {REST}", "no weights are given for resnet20; give their file as --checkpoint"),
     (None, f"--model resnet21 --checkpoint {{}}/tiny.pt {REST}", "unknown model 'resnet21'"),
     (None, f"--model resnet20 --checkpoint {{}}/none.pt {REST}", "there is no checkpoint"),
     (None, f"--model resnet20 --checkpoint {{}}/tiny.pt {REST}", "does not fit resnet20"),
-    (None, f"--model {{}}/tiny.pt {REST}", "is a file; name the net by --model"),
+    (None, f"--model {{}}/tiny.pt {REST}", "is a file; give the architecture as --model"),
     (empty_folder, f"--model {{}}/empty {REST}", "expected what save_pretrained writes"),
     (script_program, f"--model {{}}/program.pt {REST}", "is a TorchScript program"),
     (script_program, f"--build conftest:tiny_net --checkpoint {{}}/program.pt {REST}", "is a TorchScript program"),
@@ -169,68 +173,77 @@ CASES = [
     (damaged, f"--build conftest:tiny_net --checkpoint {{}}/damaged.pt {REST}", "is damaged or is no checkpoint"),
     (None, f"--build conftest {REST}", "expected package.module:function"),
     (None, f"--build no_such_module:net {REST}", "cannot be imported"),
-    (None, f"--build test_main_forget_errors:fails {REST}", "failed (ZeroDivisionError: no net today)"),
+    (None, f"--build test_main_forget_errors:fails {REST}", "failed (ZeroDivisionError: no network today)"),
     (None, f"--build test_main_forget_errors:Path {REST}", "expected a torch.nn.Module"),
     (None, f"--build test_main_forget_errors:Net {REST}", "expected a logit for each class"),
     (None, f"--build test_main_forget_errors:pair {REST}", "gives no logits ('tuple' object"),
     (None, f"--build test_main_forget_errors:named {REST}", "gives no logits ('dict' object"),
     (whole_numbers, f"--build conftest:tiny_net --checkpoint {{}}/keys.pt {REST}", "holds no state dict"),
     (broken_zip, f"--build conftest:tiny_net --checkpoint {{}}/zip.pt {REST}", "is damaged or is no checkpoint"),
-    (odd_name, f"{TINY} {REST}", "is not UTF-8; rename it"),
-    (table("file,label\n0.png,1,\n1.png,2,\n"), f"{TINY} {REST}", "cannot read the labels"),
+    (odd_name, f"{TINY} {REST}", "is not UTF-8; rename the file"),
+    (table("file,label\n0.png,1,\n1.png,2,\n"), f"{TINY} {REST}", "cannot read the label table"),
     (None, f"--build torch.nn:Identity {REST}", "a module without weights"),
     (None, f"--model resnet20 {TINY} {REST}", "give one of them"),
-    (None, f"{TINY} --images {{}}/none --output {{}}/out", "is no folder"),
-    (empty_folder, f"{TINY} --images {{}}/empty --output {{}}/out", "holds no image"),
+    (None, f"{TINY} --images {{}}/none --output {{}}/out", "is not a folder"),
+    (empty_folder, f"{TINY} --images {{}}/empty --output {{}}/out", "contains no image"),
     (truncated, f"{TINY} {REST}", "1 of 3 files in"),
     (text, f"{TINY} {REST}", "notes.txt: no image of a known format"),
-    (other_size, f"{TINY} {REST}", "give it by --image-size"),
+    (other_size, f"{TINY} {REST}", "give it with --image-size"),
     (large, f"{TINY} --images {{}}/large --output {{}}/out", "the model does not take images of 4 x 4 pixels"),
     (mixed, f"{TINY} {REST}", "beside folders of labels"),
-    (deep, f"{TINY} --images {{}}/deep --output {{}}/out", "within a label's folder"),
-    (wrong_label, f"{TINY} --images {{}}/labelled --output {{}}/out", "label 'cat' is no class of the model"),
+    (deep, f"{TINY} --images {{}}/deep --output {{}}/out", "inside the folder of a label"),
+    (wrong_label, f"{TINY} --images {{}}/labelled --output {{}}/out", "label 'cat' is not a class of the model"),
     (contradiction, f"{TINY} --images {{}}/twice --output {{}}/out", "are the same image with different labels"),
     (table("file,label\n7.png,1\n"), f"{TINY} {REST}", "lists 7.png, which is not in"),
     (table("file,class\n0.png,1\n"), f"{TINY} {REST}", "expected file, and label or new_label"),
     (table("file,label\n0.png,1\n0.png,2\n"), f"{TINY} {REST}", "more than once"),
-    (table("file,label\n0.png,9\n"), f"{TINY} {REST}", "label '9' is no class of the model"),
-    (table("file,new_label\n0.png,1\n"), f"{TINY} {REST}", "there is no new_label for an image"),
-    (table("file,label,new_label\n0.png,1,1\n1.png,1,2\n"), f"{TINY} {REST}", "give another one"),
-    (table(""), f"{TINY} {REST}", "cannot read the labels"),
-    (full_output, f"{TINY} {REST}", "exists already; name a new folder"),
-    (None, f"{TINY} --images {{}}/in --output {{}}/in/out", "which is only read"),
-    (also_kept, f"{TINY} {REST} --keep-images {{}}/keep", "is also to be forgotten"),
-    (names, f"{TINY} {REST} --class-names {{}}/names.txt", "tells 5 classes apart, and has names for 2"),
-    (None, f"{TINY} {REST} --method oracle", "trains on the rest of the training set"),
+    (table("file,label\n0.png,9\n"), f"{TINY} {REST}", "label '9' is not a class of the model"),
+    (table("file,new_label\n0.png,1\n"), f"{TINY} {REST}", "an image has no new_label"),
+    (table("file,label,new_label\n0.png,1,1\n1.png,1,2\n"), f"{TINY} {REST}", "give another class"),
+    (table(""), f"{TINY} {REST}", "cannot read the label table"),
+    (full_output, f"{TINY} {REST}", "exists already; give a new folder"),
+    (None, f"{TINY} --images {{}}/in --output {{}}/in/out", "which must stay unchanged"),
+    (also_kept, f"{TINY} {REST} --keep-images {{}}/keep", "is also an image to forget"),
+    (names, f"{TINY} {REST} --class-names {{}}/names.txt", "has 5 classes, but 2 class names are given"),
+    (None, f"{TINY} {REST} --method oracle", "trains on the retain set"),
     (None, f"{TINY} {REST} --method nothing", "unknown method 'nothing'"),
     (None, f"{TINY} {REST} --setting steps=3", "method distill has no setting steps"),
     (None, f"{TINY} {REST} --setting unlearn_lr=0.1", "method distill has no setting unlearn_lr"),
     (not_a_number, f"--build conftest:tiny_net --checkpoint {{}}/nan.pt {REST}", "logits that are not finite"),
-    (None, "--model hf:{} --images {}/in --output {}/out", "which is only read"),
+    (None, "--model hf:{} --images {}/in --output {}/out", "which must stay unchanged"),
     (None, f"{TINY} --images {{}}/in --output .", "exists already"),
     (None, f"{TINY} {REST} --minutes 0", "'0' is not allowed; expected a number above 0"),
-    (bad_key, f"{TINY} {REST} --sign {{}}/key.pem", "is not to be used as a key"),
-    (no_report, "--verify {}/report.json", "is no report of a request"),
-    (None, "--verify {}/none.json", "is no report of a request"),
+    (bad_key, f"{TINY} {REST} --sign {{}}/key.pem", "is not a usable key"),
+    (no_report, "--verify {}/report.json", "is not a report of a deletion request"),
+    (None, "--verify {}/none.json", "is not a report of a deletion request"),
     (None, "", "give --images FOLDER to forget and --output FOLDER"),
+    (None, f"{TINY} --images {{}}/in {{}}/in --output {{}}/out", "--images names 2 folders"),
+    (None, "--verify {}/report.json --dry-run", "--dry-run is for requests"),
+    (bad_names, f"{TINY} {REST} --class-names {{}}/bad_names.txt", "cannot read --class-names"),
+    (None, f"{TINY} --images {{}}/in --output {{}}/tiny.pt/out", "cannot write to"),
 ]
 
 
 @pytest.mark.parametrize(("spoil", "words", "expected"), CASES, ids=[f"{n}-{case[2]}" for n, case in enumerate(CASES)])
-def test_one_sentence(script, place, spoil, words, expected):
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_wrong_requests(script, place, spoil, words, expected, dry_run):
     if "--sign" in words:
         pytest.importorskip("cryptography")
+    if dry_run and "--verify" in words:
+        pytest.skip("--verify has no dry run")
     if spoil:
         spoil(place)
-    there = sorted(place.rglob("*"))
-    code, out, err = script(main_forget.main, *words.replace("{}", str(place)).split())
+    before = sorted(place.rglob("*"))
+    code, out, err = script(
+        main_forget.main, *words.replace("{}", str(place)).split(), *(["--dry-run"] if dry_run else [])
+    )
     assert code == 2, out + err
     assert expected in err
     assert err.count("\n") == 1
-    assert sorted(place.rglob("*")) == there  # nothing was written
+    assert sorted(place.rglob("*")) == before  # nothing was written
 
 
-def test_the_working_folder_is_no_new_one(script, place, monkeypatch):
+def test_the_output_cannot_be_the_working_folder(script, place, monkeypatch):
     empty_folder(place)
     monkeypatch.chdir(place / "empty")
     code, _, err = script(main_forget.main, *f"{TINY} {REST}".replace("{}", str(place)).split()[:-1], ".")

@@ -1,4 +1,4 @@
-"""A classifier as it is deployed: opened from the form it is in, and written in that form again."""
+"""Open a classifier in the form in which it is deployed, and write it in the same form."""
 
 from collections.abc import Callable, Sequence
 import contextlib
@@ -16,21 +16,21 @@ from torchvision.transforms import v2
 
 from l2ul.common.errors import InputError
 from l2ul.common.files import REPORT, file_sha256, tensors_sha256
-from l2ul.deletion import verify
+from l2ul.deletion.report_schema import OpenedBy, WrittenModelHashes, read_report
 import models
 from models import checkpoint as checkpoints
 from models import huggingface, zoo
 from models.classifier import Classifier, Normalize
 
-BUILT = "build"  # the name of a module of somebody's own
+BUILT = "build"  # `model` of OpenedBy for a module that --build names
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What images are brought to: as the model has it, where None.
+class InputFormat:
+    """The size and normalisation of input images. None: as the model defines it.
 
-    image_size  the short side is resized to it and the square in the middle cut out
-    mean, std   of the input normalisation, a channel
+    image_size  resize the short side to this many pixels and crop the central square
+    mean, std   per channel, of the input normalisation, for pixels in [0,1]
     """
 
     image_size: int | None = None
@@ -39,36 +39,36 @@ class Sizes:
 
     @property
     def flags(self) -> dict[str, object]:
-        """Each by the name of its flag."""
+        """The values by the names of their flags."""
         return {"--image-size": self.image_size, "--mean": self.mean, "--std": self.std}
 
 
 @dataclass
-class Deployed:
-    """A classifier, how images are brought to its size, and what it takes to open it again.
+class DeployedModel:
+    """A classifier, the resizing of its input images, and all that is needed to open it again.
 
-    classifier  takes pixels of the size that `shape` gives, in [0,1]; in eval mode
-    shape       from an RGB image to its pixels, uint8 (3, H, W)
-    classes     what the classes are called; empty where nothing tells
-    opened_by   what opens it again, but for the places of files
-    place       the file or folder that it was read from; None where it came from a hub or from code alone
-    dtypes      of the weights by name, where they are not float32
+    classifier     takes pixels (N, 3, H, W) in [0,1] as `to_pixels` returns them, divided by 255; in eval mode
+    to_pixels      convert an RGB image to uint8 pixels (3, H, W) of the size that the model takes
+    class_names    empty if neither the model nor the user gives names
+    opened_by      arguments that open it again, without file paths
+    path           the file or folder with the weights; None for weights from a hub or from code
+    dtypes         of the weights in the file, by name, where not float32
     """
 
     classifier: Classifier
-    shape: Callable[[Image], Tensor]
-    classes: list[str]
-    opened_by: dict[str, object]
-    place: Path | None = None
+    to_pixels: Callable[[Image], Tensor]
+    class_names: list[str]
+    opened_by: OpenedBy
+    path: Path | None = None
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
-    def hashes(self) -> dict[str, object]:
-        """Hex sha256 of the files by name, and of the weights themselves, whatever form they are kept in."""
+    def hashes(self) -> WrittenModelHashes:
+        """Return the hex sha256 of the weights, independent of the file format, and of each file by name."""
         weights = tensors_sha256(self.classifier.net.state_dict())
-        return {"weights_sha256": weights, "files": files_sha256(self.place) if self.place else {}}
+        return {"weights_sha256": weights, "files": files_sha256(self.path) if self.path else {}}
 
     def as_written(self, classifier: Classifier) -> Classifier:
-        """The classifier with its weights rounded as they will be in the file: what its reader gets."""
+        """Return the classifier with its weights rounded to the dtypes of the file."""
         if not self.dtypes:
             return classifier
         rounded = copy.deepcopy(classifier)
@@ -78,174 +78,194 @@ class Deployed:
         return rounded
 
     def write(self, classifier: Classifier, folder: Path) -> list[str]:
-        """Write `model…` to the folder in the form this one came in: what `save_pretrained` writes, or a file.
+        """Write a classifier to `folder` in the form of this model: `model.*`, or for Hugging Face a folder `model`.
 
-        Returns the names of what a file held beside its weights and was left out: see `checkpoint.rewrite`.
+        Returns the names of the entries of a checkpoint that were left out: see `checkpoint.rewrite`.
         """
         if self.opened_by["model"] == huggingface.PREFIX:
-            kept = copy.deepcopy(classifier.net).cpu().to(next(iter(self.dtypes.values()), torch.float32))
+            net = copy.deepcopy(classifier.net).cpu().to(next(iter(self.dtypes.values()), torch.float32))
             normalize = classifier.normalize
             statistics = [models.decimals(normalize.mean), models.decimals(normalize.std)]
-            huggingface.save(kept, classifier.name, folder / "model", *statistics)
+            huggingface.save(net, classifier.name, folder / "model", *statistics)
             return []
-        if self.place:
-            return checkpoints.rewrite(self.place, classifier.net, folder / f"model{self.place.suffix}")
+        if self.path:
+            return checkpoints.rewrite(self.path, classifier.net, folder / f"model{self.path.suffix}")
         torch.save({name: tensor.cpu() for name, tensor in classifier.net.state_dict().items()}, folder / "model.pt")
         return []
 
 
-def files_sha256(place: Path) -> dict[str, str]:
-    """Hex sha256 of a file, or of each file in a folder, by name."""
-    files = [place] if place.is_file() else sorted(path for path in place.iterdir() if path.is_file())
-    return {path.name: file_sha256(path) for path in files}
+def files_sha256(path: Path) -> dict[str, str]:
+    """Return the hex sha256 of a file, or of each file in a folder, by name."""
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    return {file.name: file_sha256(file) for file in files}
 
 
-def open_deployed(
+def open_model(
     model: str | None,
     checkpoint: str | Path | None = None,
     build: str | None = None,
-    sizes: Sizes | None = None,
-) -> Deployed:
-    """A deployed classifier.
+    input_format: InputFormat | None = None,
+    class_names: Path | None = None,
+) -> DeployedModel:
+    """Open a deployed classifier.
 
-    model       one of ours or torchvision:NAME, with a checkpoint or, of torchvision, its own weights; hf:NAME or the
-                folder that `save_pretrained` wrote; the folder that an earlier request wrote
-    checkpoint  a file of weights; of torchvision also the name of one of its own sets of them
-    build       `package.module:function` that returns a module, in place of `model`: its code is run
+    model         a name of this package's models or `torchvision:NAME`; `hf:NAME` or a folder that `save_pretrained`
+                  wrote; or the output folder of an earlier request
+    checkpoint    file of weights; for torchvision also the name of one of its pretrained weights
+    build         `package.module:function` that returns a module, in place of `model`; its code is run
+    class_names   text file with one class name per line
 
-    Raises InputError where something is missing, damaged, unsafe to read or of another net.
+    Raises InputError if something is missing, damaged, unsafe to read or does not fit.
     """
-    sizes = sizes or Sizes()
-    if build and (model is None or not _is_output(Path(model))):
+    opened = _open(model, checkpoint, build, input_format or InputFormat())
+    if class_names:
+        try:
+            opened.class_names = class_names.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            raise InputError(
+                f"cannot read --class-names {class_names}; give a UTF-8 text file with one class name per line"
+            ) from None
+    return opened
+
+
+def _open(
+    model: str | None, checkpoint: str | Path | None, build: str | None, input_format: InputFormat
+) -> DeployedModel:
+    if build and (model is None or not is_output(Path(model))):
         if model:
-            raise InputError(f"--model {model} and --build {build} both name the classifier; give one of them")
-        return _open_built(build, checkpoint, sizes)
+            raise InputError(f"--model {model} and --build {build} both name a classifier; give one of them")
+        return _open_built(build, checkpoint, input_format)
     if model is None:
         raise InputError("no classifier is named; give --model, or --build for a module of your own")
-    place = Path(model)
-    if place.is_file():
-        checkpoints.reject_program(place)
-        raise InputError(f"--model {model} is a file; name the net by --model and its file of weights by --checkpoint")
-    if _is_output(place):
-        _refuse(
-            {"--checkpoint": checkpoint} | sizes.flags, f"{model}, which a request wrote and which tells them itself"
+    path = Path(model)
+    if path.is_file():
+        checkpoints.reject_program(path)
+        raise InputError(
+            f"--model {model} is a file; give the architecture as --model and the file of weights as --checkpoint"
         )
-        return open_output(place, build)
-    if place.is_dir():
+    if is_output(path):
+        unused = {"--checkpoint": checkpoint} | input_format.flags
+        _refuse_flags(unused, f"{model}, the output of an earlier request, which defines it")
+        return open_output(path, build)
+    if path.is_dir():
         model = f"{huggingface.PREFIX}{model}"
     models.check_name(model)
-    opened = _open_huggingface if model.startswith(huggingface.PREFIX) else _open_named
-    return opened(model, checkpoint, sizes)
+    if model.startswith(huggingface.PREFIX):
+        return _open_huggingface(model, checkpoint, input_format)
+    return _open_named(model, checkpoint, input_format)
 
 
-def _refuse(given: dict[str, object], what: str) -> None:
-    """Raise InputError for the first flag that has a value, where `what` the classifier is leaves no use for it."""
-    flag = next((flag for flag, value in given.items() if value), None)
+def _refuse_flags(values: dict[str, object], what: str) -> None:
+    """Raise InputError for the first flag that has a value."""
+    flag = next((flag for flag, value in values.items() if value), None)
     if flag:
-        raise InputError(f"{flag} is not for {what}; leave it out")
+        raise InputError(f"{flag} cannot be used with {what}; leave it out")
 
 
-def _is_output(folder: Path) -> bool:
+def is_output(folder: Path) -> bool:
+    """Return whether a folder is the output of a request."""
     return (folder / REPORT).is_file()
 
 
-def open_output(folder: Path, build: str | None = None) -> Deployed:
-    """The classifier that a request wrote to the folder.
-
-    A module of somebody's own needs the `build` that it was named by then.
-    """
-    told, there = verify.read_report(folder / REPORT)["model"], written(folder)
-    if len(there) != 1:
-        raise InputError(f"{folder} holds no model; put the one that the report is about there")
-    return reopen(told["opened_by"], told["classes"], there[0], build)
+def open_output(folder: Path, build: str | None = None) -> DeployedModel:
+    """Open the model in the output folder of a request; one that was built by `--build` needs `build` again."""
+    report, written = read_report(folder / REPORT)["model"], written_models(folder)
+    if len(written) != 1:
+        raise InputError(f"{folder} contains {len(written)} models; expected the one that its report describes")
+    return reopen(report["opened_by"], report["classes"], written[0], build)
 
 
-def written(folder: Path) -> list[Path]:
-    """The model that a request wrote to the folder; more or less than one only where others meddled."""
+def written_models(folder: Path) -> list[Path]:
+    """Return the models in the output folder of a request: exactly one unless somebody changed the folder."""
     return sorted(folder.glob("model*"))
 
 
-def reopen(opened_by: dict[str, object], classes: list[str], place: Path, build: str | None) -> Deployed:
-    """What `Deployed.write` wrote, from the `opened_by` and `classes` of the one that wrote it."""
-    model, sizes = opened_by["model"], Sizes(*(opened_by[name] for name in ("image_size", "mean", "std")))
+def reopen(opened_by: OpenedBy, class_names: list[str], path: Path, build: str | None = None) -> DeployedModel:
+    """Open what `DeployedModel.write` wrote to `path`, given `opened_by` and the class names of the report."""
+    model = opened_by["model"]
+    input_format = InputFormat(opened_by["image_size"], opened_by["mean"], opened_by["std"])
     if model != BUILT:
-        _refuse({"--build": build}, f"the model {place}, a {model}")
+        _refuse_flags({"--build": build}, f"the model {path}, a {model}")
     if model == huggingface.PREFIX:
-        deployed = _open_huggingface(f"{model}{place}", None, sizes)
+        opened = _open_huggingface(f"{model}{path}", None, input_format)
     elif model == BUILT:
         if build is None:
-            raise InputError(f"the model {place} is a module of your own; name by --build what builds it")
-        deployed = _open_built(build, place, sizes)
+            raise InputError(f"the model {path} needs code of your own; give the function that builds it as --build")
+        opened = _open_built(build, path, input_format)
     else:
-        deployed = _open_named(model, place, sizes)
-    deployed.classes = deployed.classes or classes
-    return deployed
+        opened = _open_named(model, path, input_format)
+    opened.class_names = opened.class_names or class_names
+    return opened
 
 
-def _open_huggingface(model: str, checkpoint: str | Path | None, sizes: Sizes) -> Deployed:
-    _refuse({"--checkpoint": checkpoint}, f"{model}, which has its weights in it")
-    told = huggingface.configuration(model)
-    loaded = models.load(model, told.num_labels, None, sizes.mean, sizes.std)
-    place = Path(model.removeprefix(huggingface.PREFIX))
-    classes = [str(told.id2label.get(index, index)) for index in range(told.num_labels)]
-    kind = told.dtype or torch.float32
-    return Deployed(
-        _on_shaped(loaded),
-        _square(sizes.image_size) if sizes.image_size else huggingface.transform(model),
-        classes,
-        _opened_by(huggingface.PREFIX, sizes),
-        place if place.is_dir() else None,
-        {name: kind for name, tensor in loaded.net.state_dict().items() if tensor.is_floating_point()}
-        if kind != torch.float32
-        else {},
+def _open_huggingface(model: str, checkpoint: str | Path | None, input_format: InputFormat) -> DeployedModel:
+    _refuse_flags({"--checkpoint": checkpoint}, f"{model}, which contains its weights")
+    configuration = huggingface.configuration(model)
+    loaded = models.load(model, configuration.num_labels, None, input_format.mean, input_format.std)
+    path = Path(model.removeprefix(huggingface.PREFIX))
+    dtype = configuration.dtype or torch.float32
+    floating = [name for name, tensor in loaded.net.state_dict().items() if tensor.is_floating_point()]
+    return DeployedModel(
+        _without_resizing(loaded),
+        _central_square(input_format.image_size) if input_format.image_size else huggingface.transform(model),
+        [str(configuration.id2label.get(index, index)) for index in range(configuration.num_labels)],
+        _opened_by(huggingface.PREFIX, input_format),
+        path if path.is_dir() else None,
+        dict.fromkeys(floating, dtype) if dtype != torch.float32 else {},
     )
 
 
-def _open_named(model: str, checkpoint: str | Path | None, sizes: Sizes) -> Deployed:
+def _open_named(model: str, checkpoint: str | Path | None, input_format: InputFormat) -> DeployedModel:
+    """Open one of our architectures or of torchvision's."""
     is_zoo = model.startswith(zoo.PREFIX)
     choice = str(checkpoint) if checkpoint and is_zoo and zoo.has_weights(model, str(checkpoint)) else None
-    own = zoo.pretrained_weights(model, choice) if is_zoo and (choice or checkpoint is None) else None
-    if own:
-        place, state, classes = None, {}, list(own.meta["categories"])
-        count = len(classes)
+    pretrained = zoo.pretrained_weights(model, choice) if is_zoo and (choice or checkpoint is None) else None
+    if pretrained:
+        path, state, class_names = None, {}, list(pretrained.meta["categories"])
+        num_classes = len(class_names)
     elif checkpoint is None:
-        raise InputError(f"no weights are given for {model}; name their file with --checkpoint")
+        raise InputError(f"no weights are given for {model}; give their file as --checkpoint")
     else:
-        place, classes = Path(checkpoint), []
-        state, _ = checkpoints.read(place)
-        count = models.infer_num_classes(model, state, str(place))
-    loaded = models.load(model, count, checkpoint, sizes.mean, sizes.std)
-    shape = zoo.transform(model, choice) if is_zoo and not sizes.image_size else _square(sizes.image_size)
-    known = Sizes(sizes.image_size, models.decimals(loaded.normalize.mean), models.decimals(loaded.normalize.std))
-    return Deployed(_on_shaped(loaded), shape, classes, _opened_by(model, known), place, _dtypes(state, loaded.net))
+        path, class_names = Path(checkpoint), []
+        state, _ = checkpoints.read(path)
+        num_classes = models.infer_num_classes(model, state, str(path))
+    loaded = models.load(model, num_classes, checkpoint, input_format.mean, input_format.std)
+    own_size = is_zoo and not input_format.image_size
+    to_pixels = zoo.transform(model, choice) if own_size else _central_square(input_format.image_size)
+    mean, std = models.decimals(loaded.normalize.mean), models.decimals(loaded.normalize.std)
+    opened_by = _opened_by(model, InputFormat(input_format.image_size, mean, std))
+    return DeployedModel(_without_resizing(loaded), to_pixels, class_names, opened_by, path, _dtypes(state, loaded.net))
 
 
-def _open_built(build: str, checkpoint: str | Path | None, sizes: Sizes) -> Deployed:
-    net = _built(build)
-    place = Path(checkpoint) if checkpoint else None
-    state = checkpoints.read(place)[0] if place else {}
-    wrong = checkpoints.load_into(net, state) if place else None
-    if wrong:
-        raise InputError(f"{place} does not fit what {build} builds: {wrong}")
-    preprocess = nn.Sequential(Normalize(sizes.mean or (0.0,) * 3, sizes.std or (1.0,) * 3))
+def _open_built(build: str, checkpoint: str | Path | None, input_format: InputFormat) -> DeployedModel:
+    net = _build(build)
+    path = Path(checkpoint) if checkpoint else None
+    state = checkpoints.read(path)[0] if path else {}
+    difference = checkpoints.load_into(net, state) if path else None
+    if difference:
+        raise InputError(f"{path} does not fit the module that {build} returns: {difference}")
+    preprocess = nn.Sequential(Normalize(input_format.mean or (0.0,) * 3, input_format.std or (1.0,) * 3))
     dtypes = _dtypes(state, net) or _dtypes(net.state_dict(), net)
-    net = net.float().eval().requires_grad_(True)  # for the loop; what is written are its values
+    net = net.float().eval().requires_grad_(True)  # unlearning trains all weights
     classifier = Classifier(build, 0, net, preprocess)
-    return Deployed(classifier, _square(sizes.image_size), [], _opened_by(BUILT, sizes), place, dtypes)
+    to_pixels = _central_square(input_format.image_size)
+    return DeployedModel(classifier, to_pixels, [], _opened_by(BUILT, input_format), path, dtypes)
 
 
-def _built(build: str) -> nn.Module:
-    """The module that `package.module:function` returns; modules in the working folder are found, as by python -m."""
+def _build(build: str) -> nn.Module:
+    """Return the module of `package.module:function`. Modules in the working folder are found, as with `python -m`."""
     module, colon, function = build.partition(":")
     if not (module and colon and function):
-        raise InputError(f"--build {build} is not allowed; expected package.module:function")
+        raise InputError(f"--build {build} is not valid; expected package.module:function")
     sys.path.insert(0, os.getcwd())
     try:
         net = getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError) as error:
-        raise InputError(f"--build {build} cannot be imported ({error}); run from the folder that has it") from None
-    except Exception as error:  # whatever the user's own code raises is the user's to mend
-        raise InputError(f"--build {build} failed ({type(error).__name__}: {error}); mend it") from None
+        raise InputError(
+            f"--build {build} cannot be imported ({error}); run the command in the folder that contains it"
+        ) from None
+    except Exception as error:  # the user's code may raise anything
+        raise InputError(f"--build {build} failed ({type(error).__name__}: {error}); correct the function") from None
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(os.getcwd())
@@ -256,25 +276,30 @@ def _built(build: str) -> nn.Module:
     return net
 
 
-def _on_shaped(loaded: Classifier) -> Classifier:
-    """The same net for pixels that have been resized and cropped already: only normalised."""
+def _without_resizing(loaded: Classifier) -> Classifier:
+    """Return the classifier for images that `to_pixels` has already resized and cropped."""
     classifier = Classifier(loaded.name, loaded.num_classes, loaded.net, nn.Sequential(loaded.normalize))
     return classifier.eval()
 
 
-def _square(size: int | None) -> Callable[[Image], Tensor]:
-    """From an RGB image to its pixels: the middle of it in this size, or as it is."""
+def _central_square(size: int | None) -> Callable[[Image], Tensor]:
+    """Return a function from an RGB image to the pixels of its central square, or of all of it for None."""
     steps = [v2.Resize(size), v2.CenterCrop(size)] if size else []
     return v2.Compose([*steps, v2.PILToTensor()])
 
 
-def _opened_by(model: str, sizes: Sizes) -> dict[str, object]:
-    return {"model": model, "image_size": sizes.image_size, "mean": sizes.mean, "std": sizes.std}
+def _opened_by(model: str, input_format: InputFormat) -> OpenedBy:
+    return {
+        "model": model,
+        "image_size": input_format.image_size,
+        "mean": input_format.mean,
+        "std": input_format.std,
+    }
 
 
 def _dtypes(state: dict[str, Tensor], net: nn.Module) -> dict[str, torch.dtype]:
-    """Of the weights of a file, by the net's own names, where they are not float32."""
+    """Return the dtypes of a file's floating-point weights by the names of the net, where not float32."""
     own = set(net.state_dict())
     prefix = checkpoints.wrapping_prefix(state, own)
-    found = {key.removeprefix(prefix): tensor.dtype for key, tensor in state.items() if tensor.is_floating_point()}
-    return {name: dtype for name, dtype in found.items() if name in own and dtype != torch.float32}
+    dtypes = {key.removeprefix(prefix): tensor.dtype for key, tensor in state.items() if tensor.is_floating_point()}
+    return {name: dtype for name, dtype in dtypes.items() if name in own and dtype != torch.float32}

@@ -1,65 +1,128 @@
-"""The command line of a request to forget."""
+"""The command line of `main_forget.py`. Free of torch, so that `--help` is quick."""
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from l2ul.cli import options
 from l2ul.cli.options import Parser
 from l2ul.cli.parser import finite_float, nonnegative_int, positive_float, positive_int, setting
 from l2ul.common.choices import CHANGES
+from l2ul.common.errors import InputError
+
+EPILOG = """\
+examples:
+  main_forget.py --model my_vit --images to_forget --output forgotten
+      forget all images in to_forget with a Hugging Face model that save_pretrained wrote to my_vit
+  main_forget.py --model resnet20 --checkpoint resnet20.th --images to_forget --output forgotten --minutes 5
+      the same for a file of weights, in at most 5 minutes
+  main_forget.py --model my_vit --images to_forget --output forgotten --dry-run
+      check the request and print what would be done
+  main_forget.py --verify forgotten/report.json --images to_forget
+      check that the model and its report are unchanged and that the images are still forgotten
+
+terms:
+  forgotten   the model misclassifies the image: it predicts another class than its label. With a new label: it
+              predicts the new label
+  D_f         the images to forget
+  agreement   share of images for which the unlearned model predicts the same class as the original model
+  distill     the method of this project: it keeps the outputs on mixes of D_f and needs no other images
+
+exit codes: 0 all images are forgotten, or all checks passed; 3 some are not, or a check failed; 2 wrong input
+"""
 
 
-def parser(program: str, doc: str) -> Parser:
-    """All options of main_forget.py, which its first line of documentation describes."""
-    found = Parser(doc.split("\n")[0], prog=program)
-    for add in (add_classifier, add_request, add_search, add_report, options.add_machine):
-        add(found)
-    return found
+def parse(program: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line, by default of this process. Raise InputError if they contradict."""
+    args = parser(program).parse_args(arguments)
+    if args.verify:
+        if args.dry_run:
+            raise InputError("--dry-run is for requests; leave it out with --verify")
+        return args
+    if not (args.images and args.output):
+        raise InputError("give --images FOLDER to forget and --output FOLDER to write to, or --verify REPORT")
+    if len(args.images) > 1:
+        raise InputError(
+            f"--images names {len(args.images)} folders; give one folder per request (only --verify takes several)"
+        )
+    args.output = args.output.resolve()
+    return args
 
 
-def add_classifier(parser: Parser) -> None:
-    group = parser.add_argument_group("the classifier")
-    text = "hf:NAME, a folder of save_pretrained, torchvision:NAME, resnet20 …, or the --output of an earlier request"
+def parser(program: str) -> Parser:
+    """Return the parser of `main_forget.py`."""
+    description = "Make an image classifier forget the images in a folder, and write the unlearned model and a report."
+    new = Parser(description, prog=program, epilog=EPILOG)
+    for add_group in (_add_model, _add_request, _add_method, _add_report, options.add_machine):
+        add_group(new)
+    return new
+
+
+def _add_model(parser: Parser) -> None:
+    group = parser.add_argument_group("model (--model or --build is required)")
+    text = (
+        "hf:NAME; a folder that save_pretrained wrote; torchvision:NAME; an architecture of this project, such as "
+        "resnet20; or the --output folder of an earlier request"
+    )
     options.add(group, "--model", text, metavar="MODEL", default=None)
-    text = "its weights, a file; for torchvision:NAME also the name of one of its own sets of weights"
+    text = "file of weights; for torchvision:NAME also the name of one of its pretrained weights"
     options.add(group, "--checkpoint", text, metavar="FILE")
-    text = "a function that returns a torch module, which gives logits, in place of --model; its code is run"
+    text = "function that returns a torch.nn.Module from images to logits, in place of --model; its code is run"
     options.add(group, "--build", text, metavar="PACKAGE.MODULE:FUNCTION")
-    text = "pixels a side that the middle of an image is brought to (default: as the model's own processor does)"
+    text = "resize the short side of images to N pixels and crop the central square (default: as the model defines)"
     options.add(group, "--image-size", text, type=positive_int)
-    options.add(group, "--mean", "input means a channel (default: the model's)", type=finite_float, nargs=3)
-    options.add(group, "--std", "input standard deviations a channel, likewise", type=positive_float, nargs=3)
-    options.add(group, "--class-names", "text file of the classes' names, one a line", type=Path, metavar="FILE")
+    text = "mean of each input channel, for pixels in [0,1] (default: the model's; for --build 0)"
+    options.add(group, "--mean", text, type=finite_float, nargs=3)
+    text = "standard deviation of each input channel (default: the model's; for --build 1)"
+    options.add(group, "--std", text, type=positive_float, nargs=3)
+    options.add(group, "--class-names", "text file with one class name per line", type=Path, metavar="FILE")
 
 
-def add_request(parser: Parser) -> None:
-    group = parser.add_argument_group("the request")
-    text = "the images to forget: a folder, or one with a folder a label; with --verify those of several requests"
+def _add_request(parser: Parser) -> None:
+    group = parser.add_argument_group("request")
+    text = (
+        "required: folder of the images to forget, or of subfolders named by label. With --verify: the folders of one "
+        "or more requests"
+    )
     options.add(group, "--images", text, type=Path, nargs="+", metavar="FOLDER")
-    text = "CSV of file, label, new_label (default: labels.csv in the folder; no label: what the model calls an image)"
+    options.add(group, "--output", "required: new folder for the model and its report", type=Path, metavar="FOLDER")
+    text = (
+        "CSV file with the columns file, label, new_label (default: labels.csv in the folder of images; an image "
+        "without a label gets the model's prediction as its label)"
+    )
     options.add(group, "--labels", text, type=Path, metavar="FILE")
     options.add(group, "--skip-bad", "leave out files that cannot be read as images", action="store_true")
-    options.add(group, "--output", "a new folder for the model and its report", type=Path, metavar="FOLDER")
+    text = "check the request, print what would be done and stop; nothing is written"
+    options.add(group, "--dry-run", text, action="store_true")
 
 
-def add_search(parser: Parser) -> None:
-    group = parser.add_argument_group("how it is forgotten")
-    options.add(group, "--method", "any that needs no other training images", default="distill", metavar="NAME")
-    options.add(group, "--minutes", "that the whole command may take", type=positive_float, default=10.0)
-    text = "forget the images as well when changed so, at the price of more damage (default: as they are)"
-    options.add(group, "--also", text, nargs="+", choices=CHANGES, default=[])
-    text = "settings of the method, such as distill_steps=300; then no others are tried"
+def _add_method(parser: Parser) -> None:
+    group = parser.add_argument_group("method")
+    text = "unlearning method that needs no other training images"
+    options.add(group, "--method", text, default="distill", metavar="NAME")
+    options.add(group, "--minutes", "time limit of the whole command", type=positive_float, default=10.0)
+    text = (
+        "settings of the method, such as distill_steps=300, used instead of a search (default: search as long as the "
+        "time limit allows)"
+    )
     options.add(group, "--setting", text, type=setting, nargs="+", default=[], metavar="NAME=VALUE")
-    text = "images that must keep working: the damage to them counts as well"
+    text = "forget changed copies of the images too, at the price of more damage (default: none)"
+    options.add(group, "--also", text, nargs="+", choices=CHANGES, default=[])
+    text = "folder of images that must keep their predictions; the search takes agreement on them into account"
     options.add(group, "--keep-images", text, type=Path, metavar="FOLDER")
-    text = "images that the model never saw, to measure membership inference with"
+    text = "folder of images that the model was not trained on, for measuring membership inference"
     options.add(group, "--reference-images", text, type=Path, metavar="FOLDER")
-    options.add(group, "--seed", "of attack and loop", type=nonnegative_int, default=0)
+    options.add(group, "--seed", "random seed", type=nonnegative_int, default=0)
 
 
-def add_report(parser: Parser) -> None:
-    group = parser.add_argument_group("the report")
-    options.add(group, "--no-thumbnails", "keep the pictures out of it", action="store_true")
-    options.add(group, "--sign", "sign it with this Ed25519 key", type=Path, metavar="KEY.pem")
-    text = "check a report.json, its model and signature, and with --images that they are still forgotten"
+def _add_report(parser: Parser) -> None:
+    group = parser.add_argument_group("report")
+    options.add(group, "--no-thumbnails", "leave the images out of the report", action="store_true")
+    options.add(group, "--sign", "sign the report with this Ed25519 private key", type=Path, metavar="KEY.pem")
+    text = (
+        "check a report.json, its model and its signature instead of forgetting; with --images also that the images "
+        "are still forgotten"
+    )
     options.add(group, "--verify", text, type=Path, metavar="REPORT")
-    options.add(group, "--public-key", "that the signature has to be by", type=Path, metavar="KEY.pem")
+    text = "with --verify: the Ed25519 public key that must have signed the report"
+    options.add(group, "--public-key", text, type=Path, metavar="KEY.pem")

@@ -1,12 +1,13 @@
-"""What a request to forget did, as data and as one page that opens offline."""
+"""Write the report of a deletion request: as data, as a page that opens offline, and as a list of the images."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 import datetime
 from io import BytesIO
 import json
 import platform
+from typing import Any
 
 import jinja2
 import torch
@@ -16,81 +17,59 @@ from torchvision.transforms import InterpolationMode
 import torchvision.transforms.v2.functional as transforms
 
 import l2ul
+from l2ul.deletion.report_schema import Report
 from l2ul.deletion.request import Request
-from l2ul.deletion.search import Trial
-from l2ul.objective import Forget
-from l2ul.unlearn import Settings
+from l2ul.deletion.search import Candidate
 
-Report = dict[str, object]
-PAGE, FORGET_LIST = "report.html", "forget_list.csv"  # beside a report
 THUMBNAIL = 96  # pixels of the longer side
 NOT_CLAIMED = (
-    "That the images no longer influence the weights. What is shown is how the model classifies them. A model trained "
-    "without them would still call most of them what they are, and whoever sees the outputs may well tell that these "
-    "images were singled out.",
-    "That unlearning can be read off the weights. It can be audited as a procedure, by the model before, the images, "
-    "the settings and the seed in this report, and not by looking at the model after.",
-    "That other photographs of the same things are forgotten, or changes of the images beyond those tested below.",
-    "That the damage to the model is known. It is estimated without the training set.",
+    "That the images no longer influence the weights. The report shows how the model classifies these images. A model "
+    "that was trained without them would still classify most of them correctly, and its outputs may reveal that these "
+    "images were unlearned.",
+    "That the weights themselves prove the unlearning. The procedure can be audited: repeat it with the original "
+    "model, the images, the settings and the seed in this report.",
+    "That other photographs of the same objects are forgotten, or changes of the images other than those tested below.",
+    "That the damage to the model is known exactly. It is estimated without the training set.",
 )
 
 
-def images(
-    request: Request,
-    forget: Forget,
-    before: Tensor,
-    after: Tensor,
-    gone: Sequence[bool],
-    survives: Mapping[str, Tensor | None],
-    back: Sequence[int | None],
-) -> list[dict[str, object]]:
-    """A row an image: what it was and is called, how surely, whether it is forgotten, and for how long that lasts.
-
-    before    logits (k, C) on the CPU; after likewise
-    gone      whether an image is forgotten as it was asked for: as it is, and changed so
-    survives  (k,) bool by change: whether it is still forgotten under it; None: the model cannot run so
-    back      steps of fine-tuning after which it is called by its label again; None: not within those taken
-    """
-    new = [None] * len(request) if forget.new_labels is None else forget.new_labels.tolist()
-    rows = []
-    for place, item in enumerate(request.items):
-        label = int(forget.labels[place])
-        row = asdict(item) | {"label": label, "new_label": new[place]}
-        for when, of_all in (("before", before), ("after", after)):
-            shares = of_all[place].double().softmax(0)
-            called = int(shares.argmax())
-            row |= {f"called_{when}": called, f"confidence_{when}": float(shares[called])}
-            row |= {f"label_confidence_{when}": float(shares[label])}
-        row |= {"was_called": row["called_before"] == label, "forgotten": gone[place], "back_after": back[place]}
-        rows.append(
-            row | {"survives": {change: bool(found[place]) for change, found in survives.items() if found is not None}}
-        )
-    return rows
-
-
-def of_trials(trials: Sequence[Trial], taken: Trial | None) -> dict[str, object]:
-    """What a report says of the settings that were tried, the taken ones first."""
-    return {"trials": [_trial(one) for one in trials], "chosen": _settings(taken.settings) if taken else None}
-
-
-def _trial(one: Trial) -> dict[str, object]:
+def describe_request(
+    request: Request, *, method: str, minutes: float, seed: int, also: Sequence[str]
+) -> dict[str, Any]:
+    """Return the part of a report about the request and its settings."""
     return {
-        "changed": dict(one.changed),
-        "status": one.status,
-        "steps": one.steps,
-        "seconds": round(one.seconds, 1),
-        "forgotten": int(one.forgotten.sum()),
-        "kept": [asdict(kept) for kept in one.kept],
+        "images": request.folder.path.resolve().name,
+        "goal": request.forget.goal,
+        "labels": request.label_source,
+        "left_out": [asdict(file) for file in request.folder.unreadable],
+        "method": method,
+        "minutes": minutes,
+        "seed": seed,
+        "also": list(also),
     }
 
 
-def _settings(settings: Settings) -> dict[str, object]:
-    return {name: value for name, value in asdict(settings).items() if name not in ("course", "first_position")}
+def describe_candidates(candidates: Iterable[Candidate], chosen: Candidate | None) -> dict[str, Any]:
+    """Return the parts of a report about the search. `chosen` is None if the model was left unchanged."""
+    settings = asdict(chosen.settings) if chosen else {}
+    settings = {name: value for name, value in settings.items() if name not in ("course", "first_position")}
+    return {"trials": [_candidate_row(candidate) for candidate in candidates], "chosen": settings or None}
 
 
-def tool() -> dict[str, object]:
-    """The versions of what did it."""
+def _candidate_row(candidate: Candidate) -> dict[str, Any]:
     return {
+        "changed": dict(candidate.changed),
+        "status": candidate.status,
+        "steps": candidate.steps,
+        "seconds": round(candidate.seconds, 1),
+        "forgotten": int(candidate.forgotten.sum()),
+        "kept": [asdict(kept) for kept in candidate.kept],
+    }
+
+
+def describe_run() -> dict[str, Any]:
+    """Return the parts of a report about the software, the time of the request and what is not claimed."""
+    tool = {
         "name": "L2UL",
         "version": l2ul.VERSION,
         "method_version": l2ul.METHOD_VERSION,
@@ -98,15 +77,12 @@ def tool() -> dict[str, object]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
-
-
-def now() -> str:
-    """The time in UTC as ISO 8601, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"tool": tool, "made": made, "not_claimed": NOT_CLAIMED}
 
 
 def forget_list(report: Report) -> str:
-    """The images that were asked for, a line each, by hash: no names of files, no pictures."""
+    """Return the images of a request as CSV, by their hashes: without file names and pictures."""
     lines = ["sha256,pixels_sha256,label,new_label,forgotten"]
     for row in report["images"]:
         new = "" if row["new_label"] is None else row["new_label"]
@@ -114,24 +90,24 @@ def forget_list(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def text(report: Report) -> str:
-    """A report as JSON."""
+def as_json(report: Report) -> str:
+    """Return a report as JSON text."""
     return json.dumps(report, indent=1, ensure_ascii=False) + "\n"
 
 
 def thumbnail(image: Tensor) -> str:
-    """An image (3, H, W) uint8 as a data URL: small enough for a page, whole pixels enlarged where it is smaller."""
+    """Return a small version of an image (3, H, W) uint8 as a data URL; images smaller than THUMBNAIL are enlarged."""
     longer = max(image.shape[1:])
     size = [max(1, round(side * THUMBNAIL / longer)) for side in image.shape[1:]]
     mode = InterpolationMode.NEAREST if longer < THUMBNAIL else InterpolationMode.BILINEAR
     resized = transforms.resize(image.cpu(), size, mode, antialias=True)
-    coded = BytesIO()
-    transforms.to_pil_image(resized).save(coded, "png")
-    return "data:image/png;base64," + base64.b64encode(coded.getvalue()).decode()
+    encoded = BytesIO()
+    transforms.to_pil_image(resized).save(encoded, "png")
+    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
 
 
-def page(report: Report, pictures: Sequence[str] | None = None) -> str:
-    """A report as one HTML page that needs nothing else: pictures are data URLs, in the order of the images."""
+def page(report: Report, thumbnails: Sequence[str] | None = None) -> str:
+    """Return a report as one HTML page without external files. `thumbnails` are data URLs, one per image."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("l2ul.deletion", "."),
         autoescape=True,
@@ -139,4 +115,4 @@ def page(report: Report, pictures: Sequence[str] | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(report=report, pictures=pictures)
+    return environment.get_template("report.html.j2").render(report=report, thumbnails=thumbnails)

@@ -1,6 +1,6 @@
-"""A request to forget: the images of a folder with their hashes, and what they are called and shall be called."""
+"""Read a deletion request: the images of a folder with their hashes, and the class each has and may be given."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 import hashlib
 from pathlib import Path
@@ -10,24 +10,30 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
+from l2ul.data.images import Split, as_pixels
+from l2ul.deletion.deployed_model import DeployedModel
+from l2ul.deletion.report_schema import Report
+from l2ul.metrics import accuracy
+from l2ul.objective import Forget
 
-LABELS = "labels.csv"  # in the folder of images: file, label, new_label
-Shape = Callable[[Image.Image], Tensor]  # from an RGB image to pixels, uint8 (3, H, W)
+LABELS = "labels.csv"  # in the folder of images; columns file, label, new_label
+ToPixels = Callable[[Image.Image], Tensor]  # from an RGB image to uint8 pixels (3, H, W)
 
 
 @dataclass(frozen=True)
-class Item:
-    """An image that was asked for.
+class ImageFile:
+    """An image of a folder.
 
-    file           where it is below the folder, with / between folders
-    sha256         of the file's bytes; pixels_sha256 of the upright RGB image in its own size
-    label          its class as the folder or the table of labels tells it, or None
-    new_label      what it shall be called instead, or None
-    same_as        files of the same pixels, which count as this one
+    file           path relative to the folder, with / as the separator
+    sha256         of the file's bytes
+    pixels_sha256  of the upright RGB image in its original size
+    label          the class by the name of its folder or the label table, or None
+    new_label      the class that it shall get, or None
+    same_as        files with the same pixels, which count as this image
     """
 
     file: str
@@ -39,86 +45,243 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Bad:
-    """A file that is no image that can be read, and why."""
+class UnreadableFile:
+    """A file that cannot be read as an image, and why."""
 
     file: str
     why: str
 
 
 @dataclass(frozen=True)
-class Request:
-    """Images (n, 3, H, W) uint8 on the CPU, of one size, what is known of each, and what could not be read.
+class ImageFolder:
+    """The images of a folder, each once.
 
-    table  the file that tells labels, if there is one
+    images       (n, 3, H, W) uint8 on the CPU, in the order of `files`
+    unreadable   files that were left out
+    label_table  the CSV file with labels, if there is one
     """
 
-    folder: Path
-    items: list[Item]
+    path: Path
+    files: list[ImageFile]
     images: Tensor
-    bad: list[Bad] = field(default_factory=list)
-    table: Path | None = None
-
-    @property
-    def labels_from(self) -> str:
-        """What tells what the images are called."""
-        told = sum(item.label is not None for item in self.items)
-        source = f"from {self.table.name}" if self.table else "names of folders"
-        if told == len(self):
-            return source
-        return f"{source}; of {len(self) - told} the model's own predictions" if told else "the model's own predictions"
+    unreadable: list[UnreadableFile] = field(default_factory=list)
+    label_table: Path | None = None
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.files)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The images to forget, on the device of the model.
+
+    images          (k, 3, H, W) uint8; forget has the same images as floats, with labels and new labels
+    class_names     of the model
+    logits_before   (k, C) of the original model, on the CPU
+    earlier_labels  the label that each image had in an earlier request, or None
+    """
+
+    folder: ImageFolder
+    images: Tensor
+    forget: Forget
+    class_names: list[str]
+    logits_before: Tensor
+    earlier_labels: list[int | None]
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    @property
+    def label_source(self) -> str:
+        """Where the labels come from, in words."""
+        named = sum(image.label is not None for image in self.folder.files)
+        predicted = "predictions of the model"
+        source = f"the table {self.folder.label_table.name}" if self.folder.label_table else "names of the folders"
+        text = source if named == len(self) else f"{source}; for {len(self) - named} images {predicted}"
+        text = text if named else predicted
+        pairs = zip(self.folder.files, self.earlier_labels, strict=True)
+        earlier = sum(image.label is None and label is not None for image, label in pairs)
+        return f"{text}, for {earlier} of them before an earlier request" if earlier else text
+
+    def summary(self, max_images: int = 20) -> list[str]:
+        """Return lines about the labels and the present predictions, with a line for each of the first images."""
+        labels = self.forget.labels.cpu()
+        counts = {self.class_names[index]: int((labels == index).sum()) for index in labels.unique().tolist()}
+        probability, predictions = self.logits_before.double().softmax(1).max(1)
+        lines = [
+            f"labels, from {self.label_source}: {', '.join(f'{name} ({count})' for name, count in counts.items())}",
+            f"predictions: {int((predictions == labels).sum())} of {len(self)} images are classified as their label",
+        ]
+        new_labels = [None] * len(self) if self.forget.new_labels is None else self.forget.new_labels.tolist()
+        for index, image in enumerate(self.folder.files[:max_images]):
+            prediction, label = self.class_names[predictions[index]], self.class_names[labels[index]]
+            line = f"  {image.file}: predicted as {prediction} ({probability[index]:.1%}), label {label}"
+            new = new_labels[index]
+            lines.append(line if new is None else f"{line}, new label {self.class_names[new]}")
+        lines += [f"  … and {len(self) - max_images} more"] if len(self) > max_images else []
+        lines += [f"left out: {file.file}: {file.why}" for file in self.folder.unreadable]
+        return lines
+
+
+def read_request(
+    folder: Path,
+    model: DeployedModel,
+    label_table: Path | None = None,
+    skip_bad: bool = False,
+    earlier: Iterable[Report] = (),
+) -> Request:
+    """Read the images to forget and find the label of each.
+
+    label_table, skip_bad  see `read_images`
+    earlier                reports of the earlier requests on this model, first to last
+
+    The label of an image is the one that the folder or the table gives. Without one, it is the label of an earlier
+    request for the same image, or else the model's prediction. Raises InputError if the model does not fit the images
+    or a label is no class of the model.
+    """
+    read = read_images(folder, model.to_pixels, label_table, skip_bad)
+    images = read.images.to(next(model.classifier.parameters()).device)
+    class_names = _check_class_names(model.class_names, accuracy.count_classes(model.classifier, images))
+    before = logits(model.classifier, images)
+    if not before.isfinite().all():
+        index = int((~before.isfinite()).any(1).nonzero()[0])
+        raise InputError(
+            f"the model returns logits that are not finite for {read.files[index].file}; check the model's weights"
+        )
+    names = [image.new_label for image in read.files]
+    new_labels = class_indices(names, class_names, None, "new_label").to(images.device) if any(names) else None
+    earlier_labels = labels_of_earlier_requests(earlier, read.files, new_labels)
+    default = before.argmax(1)
+    for index, label in enumerate(earlier_labels):
+        default[index] = default[index] if label is None else label
+    labels = class_indices([image.label for image in read.files], class_names, default, "label").to(images.device)
+    if new_labels is not None and (new_labels == labels).any():
+        index = int((new_labels == labels).nonzero()[0])
+        raise InputError(f"the new_label of {read.files[index].file} equals its label; give another class")
+    return Request(read, images, Forget(as_pixels(images), labels, new_labels), class_names, before, earlier_labels)
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits (n, C) in eval mode on the CPU, without folding batch-norm."""
+    return torch.cat(list(accuracy.logits(model, images, fold=False))).clone()  # a copy outside inference mode
+
+
+def _check_class_names(names: list[str], num_classes: int) -> list[str]:
+    """Return the names, or numbers if there are none. Raise InputError if their number differs from the model's."""
+    names = names or [str(number) for number in range(num_classes)]
+    if len(names) != num_classes:
+        raise InputError(f"the model has {num_classes} classes, but {len(names)} class names are given")
+    if num_classes < 2:
+        raise InputError("the model has one class; expected a classifier with at least 2 classes")
+    return names
+
+
+def labels_of_earlier_requests(
+    reports: Iterable[Report], files: Sequence[ImageFile], new_labels: Tensor | None
+) -> list[int | None]:
+    """Return the label of each image in the first request that contained it, or None.
+
+    Images are compared by their pixels, then by their files. An image whose new label (k,) is its earlier label counts
+    as new: it may be given its original class again.
+    """
+    first: dict[str, int] = {}
+    for report in reports:
+        for row in report["images"]:
+            for key in ("pixels_sha256", "sha256"):
+                first.setdefault(row[key], row["label"])
+    labels = [first.get(image.pixels_sha256, first.get(image.sha256)) for image in files]
+    new = [None] * len(files) if new_labels is None else new_labels.tolist()
+    return [None if label == target else label for label, target in zip(labels, new, strict=True)]
+
+
+def read_keep_images(folder: Path | None, model: DeployedModel, request: Request, skip_bad: bool) -> Tensor | None:
+    """Return images (n, 3, H, W) uint8 that must keep their predictions, on the model's device; None for no folder.
+
+    Their labels are not read, so subfolders may have any names. Raises InputError as `_read_others` does.
+    """
+    if folder is None:
+        return None
+    return _read_others(folder, "--keep-images", model, request, skip_bad).images.to(request.images.device)
+
+
+def read_reference_images(folder: Path | None, model: DeployedModel, request: Request, skip_bad: bool) -> Split | None:
+    """Return images that the model was not trained on, with labels, on the model's device; None for no folder.
+
+    An image without a label by its subfolder or a table gets the model's prediction. Raises InputError as
+    `_read_others` does, and for a label that is no class of the model.
+    """
+    if folder is None:
+        return None
+    read = _read_others(folder, "--reference-images", model, request, skip_bad)
+    images = read.images.to(request.images.device)
+    predictions = accuracy.predict(model.classifier, images)
+    labels = class_indices([image.label for image in read.files], request.class_names, predictions, "label")
+    return Split(images, labels.to(images.device))
+
+
+def _read_others(folder: Path, flag: str, model: DeployedModel, request: Request, skip_bad: bool) -> ImageFolder:
+    """Read images that are not to be forgotten; `flag` names the folder in messages.
+
+    Raises InputError if the size differs from that of the request's images, or an image is part of the request.
+    """
+    read = read_images(folder, model.to_pixels, skip_bad=skip_bad, flag=flag)
+    if read.images.shape[1:] != request.images.shape[1:]:
+        raise InputError(f"the images of {flag} and of --images differ in size; give one size with --image-size")
+    forgotten = {image.pixels_sha256 for image in request.folder.files}
+    common = next((image.file for image in read.files if image.pixels_sha256 in forgotten), None)
+    if common:
+        raise InputError(f"{common} of {flag} is also an image to forget; remove it from one of the folders")
+    return read
 
 
 class _Unreadable(Exception):
-    """Why a file is no image that can be read."""
+    """Why a file is not a readable image."""
 
 
-def read(
-    folder: Path, shape: Shape, table: Path | None = None, skip_bad: bool = False, flag: str = "--images"
-) -> Request:
-    """The images of a folder, or of a folder a label in it, sorted by name; those of the same pixels once.
+def read_images(
+    folder: Path, to_pixels: ToPixels, label_table: Path | None = None, skip_bad: bool = False, flag: str = "--images"
+) -> ImageFolder:
+    """Read the images of a folder, or of its subfolders named by label, sorted by name. Equal images count once.
 
-    shape     brings an RGB image to the pixels that the model takes
-    table     a CSV file with columns file, label and new_label (one or both); `labels.csv` in the folder by default
-    skip_bad  leave out what cannot be read, rather than to raise
-    flag      that named the folder, for what is said of it
+    to_pixels    convert an RGB image to the pixels that the model takes
+    label_table  CSV file with the columns file, label and new_label (or one of the two); default: `labels.csv` in the
+                 folder if it exists
+    skip_bad     leave out unreadable files instead of raising
+    flag         names the folder in messages
 
-    Raises InputError where there is no image, one cannot be read, names contradict each other or sizes differ.
+    Raises InputError if there is no image, one cannot be read, labels contradict each other or sizes differ.
     """
     if not folder.is_dir():
-        raise InputError(f"{flag} {folder} is no folder; name the folder that holds the images")
-    named = table or (folder / LABELS if (folder / LABELS).is_file() else None)
-    tables = {folder / LABELS, named.resolve() if named else None}
-    listed = _listed(folder, flag).items()
-    found = {file: label for file, label in listed if not tables & {folder / file, (folder / file).resolve()}}
-    labels = _labels(named, found, folder) if named else {}
-    items, pixels, bad = [], [], []
-    for file, label in found.items():
+        raise InputError(f"{flag} {folder} is not a folder; give the folder that contains the images")
+    table = label_table or (folder / LABELS if (folder / LABELS).is_file() else None)
+    tables = {folder / LABELS, table.resolve() if table else None}
+    listed = _list_files(folder, flag).items()
+    listed = {file: label for file, label in listed if not tables & {folder / file, (folder / file).resolve()}}
+    labels = _read_labels(table, listed, folder) if table else {}
+    files, pixels, unreadable = [], [], []
+    for file, label in listed.items():
         try:
-            image = _decoded(folder / file)
+            image = _decode(folder / file)
         except _Unreadable as error:
-            bad.append(Bad(file, str(error)))
+            unreadable.append(UnreadableFile(file, str(error)))
             continue
-        items.append(Item(file, file_sha256(folder / file), _sha256(image), *labels.get(file, (label, None))))
-        pixels.append(shape(image))
-    if bad and not skip_bad:
-        listed = "; ".join(f"{one.file}: {one.why}" for one in bad[:5])
+        files.append(ImageFile(file, file_sha256(folder / file), _sha256(image), *labels.get(file, (label, None))))
+        pixels.append(to_pixels(image))
+    if unreadable and not skip_bad:
+        shown = "; ".join(f"{one.file}: {one.why}" for one in unreadable[:5]) + ("; …" if unreadable[5:] else "")
         raise InputError(
-            f"{len(bad)} of {len(found)} files in {folder} cannot be read ({listed}{'; …' if len(bad) > 5 else ''}); "
-            f"mend or remove them, or leave them out with --skip-bad"
+            f"{len(unreadable)} of {len(listed)} files in {folder} cannot be read as images ({shown}); repair or "
+            f"remove them, or leave them out with --skip-bad"
         )
-    if not items:
-        raise InputError(f"{flag} {folder} holds no image; name the folder that holds the images")
-    _check_sizes(items, pixels)
-    return Request(folder, *_once(items, pixels), bad, named)
+    if not files:
+        raise InputError(f"{flag} {folder} contains no image; give the folder that contains the images")
+    _check_sizes(files, pixels)
+    return ImageFolder(folder, *_merge_equal(files, pixels), unreadable, table)
 
 
-def _listed(folder: Path, flag: str) -> dict[str, str | None]:
-    """Files of the folder, and of one level of folders in it, sorted, with the name of their folder as their label."""
-    found: dict[str, str | None] = {}
+def _list_files(folder: Path, flag: str) -> dict[str, str | None]:
+    """Return the files of a folder and of its subfolders, sorted, with the name of the subfolder as the label."""
+    files: dict[str, str | None] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
@@ -126,75 +289,80 @@ def _listed(folder: Path, flag: str) -> dict[str, str | None]:
         if path.is_dir():
             for inner in map(_check_name, sorted(path.iterdir())):
                 if inner.is_dir() and not inner.name.startswith("."):
-                    raise InputError(f"{inner} is a folder within a label's folder; expected images in {path}")
+                    raise InputError(f"{inner} is a folder inside the folder of a label; expected images in {path}")
                 if not inner.name.startswith("."):
-                    found[f"{path.name}/{inner.name}"] = path.name
+                    files[f"{path.name}/{inner.name}"] = path.name
         else:
-            found[path.name] = None
-    loose = [file for file, label in found.items() if label is None and file != LABELS]
-    if loose and len(loose) < len(found) - (LABELS in found):
+            files[path.name] = None
+    loose = [file for file, label in files.items() if label is None and file != LABELS]
+    if loose and len(loose) < len(files) - (LABELS in files):
         raise InputError(
-            f"{flag} {folder} holds images beside folders of labels, such as {loose[0]}; put all in folders, or none"
+            f"{flag} {folder} contains images beside folders of labels, such as {loose[0]}; put all images into "
+            f"folders, or none"
         )
-    return found
+    return files
 
 
 def _check_name(path: Path) -> Path:
-    """The path; InputError where its name cannot be written down in a report."""
+    """Return the path. Raise InputError if its name cannot be written to a report."""
     try:
         path.name.encode()
     except UnicodeEncodeError:
         shown = path.name.encode(errors="surrogateescape").decode(errors="replace")
-        raise InputError(f"the name {shown} in {path.parent} is not UTF-8; rename it") from None
+        raise InputError(f"the file name {shown} in {path.parent} is not UTF-8; rename the file") from None
     return path
 
 
-def _labels(table: Path, found: dict[str, str | None], folder: Path) -> dict[str, tuple[str | None, str | None]]:
-    """Label and new label by file, of a CSV file."""
+def _read_labels(table: Path, files: dict[str, str | None], folder: Path) -> dict[str, tuple[str | None, str | None]]:
+    """Return label and new label by file from a CSV file. `files` has the label of each file by its subfolder."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # of fields for which there is no column
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more fields than columns
             rows = pd.read_csv(table, dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False)
-            rows = rows.fillna("")  # fields that are not there
+            rows = rows.fillna("")  # rows with fewer fields than columns
     except (OSError, ValueError, pd.errors.ParserWarning) as error:
-        raise InputError(f"cannot read the labels {table} ({str(error).strip().splitlines()[0]})") from None
+        raise InputError(
+            f"cannot read the label table {table} ({str(error).strip().splitlines()[0]}); expected CSV with the "
+            f"columns file, label, new_label"
+        ) from None
     unknown = set(rows.columns) - {"file", "label", "new_label"}
     if "file" not in rows or len(rows.columns) == 1 or unknown:
         raise InputError(
-            f"{table} has columns {', '.join(rows.columns)}; expected file, and label or new_label or both"
+            f"{table} has the columns {', '.join(rows.columns)}; expected file, and label or new_label or both"
         )
-    twice = rows.file[rows.file.duplicated()]
-    if len(twice):
-        raise InputError(f"{table} has {twice.iloc[0]} more than once; list each image once")
-    absent = sorted(set(rows.file) - found.keys())
-    if absent:
-        raise InputError(f"{table} lists {absent[0]}, which is not in {folder}; correct the name or remove the line")
+    repeated = rows.file[rows.file.duplicated()]
+    if len(repeated):
+        raise InputError(f"{table} lists {repeated.iloc[0]} more than once; list each image once")
+    missing = sorted(set(rows.file) - files.keys())
+    if missing:
+        raise InputError(f"{table} lists {missing[0]}, which is not in {folder}; correct the name or remove the row")
     labels = {}
     for row in rows.to_dict("records"):
-        told, by_folder = row.get("label", "").strip() or None, found[row["file"]]
-        if told and by_folder and told != by_folder:
+        by_table, by_folder = row.get("label", "").strip() or None, files[row["file"]]
+        if by_table and by_folder and by_table != by_folder:
             raise InputError(
-                f"{table} calls {row['file']} {told!r}, but its folder is {by_folder!r}; correct one of them"
+                f"{table} gives {row['file']} the label {by_table!r}, but its folder is {by_folder!r}; correct one of "
+                f"them"
             )
-        labels[row["file"]] = (told or by_folder, row.get("new_label", "").strip() or None)
+        labels[row["file"]] = (by_table or by_folder, row.get("new_label", "").strip() or None)
     return labels
 
 
-def _decoded(path: Path) -> Image.Image:
-    """An image upright, as RGB: 16-bit greys scaled, transparency dropped, of several frames the first."""
+def _decode(path: Path) -> Image.Image:
+    """Return an image upright as RGB: 16-bit grey scaled to 8, without transparency, the first frame of several."""
     try:
         with warnings.catch_warnings(), Image.open(path) as opened:
-            warnings.simplefilter("ignore")  # what a reader says of damage that it can do with
+            warnings.simplefilter("ignore")  # Pillow warns of damage that it can repair
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             opened.load()
             return _as_rgb(ImageOps.exif_transpose(opened))
     except Image.UnidentifiedImageError:
         raise _Unreadable("no image of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _Unreadable("far too large for an image") from None
+        raise _Unreadable("too many pixels for an image") from None
     except (_Unreadable, MemoryError):
         raise
-    except Exception as error:  # each format's reader has its own way to fail
+    except Exception as error:  # the decoders raise many types
         raise _Unreadable(f"damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
 
 
@@ -203,7 +371,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.float64)
         image = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
-        raise _Unreadable("grey levels are floating-point numbers, whose range nothing tells")
+        raise _Unreadable("floating-point grey levels, whose range the file does not define")
     return image.convert("RGB")
 
 
@@ -211,64 +379,65 @@ def _sha256(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
-def _check_sizes(items: list[Item], pixels: list[Tensor]) -> None:
-    """Raise InputError unless all images have one size: what the model takes is not known to resize them."""
-    for item, image in zip(items, pixels, strict=True):
-        if image.shape != pixels[0].shape:
-            sizes = [" x ".join(map(str, reversed(one.shape[1:]))) for one in (pixels[0], image)]
+def _check_sizes(files: list[ImageFile], pixels: list[Tensor]) -> None:
+    """Raise InputError unless all images have one size: only some models define the size they take."""
+    for image, array in zip(files, pixels, strict=True):
+        if array.shape != pixels[0].shape:
+            sizes = [" x ".join(map(str, reversed(one.shape[1:]))) for one in (pixels[0], array)]
             raise InputError(
-                f"{items[0].file} has {sizes[0]} pixels and {item.file} has {sizes[1]}, and nothing tells what size "
-                f"the model takes; give it by --image-size"
+                f"{files[0].file} has {sizes[0]} pixels, {image.file} has {sizes[1]}, and the model does not define "
+                f"the size that it takes; give it with --image-size"
             )
 
 
-def _once(items: list[Item], pixels: list[Tensor]) -> tuple[list[Item], Tensor]:
-    """The same images, each only once; InputError where files of the same pixels are called differently."""
+def _merge_equal(files: list[ImageFile], pixels: list[Tensor]) -> tuple[list[ImageFile], Tensor]:
+    """Return the images without repetitions. Raise InputError if files with the same pixels have different labels."""
     index: dict[str, int] = {}
     kept, places = [], []
-    for place, item in enumerate(items):
-        own = index.setdefault(item.pixels_sha256, len(kept))
+    for place, image in enumerate(files):
+        own = index.setdefault(image.pixels_sha256, len(kept))
         if own == len(kept):
-            kept.append(item)
+            kept.append(image)
             places.append(place)
             continue
         first = kept[own]
-        if (first.label, first.new_label) != (item.label, item.new_label):
+        if (first.label, first.new_label) != (image.label, image.new_label):
             raise InputError(
-                f"{first.file} and {item.file} are the same image with different labels; correct one of them"
+                f"{first.file} and {image.file} are the same image with different labels; correct one of them"
             )
-        kept[own] = replace(first, same_as=(*first.same_as, item.file))
+        kept[own] = replace(first, same_as=(*first.same_as, image.file))
     return kept, torch.stack([pixels[place] for place in places])
 
 
-def class_numbers(names: Sequence[str | None], classes: Sequence[str], default: Tensor | None, what: str) -> Tensor:
-    """The class (n,) int64 that each name or number means; where there is none, that of `default`.
+def class_indices(names: Sequence[str | None], class_names: Sequence[str], default: Tensor | None, what: str) -> Tensor:
+    """Return the class index (n,) int64 of each name, or of its `default` where the name is None.
 
-    classes  what they are called; a name of one counts before its number
-    what     the names are, for what is said of them
+    names    names or numbers of classes; a name takes precedence over a number
+    default  (n,) int64, or None if every image needs a name
+    what     "label" or "new_label", for messages
 
-    Raises InputError for a name that no class has, or that several have.
+    Raises InputError for a name that no class has, or several classes have.
     """
     known: dict[str, int] = {}
-    for index, name in enumerate(classes):
+    for index, name in enumerate(class_names):
         known.setdefault(name, index)
-    several = {name for name in known if classes.count(name) > 1}
-    found = []
+    ambiguous = {name for name in known if class_names.count(name) > 1}
+    indices = []
     for position, name in enumerate(names):
         if name is None:
             if default is None:
-                raise InputError(f"there is no {what} for an image; give one for each")
-            found.append(int(default[position]))
-        elif name in several:
-            raise InputError(f"{what} {name!r} is the name of several classes; give its number")
+                raise InputError(f"an image has no {what}; give one for every image")
+            indices.append(int(default[position]))
+        elif name in ambiguous:
+            raise InputError(f"{what} {name!r} is the name of several classes; give the number of the class")
         elif name in known:
-            found.append(known[name])
-        elif name.isdecimal() and int(name) < len(classes):
-            found.append(int(name))
+            indices.append(known[name])
+        elif name.isdecimal() and int(name) < len(class_names):
+            indices.append(int(name))
         else:
-            shown = ", ".join(map(repr, list(classes)[:3]))
+            shown = ", ".join(map(repr, list(class_names)[:3]))
             raise InputError(
-                f"{what} {name!r} is no class of the model; expected a name such as {shown}, or a number from 0 to "
-                f"{len(classes) - 1}"
+                f"{what} {name!r} is not a class of the model; expected a name such as {shown}, or a number from 0 to "
+                f"{len(class_names) - 1}"
             )
-    return torch.tensor(found)
+    return torch.tensor(indices)

@@ -1,14 +1,15 @@
-"""Settings of a method tried one after the other while there is time: what forgets with the least damage is taken."""
+"""Search the settings of a method for those that forget all images with the least damage, in a limited time."""
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 from dataclasses import dataclass, field, fields, replace
 import time
 
 import torch
 from torch import Tensor, nn
 
-from l2ul import attack, unlearn
+from l2ul import ProgressBar, attack, unlearn
 from l2ul.common.errors import Diverged, InputError
 from l2ul.experiments import runs
 from l2ul.importance import mas_importance
@@ -18,36 +19,23 @@ from l2ul.metrics.agreement import Kept, Probe
 from l2ul.objective import Forget
 from l2ul.unlearn import Settings
 
-ATTACK = {"num_adv_images": 10, "eps": 4.0, "alpha": 0.4, "steps": 20}  # of D_adv: quicker than the paper's
-LEAST_STEPS = 60  # of a cycle of distill
-FEWEST_MIXES = 16  # of distill a step
-LARGER = {True: {"distill_lr": 3.0}, False: {"unlearn_lr": 3.0}}  # whether the method has a teacher
-MOST_LARGER = 3  # times that steps grow so
-PATIENCE = 0.6  # part of the time left that a trial may take while none has forgotten everything
-PROBING = 0.08  # of the time, for examples that damage is estimated on
-FEWEST_EXAMPLES, MOST_EXAMPLES = 64, 1024
-# What is tried after a method's own settings, as factors of them.
+ATTACK = {"num_adv_images": 10, "eps": 4.0, "alpha": 0.4, "steps": 20}  # of D_adv: faster than the paper's
+MIN_STEPS = 60  # of a cycle of distill
+MIN_BATCH = 16  # images of D_f, and mixes, per step of distill
+SEARCH_SHARE = 0.8  # of the time: the search ends then
+FIRST_SHARE = 0.6  # of the time left: the most that one candidate takes while none has forgotten all images
+PROBE_SHARE = 0.08  # of the time: for making the examples on which agreement is measured
+MIN_EXAMPLES, MAX_EXAMPLES = 64, 1024  # of that probe
+MAX_ENLARGED = 3  # times that the learning rate is raised while images are not forgotten
+# Factors of the method's own settings, for methods with ("distill") and without a teacher.
+LARGER_STEPS = {True: {"distill_lr": 3.0}, False: {"unlearn_lr": 3.0}}  # while images are not forgotten
 DISTILL = ({"distill_lr": 2.0}, {"distill_features": 3.0}, {"distill_lr": 0.5}, {"distill_steps": 2.0})
 GRADIENT = ({"unlearn_lr": 1 / 3}, {"unlearn_lr": 3.0}, {"unlearn_lr": 0.1})
-BETWEEN = ({"unlearn_lr": 0.6}, {"unlearn_lr": 2.0})  # where one forgot and a third of its rate did not
+BETWEEN = ({"unlearn_lr": 0.6}, {"unlearn_lr": 2.0})  # if a learning rate forgets all images and a third of it does not
 
 
-def named_settings(given: Sequence[tuple[str, float]], method: str) -> dict[str, float]:
-    """Settings of a method's loop by name, as numbers of their type; InputError for one it has not, or not so."""
-    types = {f.name: type(f.default) for f in fields(Settings)}
-    used = runs.used_by(registry.get(method))
-    known = {name: kind for name, kind in types.items() if name in used and kind in (int, float)}
-    for name, value in given:
-        if name not in known:
-            expected = f"expected one of {', '.join(known)}" if known else "it has none: leave out --setting"
-            raise InputError(f"method {method} has no setting {name}; {expected}")
-        if known[name] is int and not (value >= 1 and value.is_integer()):
-            raise InputError(f"setting {name}={value:g} is not allowed; expected a whole number of at least 1")
-    return {name: known[name](value) for name, value in given}
-
-
-class Budget:
-    """Seconds that a command may take, counted from `started` on the clock of time.perf_counter."""
+class TimeBudget:
+    """Seconds that a command may take, counted from `started`, a value of `time.perf_counter`."""
 
     def __init__(self, seconds: float, started: float):
         self.seconds, self.started = seconds, started
@@ -60,17 +48,24 @@ class Budget:
     def left(self) -> float:
         return self.seconds - self.used
 
-    def part(self, share: float) -> "Budget":
-        """As much of it as this share, from the start: the rest is for what comes after."""
-        return Budget(share * self.seconds, self.started)
+    def part(self, share: float) -> "TimeBudget":
+        """Return the first `share` of this budget; the rest is for later work."""
+        return TimeBudget(share * self.seconds, self.started)
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One setting and what came of it. `forgotten` (k,) bool, as asked; `kept` of each probe; no model: diverged."""
+class Candidate:
+    """Settings that were run, and what they achieved.
+
+    changed    settings that differ from those of the first candidate, by name
+    status     of the loop: see `unlearn.Outcome`
+    forgotten  (k,) bool: forgotten as the request demands, with the weights as they would be written
+    kept       agreement with the original model on each probe
+    model      None if the run diverged
+    """
 
     settings: Settings
-    changed: Mapping[str, float]  # settings that differ from the first trial's
+    changed: Mapping[str, float]
     status: str
     steps: int
     seconds: float
@@ -80,119 +75,210 @@ class Trial:
 
     @property
     def rank(self) -> tuple[int, float]:
-        """Better is larger: all forgotten before any damage counts, and never one that diverged."""
+        """Larger is better: first the number of forgotten images, then agreement. A diverged run ranks last."""
         return (int(self.forgotten.sum()), agreement.overall(self.kept)) if self.kept else (-1, 0.0)
 
 
 @dataclass
-class Job:
-    """What is to be forgotten by which method.
+class Unlearner:
+    """Run a method on a request with different settings.
 
-    model    left as it is
-    forget   D_f, on its device
-    wide     D_f, and after it each change of all of D_f that is to be forgotten too: what a method is given
-    written  gives a model as it will be once it is written to a file and read again
-    probes   of damage
+    model       the original model, left unchanged
+    forget      D_f, on the device of the model
+    train_set   D_f, followed by the changed copies of D_f that are to be forgotten too: see `robustness.widened`
+    as_written  return a model with its weights as they will be in the file
+    probes      sets of images on which agreement with the original model is measured
+    progress    show the progress of each candidate
     """
 
     model: nn.Module
     forget: Forget
-    wide: Forget
+    train_set: Forget
     method: str
     num_classes: int
     seed: int
-    written: Callable[[nn.Module], nn.Module]
+    as_written: Callable[[nn.Module], nn.Module]
+    progress: ProgressBar | None = None
     probes: list[Probe] = field(default_factory=list)
-    _made: dict[str, object] = field(default_factory=dict)
+    _inputs: dict[str, object] = field(default_factory=dict)  # D_adv and importance, made once
 
     @property
     def uses_teacher(self) -> bool:
         return "teacher" in registry.get(self.method).needs
 
-    def forgotten(self, model: nn.Module) -> Tensor:
-        """Which images (k,) bool a model has forgotten as they are and after every change that was asked for."""
-        return accuracy.forgotten(model, self.wide.images, self.wide).view(-1, len(self.forget)).all(0).cpu()
+    @property
+    def has_fixed_length(self) -> bool:
+        """Whether the method runs as published, with settings of its own instead of those of the loop."""
+        return registry.get(self.method).settings is not None
 
-    def run(
+    def forgotten(self, model: nn.Module) -> Tensor:
+        """Return which images (k,) bool a model has forgotten, as they are and in each changed copy, on the CPU."""
+        forgotten = accuracy.forgotten(model, self.train_set.images, self.train_set)
+        return forgotten.view(-1, len(self.forget)).all(0).cpu()
+
+    def unlearn(
         self,
         settings: Settings,
-        go_on: Callable[[], bool] = lambda: True,
+        go_on: Callable[[], bool] | None = None,
         on_step: Callable[[dict[str, float]], object] | None = None,
     ) -> unlearn.Outcome:
-        """Unlearn with these settings; what does not depend on them is made once."""
+        """Unlearn with these settings. D_adv and the importance do not depend on them and are made once."""
         needs = registry.get(self.method, self.forget.goal).needs
-        images, labels = self.wide.images, self.wide.labels
-        if "adv" in needs and "adv" not in self._made:
-            self._made["adv"] = attack.adversarial_set(
-                self.model, images, labels, self.num_classes, seed=self.seed, **ATTACK
-            )
-        if "importance" in needs and "importance" not in self._made:
-            self._made["importance"] = mas_importance(self.model, images)
-        given = {"new_labels": self.wide.new_labels, "settings": settings, "go_on": go_on, "on_step": on_step}
-        return unlearn.unlearn(self.model, images, labels, self.method, **given, **self._made)
+        images, labels = self.train_set.images, self.train_set.labels
+        if "adv" in needs and "adv" not in self._inputs:
+            with self._progress("adversarial examples", ATTACK["num_adv_images"] * len(labels)) as advance:
+                self._inputs["adv"] = attack.adversarial_set(
+                    self.model, images, labels, self.num_classes, seed=self.seed, progress=advance, **ATTACK
+                )
+        if "importance" in needs and "importance" not in self._inputs:
+            with self._progress("importance", len(labels)) as advance:
+                self._inputs["importance"] = mas_importance(self.model, images, advance)
+        options = {"new_labels": self.train_set.new_labels, "settings": settings, "go_on": go_on, "on_step": on_step}
+        return unlearn.unlearn(self.model, images, labels, self.method, **options, **self._inputs)
 
-    def try_out(self, settings: Settings, changed: Mapping[str, float], go_on: Callable[[], bool]) -> Trial:
-        """Unlearn, and look at what is forgotten and kept by what would be written."""
+    def run_candidate(
+        self, settings: Settings, changed: Mapping[str, float], budget: TimeBudget, reserve: float = 0.0
+    ) -> Candidate:
+        """Unlearn, stopping when only `reserve` seconds of the budget are left, and measure what would be written."""
         started = time.perf_counter()
-        outcome = self.run(settings, go_on)
-        nothing = torch.zeros(len(self.forget), dtype=torch.bool)
-        trial = Trial(settings, changed, outcome.status, outcome.steps, 0.0, nothing, [], None)
+        with self._progress(describe(changed), None) as advance:
+            outcome = self.unlearn(
+                settings,
+                lambda: budget.left > reserve,
+                lambda row: advance(
+                    1, f"{row['forgotten']:.0f} % of D_f forgotten, at most {budget.left - reserve:.0f} s left"
+                ),
+            )
+        none = torch.zeros(len(self.forget), dtype=torch.bool)
+        candidate = Candidate(settings, changed, outcome.status, outcome.steps, 0.0, none, [], None)
         if outcome.status != "diverged":
-            written = self.written(outcome.model)
+            written = self.as_written(outcome.model)
             try:
-                done, kept = self.forgotten(written), [agreement.kept(written, probe) for probe in self.probes]
-                trial = replace(trial, forgotten=done, kept=kept, model=outcome.model)
+                forgotten, kept = self.forgotten(written), [agreement.kept(written, probe) for probe in self.probes]
+                candidate = replace(candidate, forgotten=forgotten, kept=kept, model=outcome.model)
             except Diverged:
-                trial = replace(trial, status="diverged")
-        return replace(trial, seconds=time.perf_counter() - started)
+                candidate = replace(candidate, status="diverged")
+        return replace(candidate, seconds=time.perf_counter() - started)
+
+    def _progress(self, description: str, total: int | None):
+        no_progress = contextlib.nullcontext(lambda count=1, note="": None)
+        return self.progress(description, total) if self.progress else no_progress
 
 
-def prepare(job: Job, settings: Settings, budget: Budget) -> float:
-    """Make held-out examples, as many as there is time for, the job's first probe; returns the seconds of a step."""
-    seconds = _step_seconds(job, settings)
-    passes = settings.distill_forget + 1.5 * settings.distill_mixes  # forward and backward, of images a step
-    count = int(PROBING * budget.left / max(seconds / passes * agreement.STEPS, 1e-9))
-    count = min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, count))
-    examples = agreement.held_out(job.model, job.forget.images, job.num_classes, count=count, seed=job.seed)
-    job.probes.insert(0, examples)
-    return seconds
+def check_method(method: str, goal: str | None = None) -> None:
+    """Raise InputError unless a method can carry out a request: it forgets, without D_r, and is for the goal."""
+    needs = registry.get(method, goal).needs
+    if method == "before" or "retain" in needs:
+        why = "forgets nothing" if method == "before" else "trains on the retain set, which a request does not have"
+        raise InputError(f"method {method} {why}; leave out --method, or name one such as distill or adv_imp")
 
 
-def _step_seconds(job: Job, settings: Settings) -> float:
-    """What a step of the loop takes, by three of them."""
-    at: list[float] = []
-    few = replace(settings, distill_steps=3, distill_cycles=1, max_passes=3)
-    job.run(few, go_on=lambda: len(at) < 3, on_step=lambda row: at.append(time.perf_counter()))
-    return (at[-1] - at[0]) / (len(at) - 1) if len(at) > 1 else 0.0
+def choose_settings(method: str, chosen: Sequence[tuple[str, float]], seed: int) -> tuple[Settings, dict[str, float]]:
+    """Return the settings of the first candidate, and those of them that the user chose.
 
+    chosen  names and values; they replace the defaults
 
-def search(job: Job, first: Settings, budget: Budget, seconds: float, tried: Callable[[Trial], object]) -> list[Trial]:
-    """Trials while there is time, the best of them first; `tried` is told each.
-
-    first    the method's own settings
-    seconds  that a step takes with them
-
-    Where the time is short, the first trial is cut down to a third of it; what it took tells how long a second may be.
-    Once one has forgotten everything, others are begun only where they should end in time; until then, one that fails
-    is followed by one that takes larger steps. Where the first to forget was not the method's own settings, the others
-    are begun at it.
+    Raises InputError for a method that cannot carry out a request, or a setting or value that it does not allow.
     """
-    trials: list[Trial] = []
-    waiting = deque(_ladder(job, first, budget.left, seconds))
-    while waiting:
-        settings = waiting.popleft()
-        forgotten = any(trial.forgotten.all() for trial in trials)
-        if trials and (budget.left <= 0 or (forgotten and _expected(job, settings, trials) > budget.left)):
+    check_method(method)
+    types = {f.name: type(f.default) for f in fields(Settings)}
+    used = runs.used_by(registry.get(method))
+    known = {name: kind for name, kind in types.items() if name in used and kind in (int, float)}
+    for name, value in chosen:
+        if name not in known:
+            expected = f"expected one of {', '.join(known)}" if known else "it has none: leave out --setting"
+            raise InputError(f"method {method} has no setting {name}; {expected}")
+        if known[name] is int and not (value >= 1 and value.is_integer()):
+            raise InputError(f"setting {name}={value:g} is not allowed; expected a whole number of at least 1")
+    fixed = {name: known[name](value) for name, value in chosen}
+    return replace(Settings(bn="eval", seed=seed), **fixed), fixed
+
+
+def describe(changed: Mapping[str, float]) -> str:
+    """Return the settings of a candidate in words."""
+    return ", ".join(f"{name} {value:g}" for name, value in changed.items()) or "the method's own settings"
+
+
+def find_candidates(
+    unlearner: Unlearner,
+    first: Settings,
+    budget: TimeBudget,
+    *,
+    fixed: Mapping[str, float] | None = None,
+    keep_images: Tensor | None = None,
+    on_candidate: Callable[[Candidate], object] = lambda candidate: None,
+) -> list[Candidate]:
+    """Return candidates, best first. Adds the probes of agreement to `unlearner`.
+
+    first         the settings of the first candidate
+    budget        of the whole command; the search takes SEARCH_SHARE of it
+    fixed         the settings that the user chose, part of `first`: then this is the only candidate
+    keep_images   (n, 3, H, W) images that must keep their predictions: a further probe
+    on_candidate  called with each candidate when it is finished
+    """
+    seconds_per_step = _measure_step(unlearner, first)
+    unlearner.probes.append(_held_out_probe(unlearner, first, budget, seconds_per_step))
+    if keep_images is not None:
+        unlearner.probes.append(agreement.probe("images to keep", unlearner.model, keep_images))
+    if fixed:
+        candidate = unlearner.run_candidate(first, fixed, budget.part(SEARCH_SHARE))
+        on_candidate(candidate)
+        return [candidate]
+    return search(unlearner, first, budget.part(SEARCH_SHARE), seconds_per_step, on_candidate)
+
+
+def _measure_step(unlearner: Unlearner, settings: Settings) -> float:
+    """Return the seconds of a step of the loop, measured on three steps."""
+    times: list[float] = []
+    short = replace(settings, distill_steps=3, distill_cycles=1, max_passes=3)
+    unlearner.unlearn(short, lambda: len(times) < 3, lambda row: times.append(time.perf_counter()))
+    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+
+
+def _held_out_probe(unlearner: Unlearner, settings: Settings, budget: TimeBudget, seconds_per_step: float) -> Probe:
+    """Return held-out adversarial examples, as many as PROBE_SHARE of the time allows."""
+    passes = settings.distill_forget + 1.5 * settings.distill_mixes  # forward and backward, of images per step
+    count = int(PROBE_SHARE * budget.left / max(seconds_per_step / passes * agreement.STEPS, 1e-9))
+    count = min(MAX_EXAMPLES, max(MIN_EXAMPLES, count))
+    images, num_classes = unlearner.forget.images, unlearner.num_classes
+    return agreement.held_out(unlearner.model, images, num_classes, count=count, seed=unlearner.seed)
+
+
+def search(
+    unlearner: Unlearner,
+    first: Settings,
+    budget: TimeBudget,
+    seconds_per_step: float,
+    on_candidate: Callable[[Candidate], object],
+) -> list[Candidate]:
+    """Run candidates while there is time; return them, best first and of equals the earlier one.
+
+    first             the method's own settings
+    seconds_per_step  with these settings
+
+    If time is short, the first candidate is a version of `first` that takes a third of it. Until a candidate has
+    forgotten all images, each is followed by one with a larger learning rate. After that, others are only started if
+    they should end in time. If the first successful candidate had other settings than `first`, the search continues
+    around those.
+    """
+    candidates: list[Candidate] = []
+    queue = deque(_initial_queue(unlearner, first, budget.left, seconds_per_step))
+    while queue:
+        settings = queue.popleft()
+        succeeded = any(candidate.forgotten.all() for candidate in candidates)
+        late = succeeded and _expected_seconds(unlearner, settings, candidates) > budget.left
+        if candidates and (budget.left <= 0 or late):
             continue
-        least = 0.0 if forgotten else (1 - PATIENCE) * budget.left
-        trials.append(job.try_out(settings, _changed(first, settings), lambda least=least: budget.left > least))
-        tried(trials[-1])
-        if not forgotten and not trials[-1].forgotten.all():
-            if trials[-1].status != "diverged" and len(trials) <= MOST_LARGER and not _fixed_length(job):
-                waiting.appendleft(_larger(job, settings, budget.left, trials))
-        elif not forgotten and settings != first:
-            waiting = deque(_around(job, first, budget.left, trials))
-    return sorted(trials, key=lambda trial: trial.rank, reverse=True)  # stable: of equals the first
+        reserve = 0.0 if succeeded else (1 - FIRST_SHARE) * budget.left
+        candidates.append(unlearner.run_candidate(settings, _changed(first, settings), budget, reserve))
+        on_candidate(candidates[-1])
+        if not succeeded and not candidates[-1].forgotten.all():
+            can_enlarge = len(candidates) <= MAX_ENLARGED and not unlearner.has_fixed_length
+            if candidates[-1].status != "diverged" and can_enlarge:
+                queue.appendleft(_enlarged(unlearner, settings, budget.left, candidates))
+        elif not succeeded and settings != first:
+            queue = deque(_around(unlearner, first, budget.left, candidates))
+    return sorted(candidates, key=lambda candidate: candidate.rank, reverse=True)  # stable
 
 
 def _changed(first: Settings, settings: Settings) -> dict[str, float]:
@@ -200,74 +286,67 @@ def _changed(first: Settings, settings: Settings) -> dict[str, float]:
     return {name: value for name, value in values.items() if value != getattr(first, name)}
 
 
-def _ladder(job: Job, first: Settings, left: float, seconds: float) -> list[Settings]:
-    """Settings to try: one that surely fits, or the method's own, then others."""
-    if not job.uses_teacher:
-        return [first, *(() if _fixed_length(job) else (_scaled(first, by) for by in GRADIENT))]
-    if 3 * seconds * first.distill_steps <= left:
+def _initial_queue(unlearner: Unlearner, first: Settings, left: float, seconds_per_step: float) -> list[Settings]:
+    if not unlearner.uses_teacher:
+        return [first, *(() if unlearner.has_fixed_length else (_scaled(first, by) for by in GRADIENT))]
+    if 3 * seconds_per_step * first.distill_steps <= left:
         return [first, *(_scaled(first, by) for by in DISTILL)]
-    return [fitted(first, left / 3, seconds)]
+    return [fit_to_time(first, left / 3, seconds_per_step)]
 
 
-def _fixed_length(job: Job) -> bool:
-    """Whether the method runs as its paper has it, whatever the settings of the loop."""
-    return registry.get(job.method).settings is not None
-
-
-def _around(job: Job, first: Settings, left: float, trials: list[Trial]) -> list[Settings]:
-    """Settings to try after the first that forgot everything: as many steps as there is time for, and changes of it."""
-    taken = trials[-1].settings
-    if not job.uses_teacher:
-        return [_scaled(taken, by) for by in BETWEEN]
+def _around(unlearner: Unlearner, first: Settings, left: float, candidates: list[Candidate]) -> list[Settings]:
+    """Return settings to run after the first success: as many steps as there is time for, and variations of that."""
+    last = candidates[-1].settings
+    if not unlearner.uses_teacher:
+        return [_scaled(last, by) for by in BETWEEN]
     sizes = {name: getattr(first, name) for name in ("distill_steps", "distill_mixes", "distill_forget")}
-    whole = replace(taken, **sizes)
-    longer = fitted(whole, left / _cycles(trials), _seconds_of_a_step(whole, trials))
-    return [settings for settings in (longer, *(_scaled(longer, by) for by in DISTILL)) if settings != taken]
+    full = replace(last, **sizes)
+    longer = fit_to_time(full, left / _cycles(candidates), _seconds_per_step(full, candidates))
+    return [settings for settings in (longer, *(_scaled(longer, by) for by in DISTILL)) if settings != last]
 
 
-def fitted(settings: Settings, left: float, seconds: float) -> Settings:
-    """Settings of distill of which a cycle ends in the seconds left: fewer steps, and if need be smaller batches.
-
-    seconds  that a step takes as it is
-    """
-    steps = max(LEAST_STEPS, min(settings.distill_steps, int(left / max(seconds, 1e-9))))
-    part = min(1.0, max(left, 0.0) / max(seconds * steps, 1e-9))
-    mixes = max(FEWEST_MIXES, round(settings.distill_mixes * part))
-    forget = max(FEWEST_MIXES, round(settings.distill_forget * part))
+def fit_to_time(settings: Settings, left: float, seconds_per_step: float) -> Settings:
+    """Return settings of distill with one cycle in `left` seconds: fewer steps, and then smaller batches."""
+    steps = max(MIN_STEPS, min(settings.distill_steps, int(left / max(seconds_per_step, 1e-9))))
+    share = min(1.0, max(left, 0.0) / max(seconds_per_step * steps, 1e-9))
+    mixes = max(MIN_BATCH, round(settings.distill_mixes * share))
+    forget = max(MIN_BATCH, round(settings.distill_forget * share))
     return replace(
         settings, distill_steps=min(steps, settings.distill_steps), distill_mixes=mixes, distill_forget=forget
     )
 
 
-def _scaled(settings: Settings, by: Mapping[str, float]) -> Settings:
-    new = {name: type(getattr(settings, name))(getattr(settings, name) * factor) for name, factor in by.items()}
-    return replace(settings, **new)
+def _scaled(settings: Settings, factors: Mapping[str, float]) -> Settings:
+    values = {name: (getattr(settings, name), factor) for name, factor in factors.items()}
+    return replace(settings, **{name: type(value)(value * factor) for name, (value, factor) in values.items()})
 
 
-def _larger(job: Job, settings: Settings, left: float, trials: list[Trial]) -> Settings:
-    """Settings that take larger steps, a cycle of which fits in the time left."""
-    larger = _scaled(settings, LARGER[job.uses_teacher])
-    return fitted(larger, PATIENCE * left, _seconds_of_a_step(larger, trials)) if job.uses_teacher else larger
+def _enlarged(unlearner: Unlearner, settings: Settings, left: float, candidates: list[Candidate]) -> Settings:
+    """Return settings with a larger learning rate, for distill with one cycle in FIRST_SHARE of the time left."""
+    larger = _scaled(settings, LARGER_STEPS[unlearner.uses_teacher])
+    if not unlearner.uses_teacher:
+        return larger
+    return fit_to_time(larger, FIRST_SHARE * left, _seconds_per_step(larger, candidates))
 
 
-def _expected(job: Job, settings: Settings, trials: list[Trial]) -> float:
-    """Seconds that a trial should take: of distill by its steps and images, else as long as the longest so far."""
-    if not job.uses_teacher:
-        return max(trial.seconds for trial in trials)
-    return _seconds_of_a_step(settings, trials) * settings.distill_steps * _cycles(trials)
+def _expected_seconds(unlearner: Unlearner, settings: Settings, candidates: list[Candidate]) -> float:
+    """Estimate the seconds of a candidate: for distill from its steps and images, else the most so far."""
+    if not unlearner.uses_teacher:
+        return max(candidate.seconds for candidate in candidates)
+    return _seconds_per_step(settings, candidates) * settings.distill_steps * _cycles(candidates)
 
 
-def _cycles(trials: list[Trial]) -> float:
-    """How many cycles of distill the first trial that forgot everything went through."""
-    one = next((trial for trial in trials if trial.forgotten.all()), trials[0])
+def _cycles(candidates: list[Candidate]) -> float:
+    """Return the number of cycles of distill that the first successful candidate took."""
+    one = next((candidate for candidate in candidates if candidate.forgotten.all()), candidates[0])
     return max(1.0, one.steps / one.settings.distill_steps)
 
 
-def _seconds_of_a_step(settings: Settings, trials: list[Trial]) -> float:
-    """By the trials so far, as if each image of a step cost the same: more than it is for a larger batch."""
-    costs = (trial.seconds / trial.steps / _images(trial.settings) for trial in trials if trial.steps)
-    return max(costs, default=0.0) * _images(settings)
+def _seconds_per_step(settings: Settings, candidates: list[Candidate]) -> float:
+    """Estimate the seconds of a step from the candidates so far, in proportion to the images per step."""
+    costs = (one.seconds / one.steps / _images_per_step(one.settings) for one in candidates if one.steps)
+    return max(costs, default=0.0) * _images_per_step(settings)
 
 
-def _images(settings: Settings) -> int:
+def _images_per_step(settings: Settings) -> int:
     return settings.distill_forget + settings.distill_mixes

@@ -1,160 +1,173 @@
-"""Whether a report still tells the truth: hashes, signature, the chain of requests, images that are to be forgotten."""
+"""Verify a report: hashes, signature, the chain of earlier requests, and whether the images are still forgotten."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-import inspect
-import json
-import math
 from pathlib import Path
 import shutil
 
+import torch
 from torch import Tensor
 
 from l2ul.common.errors import InputError
 from l2ul.common.files import REPORT, file_sha256
-from l2ul.deletion import signature
-from l2ul.deletion.report import FORGET_LIST, PAGE, Report, forget_list
-from l2ul.deletion.request import Item
-
-EARLIER = "earlier"  # folder of the reports of earlier requests, beside a report
+from l2ul.deletion import deployed_model, signature
+from l2ul.deletion.deployed_model import DeployedModel
+from l2ul.deletion.report import forget_list
+from l2ul.deletion.report_schema import EARLIER, FORGET_LIST, PAGE, EarlierRow, Report, read_report
+from l2ul.deletion.request import ImageFile, read_images
+from l2ul.metrics import accuracy
+from l2ul.objective import is_forgotten
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, whether it holds (None: that cannot be told), and what was found."""
+    """The result of a check: its name, whether it passed (None: this cannot be decided), and what was found."""
 
-    what: str
-    holds: bool | None
-    found: str
-
-
-def _mean(value: object) -> bool:
-    """Whether this is a number a channel, or None."""
-    whole = _fits(value, [int | float]) and len(value) == 3
-    return value is None or (whole and all(map(math.isfinite, value)))
+    name: str
+    passed: bool | None
+    finding: str
 
 
-def _std(value: object) -> bool:
-    return value is None or (_mean(value) and min(value) > 0)
+def verify(
+    path: Path,
+    *,
+    model: Path | None = None,
+    build: str | None = None,
+    image_folders: Sequence[Path] = (),
+    key: object = None,
+    device: torch.device,
+) -> list[Check]:
+    """Check a report and what belongs to it.
 
+    path           of the report
+    model          the model, if it is not beside the report
+    build          function that builds the model, if it was given in the request
+    image_folders  the images of this request and of earlier ones; empty: images are not checked
+    key            public key that the signature must be by
 
-def _size(value: object) -> bool:
-    return value is None or (isinstance(value, int) and value > 0)
-
-
-# What is relied upon of a report: of a dictionary some keys, of a list what each entry is, else a type or a function.
-SHAPE = {
-    "tool": dict,
-    "made": str,
-    "asked": {"goal": str},
-    "model": {
-        "opened_by": {"model": str, "image_size": _size, "mean": _mean, "std": _std},
-        "classes": [str],
-        "before": {"weights_sha256": str},
-        "after": {"weights_sha256": str, "files": dict},
-    },
-    "images": [
-        {
-            "file": str,
-            "sha256": str,
-            "pixels_sha256": str,
-            "label": int,
-            "new_label": int | None,
-            "forgotten": bool,
-        }
-    ],
-    "files": {PAGE: str, FORGET_LIST: str},
-    "earlier": [{"file": str, "sha256": str, "made": str, "images": int, "forgotten": int}],
-}
-
-
-def _fits(value: object, shape: dict | list | type | Callable[[object], bool]) -> bool:
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(name in value and _fits(value[name], shape[name]) for name in shape)
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(_fits(one, shape[0]) for one in value)
-    return shape(value) if inspect.isfunction(shape) else isinstance(value, shape)
-
-
-def read_report(path: Path) -> Report:
-    """A report; InputError where the file is none, or names other files than a report does."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        report = None
-    if _fits(report, SHAPE) and report["images"] and report["files"].keys() == SHAPE["files"].keys():
-        names = [f"{EARLIER}/{number}.json" for number in range(1, len(report["earlier"]) + 1)]
-        if names == [told["file"] for told in report["earlier"]]:
-            return report
-    raise InputError(f"{path} is no report of a request; name the report.json that main_forget.py wrote")
-
-
-def check_files(report: Report, folder: Path, model: Mapping[str, str]) -> list[Check]:
-    """The files that a report tells the hashes of: the page and the list beside it, and the model's, now in `model`."""
-    told = report["model"]["after"]["files"]
-    same = dict(model) == told
-    checks = [Check("model", same, "unchanged" if same else _difference(told, model))]
-    for name, sha256 in report["files"].items():
-        there = (folder / name).is_file()
-        same = there and file_sha256(folder / name) == sha256
-        checks.append(Check(name, same, "unchanged" if same else "changed" if there else "missing"))
-        if name == FORGET_LIST and same and (folder / name).read_text(encoding="utf-8") != forget_list(report):
-            checks[-1] = Check(name, False, "says otherwise than the report")
+    Raises InputError if the file is not a report or an image folder or a model is missing.
+    """
+    report, folder = read_report(path), path.parent
+    model = model or next(iter(deployed_model.written_models(folder)), None)
+    if model is None or not model.exists():
+        raise InputError(f"there is no model {model or f'beside {path}'}; give its path as --model")
+    checks = check_files(report, folder, deployed_model.files_sha256(model))
+    files_match = checks[0].passed
+    earlier, chain_checks = check_chain(report, folder)
+    checks += chain_checks
+    opened = None
+    if _needs_build(report) and not (build or image_folders):
+        checks.append(Check("weights", None, "not checked: give the function that builds the model as --build"))
+    else:
+        try:
+            opened = deployed_model.reopen(report["model"]["opened_by"], report["model"]["classes"], model, build)
+            checks.append(check_weights(report, opened.hashes()["weights_sha256"]))
+        except InputError as error:
+            if files_match:  # the files are those of the report, so an argument is wrong
+                raise
+            checks.append(Check("weights", False, f"cannot be read: {error}"))
+    checks.append(check_signature(path, key))
+    if image_folders and opened:
+        checks += check_images(requirements([*earlier, report]), _predictions(image_folders, opened, device))
     return checks
 
 
-def check_weights(report: Report, found: str | None) -> Check:
-    """Whether the weights are those of the report by their hash; None: the model could not be opened."""
-    if found is None:
-        return Check("weights", None, "not looked at: name by --build what builds the model")
-    same = found == report["model"]["after"]["weights_sha256"]
+def _needs_build(report: Report) -> bool:
+    return report["model"]["opened_by"]["model"] == deployed_model.BUILT
+
+
+def _predictions(folders: Iterable[Path], model: DeployedModel, device: torch.device) -> list[tuple[ImageFile, int]]:
+    """Return the images of all folders with the class that the model predicts for each."""
+    classifier, predictions = model.classifier.to(device), []
+    for folder in folders:
+        read = read_images(folder, model.to_pixels, skip_bad=True)
+        predictions += zip(read.files, accuracy.predict(classifier, read.images.to(device)).tolist(), strict=True)
+    return predictions
+
+
+def check_files(report: Report, folder: Path, model_files: Mapping[str, str]) -> list[Check]:
+    """Compare the hashes of the model's files, of the page and of the list with the report; the model comes first.
+
+    model_files  hex sha256 of the model's files now, by name
+    """
+    expected = report["model"]["after"]["files"]
+    different = sorted(
+        name for name in expected.keys() | model_files.keys() if expected.get(name) != model_files.get(name)
+    )
+    finding = f"not the model of the report: {', '.join(different)}" if different else "unchanged"
+    checks = [Check("model", not different, finding)]
+    for name in (PAGE, FORGET_LIST):
+        check = _check_file(name, folder / name, report["files"][name])
+        if name == FORGET_LIST and check.passed and (folder / name).read_text(encoding="utf-8") != forget_list(report):
+            check = Check(name, False, "contradicts the report")
+        checks.append(check)
+    return checks
+
+
+def _check_file(name: str, path: Path, sha256: str) -> Check:
+    if not path.is_file():
+        return Check(name, False, "missing")
+    unchanged = file_sha256(path) == sha256
+    return Check(name, unchanged, "unchanged" if unchanged else "changed")
+
+
+def check_weights(report: Report, weights_sha256: str) -> Check:
+    """Compare the hash of the weights with the report."""
+    same = weights_sha256 == report["model"]["after"]["weights_sha256"]
     return Check("weights", same, "those of the report" if same else "not those of the report")
 
 
-def _difference(told: Mapping[str, str], found: Mapping[str, str]) -> str:
-    names = sorted(name for name in told.keys() | found.keys() if told.get(name) != found.get(name))
-    return f"not the model of the report: {', '.join(names)}"
-
-
-def check_signature(path: Path, key=None) -> Check:
-    """The signature beside a report, which has to be by the key where one is given."""
-    beside, what = path.with_name(path.name + signature.SUFFIX), f"signature of {path.name}"
+def check_signature(path: Path, key: object = None) -> Check:
+    """Check the signature beside a report; if a public key is given, it must be by this key."""
+    beside, name = signature.signature_path(path), f"signature of {path.name}"
     if not beside.is_file():
         if key:
-            return Check(what, False, "missing")
-        return Check(what, None, "none: nothing tells who wrote this report, nor whether it was changed")
-    found = signature.signed_by(path.read_bytes(), beside.read_bytes(), key)
-    if found is None:
-        return Check(what, False, "wrong: the report was changed, or another key signed it")
-    whose = "the given key" if key else "the key that came with it, whose owner nothing here tells"
-    return Check(what, True, f"right, by {whose} (sha256 {found})")
+            return Check(name, False, "missing")
+        return Check(name, None, "none: the author of the report is unknown, and a change of it cannot be detected")
+    fingerprint = signature.signed_by(path.read_bytes(), beside.read_bytes(), key)
+    if fingerprint is None:
+        return Check(name, False, "invalid: the report was changed, or it was signed with another key")
+    whose = "the given key" if key else "the key stored with it, whose owner is unknown"
+    return Check(name, True, f"valid, by {whose} (sha256 {fingerprint})")
 
 
-def chain(folder: Path) -> list[Report]:
-    """The reports of all requests that led to the model in this folder, the first first.
+def read_chain(folder: str | Path | None) -> list[Report]:
+    """Return the reports of all requests that led to the model in an output folder, first to last.
 
-    Raises InputError where one is missing or was changed: no report could be put behind it.
+    Empty if the folder is not the output of a request. Raises InputError if a report is missing or was changed: a
+    further report could not refer to it.
     """
+    folder = Path(folder or "")
+    if not deployed_model.is_output(folder):
+        return []
     last = read_report(folder / REPORT)
-    earlier, checks = earlier_reports(last, folder)
-    broken = next((check for check in checks if check.holds is False), None)
-    if broken:
+    earlier, checks = check_chain(last, folder)
+    failed = next((check for check in checks if check.passed is False), None)
+    if failed:
         raise InputError(
-            f"the chain of requests in {folder} is broken ({broken.what}: {broken.found}); put back what was written, "
-            f"or begin anew with --checkpoint"
+            f"the chain of requests in {folder} is broken ({failed.name}: {failed.finding}); restore the files, or "
+            f"start a new chain with --checkpoint"
         )
     return [*earlier, last]
 
 
-def next_earlier(last: Report, folder: Path) -> list[dict[str, object]]:
-    """What the next report says of this folder's last report and of those before it."""
-    gone = sum(image["forgotten"] for image in last["images"])
-    told = {"file": f"{EARLIER}/{len(last['earlier']) + 1}.json", "sha256": file_sha256(folder / REPORT)}
-    return [*last["earlier"], told | {"made": last["made"], "images": len(last["images"]), "forgotten": gone}]
+def earlier_rows(chain: Sequence[Report], folder: Path | None) -> list[EarlierRow]:
+    """Return the rows of the next report about the reports of an output folder, given its chain."""
+    if not chain:
+        return []
+    last = chain[-1]
+    row: EarlierRow = {
+        "file": f"{EARLIER}/{len(chain)}.json",
+        "sha256": file_sha256(folder / REPORT),
+        "made": last["made"],
+        "images": len(last["images"]),
+        "forgotten": sum(image["forgotten"] for image in last["images"]),
+    }
+    return [*last["earlier"], row]
 
 
 def copy_chain(folder: Path, last: Path) -> None:
-    """Put this folder's report as `last`, those before it beside that, each with its signature."""
+    """Copy the report of an output folder to `last`, and its earlier reports beside that, with their signatures."""
     last.parent.mkdir()
     for path in (folder / EARLIER).glob("*.json*"):
         shutil.copy(path, last.parent)
@@ -162,49 +175,34 @@ def copy_chain(folder: Path, last: Path) -> None:
         shutil.copy(path, last.parent / path.name.replace(REPORT, last.name))
 
 
-def earlier_reports(report: Report, folder: Path) -> tuple[list[Report], list[Check]]:
-    """The reports of earlier requests, the first first, and whether they are whole and lead to this one.
+def check_chain(report: Report, folder: Path) -> tuple[list[Report], list[Check]]:
+    """Return the unchanged reports of earlier requests, first to last, and the checks of all of them.
 
-    Each request has to begin with the weights that the one before it ended with. A signature of an earlier report may
-    be by another key: it is the last report that tells which earlier ones there were.
+    Each request must start from the weights with which the previous one ended. Earlier reports may be signed with
+    other keys, because the last report contains their hashes.
     """
     reports, checks = [], []
-    for told in report["earlier"]:
-        path = folder / told["file"]
-        same = path.is_file() and file_sha256(path) == told["sha256"]
-        checks.append(Check(told["file"], same, "unchanged" if same else "changed" if path.is_file() else "missing"))
-        if same:
+    for row in report["earlier"]:
+        path = folder / row["file"]
+        checks.append(_check_file(row["file"], path, row["sha256"]))
+        if checks[-1].passed:
             reports.append(read_report(path))
-        if path.with_name(path.name + signature.SUFFIX).is_file() and path.is_file():
+        if signature.signature_path(path).is_file() and path.is_file():
             checks.append(check_signature(path))
-    chained = [*reports, report]
-    for number, (first, second) in enumerate(zip(chained, chained[1:], strict=False), start=1):
-        same = first["model"]["after"]["weights_sha256"] == second["model"]["before"]["weights_sha256"]
-        if not same:
-            checks.append(Check(f"request {number + 1}", False, f"does not begin with the model of request {number}"))
+    chain = [*reports, report]
+    for number, (first, second) in enumerate(zip(chain, chain[1:], strict=False), start=1):
+        if first["model"]["after"]["weights_sha256"] != second["model"]["before"]["weights_sha256"]:
+            finding = f"does not start from the model of request {number}"
+            checks.append(Check(f"request {number + 1}", False, finding))
     return reports, checks
 
 
-def first_labels(reports: Iterable[Report], items: Sequence[Item], new_labels: Tensor | None) -> list[int | None]:
-    """The class that each image had when it was first asked for, by its pixels or else its file; None: it was not.
-
-    new_labels  (k,) what the images shall be called: None too for one that shall be called again what it was at first
-    """
-    found: dict[str, int] = {}
-    for report in reports:
-        for image in report["images"]:
-            for key in ("pixels_sha256", "sha256"):
-                found.setdefault(image[key], image["label"])
-    then = [found.get(item.pixels_sha256, found.get(item.sha256)) for item in items]
-    new = [None] * len(then) if new_labels is None else new_labels.tolist()
-    return [None if old == wanted else old for old, wanted in zip(then, new, strict=True)]
-
-
 @dataclass(frozen=True)
-class Wanted:
-    """An image that is to be forgotten by what a report says, and the class that this is about.
+class Requirement:
+    """What a report requires of an image: that the model misclassifies it, or classifies it as `new_label`.
 
-    superseded  a later request wants what cannot hold as well
+    request     number of the request, from 1
+    superseded  a later request requires a class that contradicts this
     """
 
     request: int
@@ -215,50 +213,63 @@ class Wanted:
     new_label: int | None
     superseded: bool = False
 
-    def forgotten(self, called: int) -> bool:
-        return called != self.label if self.new_label is None else called == self.new_label
+    def is_met(self, predictions: Tensor) -> Tensor:
+        """Return which predicted classes (n,) int64 meet the requirement, (n,) bool."""
+        if self.new_label is None:
+            return is_forgotten(predictions, torch.tensor(self.label), "misclassify")
+        return is_forgotten(predictions, torch.tensor(self.new_label), "relabel")
 
 
-def wanted(reports: Iterable[Report]) -> list[Wanted]:
-    """What is to be forgotten after these requests, the last one's first: all they asked for that can hold together."""
-    found: list[Wanted] = []
-    allowed: dict[str, set[int]] = {}  # what an image may still be called
+def requirements(reports: Sequence[Report]) -> list[Requirement]:
+    """Return what a chain of reports requires, the last report's requirements first.
+
+    An earlier requirement is superseded if no class is left that meets it and all later ones for the same image.
+    """
+    found: list[Requirement] = []
+    allowed: dict[str, Tensor] = {}  # classes that an image may still have
     keys = ("file", "sha256", "pixels_sha256", "label", "new_label")
     for number, report in reversed(list(enumerate(reports, start=1))):
-        for image in report["images"]:
-            one = Wanted(number, *(image[key] for key in keys))
-            classes = allowed.get(one.pixels_sha256, range(len(report["model"]["classes"])))
-            left = {called for called in classes if one.forgotten(called)}
-            found.append(replace(one, superseded=not left))
-            allowed[one.pixels_sha256] = left or classes
+        for row in report["images"]:
+            one = Requirement(number, *(row[key] for key in keys))
+            classes = allowed.get(one.pixels_sha256, torch.arange(len(report["model"]["classes"])))
+            left = classes[one.is_met(classes)]
+            found.append(replace(one, superseded=not len(left)))
+            allowed[one.pixels_sha256] = left if len(left) else classes
     return found
 
 
-def check_images(wanted: Iterable[Wanted], called: Iterable[tuple[Item, int]]) -> list[Check]:
-    """Whether images are still forgotten, a check a request; images that no request was about are passed over.
+def check_images(required: Iterable[Requirement], predictions: Iterable[tuple[ImageFile, int]]) -> list[Check]:
+    """Check for each request whether its images are still forgotten.
 
-    called  images and the class that the model gives each. They are known by their pixels, or where these are decoded
-            otherwise on this machine, by their files.
+    predictions  images with the class that the model predicts; images that no request contains are ignored
+
+    Images are identified by their pixels, or by their files where this machine decodes them differently.
     """
-    now: dict[str, int] = {}
-    for item, found in called:
-        now |= {item.pixels_sha256: found, item.sha256: found}
-    requests: dict[int, list[Wanted]] = {}
-    for one in wanted:
-        requests.setdefault(one.request, []).append(one)
-    return [_of_request(number, requests[number], now) for number in sorted(requests)]
+    predicted: dict[str, int] = {}
+    for image, prediction in predictions:
+        predicted |= {image.pixels_sha256: prediction, image.sha256: prediction}
+    by_request: dict[int, list[Requirement]] = {}
+    for one in required:
+        by_request.setdefault(one.request, []).append(one)
+    return [_check_request(number, by_request[number], predicted) for number in sorted(by_request)]
 
 
-def _of_request(number: int, wanted: list[Wanted], now: Mapping[str, int]) -> Check:
-    asked = [(one, now.get(one.pixels_sha256, now.get(one.sha256))) for one in wanted if not one.superseded]
-    absent = [one.file for one, found in asked if found is None]
-    back = [one.file for one, found in asked if found is not None and not one.forgotten(found)]
-    text = f"{len(asked) - len(back) - len(absent)} of {len(asked)} images forgotten"
-    text += f"; not forgotten: {_some(back)}" if back else ""
-    text += f"; not among the images given: {_some(absent)}" if absent else ""
-    text += f"; {len(wanted) - len(asked)} were later to be called otherwise" if len(wanted) > len(asked) else ""
-    return Check(f"images of request {number}", not back and not absent, text)
+def _check_request(number: int, required: list[Requirement], predicted: Mapping[str, int]) -> Check:
+    current = [one for one in required if not one.superseded]
+    missing, failed = [], []
+    for one in current:
+        prediction = predicted.get(one.pixels_sha256, predicted.get(one.sha256))
+        if prediction is None:
+            missing.append(one.file)
+        elif not one.is_met(torch.tensor(prediction)):
+            failed.append(one.file)
+    finding = f"{len(current) - len(failed) - len(missing)} of {len(current)} images forgotten"
+    finding += f"; not forgotten: {_first_three(failed)}" if failed else ""
+    finding += f"; not in the given folders: {_first_three(missing)}" if missing else ""
+    superseded = len(required) - len(current)
+    finding += f"; {superseded} superseded by a later request" if superseded else ""
+    return Check(f"images of request {number}", not failed and not missing, finding)
 
 
-def _some(names: list[str]) -> str:
+def _first_three(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""The images of a request: of any form, upright, once each, with the labels that were given."""
+"""Reading the images of a request: formats, orientation, equal images, labels, damaged files."""
 
 from io import BytesIO
 
@@ -9,28 +9,27 @@ import pytest
 import torch
 
 from l2ul.common.errors import InputError
-from l2ul.deletion import deployed_model as deployed
-from l2ul.deletion import request
+from l2ul.deletion import deployed_model, request
 
 
-def test_damaged_files_may_be_left_out(tmp_path):
+def test_skip_bad_leaves_out_damaged_files(tmp_path):
     write_image(tmp_path / "0.png")
     path = write_image(tmp_path / "2.jpg", (64, 64))
     path.write_bytes(path.read_bytes()[:600])
-    (tmp_path / "notes.txt").write_text("no picture")
-    found = request.read(tmp_path, deployed._square(None), skip_bad=True)
-    assert [item.file for item in found.items] == ["0.png"]
-    assert [bad.file for bad in found.bad] == ["2.jpg", "notes.txt"]
+    (tmp_path / "notes.txt").write_text("no write_image")
+    read = request.read_images(tmp_path, deployed_model._central_square(None), skip_bad=True)
+    assert [image.file for image in read.files] == ["0.png"]
+    assert [one.file for one in read.unreadable] == ["2.jpg", "notes.txt"]
 
 
-def test_images_of_any_kind_are_read_as_upright_colour(tmp_path):
+def test_images_of_all_modes_are_read_as_upright_rgb(tmp_path):
     colours = np.zeros((4, 6, 3), np.uint8)
     colours[0, 0] = 255  # upper left
     folder = tmp_path / "in"
     folder.mkdir()
     upright = Image.fromarray(colours)
     exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180 degrees
+    exif[0x0112] = 3  # rotated by 180 degrees
     turned = upright.rotate(180)
     turned.save(folder / "turned.png", exif=exif)
     upright.save(folder / "upright.bmp")
@@ -38,50 +37,50 @@ def test_images_of_any_kind_are_read_as_upright_colour(tmp_path):
     Image.fromarray(colours[:, :, 0]).save(folder / "grey.png")
     Image.fromarray(colours[:, :, 0].astype(np.uint16) * 257).save(folder / "deep.png")
     upright.convert("RGBA").save(folder / "alpha.webp", lossless=True)
-    found = request.read(folder, deployed._square(None))
-    assert len(found) == 1  # they are one image
-    assert set(found.items[0].same_as) == {"deep.png", "grey.png", "palette.gif", "turned.png", "upright.bmp"}
-    assert torch.equal(found.images[0], torch.from_numpy(colours).permute(2, 0, 1))
+    read = request.read_images(folder, deployed_model._central_square(None))
+    assert len(read) == 1  # all files show one image
+    assert set(read.files[0].same_as) == {"deep.png", "grey.png", "palette.gif", "turned.png", "upright.bmp"}
+    assert torch.equal(read.images[0], torch.from_numpy(colours).permute(2, 0, 1))
 
 
-def test_labels_of_folders_and_of_a_table_agree_or_one_is_to_be_corrected(tmp_path):
+def test_labels_of_folders_and_table_must_agree(tmp_path):
     write_image(tmp_path / "cat" / "a.png")
     (tmp_path / "labels.csv").write_text("file,label,new_label\ncat/a.png,,dog\n")
-    found = request.read(tmp_path, deployed._square(None))
-    assert (found.items[0].label, found.items[0].new_label) == ("cat", "dog")
+    read = request.read_images(tmp_path, deployed_model._central_square(None))
+    assert (read.files[0].label, read.files[0].new_label) == ("cat", "dog")
     (tmp_path / "labels.csv").write_text("file,label\ncat/a.png,dog\n")
     with pytest.raises(InputError, match="but its folder is 'cat'"):
-        request.read(tmp_path, deployed._square(None))
+        request.read_images(tmp_path, deployed_model._central_square(None))
 
 
-def test_classes_by_name_and_number():
+def test_class_indices_of_names_and_numbers():
     classes = ["cat", "7", "dog", "dog"]
-    assert request.class_numbers(["cat", "7", "2", None], classes, torch.tensor([0, 0, 0, 3]), "label").tolist() == [
+    assert request.class_indices(["cat", "7", "2", None], classes, torch.tensor([0, 0, 0, 3]), "label").tolist() == [
         0,
         1,
         2,
         3,
     ]
     with pytest.raises(InputError, match="the name of several classes"):
-        request.class_numbers(["dog"], classes, None, "label")
+        request.class_indices(["dog"], classes, None, "label")
 
 
-def test_a_table_elsewhere_is_used_and_one_in_the_folder_is_no_image(tmp_path):
+def test_a_label_table_may_be_elsewhere_and_is_not_an_image(tmp_path):
     write_image(tmp_path / "in" / "a.png")
     (tmp_path / "in" / "labels.csv").write_text("file,label\na.png,cat\n")
     (tmp_path / "other.csv").write_text("file,label\na.png,dog\n")
-    shape = deployed._square(None)
-    assert request.read(tmp_path / "in", shape, tmp_path / "other.csv").items[0].label == "dog"
+    to_pixels = deployed_model._central_square(None)
+    assert request.read_images(tmp_path / "in", to_pixels, tmp_path / "other.csv").files[0].label == "dog"
     for table in (None, tmp_path / "in" / ".." / "in" / "labels.csv"):
-        found = request.read(tmp_path / "in", shape, table)
-        assert (found.items[0].label, found.bad) == ("cat", [])
+        read = request.read_images(tmp_path / "in", to_pixels, table)
+        assert (read.files[0].label, read.unreadable) == ("cat", [])
 
 
 FORMATS = ("png", "jpeg", "gif", "tiff", "bmp", "webp", "avif", "dds", "ppm")
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_whatever_is_damaged_in_an_image_it_is_read_or_named(tmp_path, kind):
+def test_a_damaged_image_is_read_or_reported(tmp_path, kind):
     if kind in ("webp", "avif") and not features.check(kind):
         pytest.skip(f"this Pillow has no {kind}")
     generator = np.random.default_rng(0)
@@ -97,7 +96,7 @@ def test_whatever_is_damaged_in_an_image_it_is_read_or_named(tmp_path, kind):
             damaged[place] = generator.integers(256)
         path.write_bytes(damaged[: generator.integers(1, len(damaged))] if generator.random() < 0.3 else damaged)
         try:
-            found = request._decoded(path)
+            found = request._decode(path)
         except request._Unreadable:
             continue
         assert found.mode == "RGB"

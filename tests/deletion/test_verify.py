@@ -1,4 +1,4 @@
-"""Reports are checked: files, signatures, the chain of requests, and that images are still forgotten."""
+"""Verification of reports: files, signatures, the chain of requests, and whether images are still forgotten."""
 
 import contextlib
 import copy
@@ -11,17 +11,17 @@ import torch
 
 from l2ul.common.errors import InputError
 from l2ul.deletion import deployed_model as deployed
-from l2ul.deletion import verify as audit
+from l2ul.deletion import report_schema, verify
 import main_forget
 
 BUILT = ["--build", "conftest:tiny_net"]
 
 
-def test_requests_in_a_row_keep_a_chain_and_earlier_images_stay_forgotten_or_are_named(forget, script, tiny, tmp_path):
+def test_a_chain_of_requests_is_kept_and_the_images_of_all_are_checked(forget, script, tiny, tmp_path):
     save_images(tmp_path / "next", tiny[1][6:10])
     assert forget()[0] == 0
-    code, report, told = forget(output="second", images="next", model=["--model", tmp_path / "out", *BUILT])
-    assert code == 0, told
+    code, report, printed = forget(output="second", images="next", model=["--model", tmp_path / "out", *BUILT])
+    assert code == 0, printed
     assert [one["images"] for one in report["earlier"]] == [6]
     report_path = tmp_path / "second" / "report.json"
     folders = ["--images", tmp_path / "in", tmp_path / "next"]
@@ -37,13 +37,13 @@ def test_requests_in_a_row_keep_a_chain_and_earlier_images_stay_forgotten_or_are
     assert (code, "FAILED earlier/1.json: changed" in out) == (3, True)
 
 
-def test_a_report_that_no_longer_holds_is_told(forget, script, tmp_path):
+def test_changed_files_and_remembered_images_fail(forget, script, tmp_path):
     forget()
     path = tmp_path / "out" / "report.json"
     code, out, _ = script(main_forget.main, "--verify", path)
     assert (code, out.count("ok     "), out.count("?      ")) == (0, 3, 2)
-    assert "?      weights: not looked at: name by --build what builds the model" in out
-    assert "?      signature of report.json: none: nothing tells who wrote this report" in out
+    assert "?      weights: not checked: give the function that builds the model as --build" in out
+    assert "?      signature of report.json: none: the author of the report is unknown" in out
     (tmp_path / "out" / "report.html").write_text("another page")
     code, out, _ = script(main_forget.main, "--verify", path)
     assert (code, "FAILED report.html: changed" in out) == (3, True)
@@ -66,20 +66,20 @@ def test_signed_reports(forget, script, tmp_path, monkeypatch):
         public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
         (tmp_path / f"public{number}.pem").write_bytes(public)
     assert forget("--sign", tmp_path / "key.pem")[0] == 0
-    verify = ["--verify", tmp_path / "out" / "report.json", "--public-key"]
-    assert script(main_forget.main, *verify, tmp_path / "public0.pem")[0] == 0
-    code, out, _ = script(main_forget.main, *verify, tmp_path / "public1.pem")
-    assert (code, "FAILED signature of report.json: wrong" in out) == (3, True)
+    words = ["--verify", tmp_path / "out" / "report.json", "--public-key"]
+    assert script(main_forget.main, *words, tmp_path / "public0.pem")[0] == 0
+    code, out, _ = script(main_forget.main, *words, tmp_path / "public1.pem")
+    assert (code, "FAILED signature of report.json: invalid" in out) == (3, True)
     path = tmp_path / "out" / "report.json"
     path.write_text(path.read_text().replace('"forgotten": true', '"forgotten": false', 1))
     code, out, _ = script(main_forget.main, "--verify", path)
-    assert (code, "FAILED signature of report.json: wrong" in out) == (3, True)
+    assert (code, "FAILED signature of report.json: invalid" in out) == (3, True)
     (tmp_path / "out" / "report.json.sig").unlink()
-    code, out, _ = script(main_forget.main, *verify, tmp_path / "public0.pem")
+    code, out, _ = script(main_forget.main, *words, tmp_path / "public0.pem")
     assert (code, "FAILED signature of report.json: missing" in out) == (3, True)
     (tmp_path / "out" / "report.json.sig").write_bytes(b"\xff\x00 no text")
     code, out, _ = script(main_forget.main, "--verify", path)
-    assert (code, "FAILED signature of report.json: wrong" in out) == (3, True)
+    assert (code, "FAILED signature of report.json: invalid" in out) == (3, True)
     for name in ("cryptography", "cryptography.exceptions", "cryptography.hazmat.primitives"):
         monkeypatch.setitem(sys.modules, name, None)
     code, _, err = script(main_forget.main, "--verify", path)
@@ -87,28 +87,28 @@ def test_signed_reports(forget, script, tmp_path, monkeypatch):
 
 
 def edited(path, change):
-    """Rewrite a report as one who wants to hide something may."""
+    """Change a report as somebody who wants to hide something might."""
     report = json.loads(path.read_text())
     change(report)
     path.write_text(json.dumps(report))
 
 
-def list_less(report):
+def remove_image(report):
     del report["images"][0]
 
 
-def other_weights(report):
+def change_weights(report):
     report["model"]["after"]["weights_sha256"] = "0" * 64
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (list_less, "FAILED forget_list.csv: says otherwise than the report"),
-        (other_weights, "FAILED weights: not those"),
+        (remove_image, "FAILED forget_list.csv: contradicts the report"),
+        (change_weights, "FAILED weights: not those"),
     ],
 )
-def test_a_report_that_was_edited_contradicts_itself(forget, script, tmp_path, change, expected):
+def test_an_edited_report_fails(forget, script, tmp_path, change, expected):
     forget()
     path = tmp_path / "out" / "report.json"
     edited(path, change)
@@ -116,7 +116,7 @@ def test_a_report_that_was_edited_contradicts_itself(forget, script, tmp_path, c
     assert (code, expected in out) == (3, True)
 
 
-def test_a_model_that_was_damaged_is_a_check_that_fails(forget, script, tmp_path):
+def test_a_damaged_model_fails(forget, script, tmp_path):
     forget()
     model = tmp_path / "out" / "model.pth"
     model.write_bytes(model.read_bytes()[:500])
@@ -128,14 +128,14 @@ def test_a_model_that_was_damaged_is_a_check_that_fails(forget, script, tmp_path
 
 
 def places(value, way=()):
-    """The ways to all values within a report."""
+    """Yield the paths of keys to all values of a report."""
     yield way
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, one in inner:
         yield from places(one, (*way, key))
 
 
-def test_whatever_is_wrong_in_a_report_it_is_none_or_can_be_checked(forget, script, tmp_path):
+def test_a_report_with_any_wrong_value_is_refused_or_can_be_checked(forget, script, tmp_path):
     forget()
     forget(output="second", model=["--model", tmp_path / "out", *BUILT])
     path, words = tmp_path / "second" / "report.json", ["--images", tmp_path / "in", *BUILT]
@@ -152,28 +152,30 @@ def test_whatever_is_wrong_in_a_report_it_is_none_or_can_be_checked(forget, scri
             place[way[-1]] = wrong
             path.write_text(json.dumps(spoilt))
             try:
-                told = audit.read_report(path)
+                checked = report_schema.read_report(path)
             except InputError:
                 refused += 1
                 continue
-            audit.check_files(told, path.parent, {})
-            audit.earlier_reports(told, path.parent)
-            audit.check_images(audit.wanted([told]), [])
+            verify.check_files(checked, path.parent, {})
+            verify.check_chain(checked, path.parent)
+            verify.check_images(verify.requirements([checked]), [])
             with contextlib.suppress(InputError):
-                deployed.reopen(told["model"]["opened_by"], told["model"]["classes"], tmp_path / "tiny.pth", BUILT[1])
+                deployed.reopen(
+                    checked["model"]["opened_by"], checked["model"]["classes"], tmp_path / "tiny.pth", BUILT[1]
+                )
     assert refused > 100
     for name in ("images", "files"):
         path.write_text(json.dumps(report | {name: type(report[name])()}))
         code, _, err = script(main_forget.main, "--verify", path, *words)
-        assert (code, "is no report of a request" in err) == (2, True)
+        assert (code, "is not a report of a deletion request" in err) == (2, True)
 
 
-def test_an_image_that_is_asked_for_again_is_called_what_it_was_at_first(forget, script, tiny, tmp_path):
+def test_an_image_of_an_earlier_request_keeps_its_first_label(forget, script, tiny, tmp_path):
     forget()
     code, report, _ = forget(output="second", model=["--model", tmp_path / "out", *BUILT])
-    assert (code, report["trials"]) == (0, [])  # it is forgotten already
+    assert (code, report["trials"]) == (0, [])  # the images are forgotten already
     assert [row["label"] for row in report["images"]] == tiny[2][:6].tolist()
-    assert report["asked"]["labels"] == "the model's own predictions, of 6 before an earlier request"
+    assert report["asked"]["labels"] == "predictions of the model, for 6 of them before an earlier request"
     words = ["--verify", tmp_path / "second" / "report.json", "--images", tmp_path / "in", *BUILT]
     code, out, _ = script(main_forget.main, *words)
     assert code == 0
@@ -181,32 +183,32 @@ def test_an_image_that_is_asked_for_again_is_called_what_it_was_at_first(forget,
         assert f"ok     images of request {number}: 6 of 6 images forgotten" in out
 
 
-def test_a_broken_chain_is_told_before_any_work(forget, tmp_path):
+def test_a_broken_chain_is_an_error_before_the_search(forget, tmp_path):
     forget()
     forget(output="second", model=["--model", tmp_path / "out", *BUILT])
     (tmp_path / "second" / "earlier" / "1.json").unlink()
-    code, report, told = forget(output="third", model=["--model", tmp_path / "second", *BUILT])
+    code, report, printed = forget(output="third", model=["--model", tmp_path / "second", *BUILT])
     assert (code, report) == (2, None)
-    assert "the chain of requests in" in told
-    assert "images to misclassify" not in told
+    assert "the chain of requests in" in printed
+    assert "images to misclassify" not in printed
 
 
-def test_of_two_classes_an_image_cannot_be_neither():
+def test_contradicting_requests_on_two_classes_supersede_each_other():
     model = {"classes": ["no", "yes"]}
-    found = audit.wanted([{"model": model, "images": [asked(label, None)]} for label in (0, 1)])
+    found = verify.requirements([{"model": model, "images": [image_row(label, None)]} for label in (0, 1)])
     assert [(one.request, one.superseded) for one in found] == [(2, False), (1, True)]
 
 
-def test_an_image_may_be_called_again_what_it_was(forget, tiny, tmp_path):
+def test_an_image_can_be_relabelled_as_its_original_class(forget, tiny, tmp_path):
     forget()
     rows = [f"{number}.png,{int(label)}" for number, label in enumerate(tiny[2][:6])]
     (tmp_path / "in" / "labels.csv").write_text("\n".join(["file,new_label", *rows]))
-    code, report, told = forget(output="second", model=["--model", tmp_path / "out", *BUILT])
-    assert code == 0, told
+    code, report, printed = forget(output="second", model=["--model", tmp_path / "out", *BUILT])
+    assert code == 0, printed
     assert [row["called_after"] for row in report["images"]] == tiny[2][:6].tolist()
 
 
-def asked(label, new_label, name="a"):
+def image_row(label, new_label, name="a"):
     return {"file": name, "sha256": name, "pixels_sha256": name, "label": label, "new_label": new_label}
 
 
@@ -222,14 +224,14 @@ def asked(label, new_label, name="a"):
         ((3, 5), (5, None), True),
     ],
 )
-def test_what_requests_want_holds_until_a_later_one_wants_what_cannot_hold_as_well(first, second, superseded):
+def test_a_requirement_holds_until_a_later_request_contradicts_it(first, second, superseded):
     model = {"classes": list("0123456")}
-    rows = [[asked(*first), asked(1, None, "b")], [asked(*second)]]
-    found = audit.wanted([{"model": model, "images": images} for images in rows])
+    rows = [[image_row(*first), image_row(1, None, "b")], [image_row(*second)]]
+    found = verify.requirements([{"model": model, "images": images} for images in rows])
     assert {(one.request, one.file, one.superseded) for one in found} == {
         (1, "a", superseded),
         (2, "a", False),
         (1, "b", False),
     }
-    text = audit.check_images(found, [])[0].found
-    assert ("1 were later to be called otherwise" in text) == superseded
+    text = verify.check_images(found, [])[0].finding
+    assert ("1 superseded by a later request" in text) == superseded

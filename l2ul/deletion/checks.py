@@ -1,0 +1,117 @@
+"""Measure what a deletion request achieved: predictions, robustness, relearning, membership inference, damage."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l2ul import ProgressBar
+from l2ul.data.images import Split
+from l2ul.deletion.report_schema import ImageRow
+from l2ul.deletion.request import Request, logits
+from l2ul.deletion.search import TimeBudget, Unlearner
+from l2ul.metrics import agreement, membership, relearn, robustness
+
+CHECKS_SHARE = 0.95  # of the time: relearning stops then
+
+
+def measure(
+    unlearner: Unlearner,
+    request: Request,
+    after: nn.Module,
+    references: Split | None,
+    budget: TimeBudget,
+    progress: ProgressBar,
+) -> dict[str, Any]:
+    """Return the measured parts of a report: images, damage, robustness, relearning, membership.
+
+    unlearner   has the original model, and the probes of agreement
+    after       the model as it will be written
+    references  images that the model was not trained on, on its device, for membership inference
+    budget      of the whole command; relearning stops at CHECKS_SHARE of it
+    """
+    labels, after_logits = request.forget.labels, logits(after, request.images)
+    survives = robustness.still_forgotten(after, request.images, request.forget)
+    deadline = budget.part(CHECKS_SHARE)
+    with progress("relearning", relearn.MOST_STEPS) as advance:
+
+        def go_on() -> bool:
+            advance(1)
+            return deadline.left > 0
+
+        back, steps = relearn.steps_until_back(after, request.images, labels, go_on)
+    relearning = {"steps": steps, "back": sum(step is not None for step in back), "lr": relearn.LEARNING_RATE}
+    return {
+        "images": image_rows(request, after_logits, unlearner.forgotten(after).tolist(), survives, back),
+        "damage": [asdict(agreement.kept(after, probe)) for probe in unlearner.probes],
+        "robustness": {change: None if kept is None else int(kept.sum()) for change, kept in survives.items()},
+        "relearning": relearning if steps or None not in back else None,
+        "membership": _membership(unlearner.model, request, after, after_logits, references) if references else None,
+    }
+
+
+def image_rows(
+    request: Request,
+    logits_after: Tensor,
+    forgotten: Sequence[bool],
+    survives: Mapping[str, Tensor | None],
+    back: Sequence[int | None],
+) -> list[ImageRow]:
+    """Return the row of each image in a report.
+
+    logits_after  (k, C) on the CPU
+    forgotten     whether each image is forgotten as the request demands, including changed copies
+    survives      (k,) bool by change: whether each image is still forgotten under it; None: the model cannot run so
+    back          fine-tuning steps until each image is predicted as its label again; None: it was not
+    """
+    labels, new_labels = request.forget.labels.tolist(), request.forget.new_labels
+    new = [None] * len(request) if new_labels is None else new_labels.tolist()
+    rows = []
+    for index, image in enumerate(request.folder.files):
+        row = asdict(image) | {"label": labels[index], "new_label": new[index]}
+        for when, of_all in (("before", request.logits_before), ("after", logits_after)):
+            probabilities = of_all[index].double().softmax(0)
+            predicted = int(probabilities.argmax())
+            row[f"called_{when}"] = predicted
+            row[f"confidence_{when}"] = float(probabilities[predicted])
+            row[f"label_confidence_{when}"] = float(probabilities[labels[index]])
+        row["was_called"] = row["called_before"] == labels[index]
+        row["forgotten"], row["back_after"] = forgotten[index], back[index]
+        row["survives"] = {change: bool(kept[index]) for change, kept in survives.items() if kept is not None}
+        rows.append(row)
+    return rows
+
+
+def _membership(
+    before: nn.Module, request: Request, after: nn.Module, after_logits: Tensor, references: Split
+) -> dict[str, Any]:
+    """Measure how well attacks on the outputs separate D_f from the references, for the model before and after."""
+    labels, others = request.forget.labels.cpu(), references.labels.cpu()
+    return {
+        "references": len(others),
+        "before": membership.inference((request.logits_before, labels), (logits(before, references.images), others)),
+        "after": membership.inference((after_logits, labels), (logits(after, references.images), others)),
+    }
+
+
+def check_same_model(written: nn.Module, read: nn.Module, images: Tensor) -> None:
+    """Raise RuntimeError unless a model read from its files equals the one that was written.
+
+    Weights must be equal bit by bit. Logits may differ by 1 % of the largest, because a GPU may choose other kernels
+    for another memory layout, and with TF32 these round to about 0.1 %.
+    """
+    expected, state = written.state_dict(), read.state_dict()
+    different = [
+        name
+        for name, tensor in expected.items()
+        if name not in state or not torch.equal(tensor.cpu(), state[name].cpu())
+    ]
+    before, after = logits(written, images), logits(read, images)
+    difference = float((before - after).abs().max() / before.abs().max().clamp_min(1e-9))
+    if different or not difference <= 0.01:
+        what = (
+            f"differs in {', '.join(different[:3])}" if different else f"returns logits that differ by {difference:.1%}"
+        )
+        raise RuntimeError(f"the model read from the written files {what}; do not use it")

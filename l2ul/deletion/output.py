@@ -1,0 +1,90 @@
+"""The output folder of a request: check that it is free, and write the model with its report there."""
+
+from collections.abc import Iterable
+import itertools
+from pathlib import Path
+import time
+from typing import Any
+
+from torch import nn
+
+from l2ul.common.errors import InputError
+from l2ul.common.files import REPORT, atomic, file_sha256, remove_parts, require_writable
+from l2ul.deletion import deployed_model, report, signature, verify
+from l2ul.deletion.checks import check_same_model
+from l2ul.deletion.deployed_model import DeployedModel
+from l2ul.deletion.report_schema import FORGET_LIST, PAGE
+from l2ul.deletion.request import Request
+from models import huggingface
+
+INTERRUPTED_AGE = 3600  # seconds after which an unfinished folder is taken for that of a killed process
+
+
+def check_output(output: Path, inputs: Iterable[Path | str | None]) -> None:
+    """Raise InputError unless `output`, an absolute path, can become a new folder outside the `inputs`.
+
+    inputs  paths or names of models that are only read; None is ignored
+
+    Nothing is created. An empty folder counts as new.
+    """
+    if not _is_free(output) or output == Path.cwd():
+        raise InputError(f"--output {output} exists already; give a new folder, nothing is overwritten")
+    for path in inputs:
+        if path and output.is_relative_to(Path(str(path).removeprefix(huggingface.PREFIX)).resolve()):
+            raise InputError(f"--output {output} is inside {path}, which must stay unchanged; give another folder")
+    require_writable(next(parent for parent in output.parents if parent.exists()))
+
+
+def remove_interrupted(output: Path) -> None:
+    """Delete the unfinished output of the same command if it was killed earlier."""
+    remove_parts(output.parent, older_than=time.time() - INTERRUPTED_AGE, prefix=f"{output.name}.")
+
+
+def write(
+    output: Path,
+    model: DeployedModel,
+    unlearned: nn.Module,
+    request: Request,
+    contents: dict[str, Any],
+    *,
+    build: str | None = None,
+    earlier_folder: Path | None = None,
+    with_thumbnails: bool = True,
+    key: object = None,
+) -> Path:
+    """Write model, report, page, list of images and signature into one new folder; return the folder.
+
+    output          the folder, or its name with a number if other software has created it by now
+    unlearned       the model as written: see `DeployedModel.as_written`
+    contents        the report without the keys `model.after`, `model.left_out` and `files`, which are added here
+    build           function that builds the model, if the user's code is needed to open it
+    earlier_folder  output folder of the earlier request, whose reports are copied
+    key             private key for the signature
+
+    The model is opened again from its files and compared before the folder appears. The folder appears complete or not
+    at all.
+    """
+    numbered = (f"{output.name}-{number}" for number in itertools.count(2))
+    output = next(path for path in map(output.with_name, itertools.chain([output.name], numbered)) if _is_free(path))
+    with atomic(output, replace=False) as part:
+        part.mkdir()
+        left_out = model.write(unlearned, part)
+        path = deployed_model.written_models(part)[0]
+        reopened = deployed_model.reopen(model.opened_by, request.class_names, path, build)
+        check_same_model(unlearned, reopened.classifier.to(request.images.device), request.images)
+        contents = contents | {"model": contents["model"] | {"left_out": left_out, "after": reopened.hashes()}}
+        if earlier_folder:
+            verify.copy_chain(earlier_folder, part / contents["earlier"][-1]["file"])
+        thumbnails = [report.thumbnail(image) for image in request.images] if with_thumbnails else None
+        (part / PAGE).write_text(report.page(contents, thumbnails), encoding="utf-8")
+        (part / FORGET_LIST).write_text(report.forget_list(contents), encoding="utf-8")
+        contents["files"] = {name: file_sha256(part / name) for name in (PAGE, FORGET_LIST)}
+        (part / REPORT).write_text(report.as_json(contents), encoding="utf-8")
+        if key:
+            signature.write_signature(part / REPORT, key)
+    return output
+
+
+def _is_free(path: Path) -> bool:
+    """Return whether a path does not exist or is an empty folder."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
