@@ -1,6 +1,9 @@
-"""Learning to unlearn: the method on tensors and modules. Knows neither command lines nor model families.
+"""Learning to unlearn: make a trained image classifier forget single training images.
 
-Environment that must be set before torch is first imported is set here, so scripts import this package first.
+`attack`, `importance`, `objective` and `unlearn` are the paper's method on tensors and modules. The subpackages add
+methods, data sets, metrics, experiments, tables, deletion requests and sweeps.
+
+Importing this package sets environment variables that torch reads when it is imported, so scripts import it first.
 """
 
 from collections.abc import Callable
@@ -8,15 +11,16 @@ from contextlib import AbstractContextManager
 import os
 import time
 
-STARTED = time.perf_counter()  # of a script, which imports this first
-Progress = Callable[[int], object]  # told how many units of work were done since it was last called
-ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]  # what is done, how many units: shows them
+STARTED = time.perf_counter()  # of the script, in seconds on the clock of time.perf_counter
+Progress = Callable[[int], object]  # called with the number of units that have finished since the last call
+ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]  # shows progress: takes a description and a total
 
-# OpenMP threads that wait actively beside another busy process slow each other down several times over; those that
-# sleep at once lose time where there is none. Some 2,000 turns of waiting are nearly free beside a busy process.
+# By default, OpenMP threads that have no work spin. With other busy processes on the machine this makes all of them
+# several times slower, while threads that sleep at once are slower on an idle machine. About 2,000 spins before a
+# thread sleeps cost little in both cases.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-VERSION = "0.1.0"  # of the tool, as in pyproject.toml
-METHOD_VERSION = 1  # part of every record's id: raise it when the same settings give another result
+VERSION = "0.1.0"  # as in pyproject.toml
+METHOD_VERSION = 1  # part of the id of every record; raise it if the same settings give another result

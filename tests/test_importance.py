@@ -1,4 +1,4 @@
-"""MAS importance against autograd written out, and the held weights made from it."""
+"""MAS importance and held weights: hand-computed values and edge cases."""
 
 from conftest import tiny_net
 import torch
@@ -7,41 +7,41 @@ from torch import nn
 from l2ul import importance
 
 
-def test_equals_autograd_written_out():
+def test_importance_equals_gradients_of_single_images():
     model, images = tiny_net(3).double(), torch.rand(4, 3, 8, 8, dtype=torch.float64)
-    found = importance.mas_importance(model, images)
+    omega = importance.mas_importance(model, images)
     for name, parameter in model.named_parameters():
         expected = torch.zeros_like(parameter)
         for image in images:
             model.zero_grad()
             model(image[None]).square().sum().sqrt().backward()
             expected += parameter.grad.abs() / len(images)
-        assert torch.allclose(found[name], expected, rtol=1e-10, atol=1e-14), name
+        assert torch.allclose(omega[name], expected, rtol=1e-10, atol=1e-14), name
 
 
-def test_is_a_mean_over_single_images_not_over_the_batch():
+def test_importance_is_the_mean_over_single_images():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 1, bias=False))
     nn.init.ones_(model[1].weight)
     images = torch.tensor([[0.2, 0.0, 0.0], [0.0, 0.4, 0.0]]).view(2, 3, 1, 1)
-    # ‖g‖ = |w·x|, so |∂/∂w| = x for each image: half of each in the mean
-    found = importance.mas_importance(model, images)["1.weight"]
-    assert torch.allclose(found, torch.tensor([[0.1, 0.2, 0.0]]))
+    # ‖g‖ = |w·x|, so |∂‖g‖/∂w| = x for each image
+    omega = importance.mas_importance(model, images)["1.weight"]
+    assert torch.allclose(omega, torch.tensor([[0.1, 0.2, 0.0]]))
 
 
-def test_leaves_mode_and_gradients_alone_and_passes_over_frozen_and_unused_weights():
+def test_importance_changes_no_state_and_handles_frozen_and_unused_weights():
     model = tiny_net().train()
     model.unused = nn.Parameter(torch.ones(2))
     model.head.bias.requires_grad_(False)
     statistics = model.features[1].running_mean.clone()
-    found = importance.mas_importance(model, torch.rand(2, 3, 8, 8))
+    omega = importance.mas_importance(model, torch.rand(2, 3, 8, 8))
     assert model.training
     assert torch.equal(model.features[1].running_mean, statistics)
     assert all(p.grad is None for p in model.parameters())
-    assert "head.bias" not in found
-    assert torch.equal(found["unused"], torch.zeros(2))
+    assert "head.bias" not in omega
+    assert torch.equal(omega["unused"], torch.zeros(2))
 
 
-def test_zero_logits_give_no_nan():
+def test_importance_is_finite_for_zero_logits():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2))
     nn.init.zeros_(model[1].weight)
     nn.init.zeros_(model[1].bias)
