@@ -16,6 +16,7 @@ from l2ul.cli import command_line_docs
 from l2ul.data import utkface
 from l2ul.experiments import runs
 from l2ul.methods import registry
+from l2ul.metrics import columns
 import main_unlearn
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -56,6 +57,13 @@ def test_the_readme_is_short_and_names_every_method():
     for name in registry.METHODS:
         assert f"`{name}`" in README
         assert f"`{name}`" in (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_the_page_of_metrics_has_a_row_for_every_column():
+    page = PAGES["docs/metrics.md"]
+    for key in columns.COLUMNS:
+        name = re.sub(r"metric_mia_\w+_(auc|tpr)", r"metric_mia_<attack>_\1", key)
+        assert re.search(rf"^\| .*`{name}`", page, re.MULTILINE), key
 
 
 def test_commands_of_readme_and_docs_name_files_that_exist():
