@@ -10,8 +10,8 @@ last is trained by eight GPUs.
 Accuracy reached and time taken: not measured yet.
 """
 
-from l2ul.training.command import main
-from l2ul.training.loop import Recipe
+from l2ul.cli.pretrain_command import main
+from l2ul.training.recipe import Recipe
 
 RECIPE = Recipe(  # the released scripts'
     epochs=200,

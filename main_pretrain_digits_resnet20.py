@@ -3,8 +3,8 @@
 python main_pretrain_digits_resnet20.py --rerun
 """
 
-from l2ul.training.command import main
-from l2ul.training.loop import Recipe
+from l2ul.cli.pretrain_command import main
+from l2ul.training.recipe import Recipe
 
 RECIPE = Recipe(
     epochs=12,

@@ -9,8 +9,8 @@ the validation images are kept. The split is that of main_unlearn.py, so no test
 On all of UTKFace not measured yet; on a tenth of it, small and short: README.md, "Measured".
 """
 
-from l2ul.training.command import main
-from l2ul.training.loop import Recipe
+from l2ul.cli.pretrain_command import main
+from l2ul.training.recipe import Recipe
 
 RECIPE = Recipe(  # the released scripts'
     epochs=100,

@@ -1,4 +1,4 @@
-"""Data sets as pixels in [0,1]: small ones as uint8 tensors that live on the device, image folders as streams."""
+"""Load a data set by name: digits, CIFAR, UTKFace or a folder of images. Register new ones with `dataset`."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -8,7 +8,7 @@ import socket
 import torch
 from torch import Tensor
 import torch.nn.functional as F
-from torchvision import datasets
+from torchvision import datasets as torchvision_datasets
 
 from l2ul import ProgressBar
 from l2ul.common import distributed
@@ -19,9 +19,8 @@ from l2ul.data.images import Images, Split
 
 WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # the 1,000 classes of ImageNet-1k, in order
 
-
 Loader = Callable[..., Images]
-LOADERS: dict[str, Loader] = {}  # every other name is a folder of images
+LOADERS: dict[str, Loader] = {}  # any other name is a folder of images
 
 
 def load(
@@ -38,13 +37,19 @@ def load(
     decoder: str = "cpu",
     progress: ProgressBar | None = None,
 ) -> Images:
-    """The data set called `name`: `digits`, `cifar10`, `cifar100`, `utkface`, or a folder of images in `data_dir`.
+    """Return a data set.
 
-    A folder `<data_dir>/<name>` must hold `train` and `val` (or `test`), each with one folder a class; its images are
-    cut to (image_size, image_size), by default 224. Of `imagenet` the folders' names decide the classes, 1,000 of them
-    even where some are absent; prefetch and decoder are how they are read, see FolderImages. UTKFace takes
-    age_grouping, split_seed, whole_train, workers and progress, see utkface.
-    Raises InputError where there is no such data set or it cannot be had.
+    name               `digits`, `cifar10`, `cifar100`, `utkface`, a name registered with `dataset`, or a folder
+    data_dir           the folder that holds the data set
+    image_size         side of the square images of a folder (default 224) or of UTKFace (default 128)
+    age_grouping, split_seed, whole_train, workers, progress   of UTKFace, see `utkface.load`
+    download           whether a missing CIFAR data set is downloaded
+    prefetch, decoder  of a folder, see `folder.FolderImages`
+
+    A folder `<data_dir>/<name>` has the subfolders `train` and `val` (or `test`), and these have a subfolder per class.
+    The classes of `imagenet` are the 1,000 of ImageNet-1k, even if some of their folders are absent.
+
+    Raises InputError if there is no such data set, or it is incomplete and cannot be downloaded.
     """
     options = {"image_size": image_size, "age_grouping": age_grouping, "split_seed": split_seed}
     options |= {"whole_train": whole_train, "workers": workers, "download": download, "progress": progress}
@@ -55,7 +60,10 @@ def load(
 
 
 def dataset(name: str) -> Callable[[Loader], Loader]:
-    """Register the function below as the data set `name`: it gets the data folder and, by keyword, what `load` does."""
+    """Register the decorated function as the loader of the data set `name`.
+
+    The function is called with the data folder and, by keyword, the other arguments of `load`. It returns Images.
+    """
 
     def register(loader: Loader) -> Loader:
         LOADERS[name] = loader
@@ -71,23 +79,25 @@ def _load_digits(data_dir: Path, **options) -> Images:
 
 @dataset("cifar10")
 def _load_cifar10(data_dir: Path, *, download: bool, **options) -> Images:
-    return _cifar("cifar10", datasets.CIFAR10, data_dir, download)
+    return _cifar("cifar10", torchvision_datasets.CIFAR10, data_dir, download)
 
 
 @dataset("cifar100")
 def _load_cifar100(data_dir: Path, *, download: bool, **options) -> Images:
-    return _cifar("cifar100", datasets.CIFAR100, data_dir, download)
+    return _cifar("cifar100", torchvision_datasets.CIFAR100, data_dir, download)
 
 
 @dataset("utkface")
 def _load_utkface(data_dir: Path, *, age_grouping: str, image_size: int | None, **options) -> Images:
-
     options = {name: options[name] for name in ("split_seed", "whole_train", "workers", "progress")}
     return utkface.load(data_dir, age_grouping, image_size=image_size or 128, **options)
 
 
 def _digits() -> Images:
-    """scikit-learn's 1,797 handwritten digits (8 × 8, 17 grey levels), enlarged to 32 × 32 RGB; every fifth tests."""
+    """Return scikit-learn's 1,797 handwritten digits (8 × 8, 17 grey levels), enlarged to 32 × 32 RGB.
+
+    Every fifth image is a test image.
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -99,15 +109,15 @@ def _digits() -> Images:
     return Images("digits", 10, [str(d) for d in range(10)], train, Split(images[test], labels[test]))
 
 
-def _cifar(name: str, kind: type[datasets.CIFAR10], data_dir: Path, download: bool) -> Images:
+def _cifar(name: str, kind: type[torchvision_datasets.CIFAR10], data_dir: Path, download: bool) -> Images:
     folder = data_dir / kind.base_folder
     try:
-        with _short_patience(), distributed.local_first():
+        with _socket_timeout(), distributed.local_first():
             parts = [kind(str(data_dir), train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise InputError(
             f"{name} is not complete in {folder} and could not be downloaded ({str(error).splitlines()[0]}); "
-            f"put the official python version of it there, or name its folder with --data-dir"
+            f"put its official python version there, or name the folder that holds it with --data-dir"
         ) from None
     train, test = (
         Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
@@ -117,8 +127,8 @@ def _cifar(name: str, kind: type[datasets.CIFAR10], data_dir: Path, download: bo
 
 
 @contextlib.contextmanager
-def _short_patience(seconds: float = 30) -> Iterator[None]:
-    """A machine without a network should say so soon: connections in the block time out."""
+def _socket_timeout(seconds: float = 30) -> Iterator[None]:
+    """Set the default timeout of connections inside the block, so that a download without a network fails soon."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -130,23 +140,19 @@ def _short_patience(seconds: float = 30) -> Iterator[None]:
 def _image_folder(name: str, folder: Path, size: int, **reading) -> Images:
     if not (folder / "train").is_dir():
         raise InputError(
-            f"there is no data set {name!r}: expected {', '.join(LOADERS)}, or the name of a folder of images with "
-            f"train and val in it, and there is no {folder / 'train'}"
+            f"there is no data set {name!r}: expected {', '.join(LOADERS)}, or the name of a folder with the "
+            f"subfolders train and val, but {folder / 'train'} does not exist"
         )
     held_out = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), folder / "val")
-    found = {}
-    for part in (folder / "train", held_out):
-        try:
-            found[part] = datasets.ImageFolder(str(part))
-        except FileNotFoundError as error:
-            raise InputError(f"{part} holds no images in a folder a class: {str(error).splitlines()[0]}") from None
-    train, test = found.values()
+    train, test = _read_image_folder(folder / "train"), _read_image_folder(held_out)
     classes = WNIDS.read_text().split() if name == "imagenet" else train.classes
-    for part, where in ((train, folder / "train"), (test, held_out)):
+    for part in (train, test):
         unknown = sorted(set(part.classes) - set(classes))
         if unknown:
-            expected = "an ImageNet-1k class, n01440764 …" if name == "imagenet" else f"one that is in {train.root}"
-            raise InputError(f"{where} has a class {unknown[0]!r}; expected {expected}: rename or remove its folder")
+            expected = "an ImageNet-1k class, n01440764 …" if name == "imagenet" else f"a class of {train.root}"
+            raise InputError(
+                f"{part.root} has a class {unknown[0]!r}; expected {expected}: rename or remove its folder"
+            )
     splits = [
         Split(FolderImages([file for file, _ in part.samples], size, **reading), _labels(part, classes))
         for part in (train, test)
@@ -154,6 +160,14 @@ def _image_folder(name: str, folder: Path, size: int, **reading) -> Images:
     return Images(name, len(classes), classes, *splits, settings={"image_size": size})
 
 
-def _labels(part: datasets.ImageFolder, classes: list[str]) -> Tensor:
+def _read_image_folder(folder: Path) -> torchvision_datasets.ImageFolder:
+    try:
+        return torchvision_datasets.ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder} does not hold images in a subfolder per class: {reason}") from None
+
+
+def _labels(part: torchvision_datasets.ImageFolder, classes: list[str]) -> Tensor:
     index = {name: number for number, name in enumerate(classes)}
     return torch.tensor([index[part.classes[target]] for target in part.targets])

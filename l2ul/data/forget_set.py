@@ -1,4 +1,4 @@
-"""D_f: which images are to be forgotten, what they are called and what they shall be called instead."""
+"""The forget set D_f: choose its images, read them from files or a folder, and give them new labels."""
 
 from dataclasses import dataclass
 import hashlib
@@ -17,12 +17,12 @@ from l2ul.data.images import Images, Split
 
 @dataclass(frozen=True, eq=False)
 class ForgetSet:
-    """D_f in the order it was chosen.
+    """The forget set D_f, in the order in which it was chosen.
 
-    source      the images it is taken from, with the labels to get away from
-    positions   (k,) of D_f in the source, int64
-    new_labels  (k,) what the images are to be called instead, to relabel
-    in_train    whether the source is the training set, so that D_r are its other images
+    source      the images that D_f is a part of, with the labels to forget
+    positions   (k,) int64, indices of D_f in the source
+    new_labels  (k,) int64, labels to learn instead, for the goal "relabel"
+    in_train    whether the source is the training set; D_r is then the rest of it
     """
 
     source: Split
@@ -39,26 +39,29 @@ class ForgetSet:
 
     @property
     def split(self) -> Split:
-        """The images and the labels to get away from. What is unlearned and what is measured are the same pixels."""
-        found = self.source.subset(self.positions)
-        if isinstance(found.images, FolderImages):
-            found.images.decoder = "cpu"
-        return found
+        """The images of D_f and the labels to forget.
+
+        Images on disk are decoded on the CPU, so that unlearning and evaluation use the same pixels.
+        """
+        split = self.source.subset(self.positions)
+        if isinstance(split.images, FolderImages):
+            split.images.decoder = "cpu"
+        return split
 
     @property
     def indices(self) -> Tensor:
-        """Indices (k,) in the training set; none (0,) where the images come from elsewhere."""
+        """Indices (k,) of D_f in the training set; empty if D_f is not part of it."""
         return self.positions if self.in_train else self.positions[:0]
 
     @property
     def names(self) -> list[str]:
-        """What tells the images: their indices in the training set, or folder and file."""
+        """Names of the images: their indices in the training set, or folder and file."""
         if self.in_train:
             return [str(index) for index in self.positions.tolist()]
         return ["/".join(Path(self.source.images.files[i]).parts[-2:]) for i in self.positions.tolist()]
 
     def sha256(self) -> str:
-        """Hex hash of what is to be forgotten: indices, labels, new labels where there are any, and pixels."""
+        """Return a hash of D_f: indices in the training set, labels, new labels and pixels."""
         split = self.split
         indices = self.positions if self.in_train else None
         digest = hashlib.sha256()
@@ -68,16 +71,19 @@ class ForgetSet:
 
 
 def choose_forget(num_images: int, k: int, seed: int) -> Tensor:
-    """Indices of D_f: the first k of a permutation of the training set under the seed, so nested in k."""
+    """Return the indices of a random D_f: the first k of a permutation that depends on the seed.
+
+    D_f for a smaller k is a part of D_f for a larger k.
+    """
     if not 1 <= k < num_images:
         raise InputError(
-            f"k is {k}; expected 1 to {num_images - 1}: some of the {num_images} training images must remain"
+            f"k is {k}; expected 1 to {num_images - 1}, as some of the {num_images} training images must remain"
         )
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))[:k]
 
 
 def read_integers(path: Path, what: str) -> Tensor:
-    """A text file of one whole number a line (blank lines are passed over) as an int64 tensor."""
+    """Read a text file with one whole number per line into an int64 tensor. Blank lines are ignored."""
     try:
         lines = Path(path).read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -98,29 +104,32 @@ def read_integers(path: Path, what: str) -> Tensor:
 
 
 def read_forget(path: Path, num_images: int) -> Tensor:
-    """Indices of D_f from a text file: each in range, none twice."""
+    """Read the indices of D_f from a text file. Raise InputError for an index that is out of range or repeated."""
     indices = read_integers(path, "forget")
     outside = indices[(indices < 0) | (indices >= num_images)]
     if len(outside):
-        raise InputError(f"{path} has index {outside[0]}; expected 0 to {num_images - 1}, the training images")
+        raise InputError(
+            f"{path} has index {outside[0]}; expected 0 to {num_images - 1}, the indices of the training images"
+        )
     values, counts = indices.unique(return_counts=True)
     if (counts > 1).any():
         raise InputError(f"{path} has index {values[counts > 1][0]} more than once; list each image once")
     if len(indices) == num_images:
-        raise InputError(f"{path} lists all {num_images} training images; leave some that remain")
+        raise InputError(f"{path} lists all {num_images} training images; leave out some, which remain")
     return indices
 
 
 def read_new_labels(path: Path, labels: Tensor, num_classes: int) -> Tensor:
-    """New labels (k,) of D_f from a text file: one for each image, a class, and not the true one in `labels`."""
+    """Read the new labels (k,) of D_f from a text file.
+
+    Raise InputError unless there is one label per image, each a class other than the true one in `labels`.
+    """
     new = read_integers(path, "relabel")
     if len(new) != len(labels):
-        raise InputError(
-            f"{path} has {len(new)} labels, but {len(labels)} images are to be forgotten; give one for each"
-        )
+        raise InputError(f"{path} has {len(new)} labels, but D_f has {len(labels)} images; give one label per image")
     outside = new[(new < 0) | (new >= num_classes)]
     if len(outside):
-        raise InputError(f"{path} has label {outside[0]}; expected 0 to {num_classes - 1}, the classes")
+        raise InputError(f"{path} has label {outside[0]}; expected a class, 0 to {num_classes - 1}")
     same = (new == labels).nonzero().flatten()
     if len(same):
         raise InputError(f"label {same[0] + 1} of {path} is the image's true label {new[same[0]]}; give another class")
@@ -128,66 +137,78 @@ def read_new_labels(path: Path, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def random_new_labels(labels: Tensor, num_classes: int, seed: int) -> Tensor:
-    """New labels (k,), each uniform over the classes other than the true one, by (seed, position) alone."""
+    """Draw new labels (k,), uniformly from the classes other than the true one.
+
+    Each depends only on (seed, position).
+    """
     draws = [seeds.stream(seed, "relabel", position).integers(num_classes - 1) for position in range(len(labels))]
     return other_class(labels, torch.tensor(draws))
 
 
 def other_class(labels: Tensor, draws: Tensor) -> Tensor:
-    """Draws (n,) from 0 … C - 2 as classes other than the true labels (n,): the true one is skipped."""
+    """Map draws (n,) from 0 … C - 2 to classes other than the true labels (n,), by skipping the true one."""
     return draws + (draws >= labels)
 
 
 def read_folder(folder: Path, images: Images) -> Split:
-    """Images to forget from a folder that holds a folder a class, called and sized as those of the data set `images`.
+    """Return the images of a folder that has a subfolder per class, resized and cropped like those of the data set.
 
-    Raises InputError where a folder's name is not one of the classes, or an image is one of the data set's own.
+    images  the data set, whose classes are the allowed names of the subfolders
+
+    Raises InputError if a subfolder is not a class, or an image is also in the training or test set.
     """
     try:
-        found = datasets.ImageFolder(str(folder))
+        image_folder = datasets.ImageFolder(str(folder))
     except OSError as error:
         raise InputError(
-            f"--forget-dir {folder} holds no images in a folder a class ({str(error).splitlines()[0]})"
+            f"--forget-dir {folder} does not hold images in a subfolder per class ({str(error).splitlines()[0]})"
         ) from None
-    unknown = [name for name in found.classes if name not in images.classes]
+    unknown = [name for name in image_folder.classes if name not in images.classes]
     if unknown:
         raise InputError(
-            f"--forget-dir {folder} has a folder {unknown[0]!r}, which is no class of the data set; "
+            f"--forget-dir {folder} has a subfolder {unknown[0]!r}, which is no class of the data set; "
             f"expected names such as {', '.join(map(repr, images.classes[:3]))}"
         )
-    files, on_disk = [file for file, _ in found.samples], images.train.images
-    short_side = on_disk.short_side if isinstance(on_disk, FolderImages) else images.short_side or images.side
-    read = FolderImages(files, images.side, short_side)
-    _refuse_own(read, images)
-    return Split(read, torch.tensor([images.classes.index(found.classes[target]) for target in found.targets]))
+    files, train = [file for file, _ in image_folder.samples], images.train.images
+    short_side = train.short_side if isinstance(train, FolderImages) else images.short_side or images.side
+    folder_images = FolderImages(files, images.side, short_side)
+    _reject_own(folder_images, images)
+    return Split(
+        folder_images,
+        torch.tensor([images.classes.index(image_folder.classes[target]) for target in image_folder.targets]),
+    )
 
 
-def _refuse_own(read: FolderImages, images: Images) -> None:
-    """Raise InputError where one of these images is in D_r or D_test too: it cannot be kept and be forgotten."""
+def _reject_own(folder_images: FolderImages, images: Images) -> None:
+    """Raise InputError if an image is also in the training or test set, which are D_r and D_test."""
     for what, split in (("training", images.train), ("test", images.test)):
         if isinstance(split.images, FolderImages):
             own = {Path(file).resolve() for file in split.images.files}
-            same = [file for file in read.files if Path(file).resolve() in own]
+            same = [file for file in folder_images.files if Path(file).resolve() in own]
         else:
             own = {image.tobytes() for image in split.images.cpu().numpy()}
-            same = [file for i, file in enumerate(read.files) if read[i].numpy().tobytes() in own]
+            same = [file for i, file in enumerate(folder_images.files) if folder_images[i].numpy().tobytes() in own]
         if same:
             raise InputError(
-                f"{same[0]} is a {what} image of the data set; name training images by --forget-file, and leave out "
-                f"test images"
+                f"{same[0]} is a {what} image of the data set; choose training images with --forget-file, and leave "
+                f"out test images"
             )
 
 
-def from_folder(found: Split, called: Tensor, goal: str, seed: int, folder: Path) -> ForgetSet:
-    """D_f from the images of a folder, in an order by the seed; `called` (n,) is what the classifier calls them.
+def from_folder(images: Split, predictions: Tensor, goal: str, seed: int, folder: Path) -> ForgetSet:
+    """Return D_f from the images of a folder, in an order that depends on the seed.
 
-    To misclassify: all of them, to get away from their folder's class. To relabel: those that are called otherwise, to
-    be called their folder's class. Raises InputError where none is left.
+    images       the result of `read_folder`
+    predictions  (n,) the classes that the model predicts for them
+
+    With the goal "misclassify", D_f has all images, and the labels to forget are the classes of their subfolders. With
+    "relabel", D_f has the images that the model misclassifies: the labels to forget are the predictions, the new labels
+    are the classes of their subfolders. Raises InputError if there are none.
     """
-    order = torch.randperm(len(found), generator=seeds.generator(seed, "forget folder"))
+    order = torch.randperm(len(images), generator=seeds.generator(seed, "forget folder"))
     if goal == "misclassify":
-        return ForgetSet(found, order, in_train=False)
-    order = order[(called != found.labels)[order]]
+        return ForgetSet(images, order, in_train=False)
+    order = order[(predictions != images.labels)[order]]
     if not len(order):
-        raise InputError(f"the classifier gets every image of {folder} right already: there is nothing to correct")
-    return ForgetSet(Split(found.images, called), order, found.labels[order], in_train=False)
+        raise InputError(f"the model classifies every image of {folder} correctly: there is nothing to correct")
+    return ForgetSet(Split(images.images, predictions), order, images.labels[order], in_train=False)

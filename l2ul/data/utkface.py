@@ -1,4 +1,4 @@
-"""UTKFace: ages read from file names, five ways to group them, one split for pretraining and unlearning."""
+"""UTKFace: read ages from file names, group them into classes, and split the images for pretraining and unlearning."""
 
 from bisect import bisect_right
 import contextlib
@@ -18,7 +18,7 @@ from l2ul.common.errors import InputError
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Images, Split
 
-CROP = 15 / 16  # of an image's side: 120 of 128 pixels
+CROP = 15 / 16  # side of the centre crop relative to the image: 120 of 128 pixels
 REGULAR = re.compile(r"\d+_[01]_[0-4]_\d+\.jpg(\.chip\.jpg)?", re.IGNORECASE)  # age_gender_race_time
 FOLDERS = ("utkface", "UTKFace")
 
@@ -33,11 +33,17 @@ def load(
     workers: int = 0,
     progress: ProgressBar | None = None,
 ) -> Images:
-    """The faces in `<data_dir>/utkface` as uint8 tensors, labelled by age group.
+    """Return the images in `<data_dir>/utkface` as uint8 tensors, labelled by age group.
 
-    Images are resized to (image_size, image_size) and their centre, 15/16 of a side, is cut out; training images stay
-    whole with `whole_train`, to be cropped at random. The split depends on file names and `split_seed` alone. Raises
-    InputError where no face is found.
+    grouping     one of `choices.AGE_GROUPINGS`
+    image_size   side to which images are resized, before a centre crop of 15/16 of that side
+    split_seed   seed of the split into training, validation and test images, which depends on nothing else but the file
+                 names
+    whole_train  leave training images uncropped, for random crops in training
+    workers      processes that decode images
+    progress     shows how many images are decoded
+
+    Raises InputError if there is no folder, fewer than 10 images, or a file name twice.
     """
     files, notes = _files(Path(data_dir))
     parts = split_files([file.name for file in files], split_seed)
@@ -65,21 +71,21 @@ def load(
 
 
 def age_class(age: int, grouping: str) -> int:
-    """The class of an age: the first bound it is below; ages from the last bound on are in the last group too."""
+    """Return the class of an age: the index of the first bound above it, or the last class if there is none."""
     bounds = AGE_GROUPINGS[grouping]
     return min(bisect_right(bounds, age), len(bounds) - 1)
 
 
 def class_names(grouping: str) -> list[str]:
-    """What the classes of a grouping are called: 0-9, 10-14, …, 60+."""
+    """Return the names of the classes of a grouping: 0-9, 10-14, …, 60+."""
     bounds = AGE_GROUPINGS[grouping][:-1]
     return [f"{low}-{high - 1}" for low, high in zip((0, *bounds), bounds, strict=False)] + [f"{bounds[-1]}+"]
 
 
 def split_files(names: list[str], split_seed: int) -> list[Tensor]:
-    """Indices into sorted file names of the training, validation and test images: 80, 10 and the rest of 100 %.
+    """Return the indices of the training (80 %), validation (10 %) and test images among sorted file names.
 
-    Of the 23,708 images of the whole set that is 18,966, 2,371 and 2,371, as the paper has it.
+    The 23,708 images of UTKFace are split into 18,966, 2,371 and 2,371, as in the paper.
     """
     order = torch.randperm(len(names), generator=seeds.generator(split_seed, "utkface split"))
     train, validation = round(0.8 * len(names)), round(0.1 * len(names))
@@ -87,30 +93,30 @@ def split_files(names: list[str], split_seed: int) -> list[Tensor]:
 
 
 def _files(data_dir: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """The images in order of their names, and one sentence about names that are not as they should be."""
+    """Return the image files in order of their names, and sentences about malformed names."""
     folder = next((data_dir / name for name in FOLDERS if (data_dir / name).is_dir()), None)
     if folder is None:
         raise InputError(
             f"there is no folder {data_dir / FOLDERS[0]}; put the aligned and cropped UTKFace images there, "
-            f"or name the folder above them with --data-dir"
+            f"or name the folder that holds utkface with --data-dir"
         )
-    found = sorted((f for f in folder.rglob("*") if f.suffix.lower() == ".jpg"), key=lambda file: file.name)
-    files = [file for file in found if _age(file.name) is not None]
+    images = sorted((f for f in folder.rglob("*") if f.suffix.lower() == ".jpg"), key=lambda file: file.name)
+    files = [file for file in images if _age(file.name) is not None]
     if len({file.name for file in files}) < len(files):
-        raise InputError(f"{folder} holds a file name twice; leave each image in one folder only")
+        raise InputError(f"{folder} has two files of the same name; keep each image in one subfolder only")
     if len(files) < 10:
-        raise InputError(f"{folder} holds {len(files)} images whose names begin with an age; expected 10 or more")
-    odd = [file.name for file in files if not REGULAR.fullmatch(file.name)]
+        raise InputError(f"{folder} has {len(files)} images whose names begin with an age; expected at least 10")
+    malformed = [file.name for file in files if not REGULAR.fullmatch(file.name)]
     notes = []
-    if odd:
-        notes.append(f"UTKFace: {len(odd)} file names are malformed and taken by the age they begin with: {odd}")
-    if len(files) < len(found):
-        notes.append(f"UTKFace: {len(found) - len(files)} files without an age in their names are left out")
+    if malformed:
+        notes.append(f"UTKFace: {len(malformed)} file names are malformed; they are used by their age: {malformed}")
+    if len(files) < len(images):
+        notes.append(f"UTKFace: {len(images) - len(files)} files have no age in their names; they are left out")
     return files, tuple(notes)
 
 
 def _age(name: str) -> int | None:
-    """The age in years that a file name begins with: the one field that even the malformed names have."""
+    """Return the age in years at the start of a file name, which malformed names have too; None if there is none."""
     match = re.match(r"(\d{1,3})_", name)
     return int(match[1]) if match else None
 

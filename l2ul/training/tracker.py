@@ -1,4 +1,4 @@
-"""Curves of a training, for those who watch them: TensorBoard's, where it is installed."""
+"""Write training curves for TensorBoard, if it is installed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +7,12 @@ from l2ul.common.errors import InputError
 
 
 def open_tracker(name: str | None, folder: Path) -> Callable[[dict[str, float]], object]:
-    """A function that takes the row of an epoch; without a name, one that does nothing with it.
+    """Return a function that writes the row of an epoch to the tracker; without a name, one that does nothing.
 
-    Raises InputError where the tracker is not installed.
+    name    one of `choices.TRACKERS`, or None
+    folder  where the curves are written
+
+    Raises InputError if the tracker is not installed.
     """
     if name is None:
         return lambda row: None
@@ -18,7 +21,7 @@ def open_tracker(name: str | None, folder: Path) -> Callable[[dict[str, float]],
     except ImportError:
         raise InputError(
             "--tracker tensorboard needs the package tensorboard; install it (uv run --extra tensorboard …, or "
-            "pip install tensorboard) or leave the flag out"
+            "pip install tensorboard), or leave out --tracker"
         ) from None
     writer = SummaryWriter(str(folder))
 

@@ -25,7 +25,7 @@ from l2ul.experiments import torchrun
 from l2ul.experiments.adversarial_sets import Attack
 from l2ul.metrics import accuracy
 from l2ul.training import loop
-from l2ul.training.loop import Recipe
+from l2ul.training.recipe import Recipe
 import main_unlearn
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="forks, on CPUs")

@@ -158,13 +158,19 @@ def test_forgets_the_images_of_a_folder(run, tmp_path, digits_folder):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--forget-dir", "nowhere"], "--forget-dir nowhere holds no images in a folder a class"),
+        (["--forget-dir", "nowhere"], "--forget-dir nowhere does not hold images in a subfolder per class"),
         (["--forget-dir", "tests", "--forget-file", "x"], "leave out --forget-file and --relabel-file"),
         (["--forget-dir", "IMAGES", "--unlearn-k", 9], "--unlearn-k is 9, but"),
         (["--forget-dir", "IMAGES", "--unlearn-k", 3, "--goal", "relabel"], "has 2 images to forget"),
-        (["--forget-dir", "ODD"], "has a folder 'ten', which is no class of the data set; expected names such as '0'"),
-        (["--forget-dir", "RIGHT", "--goal", "relabel"], "gets every image of"),
-        (["--forget-dir", "OWN"], "0.png is a training image of the data set; name training images by --forget-file"),
+        (
+            ["--forget-dir", "ODD"],
+            "has a subfolder 'ten', which is no class of the data set; expected names such as '0'",
+        ),
+        (["--forget-dir", "RIGHT", "--goal", "relabel"], "classifies every image of"),
+        (
+            ["--forget-dir", "OWN"],
+            "0.png is a training image of the data set; choose training images with --forget-file",
+        ),
         (["--retain-sample", 1, "--unlearn-k", 39], "all of these images are to be forgotten; take more"),
         (["--continual-step", 4, "--unlearn-k", 6], "expected one multiple of the step, such as 16"),
         (["--continual-step", 4, "--unlearn-k", 4, 8], "expected one multiple of the step"),

@@ -1,4 +1,4 @@
-"""UTKFace: odd file names, one split that depends on names and seed alone, age groups, pretraining and unlearning."""
+"""UTKFace: malformed file names, the split, age groups, pretraining and unlearning."""
 
 from collections import Counter
 import re
@@ -9,10 +9,11 @@ from PIL import Image
 import pytest
 import torch
 
+from l2ul.cli import pretrain_command
 from l2ul.common.errors import InputError
 from l2ul.data import datasets, utkface
-from l2ul.training import command as main_pretrain
-import main_pretrain_utkface_resnet18 as script_of_faces
+from l2ul.training import loop, pretrain
+import main_pretrain_utkface_resnet18
 import main_unlearn
 from models import checkpoint
 
@@ -32,7 +33,7 @@ def load(folder, **options):
     return datasets.load("utkface", folder, **({"image_size": 16, "age_grouping": "MFD"} | options))
 
 
-def test_every_image_is_in_one_split_and_order_of_files_does_not_matter(tmp_path, monkeypatch):
+def test_every_image_is_in_one_split_whatever_the_order_of_files(tmp_path, monkeypatch):
     write_faces(tmp_path / "utkface")
     images = load(tmp_path)
     assert (len(images.train), len(images.validation), len(images.test)) == (32, 4, 4)
@@ -57,14 +58,14 @@ def test_split_of_the_whole_set_has_the_published_sizes():
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(23_708))
 
 
-def test_odd_names_are_used_and_named_once_and_names_without_an_age_left_out(tmp_path):
+def test_malformed_names_are_used_and_reported_and_names_without_an_age_left_out(tmp_path):
     write_faces(tmp_path / "utkface")
     (tmp_path / "utkface" / "mother.jpg").write_bytes(b"no image")
     images = load(tmp_path)
     malformed, left_out = images.notes
     assert malformed.startswith("UTKFace: 3 file names are malformed")
     assert all(name in malformed for name in ODD)
-    assert left_out == "UTKFace: 1 files without an age in their names are left out"
+    assert left_out == "UTKFace: 1 files have no age in their names; they are left out"
     assert [utkface._age(name) for name in ODD] == [39, 24, 55]
 
 
@@ -84,7 +85,7 @@ def test_class_is_the_first_bound_above_the_age(grouping, ages, classes):
     assert utkface.class_names("MFD") == ["0-19", "20-40", "41+"]
 
 
-def test_pixels_are_scaled_once_and_the_centre_is_cut_out(tmp_path):
+def test_images_are_centre_cropped_and_keep_their_pixel_values(tmp_path):
     write_faces(tmp_path / "utkface")
     images = load(tmp_path, image_size=32)
     assert images.train.images.shape[1:] == (3, 30, 30)
@@ -95,27 +96,26 @@ def test_pixels_are_scaled_once_and_the_centre_is_cut_out(tmp_path):
     assert images.train.images.max() > 200  # not divided by 255 on the way
 
 
-def test_a_folder_without_faces_is_one_sentence(tmp_path):
+def test_a_folder_without_faces_raises_input_error(tmp_path):
     with pytest.raises(InputError, match="there is no folder .*utkface; put the aligned and cropped"):
         load(tmp_path)
     (tmp_path / "UTKFace").mkdir()
-    with pytest.raises(InputError, match="holds 0 images whose names begin with an age"):
+    with pytest.raises(InputError, match="has 0 images whose names begin with an age"):
         load(tmp_path)
     write_faces(tmp_path / "UTKFace" / "part1")
     write_faces(tmp_path / "UTKFace" / "part2")
-    with pytest.raises(InputError, match="holds a file name twice"):
+    with pytest.raises(InputError, match="has two files of the same name"):
         load(tmp_path)
 
 
 @pytest.fixture
-def pretrain(script, tmp_path):
+def train(script, tmp_path):
     """Call the UTKFace script on the faces in tmp_path with a small net."""
 
     def call(*arguments):
         def main():
-            main_pretrain.main(
-                "script", "Train.", "utkface", "resnet20", script_of_faces.RECIPE, script_of_faces.BY_GROUPING
-            )
+            recipe, by_grouping = main_pretrain_utkface_resnet18.RECIPE, main_pretrain_utkface_resnet18.BY_GROUPING
+            pretrain_command.main("script", "Train.", "utkface", "resnet20", recipe, by_grouping)
 
         small = ["--data-dir", tmp_path, "--image-size", 16, "--epochs", 2, "--batch-size", 16, "--workers", 0]
         return script(main, *small, *arguments)
@@ -123,9 +123,9 @@ def pretrain(script, tmp_path):
     return call
 
 
-def test_pretrains_and_unlearns_the_same_split(pretrain, script, tmp_path):
+def test_pretraining_and_unlearning_use_the_same_split(train, script, tmp_path):
     write_faces(tmp_path / "utkface")
-    code, out, err = pretrain("--age_grouping", "MFD")
+    code, out, err = train("--age_grouping", "MFD")
     assert code == 0, err
     assert out.count("malformed") == 1
     assert re.search(r"train 32 images \(0-19: \d+, 20-40: \d+, 41\+: \d+\)", out)
@@ -133,7 +133,7 @@ def test_pretrains_and_unlearns_the_same_split(pretrain, script, tmp_path):
     assert weights.exists()
     _, metadata = checkpoint.read(weights)
     assert checkpoint.metadata_value(metadata, "lr") == 1e-4
-    assert "exists already" in pretrain("--age-grouping", "MFD")[1]
+    assert "exists; add --rerun" in train("--age-grouping", "MFD")[1]
 
     def unlearn(*arguments):
         given = ["--dataset", "utkface", "--data-dir", tmp_path, "--model", "resnet20", "--age-grouping", "MFD"]
@@ -155,7 +155,7 @@ def test_pretrains_and_unlearns_the_same_split(pretrain, script, tmp_path):
     assert "was trained on other images of utkface" in err
 
 
-def test_the_weights_of_the_best_epoch_are_kept(pretrain, tmp_path, monkeypatch):
+def test_the_weights_of_the_best_epoch_are_kept(train, tmp_path, monkeypatch):
     write_faces(tmp_path / "utkface")
     found = iter([60.0, 70.0, 65.0, 50.0])  # after each of three epochs, then on the test images
     states = []
@@ -163,7 +163,7 @@ def test_the_weights_of_the_best_epoch_are_kept(pretrain, tmp_path, monkeypatch)
     def accuracy(predictions, labels):
         return next(found)
 
-    true_fit = main_pretrain.loop.fit
+    true_fit = loop.fit
 
     def fit(model, *arguments, on_epoch, **options):
         def keep(row):
@@ -172,31 +172,31 @@ def test_the_weights_of_the_best_epoch_are_kept(pretrain, tmp_path, monkeypatch)
 
         return true_fit(model, *arguments, on_epoch=keep, **options)
 
-    monkeypatch.setattr(main_pretrain.evaluate, "accuracy", accuracy)
-    monkeypatch.setattr(main_pretrain.loop, "fit", fit)
-    assert pretrain("--age-grouping", "TNN", "--epochs", 3)[0] == 0
+    monkeypatch.setattr(pretrain.accuracy, "accuracy", accuracy)
+    monkeypatch.setattr(loop, "fit", fit)
+    assert train("--age-grouping", "TNN", "--epochs", 3)[0] == 0
     saved, _ = checkpoint.read(tmp_path / "weights" / "utkface_TNN_resnet20.safetensors")
     best = {name.removeprefix("net."): value for name, value in states[1].items()}
     assert all(torch.equal(value, best[name]) for name, value in saved.items())
     assert not torch.equal(saved["linear.weight"], states[2]["net.linear.weight"])
 
 
-def test_weights_of_another_training_are_not_taken_for_these(pretrain, tmp_path):
+def test_weights_with_other_settings_are_not_reused(train, tmp_path):
     write_faces(tmp_path / "utkface")
-    assert pretrain("--age-grouping", "MFD")[0] == 0
+    assert train("--age-grouping", "MFD")[0] == 0
     for arguments, complaint in (
         (["--epochs", 3], "was trained with epochs 2, not 3; add --rerun"),
         (["--lr", 0.1], "was trained with lr 0.0001, not 0.1"),
         (["--split-seed", 1], "was trained with split_seed 0, not 1"),
     ):
-        code, _, err = pretrain("--age-grouping", "MFD", *arguments)
+        code, _, err = train("--age-grouping", "MFD", *arguments)
         assert (code, err.count("\n")) == (2, 1)
         assert complaint in err
 
 
-def test_resuming_with_other_faces_is_refused(pretrain, tmp_path, monkeypatch):
+def test_a_training_on_other_images_is_not_resumed(train, tmp_path, monkeypatch):
     write_faces(tmp_path / "utkface")
-    true_fit = main_pretrain.loop.fit
+    true_fit = loop.fit
 
     def stop(model, *arguments, on_epoch, **options):
         def end(row):
@@ -205,25 +205,25 @@ def test_resuming_with_other_faces_is_refused(pretrain, tmp_path, monkeypatch):
         return true_fit(model, *arguments, on_epoch=end, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(main_pretrain.loop, "fit", stop)
-        code, _, err = pretrain("--age-grouping", "MFD")
+        patched.setattr(loop, "fit", stop)
+        code, _, err = train("--age-grouping", "MFD")
     assert code == 130
-    assert "with --resume to go on" in err
+    assert "with --resume to continue" in err
     next((tmp_path / "utkface").iterdir()).unlink()
-    code, _, err = pretrain("--age-grouping", "MFD", "--resume")
+    code, _, err = train("--age-grouping", "MFD", "--resume")
     assert (code, err.count("\n")) == (2, 1)
-    assert "is from another recipe, net or data set" in err
+    assert "is from another recipe, model or data set" in err
 
 
-def test_a_last_batch_of_one_image_is_one_sentence(pretrain, tmp_path):
+def test_a_batch_of_one_image_is_reported(train, tmp_path):
     write_faces(tmp_path / "utkface")
-    code, _, err = pretrain("--age-grouping", "MFD", "--batch-size", 31, "--image-size", 4)
+    code, _, err = train("--age-grouping", "MFD", "--batch-size", 31, "--image-size", 4)
     assert (code, err.count("\n")) == (2, 1)
-    assert "cannot learn from a single value a channel" in err
+    assert "needs more than one value per channel" in err
 
 
 @pytest.mark.realdata
-def test_real_folder_has_five_malformed_names():
+def test_the_real_folder_has_five_malformed_names():
     files, (note,) = utkface._files(REALDATA)
     assert len(files) == 2505
     assert "5 file names are malformed" in note

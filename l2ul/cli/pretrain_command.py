@@ -1,0 +1,208 @@
+"""The command of the main_pretrain_*.py scripts: parse the options of a recipe, train, save the weights.
+
+torch is imported after the command line is parsed, so that `--help` answers quickly.
+"""
+
+import argparse
+from collections.abc import Mapping
+import dataclasses
+from pathlib import Path
+import time
+from typing import TYPE_CHECKING
+
+from l2ul.cli import exit_codes, options
+from l2ul.cli.parser import nonnegative_float, nonnegative_int, positive_float, positive_int
+from l2ul.common import choices
+from l2ul.common.errors import InputError
+from l2ul.common.progress import format_duration, progress_bar
+from l2ul.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AFTER_STOP = "repeat the command with --resume to continue after the last finished epoch"
+
+
+def main(
+    program: str,
+    description: str,
+    dataset: str,
+    model: str,
+    recipe: Recipe,
+    by_grouping: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
+    """Run a pretraining script.
+
+    dataset, model  default values of --dataset and --model
+    recipe          default values of the options of the recipe
+    by_grouping     for UTKFace: values of the recipe that depend on --age-grouping
+    """
+    with exit_codes.clean_exit(program, AFTER_STOP, shared=True):
+        parser = options.Parser(description, prog=program)
+        options.add_data(parser, dataset=dataset, model=model)
+        add_recipe(parser, recipe, by_grouping or {})
+        add_training(parser)
+        options.add_machine(parser)
+        opts = parser.parse_args()
+        train(opts, chosen_recipe(opts, recipe, by_grouping or {}))
+
+
+def add_recipe(parser: options.Parser, recipe: Recipe, by_grouping: Mapping[str, Mapping[str, float]]) -> None:
+    """Add the options of the recipe. Their names are those of the fields of Recipe."""
+    group = parser.add_argument_group("recipe")
+    options.add(group, "--epochs", "passes over the training set", type=positive_int, default=recipe.epochs)
+    for flag, text, kind in (
+        ("--lr", "learning rate; with --schedule onecycle, the highest learning rate", positive_float),
+        ("--weight-decay", "weight decay of the optimizer", nonnegative_float),
+    ):
+        name = flag.removeprefix("--").replace("-", "_")
+        values = [f"{grouping} {row[name]}" for grouping, row in by_grouping.items()] or [str(getattr(recipe, name))]
+        options.add(group, flag, f"{text} (default: {', '.join(values)})", type=kind, default=None)
+    options.add(group, "--batch-size", "images per step", type=positive_int, default=recipe.batch_size)
+    options.add(group, "--schedule", "learning-rate schedule", choices=choices.SCHEDULES, default=recipe.schedule)
+    options.add(
+        group,
+        "--precision",
+        "precision of forward and backward passes; tf32 needs a CUDA GPU, bf16 a CUDA GPU or a CPU with AMX",
+        choices=choices.PRECISIONS,
+        default="fp32",
+    )
+
+
+def add_training(parser: options.Parser) -> None:
+    """Add the options that are not part of the recipe."""
+    group = parser.add_argument_group("training")
+    options.add(
+        group, "--seed", "seed of initial weights, order of images and augmentation", type=nonnegative_int, default=0
+    )
+    options.add(
+        group,
+        "--exclude",
+        "file with indices of training images to leave out, one per line: trains a retrained model",
+        type=Path,
+    )
+    options.add(
+        group,
+        "--exclude-k",
+        "leave out the N images that main_unlearn.py forgets with --unlearn-k N",
+        type=positive_int,
+    )
+    options.add(
+        group, "--exclude-seed", "seed of these images: --seed of main_unlearn.py", type=nonnegative_int, default=0
+    )
+    group = parser.add_argument_group("output")
+    options.add(group, "--output", "file for the weights (default: where main_unlearn.py looks for them)", type=Path)
+    options.add(
+        group,
+        "--tracker",
+        "also write training curves for this tracker, next to the weights (default: none)",
+        choices=choices.TRACKERS,
+    )
+    options.add(
+        group, "--resume", "continue an interrupted training after its last finished epoch", action="store_true"
+    )
+    options.add(group, "--rerun", "train again if the weights exist", action="store_true")
+    options.add(group, "--test-batch-size", "images per batch in evaluation", type=positive_int, default=256)
+
+
+def chosen_recipe(opts: argparse.Namespace, recipe: Recipe, by_grouping: Mapping[str, Mapping[str, float]]) -> Recipe:
+    """Return the recipe with the values of the age grouping, then those of the command line."""
+    options = {field.name: getattr(opts, field.name, None) for field in dataclasses.fields(recipe)}
+    options = {name: value for name, value in options.items() if value is not None}
+    return dataclasses.replace(recipe, **dict(by_grouping.get(opts.age_grouping, {})) | options)
+
+
+def train(opts: argparse.Namespace, recipe: Recipe) -> None:
+    """Train and save the model that the options describe, unless its weights exist."""
+    from l2ul.common import device as devices
+    from l2ul.common import distributed
+    from l2ul.common.files import require_writable
+    from l2ul.data import folder
+    from l2ul.training import pretrain, tracker
+    import models
+    from models import checkpoint
+
+    models.check_name(opts.model)
+    if opts.model.startswith("hf:"):
+        raise InputError(f"--model is {opts.model}; Hugging Face models are trained with transformers, not here")
+    with distributed.process_group():
+        device = devices.choose_device(opts.device, opts.no_cuda, opts.threads)
+        folder.check_decoder(opts.decoder, device)
+        output = opts.output or checkpoint.candidates(options.data_label(opts), opts.model, opts.data_dir)[0]
+        if output.suffix != ".safetensors":
+            raise InputError(f"--output is {output}; expected a name that ends in .safetensors")
+        images = options.load_data(opts, whole_train=True)
+        excluded = excluded_indices(opts, len(images.train))
+        if excluded is not None and not opts.output:
+            output = pretrain.retrained_name(output, excluded)
+        settings = pretrain.saved_settings(images, opts.model, recipe, opts.seed, excluded)
+
+        def is_trained() -> bool:
+            if output.exists() and not opts.rerun:
+                pretrain.check_settings(output, settings)
+                return True
+            require_writable(output.parent)
+            return False
+
+        if distributed.broadcast(is_trained):
+            print(f"{output} exists; add --rerun to train it again")
+            return
+        for sentence in pretrain.describe_splits(images):
+            print(sentence)
+        num_train = len(images.train) - (len(excluded) if excluded is not None else 0)
+        track = tracker.open_tracker(opts.tracker if distributed.is_first() else None, output.with_suffix(""))
+        lines = EpochLines(recipe.epochs, num_train, "validation" if images.validation else "D_test")
+
+        def report(row: dict[str, float]) -> None:
+            track(row)
+            print(lines.line(row), flush=True)
+
+        with progress_bar("train", recipe.epochs * num_train) as advance:
+            acc_test = pretrain.pretrain(
+                images,
+                opts.model,
+                recipe,
+                output,
+                device=device,
+                seed=opts.seed,
+                excluded=excluded,
+                mean=opts.mean,
+                std=opts.std,
+                resume=opts.resume,
+                test_batch_size=opts.test_batch_size,
+                workers=opts.workers,
+                on_epoch=report,
+                progress=advance,
+            )
+        print(f"D_test {acc_test:.2f} %: {output}")
+
+
+class EpochLines:
+    """Lines about finished epochs: loss, accuracy, training images per second and the time left.
+
+    The rate is the mean since this object was made, and includes evaluation.
+    """
+
+    def __init__(self, epochs: int, num_images: int, held_out: str):
+        self.epochs, self.num_images, self.held_out = epochs, num_images, held_out
+        self._start, self._finished = time.monotonic(), 0
+
+    def line(self, row: dict[str, float]) -> str:
+        """Return the line for the row of an epoch, see `loop.fit`. Call it once per epoch, when the epoch ends."""
+        self._finished += 1
+        per_epoch = max(time.monotonic() - self._start, 1e-9) / self._finished
+        text = f"epoch {row['epoch']}/{self.epochs}: loss {row['loss']:.4f}, {self.held_out} {row['acc']:.2f} %"
+        text += f", {self.num_images / per_epoch:,.0f} images/s"
+        left = self.epochs - row["epoch"]
+        return f"{text}, about {format_duration(left * per_epoch)} left" if left else text
+
+
+def excluded_indices(opts: argparse.Namespace, num_images: int) -> "Tensor | None":
+    """Return the indices of the training images to leave out; None if the options name none."""
+    from l2ul.data import forget_set
+
+    if opts.exclude and opts.exclude_k:
+        raise InputError("--exclude and --exclude-k both choose the images to leave out; use one of them")
+    if opts.exclude_k:
+        return forget_set.choose_forget(num_images, opts.exclude_k, opts.exclude_seed)
+    return forget_set.read_forget(opts.exclude, num_images) if opts.exclude else None

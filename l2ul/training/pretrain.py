@@ -1,0 +1,133 @@
+"""Train a classifier on a data set and save its weights where unlearning finds them."""
+
+from collections.abc import Callable
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from l2ul import Progress
+from l2ul.common import distributed, seeds
+from l2ul.common.errors import InputError
+from l2ul.data.images import Images
+from l2ul.metrics import accuracy
+from l2ul.training import loop
+from l2ul.training.recipe import Recipe
+import models
+from models import checkpoint
+
+
+def pretrain(
+    images: Images,
+    model_name: str,
+    recipe: Recipe,
+    output: Path,
+    *,
+    device: torch.device,
+    seed: int,
+    excluded: Tensor | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    resume: bool = False,
+    test_batch_size: int = 256,
+    workers: int = 0,
+    on_epoch: Callable[[dict[str, float]], object] | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """Train a new classifier, save it to `output` and return its accuracy on the test images, in percent.
+
+    images    the data set; accuracy after each epoch is measured on its validation images if it has any, else on its
+              test images
+    seed      of the initial weights and of the training
+    excluded  indices (n,) of training images to leave out: the result is a retrained model, a reference for unlearning
+    mean, std of the input normalisation; None: those of the model family
+
+    The state of the training is kept in `state_file(output)` until the weights are saved; see `loop.fit` for it and for
+    the other arguments.
+    """
+    settings = saved_settings(images, model_name, recipe, seed, excluded)
+    if excluded is not None:
+        images = dataclasses.replace(
+            images, train=images.train.subset(accuracy.complement(excluded, len(images.train)))
+        )
+    images = images.to(device)
+    with seeds.fork_rng(device, seed, "first weights"):
+        classifier = models.build(model_name, images.num_classes, mean, std).to(device)
+    identity = {
+        "model": model_name,
+        "dataset": images.name,
+        "statistics": [mean, std],
+        "excluded": excluded.tolist() if excluded is not None else None,
+        "train_sha256": images.train_sha256,
+        "num_train": len(images.train),
+    } | images.settings
+    loop.fit(
+        classifier,
+        images.train,
+        images.validation or images.test,
+        recipe,
+        seed=seed,
+        state_file=state_file(output),
+        identity=identity,
+        resume=resume,
+        test_batch_size=test_batch_size,
+        workers=workers,
+        on_epoch=on_epoch,
+        progress=progress,
+    )
+    predictions = accuracy.predict(
+        classifier, images.test.images, batch_size=test_batch_size, workers=workers, shared=True
+    )
+    acc_test = accuracy.accuracy(predictions, images.test.labels.cpu())
+    if distributed.is_first():
+        models.save(classifier, output, settings | {"acc_test": acc_test})
+        state_file(output).unlink(missing_ok=True)
+    return acc_test
+
+
+def saved_settings(
+    images: Images, model_name: str, recipe: Recipe, seed: int, excluded: Tensor | None
+) -> dict[str, object]:
+    """Return the settings of a training that are saved with its weights."""
+    settings = {"dataset": images.name, "model": model_name, "seed": seed}
+    settings |= images.settings | dataclasses.asdict(recipe)
+    settings |= {"excluded": excluded.tolist()} if excluded is not None else {}
+    settings |= {"train_sha256": images.train_sha256} if images.train_sha256 else {}
+    return settings
+
+
+def check_settings(output: Path, settings: dict[str, object]) -> None:
+    """Raise InputError if the weights in `output` were trained with other settings."""
+    _, metadata = checkpoint.read(output)
+    for name, value in settings.items():
+        saved = checkpoint.metadata_value(metadata, name)
+        if saved not in (None, value):
+            difference = "other images" if name == "train_sha256" else f"{name} {saved}, not {value}"
+            raise InputError(
+                f"{output} was trained with {difference}; add --rerun to train it again, or choose another file with "
+                f"--output"
+            )
+
+
+def state_file(output: Path) -> Path:
+    """Return the file in which the state of a training is kept until its weights are saved to `output`."""
+    return output.with_suffix(".training.pt")
+
+
+def retrained_name(output: Path, excluded: Tensor) -> Path:
+    """Return the default file for a model that is trained without some images, next to `output`."""
+    digest = hashlib.sha256(excluded.sort().values.numpy().tobytes()).hexdigest()[:8]
+    return output.with_stem(f"{output.stem}_without_{len(excluded)}_{digest}")
+
+
+def describe_splits(images: Images) -> list[str]:
+    """Return sentences about the data set: its notes and, if it has a validation split, the images of each class."""
+    lines = list(images.notes)
+    if images.validation:
+        for name, split in (("train", images.train), ("validation", images.validation), ("test", images.test)):
+            counts = split.labels.bincount(minlength=images.num_classes).tolist()
+            classes = ", ".join(f"{label}: {count}" for label, count in zip(images.classes, counts, strict=True))
+            lines.append(f"{name} {len(split)} images ({classes})")
+    return lines

@@ -1,0 +1,98 @@
+"""The main_pretrain_*.py scripts: where weights are saved, excluded images, lines about epochs, bad input."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from l2ul.cli import pretrain_command
+from l2ul.data import datasets
+from l2ul.data.forget_set import choose_forget
+from l2ul.data.images import Split
+from l2ul.training.recipe import Recipe
+from models import checkpoint
+
+
+def head(split, count):
+    return Split(split.images[:count], split.labels[:count])
+
+
+@pytest.fixture
+def pretrain(script, tmp_path, monkeypatch):
+    """Call the command for a small net and 96 digits; return exit code, standard output and standard error."""
+    digits = datasets.load("digits", tmp_path)
+    few = dataclasses.replace(digits, train=head(digits.train, 96), test=head(digits.test, 32))
+    monkeypatch.setattr(datasets, "load", lambda *arguments, **options: few)
+
+    def call(*arguments):
+        recipe = Recipe(epochs=9, lr=0.1, crop_padding=2, flip=False)
+
+        def main():
+            pretrain_command.main("main_pretrain_x.py", "Train.", "digits", "resnet20", recipe)
+
+        return script(main, "--data-dir", tmp_path, "--epochs", 1, "--batch-size", 64, *arguments)
+
+    return call
+
+
+def test_weights_are_saved_where_unlearning_looks_for_them(pretrain, tmp_path):
+    code, out, err = pretrain("--lr", "1e-3")
+    assert code == 0, err
+    usual = tmp_path / "weights" / "digits_resnet20.safetensors"
+    assert usual.exists()
+    *_, last = out.splitlines()
+    assert re.fullmatch(rf"D_test [\d.]+ %: {re.escape(str(usual))}", last)
+    assert not list(usual.parent.glob("*.training.pt"))
+    metadata = checkpoint.read(usual)[1]
+    assert (metadata["lr"], metadata["epochs"], metadata["dataset"]) == ("0.001", "1", '"digits"')
+    assert float(last.split()[1]) == pytest.approx(float(metadata["acc_test"]), abs=0.005)
+    assert "exists; add --rerun" in pretrain("--lr", "1e-3")[1]
+    assert "was trained with lr 0.001, not 0.1; add --rerun" in pretrain("--lr", 0.1)[2]
+
+
+def test_a_retrained_model_has_a_file_of_its_own(pretrain, tmp_path):
+    weights = tmp_path / "weights"
+    (tmp_path / "out.txt").write_text("5\n1\n")
+    assert pretrain("--exclude", tmp_path / "out.txt")[0] == 0
+    assert "exists; add --rerun" in pretrain("--exclude", tmp_path / "out.txt")[1]
+    (retrained,) = weights.glob("digits_resnet20_without_2_*.safetensors")
+    assert checkpoint.read(retrained)[1]["excluded"] == "[5, 1]"
+    assert pretrain("--exclude-k", 3, "--exclude-seed", 7)[0] == 0
+    (chosen,) = weights.glob("digits_resnet20_without_3_*.safetensors")
+    assert json.loads(checkpoint.read(chosen)[1]["excluded"]) == choose_forget(96, 3, 7).tolist()
+    assert not (weights / "digits_resnet20.safetensors").exists()
+
+
+def test_each_epoch_has_a_line_with_rate_and_time_left(pretrain):
+    code, out, err = pretrain("--epochs", 2)
+    assert code == 0, err
+    first, second, _ = out.splitlines()
+    assert re.fullmatch(r"epoch 1/2: loss [\d.]+, D_test [\d.]+ %, [\d,]+ images/s, about [\d.]+ (s|min|h) left", first)
+    assert re.fullmatch(r"epoch 2/2: loss [\d.]+, D_test [\d.]+ %, [\d,]+ images/s", second)
+
+
+def test_rate_and_time_left_are_means_over_the_epochs_of_this_process(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(pretrain_command.time, "monotonic", lambda: now[0])
+    lines = pretrain_command.EpochLines(10, 6000, "validation")
+    now[0] += 60
+    row = {"epoch": 7, "loss": 0.5, "acc": 71.2}  # the first epoch after --resume
+    assert lines.line(row) == "epoch 7/10: loss 0.5000, validation 71.20 %, 100 images/s, about 3 min left"
+    now[0] += 180
+    row = {"epoch": 8, "loss": 0.5, "acc": 71.2}
+    assert lines.line(row) == "epoch 8/10: loss 0.5000, validation 71.20 %, 50 images/s, about 4 min left"
+
+
+def test_bad_input_is_one_sentence(pretrain, tmp_path):
+    (tmp_path / "out.txt").write_text("5\n1\n")
+    for arguments, expected in (
+        (["--exclude", tmp_path / "none.txt"], 2),
+        (["--exclude", tmp_path / "out.txt", "--exclude-k", 3], 2),
+        (["--exclude-k", 96], 2),
+        (["--output", tmp_path / "net.pt"], 2),
+        (["--model", "hf:somewhere"], 2),
+        (["--lr", "1e30", "--rerun"], 1),
+    ):
+        code, _, err = pretrain(*arguments)
+        assert (code, err.count("\n")) == (expected, 1)

@@ -1,0 +1,75 @@
+"""Random forget sets, files of indices and of new labels."""
+
+import pytest
+import torch
+
+from l2ul.common.errors import InputError
+from l2ul.data import forget_set
+
+
+def test_random_forget_sets_of_a_seed_are_nested():
+    many = forget_set.choose_forget(1000, 256, seed=5)
+    torch.manual_seed(5)
+    assert torch.equal(many, torch.randperm(1000)[:256])  # as the released scripts choose
+    for k in (1, 16, 64):
+        assert torch.equal(forget_set.choose_forget(1000, k, seed=5), many[:k])
+    assert not torch.equal(forget_set.choose_forget(1000, 256, seed=6), many)
+    for k in (0, -3, 1000, 1001):
+        with pytest.raises(InputError, match=f"k is {k}; expected 1 to 999"):
+            forget_set.choose_forget(1000, k, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("1\ntwo\n", "line 2 .* is 'two'; expected a whole number"),
+        ("1\n2.5\n", "line 2 .* is '2.5'"),
+        ("4\n7\n4\n", "index 4 more than once"),
+        ("4\n10\n", "index 10; expected 0 to 9"),
+        ("-1\n", "index -1; expected 0 to 9"),
+        ("99999999999999999999\n", "expected a whole number"),
+        ("".join(f"{i}\n" for i in range(10)), "lists all 10 training images"),
+        ("\n \n", "is empty"),
+    ],
+)
+def test_a_bad_forget_file_raises_input_error(tmp_path, text, complaint):
+    path = tmp_path / "forget.txt"
+    path.write_text(text)
+    with pytest.raises(InputError, match=complaint):
+        forget_set.read_forget(path, 10)
+
+
+def test_an_unreadable_forget_file_raises_input_error(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
+    for path in (tmp_path / "none.txt", tmp_path, tmp_path / "binary"):
+        with pytest.raises(InputError, match=f"cannot read the forget file {path}"):
+            forget_set.read_forget(path, 10)
+
+
+def test_a_forget_file_keeps_its_order(tmp_path):
+    path = tmp_path / "forget.txt"
+    path.write_text("7\n\n3\n9")
+    assert forget_set.read_forget(path, 10).tolist() == [7, 3, 9]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("1\n2\n", "has 2 labels, but D_f has 3 images"),
+        ("1\n2\n5\n", "label 5; expected a class, 0 to 4"),
+        ("1\n1\n3\n", "label 2 of .* is the image's true label 1"),
+    ],
+)
+def test_a_bad_relabel_file_raises_input_error(tmp_path, text, complaint):
+    path = tmp_path / "labels.txt"
+    path.write_text(text)
+    with pytest.raises(InputError, match=complaint):
+        forget_set.read_new_labels(path, torch.tensor([0, 1, 2]), 5)
+
+
+def test_random_new_labels_are_other_classes_and_nested():
+    labels = torch.arange(300) % 10
+    new = forget_set.random_new_labels(labels, 10, seed=2)
+    assert (new != labels).all()
+    assert set(new.tolist()) == set(range(10))
+    assert torch.equal(forget_set.random_new_labels(labels[:16], 10, seed=2), new[:16])
