@@ -22,6 +22,7 @@ from l2ul.common.choices import GOALS
 from l2ul.common.files import atomic
 from l2ul.experiments import defaults
 from l2ul.metrics import columns
+from l2ul.metrics.columns import Column
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -364,13 +365,17 @@ def table(records: list[Record]) -> pd.DataFrame:
         if column.key in frame and (column.key in ACCURACIES or frame[column.key].notna().any())
     ]
     for (method, k), runs in frame.groupby(["method", "k"], sort=False):
-        row = {"method": method, "k": k} | {f"{column.heading} %": _mean(runs[column.key]) for column in shown}
+        row = {"method": method, "k": k} | {_heading(column): _mean(runs[column.key]) for column in shown}
         row["steps"] = _mean(runs["steps"])
         row["seconds"] = _mean(runs.filter(like="seconds_").sum(axis=1))
         counts = runs["status"][runs["status"].isin(NOT_FORGOTTEN)].value_counts()
         row["not forgotten"] = ", ".join(f"{count} {status}" for status, count in counts.items())
         rows.append(row | {"runs": len(runs)})
     return pd.DataFrame(rows)
+
+
+def _heading(column: Column) -> str:
+    return f"{column.heading} %" if column.key.startswith("acc_") else column.heading
 
 
 def _mean(values: pd.Series) -> str:

@@ -1,7 +1,7 @@
 """The columns of every table: one list, from which Markdown, CSV, LaTeX and the table on the screen are made.
 
-To show another value of the records, add a `Column` to COLUMNS, or call `register` for a metric of your own. The order
-of the list is the order in the tables. This module does not import torch.
+To show another value of the records, add a `Column` below. For a metric of your own, pass the fields of its column to
+`l2ul.metrics.registry.metric`. The order here is the order in the tables. This module does not import torch.
 """
 
 from collections.abc import Iterable
@@ -48,16 +48,20 @@ class Column:
 
 
 COLUMNS: dict[str, Column] = {}
+RESERVED = {  # keys that a metric of your own cannot have; the keys of the columns below are added
+    *("acc_forget_before", "acc_retain_before", "acc_test_before", "acc_forget_earlier_before"),
+    *("acc_retain_low", "acc_retain_high"),
+}
 
 
 def register(column: Column) -> Column:
-    """Add a column after the others, or replace the one with the same key. Return it.
+    """Add a column of your own after the others, and return it. An earlier column with the same key is replaced.
 
     Raises:
-        ValueError: if the key begins with neither `acc_` nor `metric_`.
+        ValueError: if the key is one of RESERVED, or begins with neither `acc_` nor `metric_`.
     """
-    if not column.key.startswith(("acc_", "metric_")):
-        raise ValueError(f"a column has the key {column.key!r}; expected one that begins with acc_ or metric_")
+    if column.key in RESERVED or not column.key.startswith(("acc_", "metric_")):
+        raise ValueError(f"a metric is called {column.key!r}; expected a new name that begins with acc_ or metric_")
     COLUMNS[column.key] = column
     return column
 
@@ -218,3 +222,5 @@ for _column in (
     Column("metric_near_duplicates", "near-duplicates", "images of D_r that nearly equal an image of D_f", digits=1),
 ):
     register(_column)
+
+RESERVED.update(COLUMNS)

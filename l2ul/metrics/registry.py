@@ -1,13 +1,13 @@
 """What is measured of a run: accuracies on D_f, D_r and D_test before and after, and the classes they come from."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from torch import Tensor, nn
 
 from l2ul.data import images as image_sets
-from l2ul.experiments.records import KEYS
+from l2ul.metrics import columns
 
 Value = TypeVar("Value")
 
@@ -70,13 +70,13 @@ Metric = Callable[[Measured], float]
 METRICS: dict[str, Metric] = {}  # beside the accuracies, under their names in every record
 
 
-def metric(name: str) -> Callable[[Metric], Metric]:
+def metric(name: str, **column: object) -> Callable[[Metric], Metric]:
     """Register the function below as the metric `name`: acc_… for a percentage, metric_… for any other number.
 
-    The record has null for it where a run diverged or the number is not finite.
+    The record has null for it where a run diverged or the number is not finite. `column` takes fields of
+    `columns.Column`, such as heading, legend, digits and better: how the tables show the metric.
     """
-    if name in KEYS or not name.startswith(("acc_", "metric_")):
-        raise ValueError(f"a metric is called {name!r}; expected a new name that begins with acc_ or metric_")
+    columns.register(replace(columns.default(name), **column))
 
     def register(function: Metric) -> Metric:
         METRICS[name] = function

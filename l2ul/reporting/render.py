@@ -254,8 +254,8 @@ def _note_on_bold(rows: pd.DataFrame) -> list[str]:
         return []
     compared = [columns.get(name).heading for name in columns.ordered(rows["metric"]) if columns.get(name).compared]
     return [
-        f"**Bold**: the best {' and '.join(compared)} of a column, among rows that forgot all of D_f in every run and "
-        f"do not train on D_r. `before` and published numbers are not compared."
+        f"**Bold**: the best value of a column ({', '.join(compared)}), among rows that forgot all of D_f in every "
+        f"run and do not train on D_r. `before` and published numbers are not compared."
     ]
 
 
