@@ -1,15 +1,20 @@
-"""Records: whole or absent, found again, and the table made from them."""
+"""Test records: their schema, their files, and the table on the screen."""
 
 import json
 
+from conftest import ROOT
 import numpy as np
 import pytest
 import torch
 
 from l2ul.common import files
 from l2ul.experiments import records
+from l2ul.reporting import read_records
 
 RECORD = dict.fromkeys(records.KEYS) | {
+    "dataset": "cifar10",
+    "model": "resnet20",
+    "goal": "misclassify",
     "method": "adv",
     "k": 2,
     "seed": 0,
@@ -26,7 +31,7 @@ RECORD = dict.fromkeys(records.KEYS) | {
 }
 
 
-def test_id_depends_on_every_setting_and_on_nothing_else():
+def test_id_depends_on_every_setting_but_not_on_their_order():
     settings = {"method": "adv", "k": 16, "pgd_eps": 4.0, "reg_lamb": None}
     first = records.run_id(settings)
     assert first == records.run_id(dict(reversed(settings.items())))
@@ -36,7 +41,7 @@ def test_id_depends_on_every_setting_and_on_nothing_else():
         records.run_id(settings | {"pgd_eps": float("nan")})
 
 
-def test_writes_everything_of_a_run(tmp_path):
+def test_writes_all_files_of_a_run(tmp_path):
     run = records.RunFiles(tmp_path, "abc")
     assert run.read() is None
     predictions = {"forget_before": torch.tensor([3, 9]), "test_after": torch.tensor([1, 999])}
@@ -87,7 +92,7 @@ def test_atomic_keeps_the_old_file_when_the_new_one_fails(tmp_path):
     assert list((tmp_path / "folder").iterdir()) == []
 
 
-def test_removes_what_killed_processes_left(tmp_path):
+def test_removes_partial_files_of_killed_processes(tmp_path):
     (tmp_path / ".a.json.0123.part").touch()
     (tmp_path / ".b.0123.part").mkdir()
     (tmp_path / "c.json").touch()
@@ -97,7 +102,7 @@ def test_removes_what_killed_processes_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
 
 
-def test_table_gives_means_over_seeds_and_points_at_runs_that_did_not_forget():
+def test_table_has_means_over_seeds_and_counts_runs_that_did_not_forget():
     none = {"acc_forget": None, "acc_retain": None, "acc_test": None}
     table = records.table(
         [
@@ -116,11 +121,46 @@ def test_table_gives_means_over_seeds_and_points_at_runs_that_did_not_forget():
     assert (second["D_test %"], second["runs"], second["not forgotten"]) == ("-", 1, "1 diverged")
 
 
-def test_reference_records_are_whole():
-    from conftest import ROOT
-
-    for path in (ROOT / "result_data" / "reference").glob("*/runs/*.json"):
+def test_reference_records_follow_the_schema():
+    paths = sorted((ROOT / "result_data" / "reference").glob("*/runs/*.json"))
+    assert len(paths) >= 119
+    for path in paths:
         record = json.loads(path.read_text())
+        assert list(records.problems(record)) == []
         assert list(record)[: len(records.KEYS)] == list(records.KEYS)
-        assert record["status"] in records.STATUSES
+        assert set(record) <= set(records.SCHEMA)
         assert record["device"]
+    found, problems = read_records.read([ROOT / "result_data" / "reference"])
+    assert (len(found), problems) == (len(paths), [])
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"k": True}, "k is true; expected an integer of at least 1"),
+        ({"seed": -1}, "seed is -1; expected an integer of at least 0"),
+        ({"acc_test": 101}, "acc_test is 101; expected a percentage from 0 to 100 or null"),
+        ({"pgd_eps": "4"}, 'pgd_eps is "4"; expected a number or null'),
+        ({"needs_retain": 0}, "needs_retain is 0; expected true or false or null"),
+        ({"std": "1 nan 1"}, 'std is "1 nan 1"; expected text that holds numbers separated by spaces or null'),
+        ({"acc_mine": -1}, "acc_mine is -1; expected a percentage from 0 to 100 or null"),
+        ({"anything": {}}, "anything is {}; expected a single value or null"),
+        ({"status": "cap", "acc_forget": None}, "acc_forget is null but status is cap; expected a percentage"),
+    ],
+)
+def test_a_value_that_breaks_the_schema_is_one_sentence(change, problem):
+    assert list(records.problems(RECORD)) == []
+    assert list(records.problems(RECORD | change)) == [problem]
+
+
+def test_a_failed_run_follows_the_schema():
+    settings = {name: RECORD[name] for name in records.IDENTITY if name in RECORD}
+    record = records.failure(settings, ["metric_distance"], "RuntimeError: no")
+    assert list(records.problems(record)) == []
+    assert (record["status"], record["error"], record["acc_test"]) == ("failed", "RuntimeError: no", None)
+
+
+def test_settings_are_the_keys_that_the_schema_or_the_method_declares():
+    record = RECORD | {"hostname": "a", "mine": 3, "device": "cuda", "pgd_eps": 2.0}
+    assert records.settings(record) == {"checkpoint_sha256": None, "pgd_eps": 2.0}
+    assert records.settings(record | {"method_settings": "mine theirs"})["mine"] == 3

@@ -16,7 +16,7 @@ import main_tables
 folder, tables = tabled.folder, tabled.tables  # fixtures
 
 
-def test_mean_deviation_and_the_best_in_bold(folder, tables, tmp_path):
+def test_mean_deviation_and_bold_for_the_best(folder, tables, tmp_path):
     folder(
         BEFORE,
         {"acc_test": 72.0},
@@ -42,7 +42,7 @@ def test_mean_deviation_and_the_best_in_bold(folder, tables, tmp_path):
     assert csv(tmp_path)["bold"].sum() == 2
 
 
-def test_runs_that_did_not_forget_are_marked_and_never_averaged_in(folder, tables, tmp_path):
+def test_runs_that_did_not_forget_are_marked_and_not_averaged(folder, tables, tmp_path):
     diverged = {"status": "diverged"} | NONE
     folder(
         *({"seed": seed} for seed in range(3)),
@@ -86,19 +86,19 @@ def test_other_settings_and_weights_are_rows_of_their_own(folder, tables):
     assert "## Missing" not in markdown  # rows with brackets are extras
 
 
-def test_of_two_settings_as_common_the_default_is_the_plain_row(folder, tables):
+def test_of_two_equally_frequent_settings_the_default_is_the_main_row(folder, tables):
     folder({"bn": "eval", "acc_test": 20.0}, {})
     assert cells(tables(), "adv (bn=eval)")[2] == "20.00"
 
 
-def test_two_runs_of_a_seed_are_not_two_seeds(folder, tables):
+def test_two_forget_sets_of_a_seed_have_rows_of_their_own(folder, tables):
     folder({"forget_sha256": "a" * 64}, {"forget_sha256": "b" * 64, "acc_test": 60.0})
     markdown = tables()
     assert cells(markdown, "adv (D_f aaaaaaaaaaaa)")[2] == "**70.00**"
     assert cells(markdown, "adv (D_f bbbbbbbbbbbb)")[2] == "60.00"
 
 
-def test_published_figures_stand_below_ours_with_their_source(folder, tables, tmp_path):
+def test_published_accuracies_stand_below_ours_with_their_source(folder, tables, tmp_path):
     at = {"model": "resnet18", "k": 256, "acc_test": 46.0}
     folder(at | {"method": "adv_imp"}, at, at | {"k": 16})
     markdown = tables()
@@ -123,7 +123,7 @@ def test_published_figures_stand_below_ours_with_their_source(folder, tables, tm
 @pytest.mark.parametrize(
     "change", [{"goal": "relabel", "acc_relabel": 100.0}, {"k": 128}, {"model": "resnet20"}, {"dataset": "other"}]
 )
-def test_nothing_is_said_to_be_published_elsewhere(folder, tables, change):
+def test_published_accuracies_are_shown_for_their_experiment_only(folder, tables, change):
     folder({"model": "resnet18", "k": 256} | change)
     assert "published¹" not in tables()
 
@@ -136,7 +136,7 @@ def test_relabelling_and_other_goals_have_tables_of_their_own(folder, tables):
     assert cells(second, "adv") == ["0.00", "100.00", "**80.00**", "**60.00**"]
 
 
-def test_continual_runs_have_a_row_a_step(folder, tables):
+def test_continual_runs_have_a_row_for_each_step(folder, tables):
     steps = [{"continual_step": n, "continual_size": 8, "k": 8 * n, "acc_forget_earlier": None} for n in (1, 2)]
     steps[1]["acc_forget_earlier"] = 12.5
     folder(*steps, {}, *(step | {"seed": 1, "acc_forget_earlier": step["k"] - 3.5} for step in steps[1:]))
@@ -151,7 +151,7 @@ def test_continual_runs_have_a_row_a_step(folder, tables):
     assert "--continual-step 8" in markdown.split("```bash")[1]
 
 
-def test_age_groupings_and_samples_of_the_rest_are_told(folder, tables):
+def test_age_groupings_and_samples_of_the_retain_set_are_named(folder, tables):
     age = {"dataset": "utkface", "model": "resnet18_cifar100"}
     folder(
         age | {"age_grouping": "TNN"},
@@ -163,7 +163,7 @@ def test_age_groupings_and_samples_of_the_rest_are_told(folder, tables):
     assert "resnet18_cifar100: D_r is measured on a random sample of 500 of its images, within ± 2.00" in markdown
 
 
-def test_the_same_whatever_the_order_and_place_of_files(folder, tables, tmp_path):
+def test_the_order_of_files_does_not_matter(folder, tables, tmp_path):
     changes = [
         {"seed": s, "k": k, "acc_test": 70.1 + s, "bn": b} for s in (0, 1) for k in (16, 64) for b in ("train", "eval")
     ]
@@ -175,7 +175,7 @@ def test_the_same_whatever_the_order_and_place_of_files(folder, tables, tmp_path
     assert tables() == first
 
 
-def test_latex_and_csv_are_whole(folder, tables, tmp_path):
+def test_latex_and_csv_are_complete(folder, tables, tmp_path):
     folder(
         {"dataset": "my_data & co", "acc_forget": 50.0, "status": "cap"},
         {"method": "adv_imp", "dataset": "my_data & co"},
@@ -205,7 +205,50 @@ def test_the_reference_records_make_a_table(script, tmp_path):
     assert cells(out, "adv")[:3] == [f"{adv[key]:.2f}" for key in ("acc_forget", "acc_retain", "acc_test")]
 
 
-def test_records_older_than_a_setting_had_its_default(folder, tables):
+def test_unknown_keys_and_facts_of_the_machine_change_no_table(folder, tables, tmp_path):
+    runs = [{"seed": seed, "k": k, "acc_test": 70.0 + seed} for seed in range(3) for k in (16, 64)]
+    folder(*runs)
+    before = tables(), csv(tmp_path)
+    for path in (tmp_path / "runs").iterdir():
+        path.unlink()
+    added = ({"hostname": "a"}, {"hostname": "b", "cuda_driver": 550.54}, {}, {"device": "cuda", "python": "3.13.0"})
+    folder(*(run | added[place % 4] for place, run in enumerate(runs)))
+    assert tables() == before[0]
+    assert csv(tmp_path).equals(before[1])
+
+
+def test_a_key_is_a_setting_only_if_the_record_or_the_schema_says_so(folder, tables):
+    own = {"method": "bounded", "method_settings": "margin"}
+    folder(
+        own | {"margin": 1.0, "loss": 3.0},
+        own | {"margin": 2.0, "seed": 1, "loss": 4.0},
+        own | {"margin": 1.0, "seed": 2},
+    )
+    markdown = tables()
+    assert cells(markdown, "bounded")[2] == "**70.00 ± 0.00**"
+    assert cells(markdown, "bounded (margin=2)")[2] == "**70.00** (n=1)"
+    assert "loss=" not in markdown
+
+
+def numbers(markdown: str) -> list[list[str]]:
+    """Return the lines of all tables without their headings."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line[:1] == "|"]
+    return [row for row in rows if row[0] not in ("", "method") and not row[0].startswith(":--")]
+
+
+@pytest.mark.parametrize("name", ["cifar10_resnet20", "cifar10_resnet20_compare", "utkface"])
+def test_the_committed_tables_are_reproduced(script, tmp_path, name):
+    folder = f"result_data/reference/{name}"
+    code, out, _ = script(main_tables.main, "--result-dir", folder, "--output", tmp_path)
+    assert code == 0
+    committed = ROOT / folder / "tables"
+    assert numbers(out) == numbers((committed / "table.md").read_text())
+    for file in ("table.md", "table.tex"):
+        assert (tmp_path / file).read_text() == (committed / file).read_text()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "table.csv"), pd.read_csv(committed / "table.csv"))
+
+
+def test_older_records_have_the_default_of_a_later_setting(folder, tables):
     folder({}, {"seed": 1, "adv_dtype": "float32"}, {"seed": 2, "adv_dtype": "uint8"})
     markdown = tables()
     assert cells(markdown, "adv")[2] == "**70.00 ± 0.00**"
