@@ -1,4 +1,4 @@
-"""`distill`: its terms against closed values and torch's own, its mixes, its cycles, and what it does to nets."""
+"""`distill`: its loss, mixes, teacher and schedule, and its effect on models."""
 
 from dataclasses import replace
 import math
@@ -22,7 +22,8 @@ FAST = Settings(distill_steps=40, distill_mixes=16, distill_lr=3e-3, distill_for
 
 
 @pytest.fixture
-def request_(trained):
+def inputs(trained):
+    """Return model, D_f and method as keyword arguments of `unlearn`."""
     model, images, labels = trained
     return {"model": model, "images": images[:K], "labels": labels[:K], "method": "distill"}
 
@@ -31,40 +32,40 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_margin_loss_equals_values_worked_out_by_hand():
+def test_margin_loss_equals_hand_computed_values():
     logits = torch.tensor([[2.0, 1.0, -1.0], [0.0, 0.5, 0.1], [0.0, 0.4, 0.3]])
     labels = torch.tensor([0, 0, 0])
-    away = objective.margin_loss(logits, labels, "misclassify", 0.3)
-    assert away.tolist() == pytest.approx([1.3, 0.0, 0.0])  # 2 - 1 + 0.3; led by 0.5; led by 0.4
-    toward = objective.margin_loss(logits, labels, "relabel", 0.3)
-    assert toward.tolist() == pytest.approx([0.0, 0.8, 0.7])
+    misclassify = objective.margin_loss(logits, labels, "misclassify", 0.3)
+    assert misclassify.tolist() == pytest.approx([1.3, 0.0, 0.0])  # 2 - 1 + 0.3; another logit leads by 0.5; by 0.4
+    relabel = objective.margin_loss(logits, labels, "relabel", 0.3)
+    assert relabel.tolist() == pytest.approx([0.0, 0.8, 0.7])
 
 
-def test_margin_loss_pulls_with_a_bounded_gradient_until_the_margin_is_reached():
+def test_margin_loss_has_a_bounded_gradient_that_is_zero_beyond_the_margin():
     logits = torch.tensor([[50.0, 0.0, 1.0], [0.0, 1.0, 0.0]], requires_grad=True)
     objective.margin_loss(logits, torch.tensor([0, 0]), "misclassify", 0.3).sum().backward()
     assert logits.grad.tolist() == [[1.0, 0.0, -1.0], [0.0, 0.0, 0.0]]
 
 
-def test_divergence_is_the_mean_kl_of_torch_distributions():
-    now, then = (torch.randn(6, 5, generator=generator(seed)) for seed in (0, 1))
+def test_kl_divergence_equals_that_of_torch_distributions():
+    logits, original = (torch.randn(6, 5, generator=generator(seed)) for seed in (0, 1))
     categorical = torch.distributions.Categorical
-    expected = torch.distributions.kl_divergence(categorical(logits=then), categorical(logits=now)).mean()
-    assert objective.kl_divergence(now, then).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert objective.kl_divergence(then + 3.0, then).item() == pytest.approx(0.0, abs=1e-6)
+    expected = torch.distributions.kl_divergence(categorical(logits=original), categorical(logits=logits)).mean()
+    assert objective.kl_divergence(logits, original).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert objective.kl_divergence(original + 3.0, original).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_feature_gap_is_the_part_of_the_variance_that_is_lost_whatever_the_scale():
-    then = torch.tensor([[0.0, 2.0], [4.0, 6.0]])  # variance 5
-    gap = objective.feature_gap([then + 1.0, 10 * then - 20.0], [then, 10 * then], [5.0, 500.0])
+def test_feature_gap_is_relative_to_the_variance():
+    original = torch.tensor([[0.0, 2.0], [4.0, 6.0]])  # variance 5
+    gap = objective.feature_gap([original + 1.0, 10 * original - 20.0], [original, 10 * original], [5.0, 500.0])
     assert gap.item() == pytest.approx((1 / 5 + 4 / 5) / 2)
 
 
-def test_mixes_blend_two_different_images_in_the_parts_that_are_said():
+def test_mixes_blend_two_different_images_with_weights_of_the_documented_range():
     images = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 16, 16)  # one red, one green, one blue
     blended = mixes(images, 200, generator())
     assert blended.shape == (200, 3, 16, 16)
-    inside = blended[:, :, 8, 8]  # a shift of 2 leaves the centre alone
+    inside = blended[:, :, 8, 8]  # a shift of 2 does not change the centre
     assert torch.allclose(inside.sum(1), torch.ones(200))
     assert ((inside > 0).sum(1) == 2).all()
     assert inside[inside > 0].min() >= 0.3 - 1e-6
@@ -74,7 +75,7 @@ def test_mixes_blend_two_different_images_in_the_parts_that_are_said():
     assert torch.equal(mixes(images, 5, generator(1)), mixes(images, 5, generator(1)))
 
 
-def test_one_image_is_mixed_with_itself_upside_down():
+def test_a_single_image_is_mixed_with_itself_rotated_by_180_degrees():
     image = torch.zeros(1, 3, 7, 7)  # too small to be shifted
     image[0, :, 0, 3] = 1
     for mix in mixes(image, 20, generator()):
@@ -82,7 +83,7 @@ def test_one_image_is_mixed_with_itself_upside_down():
         assert 0.3 - 1e-6 <= mix[0, 0, 3] <= 0.7 + 1e-6
 
 
-def test_given_tells_what_layers_take_and_leaves_no_hook(trained):
+def test_logits_and_inputs_returns_layer_inputs_and_removes_its_hooks(trained):
     model, images, _ = trained
     x = images[:5] / 255
     logits, (second, last) = activations.logits_and_inputs(model, x, ["features.3", "head"])
@@ -101,33 +102,33 @@ def test_given_tells_what_layers_take_and_leaves_no_hook(trained):
         ("squeezenet1_1", "net.classifier.2"),
     ],
 )
-def test_last_map_is_what_is_pooled_for_the_classifying_layer(name, last):
+def test_last_spatial_module_gives_the_features_before_pooling(name, last):
     model = models.build(name, CLASSES)
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert activations.last_spatial_module(model, images) == last
-    _, (found,) = activations.logits_and_inputs(model.eval(), images, [], last)
-    assert found.ndim == 4
-    assert found.shape[2:].numel() > 1
+    _, (features,) = activations.logits_and_inputs(model.eval(), images, [], last)
+    assert features.ndim == 4
+    assert features.shape[2:].numel() > 1
 
 
-def test_a_net_that_tells_no_places_apart_has_no_last_map():
+def test_a_model_without_spatial_features_has_no_last_spatial_module():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
     images = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     assert activations.last_spatial_module(model, images) is None
     assert len(distill.Teacher(model, images).variances) == 1
 
 
-def test_teacher_holds_what_layers_are_given_and_the_last_map_as_they_were(trained):
+def test_teacher_measures_gaps_of_layer_inputs_and_of_the_last_feature_map(trained):
     model, images, _ = trained
     x = images[:5] / 255
     teacher = distill.Teacher(model, x)
     assert teacher.layers == ["features.3", "head"]
     assert len(foldable(teacher.model, x)) == 2
-    assert teacher.last == "features.5"  # the last ReLU: behind it, no place is told apart
-    _, found = activations.logits_and_inputs(model, x, teacher.layers, teacher.last)
+    assert teacher.last == "features.5"  # the last ReLU, before the features are flattened
+    _, features = activations.logits_and_inputs(model, x, teacher.layers, teacher.last)
     with torch.no_grad():
-        assert torch.allclose(found[-1], model.features[:6](x))
-    assert teacher.variances == pytest.approx([layer.var(correction=0).item() for layer in found], rel=1e-5)
+        assert torch.allclose(features[-1], model.features[:6](x))
+    assert teacher.variances == pytest.approx([layer.var(correction=0).item() for layer in features], rel=1e-5)
     assert [gap.item() for gap in teacher.gaps(model, x)] == pytest.approx([0.0, 0.0], abs=1e-6)
     with torch.no_grad():
         model.head.bias[0] += 1.0
@@ -136,14 +137,14 @@ def test_teacher_holds_what_layers_are_given_and_the_last_map_as_they_were(train
     assert logits > 1e-3
     assert layers > 1e-3
     nn.init.zeros_(model.features[1].weight)
-    nn.init.zeros_(model.features[1].bias)  # what the second convolution is given is 0 for every image
+    nn.init.zeros_(model.features[1].bias)  # the input of the second convolution is 0 for every image
     constant = distill.Teacher(model, x)
     assert constant.variances[0] == math.inf
     nn.init.ones_(model.features[1].bias)
     assert all(gap.isfinite() for gap in constant.gaps(model, x))
 
 
-def test_features_of_large_images_are_averaged_over_positions(monkeypatch):
+def test_large_features_are_averaged_over_positions(monkeypatch):
     monkeypatch.setattr("l2ul.common.activations.LARGEST", 10)
     maps, tokens = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 3)
     assert torch.equal(activations.pooled(maps), maps.mean((2, 3)))
@@ -151,7 +152,7 @@ def test_features_of_large_images_are_averaged_over_positions(monkeypatch):
     assert activations.pooled(maps[:, :, :1, :1]).shape == (2, 3, 1, 1)
 
 
-def test_one_cycle_rises_for_three_tenths_and_ends_near_zero():
+def test_one_cycle_rises_for_30_percent_and_ends_near_zero():
     rates = [distill.one_cycle(step, 100) for step in range(200)]
     assert max(rates) == pytest.approx(1.0, abs=1e-3)
     assert rates.index(max(rates)) in (29, 30)
@@ -161,7 +162,7 @@ def test_one_cycle_rises_for_three_tenths_and_ends_near_zero():
     assert rates[100:] == rates[:100]
 
 
-def test_a_step_takes_only_images_that_are_left_and_weighs_them_by_their_number(trained):
+def test_a_step_uses_the_remaining_images_and_weights_the_loss_by_their_number(trained):
     model, images, labels = trained
     forget = objective.Forget(images[:K] / 255, labels[:K])
     logits = torch.zeros(K, CLASSES)
@@ -179,51 +180,51 @@ def test_a_step_takes_only_images_that_are_left_and_weighs_them_by_their_number(
     step = steps.next_step()
     assert sorted(step.forget.labels.tolist()) == sorted(labels[[0, 2, 3]].tolist())
     assert step.forget_weight == pytest.approx(2 * 3 / 8)
-    assert steps.next_step().forget_weight == pytest.approx(4 * 3 / 8), "it does not grow"
+    assert steps.next_step().forget_weight == pytest.approx(4 * 3 / 8)
     terms = registry.get("distill").terms(step)
     assert terms["logits"].item() == pytest.approx(0.0, abs=1e-6)
     assert terms["features"].item() == pytest.approx(0.0, abs=1e-6)
     expected = objective.margin_loss(model(step.forget.images), step.forget.labels, "misclassify", 0.3).mean()
     assert terms["forget"].item() == pytest.approx(2 * 3 / 8 * expected.item(), rel=1e-6)
-    done = procedure(logits.roll(1, 1)).next_step()
-    assert len(done.forget.labels) == 0
+    forgotten = procedure(logits.roll(1, 1)).next_step()
+    assert len(forgotten.forget.labels) == 0
     logits[torch.arange(K), labels[:K]] = torch.tensor([4.9, -9.0, -9.0, -9.0])
-    barely = torch.where(logits == 4.9, -0.1, logits)  # all forgotten, one by less than the margin
+    barely = torch.where(logits == 4.9, -0.1, logits)  # all are forgotten, one of them within the margin
     assert procedure(barely).next_step().forget_weight == pytest.approx(1 / 8)
-    assert registry.get("distill").terms(done)["forget"].item() == 0.0
+    assert registry.get("distill").terms(forgotten)["forget"].item() == 0.0
 
 
-def test_forgets_at_the_end_of_a_cycle_and_keeps_batch_norm_and_the_original(request_):
-    original = {name: tensor.clone() for name, tensor in request_["model"].state_dict().items()}
-    outcome = unlearn(**request_, settings=FAST)
+def test_distill_forgets_at_the_end_of_a_cycle_and_keeps_batch_norm_statistics(inputs):
+    original = {name: tensor.clone() for name, tensor in inputs["model"].state_dict().items()}
+    outcome = unlearn(**inputs, settings=FAST)
     assert (outcome.status, outcome.steps % 40) == ("forgotten", 0)
-    assert any(row["forgotten"] == 100 for row in outcome.curve[:-1]), "it stopped at once"
+    assert any(row["forgotten"] == 100 for row in outcome.curve[:-1])
     with torch.inference_mode():
-        called = outcome.model(request_["images"] / 255).argmax(1)
-    assert (called != request_["labels"]).all()
+        predictions = outcome.model(inputs["images"] / 255).argmax(1)
+    assert (predictions != inputs["labels"]).all()
     assert not outcome.model.training
     for name, tensor in outcome.model.state_dict().items():
-        assert torch.equal(request_["model"].state_dict()[name], original[name])
+        assert torch.equal(inputs["model"].state_dict()[name], original[name])
         if "running" in name:
             assert torch.equal(tensor, original[name]), name
-    again = unlearn(**request_, settings=FAST)
+    again = unlearn(**inputs, settings=FAST)
     assert again.curve == outcome.curve
 
 
-def test_keeps_more_than_gradient_ascent_does(request_, trained):
+def test_distill_keeps_more_accuracy_than_gradient_ascent(inputs, trained):
     model, images, labels = trained
-    others, known = images[K:] / 255, labels[K:]
+    others, true = images[K:] / 255, labels[K:]
     kept = {}
     for method in ("distill", "neggrad"):
         settings = Settings(distill_steps=60, distill_lr=3e-3, distill_mixes=32, batch_size=K, unlearn_lr=0.01)
-        outcome = unlearn(**request_ | {"method": method}, settings=settings)
+        outcome = unlearn(**inputs | {"method": method}, settings=settings)
         assert outcome.status == "forgotten"
         with torch.inference_mode():
-            kept[method] = (outcome.model(others).argmax(1) == known).float().mean().item()
+            kept[method] = (outcome.model(others).argmax(1) == true).float().mean().item()
     assert kept["distill"] > kept["neggrad"]
 
 
-def test_relabels_one_image_of_a_net_without_batch_norm():
+def test_distill_relabels_one_image_of_a_model_without_batch_norm():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, CLASSES))
     image = torch.rand(1, 3, 8, 8, generator=generator())
@@ -234,10 +235,10 @@ def test_relabels_one_image_of_a_net_without_batch_norm():
     assert torch.equal(outcome.model(image).argmax(1), new)
 
 
-def test_gives_up_after_its_cycles_and_says_so(request_):
+def test_distill_gives_up_after_its_cycles(inputs):
     settings = Settings(distill_steps=3, distill_cycles=2, distill_lr=1e-9, distill_mixes=4)
-    outcome = unlearn(**request_, settings=settings)
+    outcome = unlearn(**inputs, settings=settings)
     assert (outcome.status, outcome.steps) == ("cap", 6)
-    diverged = unlearn(**request_, settings=Settings(distill_lr=1e30, distill_mixes=4))
+    diverged = unlearn(**inputs, settings=Settings(distill_lr=1e30, distill_mixes=4))
     assert diverged.status == "diverged"
     assert not all(map(math.isfinite, diverged.curve[-1].values()))
