@@ -1,19 +1,23 @@
 """Loops that are interrupted and continued: the same result as without an interruption, for each looping method."""
 
 import dataclasses
+import functools
 import os
 import signal
 
 from conftest import CLASSES
+from helpers import load_records, without_costs
 import pytest
 import torch
 
 from l2ul import attack, importance
 from l2ul.data.forget_set import random_new_labels
 from l2ul.data.images import Split
+from l2ul.experiments import execution
 from l2ul.methods import checkpoint as checkpoints
 from l2ul.methods import registry
 from l2ul.methods.checkpoint import Checkpoint, fingerprint
+from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import EndlessBatches
 from l2ul.unlearn import Settings, unlearn
 
@@ -318,3 +322,36 @@ def test_fingerprints_differ_where_inputs_do():
     ]
     assert len({fingerprint(*part) for part in parts}) == len(parts)
     assert fingerprint(*parts[4]) == fingerprint({"a": tensor.clone()})
+
+
+def test_a_command_continues_from_the_state_beside_the_record(run, tmp_path, monkeypatch):
+    arguments = ["--method", "oracle", "distill", "--adv-batch-size", 16]
+    code, _, _ = run(*arguments, "--result-dir", tmp_path / "expected")
+    assert code == 0
+    measure, calls = ForgetMonitor.measure, []
+
+    def interrupt(monitor, step, terms):
+        calls.append(step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return measure(monitor, step, terms)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ForgetMonitor, "measure", interrupt)
+        patch.setattr(execution, "Checkpoint", functools.partial(Checkpoint, every=0.0))
+        assert run(*arguments)[0] == 130
+    (state,) = (tmp_path / "runs").iterdir()
+    assert state.name.endswith(".state.pt")
+    code, out, _ = run(*arguments, "--dry-run")
+    assert [line.split()[0] for line in out.splitlines() if "k = 2" in line] == ["resume", "to"]
+    code, out, _ = run(*arguments)
+    assert code == 0
+    assert f"continuing after step 3 from {state}" in out
+    assert not state.exists()
+    for file in (tmp_path / "expected" / "runs").iterdir():
+        if file.suffix in (".csv", ".txt"):
+            assert file.read_bytes() == (tmp_path / "runs" / file.name).read_bytes()
+    records, expected = load_records(tmp_path), load_records(tmp_path / "expected")
+    assert records.keys() == expected.keys()
+    for identity, record in records.items():
+        assert without_costs(record) == without_costs(expected[identity])
