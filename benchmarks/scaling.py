@@ -26,17 +26,18 @@ import l2ul  # noqa: F401, I001  # first: it sets the environment before torch i
 
 import pandas as pd
 
-from l2ul.sweeps import cluster
+from l2ul.sweeps import ray_cluster
 from l2ul.cli import ranges
 from l2ul.experiments import records
 from l2ul.cli import exit_codes
-from l2ul.sweeps import trials as sweep
+from l2ul.experiments.time_estimates import TimeEstimates
 from l2ul.common.files import atomic
 from l2ul.cli.parser import Parser, positive_int
 from l2ul.sweeps.trials import Trial
-import main_sweep
+from l2ul.sweeps import options as sweep_options
+from l2ul.sweeps.sweep import SweepRunner
+from l2ul.sweeps.worker import Workbench
 import main_tables
-from l2ul.sweeps import worker as main_trials
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "result_data/reference/cifar10_resnet20/runs"
@@ -90,12 +91,12 @@ def measure(count: int) -> dict[str, float]:
         settings = max(1, count // (SEEDS * len(SIZES) * len(METHODS)))
         words = ["--method", *METHODS, "--seed", f"0:{SEEDS - 1}:{SEEDS}", "--unlearn-k", *map(str, SIZES)]
         words += ["--unlearn-lr", f"1e-4:1e-2:log{settings}" if settings > 1 else "1e-3", "--result-dir", folder]
-        bench = main_trials.Bench()
-        asked = main_sweep.parse(words)
-        main_sweep.plan(asked, bench, [next(ranges.product(asked.axes))])  # loads data and classifier
-        trials, _ = timed("plan", main_sweep.plan, asked, bench, ranges.product(asked.axes))
-        make_up(trials, bench)
-        _, pending = timed("find what is done", main_sweep.plan, asked, bench, ranges.product(asked.axes))
+        sweep = sweep_options.parse(words)
+        runner = SweepRunner(sweep)
+        runner.plan([next(ranges.product(sweep.axes))])  # loads data and classifier
+        trials, _ = timed("plan", runner.plan, ranges.product(sweep.axes))
+        make_up(trials, runner.workbench)
+        _, pending = timed("find what is done", runner.plan, ranges.product(sweep.axes))
         assert len(pending) == 0
         timed("tables", main_tables.make, main_tables.parse(["--result-dir", folder]))
         timed(
@@ -107,12 +108,12 @@ def measure(count: int) -> dict[str, float]:
     return row
 
 
-def make_up(trials: list[Trial], bench: main_trials.Bench) -> None:
+def make_up(trials: list[Trial], workbench: Workbench) -> None:
     """A record of each trial, as if it had been run: the numbers of a real one."""
     (path, *_) = sorted(REFERENCE.glob("*.json"))
     real = json.loads(path.read_text())
     for trial in trials:
-        bench.record_failure(trial.words, "")
+        workbench.record_failure(trial.arguments, "")
         file = trial.files[0]
         record = json.loads(file.record.read_text())
         record = {key: real.get(key, value) if value is None else value for key, value in record.items()}
@@ -122,12 +123,12 @@ def make_up(trials: list[Trial], bench: main_trials.Bench) -> None:
 
 def schedule(count: int, timed) -> None:
     """Trials that do nothing, with as many workers as there are cores, which have started before."""
-    place = cluster.Place("operator:is_not", ROOT, ROOT)
-    with cluster.connected(place, cluster.Resources()) as there:
-        there.share({})
-        idle = [Trial((str(number),), "", (), ()) for number in range(count)]
-        list(there.carry_out(idle[: 2 * there.slots()]))
-        timed("schedule", lambda: list(there.carry_out(idle)))
+    function = ray_cluster.WorkerFunction("operator:is_not", ROOT, ROOT)
+    with ray_cluster.connect(function, ray_cluster.Resources()) as cluster:
+        cluster.share({})
+        idle = [Trial((str(number),), "", (), {}) for number in range(count)]
+        list(cluster.run_trials(idle[: 2 * cluster.slots()]))
+        timed("schedule", lambda: list(cluster.run_trials(idle)))
 
 
 def paper_table() -> dict[str, object]:
@@ -138,8 +139,8 @@ def paper_table() -> dict[str, object]:
     there = (records.read(path) for path in REFERENCE.glob("*.json"))
     plain = {"goal": "misclassify", "continual_step": None, "retain_sample": None}
     runs = [run for run in there if all(run.get(key) == value for key, value in plain.items()) and run["bn"] != "eval"]
-    times = sweep.Times(runs)
-    each = {(m, k): times.of(("cifar10", "resnet20", m, k)) for m in PAPER for k in SIZES}
+    times, of_table = TimeEstimates(runs), {"dataset": "cifar10", "model": "resnet20"}
+    each = {(m, k): times.seconds(of_table | {"method": m, "k": k}) for m in PAPER for k in SIZES}
     found = {"hours a run": {f"{m}, k = {k}": round(seconds / 3600, 4) for (m, k), seconds in each.items()}}
     for devices in (1, 8, 64):
         free = [0.0] * devices

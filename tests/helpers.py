@@ -6,7 +6,7 @@ from conftest import FAST
 import numpy as np
 from PIL import Image
 
-import main_sweep
+from l2ul.sweeps import options as sweep_options
 
 
 def load_records(folder):
@@ -37,4 +37,4 @@ def write_image(path, size=(8, 8), seed=0):
 
 
 def parse_sweep(tmp_path, *arguments):
-    return main_sweep.parse([str(word) for word in ("--result-dir", tmp_path, *FAST, *arguments)])
+    return sweep_options.parse([str(word) for word in ("--result-dir", tmp_path, *FAST, *arguments)])

@@ -11,6 +11,7 @@ import torch
 import torchvision
 
 from l2ul import attack
+from l2ul.cli import unlearn_options
 from l2ul.common.errors import InputError
 from l2ul.data import forget_set
 from l2ul.experiments import defaults, measurement, records, runs
@@ -232,7 +233,7 @@ def test_a_diverged_run_has_no_accuracy(run, tmp_path):
 
 def test_defaults_a_data_set_are_the_released_ones():
     def given(dataset):
-        opts = main_unlearn.parse(["--dataset", dataset])
+        opts = unlearn_options.parse(["--dataset", dataset])
         return {name: getattr(opts, name) for name in ("model", *runs.HYPER_PARAMETERS)}
 
     expected = {

@@ -12,12 +12,11 @@ import tomllib
 from conftest import ROOT
 import pytest
 
-from l2ul.cli import command_line_docs
+from l2ul.cli import command_line_docs, unlearn_options
 from l2ul.data import utkface
 from l2ul.experiments import runs
 from l2ul.methods import registry
 from l2ul.metrics import columns
-import main_unlearn
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 README = (ROOT / "README.md").read_text()
@@ -224,7 +223,7 @@ def test_shell_script_says_what_is_missing_and_goes_on(tmp_path):
 
 
 def options_of(line):
-    return main_unlearn.parse(line.split()[1:])
+    return unlearn_options.parse(line.split()[1:])
 
 
 def test_shell_script_does_what_is_asked_for_alone(tmp_path):
@@ -244,7 +243,7 @@ def test_shell_script_has_the_settings_of_the_released_ones(tmp_path):
     _, calls = shell("run_unlearn_cifar_imagenet.sh", tmp_path, WHAT="cifar10 cifar100 vit imagenet")
     for line in calls:
         given = options_of(line)
-        default = main_unlearn.parse(["--dataset", given.dataset])
+        default = unlearn_options.parse(["--dataset", given.dataset])
         differing = {name for name in runs.HYPER_PARAMETERS if getattr(given, name) != getattr(default, name)}
         assert differing == ({"adv_batch_size", "max_passes"} if "hf:" in line else set()), line
 
@@ -262,7 +261,7 @@ def test_shell_script_of_faces_pretrains_and_unlearns_each_grouping_with_the_rel
     unlearning = [line for line in calls if "main_unlearn.py" in line]
     assert [line.split("--age-grouping ")[1].split()[0] for line in pretraining] == list(utkface.AGE_GROUPINGS)
     assert len(unlearning) == 4  # not after the pretraining that failed
-    default = main_unlearn.parse(["--dataset", "utkface"])
+    default = unlearn_options.parse(["--dataset", "utkface"])
     for line in unlearning:
         given = options_of(line)
         assert [n for n in runs.HYPER_PARAMETERS if getattr(given, n) != getattr(default, n)] == []

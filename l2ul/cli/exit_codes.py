@@ -60,9 +60,9 @@ def clean_exit(program: str, after_stop: str = CONTINUES, shared: bool = False) 
                 raise
             _exit(
                 2,
-                f"{program}: batch-norm in train mode needs more than one value per channel, and this model has one "
-                f"for a batch of one image; choose a --batch-size that leaves no batch of one image (or unlearn with "
-                f"--bn eval)",
+                f"{program}: batch-norm in train mode needs more than one value per channel, which a batch of one "
+                f"image does not give this model; choose a --batch-size that leaves no batch of one image, or unlearn "
+                f"with --bn eval",
             )
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""Many runs as trials: which there are, in which order they start, how long they take, which settings are best."""
+"""The trials of a sweep: which there are, in which order they start, and how good settings are."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -8,129 +8,110 @@ import statistics
 from l2ul.experiments import records
 from l2ul.experiments.runs import ATTACK_FLAGS, Run
 
-Words = tuple[str, ...]  # of a command line
+Arguments = tuple[str, ...]  # of a command line
 Record = dict[str, object]
-SHARED = ("checkpoint_sha256", "dataset", *ATTACK_FLAGS, "adv_dtype", "precision")  # what D_adv is of
-ALIKE = ("dataset", "model", "method")  # runs whose times are compared
+ADV_SETTINGS = ("checkpoint_sha256", "dataset", *ATTACK_FLAGS, "adv_dtype", "precision")  # what decides D_adv
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What one process does at a time: a run, or the steps of a continual one.
+    """What a worker does at a time: one run, or all steps of a continual run.
 
-    words   what main_unlearn.py would be given for it
-    label   of the run, for people
-    files   where the runs are recorded, in their order
-    about   what tells how long a run takes: data set, net, method, and k
-    shares  the same for trials that need the same D_adv; None where it needs none
+    arguments  the command line of main_unlearn.py for it
+    label      text that tells people which run it is
+    files      where the runs are recorded, in their order
+    settings   settings of the run, or of the last step
+    adv_set    equal for trials that need the same D_adv; None if the method needs none
     """
 
-    words: Words
+    arguments: Arguments
     label: str
     files: tuple[records.RunFiles, ...]
-    about: tuple[object, ...]
-    shares: tuple[object, ...] | None = None
+    settings: Record
+    adv_set: tuple[object, ...] | None = None
 
     @property
     def identity(self) -> str:
-        """Of its run; of several, of the last, which those before lead to."""
+        """Id of the run, or of the last step."""
         return self.files[-1].identity
 
     @property
-    def was_begun(self) -> bool:
+    def has_records(self) -> bool:
+        """Whether some run of the trial has a record."""
         return any(file.record.exists() for file in self.files)
 
     @property
-    def failed(self) -> bool:
-        """Whether a run of it failed when it was last tried."""
+    def has_failed(self) -> bool:
+        """Whether some run of the trial is on record as failed."""
         found = (records.read(file.record) for file in self.files)
         return any(record and record.get("status") == records.FAILED for record in found)
 
 
-def trials(runs: Iterable[Run], words: Words, told: str = "") -> list[Trial]:
-    """The trials of a command's runs; `words` are the command's, `told` is what sets it apart from the others."""
+def make_trials(runs: Iterable[Run], arguments: Arguments, settings_label: str = "") -> list[Trial]:
+    """Return a trial for each run, or for all steps of each continual run.
+
+    arguments       of the command line, without methods, k and seeds
+    settings_label  text about the settings that differ between the trials of a sweep
+    """
     chains: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
         chains[run.method.name, run.seed, None if run.is_step else run.k].append(run)
-    return [_trial(chain, words, told) for chain in chains.values()]
+    return [_make_trial(chain, arguments, settings_label) for chain in chains.values()]
 
 
-def _trial(chain: list[Run], words: Words, told: str) -> Trial:
-    last, given = chain[-1], chain[-1].settings
+def _make_trial(chain: list[Run], arguments: Arguments, settings_label: str) -> Trial:
+    last = chain[-1]
     own = ("--method", last.method.name, "--unlearn-k", str(last.k), "--seed", str(last.seed))
-    label = f"{last.method.name:10} k = {last.k:<4} seed = {last.seed}{told}"
-    shares = None
+    label = f"{last.method.name:10} k = {last.k:<4} seed = {last.seed}{settings_label}"
+    adv_set = None
     if "adv" in last.method.needs:
-        shares = (*(given.get(name) for name in SHARED), last.seed, last.forget.in_train)
-    about = (*(given[name] for name in ALIKE), last.k)
-    return Trial((*words, *own), label, tuple(run.files for run in chain), about, shares)
+        adv_set = (*(last.settings.get(name) for name in ADV_SETTINGS), last.seed, last.forget.in_train)
+    return Trial((*arguments, *own), label, tuple(run.files for run in chain), last.settings, adv_set)
 
 
-def in_order(found: Iterable[Trial], width: int) -> Iterator[Trial]:
-    """Trials such that the first `width` of them need different sets D_adv: who comes later finds these made.
+def start_order(trials: Iterable[Trial], at_once: int) -> Iterator[Trial]:
+    """Yield the trials in an order in which few adversarial sets are computed twice or wait for each other.
 
-    Of those that share a set, the one of most images comes first. Sets are gone through `width` at a time, so that few
-    are wanted at once.
+    Of the trials that share a D_adv, the one with the largest k comes first: its D_adv contains those of the others,
+    which then find it in the cache. The first `at_once` trials need different sets. Sets are taken `at_once` at a time.
+    Trials without D_adv come last.
     """
-    groups: dict[object, list[Trial]] = defaultdict(list)
-    for trial in found:
-        groups[trial.shares].append(trial)
-    alone = groups.pop(None, [])
-    for group in groups.values():
-        group.sort(key=lambda trial: -trial.about[-1])
-    sets, width = list(groups.values()), max(1, width)
-    for start in range(0, len(sets), width):
-        some = sets[start : start + width]
+    by_set: dict[object, list[Trial]] = defaultdict(list)
+    for trial in trials:
+        by_set[trial.adv_set].append(trial)
+    without_adv = by_set.pop(None, [])
+    for group in by_set.values():
+        group.sort(key=lambda trial: -trial.settings["k"])
+    groups, at_once = list(by_set.values()), max(1, at_once)
+    for start in range(0, len(groups), at_once):
+        some = groups[start : start + at_once]
         yield from (group[0] for group in some)
         yield from (trial for group in some for trial in group[1:])
-    yield from alone
+    yield from without_adv
 
 
-class Times:
-    """How long runs take, from the records of finished ones."""
+def score(found: Iterable[Record], retained: str = "acc_retain") -> float:
+    """Return how good settings are, from the records of their runs. Higher is better.
 
-    def __init__(self, found: Iterable[Record]):
-        self.seconds: dict[tuple, list[float]] = defaultdict(list)
-        for record in found:
-            if record["status"] != records.FAILED:
-                total = sum(value for key, value in record.items() if key.startswith("seconds_") and value)
-                self.seconds[*(record[name] for name in ALIKE), record["k"]].append(total)
-
-    def of(self, about: tuple[object, ...]) -> float | None:
-        """The median of runs alike, or, from those of the nearest k, in proportion; None where there are none."""
-        if about in self.seconds:
-            return statistics.median(self.seconds[about])
-        sizes = [key[-1] for key in self.seconds if key[:-1] == about[:-1]]
-        if not sizes:
-            return None
-        nearest = min(sizes, key=lambda k: abs(k - about[-1]))
-        return statistics.median(self.seconds[*about[:-1], nearest]) * about[-1] / nearest
-
-    def total(self, pending: Iterable[Trial]) -> tuple[float, int]:
-        """Seconds that these take one after the other, and for how many of them that is not known."""
-        each = [self.of(trial.about) for trial in pending]
-        return sum(filter(None, each)), each.count(None)
-
-
-def score(found: Iterable[Record], kept: str = "acc_retain") -> float:
-    """How good settings are, from the records of their runs: the mean of `kept` in percent where all forgot all of D_f.
-
-    Else below 0: minus the mean percent of D_f that is left in runs where some is, -100 for a run without a net. What
-    a net makes of D_test is never looked at.
+    If all runs forgot all of D_f, this is the mean of the key `retained`, in percent. Otherwise it is below 0: minus
+    the mean percentage of D_f that is not forgotten, over the runs that did not forget all. A run without a model
+    counts as 100 %. The score does not depend on D_test.
     """
-    left = [_left(record) for record in found]
-    if any(left):
-        return -statistics.fmean(filter(None, left))
-    return statistics.fmean(record[kept] for record in found)
+    found = list(found)
+    not_forgotten = [percentage for percentage in map(_not_forgotten, found) if percentage]
+    if not_forgotten:
+        return -statistics.fmean(not_forgotten)
+    return statistics.fmean(record[retained] for record in found)
 
 
-def _left(record: Record) -> float:
+def _not_forgotten(record: Record) -> float:
+    """Return the percentage of D_f that a run did not forget."""
     if record["status"] in (records.DIVERGED, records.FAILED):
         return 100.0
     return 100 - record["acc_relabel"] if record["goal"] == "relabel" else record["acc_forget"]
 
 
 def last_lines(error: BaseException | str, most: int = 8) -> str:
-    """The end of what an error says, which is where a traceback has its reason."""
+    """Return the last lines of an error's text: a traceback has its reason at the end."""
     lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
     return "\n".join(lines[-most:])

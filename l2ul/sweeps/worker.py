@@ -1,4 +1,4 @@
-"""A trial of main_sweep.py: what main_unlearn.py does for its words, in a process that keeps what it has loaded."""
+"""What a worker of a sweep does: the runs of a command line of main_unlearn.py, with data and model kept in memory."""
 
 import l2ul  # noqa: F401  # isort: skip  # first: it sets the environment before torch is imported
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from l2ul.cli import unlearn_command, unlearn_options
 from l2ul.common import device as device_module
 from l2ul.common import precision
 from l2ul.common.cache import Cache
@@ -16,49 +17,55 @@ from l2ul.experiments import records
 from l2ul.experiments.execution import Experiment
 from l2ul.experiments.runs import Run, Setup
 from l2ul.sweeps import trials
-from l2ul.sweeps.trials import Record, Words
-import main_unlearn
+from l2ul.sweeps.trials import Arguments, Record
 
-DATA = ("dataset", "data_dir", "image_size", "age_grouping", "split_seed")  # what decides what is loaded
-NET = (*DATA, "model", "checkpoint", "mean", "std")
-Shared = Callable[[], dict[tuple, Images]]  # data sets that were loaded already, by the values of DATA
+DATA_OPTIONS = ("dataset", "data_dir", "image_size", "age_grouping", "split_seed")  # what decides the data set
+MODEL_OPTIONS = (*DATA_OPTIONS, "model", "checkpoint", "mean", "std")
+DataSets = dict[tuple[str, ...], Images]  # by the values of DATA_OPTIONS
 
 
 @dataclass
-class Bench:
-    """What a process keeps from one trial to the next: data sets, and the classifier used last with its own."""
+class Workbench:
+    """Data sets, and the model used last, that a process keeps from one trial to the next."""
 
-    images: dict[tuple, Images] = field(default_factory=dict)
-    _net: tuple | None = None
+    data_sets: DataSets = field(default_factory=dict)
+    _model: tuple[str, ...] | None = None  # the values of MODEL_OPTIONS of `_setup`
     _setup: Setup | None = None
-
-    def load(self, opts: argparse.Namespace, device: torch.device) -> Setup:
-        net, which = (tuple(str(getattr(opts, name)) for name in names) for names in (NET, DATA))
-        if self._net != net:
-            self._setup = main_unlearn.load(opts, device, self.images.get(which))
-            self.images[which] = self._setup.images
-            self._net = net
-        known = self._setup
-        return main_unlearn.set_up(opts, known.images, known.classifier, known.described["checkpoint"])
 
     def open(
         self, opts: argparse.Namespace, device: torch.device, cache: Cache | None = None
     ) -> tuple[Experiment, list[Run]]:
-        """The runs of a command, and how they are carried out."""
-        setup = self.load(opts, device)
-        runs = main_unlearn.plan(opts, setup)
-        return main_unlearn.prepare(opts, setup, runs, device, cache or Cache()), runs
+        """Return the runs of a command and the experiment that carries them out."""
+        setup = self._load(opts, device)
+        runs = unlearn_command.plan_runs(opts, setup)
+        return unlearn_command.make_experiment(opts, setup, runs, device, cache or Cache()), runs
 
-    def plan(self, words: Words, common: Words, told: str = "") -> tuple[list[trials.Trial], set[str]]:
-        """The trials of a command, which has `common` words beside methods, k and seeds, and the ids still to do."""
-        opts = main_unlearn.parse(list(words))
+    def _load(self, opts: argparse.Namespace, device: torch.device) -> Setup:
+        model, data_set = (tuple(str(getattr(opts, name)) for name in names) for names in (MODEL_OPTIONS, DATA_OPTIONS))
+        if self._model != model:
+            self._setup = unlearn_command.load_setup(opts, device, self.data_sets.get(data_set))
+            self.data_sets[data_set] = self._setup.images
+            self._model = model
+        loaded = self._setup
+        return unlearn_command.make_setup(opts, loaded.images, loaded.classifier, loaded.described["checkpoint"])
+
+    def plan(
+        self, arguments: Arguments, trial_arguments: Arguments, settings_label: str = ""
+    ) -> tuple[list[trials.Trial], set[str]]:
+        """Return the trials of a command and the ids of its runs that are not finished.
+
+        arguments        of the command
+        trial_arguments  the same without methods, k and seeds, of which each trial has its own
+        settings_label   see `trials.make_trials`
+        """
+        opts = unlearn_options.parse(arguments)
         experiment, runs = self.open(opts, torch.device("cpu"))
-        to_do = {run.files.identity for part in main_unlearn.to_do(opts, experiment, runs) for run in part}
-        return trials.trials(runs, common, told), to_do
+        unfinished = {run.files.identity for part in unlearn_command.unfinished(opts, experiment, runs) for run in part}
+        return trials.make_trials(runs, trial_arguments, settings_label), unfinished
 
-    def record_failure(self, words: Words, error: str) -> None:
-        """Record as failed what of a command has no record, nor had one before."""
-        opts = main_unlearn.parse(list(words))
+    def record_failure(self, arguments: Arguments, error: str) -> None:
+        """Record the runs of a command as failed, but for those that have a result."""
+        opts = unlearn_options.parse(arguments)
         experiment, runs = self.open(opts, torch.device("cpu"))
         for run in runs:
             if run.files.read() is None:
@@ -66,28 +73,31 @@ class Bench:
                 run.files.rewrite(records.failure(settings, experiment.measuring.metrics, error))
 
 
-BENCH = Bench()  # of a worker
+WORKBENCH = Workbench()  # of a worker process
 
 
-def work(words: Words, shared: Shared) -> list[Record]:
-    """Do what is not done of a command's runs; returns the records of all."""
-    opts = main_unlearn.parse(list(words))
+def run_trial(arguments: Arguments, shared_data_sets: Callable[[], DataSets]) -> list[Record]:
+    """Do the runs of a command that are not finished, and return the records of all.
+
+    shared_data_sets  returns the data sets that the process of the sweep has loaded
+    """
+    opts = unlearn_options.parse(arguments)
     device = device_module.choose_device(opts.device, opts.no_cuda, opts.threads)
     precision.use(device, opts.precision)
-    if not BENCH.images:
-        BENCH.images.update(shared())
-    experiment, runs = BENCH.open(opts, device, main_unlearn.open_cache(opts))
-    pending, to_measure = main_unlearn.to_do(opts, experiment, runs)
+    if not WORKBENCH.data_sets:
+        WORKBENCH.data_sets.update(shared_data_sets())
+    experiment, runs = WORKBENCH.open(opts, device, unlearn_command.open_cache(opts))
+    to_do, to_measure = unlearn_command.unfinished(opts, experiment, runs)
     experiment.measure(to_measure)
-    experiment.carry_out(pending)
+    experiment.carry_out(to_do)
     return [run.files.read() for run in runs]
 
 
-def attempt(words: Words, shared: Shared) -> float:
-    """The same, as a trial of a search; returns how good the settings are by the sample of D_r."""
-    return trials.score(work(words, shared))
+def score_trial(arguments: Arguments, shared_data_sets: Callable[[], DataSets]) -> float:
+    """Do the runs of a command and return the score of its settings by the accuracy on D_r, see `trials.score`."""
+    return trials.score(run_trial(arguments, shared_data_sets))
 
 
-def attempt_source_free(words: Words, shared: Shared) -> float:
-    """The same by the answers on held-out adversarial examples: no image of D_r is asked about."""
-    return trials.score(work(words, shared), kept="metric_answers_kept")
+def score_trial_source_free(arguments: Arguments, shared_data_sets: Callable[[], DataSets]) -> float:
+    """Do the same by the agreement with the original model on held-out adversarial examples, without D_r."""
+    return trials.score(run_trial(arguments, shared_data_sets), retained="metric_answers_kept")

@@ -1,0 +1,270 @@
+"""From the options of main_unlearn.py to a model, data, runs and an experiment. Also used by the workers of a sweep."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+import time
+
+import torch
+from torch import Tensor
+
+from l2ul import attack
+from l2ul.cli import options
+from l2ul.common import distributed
+from l2ul.common.cache import GIB, PREFIX, Cache
+from l2ul.common.device import device_name
+from l2ul.common.errors import InputError
+from l2ul.common.files import remove_parts, require_writable
+from l2ul.data import forget_set
+from l2ul.data.images import Images, Split
+from l2ul.experiments import time_estimates
+from l2ul.experiments.execution import Experiment
+from l2ul.experiments.measurement import Measuring
+from l2ul.experiments.reference_models import Peer, Peers
+from l2ul.experiments.runs import HYPER_PARAMETERS, Run, Setup
+from l2ul.metrics import accuracy
+from l2ul.metrics.groups import EVALUATIONS
+import models
+from models import checkpoint
+
+ENDINGS = {  # what a status means
+    "forgotten": "forgotten after {steps} steps",
+    "cap": "not forgotten after {steps} steps",
+    "diverged": "diverged after {steps} steps",
+    "done": "done after {steps} steps",
+    "failed": "failed",
+}
+ACCURACIES = {"acc_forget": "D_f", "acc_relabel": "relabelled", "acc_retain": "D_r", "acc_test": "D_test"}
+ABANDONED = 3600  # seconds after which a partly written file is taken for one of a process that was killed
+
+
+def open_result_folders(opts: argparse.Namespace) -> None:
+    """Create the folders of records and models, and delete partly written files of killed processes in them."""
+    for folder in ("runs", "models") if opts.save_model or opts.continual_step else ("runs",):
+        require_writable(opts.result_dir / folder)
+        remove_parts(opts.result_dir / folder, older_than=time.time() - ABANDONED)
+
+
+def open_cache(opts: argparse.Namespace, report: Callable[[str], object] = print) -> Cache:
+    """Return the cache of adversarial examples and predictions; one that keeps nothing if its folder is not writable.
+
+    report  called with a sentence in the latter case
+    """
+    if opts.no_cache:
+        return Cache()
+    try:
+        require_writable(opts.cache_dir)
+    except InputError as error:
+        report(f"nothing is cached: {error}")
+        return Cache()
+    remove_parts(opts.cache_dir, older_than=time.time() - ABANDONED, prefix=PREFIX)
+    return Cache(opts.cache_dir, int(opts.cache_gib * GIB))
+
+
+def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | None = None) -> Setup:
+    """Load the data set and the original model onto the device, and check that they fit each other.
+
+    images  the data set, if it is loaded already
+    """
+    models.check_name(opts.model)
+    label = options.data_label(opts)
+    path = opts.checkpoint or checkpoint.find(label, opts.model, opts.data_dir)
+    if path is None and opts.model in models.OWN:
+        candidates = checkpoint.candidates(label, opts.model, opts.data_dir)
+        raise InputError(
+            f"no weights of {opts.model} for {label}: looked for {candidates[0]} and {candidates[2]}; "
+            f"train them with a main_pretrain script or name a file with --checkpoint"
+        )
+    images = images or options.load_data(opts)
+    for note in images.notes:
+        print(note)
+    images = images.to(device)
+    with distributed.local_first():  # the first process of a machine downloads weights, the others find them
+        classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std).to(device)
+    accuracy.check_fit(classifier, images.train.images, images.num_classes)
+    accuracy.check_trained_on(images, _metadata(classifier), classifier.source)
+    return make_setup(opts, images, classifier, Path(path).name if path else None)
+
+
+def make_setup(opts: argparse.Namespace, images: Images, classifier: models.Classifier, weights: str | None) -> Setup:
+    """Return what the runs of a command share. `weights` is the name of the file that the model was read from."""
+    sample = opts.retain_sample
+    return Setup(
+        images,
+        classifier,
+        opts.goal,
+        {name: getattr(opts, name) for name in HYPER_PARAMETERS},
+        opts.result_dir,
+        sample if sample and sample < len(images.train) else None,
+        {
+            "checkpoint": weights,
+            "forget_dir": opts.forget_dir.name if opts.forget_dir else None,
+            **({"decoder": opts.decoder} if opts.decoder != "cpu" else {}),
+        },
+        models.saved_suffix(classifier),
+    )
+
+
+def plan_runs(opts: argparse.Namespace, setup: Setup) -> list[Run]:
+    """Return a run for each seed, k and method. For a continual run, each step is a run."""
+    sizes, runs = opts.unlearn_k, []
+    folder = _read_folder(opts, setup) if opts.forget_dir else None
+    for seed in opts.seed:
+        if folder:
+            forget = forget_set.from_folder(*folder, opts.goal, seed, opts.forget_dir)
+        else:
+            forget = _choose_forget_set(opts, setup, seed)
+        if sizes and max(sizes) > len(forget):
+            source = opts.forget_file or opts.forget_dir
+            raise InputError(f"--unlearn-k is {max(sizes)}, but {source} has {len(forget)} images to forget")
+        if opts.continual_step and len(forget) % opts.continual_step and not sizes:
+            raise InputError(
+                f"--continual-step is {opts.continual_step} and there are {len(forget)} images to forget; "
+                f"add --unlearn-k with a multiple of the step"
+            )
+        runs += setup.plan(opts.method, sizes or [len(forget)], seed, forget, opts.continual_step)
+    return runs
+
+
+def make_experiment(
+    opts: argparse.Namespace,
+    setup: Setup,
+    runs: list[Run],
+    device: torch.device,
+    cache: Cache,
+    on_record: Callable[[dict[str, object]], object] = lambda record: None,
+    report: Callable[[str], object] = lambda sentence: None,
+) -> Experiment:
+    """Return what carries out and measures these runs, after a check that this is possible.
+
+    on_record  called with the record of each run that was finished
+    report     called with sentences about interrupted runs that are continued
+    """
+    side = setup.classifier.input_side(setup.images.side)
+    test_batch_size = opts.test_batch_size or accuracy.default_batch_size(device, side)
+    evaluations = tuple(EVALUATIONS[name] for name in dict.fromkeys(opts.evaluate))
+    peers = _load_reference_models(opts, setup, device)
+    peers.check(setup.classifier, runs)
+    measuring = Measuring(setup, test_batch_size, opts.workers, cache, evaluations, peers)
+    for run in runs:
+        measuring.check(run)
+    return Experiment(
+        setup,
+        measuring,
+        save=models.save,
+        load=lambda path: models.load_saved(path, setup.classifier).to(device),
+        keep_models=opts.save_model,
+        attack_batch_size=opts.attack_batch_size or attack.default_batch_size(device, side),
+        scratch_dir=opts.result_dir / "scratch",
+        cache=cache,
+        on_record=on_record,
+        report=report,
+    )
+
+
+def unfinished(opts: argparse.Namespace, experiment: Experiment, runs: list[Run]) -> tuple[list[Run], list[Run]]:
+    """Return the runs that have no complete record, and those whose record only lacks metrics of a model that is kept.
+
+    With --rerun, all runs are in the first list.
+    """
+    to_measure = [run for run in runs if not opts.rerun and experiment.can_be_measured(run)]
+    to_do = [run for run in runs if run not in to_measure and (opts.rerun or not experiment.is_done(run))]
+    return to_do, to_measure
+
+
+def announce(
+    opts: argparse.Namespace, device: torch.device, runs: list[Run], to_do: list[Run], to_measure: list[Run]
+) -> None:
+    """Print what will run. In a dry run, print each run and the estimated time."""
+    pairs = [(run.k, run.seed) for run in runs]
+    sizes, seeds = (" ".join(map(str, dict.fromkeys(values))) for values in zip(*pairs, strict=True))
+    print(
+        f"{opts.dataset}, {opts.model}, {device_name(device)}: {' '.join(opts.method)}; k {sizes}, seed {seeds}; "
+        f"goal {opts.goal}: {len(to_do)} runs to do, {len(runs) - len(to_do) - len(to_measure)} done"
+        + (f", {len(to_measure)} done that lack metrics" if to_measure else ""),
+        flush=True,
+    )
+    if not opts.dry_run:
+        return
+    for run in runs:
+        state = "measure" if run in to_measure else "done"
+        if run in to_do:
+            state = "resume" if run.files.state.exists() else "to do"
+        step = f" step {run.settings['continual_step']}" if run.is_step else ""
+        print(f"{state:7} {run.files.identity} {run.method.name:10} k = {run.k:<4} seed = {run.seed}{step}")
+    if to_do:
+        finished = time_estimates.read_records(opts.result_dir)
+        print(time_estimates.sentence([run.settings for run in to_do], finished, source=str(opts.result_dir)))
+
+
+def print_run(record: dict[str, object]) -> None:
+    """Print the line of a finished run."""
+    print_now(run_line(record))
+
+
+def print_now(text: str) -> None:
+    """Print a text at once, also to a log file."""
+    print(text, flush=True)
+
+
+def run_line(record: dict[str, object]) -> str:
+    """Return time of day, method, k, seed, status, steps, accuracies in percent and seconds of a record.
+
+    12:03:41  adv_imp  k 16  seed 0  forgotten after 29 steps  D_f 0.00  D_r 24.40  D_test 20.61  8.1 s
+    """
+    parts = [time.strftime("%H:%M:%S"), f"{record['method']:7}", f"k {record['k']:<3}", f"seed {record['seed']}"]
+    parts += [f"step {record['continual_step']}"] if record["continual_step"] else []
+    is_unchanged = record["status"] == "done" and not record["steps"]  # method `before`
+    parts += ["not changed" if is_unchanged else ENDINGS[record["status"]].format(steps=record["steps"])]
+    parts += [f"{name} {record[key]:.2f}" for key, name in ACCURACIES.items() if record.get(key) is not None]
+    seconds = sum(value for key, value in record.items() if key.startswith("seconds_") and value)
+    return "  ".join([*parts, f"{seconds:.1f} s"])
+
+
+def _metadata(classifier: models.Classifier) -> dict[str, object]:
+    """Return the metadata in the file of the model's weights."""
+    return {name: checkpoint.metadata_value(classifier.metadata, name) for name in classifier.metadata}
+
+
+def _load_reference_models(opts: argparse.Namespace, setup: Setup, device: torch.device) -> Peers:
+    """Load the models of --retrained and --references onto the device."""
+
+    def load(flag: str, path: Path) -> Peer:
+        if not path.exists():
+            raise InputError(f"there is no {path}; expected weights of a model trained without D_f for {flag}")
+        if path.is_dir():  # of a Hugging Face model
+            model = models.load_saved(path, setup.classifier)
+        else:
+            model = models.load(opts.model, setup.images.num_classes, path, opts.mean, opts.std)
+        metadata = _metadata(model)
+        accuracy.check_trained_on(setup.images, metadata, str(path))
+        # a file of a main_pretrain script that names no excluded images was trained on all of them
+        excluded = metadata.get("excluded", [] if "epochs" in metadata else None)
+        is_known = isinstance(excluded, list) and all(type(index) is int for index in excluded)
+        indices = torch.tensor(excluded, dtype=torch.int64) if is_known else None
+        return Peer(model.to(device), model.sha256, str(path), indices)
+
+    references = [load("--references", path) for path in opts.references or ()]
+    return Peers(load("--retrained", opts.retrained) if opts.retrained else None, tuple(references))
+
+
+def _read_folder(opts: argparse.Namespace, setup: Setup) -> tuple[Split, Tensor]:
+    """Return the images of --forget-dir with the classes of their folders, and the model's predictions for them."""
+    split = forget_set.read_folder(opts.forget_dir, setup.images)
+    options = {"batch_size": opts.test_batch_size, "workers": opts.workers}
+    return split, accuracy.predict(setup.classifier, split.images, **options)
+
+
+def _choose_forget_set(opts: argparse.Namespace, setup: Setup, seed: int) -> forget_set.ForgetSet:
+    """Return D_f of a seed, from the training images, with new labels if the goal is to relabel."""
+    train, num_classes = setup.images.train, setup.images.num_classes
+    if opts.forget_file:
+        indices = forget_set.read_forget(opts.forget_file, len(train))
+    else:
+        indices = forget_set.choose_forget(len(train), max(opts.unlearn_k), seed)
+    labels, new_labels = train.labels[indices].cpu(), None
+    if opts.relabel_file:
+        new_labels = forget_set.read_new_labels(opts.relabel_file, labels, num_classes)
+    elif opts.goal == "relabel":
+        new_labels = forget_set.random_new_labels(labels, num_classes, seed)
+    return forget_set.ForgetSet(train, indices, new_labels)

@@ -1,0 +1,67 @@
+"""The command line of main_unlearn.py, checked as far as possible without data and weights. Does not import torch."""
+
+import argparse
+from collections.abc import Sequence
+
+from l2ul.cli import options
+from l2ul.common.errors import InputError
+from l2ul.methods import registry
+from l2ul.metrics.groups import EVALUATIONS
+
+PROGRAM = "main_unlearn.py"
+FLAG_GROUPS = (*options.RUN_GROUPS, options.add_weights, options.add_machine)
+
+
+def parse(argv: Sequence[str] | None = None, description: str = "") -> argparse.Namespace:
+    """Return the options of a command line, with the defaults of the data set.
+
+    argv  by default the command line of this process
+
+    Raises InputError, or exits with 2 as argparse does, if options are not allowed or contradict each other.
+    """
+    parser = options.Parser(description, prog=PROGRAM)
+    for add in FLAG_GROUPS:
+        add(parser)
+    opts = parser.parse_args(argv)
+    options.fill_defaults(opts)
+    for name in opts.method:
+        registry.get(name, opts.goal)
+    if opts.unlearn_k and min(opts.unlearn_k) < 1:
+        raise InputError(f"--unlearn-k is {min(opts.unlearn_k)}; expected 1 or more images to forget")
+    _check_forget_set(opts)
+    _check_evaluations(opts)
+    return opts
+
+
+def _check_forget_set(opts: argparse.Namespace) -> None:
+    """Raise InputError if the options about D_f contradict each other."""
+    if opts.relabel_file and opts.goal != "relabel":
+        raise InputError("--relabel-file is given but the goal is misclassify; add --goal relabel")
+    if opts.relabel_file and not opts.forget_file and len(opts.seed) > 1:
+        raise InputError("--relabel-file fits one D_f, but each of several seeds chooses another; add --forget-file")
+    if opts.forget_dir and (opts.forget_file or opts.relabel_file):
+        raise InputError("--forget-dir names images and their classes; leave out --forget-file and --relabel-file")
+    step = opts.continual_step
+    if step and opts.unlearn_k and (len(opts.unlearn_k) > 1 or opts.unlearn_k[0] % step):
+        raise InputError(
+            f"--continual-step is {step} and --unlearn-k is {' '.join(map(str, opts.unlearn_k))}; "
+            f"expected one multiple of the step, such as {4 * step}"
+        )
+
+
+def _check_evaluations(opts: argparse.Namespace) -> None:
+    """Raise InputError if a group of metrics lacks the models it compares with, or models are given that none uses."""
+    for flag, paths in (("retrained", opts.retrained), ("references", opts.references)):
+        compares = {
+            name: [group.against.get(metric) == f"{flag}_sha256" for metric in group.names]
+            for name, group in EVALUATIONS.items()
+        }
+        lacking = [name for name in opts.evaluate if all(compares[name]) and not paths]
+        if lacking:
+            raise InputError(
+                f"--evaluate {lacking[0]} compares with models trained without D_f; train them with a main_pretrain "
+                f"script and --exclude, and name their weights with --{flag}"
+            )
+        if paths and not any(any(compares[name]) for name in opts.evaluate):
+            groups = " or ".join(f"--evaluate {name}" for name, uses in compares.items() if any(uses))
+            raise InputError(f"--{flag} is given, but no metric uses it; add {groups}")

@@ -1,0 +1,170 @@
+"""The command line of main_sweep.py: the flags of main_unlearn.py, each with several values. Does not import torch."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+import itertools
+from pathlib import Path
+
+from l2ul.cli import options, ranges, unlearn_options
+from l2ul.cli.parser import Parser, nonnegative_float, positive_float, positive_int, take_several
+from l2ul.cli.ranges import Interval
+from l2ul.common.errors import InputError
+
+PROGRAM = "main_sweep.py"
+SINGLE = (  # flags of main_unlearn.py that do not decide results, and retrained: one value each
+    *("data_dir", "result_dir", "cache_dir", "cache_gib", "workers", "device", "threads"),
+    *("test_batch_size", "attack_batch_size", "retrained"),
+)
+SPLIT = ("method", "unlearn_k", "seed")  # flags with several values, of which each trial has one
+LISTS = (*SPLIT, "evaluate", "references", "mean", "std")  # flags whose values belong to one command
+OWN = ("search", "source_free", "address", "gpus_per_trial", "cpus_per_trial", "parallel", "slurm", "dry_run")
+SEARCH_SAMPLE = 5000  # default of --retain-sample in a search
+
+Arguments = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a command line asks for.
+
+    opts    the flags of OWN
+    shared  arguments of main_unlearn.py that all trials have
+    split   arguments of methods, k and seeds
+    axes    values, or one Interval, of each flag that differs between trials
+    """
+
+    opts: argparse.Namespace
+    shared: Arguments
+    split: Arguments
+    axes: dict[str, list[object]]
+
+    @property
+    def result_dir(self) -> Path:
+        return unlearn_options.parse(self.shared).result_dir
+
+    def arguments(self, settings: dict[str, object]) -> Arguments:
+        """Return the command line of main_unlearn.py for a value of each axis."""
+        return (*self.trial_arguments(settings), *self.split)
+
+    def trial_arguments(self, settings: dict[str, object]) -> Arguments:
+        """Return the same without methods, k and seeds."""
+        return (*self.shared, *itertools.chain.from_iterable(_arguments(*pair) for pair in settings.items()))
+
+
+def parse(argv: Sequence[str] | None = None, description: str = "") -> Sweep:
+    """Return the sweep that a command line asks for.
+
+    argv  by default the command line of this process
+
+    Raises InputError for what main_unlearn.py would refuse without data and weights.
+    """
+    parser = Parser(description, prog=PROGRAM)
+    for add in unlearn_options.FLAG_GROUPS:
+        add(parser)
+    take_several(parser, SINGLE)
+    _add_flags(parser)
+    given = vars(parser.parse_args(argv))
+    opts = argparse.Namespace(**{name: given.pop(name, None) for name in OWN})
+    shared, split, axes = [], [], {}
+    for name, value in given.items():
+        values = _flatten(name, value)
+        if name in SPLIT:
+            split += _arguments(name, values)
+        elif name in LISTS or not isinstance(values, list):
+            shared += _arguments(name, values)
+        elif len(values) == 1 and not isinstance(values[0], Interval):
+            shared += _arguments(name, values[0])
+        else:
+            axes[name] = values
+    if "threads" not in given:  # the same for any number of trials at once, so that results do not depend on it
+        shared += _arguments("threads", max(1, int(opts.cpus_per_trial)))
+    if opts.search and "retain_sample" not in given:
+        shared += _arguments("retain_sample", SEARCH_SAMPLE)
+    if opts.source_free:
+        shared += _arguments("evaluate", list(dict.fromkeys([*given.get("evaluate", ()), "agreement"])))
+    sweep = Sweep(opts, tuple(shared), tuple(split), axes)
+    _check(sweep)
+    return sweep
+
+
+def _add_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("sweep")
+
+    def add(flag: str, text: str, **keywords) -> None:
+        options.add(group, flag, text, **keywords)
+
+    add(
+        "--search",
+        "try so many settings in place of all combinations; the best forget all of D_f and have the highest accuracy "
+        "on D_r",
+        type=positive_int,
+    )
+    add(
+        "--source-free",
+        "rank the settings of a search by the agreement with the original model on held-out adversarial examples of "
+        "D_f, without D_r",
+        action="store_true",
+    )
+    add(
+        "--cpus-per-trial",
+        "CPUs of a trial, and its threads unless --threads is given",
+        type=positive_float,
+        default=1.0,
+    )
+    add(
+        "--gpus-per-trial",
+        "GPUs of a trial; 0.25: four trials on a GPU (default: 1 if there are GPUs)",
+        type=nonnegative_float,
+    )
+    add("--parallel", "trials at once at most (default: as many as fit)", type=positive_int)
+    add(
+        "--address",
+        "use the Ray cluster at this address; auto: the one of this machine (default: start one here)",
+        metavar="HOST:PORT",
+    )
+    add(
+        "--slurm",
+        "print a SLURM job script that runs this command on a Ray cluster of N nodes (without a number: 1)",
+        nargs="?",
+        const=1,
+        type=positive_int,
+    )
+
+
+def _flatten(name: str, value: object) -> object:
+    """Return the values of a flag in one list. The values of --course are all combinations of its settings."""
+    if not isinstance(value, list):
+        return value
+    values = [one for part in value for one in (part if isinstance(part, list) else [part])]
+    if name != "course":
+        return values
+    by_name: dict[str, list] = {}
+    for key, number in values:
+        by_name.setdefault(key, []).append(number)
+    return [tuple(f"{key}={number}" for key, number in chosen.items()) for chosen in ranges.product(by_name)]
+
+
+def _arguments(name: str, value: object) -> Arguments:
+    return ranges.words_of(f"--{name.replace('_', '-')}", value)
+
+
+def _check(sweep: Sweep) -> None:
+    """Raise InputError if flags contradict each other, or main_unlearn.py refuses the first of their values."""
+    opts = sweep.opts
+    intervals = [name for name, values in sweep.axes.items() if isinstance(values[0], Interval)]
+    if any(isinstance(value, Interval) for values in sweep.axes.values() for value in values[1:]):
+        raise InputError("a range without a number of points must be the only value of its flag")
+    if intervals and not opts.search:
+        flag = intervals[0].replace("_", "-")
+        raise InputError(f"--{flag} is a range without a number of points; give it as lo:hi:n, or add --search N")
+    if opts.source_free and not opts.search:
+        raise InputError("--source-free only applies to a search; add --search N")
+    if opts.search and not sweep.axes:
+        raise InputError("--search has nothing to choose; give a flag several values or a range, as in --pgd-eps 1:5")
+    if opts.search and "course" in sweep.axes:
+        raise InputError("--search cannot vary --course; give one value of each setting")
+    first = {name: one[0].low if isinstance(one[0], Interval) else one[0] for name, one in sweep.axes.items()}
+    unlearn_opts = unlearn_options.parse(sweep.arguments(first))
+    if opts.search and len(unlearn_opts.method) > 1:
+        raise InputError(f"--search is for one method, not {' '.join(unlearn_opts.method)}; name one with --method")

@@ -1,0 +1,149 @@
+"""A sweep: all combinations of settings, or a search for the best. Runs that are on record are not repeated."""
+
+from collections.abc import Callable, Iterable, Iterator
+import contextlib
+from dataclasses import dataclass, field
+import os
+from pathlib import Path
+import shlex
+
+from l2ul.cli import ranges, unlearn_options
+from l2ul.experiments import time_estimates
+from l2ul.sweeps import optuna_search, ray_cluster, trials
+from l2ul.sweeps.monitor import sweep_monitor
+from l2ul.sweeps.options import Sweep
+from l2ul.sweeps.optuna_search import Settings
+from l2ul.sweeps.trials import Record, Trial
+from l2ul.sweeps.worker import Workbench
+
+CODE_FOLDER = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class SweepRunner:
+    """Carries out a sweep.
+
+    user_script  script of the user that workers run first, see `ray_cluster.WorkerFunction`
+    report       called with each text for the user
+    """
+
+    sweep: Sweep
+    user_script: Path | None = None
+    report: Callable[[str], object] = print
+    workbench: Workbench = field(default_factory=Workbench)
+
+    def run(self) -> int:
+        """Do the trials that are not finished, in a dry run none. Return how many failed."""
+        return self.run_search() if self.sweep.opts.search else self.run_grid()
+
+    def run_grid(self) -> int:
+        """Run every combination of settings."""
+        planned, pending = self.plan(ranges.product(self.sweep.axes))
+        self.announce(planned, pending)
+        if self.sweep.opts.dry_run or not pending:
+            return 0
+        with self._cluster("run_trial") as cluster, sweep_monitor(len(pending), self.report) as monitor:
+            for ended in cluster.run_trials(trials.start_order(pending, cluster.slots())):
+                for trial, error in ended:
+                    if error:
+                        self.workbench.record_failure(trial.arguments, error)
+                    monitor.trial_ended([file.record for file in trial.files], failed=bool(error))
+                monitor.update(cluster.num_running)
+        return monitor.failed
+
+    def run_search(self) -> int:
+        """Search for the best settings, starting from those on record, and report the best."""
+        opts = self.sweep.opts
+        known, started = self.recall()
+        remaining = max(0, opts.search - len(known))
+        self.report(
+            f"{len(known)} of {opts.search} settings are on record, {remaining} to try, {len(started)} of them started"
+        )
+        failed = 0
+        if remaining and not opts.dry_run:
+            failed = self._try_settings(remaining, known, started)
+        if known:
+            settings, score = max(known, key=lambda pair: pair[1])
+            result = f"retains {score:.2f} %" if score >= 0 else "does not forget all of D_f"
+            command = shlex.join(["python", unlearn_options.PROGRAM, *self.sweep.arguments(settings)])
+            self.report(f"best of {len(known)}, {result}: {command}")
+        return failed
+
+    def _try_settings(self, count: int, known: list[tuple[Settings, float]], started: list[Settings]) -> int:
+        """Try `count` settings and add them to `known`. Return how many failed."""
+        search = optuna_search.Search(self.sweep.axes, self.sweep.arguments, list(known), started)
+        function = "score_trial_source_free" if self.sweep.opts.source_free else "score_trial"
+        with self._cluster(function) as cluster, sweep_monitor(count, self.report) as monitor:
+
+            def on_result(settings: Settings, score: float | None, error: str | None) -> None:
+                if error:
+                    self.workbench.record_failure(self.sweep.arguments(settings), error)
+                else:
+                    known.append((settings, score))
+                planned, _ = self.plan([settings])
+                monitor.trial_ended([file.record for trial in planned for file in trial.files], failed=bool(error))
+
+            optuna_search.run(cluster, search, count, on_result, monitor.update)
+        return monitor.failed
+
+    def plan(self, chosen: Iterable[Settings]) -> tuple[list[Trial], list[Trial]]:
+        """Return the trials of settings and those of them that are not finished.
+
+        Settings that a method does not use give the same trial, which is returned once.
+        """
+        planned: dict[str, Trial] = {}
+        pending = []
+        for settings in chosen:
+            label = "".join(f", {name} = {value}" for name, value in settings.items())
+            found, unfinished = self.workbench.plan(
+                self.sweep.arguments(settings), self.sweep.trial_arguments(settings), label
+            )
+            new = [trial for trial in found if trial.identity not in planned]
+            planned |= {trial.identity: trial for trial in new}
+            pending += [trial for trial in new if any(file.identity in unfinished for file in trial.files)]
+        return list(planned.values()), pending
+
+    def recall(self) -> tuple[list[tuple[Settings, float]], list[Settings]]:
+        """Return settings of the search whose runs are all on record, with their score, and those with some on record.
+
+        Of the latter, no more than the search still has to try.
+        """
+        known, started = [], []
+        retained = "metric_answers_kept" if self.sweep.opts.source_free else "acc_retain"
+        for settings in optuna_search.settings_on_record(self.sweep.axes, self._records()):
+            planned, pending = self.plan([settings])
+            if not pending:
+                found = [file.read() for trial in planned for file in trial.files]
+                known.append((settings, trials.score(found, retained)))
+            elif any(trial.has_records for trial in planned):
+                started.append(settings)
+        return known, started[: max(0, self.sweep.opts.search - len(known))]
+
+    def announce(self, planned: list[Trial], pending: list[Trial]) -> None:
+        """Report what will run and the estimated time. In a dry run, report each trial."""
+        opts, unfinished = self.sweep.opts, {trial.identity for trial in pending}
+        failed = sum(trial.has_failed for trial in pending)
+        self.report(
+            f"{len(planned)} trials: {len(pending)} to do, {len(planned) - len(pending)} done, {failed} failed before"
+        )
+        if opts.dry_run:
+            for trial in planned:
+                state = "done" if trial.identity not in unfinished else "failed" if trial.has_failed else "to do"
+                self.report(f"{state:7} {trial.identity} {trial.label}")
+        if pending:
+            at_once = opts.parallel or max(1, int((os.cpu_count() or 1) / opts.cpus_per_trial))
+            settings = [trial.settings for trial in pending]
+            self.report(time_estimates.sentence(settings, self._records(), at_once, str(self.sweep.result_dir)))
+
+    def _records(self) -> Iterator[Record]:
+        return time_estimates.read_records(self.sweep.result_dir)
+
+    @contextlib.contextmanager
+    def _cluster(self, function: str) -> Iterator[ray_cluster.Cluster]:
+        """Connect to a cluster whose workers call a function of `l2ul.sweeps.worker`, and share the data sets."""
+        worker = ray_cluster.WorkerFunction(f"l2ul.sweeps.worker:{function}", CODE_FOLDER, Path.cwd(), self.user_script)
+        opts = self.sweep.opts
+        resources = ray_cluster.Resources(opts.cpus_per_trial, opts.gpus_per_trial, opts.parallel)
+        with ray_cluster.connect(worker, resources, opts.address) as cluster:
+            cluster.share(self.workbench.data_sets)
+            yield cluster
