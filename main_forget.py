@@ -32,9 +32,10 @@ def forget(args: argparse.Namespace) -> int:
     # These modules import torch: after parsing, so that --help is quick.
     from l2ul.common import device as devices
     from l2ul.common.progress import progress_bar
-    from l2ul.deletion import checks, output, report, request, search, signature
+    from l2ul.deletion import checks, output, report, search, signature
     from l2ul.deletion.deployed_model import InputFormat, open_model
     from l2ul.deletion.report_schema import PAGE
+    from l2ul.deletion.request import read_keep_images, read_reference_images, read_request
     from l2ul.deletion.verify import earlier_rows, read_chain
     from l2ul.metrics import robustness
 
@@ -54,27 +55,26 @@ def forget(args: argparse.Namespace) -> int:
     original = model.classifier.to(device)
 
     # Read the images.
-    images = request.read_request(args.images[0], model, args.labels, args.skip_bad, chain)
-    search.check_method(args.method, images.forget.goal)
-    keep = request.read_keep_images(args.keep_images, model, images, args.skip_bad)
-    references = request.read_reference_images(args.reference_images, model, images, args.skip_bad)
-    train_set = robustness.widened(images.images, images.forget, args.also)
+    request = read_request(args.images[0], model, args.labels, args.skip_bad, chain)
+    search.check_method(args.method, request.forget.goal)
+    keep = read_keep_images(args.keep_images, model, request, args.skip_bad)
+    references = read_reference_images(args.reference_images, model, request, args.skip_bad)
     unlearner = search.Unlearner(
-        original,
-        images.forget,
-        train_set,
-        args.method,
-        len(images.class_names),
-        args.seed,
-        model.as_written,
-        progress_bar,
+        model=original,
+        forget=request.forget,
+        train_set=robustness.widened(request.images, request.forget, args.also),
+        method=args.method,
+        num_classes=len(request.class_names),
+        seed=args.seed,
+        as_written=model.as_written,
+        progress=progress_bar,
     )
     forgotten = unlearner.forgotten(original)
-    log(f"{len(images)} images to {images.forget.goal}; {args.method}; {devices.device_name(device)}")
+    log(f"{len(request)} images to {request.forget.goal}; {args.method}; {devices.device_name(device)}")
     if args.dry_run:
-        print(*images.summary(), sep="\n")
+        print(*request.summary(), sep="\n")
         print(
-            f"{int(forgotten.sum())} of {len(images)} images are forgotten already; time limit {args.minutes:g} minutes"
+            f"{int(forgotten.sum())} of {len(request)} images are forgotten already; time limit {args.minutes:g} minutes"
         )
         print(f"dry run: nothing was written; the output would be {args.output}")
         return 0
@@ -90,13 +90,14 @@ def forget(args: argparse.Namespace) -> int:
     unlearned = model.as_written(best.model if best else original)
 
     # Check the unlearned model.
-    contents = checks.measure(unlearner, images, unlearned, references, budget, progress_bar)
+    log("checking the unlearned model")
+    contents = checks.measure(unlearner, request, unlearned, references, budget, progress_bar)
     contents |= report.describe_run() | report.describe_candidates(candidates, best)
     contents |= {
         "asked": report.describe_request(
-            images, method=args.method, minutes=args.minutes, seed=args.seed, also=args.also
+            request, method=args.method, minutes=args.minutes, seed=args.seed, also=args.also
         ),
-        "model": {"opened_by": model.opened_by, "classes": images.class_names, "before": hashes_before},
+        "model": {"opened_by": model.opened_by, "classes": request.class_names, "before": hashes_before},
         "earlier": earlier_rows(chain, earlier_folder),
         "seconds": {"total": round(budget.used, 1), "trials": round(sum(one.seconds for one in candidates), 1)},
         "peak_memory_mib": devices.peak_memory_mib(device),
@@ -108,7 +109,7 @@ def forget(args: argparse.Namespace) -> int:
         args.output,
         model,
         unlearned,
-        images,
+        request,
         contents,
         build=args.build,
         earlier_folder=earlier_folder,
@@ -116,8 +117,8 @@ def forget(args: argparse.Namespace) -> int:
         key=key,
     )
     num_forgotten = sum(row["forgotten"] for row in contents["images"])
-    log(f"{num_forgotten} of {len(images)} images are forgotten: {folder / PAGE}")
-    return 0 if num_forgotten == len(images) else NOT_FORGOTTEN
+    log(f"{num_forgotten} of {len(request)} images are forgotten: {folder / PAGE}")
+    return 0 if num_forgotten == len(request) else NOT_FORGOTTEN
 
 
 def verify(args: argparse.Namespace) -> int:

@@ -221,6 +221,8 @@ CASES = [
     (None, "--verify {}/report.json --dry-run", "--dry-run is for requests"),
     (bad_names, f"{TINY} {REST} --class-names {{}}/bad_names.txt", "cannot read --class-names"),
     (None, f"{TINY} --images {{}}/in --output {{}}/tiny.pt/out", "cannot write to"),
+    (None, f"{TINY} --images {{}}/in --output {{}}/{'long' * 60}", "cannot write to --output"),
+    (None, f"{TINY} --images {{}}/in --output /", "--output / exists already"),
 ]
 
 

@@ -27,8 +27,12 @@ def check_output(output: Path, inputs: Iterable[Path | str | None]) -> None:
 
     Nothing is created. An empty folder counts as new.
     """
-    if not _is_free(output) or output == Path.cwd():
-        raise InputError(f"--output {output} exists already; give a new folder, nothing is overwritten")
+    try:
+        if not _is_free(output) or output == Path.cwd():
+            raise InputError(f"--output {output} exists already; give a new folder, nothing is overwritten")
+        output.with_name(f".{output.name}.{'0' * 12}.part").exists()  # as `atomic` names it
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"cannot write to --output {output} ({error.strerror}); give another folder") from None
     for path in inputs:
         if path and output.is_relative_to(Path(str(path).removeprefix(huggingface.PREFIX)).resolve()):
             raise InputError(f"--output {output} is inside {path}, which must stay unchanged; give another folder")

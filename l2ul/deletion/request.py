@@ -101,7 +101,7 @@ class Request:
         text = text if named else predicted
         pairs = zip(self.folder.files, self.earlier_labels, strict=True)
         earlier = sum(image.label is None and label is not None for image, label in pairs)
-        return f"{text}, for {earlier} of them before an earlier request" if earlier else text
+        return f"{text}; for {earlier} images the label of an earlier request" if earlier else text
 
     def summary(self, max_images: int = 20) -> list[str]:
         """Return lines about the labels and the present predictions, with a line for each of the first images."""

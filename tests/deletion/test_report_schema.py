@@ -23,6 +23,22 @@ def test_committed_reports_fit_and_can_be_verified(path, tmp_path):
     assert not any(row.superseded for row in rows)
 
 
+def test_a_committed_report_can_start_a_chain(tmp_path):
+    text = COMMITTED[0].read_text()
+    (tmp_path / "report.json").write_text(text)
+    chain = verify.read_chain(tmp_path)
+    assert chain == [json.loads(text)]
+    (row,) = verify.earlier_rows(chain, tmp_path)
+    assert (row["file"], row["images"], row["forgotten"]) == ("earlier/1.json", 16, 16)
+    second = tmp_path / "second"
+    second.mkdir()
+    verify.copy_chain(tmp_path, second / row["file"])
+    later = json.loads(text) | {"earlier": [row]}
+    later["model"] = chain[0]["model"] | {"before": chain[0]["model"]["after"]}
+    (second / "report.json").write_text(json.dumps(later))
+    assert verify.read_chain(second) == [*chain, later]
+
+
 def test_reports_without_optional_keys_fit():
     report = json.loads(COMMITTED[0].read_text())
     for key in ("damage", "robustness", "relearning", "membership", "trials", "chosen", "not_claimed", "seconds"):

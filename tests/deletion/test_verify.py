@@ -175,7 +175,7 @@ def test_an_image_of_an_earlier_request_keeps_its_first_label(forget, script, ti
     code, report, _ = forget(output="second", model=["--model", tmp_path / "out", *BUILT])
     assert (code, report["trials"]) == (0, [])  # the images are forgotten already
     assert [row["label"] for row in report["images"]] == tiny[2][:6].tolist()
-    assert report["asked"]["labels"] == "predictions of the model, for 6 of them before an earlier request"
+    assert report["asked"]["labels"] == "predictions of the model; for 6 images the label of an earlier request"
     words = ["--verify", tmp_path / "second" / "report.json", "--images", tmp_path / "in", *BUILT]
     code, out, _ = script(main_forget.main, *words)
     assert code == 0
