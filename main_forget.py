@@ -73,9 +73,8 @@ def forget(args: argparse.Namespace) -> int:
     log(f"{len(request)} images to {request.forget.goal}; {args.method}; {devices.device_name(device)}")
     if args.dry_run:
         print(*request.summary(), sep="\n")
-        print(
-            f"{int(forgotten.sum())} of {len(request)} images are forgotten already; time limit {args.minutes:g} minutes"
-        )
+        print(f"{int(forgotten.sum())} of {len(request)} images are forgotten already")
+        print(f"time limit: {args.minutes:g} min")
         print(f"dry run: nothing was written; the output would be {args.output}")
         return 0
 

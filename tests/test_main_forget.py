@@ -268,7 +268,7 @@ def test_a_dry_run_checks_the_request_and_writes_nothing(forget, tiny, tmp_path)
     assert ", ".join(f"{label} ({count})" for label, count in enumerate(counts)) in printed
     assert "predictions: 6 of 6 images are classified as their label" in printed
     assert re.search(r"  0.png: predicted as 0 \([\d.]+%\), label 0$", printed, re.MULTILINE)
-    assert "0 of 6 images are forgotten already\ntime limit 1 minutes\n" in printed
+    assert "0 of 6 images are forgotten already\ntime limit: 1 min\n" in printed
     assert f"the output would be {tmp_path / 'new' / 'out'}" in printed
 
 
