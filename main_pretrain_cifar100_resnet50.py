@@ -1,24 +1,24 @@
-"""Train a ResNet-50 on CIFAR-100: the classifier that main_unlearn.py starts from.
+"""Train a ResNet-50 on CIFAR-100, the classifier that main_unlearn.py --dataset cifar100 starts from.
 
     python main_pretrain_cifar100_resnet50.py
     python main_pretrain_cifar100_resnet50.py --schedule onecycle --lr 0.1 --epochs 30 --precision bf16
     python main_pretrain_cifar100_resnet50.py --exclude forget.txt
     torchrun --nproc-per-node 8 main_pretrain_cifar100_resnet50.py
 
-The first is the released recipe, the second a shorter one, the third a reference that never saw some images, the
-last is trained by eight GPUs.
-Accuracy reached and time taken: not measured yet.
+The first command uses the recipe of the released scripts, the second a shorter one. The third trains a retrained model,
+without the images in forget.txt. The fourth trains on eight GPUs.
+Accuracy and time are not measured yet.
 """
 
 from l2ul.cli.pretrain_command import main
 from l2ul.training.recipe import Recipe
 
-RECIPE = Recipe(  # the released scripts'
+RECIPE = Recipe(  # of the released scripts
     epochs=200,
     lr=0.01,
     momentum=0.9,
     weight_decay=5e-4,
-    batch_size=128,  # images a step
+    batch_size=128,  # images per step
     schedule="cosine",
     crop_padding=4,  # pixels
     flip=True,

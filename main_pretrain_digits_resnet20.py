@@ -1,4 +1,4 @@
-"""Train the small digits classifier that is committed in data/weights: what main_unlearn.py runs on by default.
+"""Train the small classifier of digits in data/weights, with which main_unlearn.py runs by default.
 
 python main_pretrain_digits_resnet20.py --rerun
 """
@@ -11,11 +11,11 @@ RECIPE = Recipe(
     lr=0.1,
     momentum=0.9,
     weight_decay=5e-4,
-    batch_size=128,  # images a step
+    batch_size=128,  # images per step
     schedule="onecycle",
     crop_padding=2,  # pixels
-    label_smoothing=0.1,  # an overconfident net has no gradient to unlearn with
-    flip=False,  # a mirrored digit is another sign
+    label_smoothing=0.1,  # gradients vanish in an overconfident model, so it cannot unlearn
+    flip=False,  # a mirrored digit is not a digit
 )
 
 if __name__ == "__main__":

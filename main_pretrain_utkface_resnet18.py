@@ -1,22 +1,23 @@
-"""Train a ResNet-18 to tell age groups apart on UTKFace: what main_unlearn.py --dataset utkface starts from.
+"""Train a ResNet-18 to classify age groups on UTKFace, which main_unlearn.py --dataset utkface starts from.
 
     python main_pretrain_utkface_resnet18.py --age-grouping TNN
     python main_pretrain_utkface_resnet18.py --age-grouping MFD --tracker tensorboard
 
-Put the aligned and cropped images into data/utkface, or name the folder above them with --data-dir. Images of 128
-pixels a side, of which 120 are cut out: at random to train, from the middle otherwise. The weights of the best epoch on
-the validation images are kept. The split is that of main_unlearn.py, so no test image is ever trained on.
-On all of UTKFace not measured yet; on a tenth of it, small and short: README.md, "Measured".
+Put the aligned and cropped images into data/utkface, or name the folder that holds utkface with --data-dir. Images are
+resized to 128 × 128; training uses random crops of 120 × 120, evaluation the centre crop. The weights of the epoch with
+the best validation accuracy are kept. main_unlearn.py uses the same split, so no test image is trained on.
+
+Results on a part of UTKFace are in docs/reproducing.md; all of it is not measured yet.
 """
 
 from l2ul.cli.pretrain_command import main
 from l2ul.training.recipe import Recipe
 
-RECIPE = Recipe(  # the released scripts'
+RECIPE = Recipe(  # of the released scripts
     epochs=100,
-    lr=0.005,  # this and weight_decay depend on the grouping
+    lr=0.005,  # lr and weight_decay depend on the grouping, see below
     weight_decay=1e-4,
-    batch_size=128,  # images a step
+    batch_size=128,  # images per step
     optimizer="adam",
     schedule="onecycle",
     clip_value=0.1,

@@ -1,4 +1,8 @@
-"""The classifiers: `build` an untrained one, `load` a trained one, `save` it. All take pixels in [0,1], give logits."""
+"""Classifiers that take pixels in [0,1] and return logits: `build` an untrained one, `load` a trained one, `save` it.
+
+A model is one of this package (`OWN`), of torchvision (`torchvision:NAME`), of Hugging Face (`hf:NAME_OR_FOLDER`), or
+your own (`register`). This package knows nothing of unlearning.
+"""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -22,12 +26,16 @@ __all__ = ["OWN", "Classifier", "build", "check_name", "load", "load_saved", "re
 def register(
     name: str, build: Callable[[int], nn.Module], mean: Sequence[float] = (0, 0, 0), std: Sequence[float] = (1, 1, 1)
 ) -> None:
-    """Make `name` a model: `build` gets the number of classes and gives a net that takes normalised images."""
+    """Register a model of your own.
+
+    build      a function from the number of classes to a network that takes normalised images
+    mean, std  of the input normalisation, per channel
+    """
     OWN[name] = SimpleNamespace(MEAN=mean, STD=std, build=lambda name, num_classes: build(num_classes))
 
 
 def check_name(name: str) -> None:
-    """Raise InputError unless `name` is one of ours, torchvision:NAME or hf:NAME_OR_FOLDER."""
+    """Raise InputError unless `name` is in `OWN`, or torchvision:NAME or hf:NAME_OR_FOLDER."""
     if name in OWN or name in zoo.names() or (name.startswith(huggingface.PREFIX) and name != huggingface.PREFIX):
         return
     near = zoo.PREFIX + name
@@ -40,10 +48,10 @@ def check_name(name: str) -> None:
 def build(
     name: str, num_classes: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> Classifier:
-    """An untrained classifier.
+    """Return an untrained classifier.
 
-    name      one of ours (`OWN`), `torchvision:NAME`, `hf:NAME_OR_FOLDER`
-    mean, std of the input normalisation, a channel; by default the family's own
+    name       a name in `OWN`, `torchvision:NAME` or `hf:NAME_OR_FOLDER`
+    mean, std  of the input normalisation, per channel; None: those of the model family
     """
     check_name(name)
     if name.startswith(huggingface.PREFIX):
@@ -60,13 +68,13 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Classifier:
-    """A trained classifier in eval mode, channels last, with `source` and `sha256` of its weights.
+    """Return a trained classifier in eval mode, in channels-last format, with `source` and `sha256` of its weights.
 
-    checkpoint  a file of weights (safetensors, or a pickle of tensors); for torchvision also the name of one of its
-                own sets of weights, its first by default; `hf:` needs none
-    mean, std   override what the file tells, which overrides the family's own
+    checkpoint  a file of weights (safetensors, or a pickle of tensors). For torchvision also the name of a set of
+                pretrained weights; None is the first set. `hf:` models need no file.
+    mean, std   of the input normalisation; None: those in the file, or else those of the model family
 
-    Raises InputError where the weights are missing, damaged, unsafe to read or of another net.
+    Raises InputError if the weights are missing, damaged, unsafe to read or of another network.
     """
     check_name(name)
     if checkpoint is None or (name.startswith(zoo.PREFIX) and zoo.has_weights(name, str(checkpoint))):
@@ -79,7 +87,7 @@ def load(
 
 def _published(name: str, num_classes: int, choice: str | None) -> Classifier:
     if name in OWN:
-        raise InputError(f"no weights given for {name}; name a file with --checkpoint")
+        raise InputError(f"{name} has no weights to download; name a file with --checkpoint")
     if name.startswith(huggingface.PREFIX):
         classifier = Classifier(name, num_classes, *huggingface.load(name, num_classes))
         classifier.source = name
@@ -97,27 +105,30 @@ def _from_file(name: str, num_classes: int, path: Path) -> Classifier:
     classifier = build(name, num_classes)
     state, mean, std = checkpoints.split_statistics(state)
     _fill(classifier, state, str(path))
-    told = [checkpoints.metadata_value(metadata, key) for key in ("mean", "std")]
+    saved = [checkpoints.metadata_value(metadata, key) for key in ("mean", "std")]
     classifier.source, classifier.sha256, classifier.metadata = str(path), file_sha256(path), metadata
-    return _with_statistics(classifier, mean or told[0], std or told[1])
+    return _with_statistics(classifier, mean or saved[0], std or saved[1])
 
 
 def _fill(classifier: Classifier, state: dict[str, Tensor], source: str) -> None:
-    wrong = checkpoints.load_into(classifier.net, state)
-    if wrong:
-        what = f"{classifier.name} of {classifier.num_classes} classes"
-        raise InputError(f"{source} does not fit {what}: {wrong}{_looks_like(state)}")
+    differences = checkpoints.load_into(classifier.net, state)
+    if differences:
+        model = f"{classifier.name} with {classifier.num_classes} classes"
+        raise InputError(f"{source} does not fit {model}: {differences}{_looks_like(state)}")
 
 
 def infer_num_classes(name: str, state: dict[str, Tensor], source: str) -> int:
-    """How many classes a file's weights tell apart, as those of the net `name`; InputError where they are of another.
+    """Return the number of classes of the weights in a file, given that they are of the model `name`.
 
-    name  one of ours or torchvision:NAME
+    name    a name in `OWN` or torchvision:NAME
+    source  name of the file, for the message
+
+    Raises InputError if they are of another model.
     """
-    found = _num_classes(name, state)
-    if found is None:
-        raise InputError(f"{source} does not fit {name}: no weights in it tell classes apart{_looks_like(state)}")
-    return found
+    number = _num_classes(name, state)
+    if number is None:
+        raise InputError(f"{source} does not fit {name}: no classification layer in it{_looks_like(state)}")
+    return number
 
 
 def _num_classes(name: str, state: dict[str, Tensor]) -> int | None:
@@ -125,7 +136,7 @@ def _num_classes(name: str, state: dict[str, Tensor]) -> int | None:
 
 
 def _looks_like(state: dict[str, Tensor]) -> str:
-    """In words the known net, and its number of classes, whose names and shapes are most of a file's; or nothing."""
+    """Return a hint at the known network that shares most names and shapes with the file; empty if none is close."""
     file = set(checkpoints.shapes(state).items())
 
     def overlap(name: str) -> float:
@@ -134,7 +145,7 @@ def _looks_like(state: dict[str, Tensor]) -> str:
         return len(file & own) / len(file | own)
 
     share, best = max((overlap(name), name) for name in (*OWN, *zoo.COMMON))
-    return f"; it looks like {best} of {_num_classes(best, state)} classes" if share > 0.5 else ""
+    return f"; it looks like {best} with {_num_classes(best, state)} classes" if share > 0.5 else ""
 
 
 def _with_statistics(classifier: Classifier, mean: Sequence[float] | None, std: Sequence[float] | None) -> Classifier:
@@ -145,9 +156,10 @@ def _with_statistics(classifier: Classifier, mean: Sequence[float] | None, std: 
 
 
 def save(classifier: Classifier, path: Path, settings: dict[str, object]) -> None:
-    """Write the classifier: one safetensors file with its settings as metadata; a Hugging Face one as a folder.
+    """Write the classifier as a safetensors file with the settings as metadata; a Hugging Face model as a folder.
 
-    The file holds the net's own layer names, so other software loads it too; mean and std are in the metadata.
+    The file uses the layer names of the network without its normalisation, so that other software can load it. The
+    metadata has mean and std.
     """
     if classifier.name.startswith(huggingface.PREFIX):
         with atomic(path) as part:
@@ -164,21 +176,24 @@ def save(classifier: Classifier, path: Path, settings: dict[str, object]) -> Non
 
 
 def load_saved(path: Path, like: Classifier) -> Classifier:
-    """What `save` wrote of a classifier of the same kind as `like`."""
+    """Return the classifier that `save` wrote to `path`.
+
+    like  a classifier of the same model
+    """
     is_folder = like.name.startswith(huggingface.PREFIX)
     name, file = (f"{huggingface.PREFIX}{path}", None) if is_folder else (like.name, path)
     loaded = load(name, like.num_classes, file)
-    loaded.name = like.name  # its own, not that of this copy
+    loaded.name = like.name  # not the path of the saved folder
     for ours, theirs in zip(loaded.normalize.buffers(), like.normalize.buffers(), strict=True):
         ours.copy_(theirs)
     return loaded
 
 
 def saved_suffix(classifier: Classifier) -> str:
-    """How the name of what `save` writes ends: a file's, or a folder's, which is nothing."""
+    """Return the suffix of the file that `save` writes; empty if it writes a folder."""
     return "" if classifier.name.startswith(huggingface.PREFIX) else ".safetensors"
 
 
 def decimals(statistics: Tensor) -> list[float]:
-    """A few float32 numbers as the shortest decimals that read back as them."""
+    """Return float32 numbers as the shortest decimals that convert back to them."""
     return [float(str(value)) for value in statistics.flatten().cpu().numpy()]

@@ -1,4 +1,4 @@
-"""Weights in files: read without ever running code from them, fitted to a net, and written so that others can."""
+"""Files of weights: find them, read them without running code from them, load them into a network, write them."""
 
 from collections.abc import Callable, Collection
 import contextlib
@@ -16,14 +16,15 @@ from l2ul.common.errors import InputError
 from l2ul.common.files import atomic
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-PREFIXES = ("module.", "1.", "net.")  # data parallel, the released Sequential(normalise, model), our Classifier
+PREFIXES = ("module.", "1.", "net.")  # of DataParallel, the released Sequential(normalise, model), our Classifier
 Statistics = tuple[float, ...]
 
 
 def candidates(dataset: str, model: str, data_dir: Path) -> list[Path]:
-    """Where weights for a data set and a model are looked for, first to last; pretraining saves at the first.
+    """Return the files in which weights for a data set and a model are looked for, in order.
 
-    Then the folder of this checkout, where the committed digits weights are, and the released scripts' layout.
+    Pretraining saves to the first. The second is in this repository, which has the weights for the digits. The others
+    are in the layout of the released scripts.
     """
     here = Path(__file__).resolve().parent.parent
     file = Path("weights") / f"{dataset}_{model.replace(':', '_').replace('/', '_')}.safetensors"
@@ -32,15 +33,16 @@ def candidates(dataset: str, model: str, data_dir: Path) -> list[Path]:
 
 
 def find(dataset: str, model: str, data_dir: Path) -> Path | None:
-    """The first of `candidates` that exists."""
+    """Return the first of `candidates` that exists; None if there is none."""
     return next((path for path in candidates(dataset, model, data_dir) if path.is_file()), None)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, and metadata, of a safetensors file or of a pickle that holds nothing but plain data.
+    """Return the tensors by name and the metadata of a safetensors file or a pickle.
 
-    A pickle may hold the tensors themselves or under `state_dict`, `model_state_dict`, `model` or `net`.
-    Raises InputError for a file that is missing, damaged, not weights, or that would have to run code to be read.
+    A pickle holds a state dict, or a dictionary with a state dict under `state_dict`, `model_state_dict`, `model` or
+    `net`; it has no metadata. Raises InputError for a file that is missing, damaged, has no weights, or would run code
+    when it is read.
     """
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}; name an existing file with --checkpoint")
@@ -49,7 +51,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _content(path: Path) -> tuple[object, dict[str, str] | None]:
-    """All that a file holds, and the metadata of a safetensors file; None for a pickle."""
+    """Return the content of a file, and the metadata of a safetensors file or None for a pickle."""
     try:
         reject_program(path)
         if path.suffix == ".safetensors":
@@ -60,19 +62,19 @@ def _content(path: Path) -> tuple[object, dict[str, str] | None]:
     except InputError:
         raise
     except pickle.UnpicklingError:
-        if _first_bytes(path) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):  # a whole pickle
+        if _first_bytes(path) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):  # the file is complete
             raise InputError(
                 f"{path} holds more than tensors and could run code when read, so it was not read; "
-                f"save its state_dict() again, best as safetensors"
+                f"save its state_dict() instead, preferably as safetensors"
             ) from None
-        raise InputError(f"{path} is damaged or is no checkpoint; fetch it again") from None
-    except Exception as error:  # zipfile, pickle, torch and safetensors each raise much of their own for damaged bytes
+        raise InputError(f"{path} is damaged or is no checkpoint; download it again") from None
+    except Exception as error:  # zipfile, pickle, torch and safetensors each raise their own for damaged files
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is damaged or is no checkpoint ({first[:120]}); fetch it again") from None
+        raise InputError(f"{path} is damaged or is no checkpoint ({first[:120]}); download it again") from None
 
 
 def reject_program(path: Path) -> None:
-    """Raise InputError for a TorchScript or torch.export file: to read one is to run what it holds."""
+    """Raise InputError for a TorchScript or torch.export file, because reading it may run its code."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -81,8 +83,8 @@ def reject_program(path: Path) -> None:
     kind = next((kind for kind, folder in kinds.items() if any(name.parts[1:2] == (folder,) for name in names)), None)
     if kind:
         raise InputError(
-            f"{path} is a {kind} program, which can run code when it is read and cannot be put back in the form it "
-            f"came in; give the weights of the module that it was made from (its state_dict(), best as safetensors)"
+            f"{path} is a {kind} program, which can run code when it is read, and cannot take unlearned weights; "
+            f"use the weights of the module that it was made from (its state_dict(), best as safetensors)"
         )
 
 
@@ -92,35 +94,37 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _tensors(content: object, path: Path) -> dict[str, Tensor]:
-    """The tensors by name that a pickle holds, themselves and not copies of them."""
+    """Return the tensors by name of a pickle's content. They are not copies."""
     content = _weights(content)
     entries = content.items() if isinstance(content, dict) else ()
     if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
-        raise InputError(f"{path} holds no state dict (layer names and tensors, plain or under {', '.join(WRAPPERS)})")
+        raise InputError(
+            f"{path} holds no state dict (tensors by layer name), at its top or under {', '.join(WRAPPERS)}"
+        )
     return dict(content)
 
 
 def _wrapper(content: object) -> str | None:
-    """The name under which another dictionary holds the weights; None where this one does, or none is there."""
+    """Return the key under which a dictionary holds another one with the weights; None if there is none."""
     if not isinstance(content, dict):
         return None
     return next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
 
 
 def split_statistics(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Statistics | None, Statistics | None]:
-    """The weights without a normalisation layer's mean and std, and these two where the file has them."""
-    found = {}
+    """Return the weights without the mean and std of a normalisation layer, and these two, or None if absent."""
+    keys = {}
     for key, tensor in state.items():
         layer, _, kind = key.rpartition(".")
         if kind in ("mean", "std") and tensor.numel() == 3 and {f"{layer}.mean", f"{layer}.std"} <= state.keys():
-            found[kind] = key
-    rest = {key: tensor for key, tensor in state.items() if key not in found.values()}
-    read_out = {kind: tuple(state[key].flatten().tolist()) for kind, key in found.items()}
-    return rest, read_out.get("mean"), read_out.get("std")
+            keys[kind] = key
+    weights = {key: tensor for key, tensor in state.items() if key not in keys.values()}
+    values = {kind: tuple(state[key].flatten().tolist()) for kind, key in keys.items()}
+    return weights, values.get("mean"), values.get("std")
 
 
 def wrapping_prefix(keys: Collection[str], expected: set[str]) -> str:
-    """What wrappers put before all layer names of a file, as long as the net does not use them itself."""
+    """Return the prefix that wrappers have put before all layer names of a file."""
     prefix = ""
     while keys and not expected & {key.removeprefix(prefix) for key in keys}:
         more = next((p for p in PREFIXES if all(key.startswith(prefix + p) for key in keys)), None)
@@ -131,19 +135,24 @@ def wrapping_prefix(keys: Collection[str], expected: set[str]) -> str:
 
 
 def load_into(net: nn.Module, state: dict[str, Tensor]) -> str | None:
-    """Give the net the weights of a file, whatever is put before their names; returns in words why they do not fit."""
+    """Load the weights of a file into the network, without the prefix of wrappers.
+
+    Returns None, or a description of the differences if the weights do not fit; the network is then unchanged.
+    """
     prefix = wrapping_prefix(state, set(net.state_dict()))
     state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     wrong = mismatch(state, net)
     if wrong is None:
-        net.load_state_dict(state, strict=False)  # strict but for batch-norm's step counters: see mismatch
+        net.load_state_dict(state, strict=False)  # `mismatch` has compared all names except batch-norm's step counters
     return wrong
 
 
 def num_classes(state: dict[str, Tensor], build: Callable[[int], nn.Module]) -> int | None:
-    """How many classes a file's net tells apart; None where it is not of the kind that `build` gives for a number.
+    """Return the number of classes of the weights; None if they are not of the network that `build` returns.
 
-    By name, as a file need not keep the layers in order: the rows of weights whose shape depends on that number.
+    build  returns the network for a number of classes
+
+    The number is the length of a tensor whose shape depends on the number of classes.
     """
     with torch.device("meta"):
         few, more = (shapes(build(number).state_dict()) for number in (2, 3))
@@ -153,48 +162,48 @@ def num_classes(state: dict[str, Tensor], build: Callable[[int], nn.Module]) -> 
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, without batch-norm's step counters, which old files lack."""
+    """Return the shapes by name, without batch-norm's step counters, which old files lack."""
     return {key: tuple(tensor.shape) for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
 
 
 def mismatch(state: dict[str, Tensor], net: nn.Module) -> str | None:
-    """The first names and shapes in which a file and a net differ, in words; None where they fit."""
+    """Return a description of the first differences in names and shapes between file and network; None if they fit."""
     file, own = shapes(state), shapes(net.state_dict())
     differing = [f"{key} is {file[key]}, not {own[key]}" for key in own if key in file and file[key] != own[key]]
     missing = [f"{key} {own[key]} is missing" for key in own if key not in file]
-    extra = [f"{key} {file[key]} is too much" for key in file if key not in own]
+    extra = [f"{key} {file[key]} is unexpected" for key in file if key not in own]
     total = len(differing) + len(missing) + len(extra)
     first = (differing[:2] + missing[:2] + extra[:2])[:4]
     return f"{'; '.join(first)}{f' (of {total} differences)' if total > len(first) else ''}" if total else None
 
 
 def write(path: Path, net: nn.Module, metadata: dict[str, object]) -> None:
-    """The net's weights as safetensors under its own layer names, whole or not at all; metadata as JSON values."""
+    """Write the network's weights as safetensors, atomically. Values of the metadata are stored as JSON."""
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in net.state_dict().items()}
     with atomic(path) as part:
         part.write_bytes(serialize(state, {key: json.dumps(value) for key, value in metadata.items()}))
 
 
 def metadata_value(metadata: dict[str, str], key: str) -> object:
-    """A value that `write` put into a file's metadata; None where it is missing or other software wrote it."""
+    """Return a metadata value that `write` stored; None if it is missing or was written by other software."""
     with contextlib.suppress(KeyError, json.JSONDecodeError):
         return json.loads(metadata[key])
     return None
 
 
 def rewrite(source: Path, net: nn.Module, target: Path) -> list[str]:
-    """Write a net's weights in the form of the file they came from: wrappers, names, types and all else it told.
+    """Write a network's weights in the form of the file `source` that they came from: wrappers, names, types, metadata.
 
-    Entries beside the weights that hold tensors (an optimizer's, averaged weights) are left out, since these still hold
-    what the weights were: returns their names.
+    Other entries with tensors, such as the state of an optimizer or averaged weights, are left out, because they derive
+    from the original weights. Returns the names of these entries.
     """
     content, metadata = _content(source)
     inner = content if metadata is not None else _weights(content)
     own = net.state_dict()
     prefix = wrapping_prefix(inner, set(own))
-    with torch.no_grad():  # some files hold parameters
+    with torch.no_grad():  # some files have parameters instead of tensors
         for key, tensor in inner.items():
-            if key.removeprefix(prefix) in own:  # else the file's own mean and std
+            if key.removeprefix(prefix) in own:  # otherwise it is the mean or std of the file
                 tensor.copy_(own[key.removeprefix(prefix)])
     if metadata is not None:
         target.write_bytes(serialize(content, metadata))
@@ -205,21 +214,21 @@ def rewrite(source: Path, net: nn.Module, target: Path) -> list[str]:
 
 
 def _weights(content: object) -> object:
-    """What of a pickle's content should be the weights: the dictionary within its wrappers."""
+    """Return the part of a pickle's content that should be the weights: the innermost wrapped dictionary."""
     while (key := _wrapper(content)) is not None:
         content = content[key]
     return content
 
 
 def _strip_other_tensors(content: dict) -> list[str]:
-    """Take out of a pickle's content all that holds tensors and is not where the weights are; returns the names."""
-    way = _wrapper(content)
-    if way is None:
+    """Delete all entries with tensors from a pickle's content, except the weights; return their names."""
+    wrapper = _wrapper(content)
+    if wrapper is None:
         return []
-    others = [key for key, value in content.items() if key != way and _holds_tensors(value)]
+    others = [key for key, value in content.items() if key != wrapper and _holds_tensors(value)]
     for key in others:
         del content[key]
-    return [str(key) for key in others] + _strip_other_tensors(content[way])
+    return [str(key) for key in others] + _strip_other_tensors(content[wrapper])
 
 
 def _holds_tensors(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""A net with its input normalisation in front: pixels in [0,1] in, logits out."""
+"""A network with its input normalisation as the first layer: pixels in [0,1] in, logits out."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std a channel; x (N, C, H, W) in [0,1]."""
+    """Compute (x - mean) / std for each channel of x (N, C, H, W)."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -19,9 +19,13 @@ class Normalize(nn.Module):
 
 
 class Classifier(nn.Module):
-    """What is unlearned.
+    """A network `net` behind its preprocessing: takes pixels (N, 3, H, W) in [0,1], returns logits (N, num_classes).
 
-    `name`, `num_classes` and, where weights were loaded, `source`, `sha256` and the file's `metadata` describe it.
+    name        the name of the model, see `models.build`
+    preprocess  layers that end with a Normalize
+    source      where the weights came from; None for an untrained network
+    sha256      hash of the weights, or of their file
+    metadata    metadata of the file
     """
 
     def __init__(self, name: str, num_classes: int, net: nn.Module, preprocess: nn.Module):
@@ -30,16 +34,17 @@ class Classifier(nn.Module):
         self.source: str | None = None
         self.sha256: str | None = None
         self.metadata: dict[str, str] = {}
-        self.preprocess = preprocess  # the last layer of it is a Normalize
+        self.preprocess = preprocess
         self.net = net
 
     @property
     def normalize(self) -> Normalize:
+        """The normalisation layer."""
         return next(layer for layer in self.preprocess.modules() if isinstance(layer, Normalize))
 
     @torch.no_grad()
     def input_side(self, side: int) -> int:
-        """Pixels a side of what the net is given for images of (side, side): its own preprocessing may resize."""
+        """Return the side of the network's input for images of (side, side) pixels: preprocessing may resize them."""
         return self.preprocess(torch.zeros(1, 3, side, side, device=self.normalize.mean.device)).shape[-1]
 
     def forward(self, pixels: Tensor) -> Tensor:

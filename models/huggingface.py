@@ -1,4 +1,4 @@
-"""Any Hugging Face image classifier, by hub name or local folder, its processor's steps as differentiable layers."""
+"""Image classifiers of Hugging Face, by hub name or local folder, with their processor as differentiable layers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,10 @@ INTERPOLATION = {  # PIL's filter numbers, as processors store them
 
 
 class Resize(nn.Module):
-    """Differentiable resize of (N, 3, H, W) pixels: to `size` (height, width), or the short side to a number."""
+    """Resize pixels (N, 3, H, W), differentiably.
+
+    size  [height, width], or the length of the short side
+    """
 
     def __init__(self, size: list[int] | int, interpolation: InterpolationMode):
         super().__init__()
@@ -33,11 +36,11 @@ class Resize(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         resized = transforms.resize(pixels, self.size, self.interpolation, antialias=True)
-        return resized.clamp(0, 1)  # bicubic overshoots; the processor's 8-bit pixels cannot
+        return resized.clamp(0, 1)  # bicubic interpolation overshoots; the processor's 8-bit pixels cannot
 
 
 class CenterCrop(nn.Module):
-    """The middle (height, width) of (N, 3, H, W) pixels."""
+    """Return the centre `size` = [height, width] of pixels (N, 3, H, W)."""
 
     def __init__(self, size: list[int]):
         super().__init__()
@@ -51,27 +54,27 @@ class CenterCrop(nn.Module):
 
 
 def configuration(name: str):
-    """The configuration in the folder or on the hub: `num_labels`, `id2label`, `dtype` of the weights."""
+    """Return the configuration in the folder or on the hub, with `num_labels`, `id2label` and `dtype`."""
     from transformers import AutoConfig
 
     return _read(name, AutoConfig.from_pretrained)
 
 
 def transform(name: str) -> Callable[[Image], Tensor]:
-    """From an RGB image to uint8 pixels (3, H, W) as the processor resizes and crops it."""
+    """Return the processor's resize and crop as a function from RGB images to uint8 pixels (3, H, W)."""
     from transformers import AutoImageProcessor
 
     processor = _read(name, AutoImageProcessor.from_pretrained)
 
-    def shaped(image: Image) -> Tensor:
-        found = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
-        return found.round().clamp(0, 255).to(torch.uint8)
+    def resize_and_crop(image: Image) -> Tensor:
+        pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+        return pixels.round().clamp(0, 255).to(torch.uint8)
 
-    return shaped
+    return resize_and_crop
 
 
 def build(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
-    """The net, untrained, and its input layers, from the configuration in the folder or on the hub."""
+    """Return the untrained network and its preprocessing, from the configuration in the folder or on the hub."""
     from transformers import AutoConfig, AutoModelForImageClassification
 
     config = _read(name, AutoConfig.from_pretrained, num_labels=num_classes)
@@ -79,40 +82,42 @@ def build(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
 
 
 def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
-    """The trained net and its input layers."""
+    """Return the trained network and its preprocessing layers."""
     from transformers import AutoModelForImageClassification
 
     net, report = _read(
         name, AutoModelForImageClassification.from_pretrained, output_loading_info=True, dtype=torch.float32
     )
-    lacking = sorted(report["missing_keys"])
-    if lacking:
-        raise InputError(f"{name} lacks weights of its own net ({', '.join(lacking[:3])}); name a trained classifier")
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{name} lacks weights of its own network ({', '.join(missing[:3])}); name a trained classifier"
+        )
     if net.config.num_labels != num_classes:
         raise InputError(
-            f"{name} tells {net.config.num_labels} classes apart, the data set has {num_classes}; "
-            f"name a classifier trained on this data set"
+            f"{name} has {net.config.num_labels} classes, but the data set has {num_classes}; "
+            f"name a classifier that was trained on this data set"
         )
     return net, _preprocess(name)
 
 
 def _read(name: str, from_pretrained, **options):
-    """What `from_pretrained` gives for the folder or hub name; code in the repository is never run."""
+    """Call `from_pretrained` for the folder or hub name. Code in the repository is never run."""
     place = name.removeprefix(PREFIX)
     _quiet()
     try:
         return from_pretrained(place, trust_remote_code=False, **options)
-    except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own for a bad folder
+    except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own exceptions
         if Path(place).is_dir():
             hint = "expected what save_pretrained writes: config.json, weights, preprocessor_config.json"
         else:
-            hint = "there is no such folder and it could not be had from the hub"
+            hint = "there is no such folder, and it could not be downloaded from the hub"
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"cannot load {name}: {hint} ({first.strip()[:160]})") from None
 
 
 def _quiet() -> None:
-    """No progress bars of the library's own where nobody watches them."""
+    """Turn off the progress bars of transformers if standard error is not a terminal."""
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
@@ -120,7 +125,7 @@ def _quiet() -> None:
 
 
 def _preprocess(name: str) -> nn.Sequential:
-    """The processor's resize, crop and normalisation as layers, for pixels in [0,1] of any size."""
+    """Return the processor's resize, crop and normalisation as layers that take pixels in [0,1] of any size."""
     from transformers import AutoImageProcessor
 
     processor = _read(name, AutoImageProcessor.from_pretrained)
@@ -128,7 +133,7 @@ def _preprocess(name: str) -> nn.Sequential:
     size = _sides(processor, "size") if getattr(processor, "do_resize", False) else None
     crop = _sides(processor, "crop_size") if getattr(processor, "do_center_crop", False) else None
     part = getattr(processor, "crop_pct", None)
-    if part and isinstance(size, int):  # ConvNeXt's convention: small sizes are cut out of a larger image
+    if part and isinstance(size, int):  # the convention of ConvNeXt: small sizes are cropped from a larger image
         size, crop = (int(size / part), [size, size]) if size < 384 else ([size, size], None)
     if size is not None:
         layers.append(Resize(size, INTERPOLATION.get(processor.resample, InterpolationMode.BILINEAR)))
@@ -144,24 +149,24 @@ def _preprocess(name: str) -> nn.Sequential:
 
 
 def _check_layers(name: str, processor, preprocess: nn.Sequential) -> None:
-    """Raise InputError unless the layers do to a smooth image what the processor does: some have steps of their own."""
+    """Raise InputError unless layers and processor agree on a smooth image: some processors have further steps."""
     ramp = torch.linspace(0, 1, 64)
     image = torch.stack([ramp.expand(64, 64), ramp.expand(64, 64).T, (1 - ramp).expand(64, 64)])
     pixels = (image * 255).round().to(torch.uint8)
     expected = processor(pixels, return_tensors="pt")["pixel_values"]
-    found = preprocess(pixels[None] / 255)
-    if found.shape == expected.shape:
-        levels = (found - expected).abs() * preprocess[-1].std * 255
+    actual = preprocess(pixels[None] / 255)
+    if actual.shape == expected.shape:
+        levels = (actual - expected).abs() * preprocess[-1].std * 255
         if levels.max() <= 4:  # the processor rounds to 8 bits after each pass of its resize
             return
     raise InputError(
         f"the processor of {name} ({type(processor).__name__}) does more than resize, centre crop and normalise, "
-        f"so its model cannot take pixels in [0,1] here; name a model with a plain processor"
+        f"so its model cannot be used with pixels in [0,1]; name a model with a plain processor"
     )
 
 
 def _sides(processor, attribute: str) -> list[int] | int | None:
-    """[height, width], or the length of the short side, from a processor's size; None where it has none."""
+    """Return a size of the processor: [height, width], or the length of the short side; None if it has none."""
     size = getattr(processor, attribute, None)
     if size is None:
         return None
@@ -174,9 +179,9 @@ def _sides(processor, attribute: str) -> list[int] | int | None:
 
 
 def save(net: nn.Module, name: str, folder: Path, mean: list[float], std: list[float]) -> None:
-    """The net and its processor with `save_pretrained`, so that plain transformers code loads them.
+    """Write the network and its processor with `save_pretrained`, so that plain transformers code loads them.
 
-    mean, std  that the net was used with: the processor's own, or those given in their place
+    mean, std  normalisation with which the network was used; the saved processor gets them
     """
     from transformers import AutoImageProcessor
 

@@ -1,4 +1,7 @@
-"""The released CIFAR-10 family: torchvision's ResNet-18/34/50 with a 3 × 3 stride-1 stem, max-pool kept."""
+"""ResNet-18/34/50 of the released CIFAR-10 scripts: torchvision's networks with a 3 × 3 stem of stride 1.
+
+The max-pool after the stem is kept.
+"""
 
 from torch import nn
 from torchvision.models import resnet as torchvision_resnet
@@ -8,6 +11,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10
 
 
 def build(name: str, num_classes: int) -> nn.Module:
+    """Return the network `name`, untrained."""
     net = getattr(torchvision_resnet, name)(num_classes=num_classes)
     net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")

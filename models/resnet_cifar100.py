@@ -1,9 +1,9 @@
-"""The released CIFAR-100 family: ResNet-18/34/50 with a 3 × 3 stem and no max-pool, under its own layer names."""
+"""ResNet-18/34/50 of the released CIFAR-100 scripts, with their layer names: a 3 × 3 stem and no max-pool."""
 
 from torch import Tensor, nn
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100
-LAYOUT = {  # blocks a stage; whether a block is a bottleneck
+LAYOUT = {  # number of blocks per stage; whether they are bottleneck blocks
     "resnet18_cifar100": ((2, 2, 2, 2), False),
     "resnet34_cifar100": ((3, 4, 6, 3), False),
     "resnet50_cifar100": ((3, 4, 6, 3), True),
@@ -12,16 +12,18 @@ NAMES = tuple(LAYOUT)
 
 
 def build(name: str, num_classes: int) -> nn.Module:
+    """Return the network `name`, untrained."""
     return ResNet(*LAYOUT[name], num_classes)
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    """Return a convolution without bias and its batch-norm."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     return [conv, nn.BatchNorm2d(outputs)]
 
 
 class Block(nn.Module):
-    """Two 3 × 3 convolutions, or 1 × 1, 3 × 3, 1 × 1 to four times the width, around a shortcut."""
+    """A residual block: two 3 × 3 convolutions, or a bottleneck of 1 × 1, 3 × 3 and 1 × 1 with 4 × width outputs."""
 
     def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool):
         super().__init__()
@@ -40,6 +42,8 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
+    """A ResNet of four stages, whose blocks have 64, 128, 256 and 512 channels."""
+
     def __init__(self, blocks: tuple[int, ...], bottleneck: bool, num_classes: int):
         super().__init__()
         self.conv1 = nn.Sequential(*conv_bn(3, 64, 3), nn.ReLU())

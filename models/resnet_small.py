@@ -1,21 +1,24 @@
-"""ResNet-20/32/44/56 for 32 × 32 images (He et al., 2016, section 4.2), shortcuts without weights ("option A").
+"""ResNet-20/32/44/56 for 32 × 32 images (He et al., 2016, section 4.2), with parameter-free shortcuts ("option A").
 
-Layer names and input statistics are those of the public CIFAR-10 weights of akamaster/pytorch_resnet_cifar10.
+Layer names and input normalisation match the public CIFAR-10 weights of akamaster/pytorch_resnet_cifar10.
 """
 
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which those weights were trained with
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, with which those weights were trained
 NAMES = ("resnet20", "resnet32", "resnet44", "resnet56")
 
 
 def build(name: str, num_classes: int) -> nn.Module:
+    """Return the network `name`, untrained."""
     depth = int(name.removeprefix("resnet"))
     return SmallResNet((depth - 2) // 6, num_classes)
 
 
 class Block(nn.Module):
+    """Two 3 × 3 convolutions with batch-norm, and a shortcut that subsamples and pads channels with zeros."""
+
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -36,6 +39,8 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
+    """A ResNet of three stages with 16, 32 and 64 channels and `blocks` blocks each."""
+
     def __init__(self, blocks: int, num_classes: int):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)

@@ -1,4 +1,4 @@
-"""MobileNetV2, SqueezeNet 1.1 and DenseNet-121 for 32 × 32 images: torchvision's, with fewer strides at the front."""
+"""MobileNetV2, SqueezeNet 1.1 and DenseNet-121 for 32 × 32 images: torchvision's networks with smaller strides."""
 
 from torch import nn
 import torchvision
@@ -11,9 +11,12 @@ __all__ = ["MEAN", "NAMES", "STD", "build"]
 
 
 def build(name: str, num_classes: int) -> nn.Module:
-    """Names and shapes of the weights are torchvision's, but for DenseNet's first convolution (3 × 3, not 7 × 7)."""
+    """Return the network `name`, untrained.
+
+    Its weights have the names and shapes of torchvision's, except for DenseNet's first convolution (3 × 3, not 7 × 7).
+    """
     net = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-    if name == "mobilenet_v2":  # 32 → 4 pixels: 8 times smaller, not 32
+    if name == "mobilenet_v2":  # downsamples 32 → 4 pixels, by 8 instead of 32
         net.features[0][0].stride = (1, 1)
         net.features[2].conv[1][0].stride = (1, 1)
     elif name == "squeezenet1_1":  # 32 → 4 pixels

@@ -1,4 +1,4 @@
-"""What the tests share: a tiny trained net, where the real data are, and scripts called as a user calls them."""
+"""Shared fixtures: a tiny trained network, the place of the real data, and calls of the scripts."""
 
 import l2ul  # isort: skip  # first: it sets the environment before torch is imported
 
@@ -16,7 +16,6 @@ from torch import nn
 import torch.nn.functional as F
 
 from l2ul.data import datasets
-from l2ul.data import datasets as data
 from l2ul.data.images import Split
 from l2ul.deletion import search
 from l2ul.experiments import defaults
@@ -26,11 +25,11 @@ import main_unlearn
 
 ROOT = Path(__file__).resolve().parent.parent
 REALDATA = Path(os.environ.get("L2UL_REALDATA", ROOT.parent / "shared" / "data"))
-CLASSES = 5  # of the tiny net
-# flags of main_unlearn.py that make a command take a second
+CLASSES = 5  # of the tiny network
+# options of main_unlearn.py with which a command takes about a second
 FAST = ["--unlearn-k", 2, "--num-adv-images", 3, "--pgd-iter", 2, "--max-passes", 2, "--batch-size", 2]
 FAST += ["--distill-steps", 2, "--distill-cycles", 1, "--distill-mixes", 4]
-# and of main_forget.py
+# options of main_forget.py, likewise
 FAST_REQUEST = ["--minutes", 1, "--setting", "distill_steps=40", "distill_mixes=16", "distill_lr=0.01"]
 
 
@@ -47,7 +46,7 @@ def pytest_collection_modifyitems(items):
 
 
 class TinyNet(nn.Module):
-    """Two convolutions with batch-norm, dropout and a linear head, for (N, 3, 8, 8)."""
+    """Two convolutions with batch-norm, dropout and a linear head, for images (N, 3, 8, 8)."""
 
     def __init__(self):
         super().__init__()
@@ -68,6 +67,7 @@ class TinyNet(nn.Module):
 
 
 def tiny_net(seed: int = 0) -> TinyNet:
+    """Return an untrained tiny network in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return TinyNet().eval()
@@ -93,7 +93,7 @@ def _trained():
 
 @pytest.fixture
 def trained(_trained):
-    """A tiny net that knows its 40 images, those images (uint8) and their labels."""
+    """Return a tiny network that classifies 40 images correctly, the images (uint8) and their labels."""
     state, images, labels = _trained
     model = tiny_net()
     model.load_state_dict(state)
@@ -102,7 +102,7 @@ def trained(_trained):
 
 @pytest.fixture(scope="session")
 def vit_folder(tmp_path_factory):
-    """A small untrained ViT of ten classes, saved as `save_pretrained` saves it."""
+    """Return a folder with a small untrained ViT of ten classes, as `save_pretrained` writes it."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -117,9 +117,9 @@ def vit_folder(tmp_path_factory):
 
 @pytest.fixture
 def script(monkeypatch, capsys, tmp_path_factory):
-    """Call a script's main with arguments; returns exit code, standard output and standard error.
+    """Return a function that calls a script's main with arguments.
 
-    Each test has a cache of its own.
+    It returns exit code, standard output and standard error. Each test has a cache of its own.
     """
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(defaults, "CACHE_DIR", tmp_path_factory.mktemp("cache"))
@@ -140,19 +140,21 @@ def script(monkeypatch, capsys, tmp_path_factory):
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """The digits cut down to 40 training and 20 test images, so that a whole command takes a second."""
+    """Reduce the digits to 40 training and 20 test images, so that a command takes about a second."""
     digits = datasets.load("digits", "nowhere")
     few = dataclasses.replace(
         digits,
         train=Split(digits.train.images[:40], digits.train.labels[:40]),
         test=Split(digits.test.images[:20], digits.test.labels[:20]),
     )
-    monkeypatch.setattr(data, "_digits", lambda: few)
+    monkeypatch.setattr(datasets, "_digits", lambda: few)
     return few
 
 
 @pytest.fixture
 def run(script, tmp_path, few_digits):
+    """Return a function that calls main_unlearn.py on few digits; see `script` for what it returns."""
+
     def call(*arguments):
         return script(main_unlearn.main, "--result-dir", tmp_path, *FAST, *arguments)
 
@@ -160,7 +162,7 @@ def run(script, tmp_path, few_digits):
 
 
 def save_images(folder, images, labels=None):
-    """Images (n, 3, H, W) uint8 as PNG files, in a folder a label where there are labels."""
+    """Write uint8 images (n, 3, H, W) as PNG files, in a subfolder per label if there are labels; return the folder."""
     for number, image in enumerate(images):
         place = folder / str(int(labels[number])) if labels is not None else folder
         place.mkdir(parents=True, exist_ok=True)
@@ -170,14 +172,14 @@ def save_images(folder, images, labels=None):
 
 @pytest.fixture
 def fast_report(monkeypatch):
-    """A report of a request in a second."""
+    """Reduce the evaluation of a deletion request to about a second."""
     monkeypatch.setattr(search, "MAX_EXAMPLES", 32)
     monkeypatch.setattr(relearn, "MOST_STEPS", 30)
 
 
 @pytest.fixture
 def tiny(trained, tmp_path, fast_report):
-    """Arguments that name a tiny trained net and a folder of six of its images, with the images and labels."""
+    """Return arguments for a tiny trained network, all its images and labels; `in` has six of the images."""
     model, images, labels = trained
     torch.save({"epoch": 3, "state_dict": model.state_dict(), "optimizer": {"m": torch.ones(2)}}, tmp_path / "tiny.pth")
     save_images(tmp_path / "in", images[:6])
@@ -186,7 +188,10 @@ def tiny(trained, tmp_path, fast_report):
 
 @pytest.fixture
 def forget(script, tmp_path, tiny):
-    """Call main_forget.py on the tiny net; gives exit code, report and what was printed."""
+    """Return a function that calls main_forget.py on the tiny network.
+
+    It returns exit code, report and all output.
+    """
 
     def call(*arguments, output="out", images="in", model=tiny[0]):
         words = [*model, "--images", tmp_path / images, "--output", tmp_path / output, *FAST_REQUEST, *arguments]
@@ -198,10 +203,12 @@ def forget(script, tmp_path, tiny):
 
 
 def load_tiny_net(path):
+    """Return the tiny network with the weights of a checkpoint."""
     model = tiny_net()
     model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
     return model
 
 
 def predicted_classes(path, images):
+    """Return the classes that the tiny network in a checkpoint predicts for uint8 images."""
     return load_tiny_net(path)(images / 255).argmax(1)

@@ -1,4 +1,4 @@
-"""Functions that several test modules share."""
+"""Functions that several test modules use."""
 
 import json
 
@@ -10,14 +10,17 @@ from l2ul.sweeps import options as sweep_options
 
 
 def load_records(folder):
+    """Return the records in a result folder, by id."""
     return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))}
 
 
 def without_costs(record):
+    """Return a record without the keys about time and memory."""
     return {key: v for key, v in record.items() if not key.startswith("seconds_") and key != "peak_memory_mib"}
 
 
 def write_folder(root, classes=("ant", "bee"), parts=("train", "val"), size=(40, 60)):
+    """Write an image folder with three random images per class; red is 10 · class + number."""
     generator = np.random.default_rng(0)
     for part in parts:
         for label, name in enumerate(classes):
@@ -30,6 +33,7 @@ def write_folder(root, classes=("ant", "bee"), parts=("train", "val"), size=(40,
 
 
 def write_image(path, size=(8, 8), seed=0):
+    """Write an image of random pixels, of size (width, height); return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -37,4 +41,5 @@ def write_image(path, size=(8, 8), seed=0):
 
 
 def parse_sweep(tmp_path, *arguments):
+    """Return the options of main_sweep.py for these arguments."""
     return sweep_options.parse([str(word) for word in ("--result-dir", tmp_path, *FAST, *arguments)])

@@ -1,4 +1,4 @@
-"""Several processes of one run, started as torchrun starts them but forked, so that nothing is imported again."""
+"""Run a function in several processes with the environment of torchrun. They are forked, which saves imports."""
 
 import contextlib
 import multiprocessing
@@ -20,7 +20,7 @@ def _one(rank: int, size: int, port: int, folder: Path, work, arguments) -> None
 
 
 def run_processes(folder: Path, size: int, work, *arguments) -> tuple[list[int], list[object], list[str], list[str]]:
-    """Of `work(*arguments)` in each of `size` processes: exit codes, results, standard outputs, standard errors."""
+    """Call `work(*arguments)` in `size` processes; return their exit codes, results, standard outputs and errors."""
     folder.mkdir(parents=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -31,10 +31,10 @@ def run_processes(folder: Path, size: int, work, *arguments) -> tuple[list[int],
         process.start()
     for process in started:
         process.join(60)
-        if process.is_alive():  # as torchrun does
+        if process.is_alive():  # as torchrun does after an error
             process.kill()
             process.join()
     kept = [folder / f"{rank}.pt" for rank in range(size)]
     results = [torch.load(path, weights_only=False) if path.exists() else None for path in kept]
-    said = ([(folder / f"{rank}.{kind}").read_text() for rank in range(size)] for kind in ("out", "err"))
-    return [process.exitcode for process in started], results, *said
+    outputs = ([(folder / f"{rank}.{kind}").read_text() for rank in range(size)] for kind in ("out", "err"))
+    return [process.exitcode for process in started], results, *outputs

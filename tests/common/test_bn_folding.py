@@ -1,4 +1,4 @@
-"""Folding: the same logits with fewer layers, wherever that is exact, and the net as it was afterwards."""
+"""Folding batch-norm: equal logits with fewer layers, only where it is exact; the layers are restored afterwards."""
 
 import copy
 
@@ -15,7 +15,7 @@ import models
 
 
 def with_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Batch-norms as after training: no two channels alike."""
+    """Give batch-norms random statistics and weights, as after training."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -38,7 +38,7 @@ def with_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
         ("torchvision:resnet50", 64, False),
     ],
 )
-def test_same_logits_and_the_net_as_it_was(name, side, some_stay):
+def test_folding_keeps_the_logits_and_restores_the_layers(name, side, some_stay):
     model = with_statistics(models.build(name, 10))
     pixels = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(1))
     pairs = foldable(model, pixels)
@@ -56,7 +56,7 @@ def test_same_logits_and_the_net_as_it_was(name, side, some_stay):
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
-def test_follows_the_weights_as_they_change():
+def test_folding_uses_the_current_weights():
     model, pixels = tiny_net(), torch.rand(2, 3, 8, 8)
     assert foldable(model, pixels) == (("features.0", "features.1"), ("features.3", "features.4"))
     with_statistics(model)
@@ -66,7 +66,10 @@ def test_follows_the_weights_as_they_change():
 
 
 class Odd(nn.Module):
-    """A convolution whose output is read twice, and the like; untrained, so that folding looks right at first."""
+    """A convolution whose output is used in a way that forbids folding.
+
+    The batch-norm is untrained, so folding without a check would not change the logits much.
+    """
 
     def __init__(self, how: str):
         super().__init__()
@@ -87,13 +90,13 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["read twice", "called twice", "changed in place", "raises in double"])
-def test_what_would_change_the_logits_is_left_alone(how):
+def test_layers_whose_folding_would_change_the_logits_stay(how):
     model, pixels = Odd(how).eval(), torch.rand(2, 3, 8, 8)
     assert foldable(model, pixels) == ()
     assert torch.equal(accuracy.predict(model, pixels), accuracy.predict(model, pixels, fold=False, batch_size=2))
 
 
-def test_puts_the_net_back_after_an_error_and_in_train_mode():
+def test_layers_and_train_mode_are_restored_after_an_error():
     model, pixels = tiny_net().train(), torch.rand(2, 3, 8, 8)
     before = list(model.modules())
     with pytest.raises(RuntimeError, match="channels"), folded(model, pixels):
@@ -102,7 +105,7 @@ def test_puts_the_net_back_after_an_error_and_in_train_mode():
     assert all(module.training for module in model.modules())
 
 
-def test_input_gradients_are_those_of_the_net():
+def test_folding_keeps_the_input_gradients():
     model = with_statistics(tiny_net())
     pixels = torch.rand(4, 3, 8, 8).requires_grad_()
     (expected,) = torch.autograd.grad(model(pixels).square().sum(), pixels)

@@ -1,4 +1,4 @@
-"""One run on many processes: what it comes to is what one process would find, and one of them speaks for all."""
+"""Runs under torchrun: several processes give the result of one, and one of them prints."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ RECIPE = Recipe(epochs=3, lr=0.05, batch_size=13, crop_padding=1, flip=True, lab
 
 
 def plain_net() -> nn.Module:
-    """Without batch-norm and dropout: nothing in it depends on which images are looked at together."""
+    """Return a network without batch-norm and dropout, so that nothing depends on which images share a batch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         layers = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, CLASSES)
@@ -42,7 +42,7 @@ def plain_net() -> nn.Module:
 
 
 def joined(work):
-    """Work as a script does it."""
+    """Return `work` with the error handling and process group of a script."""
 
     def inside(*arguments):
         with exit_codes.clean_exit("test.py", "go on", shared=True), distributed.process_group():
@@ -52,7 +52,7 @@ def joined(work):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_parts_are_everything_once_and_of_about_one_size(monkeypatch, size):
+def test_shares_cover_every_item_once_and_have_nearly_equal_sizes(monkeypatch, size):
     for count in (0, 1, 2, 7, 24, 25):
         parts = []
         for rank in range(size):
@@ -63,23 +63,23 @@ def test_parts_are_everything_once_and_of_about_one_size(monkeypatch, size):
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def count(model, images, batch_size):
-    seen = []
-    model.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    found = accuracy.predict(model, images, batch_size=batch_size, fold=False, shared=True)
-    spoilt = images / 255
-    spoilt[5] = torch.nan
-    with pytest.raises(Diverged, match="1 of 37 images"):  # in all processes, whichever has it
-        accuracy.predict(model, spoilt, batch_size=batch_size, fold=False, shared=True)
-    return found, sum(seen) // 2
+def predict_and_count(model, images, batch_size):
+    sizes = []
+    model.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    predictions = accuracy.predict(model, images, batch_size=batch_size, fold=False, shared=True)
+    broken = images / 255
+    broken[5] = torch.nan
+    with pytest.raises(Diverged, match="1 of 37 images"):  # in all processes, whichever has the image
+        accuracy.predict(model, broken, batch_size=batch_size, fold=False, shared=True)
+    return predictions, sum(sizes) // 2
 
 
 @pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("batch_size", [5, 30])  # 8 batches, and fewer than there are processes
-def test_every_image_is_looked_at_once_and_all_know_its_class(trained, tmp_path, size, batch_size):
+@pytest.mark.parametrize("batch_size", [5, 30])  # 8 batches; fewer batches than processes
+def test_each_image_is_classified_once_and_all_processes_get_all_predictions(trained, tmp_path, size, batch_size):
     model, images, _ = trained
     expected = accuracy.predict(model, images[:37], batch_size=batch_size, fold=False)
-    codes, found, *_ = run_processes(tmp_path / "all", size, joined(count), model, images[:37], batch_size)
+    codes, found, *_ = run_processes(tmp_path / "all", size, joined(predict_and_count), model, images[:37], batch_size)
     assert codes == [0] * size
     assert all(torch.equal(classes, expected) for classes, _ in found)
     assert sum(seen for _, seen in found) == 37
@@ -103,7 +103,7 @@ def same(one, other, tolerance=0.0):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_net_without_batch_norm_gets_the_weights_of_one_process(trained, tmp_path, size):
+def test_training_in_several_processes_gives_the_weights_of_one_process(trained, tmp_path, size):
     _, images, labels = trained
     whole, rows = fit(plain_net, images, labels, tmp_path / "one.pt")
     first = fit(plain_net, images, labels, tmp_path / "short.pt", recipe=dataclasses.replace(RECIPE, epochs=1))[0]
@@ -125,7 +125,7 @@ def fit_folder(images, labels, state_file):
     return model.state_dict()
 
 
-def test_images_on_disk_are_decoded_in_parts_and_train_the_same_net(tmp_path):
+def test_training_on_images_on_disk_gives_the_weights_of_one_process(tmp_path):
     pixels = torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     files, labels = [str(tmp_path / f"{number}.png") for number in range(20)], torch.arange(20) % CLASSES
     for file, image in zip(files, pixels, strict=True):
@@ -138,7 +138,7 @@ def test_images_on_disk_are_decoded_in_parts_and_train_the_same_net(tmp_path):
     assert all(same(state, expected, 1e-6) for state in found)
 
 
-def test_batch_norm_ends_with_the_same_statistics_everywhere(trained, tmp_path):
+def test_batch_norm_has_equal_statistics_in_all_processes(trained, tmp_path):
     _, images, labels = trained
     recipe = dataclasses.replace(RECIPE, batch_size=16)
     codes, found, *_ = run_processes(
@@ -151,7 +151,7 @@ def test_batch_norm_ends_with_the_same_statistics_everywhere(trained, tmp_path):
     assert not torch.equal(found[0][0]["features.1.running_mean"], fresh["features.1.running_mean"])
 
 
-def test_a_killed_process_ends_all_and_any_number_goes_on(trained, tmp_path):
+def test_a_killed_process_ends_the_run_and_any_number_of_processes_resumes_it(trained, tmp_path):
     _, images, labels = trained
     given = plain_net, images, labels
     _, whole, *_ = run_processes(tmp_path / "whole", 2, joined(fit), *given, tmp_path / "whole.pt")
@@ -189,7 +189,7 @@ def attack(model, images, labels, folder):
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_adversarial_examples_are_those_of_one_process(trained, tmp_path, size):
+def test_several_processes_make_the_adversarial_examples_of_one(trained, tmp_path, size):
     model, images, labels = trained
     (tmp_path / "one").mkdir()
     (tmp_path / "cache").mkdir()
@@ -214,7 +214,7 @@ def unlearn(arguments):
     main_unlearn.main()
 
 
-def test_runs_are_recorded_once_and_as_without_torchrun(run, tmp_path, tmp_path_factory):
+def test_records_equal_those_of_one_process_and_are_written_once(run, tmp_path, tmp_path_factory):
     words = ["--unlearn-k", 2, 5, "--method", "before", "neggrad", "adv_imp", "--seed", 1, "--threads", 1]
     assert run(*words)[0] == 0
     place = tmp_path_factory.mktemp("many")
@@ -236,7 +236,7 @@ def test_runs_are_recorded_once_and_as_without_torchrun(run, tmp_path, tmp_path_
 
 
 @pytest.mark.parametrize("words", [["--seed", "x"], ["--forget-file", "nothing.txt"], ["--decoder", "gpu"]])
-def test_bad_input_is_said_once(few_digits, tmp_path, words):
+def test_bad_input_is_reported_once(few_digits, tmp_path, words):
     codes, _, out, err = run_processes(
         tmp_path / "all", 2, unlearn, ["--result-dir", tmp_path, "--device", "cpu", *words]
     )
@@ -245,20 +245,20 @@ def test_bad_input_is_said_once(few_digits, tmp_path, words):
     assert out == ["", ""]
 
 
-def stumble():
+def fail_in_second_process():
     if distributed.rank() == 1:
         raise InputError("the image 7 cannot be read; mend it")
     distributed.broadcast(lambda: None)
     distributed.broadcast(lambda: distributed.all_reduce(torch.zeros(1)))
 
 
-def test_an_error_of_one_process_ends_all(tmp_path):
-    codes, _, _, err = run_processes(tmp_path / "all", 2, joined(stumble))
+def test_an_error_in_one_process_ends_all(tmp_path):
+    codes, _, _, err = run_processes(tmp_path / "all", 2, joined(fail_in_second_process))
     assert codes == [1, 2]
     assert err == ["", "test.py: the image 7 cannot be read; mend it\n"]
 
 
-def test_torchrun_itself(tmp_path):
+def test_a_script_runs_under_torchrun(tmp_path):
     (tmp_path / "script.py").write_text(
         "import l2ul\n"
         "from l2ul.common import distributed\nfrom l2ul.cli import exit_codes\n"
@@ -272,7 +272,7 @@ def test_torchrun_itself(tmp_path):
     assert (done.returncode, done.stdout) == (0, "2 3.0\n"), done.stderr
 
 
-def test_a_script_for_one_process_says_so(tmp_path):
+def test_a_script_for_one_process_reports_torchrun(tmp_path):
     def alone():
         with exit_codes.clean_exit("alone.py"):
             raise AssertionError("got in")

@@ -1,4 +1,4 @@
-"""Hugging Face classifiers: their processor as layers, loaded and saved as transformers does."""
+"""Hugging Face classifiers: their processor as layers, loading and saving."""
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ PROCESSORS = {
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)
-def test_hugging_face_layers_equal_its_processor(tmp_path, kind):
+def test_layers_equal_the_processor(tmp_path, kind):
     import transformers
 
     getattr(transformers, kind)(**PROCESSORS[kind]).save_pretrained(tmp_path)
@@ -31,15 +31,17 @@ def test_hugging_face_layers_equal_its_processor(tmp_path, kind):
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     expected = processor(image[0], return_tensors="pt")["pixel_values"]
     layers = huggingface._preprocess(f"hf:{tmp_path}")
-    found = layers(image / 255)
-    assert found.shape == expected.shape
-    levels = (found - expected).abs() * layers[-1].std * 255  # 8-bit levels: the processor rounds in each of two passes
+    actual = layers(image / 255)
+    assert actual.shape == expected.shape
+    levels = (
+        (actual - expected).abs() * layers[-1].std * 255
+    )  # 8-bit levels: the processor rounds in each of two passes
     assert levels.max() < 2
     assert levels.mean() < 0.5
 
 
 @pytest.mark.parametrize("kind", ["MobileViTImageProcessor", "LevitImageProcessor", "PerceiverImageProcessor"])
-def test_a_processor_with_steps_of_its_own_is_refused(tmp_path, kind):
+def test_a_processor_with_other_steps_raises_input_error(tmp_path, kind):
     import transformers
 
     getattr(transformers, kind)().save_pretrained(tmp_path)
@@ -47,7 +49,7 @@ def test_a_processor_with_steps_of_its_own_is_refused(tmp_path, kind):
         huggingface._preprocess(f"hf:{tmp_path}")
 
 
-def test_half_precision_files_are_loaded_in_single(vit_folder, tmp_path):
+def test_half_precision_weights_are_loaded_as_float32(vit_folder, tmp_path):
     import transformers
 
     transformers.AutoModelForImageClassification.from_pretrained(vit_folder).half().save_pretrained(tmp_path)
@@ -55,7 +57,7 @@ def test_half_precision_files_are_loaded_in_single(vit_folder, tmp_path):
     assert {p.dtype for p in models.load(f"hf:{tmp_path}", 10).parameters()} == {torch.float32}
 
 
-def test_gradients_reach_the_pixels_of_the_data_set(vit_folder):
+def test_gradients_reach_the_pixels(vit_folder):
     classifier = models.load(f"hf:{vit_folder}", 10)
     pixels = torch.rand(2, 3, 32, 32, requires_grad=True)
     classifier(pixels)[0, 0].backward()
@@ -63,7 +65,7 @@ def test_gradients_reach_the_pixels_of_the_data_set(vit_folder):
     assert pixels.grad[1].abs().max() == 0
 
 
-def test_hugging_face_model_is_saved_for_plain_transformers_code(vit_folder, tmp_path):
+def test_a_saved_model_is_loaded_by_plain_transformers_code(vit_folder, tmp_path):
     import transformers
 
     classifier = models.load(f"hf:{vit_folder}", 10)
@@ -78,8 +80,8 @@ def test_hugging_face_model_is_saved_for_plain_transformers_code(vit_folder, tmp
     assert models.build(f"hf:{vit_folder}", 3)(pixels).shape == (2, 3)
 
 
-def test_bad_hugging_face_folders(vit_folder, tmp_path):
-    with pytest.raises(InputError, match="tells 10 classes apart, the data set has 7"):
+def test_a_bad_folder_raises_input_error(vit_folder, tmp_path):
+    with pytest.raises(InputError, match="has 10 classes, but the data set has 7"):
         models.load(f"hf:{vit_folder}", 7)
     with pytest.raises(InputError, match="cannot load hf:.*expected what save_pretrained writes"):
         models.load(f"hf:{tmp_path}", 10)
@@ -87,12 +89,12 @@ def test_bad_hugging_face_folders(vit_folder, tmp_path):
     state = load_file(vit_folder / "model.safetensors")
     del state["classifier.weight"]
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="lacks weights of its own net .classifier.weight"):
+    with pytest.raises(InputError, match="lacks weights of its own network .classifier.weight"):
         models.load(f"hf:{tmp_path}", 10)
 
 
 @pytest.mark.parametrize("resample", [2, 3])
-def test_gradients_equal_those_through_the_processors_own_resize(tmp_path, resample):
+def test_gradients_equal_those_through_the_resize_of_the_processor(tmp_path, resample):
     import transformers
 
     size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -103,7 +105,7 @@ def test_gradients_equal_those_through_the_processors_own_resize(tmp_path, resam
     net.eval().save_pretrained(tmp_path)
     transformers.ViTImageProcessor(size={"height": 96, "width": 96}, resample=resample).save_pretrained(tmp_path)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
-    # bicubic overshoots at hard edges: there pixels are clamped here, as they are where the processor gets 8 bits
+    # values away from 0 and 1, where bicubic overshoot is clamped
     images = 0.4 + 0.2 * torch.rand(2, 3, 32, 32)
 
     def gradient(logits_of):

@@ -1,4 +1,4 @@
-"""Families, their layer names and shapes, and weights in every form they come in, bad ones included."""
+"""Model families, their layer names and shapes; loading weights from files of every form, and bad files."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from models import checkpoint, resnet_small, zoo
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 
-def own_weights(name: str, num_classes: int = 10) -> dict[str, torch.Tensor]:
+def initial_weights(name: str, num_classes: int = 10) -> dict[str, torch.Tensor]:
     torch.manual_seed(len(name))
     return models.build(name, num_classes).net.state_dict()
 
@@ -38,7 +38,7 @@ def own_weights(name: str, num_classes: int = 10) -> dict[str, torch.Tensor]:
         ("resnet56", 853_018, {"layer3.8.bn2.weight": (64,)}),
     ],
 )
-def test_own_families(name, parameters, some_shapes):
+def test_own_families_have_the_expected_parameters(name, parameters, some_shapes):
     with torch.device("meta"):
         net = models.build(name, 10).net
     state = net.state_dict()
@@ -47,7 +47,7 @@ def test_own_families(name, parameters, some_shapes):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet18_cifar100", "resnet20"])
-def test_max_pool_is_kept_in_one_family_alone(name):
+def test_only_the_cifar10_family_keeps_the_max_pool(name):
     sizes = {}
     classifier = models.build(name, 7).eval()
     stage = {"resnet18": "layer1", "resnet18_cifar100": "conv2_x", "resnet20": "layer1"}[name]
@@ -74,13 +74,13 @@ def test_normalisation_is_the_first_layer():
         ("hf:", "unknown model"),
     ],
 )
-def test_unknown_names(name, complaint):
+def test_an_unknown_name_raises_input_error_with_a_hint(name, complaint):
     with pytest.raises(InputError, match=complaint):
         models.build(name, 10)
 
 
-def wrapped(state, form):
-    """A state dict as different people save it."""
+def wrap(state, form):
+    """Return a state dict in one of the forms in which it may be saved."""
     normalise = {"0.mean": torch.tensor([0.1, 0.2, 0.3]), "0.std": torch.tensor([0.4, 0.5, 0.6])}
     return {
         "plain": state,
@@ -100,9 +100,9 @@ FORMS = ["plain", "state_dict", "model_state_dict", "model", "net", "data parall
 
 
 @pytest.mark.parametrize("form", [*FORMS, "released with statistics"])
-def test_loads_every_form_of_state_dict(tmp_path, form):
-    state, path = own_weights("resnet20"), tmp_path / "weights.pth"
-    torch.save(wrapped(state, form), path)
+def test_every_form_of_state_dict_is_loaded(tmp_path, form):
+    state, path = initial_weights("resnet20"), tmp_path / "weights.pth"
+    torch.save(wrap(state, form), path)
     classifier = models.load("resnet20", 10, path)
     assert torch.equal(classifier.net.layer3[2].conv2.weight, state["layer3.2.conv2.weight"])
     assert not classifier.training
@@ -113,14 +113,14 @@ def test_loads_every_form_of_state_dict(tmp_path, form):
     assert overridden.normalize.mean.flatten().tolist() == [0.5, 0.5, 0.5]
 
 
-def test_loads_foreign_safetensors(tmp_path):
-    state = own_weights("resnet18_cifar100", 100)
+def test_safetensors_of_other_software_are_loaded(tmp_path):
+    state = initial_weights("resnet18_cifar100", 100)
     save_file(state, tmp_path / "weights.safetensors")
     classifier = models.load("resnet18_cifar100", 100, tmp_path / "weights.safetensors")
     assert torch.equal(classifier.net.fc.weight, state["fc.weight"])
 
 
-def test_finds_weights_where_pretraining_saves_and_in_the_released_layout(tmp_path):
+def test_weights_are_found_where_pretraining_saves_them_and_in_the_released_layout(tmp_path):
     assert checkpoint.find("cifar10", "resnet18", tmp_path) is None
     released = tmp_path / "cifar100_pretrained_models" / "resnet50.pt"
     released.parent.mkdir()
@@ -134,7 +134,7 @@ def test_finds_weights_where_pretraining_saves_and_in_the_released_layout(tmp_pa
     assert committed.stat().st_size <= 2 * 2**20
 
 
-def test_saves_what_it_loads_and_what_others_load(tmp_path):
+def test_saved_weights_are_loaded_again_and_by_other_software(tmp_path):
     classifier = models.build("resnet20", 10, mean=(0.1, 0.25, 0.3), std=(0.7, 0.8, 0.9)).eval()
     path = tmp_path / "new" / "weights.safetensors"
     models.save(classifier, path, {"lr": 0.1, "note": "ä"})
@@ -145,8 +145,8 @@ def test_saves_what_it_loads_and_what_others_load(tmp_path):
     plain = resnet_small.build("resnet20", 10)
     plain.load_state_dict(load_file(path))
     with safe_open(path, "pt") as file:
-        told = {key: json.loads(value) for key, value in file.metadata().items()}
-    assert told == {
+        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
+    assert metadata == {
         "model": "resnet20",
         "num_classes": 10,
         "mean": [0.1, 0.25, 0.3],
@@ -165,10 +165,11 @@ class Malicious:
         return (open, (str(self.path), "w"))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("saved_by", ["torch", "pickle"])
-def test_a_pickle_that_would_run_code_is_not_run(tmp_path, saved_by):
+def test_a_pickle_with_code_is_not_run(tmp_path, saved_by):
     path, trace = tmp_path / "evil.pt", tmp_path / "it ran"
-    content = {"state_dict": own_weights("resnet20"), "extra": Malicious(trace)}
+    content = {"state_dict": initial_weights("resnet20"), "extra": Malicious(trace)}
     if saved_by == "torch":
         torch.save(content, path)
     else:
@@ -178,7 +179,7 @@ def test_a_pickle_that_would_run_code_is_not_run(tmp_path, saved_by):
     assert not trace.exists()
 
 
-def test_a_whole_pickled_module_is_not_read(tmp_path):
+def test_a_pickled_module_is_not_read(tmp_path):
     torch.save(models.build("resnet20", 10), tmp_path / "module.pt")
     with pytest.raises(InputError, match="could run code"):
         models.load("resnet20", 10, tmp_path / "module.pt")
@@ -186,9 +187,9 @@ def test_a_whole_pickled_module_is_not_read(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "missing", "folder"])
-def test_damaged_files(tmp_path, suffix, damage):
+def test_a_damaged_file_raises_input_error(tmp_path, suffix, damage):
     path = tmp_path / f"weights{suffix}"
-    state = own_weights("resnet20")
+    state = initial_weights("resnet20")
     torch.save(state, path) if suffix == ".pt" else save_file(state, path)
     content = path.read_bytes()
     path.unlink()
@@ -202,7 +203,7 @@ def test_damaged_files(tmp_path, suffix, damage):
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, {"state_dict": {"a": 1}}, [1, 2], {}, torch.ones(2)])
-def test_files_without_a_state_dict(tmp_path, content):
+def test_a_file_without_a_state_dict_raises_input_error(tmp_path, content):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(InputError, match="holds no state dict"):
         models.load("resnet20", 10, tmp_path / "weights.pt")
@@ -211,20 +212,20 @@ def test_files_without_a_state_dict(tmp_path, content):
 @pytest.mark.parametrize(
     ("model", "classes", "like", "complaint"),
     [
-        ("resnet20", 10, "resnet56", "layer1.3.conv1.weight .16, 16, 3, 3. is too much.*looks like resnet56 of 10"),
-        ("resnet56", 10, "resnet20", "layer1.3.conv1.weight .* is missing.*looks like resnet20 of 10"),
-        ("resnet18", 10, "resnet18_cifar100", "looks like resnet18_cifar100 of 10"),
+        ("resnet20", 10, "resnet56", "layer1.3.conv1.weight .16, 16, 3, 3. is unexpected.*looks like resnet56 with 10"),
+        ("resnet56", 10, "resnet20", "layer1.3.conv1.weight .* is missing.*looks like resnet20 with 10"),
+        ("resnet18", 10, "resnet18_cifar100", "looks like resnet18_cifar100 with 10"),
         ("resnet18", 10, "torchvision:resnet18", "conv1.weight is .64, 3, 7, 7., not .64, 3, 3, 3."),
-        ("resnet20", 100, "resnet20", "linear.weight is .10, 64., not .100, 64.*looks like resnet20 of 10 classes"),
+        ("resnet20", 100, "resnet20", "linear.weight is .10, 64., not .100, 64.*looks like resnet20 with 10 classes"),
     ],
 )
-def test_weights_of_another_net(tmp_path, model, classes, like, complaint):
-    torch.save(own_weights(like), tmp_path / "weights.pt")
+def test_weights_of_another_model_are_described(tmp_path, model, classes, like, complaint):
+    torch.save(initial_weights(like), tmp_path / "weights.pt")
     with pytest.raises(InputError, match=complaint):
         models.load(model, classes, tmp_path / "weights.pt")
 
 
-def test_weights_of_an_unknown_net(tmp_path):
+def test_weights_of_an_unknown_network_get_no_hint(tmp_path):
     torch.save({"encoder.w": torch.ones(3, 4)}, tmp_path / "weights.pt")
     with pytest.raises(InputError, match="conv1.weight .* is missing") as caught:
         models.load("resnet20", 10, tmp_path / "weights.pt")
@@ -232,12 +233,13 @@ def test_weights_of_an_unknown_net(tmp_path):
 
 
 def test_own_families_need_a_file():
-    with pytest.raises(InputError, match="no weights given for resnet20; name a file with --checkpoint"):
+    with pytest.raises(InputError, match="resnet20 has no weights to download; name a file with --checkpoint"):
         models.load("resnet20", 10)
 
 
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet:FutureWarning")
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small", "googlenet"])
-def test_torchvision_nets_from_a_file(tmp_path, name):
+def test_torchvision_networks_load_weights_from_a_file(tmp_path, name):
     torch.manual_seed(0)
     net = torchvision.models.get_model(
         name, weights=None, num_classes=6, **({"init_weights": False} if name == "googlenet" else {})
@@ -250,23 +252,23 @@ def test_torchvision_nets_from_a_file(tmp_path, name):
     assert classifier.train()(pixels).shape == (2, 6)
 
 
-def test_torchvision_own_weights(tmp_path, monkeypatch):
+def test_torchvision_networks_load_pretrained_weights(tmp_path, monkeypatch):
     weights = torchvision.models.SqueezeNet1_1_Weights
     state = torchvision.models.squeezenet1_1(weights=None).state_dict()
-    asked = []
+    calls = []
 
-    def fetched(self, **options):
-        asked.append(options)
+    def download(self, **options):
+        calls.append(options)
         return state
 
-    monkeypatch.setattr(weights, "get_state_dict", fetched)
+    monkeypatch.setattr(weights, "get_state_dict", download)
     for choice in (None, "IMAGENET1K_V1"):
         classifier = models.load("torchvision:squeezenet1_1", 1000, choice)
         assert torch.equal(classifier.net.classifier[1].weight, state["classifier.1.weight"])
         assert "IMAGENET1K_V1" in classifier.source
         assert len(classifier.sha256) == 64
-    assert all(options["weights_only"] and options["check_hash"] for options in asked)
-    with pytest.raises(InputError, match="tell 1000 classes apart, the data set has 10"):
+    assert all(options["weights_only"] and options["check_hash"] for options in calls)
+    with pytest.raises(InputError, match="are for 1000 classes, but the data set has 10"):
         models.load("torchvision:squeezenet1_1", 10)
 
     def offline(self, **options):
@@ -277,7 +279,7 @@ def test_torchvision_own_weights(tmp_path, monkeypatch):
         models.load("torchvision:squeezenet1_1", 1000)
 
 
-def test_torchvision_nets_trained_on_other_statistics(monkeypatch):
+def test_googlenet_uses_the_normalisation_it_was_trained_with(monkeypatch):
     weights = torchvision.models.GoogLeNet_Weights
     monkeypatch.setattr(weights, "get_state_dict", lambda self, **options: {})
     _, _, mean, std = zoo.pretrained_state("torchvision:googlenet", 1000, None)
@@ -289,6 +291,6 @@ def test_torchvision_nets_trained_on_other_statistics(monkeypatch):
 
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", ["resnet20-12fca82f.th", "resnet56-4bfd9763.th"])
-def test_loads_third_party_weights(name):
+def test_third_party_weights_are_loaded(name):
     classifier = models.load(name.split("-")[0], 10, REALDATA / "weights" / name)
-    assert classifier.sha256.startswith(name.split("-")[1].split(".")[0])  # their names carry their hash
+    assert classifier.sha256.startswith(name.split("-")[1].split(".")[0])  # the file names contain the hash
