@@ -20,7 +20,7 @@ PROGRAM = options.PROGRAM
 
 @exit_codes.clean_exit(PROGRAM)
 def main() -> None:
-    sweep = options.parse(description=__doc__.split("\n")[0])
+    sweep = options.parse(description=__doc__)
     if sweep.opts.slurm:
         command = slurm.without_flag(sys.argv[1:])
         print(slurm.script(PROGRAM, command, sweep.opts.slurm, sweep.opts.gpus_per_trial != 0), end="")

@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__.split("\n")[0], prog=PROGRAM)
+    parser = Parser(__doc__, prog=PROGRAM)
     add = parser.add_argument
     folders = "folders with a folder runs, in them or in their subfolders (default: result_data)"
     add("--result-dir", type=Path, nargs="+", default=[Path("result_data")], metavar="PATH", help=folders)

@@ -19,7 +19,7 @@ PROGRAM = unlearn_options.PROGRAM
 
 @exit_codes.clean_exit(PROGRAM, shared=True)
 def main() -> None:
-    opts = unlearn_options.parse(description=__doc__.split("\n")[0])
+    opts = unlearn_options.parse(description=__doc__)
     run(opts)  # imports torch: after parsing, so that --help answers at once
 
 

@@ -69,7 +69,7 @@ compare() {
 compare "$OURS" "$@"
 compare "$OTHERS" "$@"
 # shellcheck disable=SC2086
-compare "$TRAINED" --course "augment=$AUGMENT" $COURSE "$@"
+compare "$TRAINED" --setting "augment=$AUGMENT" $COURSE "$@"
 
 if [ -n "$dry" ]; then exit 0; fi
 $PYTHON main_tables.py --result-dir "$RESULTS"

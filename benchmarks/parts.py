@@ -23,6 +23,7 @@ from l2ul.common.modes import frozen
 from l2ul.data.images import as_pixels
 from l2ul.experiments.adversarial_sets import Attack
 from l2ul.importance import mas_importance
+from l2ul.methods.settings import AttackSettings
 from l2ul.metrics import accuracy
 from l2ul.unlearn import Settings, unlearn
 import models
@@ -78,7 +79,11 @@ class Bench:
         return images, accuracy.predict(self.ours, images).to(self.device)
 
     def make(self, forget: Labelled, draws: int, iterations: int, cache: Cache | None = None) -> None:
-        how = Attack(self.images.num_classes, draws, EPS, ALPHA, iterations, seed=0, precision=self.opts.precision)
+        how = Attack(
+            self.images.num_classes,
+            AttackSettings(draws, EPS, ALPHA, iterations, precision=self.opts.precision),
+            seed=0,
+        )
         how.make(self.ours, *forget, cache=cache or Cache(), progress=lambda count: None)
 
     def attack(self) -> Measured:

@@ -4,7 +4,7 @@ The loop takes steps of the method until all of D_f is forgotten, the limit of s
 finite. It is the same for all methods, which differ in their `Procedure` (see `l2ul.methods`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import copy
 from dataclasses import dataclass, field
 import time
@@ -20,35 +20,9 @@ from l2ul.methods import distill, fixed_length, paper, registry
 from l2ul.methods.checkpoint import Checkpoint, Guard, State, fingerprint
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import Procedure
+from l2ul.methods.settings import Settings, override
 
 RUNNING = "running"  # status of an outcome until the loop ends
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of the loop; the defaults are the paper's released run scripts'."""
-
-    unlearn_lr: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    batch_size: int = 32  # images of D_f a step
-    adv_batch_size: int = 256  # images of D_adv (oracle: of D_r) a step
-    reg_lamb: float = 1.0  # λ
-    max_passes: int = 1000  # times through D_adv (oracle: D_r; neggrad: D_f) before giving up; of rawp: draws
-    noise_growth: float = 0.01  # of rawp: σ of the noise a step, in parts of a tensor's root mean square
-    bn: str = "train"  # as released; or "eval": running statistics kept, dropout off
-    distill_lr: float = 3e-4  # of `distill`: the highest of a cycle, of Adam
-    distill_steps: int = 300  # of a cycle
-    distill_cycles: int = 3  # before giving up
-    distill_forget: int = 64  # images of D_f a step
-    distill_mixes: int = 192  # mixes of D_f a step
-    distill_logits: float = 10.0  # weight of the divergence from the logits of θ⁰
-    distill_features: float = 1000.0  # weight of the gap to the features of θ⁰
-    distill_growth: float = 10.0  # of the forget loss over a cycle, while an image is not forgotten
-    distill_margin: float = 0.3  # by which another logit must lead before an image counts as forgotten
-    course: Mapping[str, float] = field(default_factory=dict)  # of methods of fixed length, in place of their own
-    seed: int = 0  # of the order of the batches, of dropout and of noise
-    first_position: int = 0  # of D_f among all images of a continual run: each step draws what no other drew
 
 
 @dataclass
@@ -127,7 +101,7 @@ def unlearn(
     if "importance" in chosen.needs and importance is None:
         importance = mas_importance(model, images)
     unlearned = copy.deepcopy(model)
-    if chosen.terms is None:
+    if not chosen.trains:
         return Outcome(unlearned, "done", 0)
 
     forget = objective.Forget(as_pixels(images), labels, new_labels)
@@ -135,8 +109,8 @@ def unlearn(
     importance = importance if "importance" in chosen.needs else None
     monitor = ForgetMonitor(unlearned, forget)
     with seeds.fork_rng(labels.device, settings.seed, "dropout", settings.first_position):
-        if chosen.settings is not None:
-            own = fixed_length.overridden(chosen.settings, settings.course)
+        if chosen.fixed_length:
+            own = override(chosen.settings, settings.method_settings)
             drawn = {"seed": settings.seed, "first_position": settings.first_position}
             context = fixed_length.MethodContext(unlearned, forget, own, keep, workers=workers, **drawn)
             procedure = fixed_length.FixedLengthProcedure(chosen.terms, context, settings.bn)

@@ -14,8 +14,9 @@ from l2ul import attack
 from l2ul.cli import unlearn_options
 from l2ul.common.errors import InputError
 from l2ul.data import forget_set
-from l2ul.experiments import defaults, measurement, records, runs
+from l2ul.experiments import defaults, measurement, records
 from l2ul.methods import registry
+from l2ul.methods.settings import SHARED
 import main_unlearn
 import models
 
@@ -49,7 +50,7 @@ def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
         assert (record["adv_success"] is None) == (name not in ("adv", "adv_imp"))
         assert (record["unlearn_lr"] is None) == (name in ("before", "rawp", "distill"))
         assert (record["max_passes"] is None) == (name in ("before", "distill"))
-        assert {record[flag] is None for flag in runs.DISTILL_FLAGS} == {name != "distill"}
+        assert {record[flag] is None for flag in SHARED if flag.startswith("distill_")} == {name != "distill"}
         assert (record["noise_growth"] is None) == (name != "rawp")
         assert record["checkpoint"] == "digits_resnet20.safetensors"
         assert record["acc_retain_low"] is record["acc_forget_earlier"] is record["acc_relabel"] is None
@@ -234,7 +235,7 @@ def test_a_diverged_run_has_no_accuracy(run, tmp_path):
 def test_defaults_a_data_set_are_the_released_ones():
     def given(dataset):
         opts = unlearn_options.parse(["--dataset", dataset])
-        return {name: getattr(opts, name) for name in ("model", *runs.HYPER_PARAMETERS)}
+        return {name: getattr(opts, name) for name in ("model", *SHARED, "setting")}
 
     expected = {
         "model": "resnet18",
@@ -260,7 +261,7 @@ def test_defaults_a_data_set_are_the_released_ones():
         "distill_features": 1000.0,
         "distill_growth": 10.0,
         "distill_margin": 0.3,
-        "course": {},
+        "setting": {},
         "adv_dtype": "float32",
         "precision": "fp32",
     }
@@ -278,7 +279,7 @@ def test_help_shows_groups_and_defaults(run, capsys):
     assert code == 0
     assert "adversarial examples" in out
     assert "L2 norm over pixels in [0,1] (default: 4.0; utkface: 2.0)" in " ".join(out.split())
-    assert all(f"--{name.replace('_', '-')}" in out for name in runs.HYPER_PARAMETERS)
+    assert all(f"--{name.replace('_', '-')}" in out for name in SHARED)
 
 
 def test_library_knows_no_command_line():

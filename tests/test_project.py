@@ -14,8 +14,8 @@ import pytest
 
 from l2ul.cli import command_line_docs, unlearn_options
 from l2ul.data import utkface
-from l2ul.experiments import runs
 from l2ul.methods import registry
+from l2ul.methods.settings import SHARED
 from l2ul.metrics import columns
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -244,7 +244,7 @@ def test_shell_script_has_the_settings_of_the_released_ones(tmp_path):
     for line in calls:
         given = options_of(line)
         default = unlearn_options.parse(["--dataset", given.dataset])
-        differing = {name for name in runs.HYPER_PARAMETERS if getattr(given, name) != getattr(default, name)}
+        differing = {name for name in SHARED if getattr(given, name) != getattr(default, name)}
         assert differing == ({"adv_batch_size", "max_passes"} if "hf:" in line else set()), line
 
 
@@ -264,7 +264,7 @@ def test_shell_script_of_faces_pretrains_and_unlearns_each_grouping_with_the_rel
     default = unlearn_options.parse(["--dataset", "utkface"])
     for line in unlearning:
         given = options_of(line)
-        assert [n for n in runs.HYPER_PARAMETERS if getattr(given, n) != getattr(default, n)] == []
+        assert [n for n in SHARED if getattr(given, n) != getattr(default, n)] == []
         assert given.unlearn_k == default.unlearn_k
         assert Path(given.checkpoint).stem == f"utkface_{given.age_grouping}_resnet18_cifar100"
     assert all("--epochs 100" in line and "--resume" in line for line in pretraining)
@@ -291,12 +291,12 @@ def test_a_dry_run_of_the_comparison_trains_nothing_and_lists_the_runs_of_nets_t
     assert done.returncode == 0
     given = [options_of(line) for line in calls]
     assert sorted(sum((found.method for found in given), [])) == sorted(registry.of_goal("misclassify"))
-    assert [found.course for found in given] == [{}, {}, {"augment": 2.0, "epochs": 2.0}]
+    assert [found.setting for found in given] == [{}, {}, {"augment": 2.0, "epochs": 2.0}]
     assert all(len(found.references) == 2 and found.retrained for found in given)
 
 
 def test_every_module_can_be_imported_first():
-    """Methods and baselines register each other: whichever is named first, all methods are there in one order."""
+    """Whichever module is imported first, all methods are registered in the same order."""
     code = """
 import importlib, sys
 import l2ul, torch
@@ -304,7 +304,7 @@ for module in ("methods.fixed_length", "methods.registry", "methods.baselines", 
     for name in [name for name in sys.modules if name.split(".")[0] == "l2ul"]:
         del sys.modules[name]
     importlib.import_module(f"l2ul.{module}")
-    found = list(importlib.import_module("l2ul.methods.paper").METHODS)
+    found = list(importlib.import_module("l2ul.methods.registry").METHODS)
     assert found[0] == "before" and found[-1] == "amun", (module, found)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

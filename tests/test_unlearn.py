@@ -202,9 +202,9 @@ def test_each_method_has_a_summary_of_one_line():
 def test_a_method_of_another_goal_raises_input_error(inputs):
     new = random_new_labels(inputs["labels"], CLASSES, seed=0)
     for method in ("neggrad", "rawp"):
-        with pytest.raises(InputError, match=f"method {method} is not for the goal relabel; expected one of before"):
+        with pytest.raises(InputError, match=f"method {method} does not support the goal relabel; expected one of"):
             unlearn(method=method, **inputs, new_labels=new)
-    with pytest.raises(InputError, match="method correct is not for the goal misclassify"):
+    with pytest.raises(InputError, match="method correct does not support the goal misclassify"):
         unlearn(method="correct", **inputs)
 
 

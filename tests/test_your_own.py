@@ -11,6 +11,7 @@ import torch
 
 from l2ul.data import datasets
 from l2ul.methods import registry as methods_registry
+from l2ul.methods.settings import Setting
 from l2ul.metrics import registry as measuring_registry
 import models
 
@@ -41,8 +42,8 @@ def example(script, tmp_path, few_digits):
         registry.update(before)
 
 
-def test_there_are_four():
-    assert list(EXAMPLES) == ["my_method", "my_net", "my_data", "my_metric"]
+def test_there_are_five():
+    assert list(EXAMPLES) == ["my_method", "my_setting", "my_net", "my_data", "my_metric"]
 
 
 def test_a_method(example):
@@ -51,6 +52,30 @@ def test_a_method(example):
     (bounded,) = [record for record in records if record["method"] == "bounded"]
     assert bounded["steps"] > 0
     assert bounded["num_adv_images"] == 3
+
+
+def test_a_method_with_a_flag_of_its_own(example, script, tmp_path):
+    run = ["--method", "softened", "adv"]
+    first = {record["method"]: record for record in example("my_setting", *run)}
+    assert (first["softened"]["temperature"], first["softened"]["method_settings"]) == (2.0, "temperature")
+    assert "temperature" not in first["adv"]
+    assert len(example("my_setting", *run, "--temperature", 4)) == 3  # another run of softened, none of adv
+    assert len(example("my_setting", *run, "--setting", "temperature=4")) == 3  # the same again
+    path = str(write(tmp_path, "my_setting"))
+    for words, message in (
+        (["--temperature", "0"], "'0' is not allowed; expected a number above 0"),
+        (["--method", "adv", "--temperature", "4"], "method adv has no setting temperature"),
+        ([*run, "--temperature", "4", "--setting", "temperature=5"], "contradict each other"),
+        (["--temprature", "4"], "unknown flag --temprature; did you mean --temperature?"),
+    ):
+        code, _, err = script(lambda: runpy.run_path(path, run_name="__main__"), *words)
+        assert (code, message in err) == (2, True), err
+    code, out, _ = script(lambda: runpy.run_path(path, run_name="__main__"), "--help")
+    assert code == 0
+    assert (
+        "--temperature X               temperature of the softmax on D_adv, for method softened (default: 2.0)" in out
+    )
+    assert "softened          L_forget + CE on D_adv with a softmax temperature" in out
 
 
 def test_a_net(example, tmp_path):
@@ -93,11 +118,18 @@ def test_an_edit_of_a_method_makes_another_run_and_a_new_metric_is_added_to_old_
     assert "acc_worst_class" in before
 
 
-def test_what_people_add_is_looked_at(example, monkeypatch):
+def test_wrong_additions_raise(example, monkeypatch):
     with pytest.raises(ValueError, match="needs .*importances.*; expected some of adv, importance, noise, retain"):
         methods_registry.method("odd", "importances")
     with pytest.raises(ValueError, match="needs adv and retain"):
         methods_registry.method("odd", "adv", "retain")
+    with pytest.raises(ValueError, match="declares pgd_eps, a setting of the loop"):
+        methods_registry.method("odd", settings=[Setting("pgd_eps", 1.0)])
+    methods_registry.method("first", settings=[Setting("rate", 1.0)])(torch.abs)
+    with pytest.raises(ValueError, match="declare different settings rate"):
+        methods_registry.method("odd", settings=[Setting("rate", 2.0)])
+    with pytest.raises(ValueError, match="has no docstring"):
+        methods_registry.method("odd")(lambda step: {})
     for name in ("acc_test", "speed", "status"):
         with pytest.raises(ValueError, match="expected a new name that begins with acc_ or metric_"):
             measuring_registry.metric(name)

@@ -1,41 +1,47 @@
-"""The flags that the scripts share, in groups."""
+"""The flags that scripts share, in groups. Free of torch, so that `--help` is quick."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
+import textwrap
 from typing import TYPE_CHECKING
 
+from l2ul.cli import ranges
 from l2ul.cli.parser import (
+    Group,
     Parser,
     finite_float,
-    nonnegative_float,
     nonnegative_int,
     positive_float,
     positive_int,
     setting,
+    whole_number,
 )
 from l2ul.common import choices
+from l2ul.common.choices import EVALUATIONS, Number, OneOf, did_you_mean
 from l2ul.common.errors import InputError
 from l2ul.experiments import defaults
 from l2ul.experiments.defaults import COMMON_DEFAULTS, DEFAULTS, default
-from l2ul.methods import fixed_length, registry
+from l2ul.methods import registry
+from l2ul.methods.settings import ATTACK, SHARED, Setting, to_text
 
 if TYPE_CHECKING:
     from l2ul.data.images import Images
 
 
 def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) -> None:
-    group = parser.add_argument_group("data and classifier")
+    group = parser.add_argument_group("data and model")
     add(
         group,
         "--dataset",
-        "digits, cifar10, cifar100, utkface, imagenet, or any folder below --data-dir that holds train and val",
+        "digits, cifar10, cifar100, utkface, imagenet, or a folder in --data-dir that contains train and val",
         default=dataset,
         metavar="NAME",
     )
     add(
         group,
         "--data-dir",
-        "holds cifar-10-batches-py, cifar-100-python, utkface, imagenet/train and imagenet/val, weights",
+        "folder with cifar-10-batches-py, cifar-100-python, utkface, imagenet/train and imagenet/val, and weights",
         type=Path,
         default=Path("data"),
         metavar="FOLDER",
@@ -43,15 +49,21 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
     add(
         group,
         "--image-size",
-        "side of the square cut from images of a folder (default: 224); of utkface, of the images before 15/16 of a "
-        "side are cut out (default: 128)",
+        "side of the square crop of images in a folder, in pixels (default: 224); for utkface the side before cropping "
+        "to 15/16 of it (default: 128)",
         type=positive_int,
     )
     add(group, "--age-grouping", "classes of utkface", choices=tuple(choices.AGE_GROUPINGS), default="TNN")
-    add(group, "--split-seed", "of the split of utkface", type=nonnegative_int, default=0)
+    add(group, "--split-seed", "seed of the split of utkface", type=nonnegative_int, default=0)
     add(group, "--workers", "processes that decode images of a folder", type=nonnegative_int, default=2)
     add(group, "--prefetch", "batches that each of them decodes ahead", type=positive_int, default=choices.PREFETCH)
-    add(group, "--decoder", "of such images; gpu: nvJPEG, on a CUDA GPU", choices=choices.DECODERS, default="cpu")
+    add(
+        group,
+        "--decoder",
+        "where images of a folder are decoded; gpu uses nvJPEG on a CUDA GPU",
+        choices=choices.DECODERS,
+        default="cpu",
+    )
     add(
         group,
         "--model",
@@ -60,8 +72,9 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
         metavar="NAME",
         **({"default": model} if model else {}),
     )
-    add(group, "--mean", "input means a channel (default: the weights' or the model's)", type=finite_float, nargs=3)
-    add(group, "--std", "input standard deviations a channel, likewise", type=positive_float, nargs=3)
+    mean = "mean of each input channel, for pixels in [0,1] (default: that of the weights, else of the model)"
+    add(group, "--mean", mean, type=finite_float, nargs=3)
+    add(group, "--std", "standard deviation of each input channel, likewise", type=positive_float, nargs=3)
 
 
 def add_weights(parser: Parser) -> None:
@@ -69,210 +82,223 @@ def add_weights(parser: Parser) -> None:
     add(
         group,
         "--checkpoint",
-        "weights of the model, a file; for torchvision:NAME also the name of one of its own sets of weights "
-        "(default: <data-dir>/weights/<dataset>_<model>.safetensors, then the released scripts' layout)",
+        "file with the weights of the model, or for torchvision:NAME the name of one of its pretrained weights "
+        "(default: <data-dir>/weights/<dataset>_<model>.safetensors, else the path of the released scripts)",
         metavar="FILE",
     )
 
 
 def add_machine(parser: Parser) -> None:
     group = parser.add_argument_group("machine")
-    add(group, "--device", "where to compute (default: the best there is)", choices=choices.DEVICES)
+    add(group, "--device", "device to compute on (default: the best available one)", choices=choices.DEVICES)
     add(group, "--no-cuda", "do not use a CUDA GPU", action="store_true")
-    add(group, "--threads", "CPU threads (default: torch's choice)", type=positive_int)
+    add(group, "--threads", "number of CPU threads (default: as torch chooses)", type=positive_int)
 
 
 def add_speed(parser: Parser) -> None:
     group = parser.add_argument_group("speed")
-    add(
-        group,
-        "--precision",
-        "fp32; on a CUDA GPU: tf32, faster, in all passes; there or on a CPU with AMX: bf16, fastest, in the attack",
-        choices=choices.PRECISIONS,
-    )
+    add_settings(group, ["precision"])
     add(
         group,
         "--cache-dir",
-        "adversarial examples, and what the classifier calls all images, are kept there and not computed again",
+        "folder in which adversarial examples and predictions of the original model are stored for later runs",
         type=Path,
         default=defaults.CACHE_DIR,
     )
-    add(group, "--cache-gib", "how large it may grow; the longest unused is deleted", type=positive_float, default=10)
-    add(group, "--no-cache", "keep nothing there, and take nothing from there", action="store_true")
+    add(
+        group,
+        "--cache-gib",
+        "largest size of that folder in GiB; files that have not been used for longest are deleted",
+        type=positive_float,
+        default=10,
+    )
+    add(group, "--no-cache", "do not read or write that folder", action="store_true")
 
 
 def add_attack(parser: Parser) -> None:
-    group = parser.add_argument_group("adversarial examples (methods adv and adv_imp)")
-    add(group, "--num-adv-images", "examples of each image of D_f", type=positive_int)
-    add(group, "--pgd-eps", "radius ε, an L2 norm over pixels in [0,1]", type=nonnegative_float)
-    add(group, "--pgd-alpha", "length of a step, likewise", type=nonnegative_float)
-    add(group, "--pgd-iter", "steps", type=positive_int)
-    add(group, "--adv-dtype", "as which they are kept; uint8: rounded to valid 8-bit images", choices=choices.DTYPES)
+    group = parser.add_argument_group("adversarial examples of D_f (methods adv and adv_imp)")
+    add_settings(group, [name for name in ATTACK if name != "precision"])
     add(
         group,
         "--attack-batch-size",
-        "pairs of image and target attacked at once, halved where memory runs out (default: CPU 128, MPS 512, CUDA "
-        "2048, of large images an eighth)",
+        "examples per batch, halved when memory runs out (default: CPU 128, MPS 512, CUDA 2048; an eighth for large "
+        "images)",
         type=positive_int,
     )
 
 
 def add_distill(parser: Parser) -> None:
     group = parser.add_argument_group("method distill")
-    add(group, "--distill-lr", "highest learning rate of a cycle, of Adam", type=positive_float)
-    add(group, "--distill-steps", "of a cycle, which ends at a rate of nearly 0", type=positive_int)
-    add(group, "--distill-cycles", "at most: another begins while D_f is not forgotten", type=positive_int)
-    add(group, "--distill-forget", "images of D_f a step, of those that are not forgotten yet", type=positive_int)
-    add(group, "--distill-mixes", "mixes of D_f a step, which stand for D_r", type=positive_int)
-    add(group, "--distill-logits", "weight of keeping the logits on the mixes", type=nonnegative_float)
-    add(group, "--distill-features", "weight of keeping the features there", type=nonnegative_float)
-    add(group, "--distill-growth", "of the forget loss over a cycle, while an image is left", type=positive_float)
-    add(group, "--distill-margin", "by which another logit must lead on D_f", type=nonnegative_float)
+    add_settings(group, [name for name, one in SHARED.items() if "teacher" in one.used_by])
 
 
-def add_course(parser: Parser) -> None:
-    group = parser.add_argument_group("methods of fixed length, which others have published")
-    settings = {name: method.settings for name, method in registry.METHODS.items() if method.settings}
-    shown = "; ".join(f"{name}: {fixed_length.told(own)}" for name, own in settings.items())
+def add_own_settings(parser: Parser) -> None:
+    """Add --setting, and a flag for each setting that a user's method declares."""
+    group = parser.add_argument_group("settings of a single method")
     add(
         group,
-        "--course",
-        f"settings in place of theirs, for those of the methods that have them (theirs: {shown}; default: none)",
+        "--setting",
+        "settings of the chosen methods: their flags without dashes, as in unlearn_lr=0.01, and settings that have no "
+        "flag, as listed with the methods below (default: none)",
         nargs="+",
+        action="extend",
         type=setting,
         default=[],
         metavar="NAME=VALUE",
     )
+    parser.add_argument(
+        "--course", nargs="+", action="extend", type=setting, dest="setting", default=[], help=argparse.SUPPRESS
+    )
+    for name, one in registry.own_flags().items():
+        users = [method.name for method in registry.METHODS.values() if one in method.settings]
+        text = f"{one.help}, for method {' '.join(users)}".lstrip(", ")
+        add(group, one.flag, f"{_with_unit(text, one)} (default: {one.default})", type=one.type, dest=name)
 
 
 def add_unlearning(parser: Parser) -> None:
     group = parser.add_argument_group("unlearning")
-    summaries = "; ".join(f"{name}: {method.summary}" for name, method in registry.METHODS.items())
-    usual = "all that are for the goal and not of fixed length"
-    add(group, "--method", f"one or more of {summaries} (default: {usual})", nargs="+")
-    add(group, "--goal", "what forgetting means", choices=choices.GOALS, default="misclassify")
-    add(group, "--unlearn-k", "images to forget, one number or more", type=int, nargs="+")
-    add(group, "--seed", "of forget set, attack and loop, one or more", type=nonnegative_int, nargs="+", default=[0])
+    usual = "default: all methods for the goal that are not of fixed length"
+    add(group, "--method", f"one or more methods, listed below ({usual})", nargs="+", metavar="NAME")
+    goal = "misclassify: D_f is predicted as other classes; relabel: as new labels"
+    add(group, "--goal", goal, choices=choices.GOALS, default="misclassify")
+    add(group, "--unlearn-k", "number of images to forget, one or more", type=whole_number, nargs="+")
+    seeds = "seed of the choice of D_f, the attack and the loop, one or more"
+    add(group, "--seed", seeds, type=nonnegative_int, nargs="+", default=[0])
     add(
         group,
         "--forget-file",
-        "indices of D_f in the training set, one a line, in place of a random choice; the first K, by default all",
+        "file with the indices of D_f in the training set, one per line (default: a random choice); the first K of "
+        "them, or all without --unlearn-k",
         type=Path,
     )
     add(
         group,
         "--forget-dir",
-        "images of D_f in a folder that holds a folder a class, in place of training images. To relabel: those of them "
-        "that the model gets wrong, which are to be called their folder's class",
+        "folder with the images of D_f in a subfolder per class, in place of training images. To relabel, D_f are "
+        "those that the model misclassifies, and their new labels are their folders",
         type=Path,
         metavar="FOLDER",
     )
     add(
         group,
         "--continual-step",
-        "D_f arrives so many images at a time; each step starts from the net of the last and sees its own images alone",
+        "continual unlearning: D_f arrives N images at a time, and each step starts from the model of the step before",
         type=positive_int,
     )
     add(
         group,
         "--relabel-file",
-        "new labels for --goal relabel, one a line in the order of D_f (default: random other classes)",
+        "file with the new labels for --goal relabel, one per line in the order of D_f (default: random other classes)",
         type=Path,
     )
-    add(group, "--unlearn-lr", "learning rate of SGD", type=positive_float)
-    add(group, "--momentum", "of SGD", type=nonnegative_float)
-    add(group, "--weight-decay", "of SGD", type=nonnegative_float)
-    add(group, "--batch-size", "images of D_f a step", type=positive_int)
-    add(group, "--adv-batch-size", "images of D_adv (oracle: of D_r) a step", type=positive_int)
-    add(group, "--reg-lamb", "weight λ of the importance penalty", type=nonnegative_float)
-    add(
-        group,
-        "--max-passes",
-        "times through D_adv (oracle: D_r; neggrad, correct: D_f; rawp: draws of noise) before giving up",
-        type=positive_int,
-    )
-    add(
-        group,
-        "--noise-growth",
-        "what σ of rawp's noise grows by a draw, in parts of a tensor's root mean square",
-        type=positive_float,
-    )
-    add(
-        group,
-        "--bn",
-        "train: batch-norm learns and updates its statistics, as the released scripts do; eval: they are kept, and "
-        "dropout is off",
-        choices=choices.BN_MODES,
-    )
+    loop = [name for name, one in SHARED.items() if name not in ATTACK and "teacher" not in one.used_by]
+    add_settings(group, loop)
+    parser.sections["methods"] = _methods_text()
 
 
 def add_output(parser: Parser) -> None:
     group = parser.add_argument_group("results")
-    add(group, "--result-dir", "records are written to runs in it", type=Path, default=Path("result_data"))
+    records = "folder for results; records are written to its subfolder runs"
+    add(group, "--result-dir", records, type=Path, default=Path("result_data"))
     add(
         group,
         "--test-batch-size",
-        "images a batch when measuring (default: CPU 256; CUDA 2048, MPS 512, of large images an eighth)",
+        "images per batch when measuring (default: CPU 256; CUDA 2048, MPS 512, an eighth for large images)",
         type=positive_int,
     )
     add(
         group,
         "--retain-sample",
-        "measure D_r on so many training images, always the same ones, with a 95 %% interval (default: on all)",
+        "measure accuracy on a fixed sample of N images of D_r, with a 95 % interval (default: on all)",
         type=positive_int,
     )
-    add(group, "--evaluate", _evaluations(), nargs="+", choices=tuple(choices.EVALUATIONS), default=[])
-    add(group, "--retrained", "weights of a net trained without D_f, to evaluate against", type=Path, metavar="FILE")
-    add(group, "--references", "of several such, for the attack rmia", type=Path, nargs="+", metavar="FILE")
-    add(group, "--save-model", "keep each unlearned net, in models beside runs", action="store_true")
-    add(group, "--rerun", "do runs again whose record exists", action="store_true")
-    add(group, "--dry-run", "check everything, list the runs and which are done, run none", action="store_true")
+    add(
+        group,
+        "--evaluate",
+        "further metrics, in groups that are listed below (default: accuracies only)",
+        nargs="+",
+        choices=tuple(EVALUATIONS),
+        default=[],
+        metavar="NAME",
+    )
+    parser.sections["metrics"] = _list(EVALUATIONS.items())
+    weights = "weights of a model that was trained without D_f, for --evaluate retrained and relearn"
+    add(group, "--retrained", weights, type=Path, metavar="FILE")
+    weights = "weights of several such models, for --evaluate rmia"
+    add(group, "--references", weights, type=Path, nargs="+", metavar="FILE")
+    add(group, "--save-model", "save each unlearned model in the subfolder models", action="store_true")
+    add(group, "--rerun", "repeat runs that have a record", action="store_true")
+    add(group, "--dry-run", "check everything and list the runs, but do not start them", action="store_true")
 
 
-RUN_GROUPS = (
-    add_data,
-    add_unlearning,
-    add_attack,
-    add_distill,
-    add_course,
-    add_output,
-    add_speed,
-)  # what decides a run, or where it goes
+RUN_GROUPS = (  # flags that decide a run, or where its results go
+    *(add_data, add_unlearning, add_attack, add_distill, add_own_settings, add_output, add_speed),
+)
 
 
-def add(group: argparse._ArgumentGroup, flag: str, text: str, **keywords) -> argparse.Action:
-    """Add a flag; its help ends in its default: the data set's where it has one, else the one given here."""
+def add_settings(group: Group, names: Iterable[str]) -> None:
+    """Add the flags of shared settings. Their value is None if they are not given, see `fill_defaults`."""
+    for name in names:
+        one = SHARED[name]
+        add(group, one.flag, _with_unit(one.help, one), type=one.type)
+
+
+def _with_unit(text: str, one: Setting) -> str:
+    return f"{text}, in {one.unit}" if one.unit else text
+
+
+def add(group: Group | Parser, flag: str, text: str, required: bool = False, **keywords) -> argparse.Action:
+    """Add a flag to a group. Its help ends in its default: that of each data set if there is one, else `default`.
+
+    Keywords are those of argparse; `choices` are checked with a suggestion for a mistyped value.
+    """
     name = flag.removeprefix("--").replace("-", "_")
-    if keywords.get("type") in (positive_int, nonnegative_int, int):
-        keywords.setdefault("metavar", "N")
-    elif keywords.get("type") is Path:
+    if "choices" in keywords:
+        keywords["type"] = OneOf(tuple(keywords.pop("choices")))
+    kind = keywords.get("type")
+    if isinstance(kind, OneOf):
+        keywords.setdefault("metavar", f"{{{','.join(kind.names)}}}")
+    elif isinstance(kind, Number):
+        keywords.setdefault("metavar", "N" if kind.kind is int else "X")
+    elif kind is Path:
         keywords.setdefault("metavar", "PATH")
-    elif "choices" not in keywords and "action" not in keywords:
+    elif "action" not in keywords:
         keywords.setdefault("metavar", "X")
-    if name in COMMON_DEFAULTS and "default" not in keywords:
+    if required:
+        text += " (required)"
+    elif name in COMMON_DEFAULTS and "default" not in keywords:
         text += f" {_by_dataset(name)}"
     elif keywords.get("default") not in (None, []) and "(default" not in text:
         text += f" (default: {_shown(keywords['default'])})"
-    return group.add_argument(flag, help=text, **keywords)
+    text = text.replace("%%", "%").replace("%", "%%")  # which argparse formats
+    return group.add_argument(flag, help=text, required=required, **keywords)
 
 
 def _by_dataset(flag: str) -> str:
-    rows = {
-        name: row[flag]
-        for name, row in DEFAULTS.items()
-        if row.get(flag, COMMON_DEFAULTS[flag]) != COMMON_DEFAULTS[flag]
-    }
-    others = "".join(f"; {name}: {_shown(value)}" for name, value in rows.items())
+    others = "".join(f"; {name}: {_shown(row[flag])}" for name, row in DEFAULTS.items() if flag in row)
     return f"(default: {_shown(COMMON_DEFAULTS[flag])}{others})"
-
-
-def _evaluations() -> str:
-    groups = "; ".join(f"{name}: {summary}" for name, summary in choices.EVALUATIONS.items())
-    return f"measure more: {groups} (default: accuracies alone)".replace("%", "%%")
 
 
 def _shown(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _methods_text() -> str:
+    """Return the list of methods for --help: those that run by default, then those of fixed length."""
+    rows = {False: [], True: []}
+    for method in registry.METHODS.values():
+        text = f"{method.summary}; needs D_r" if "retain" in method.needs else method.summary
+        if method.fixed_length:
+            text += f". Settings: {to_text({one.name: one.default for one in method.settings})}"
+        elif len(method.goals) == 1:
+            text += f"; for the goal {method.goals[0]}"
+        rows[method.fixed_length].append((method.name, text))
+    return f"{_list(rows[False])}\n\nof fixed length, by others, for the goal misclassify:\n{_list(rows[True])}"
+
+
+def _list(rows: Iterable[tuple[str, str]], width: int = 106) -> str:
+    indent = " " * 18
+    return "\n".join(textwrap.fill(f"{name:17} {text}", width, subsequent_indent=indent) for name, text in rows)
 
 
 def load_data(options: argparse.Namespace, whole_train: bool = False) -> "Images":
@@ -295,22 +321,83 @@ def load_data(options: argparse.Namespace, whole_train: bool = False) -> "Images
 
 
 def data_label(options: argparse.Namespace) -> str:
-    """What the weights of a data set are named after: the data set, and which of its groupings."""
+    """Return the name of the data set in the name of a file of weights: for utkface with its grouping."""
     return f"{options.dataset}_{options.age_grouping}" if options.dataset == "utkface" else options.dataset
 
 
 def fill_defaults(options: argparse.Namespace) -> None:
-    """Give every flag that was not given its data set's default; no method and no seed twice."""
+    """Complete parsed options in place.
+
+    `method` and `seed` lose repeated values. Values of --setting move to the flags of the same name; `setting` becomes
+    a dictionary of the settings that single methods declare. Flags that were not given get the data set's defaults.
+
+    Raises InputError if a method is unknown or does not support the goal, if none of the methods has a setting, or if a
+    flag and --setting differ.
+    """
+    options.method = list(dict.fromkeys(options.method or registry.usual(options.goal)))
+    for name in options.method:
+        registry.get(name, options.goal)
+    options.seed = list(dict.fromkeys(options.seed))
+    own = {name: getattr(options, name) for name in registry.own_flags()}
+    own = {name: value for name, value in own.items() if value is not None}
+    unused = next((name for name in own if not registry.find_settings(name, options.method)), None)
+    if unused:
+        registry.parse_settings([(unused, str(own[unused]))], options.method)
+    for name, value in registry.parse_settings(options.setting, options.method).items():
+        given = own.get(name) if name not in SHARED else getattr(options, name)
+        if given not in (None, value):
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} {given} and --setting {name}={value} contradict each other; give one of them")
+        if name in SHARED:
+            setattr(options, name, value)
+        else:
+            own[name] = value
+    options.setting = own
     for flag in COMMON_DEFAULTS:
         listed = flag == "unlearn_k" and (options.forget_file or options.forget_dir)
         if getattr(options, flag, ...) is None and not listed:
             setattr(options, flag, default(options.dataset, flag))
-    options.method = list(dict.fromkeys(options.method or registry.usual(options.goal)))
-    options.seed = list(dict.fromkeys(options.seed))
-    options.course = dict(options.course)
-    known = {name for chosen in options.method for name in registry.get(chosen).settings or ()}
-    for name in sorted(options.course.keys() - known):
+
+
+def settings_as_flags(given: dict[str, object]) -> dict[str, object]:
+    """Return the flags given to a sweep with those of --setting that have a flag of their own moved to it.
+
+    Raises InputError if one is given by its flag as well.
+    """
+    pairs, own = [], registry.own_flags()
+    given = dict(given)
+    for name, text in given.pop("setting", []):
+        if name in SHARED or name in own:
+            if name in given:
+                raise InputError(f"--{name.replace('_', '-')} and --setting {name}={text} are both given; give one")
+            given.setdefault(f"setting {name}", []).append(_values(name, text))
+        else:
+            pairs.append((name, text))
+    moved = {name.removeprefix("setting "): value for name, value in given.items()}
+    return moved | ({"setting": pairs} if pairs else {})
+
+
+def several_settings(pairs: Iterable[tuple[str, str]]) -> dict[str, list[object]]:
+    """Return the values of each setting of a sweep's --setting, ranges expanded. Raises InputError for a wrong one."""
+    values: dict[str, list[object]] = {}
+    for name, text in pairs:
+        values.setdefault(name, []).extend(_values(name, text))
+    return values
+
+
+def _values(name: str, text: str) -> list[object]:
+    found = registry.find_settings(name)
+    if not found:
+        known = list(dict.fromkeys(one for method in registry.METHODS.values() for one in method.all_settings))
         raise InputError(
-            f"--course sets {name}, which none of the methods {' '.join(options.method)} has; "
-            f"expected {', '.join(sorted(known)) or 'a method of fixed length'}"
+            f"no method has a setting {name}; expected one of {', '.join(known)}{did_you_mean(name, known)}"
         )
+    kind = next(
+        (one.type for one in found if not (isinstance(one.type, Number) and one.type.kind is int)), found[0].type
+    )
+    return ranges.values(text, kind)
+
+
+def hyper_parameters(options: argparse.Namespace) -> dict[str, object]:
+    """Return the values of all settings, as `experiments.runs.Setup` takes them, from options with their defaults."""
+    return {name: getattr(options, name) for name in SHARED} | {"method_settings": options.setting}

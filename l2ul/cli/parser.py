@@ -1,34 +1,105 @@
-"""An argparse parser as users of these scripts expect it, and numbers that are checked as they are read."""
+"""The argparse parser of the scripts, and the types of numbers that flags take."""
 
 import argparse
 from collections.abc import Callable, Container, Sequence
-import math
 import os
 import sys
+import textwrap
 
 from l2ul.cli import ranges
-from l2ul.common.errors import InputError
+from l2ul.common.choices import InvalidValue, Number, did_you_mean
+
+WIDTH = 110  # columns of --help
+GLOSSARY = """\
+D_f     forget set: the k images that the model has to forget
+D_r     retain set: all other training images
+D_test  test set
+D_adv   adversarial examples of D_f, for the methods adv and adv_imp
+θ⁰      weights of the original model
+k       number of images in D_f"""
+
+finite_float = Number(float)
+positive_float = Number(float, 0, open=True)
+nonnegative_float = Number(float, 0)
+whole_number = Number(int)
+positive_int = Number(int, 1)
+nonnegative_int = Number(int, 0)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that takes `_` for `-` in every flag, and says what is wrong in one sentence."""
+    """An argparse parser with the conventions of the scripts.
 
-    def __init__(self, description: str, **options):
+    Flags may be spelled with `_` in place of `-`. An error is one sentence and exit code 2, with a suggestion for a
+    mistyped flag. `--help` shows the examples of the script and a glossary.
+
+    doc       docstring of the script: indented paragraphs are shown as examples below the flags, others above them
+    epilog    text below the flags, after the examples
+    flags     all flags but --help
+    sections  further sections of --help by their title, below the flags
+    """
+
+    def __init__(self, doc: str, prog: str | None = None, epilog: str = "", glossary: bool = True):
+        self.flags: list[argparse.Action] = []
+        self._is_ready = False  # argparse adds groups of its own
+        paragraphs = textwrap.dedent(doc).strip().split("\n\n")
+        examples = [textwrap.dedent(one) for one in paragraphs if one.startswith(" ")]
+        self.sections = {"examples": "\n\n".join(examples)} if examples else {}
         super().__init__(
-            description=description,
+            prog=prog,
+            usage="%(prog)s [flags]",
+            description="\n\n".join(one for one in paragraphs if not one.startswith(" ")),
             allow_abbrev=False,
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
-            **options,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=WIDTH),
         )
+        self._is_ready = True
+        self.text, self.glossary = epilog.strip(), GLOSSARY if glossary else ""
+
+    def add_argument(self, *names: str, **keywords) -> argparse.Action:
+        return self._keep(super().add_argument(*names, **keywords))
+
+    def add_argument_group(self, title: str, description: str | None = None) -> "Group":
+        group = super().add_argument_group(title, description)
+        return Group(group, self._keep) if self._is_ready else group
+
+    def _keep(self, action: argparse.Action) -> argparse.Action:
+        if action.option_strings and action.dest != "help":
+            self.flags.append(action)
+        return action
+
+    def format_help(self) -> str:
+        sections = self.sections | ({"glossary": self.glossary} if self.glossary else {})
+        parts = [f"{title}:\n{textwrap.indent(text, '  ')}" for title, text in sections.items()]
+        self.epilog = "\n\n".join(filter(None, (*parts, self.text)))
+        return super().format_help()
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         return super().parse_known_args([_dashed(word) for word in (sys.argv[1:] if args is None else args)], namespace)
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word.partition("=")[0] for word in unknown if word.startswith("--")), None)
+            shown = [action for action in self.flags if action.help is not argparse.SUPPRESS]
+            known = [name for action in shown for name in action.option_strings]
+            hint = did_you_mean(flag, known) if flag else ""
+            self.error(f"unknown flag {flag}{hint}" if flag else f"unexpected argument {unknown[0]!r}")
+        return options
+
     def exit(self, status: int = 0, message: str | None = None):
-        super().exit(status, message if os.environ.get("RANK", "0") == "0" else None)
+        super().exit(status, message if os.environ.get("RANK", "0") == "0" else None)  # under torchrun, print once
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class Group:
+    """A titled group of flags of a Parser."""
+
+    def __init__(self, group, keep: Callable[[argparse.Action], argparse.Action]):
+        self._group, self._keep = group, keep
+
+    def add_argument(self, *names: str, **keywords) -> argparse.Action:
+        return self._keep(self._group.add_argument(*names, **keywords))
 
 
 def _dashed(word: str) -> str:
@@ -36,71 +107,34 @@ def _dashed(word: str) -> str:
     return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
 
 
-def _number(kind: Callable[[str], float], low: float, strict: bool, expected: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if isinstance(value, int) and abs(value) > 2**63 - 1:
-            value = math.nan
-        if not (math.isfinite(value) and (value > low if strict else value >= low)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected {expected}")
-        return value
-
-    return parse
-
-
-finite_float = _number(float, -math.inf, False, "a number")
-positive_float = _number(float, 0, True, "a number above 0")
-nonnegative_float = _number(float, 0, False, "a number of at least 0")
-positive_int = _number(int, 1, False, "a whole number of at least 1")
-nonnegative_int = _number(int, 0, False, "a whole number of at least 0")
-
-
-def setting(text: str) -> tuple[str, float]:
-    """`NAME=VALUE`, a number of at least 0."""
+def setting(text: str) -> tuple[str, str]:
+    """Split `NAME=VALUE`, with dashes or underscores in the name. Raises InvalidValue for another text."""
     name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected NAME=VALUE, such as epochs=3")
-    return name, nonnegative_float(value)
+    if not (name and equals and value):
+        raise InvalidValue(f"{text!r} is not allowed; expected NAME=VALUE, such as epochs=3")
+    return name.replace("-", "_"), value
 
 
-NUMBERS = (int, finite_float, positive_float, nonnegative_float, positive_int, nonnegative_int)
+def take_several(parser: Parser, single: Container[str]) -> None:
+    """Let the flags of a parser take several values, and numbers also ranges (see `ranges.values`).
 
-
-def take_several(parser: Parser, one: Container[str]) -> None:
-    """Let flags take several values where they take one, and numbers also as ranges (see `ranges.values`).
-
-    But for those whose names are in `one`. None has a default any more: what is not given is not in the result. Values
-    of a range come as a list within the list.
+    Flags named in `single` keep taking one value. Flags lose their defaults: the result of `parse_args` lacks flags
+    that are not given. The values of a range come as a list within the list.
     """
-    for action in parser._actions:
-        if not action.option_strings or isinstance(action, argparse._HelpAction):
-            continue
+    for action in parser.flags:
         action.default = argparse.SUPPRESS
-        if action.dest in one or action.nargs not in (None, "+"):
+        if action.dest in single or action.nargs not in (None, "+"):
             continue
         action.nargs = "+"
-        if action.type in NUMBERS:
-            action.type = _several(action.type)
-        elif action.type is setting:
-            action.type = _several_settings
+        if isinstance(action.type, Number):
+            action.type = _RangeOf(action.type)
 
 
-def _several(kind: Callable[[str], float]) -> Callable[[str], list]:
-    def parse(text: str) -> list:
-        try:
-            return ranges.values(text, kind)
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+class _RangeOf:
+    """Reads a number or a range of numbers of a kind."""
 
-    parse.__name__ = kind.__name__  # which argparse's own message names
-    return parse
+    def __init__(self, kind: Number):
+        self.kind = kind
 
-
-def _several_settings(text: str) -> list[tuple[str, object]]:
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        setting(text)
-    return [(name, one) for one in _several(nonnegative_float)(value)]
+    def __call__(self, text: str) -> list:
+        return ranges.values(text, self.kind)

@@ -1,18 +1,22 @@
-"""Several values of a setting, listed or as a range, and every combination of them as words of a command line."""
+"""Ranges of values on a command line, and combinations of values as words of a command line."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 import itertools
 import math
 
-from l2ul.common.errors import InputError
+from l2ul.common.choices import InvalidValue
 
-MOST = 10_000  # points of a range
+MAX_POINTS = 10_000  # of a range
 
 
 @dataclass(frozen=True)
 class Interval:
-    """All numbers from `low` to `high`, for a search to choose from; evenly by their logarithm with `log`."""
+    """All numbers from `low` to `high`, for a search to choose from.
+
+    log    whether the search samples their logarithm uniformly
+    whole  whether it samples whole numbers only
+    """
 
     low: float
     high: float
@@ -24,11 +28,15 @@ class Interval:
 
 
 def values(text: str, kind: Callable[[str], object]) -> list[object]:
-    """What a word stands for: `3`; `lo:hi:n` or `lo:hi:logn`, n values with both ends; `lo:hi` or `lo:hi:log`.
+    """Return the values that a text stands for.
 
-    The last two are an Interval, and only a search can do with one. `kind` makes a value of a text and refuses those
-    that are not allowed; where it makes whole numbers, points are rounded to such. Points have six significant digits,
-    as one would type them.
+    A value stands for itself. `lo:hi:n` stands for n evenly spaced values, both ends included, and `lo:hi:logn` for
+    values with evenly spaced logarithms. `lo:hi` and `lo:hi:log` stand for an Interval, which only a search can use.
+
+    kind  reads a value from text and raises InvalidValue if it is not allowed. If it returns whole numbers, the values
+          of a range are rounded and returned once each. Other values of a range have six significant digits.
+
+    Raises InvalidValue if the text is not a range.
     """
     if ":" not in text:
         return [kind(text)]
@@ -39,7 +47,7 @@ def values(text: str, kind: Callable[[str], object]) -> list[object]:
     count = rest.removeprefix("log")
     fault = _fault(text, words, low, high, log, count)
     if fault:
-        raise InputError(fault)
+        raise InvalidValue(fault)
     whole = isinstance(low, int)
     if not count:
         return [Interval(low, high, log, whole)]
@@ -47,15 +55,15 @@ def values(text: str, kind: Callable[[str], object]) -> list[object]:
 
 
 def _fault(text: str, words: list[str], low: object, high: object, log: bool, count: str) -> str | None:
-    """Why a range is none, in a sentence."""
+    """Return what is wrong with a range, or None."""
     if len(words) > 3 or not (isinstance(low, int | float) and isinstance(high, int | float)):
-        return f"{text!r} is not a range; expected lo:hi:n, or lo:hi:logn, such as 1:5:9 or 1e-4:1e-3:log5"
-    if len(words) == 3 and not (log and not count) and not (count.isdecimal() and 2 <= int(count) <= MOST):
-        return f"{text!r} ends in {words[2]!r}; expected a number of points, 2 to {MOST}, or log and such a number"
+        return f"{text!r} is not a range; expected lo:hi:n or lo:hi:logn, such as 1:5:9 or 1e-4:1e-3:log5"
+    if len(words) == 3 and not (log and not count) and not (count.isdecimal() and 2 <= int(count) <= MAX_POINTS):
+        return f"{text!r} ends in {words[2]!r}; expected a number from 2 to {MAX_POINTS}, or log and a number"
     if not low < high:
-        return f"{text!r} goes from {words[0]} to {words[1]}; expected a range that ends higher than it begins"
+        return f"{text!r} goes from {words[0]} to {words[1]}; expected a second number above the first"
     if log and low <= 0:
-        return f"{text!r} is logarithmic and begins at {words[0]}; expected a number above 0"
+        return f"{text!r} is logarithmic and begins at {words[0]}; expected a range that begins above 0"
     return None
 
 
@@ -69,7 +77,7 @@ def _points(low: float, high: float, count: int, log: bool, whole: bool) -> Iter
 
 
 def words_of(flag: str, value: object) -> tuple[str, ...]:
-    """A flag with a value, or several, as a command line has them; numbers to their last digit."""
+    """Return a flag and its value, or values, as words of a command line; numbers keep all digits."""
     if value is True:
         return (flag,)
     several = value if isinstance(value, list | tuple) else [value]
@@ -77,6 +85,6 @@ def words_of(flag: str, value: object) -> tuple[str, ...]:
 
 
 def product(axes: dict[str, list[object]]) -> Iterator[dict[str, object]]:
-    """Every combination of a value of each axis, the last one changing fastest; one, empty, of no axes."""
+    """Yield every combination of a value of each axis. The last axis changes fastest. No axes give one empty one."""
     for chosen in itertools.product(*axes.values()):
         yield dict(zip(axes, chosen, strict=True))

@@ -21,7 +21,7 @@ from l2ul.experiments import time_estimates
 from l2ul.experiments.execution import Experiment
 from l2ul.experiments.measurement import Measuring
 from l2ul.experiments.reference_models import Peer, Peers
-from l2ul.experiments.runs import HYPER_PARAMETERS, Run, Setup
+from l2ul.experiments.runs import Run, Setup
 from l2ul.metrics import accuracy
 from l2ul.metrics.groups import EVALUATIONS
 import models
@@ -93,7 +93,7 @@ def make_setup(opts: argparse.Namespace, images: Images, classifier: models.Clas
         images,
         classifier,
         opts.goal,
-        {name: getattr(opts, name) for name in HYPER_PARAMETERS},
+        options.hyper_parameters(opts),
         opts.result_dir,
         sample if sample and sample < len(images.train) else None,
         {

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from l2ul.cli import options
 from l2ul.common.errors import InputError
-from l2ul.methods import registry
 from l2ul.metrics.groups import EVALUATIONS
 
 PROGRAM = "main_unlearn.py"
@@ -24,8 +23,6 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> argparse.
         add(parser)
     opts = parser.parse_args(argv)
     options.fill_defaults(opts)
-    for name in opts.method:
-        registry.get(name, opts.goal)
     if opts.unlearn_k and min(opts.unlearn_k) < 1:
         raise InputError(f"--unlearn-k is {min(opts.unlearn_k)}; expected 1 or more images to forget")
     _check_forget_set(opts)

@@ -1,4 +1,15 @@
-"""The values that options accept, each list defined once. Free of torch, so that parsers and `--help` are quick."""
+"""The values that options accept: lists of names, each defined once, and ranges of numbers.
+
+Free of torch, so that command lines are parsed and `--help` is printed without importing it.
+"""
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
+import difflib
+import math
+
+from l2ul.common.errors import InputError
 
 GOALS = ("misclassify", "relabel")  # what forgetting means
 BN_MODES = ("train", "eval")  # mode of batch-norm and dropout while a method trains
@@ -26,3 +37,75 @@ EVALUATIONS = {  # groups of additional metrics and what they measure, see `metr
     "duplicates": "number of near-duplicates of D_f in D_r",
     "agreement": "agreement with the original model on held-out adversarial examples",
 }
+
+
+class InvalidValue(InputError, argparse.ArgumentTypeError):
+    """A value that an option does not accept. argparse and the scripts both print its message as one sentence."""
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """Return `; did you mean NAME?` with the name most similar to a word, or an empty string."""
+    similar = difflib.get_close_matches(word, list(names), n=1)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A range of numbers. Calling it reads a number from text and checks it.
+
+    kind     int or float
+    minimum  smallest number allowed, or with `open` the bound that a number has to exceed
+    """
+
+    kind: type = float
+    minimum: float = -math.inf
+    open: bool = False
+    maximum: float = math.inf
+
+    def __call__(self, text: str) -> int | float:
+        """Read a number. Raises InvalidValue if the text is not a number within the range."""
+        try:
+            return self.check(self.kind(text))
+        except ValueError:  # InvalidValue is one too
+            raise InvalidValue(f"{text!r} is not allowed; expected {self.expected}") from None
+
+    def check(self, value: object) -> int | float:
+        """Return a value as a number of this kind. Raises InvalidValue if it is not one, or outside the range."""
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+        if not number or (self.kind is int and (value != int(value) or abs(value) >= 2**63)):
+            raise InvalidValue(f"{value!r} is not allowed; expected {self.expected}")
+        if not (value > self.minimum if self.open else value >= self.minimum) or value > self.maximum:
+            raise InvalidValue(f"{value!r} is not allowed; expected {self.expected}")
+        return self.kind(value)
+
+    @property
+    def expected(self) -> str:
+        """Describe the range in words, as in "a number above 0"."""
+        name = "a whole number" if self.kind is int else "a number"
+        low = "" if self.minimum == -math.inf else f"{'above' if self.open else 'of at least'} {self.minimum:g}"
+        if self.maximum == math.inf:
+            return f"{name} {low}".rstrip()
+        return f"{name} {low} and at most {self.maximum:g}" if low else f"{name} of at most {self.maximum:g}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A list of names. Calling it checks that a text is one of them."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
+        """Return the text. Raises InvalidValue if it is not one of the names."""
+        return self.check(text)
+
+    def check(self, value: object) -> str:
+        """Return a value that is one of the names. Raises InvalidValue if it is not."""
+        if value not in self.names:
+            hint = did_you_mean(str(value), self.names)
+            raise InvalidValue(f"{value!r} is not allowed; expected {self.expected}{hint}")
+        return value
+
+    @property
+    def expected(self) -> str:
+        """List the names in words, as in "one of train, eval"."""
+        return f"one of {', '.join(self.names)}" if len(self.names) > 1 else self.names[0]

@@ -52,7 +52,7 @@ def parse(program: str, arguments: Sequence[str] | None = None) -> argparse.Name
 def parser(program: str) -> Parser:
     """Return the parser of `main_forget.py`."""
     description = "Make an image classifier forget the images in a folder, and write the unlearned model and a report."
-    new = Parser(description, prog=program, epilog=EPILOG)
+    new = Parser(description, prog=program, epilog=EPILOG, glossary=False)
     for add_group in (_add_model, _add_request, _add_method, _add_report, options.add_machine):
         add_group(new)
     return new
@@ -105,7 +105,7 @@ def _add_method(parser: Parser) -> None:
         "settings of the method, such as distill_steps=300, used instead of a search (default: search as long as the "
         "time limit allows)"
     )
-    options.add(group, "--setting", text, type=setting, nargs="+", default=[], metavar="NAME=VALUE")
+    options.add(group, "--setting", text, type=setting, nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     text = "forget changed copies of the images too, at the price of more damage (default: none)"
     options.add(group, "--also", text, nargs="+", choices=CHANGES, default=[])
     text = "folder of images that must keep their predictions; the search takes agreement on them into account"

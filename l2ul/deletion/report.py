@@ -52,7 +52,8 @@ def describe_request(
 def describe_candidates(candidates: Iterable[Candidate], chosen: Candidate | None) -> dict[str, Any]:
     """Return the parts of a report about the search. `chosen` is None if the model was left unchanged."""
     settings = asdict(chosen.settings) if chosen else {}
-    settings = {name: value for name, value in settings.items() if name not in ("course", "first_position")}
+    settings |= settings.pop("method_settings", {})
+    settings.pop("first_position", None)
     return {"trials": [_candidate_row(candidate) for candidate in candidates], "chosen": settings or None}
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from l2ul import ProgressBar, attack, unlearn
 from l2ul.common.errors import Diverged, InputError
-from l2ul.experiments import runs
 from l2ul.importance import mas_importance
 from l2ul.methods import registry
+from l2ul.methods.settings import ATTACK as ATTACK_SETTINGS
+from l2ul.methods.settings import SHARED, Value
 from l2ul.metrics import accuracy, agreement
 from l2ul.metrics.agreement import Kept, Probe
 from l2ul.objective import Forget
@@ -109,7 +110,7 @@ class Unlearner:
     @property
     def has_fixed_length(self) -> bool:
         """Whether the method runs as published, with settings of its own instead of those of the loop."""
-        return registry.get(self.method).settings is not None
+        return registry.get(self.method).fixed_length
 
     def forgotten(self, model: nn.Module) -> Tensor:
         """Return which images (k,) bool a model has forgotten, as they are and in each changed copy, on the CPU."""
@@ -173,30 +174,26 @@ def check_method(method: str, goal: str | None = None) -> None:
         raise InputError(f"method {method} {why}; leave out --method, or name one such as distill or adv_imp")
 
 
-def choose_settings(method: str, chosen: Sequence[tuple[str, float]], seed: int) -> tuple[Settings, dict[str, float]]:
+def choose_settings(method: str, chosen: Sequence[tuple[str, str]], seed: int) -> tuple[Settings, dict[str, Value]]:
     """Return the settings of the first candidate, and those of them that the user chose.
 
-    chosen  names and values; they replace the defaults
+    chosen  names and values as text; they replace the defaults
 
     Raises InputError for a method that cannot carry out a request, or a setting or value that it does not allow.
     """
     check_method(method)
-    types = {f.name: type(f.default) for f in fields(Settings)}
-    used = runs.used_by(registry.get(method))
-    known = {name: kind for name, kind in types.items() if name in used and kind in (int, float)}
-    for name, value in chosen:
-        if name not in known:
-            expected = f"expected one of {', '.join(known)}" if known else "it has none: leave out --setting"
-            raise InputError(f"method {method} has no setting {name}; {expected}")
-        if known[name] is int and not (value >= 1 and value.is_integer()):
-            raise InputError(f"setting {name}={value:g} is not allowed; expected a whole number of at least 1")
-    fixed = {name: known[name](value) for name, value in chosen}
-    return replace(Settings(bn="eval", seed=seed), **fixed), fixed
+    fixed = registry.parse_settings(chosen, [method])
+    for name in fixed.keys() & ATTACK_SETTINGS.keys():
+        raise InputError(f"setting {name} cannot be changed here: deletion requests use a fixed attack; leave it out")
+    loop = {name: value for name, value in fixed.items() if name in SHARED}
+    own = {name: value for name, value in fixed.items() if name not in SHARED}
+    return replace(Settings(bn="eval", seed=seed), **loop, method_settings=own), fixed
 
 
-def describe(changed: Mapping[str, float]) -> str:
+def describe(changed: Mapping[str, Value]) -> str:
     """Return the settings of a candidate in words."""
-    return ", ".join(f"{name} {value:g}" for name, value in changed.items()) or "the method's own settings"
+    shown = {name: value if isinstance(value, str) else f"{value:g}" for name, value in changed.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items()) or "the method's own settings"
 
 
 def find_candidates(

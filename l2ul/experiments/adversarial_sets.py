@@ -1,7 +1,7 @@
 """D_adv of a run: what of it is in the cache is taken from there, the rest is made, kept as asked for, and cached."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 import math
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from l2ul.common import distributed
 from l2ul.common.cache import Cache, environment, fingerprint
 from l2ul.common.files import tensors_sha256
 from l2ul.data import storage
+from l2ul.methods.settings import AttackSettings
 from l2ul.metrics import accuracy
 
 
@@ -61,20 +62,15 @@ class Adversarial:
 
 @dataclass(frozen=True)
 class Attack:
-    """How D_adv is made. Settings as of `attack.adversarial_set`; dtype is a name of `storage.DTYPES`.
+    """How D_adv is made.
 
     measuring_batch  examples looked at at once, to count hits
     scratch_dir      for a D_adv that does not fit in memory
     """
 
     num_classes: int
-    num_adv_images: int
-    eps: float
-    alpha: float
-    steps: int
+    settings: AttackSettings
     seed: int
-    dtype: str = "float32"
-    precision: str = "fp32"
     batch_size: int | None = None
     measuring_batch: int = 256
     scratch_dir: Path = Path("result_data/scratch")
@@ -96,16 +92,16 @@ class Attack:
         first has the whole set.
         """
         keys = self._keys(model, images, labels, first_position)
-        aims = attack.random_targets(labels, self.num_classes, self.num_adv_images, self.seed, first_position)
+        aims = attack.random_targets(labels, self.num_classes, self.settings.num_adv_images, self.seed, first_position)
         made = self._empty(images, aims)
         missing = made.take(dict(enumerate(keys)), cache)
         sizes = [made.batch_size]
         if not missing:
-            progress(len(aims) * self.steps)
+            progress(len(aims) * self.settings.iterations)
             return replace(made, batch_size=sizes[-1])
         with cache.lock(keys[0]):  # or wait for another command that is at it
             missing = made.take(missing, cache)
-            progress((len(keys) - len(missing)) * self.num_adv_images * self.steps)
+            progress((len(keys) - len(missing)) * self.settings.num_adv_images * self.settings.iterations)
             work = Work(images, labels, first_position, self._stretches(list(missing), made.batch_size))
             distributed.call_others("attack", self, distributed.state(model), work.on(torch.device("cpu")), sizes)
             for number, (start, parts) in enumerate(self._shares(model, work, sizes, progress)):
@@ -113,7 +109,7 @@ class Attack:
                     made.store(place, part)
                     cache.put(keys[place], part)
                     if number % distributed.size():  # of another process, which shows nothing
-                        progress(self.num_adv_images * self.steps)
+                        progress(self.settings.num_adv_images * self.settings.iterations)
                 cache.trim()
             return replace(made, batch_size=min(distributed.gather(sizes[-1])))
 
@@ -126,7 +122,7 @@ class Attack:
     def _stretches(self, missing: list[int], batch_size: int) -> list[tuple[int, int]]:
         """The images to attack, a few at a time: no more than a batch has room for, and some for every process."""
         share = math.ceil(len(missing) / distributed.size()) if distributed.size() > 1 else len(missing)
-        return list(_stretches(missing, max(1, min(batch_size // self.num_adv_images, share))))
+        return list(_stretches(missing, max(1, min(batch_size // self.settings.num_adv_images, share))))
 
     def _shares(
         self, model: nn.Module, work: "Work", sizes: list[int], progress: Progress
@@ -149,7 +145,7 @@ class Attack:
     def _empty(self, images: Tensor, targets: Tensor) -> Adversarial:
         """Room for everything, made whole at once: small tensors between large ones keep memory from shrinking."""
         shape = (len(targets), *images.shape[1:])
-        examples = storage.empty_images(shape, storage.DTYPES[self.dtype], images.device, self.scratch_dir)
+        examples = storage.empty_images(shape, storage.DTYPES[self.settings.dtype], images.device, self.scratch_dir)
         hits, exact_hits = torch.zeros(2, len(targets), dtype=torch.bool)
         batch_size = self.batch_size or attack.default_batch_size(images.device, images.shape[-1])
         return Adversarial(examples, targets, hits, exact_hits, batch_size)
@@ -169,21 +165,21 @@ class Attack:
             images,
             labels,
             self.num_classes,
-            num_adv_images=self.num_adv_images,
-            eps=self.eps,
-            alpha=self.alpha,
-            steps=self.steps,
+            num_adv_images=self.settings.num_adv_images,
+            eps=self.settings.eps,
+            alpha=self.settings.alpha,
+            steps=self.settings.iterations,
             seed=self.seed,
             first_position=position,
             batch_size=sizes[-1],
-            precision=self.precision,
+            precision=self.settings.precision,
             on_halved=sizes.append,
             progress=progress,
         )
-        stored = storage.as_stored(exact, storage.DTYPES[self.dtype])
+        stored = storage.as_stored(exact, storage.DTYPES[self.settings.dtype])
         hits = self._hits(model, stored, targets)
         exact_hits = hits.clone() if stored is exact else self._hits(model, exact, targets)
-        parts = (part.split(self.num_adv_images) for part in (stored, hits, exact_hits))
+        parts = (part.split(self.settings.num_adv_images) for part in (stored, hits, exact_hits))
         for examples, hit, exact_hit in zip(*parts, strict=True):
             yield {"examples": examples.contiguous(), "hits": hit, "exact_hits": exact_hit}
 
@@ -193,8 +189,7 @@ class Attack:
 
     def _keys(self, model: nn.Module, images: Tensor, labels: Tensor, first_position: int) -> list[dict[str, object]]:
         """For each image, all that decides its examples, bit by bit."""
-        names = ("num_classes", "num_adv_images", "eps", "alpha", "steps", "seed", "dtype", "precision")
-        shared = {name: getattr(self, name) for name in names}
+        shared = asdict(self.settings) | {"num_classes": self.num_classes, "seed": self.seed}
         shared |= {"kind": "adversarial examples", "net": fingerprint(model)} | environment(images.device)
         return [
             shared | {"image": tensors_sha256({"": image}), "label": label, "position": first_position + place}

@@ -18,8 +18,9 @@ from l2ul.common.progress import progress_bar
 from l2ul.experiments import records
 from l2ul.experiments.adversarial_sets import Adversarial, Attack
 from l2ul.experiments.measurement import Measuring, Predictions
-from l2ul.experiments.runs import LOOP_FLAGS, Run, Setup
+from l2ul.experiments.runs import Run, Setup
 from l2ul.methods.checkpoint import Checkpoint
+from l2ul.methods.settings import AttackSettings
 from l2ul.metrics.groups import outdated
 
 SAME = 1.0  # points of accuracy that rounding on another machine may change
@@ -71,7 +72,7 @@ class Experiment:
 
     def _has_net(self, run: Run, record: dict[str, object]) -> bool:
         """Whether the net that the run ended with is at hand, or there is none: it diverged, or is the classifier."""
-        return not run.method.terms or record["status"] == records.DIVERGED or run.files.model.exists()
+        return not run.method.trains or record["status"] == records.DIVERGED or run.files.model.exists()
 
     def measure(self, runs: list[Run]) -> None:
         """Add to the records of these runs the metrics that they lack; whatever else they have stays as it is."""
@@ -80,7 +81,7 @@ class Experiment:
             if record["status"] != records.DIVERGED:
                 before = after = self.measuring.before()
                 model = self.setup.classifier
-                if run.method.terms:
+                if run.method.trains:
                     model = self.load(run.files.model)
                     after = self.measuring.predict(model, "measure after")
                 found, _ = self.measuring.of_run(run, before, model, after)
@@ -127,7 +128,7 @@ class Experiment:
 
     def _end_of(self, run: Run | None, before: Predictions) -> nn.Module | None:
         """The net that a step ended with, made again where it was not kept; None where it diverged."""
-        if run is None or not run.method.terms:
+        if run is None or not run.method.trains:
             return self.setup.classifier
         record = run.files.read()
         if record and record["status"] == records.DIVERGED:
@@ -164,21 +165,16 @@ class Experiment:
         needing = [run for run in runs if "adv" in run.method.needs]
         if not needing:
             return None
-        largest, hyper = max(needing, key=lambda run: len(run.forget)), self.setup.hyper
+        largest = max(needing, key=lambda run: len(run.forget))
         attack = Attack(
             self.setup.images.num_classes,
-            hyper["num_adv_images"],
-            hyper["pgd_eps"],
-            hyper["pgd_alpha"],
-            hyper["pgd_iter"],
+            AttackSettings.of(self.setup.hyper),
             largest.seed,
-            hyper["adv_dtype"],
-            hyper["precision"],
             self.attack_batch_size,
             self.measuring.batch_size,
             self.scratch_dir,
         )
-        total = len(largest.forget) * attack.num_adv_images * attack.steps
+        total = len(largest.forget) * attack.settings.num_adv_images * attack.settings.iterations
         started = device_module.clock(self.device)
         with progress_bar("attack", total) as advance:
             made = attack.make(
@@ -226,7 +222,7 @@ class Experiment:
         after = self._measure_after(outcome, before) if measure else None
         seconds["evaluate"] = after.seconds if after else 0.0
         finite = outcome.status != records.DIVERGED
-        if (self.keep_models or run.is_step) and run.method.terms and finite:
+        if (self.keep_models or run.is_step) and run.method.trains and finite:
             self.save(outcome.model, run.files.model, run.settings)
         if measure:
             self._record(run, outcome, before, after, seconds, attacked)
@@ -234,7 +230,6 @@ class Experiment:
         return outcome
 
     def _unlearn(self, run: Run, model: nn.Module, inputs: dict[str, object]) -> unlearn.Outcome:
-        hyper = {name: self.setup.hyper[name] for name in LOOP_FLAGS}
         new = run.forget.new_labels
         done = 0
         with progress_bar(f"{run.method.name} k {run.k}") as advance:
@@ -249,7 +244,7 @@ class Experiment:
                 *self._forget(run),
                 run.method.name,
                 new_labels=new.to(self.device) if new is not None else None,
-                settings=unlearn.Settings(seed=run.seed, first_position=run.first_position, **hyper),
+                settings=self.setup.loop_settings(run),
                 workers=self.measuring.workers,
                 on_step=show,
                 checkpoint=Checkpoint(run.files.state, report=self.report),

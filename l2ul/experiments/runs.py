@@ -1,5 +1,6 @@
-"""The runs of a command, planned: what decides each of them, and where it is recorded."""
+"""The runs of a command: what decides each of them, and where it is recorded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,50 +10,34 @@ from l2ul import METHOD_VERSION
 from l2ul.data import images as image_sets
 from l2ul.data.forget_set import ForgetSet
 from l2ul.experiments import records
-from l2ul.methods import fixed_length, registry
+from l2ul.methods import registry
+from l2ul.methods import settings as setting_values
+from l2ul.methods.settings import SHARED, Settings
 
-SGD_FLAGS = ("unlearn_lr", "momentum", "weight_decay", "batch_size", "bn")
-ATTACK_FLAGS = ("num_adv_images", "pgd_eps", "pgd_alpha", "pgd_iter")
-DISTILL_FLAGS = (
-    *("distill_lr", "distill_steps", "distill_cycles", "distill_forget", "distill_mixes"),
-    *("distill_logits", "distill_features", "distill_growth", "distill_margin"),
+# Keys that were added after the first records. An id depends on them only if they are not null, so that older records
+# keep theirs. For settings, their declaration says the same, see `Setting.in_id`.
+LATER = (
+    *("continual_size", "retain_sample", "age_grouping", "split_seed", "train_sha256", "method_code", "course"),
+    "method_settings",
 )
-NEEDS_FLAGS = {  # the hyper-parameters that a method depends on, by what it needs
-    "adv": (*ATTACK_FLAGS, "adv_batch_size", "adv_dtype"),
-    "importance": ("reg_lamb",),
-    "retain": ("adv_batch_size",),
-    "noise": ("noise_growth",),
-    "teacher": DISTILL_FLAGS,
-}
-LOOP_FLAGS = (*SGD_FLAGS, "max_passes", "adv_batch_size", "reg_lamb", "noise_growth", "course", *DISTILL_FLAGS)
-HYPER_PARAMETERS = (*LOOP_FLAGS, *ATTACK_FLAGS, "adv_dtype", "precision")
-# These came later: they are part of an id only where they matter, so that older records keep theirs.
-LATER = {
-    **dict.fromkeys(("noise_growth", "continual_size", "retain_sample", "age_grouping", "split_seed")),
-    **dict.fromkeys(("train_sha256", "method_code", "course", *DISTILL_FLAGS)),
-    "adv_dtype": "float32",
-    "precision": "fp32",
-}
 
 
-def used_by(method: registry.Method) -> set[str]:
-    """The hyper-parameters that decide a method's result."""
-    if not method.terms:
-        return set()
-    if method.settings:
-        return {"precision", "bn"}
-    if "teacher" in method.needs:
-        loop = ()
-    else:
-        loop = ("max_passes",) if "noise" in method.needs else ("max_passes", *SGD_FLAGS)
-    return {"precision", *loop}.union(*(NEEDS_FLAGS[need] for need in method.needs))
+def identity(settings: Mapping[str, object]) -> str:
+    """Return the id of a run from its settings, see `Run.settings`."""
+
+    def is_part(name: str, value: object) -> bool:
+        return setting_values.in_id(name, value) if name in SHARED else value is not None or name not in LATER
+
+    return records.run_id({name: value for name, value in settings.items() if is_part(name, value)})
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One row of a table: a method on one D_f. `settings` is all that decides its result; its id is their hash.
+    """A method on a forget set.
 
-    Of a continual run, a Run is one step: `earlier` are the images of the steps before, which `previous` ends.
+    settings  everything that decides the result, by the keys of records; the id of the run is a hash of it
+    earlier   in a step of a continual run, the images of the steps before
+    previous  in such a step, the step before
     """
 
     method: registry.Method
@@ -65,12 +50,12 @@ class Run:
 
     @property
     def first_position(self) -> int:
-        """Of this D_f among all images that are to be forgotten."""
+        """Return the position of the first image of D_f among all images of a continual run."""
         return self.k - len(self.forget)
 
     @property
     def k(self) -> int:
-        """Images forgotten once the run is done."""
+        """Return the number of images that are forgotten once the run is done."""
         return self.settings["k"]
 
     @property
@@ -80,13 +65,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all runs of a command share, and what decides their results.
+    """What all runs of a command share.
 
-    classifier     with `name`, `sha256` of its weights, and mean and std in `normalize` (see models.Classifier)
-    hyper          every one of HYPER_PARAMETERS
-    retain_sample  how many training images stand for D_r when measuring; None: all
-    described      further keys of every record, which decide nothing
-    model_suffix   of the file of an unlearned net
+    classifier     the original model, with `name`, `sha256` of its weights, and mean and std in `normalize` (see
+                   models.Classifier)
+    hyper          the value of every setting in `settings.SHARED`, and `method_settings`, a dictionary of settings that
+                   methods declare themselves
+    retain_sample  number of images of D_r that accuracies are measured on; None: all
+    described      further keys of every record, which decide no result
+    model_suffix   suffix of the files of unlearned models
     """
 
     images: image_sets.Images
@@ -101,9 +88,9 @@ class Setup:
     def plan(
         self, names: list[str], sizes: list[int], seed: int, forget: ForgetSet, step_size: int | None = None
     ) -> list[Run]:
-        """The runs of a seed: each k of `sizes` with each method, on the first k images of `forget`.
+        """Return the runs of a seed: every method with every k of `sizes`, on the first k images of `forget`.
 
-        With `step_size`, the images of the largest k arrive so many at a time, and each step of it is a run.
+        With `step_size`, return the steps of continual runs: `max(sizes)` images arrive `step_size` at a time.
         """
         if step_size is None:
             digests = {k: forget[:k].sha256() for k in sorted(set(sizes))}
@@ -118,6 +105,11 @@ class Setup:
                 runs.append(run)
         return runs
 
+    def loop_settings(self, run: Run) -> Settings:
+        """Return the settings of the loop of a run."""
+        own = self.hyper["method_settings"]
+        return Settings.of(self.hyper, method_settings=own, seed=run.seed, first_position=run.first_position)
+
     def _run(
         self,
         name: str,
@@ -127,11 +119,10 @@ class Setup:
         step: tuple[int, int] | None = None,
         previous: Run | None = None,
     ) -> Run:
-        """The run of a method on `forget`; of step (number, size) of a continual run, on the last `size` of it."""
+        """Return the run of a method on `forget`, or for a step (number, size) on the last `size` images of it."""
         method = registry.get(name, self.goal)
         settings = self._settings(method, len(forget), seed, digest, step)
-        hashed = {key: value for key, value in settings.items() if key not in LATER or value not in (None, LATER[key])}
-        files = records.RunFiles(self.result_dir, records.run_id(hashed), self.model_suffix)
+        files = records.RunFiles(self.result_dir, identity(settings), self.model_suffix)
         if step is None:
             return Run(method, seed, forget, settings, files)
         seen = len(forget) - step[1]
@@ -140,7 +131,8 @@ class Setup:
     def _settings(
         self, method: registry.Method, k: int, seed: int, digest: str, step: tuple[int, int] | None
     ) -> dict[str, object]:
-        used = used_by(method)
+        used = method.all_settings
+        own = setting_values.override(method.settings, self.hyper["method_settings"])
         images, normalize = self.images, self.classifier.normalize
         statistics = {
             name: " ".join(f"{value:g}" for value in getattr(normalize, name).flatten().tolist())
@@ -156,10 +148,8 @@ class Setup:
             "k": k,
             "seed": seed,
             "continual_step": step[0] if step else None,
-            **{name: self.hyper[name] if name in used else None for name in HYPER_PARAMETERS},
-            "course": fixed_length.told(fixed_length.overridden(method.settings, self.hyper["course"]))
-            if method.settings
-            else None,
+            **{name: self.hyper[name] if name in used else None for name in SHARED},
+            **(_of_fixed_length(own) if method.fixed_length else _of_own_flags(own)),
             **statistics,
             "num_train": len(images.train),
             "num_test": len(images.test),
@@ -172,3 +162,13 @@ class Setup:
             "train_sha256": images.train_sha256,
             "method_code": method.code_sha256(),
         }
+
+
+def _of_fixed_length(values: Mapping[str, object]) -> dict[str, object]:
+    """Return the key of a record for the settings of a method of fixed length."""
+    return {"course": setting_values.to_text(values), "method_settings": None}
+
+
+def _of_own_flags(values: Mapping[str, object]) -> dict[str, object]:
+    """Return the keys of a record for settings that a method declares with flags, and one that lists their names."""
+    return {"course": None, "method_settings": " ".join(values) or None, **values}

@@ -1,8 +1,9 @@
 """Baselines: unlearning methods of other papers, each of fixed length and with the settings of its paper.
 
 The papers forget many images, often a whole class, and most methods train on D_r. Where a paper gives ranges of
-settings, the defaults are within them. `--setting NAME=VALUE` changes any setting. Differences from a paper are stated
-in the docstring of its method. The first line of a docstring is the summary in `--help`.
+settings, the defaults are within them. The defaults are in the table `BUILT_IN` of `l2ul.methods.registry`, with the
+first line of each docstring as the summary; `--setting NAME=VALUE` changes any of them. Differences from a paper are
+stated in the docstring of its method.
 """
 
 from collections.abc import Iterator
@@ -17,30 +18,30 @@ from l2ul.data.forget_set import random_new_labels
 from l2ul.data.images import Split
 from l2ul.methods.fixed_length import MethodContext
 from l2ul.methods.paper import oracle
-from l2ul.methods.registry import Step, fixed_length
+from l2ul.methods.registry import Step
 from l2ul.objective import Batch, Terms
 
 
-@fixed_length("finetune", "retain", epochs=10, lr=1e-2, batch=128, augment=1)
 def finetune(context: MethodContext) -> Iterator[Terms]:
-    """fine-tuning: CE on D_r (Golatkar et al. 2020, arXiv 1911.04933)"""
+    """Fine-tune on D_r (Golatkar et al. 2020, arXiv 1911.04933)."""
     for _ in context.epochs:
         for retain in context.batches(context.retain):
             yield {"retain": _cross_entropy(context.model, retain)}
 
 
-@fixed_length("random_labels", "retain", epochs=10, lr=1e-2, batch=128, augment=1)
 def random_labels(context: MethodContext) -> Iterator[Terms]:
-    """CE on D_r and on D_f with random wrong labels (Golatkar et al. 2020; Graves et al. 2021, arXiv 2010.10981)"""
+    """Fine-tune on D_r and on D_f with random wrong labels (Graves et al. 2021, arXiv 2010.10981)."""
     relabelled = Split(context.forget.images, _wrong_labels(context))
     for _ in context.epochs:
         for retain, forget in context.paired_batches(context.retain, relabelled):
             yield {"all": _cross_entropy(context.model, _concatenated(retain, forget))}
 
 
-@fixed_length("neggrad_plus", "retain", epochs=5, lr=1e-2, batch=128, augment=1, retain=0.95)
 def neggrad_plus(context: MethodContext) -> Iterator[Terms]:
-    """`retain` · CE on D_r + (1 - `retain`) · L_forget: weighted oracle (Kurmanji et al. 2023, arXiv 2302.09880)"""
+    """Minimise the loss of oracle with weights (Kurmanji et al. 2023, arXiv 2302.09880).
+
+    The loss is `retain` · CE on D_r + (1 - `retain`) · L_forget.
+    """
     weights = {"retain": context.settings["retain"], "forget": 1 - context.settings["retain"]}
     forget_batches = context.endless_batches(context.forget_split)
     for _ in context.epochs:
@@ -49,9 +50,11 @@ def neggrad_plus(context: MethodContext) -> Iterator[Terms]:
             yield {name: weights[name] * term for name, term in terms.items()}
 
 
-@fixed_length("l1_sparse", "retain", epochs=10, lr=1e-2, batch=128, augment=1, l1=5e-4)
 def l1_sparse(context: MethodContext) -> Iterator[Terms]:
-    """CE on D_r + γ ‖θ‖₁, with γ falling from `l1` to 0 (Jia et al. 2023, arXiv 2304.04934)"""
+    """Fine-tune on D_r with a decreasing L1 penalty on the weights (Jia et al. 2023, arXiv 2304.04934).
+
+    The loss is CE on D_r + γ ‖θ‖₁, with γ falling linearly from `l1` to 0 over the epochs.
+    """
     for epoch in context.epochs:
         weight = context.settings["l1"] * (1 - epoch / len(context.epochs))
         for retain in context.batches(context.retain):
@@ -59,11 +62,10 @@ def l1_sparse(context: MethodContext) -> Iterator[Terms]:
             yield {"retain": _cross_entropy(context.model, retain), "l1": weight * norm}
 
 
-@fixed_length("salun", "retain", epochs=10, lr=1e-2, batch=128, augment=1, salient=0.5)
 def salun(context: MethodContext) -> Iterator[Terms]:
-    """random_labels on the `salient` part of the weights alone (Fan et al. 2024, arXiv 2310.12508)
+    """Run random_labels on the weights that are salient for D_f (Fan et al. 2024, arXiv 2310.12508).
 
-    The salient weights have the largest |∂CE(D_f)/∂θ⁰| of the whole model.
+    The salient weights, a share `salient` of all, have the largest |∂CE(D_f)/∂θ⁰| of the whole model.
     """
     parameters = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
     saliency = [gradient.abs() for gradient in _forget_gradient(context, parameters)]
@@ -80,9 +82,8 @@ def salun(context: MethodContext) -> Iterator[Terms]:
             handle.remove()
 
 
-@fixed_length("scrub", "retain", epochs=3, lr=5e-4, batch=128, augment=1, forget_epochs=2, kl=0.001, temperature=4.0)
 def scrub(context: MethodContext) -> Iterator[Terms]:
-    """by turns away from θ⁰'s outputs on D_f, and toward them with CE on D_r (Kurmanji et al. 2023, arXiv 2302.09880)
+    """Move away from the outputs of θ⁰ on D_f and distil them on D_r (Kurmanji et al. 2023, arXiv 2302.09880).
 
     An epoch of D_f precedes each of the first `forget_epochs` epochs of D_r. On D_r, CE has the weight 0.99 and the KL
     divergence the weight `kl`.
@@ -105,9 +106,8 @@ def scrub(context: MethodContext) -> Iterator[Terms]:
             }
 
 
-@fixed_length("ssd", "retain", batch=64, select=10.0, dampen=1.0)
 def ssd(context: MethodContext) -> Iterator[Terms]:
-    """no training: shrinks weights that matter far more for D_f than for D_train (Foster et al. 2024, arXiv 2308.07707)
+    """Shrink weights that matter far more for D_f than for all of D (Foster et al. 2024, arXiv 2308.07707).
 
     A weight with F_f > `select` · F is multiplied by min(`dampen` · F / F_f, 1). F_f and F are the mean over batches of
     the squared gradient of CE, on D_f and on all of D_train.
@@ -123,9 +123,11 @@ def ssd(context: MethodContext) -> Iterator[Terms]:
     yield {}
 
 
-@fixed_length("bad_teaching", "retain", epochs=1, lr=1e-4, adam=1, batch=128, augment=1, part=0.3)
 def bad_teaching(context: MethodContext) -> Iterator[Terms]:
-    """distillation of θ⁰ on a `part` of D_r, of random weights on D_f (Chundawat et al. 2023, arXiv 2205.08096)"""
+    """Distil θ⁰ on a part of D_r and a random model on D_f (Chundawat et al. 2023, arXiv 2205.08096).
+
+    The share `part` of D_r is used. The random model has the architecture of the original one and new weights.
+    """
     good, bad = frozen_copy(context.model), frozen_copy(context.model)
     for module in bad.modules():
         if hasattr(module, "reset_parameters"):
@@ -139,9 +141,8 @@ def bad_teaching(context: MethodContext) -> Iterator[Terms]:
             yield {"logits": objective.kl_divergence(logits, torch.cat(targets))}
 
 
-@fixed_length("boundary_shrink", epochs=10, lr=1e-5, batch=64, augment=1, bound=0.1)
 def boundary_shrink(context: MethodContext) -> Iterator[Terms]:
-    """CE on D_f with the nearest wrong label (Chen et al. 2023, arXiv 2303.11570)
+    """Fine-tune on D_f with the nearest wrong labels (Chen et al. 2023, arXiv 2303.11570).
 
     The nearest wrong label is the most probable class other than the true one after a step of length `bound` in every
     pixel along the sign of the gradient. The paper takes the most probable class even if it is the true one.
@@ -158,9 +159,8 @@ def boundary_shrink(context: MethodContext) -> Iterator[Terms]:
             yield {"forget": _cross_entropy(context.model, forget)}
 
 
-@fixed_length("jit", epochs=1, lr=3e-4, batch=64, sigma=0.5, copies=25)
 def jit(context: MethodContext) -> Iterator[Terms]:
-    """just in time: outputs that change little under noise on D_f (Foster et al. 2024, arXiv 2402.01401)
+    """Make the outputs on D_f insensitive to noise (just in time; Foster et al. 2024, arXiv 2402.01401).
 
     The loss is the mean over `copies` of ‖f(x) - f(x + ξ)‖ / ‖ξ‖, with Gaussian noise ξ of standard deviation `sigma`
     per pixel. The paper chooses rate and σ for each model. The model is in eval mode: the paper's models have no
@@ -178,9 +178,8 @@ def jit(context: MethodContext) -> Iterator[Terms]:
                 yield {"forget": torch.stack(ratios).mean()}
 
 
-@fixed_length("amun", "retain", epochs=10, lr=1e-2, batch=128, augment=1, eps=0.05, iterations=50)
 def amun(context: MethodContext) -> Iterator[Terms]:
-    """CE on D_r and on the nearest adversarial examples of D_f with θ⁰'s predictions as labels (arXiv 2503.00917)
+    """Fine-tune on D_r and on the nearest adversarial examples of D_f, labelled by θ⁰ (arXiv 2503.00917).
 
     The nearest adversarial examples are those of L2-PGD with a radius of `eps`, doubled until the predicted class
     changes, and steps of a tenth of the radius (see `nearest_examples`).

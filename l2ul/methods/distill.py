@@ -33,15 +33,15 @@ from l2ul.common.modes import frozen_copy
 from l2ul.data.mixes import mixes
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import Procedure
-from l2ul.methods.registry import Method, Step, Terms, method
+from l2ul.methods.registry import Method, Step, Terms
+from l2ul.methods.settings import Settings, override
 from l2ul.objective import Batch, Forget
 
 VARIANCE_IMAGES = 256  # images of D_f, at most, that variances of features are computed on
 
 
-@method("distill", "teacher")
 def distill(step: Step) -> Terms:
-    """ours: margin loss on D_f + distillation of logits and features of θ⁰ on mixes of D_f"""
+    """Minimise a margin loss on D_f + distillation of θ⁰ on mixes of D_f (ours)."""
     logits_gap, features_gap = step.teacher_gaps()
     terms = {"forget": logits_gap.new_zeros(()), "logits": logits_gap, "features": features_gap}
     if len(step.forget.labels):
@@ -55,13 +55,13 @@ class DistillProcedure(Procedure):
     """The steps, optimizer and schedule of `distill`, and of other methods that need a teacher.
 
     model     θ⁰; moved in place
-    settings  `unlearn.Settings`
+    settings  values of all settings
     monitor   gives the logits of D_f after the previous step
     """
 
-    def __init__(self, method: Method, model: nn.Module, forget: Forget, settings, monitor: ForgetMonitor):
+    def __init__(self, method: Method, model: nn.Module, forget: Forget, settings: Settings, monitor: ForgetMonitor):
         self.method, self.model, self.forget, self.settings = method, model.eval(), forget, settings
-        self.monitor = monitor
+        self.own, self.monitor = override(method.settings, settings.method_settings), monitor
         self.teacher = Teacher(model, forget.images)
         self.generator = seeds.generator(settings.seed, "distill", settings.first_position)
         self.weight = 1.0  # w of the module's docstring
@@ -91,6 +91,7 @@ class DistillProcedure(Procedure):
             Batch(forget.images[chosen], forget.target_labels[chosen]),
             teacher_gaps=lambda: self._weighted_gaps(mixed),
             margin=settings.distill_margin,
+            settings=self.own,
             forget_weight=self.weight * min(1.0, len(remaining) / settings.distill_forget),
         )
 

@@ -13,14 +13,11 @@ from torch import nn
 from torch.optim.lr_scheduler import ConstantLR
 
 from l2ul.common import seeds
-from l2ul.common.errors import InputError
 from l2ul.data.augment import augment
 from l2ul.data.images import Split
 from l2ul.methods.procedure import Procedure, shuffled
+from l2ul.methods.settings import Value
 from l2ul.objective import Batch, Forget, Terms
-
-Value = int | float  # of a setting
-POSITIVE = ("epochs", "batch", "copies", "iterations", "temperature", "sigma", "eps")  # settings that may not be 0
 
 
 @dataclass(frozen=True)
@@ -113,30 +110,3 @@ class FixedLengthProcedure(Procedure):
 
     def __next__(self) -> Terms:
         return next(self._steps)
-
-
-def overridden(settings: Mapping[str, Value], given: Mapping[str, float]) -> dict[str, Value]:
-    """A method's settings with the given values in place of its own; those that it does not have are passed over.
-
-    Raises InputError for a value that is negative, 0 where it must not be, or not whole where a number is meant.
-    """
-    found = dict(settings)
-    for name, value in given.items():
-        if name not in settings:
-            continue
-        whole = isinstance(settings[name], int)
-        if value < 0 or (value == 0 and name in POSITIVE) or (whole and value != int(value)):
-            raise InputError(f"--course has {name}={value:g}; expected a value like {settings[name]:g}")
-        found[name] = type(settings[name])(value)
-    return found
-
-
-def told(settings: Mapping[str, Value]) -> str:
-    """Settings as `--course` takes them, in alphabetical order and to the last digit: they are part of a run's id."""
-    return " ".join(f"{name}={settings[name]}" for name in sorted(settings))
-
-
-def read(text: str) -> dict[str, Value]:
-    """What `told` wrote."""
-    pairs = (word.split("=", 1) for word in text.split())
-    return {name: float(value) for name, value in pairs}

@@ -23,34 +23,29 @@ from l2ul.common import seeds
 from l2ul.data.images import Split
 from l2ul.importance import held_weights
 from l2ul.methods.procedure import EndlessBatches, Procedure
-from l2ul.methods.registry import METHODS, Method, Step, Terms, method
+from l2ul.methods.registry import Method, Step, Terms
+from l2ul.methods.settings import Settings, override
 from l2ul.objective import Batch, Forget, forget_loss
 
-METHODS["before"] = Method("before", None, frozenset(), "the original model θ⁰")
 
-
-@method("neggrad", goals=("misclassify",))
 def neggrad(step: Step) -> Terms:
-    """L_forget alone: gradient ascent on D_f"""
+    """Minimise L_forget alone: gradient ascent on D_f."""
     return {"forget": forget_loss(step.model(step.forget.images), step.forget.labels, step.goal)}
 
 
-@method("correct", goals=("relabel",))
 def correct(step: Step) -> Terms:
-    """L_forget alone: fine-tuning on the new labels of D_f"""
+    """Minimise L_forget alone: fine-tuning on the new labels of D_f."""
     return {"forget": forget_loss(step.model(step.forget.images), step.forget.labels, step.goal)}
 
 
-@method("rawp", "noise", goals=("misclassify",))
 def rawp(step: Step) -> Terms:
-    """random weight perturbation, with noise that grows until D_f is forgotten"""
+    """Perturb the weights at random, with noise that grows until D_f is forgotten."""
     step.perturb()
     return {}
 
 
-@method("oracle", "retain")
 def oracle(step: Step) -> Terms:
-    """L_forget + CE on batches of the retain set D_r, which the other methods do without"""
+    """Minimise L_forget + CE on D_r."""
     forget, retain = _joint_logits(step.model, step.forget, step.retain)
     return {
         "forget": forget_loss(forget, step.forget.labels, step.goal),
@@ -58,9 +53,8 @@ def oracle(step: Step) -> Terms:
     }
 
 
-@method("adv", "adv")
 def adv(step: Step) -> Terms:
-    """L_forget + CE on D_adv, each weighted by its part of the joint batch (arXiv 2301.11578)"""
+    """Minimise L_forget + CE on D_adv, each weighted by its part of the joint batch (arXiv 2301.11578)."""
     forget, kept = _joint_logits(step.model, step.forget, step.adv)
     share = len(forget) / (len(forget) + len(kept))  # n_f / (n_f + n_a)
     return {
@@ -69,9 +63,8 @@ def adv(step: Step) -> Terms:
     }
 
 
-@method("adv_imp", "adv", "importance")
 def adv_imp(step: Step) -> Terms:
-    """the terms of adv + λ · the importance penalty (arXiv 2301.11578)"""
+    """Minimise the loss of adv + λ · the importance penalty (arXiv 2301.11578)."""
     return adv(step) | {"importance": step.reg_lamb * step.penalty()}
 
 
@@ -92,7 +85,7 @@ class PaperProcedure(Procedure):
     """SGD on the loss of a method that is a function of a `Step`.
 
     model       θ⁰; moved in place
-    settings    `unlearn.Settings`
+    settings    values of all settings
     keep        D_adv or D_r, whichever the method needs
     importance  Ω by parameter name
     workers     processes that decode images of D_r that stay on disk
@@ -107,18 +100,14 @@ class PaperProcedure(Procedure):
         method: Method,
         model: nn.Module,
         forget: Forget,
-        settings,
+        settings: Settings,
         *,
         keep: Split | None = None,
         importance: dict[str, Tensor] | None = None,
         workers: int = 0,
     ):
-        self.method, self.model, self.goal, self.settings = (
-            method,
-            model.train(settings.bn == "train"),
-            forget.goal,
-            settings,
-        )
+        self.method, self.model, self.goal = method, model.train(settings.bn == "train"), forget.goal
+        self.settings, self.own = settings, override(method.settings, settings.method_settings)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(
             parameters, settings.unlearn_lr, settings.momentum, weight_decay=settings.weight_decay, fused=True
@@ -152,6 +141,7 @@ class PaperProcedure(Procedure):
             penalty=self.penalty,
             reg_lamb=self.settings.reg_lamb,
             perturb=self.noise,
+            settings=self.own,
         )
         return self.method.terms(step)
 

@@ -1,101 +1,390 @@
-"""The methods: what each computes its loss from at a step. A new one is a function here; nothing else changes."""
+"""The methods by name: the built-in ones in the table `BUILT_IN`, and those that users register with `method`.
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+Importing this module does not import torch: the functions that implement a method are imported when it is first used.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 import hashlib
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
-from l2ul.common.choices import GOALS
+from l2ul.common.choices import GOALS, did_you_mean
 from l2ul.common.errors import InputError
 from l2ul.common.files import source_code
-from l2ul.methods.fixed_length import MethodContext, Value
-from l2ul.objective import Batch, Terms
+from l2ul.methods.settings import SHARED, Setting, Value, own_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from l2ul.methods.fixed_length import MethodContext
+    from l2ul.objective import Batch
+
+Terms = dict[str, "Tensor"]  # of the loss, as `objective.Terms`
+NEEDS = {  # what a method may ask the loop for
+    "adv": "batches of D_adv, the adversarial examples of D_f",
+    "importance": "the importance penalty ½ Σ Ω̄ (θ - θ⁰)²",
+    "retain": "batches of D_r",
+    "noise": "random noise on the weights, in place of SGD",
+    "teacher": "θ⁰ as a teacher on mixes of D_f, with the schedule of distill in place of SGD",
+}
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a method may use at one step of the loop; what it did not say it needs is None."""
+    """What a method receives at a step of the loop. What it does not need is None.
 
-    model: nn.Module
+    forget         batch of D_f with the true labels, or to relabel with the new labels
+    adv            batch of D_adv with its target labels
+    retain         batch of D_r
+    penalty        returns the importance penalty ½ Σ Ω̄ (θ - θ⁰)², a scalar
+    reg_lamb       weight λ of the penalty
+    perturb        sets the weights to θ⁰ + noise, with more noise at each call
+    teacher_gaps   returns the weighted differences from θ⁰ on mixes of D_f: of logits and of features
+    margin         margin of the forget loss, in logits
+    forget_weight  weight of the forget loss
+    settings       values of the settings that the method declares itself
+    """
+
+    model: "nn.Module"
     goal: str
-    forget: Batch
-    adv: Batch | None = None
-    retain: Batch | None = None
-    penalty: Callable[[], Tensor] | None = None  # ½ Σ Ω̄ (θ - θ⁰)²
+    forget: "Batch"
+    adv: "Batch | None" = None
+    retain: "Batch | None" = None
+    penalty: "Callable[[], Tensor] | None" = None
     reg_lamb: float = 0.0
-    perturb: Callable[[], None] | None = None  # sets the weights to θ⁰ + noise, a little more of it at each call
-    teacher_gaps: Callable[[], tuple[Tensor, Tensor]] | None = None  # of logits and features on mixes, weighted
+    perturb: Callable[[], None] | None = None
+    teacher_gaps: "Callable[[], tuple[Tensor, Tensor]] | None" = None
     margin: float = 0.0
     forget_weight: float = 1.0
+    settings: Mapping[str, Value] = field(default_factory=dict)
+
+
+Implementation = Callable[[Step], Terms] | Callable[["MethodContext"], Iterator[Terms]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A named method: its terms, what they need of NEEDS, and for which goals.
+    """An unlearning method.
 
-    One that needs `noise` moves the weights itself: it has no loss and takes no step of SGD. One that needs `teacher`
-    compares with θ⁰ on mixes of D_f, in eval mode, and goes on to the end of a cycle. One with
-    `settings` is of fixed length: its terms are a generator that gets a `MethodContext` and yields those of each step.
+    summary         one line for `--help` and documentation: the first line of the implementation's docstring
+    implementation  a function, or where to import it from as "module:function". It takes a `Step` and returns the terms
+                    of the loss. With `fixed_length` it is a generator that takes a `fixed_length.MethodContext` and
+                    yields the terms of one step after the other. None: the model stays as it is.
+    needs           names of NEEDS
+    goals           names of `choices.GOALS`
+    settings        settings of this method alone, beside the shared ones that it uses
+    fixed_length    whether the method runs a fixed number of steps, in place of stopping once D_f is forgotten
     """
 
     name: str
-    terms: Callable[[Step], Terms] | Callable[[MethodContext], Iterator[Terms]] | None
-    needs: frozenset[str]
     summary: str
+    implementation: Implementation | str | None
+    needs: frozenset[str] = frozenset()
     goals: tuple[str, ...] = GOALS
-    settings: Mapping[str, Value] | None = None
+    settings: tuple[Setting, ...] = ()
+    fixed_length: bool = False
+
+    def __post_init__(self) -> None:
+        if not NEEDS.keys() >= self.needs:
+            raise ValueError(
+                f"method {self.name!r} needs {set(self.needs) - NEEDS.keys()}; "
+                f"expected some of {', '.join(sorted(NEEDS))}"
+            )
+        if {"adv", "retain"} <= self.needs:
+            raise ValueError(f"method {self.name!r} needs adv and retain; a step has a batch of one of them")
+        for setting in self.settings:
+            if setting.name in SHARED:
+                raise ValueError(f"method {self.name!r} declares {setting.name}, a setting of the loop; rename it")
+
+    @property
+    def terms(self) -> Implementation | None:
+        """Return the implementation, imported if necessary."""
+        if isinstance(self.implementation, str):
+            module, _, function = self.implementation.partition(":")
+            return getattr(import_module(module), function)
+        return self.implementation
+
+    @property
+    def trains(self) -> bool:
+        """Whether the method changes the model."""
+        return self.implementation is not None
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Return what decides which shared settings the method uses, see `Setting.used_by`.
+
+        "training" of every method that changes the model, "fixed_length", "sgd" of methods whose terms SGD minimizes,
+        and of methods that are not of fixed length what they need.
+        """
+        if not self.trains:
+            return frozenset()
+        if self.fixed_length:
+            return frozenset({"training", "fixed_length"})
+        return self.needs | {"training"} | (frozenset() if self.needs & {"noise", "teacher"} else {"sgd"})
+
+    @property
+    def all_settings(self) -> dict[str, Setting]:
+        """Return the shared settings that decide the method's result, and its own, by name."""
+        shared = {name: setting for name, setting in SHARED.items() if setting.used_by & self.features}
+        return shared | {setting.name: setting for setting in self.settings}
 
     def code_sha256(self) -> str | None:
-        """Of the source of a method of somebody's own, which is no version of ours: an edit makes another run of it."""
-        if self.terms is None or self.terms.__module__.startswith("l2ul."):
+        """Return the hash of a user's implementation, None for a built-in one: an edit makes it another run."""
+        if self.implementation is None or isinstance(self.implementation, str):
             return None
-        return hashlib.sha256(source_code(self.terms).encode()).hexdigest()
+        return hashlib.sha256(source_code(self.implementation).encode()).hexdigest()
 
 
-NEEDS = frozenset({"adv", "importance", "retain", "noise", "teacher"})
-METHODS: dict[str, Method] = {}
+def _built_in(
+    name: str, summary: str, module: str, *needs: str, goals: tuple[str, ...] = GOALS, **options: object
+) -> Method:
+    return Method(name, summary, f"l2ul.methods.{module}:{name}", frozenset(needs), goals, **options)
+
+
+def _baseline(name: str, summary: str, *needs: str, **settings: Value) -> Method:
+    own = own_settings(**settings)
+    return _built_in(name, summary, "baselines", *needs, goals=("misclassify",), settings=own, fixed_length=True)
+
+
+BUILT_IN = (
+    Method("before", "Keep the original model θ⁰", None),
+    # the paper's methods, and distill
+    _built_in("neggrad", "Minimise L_forget alone: gradient ascent on D_f", "paper", goals=("misclassify",)),
+    _built_in("correct", "Minimise L_forget alone: fine-tuning on the new labels of D_f", "paper", goals=("relabel",)),
+    _built_in(
+        "rawp",
+        "Perturb the weights at random, with noise that grows until D_f is forgotten",
+        "paper",
+        "noise",
+        goals=("misclassify",),
+    ),
+    _built_in("oracle", "Minimise L_forget + CE on D_r", "paper", "retain"),
+    _built_in(
+        "adv",
+        "Minimise L_forget + CE on D_adv, each weighted by its part of the joint batch (arXiv 2301.11578)",
+        "paper",
+        "adv",
+    ),
+    _built_in(
+        "adv_imp",
+        "Minimise the loss of adv + λ · the importance penalty (arXiv 2301.11578)",
+        "paper",
+        "adv",
+        "importance",
+    ),
+    _built_in(
+        "distill", "Minimise a margin loss on D_f + distillation of θ⁰ on mixes of D_f (ours)", "distill", "teacher"
+    ),
+    # methods of others, of fixed length, with the settings of their papers
+    _baseline(
+        "finetune",
+        "Fine-tune on D_r (Golatkar et al. 2020, arXiv 1911.04933)",
+        "retain",
+        epochs=10,
+        lr=1e-2,
+        batch=128,
+        augment=1,
+    ),
+    _baseline(
+        "random_labels",
+        "Fine-tune on D_r and on D_f with random wrong labels (Graves et al. 2021, arXiv 2010.10981)",
+        "retain",
+        epochs=10,
+        lr=1e-2,
+        batch=128,
+        augment=1,
+    ),
+    _baseline(
+        "neggrad_plus",
+        "Minimise the loss of oracle with weights (Kurmanji et al. 2023, arXiv 2302.09880)",
+        "retain",
+        epochs=5,
+        lr=1e-2,
+        batch=128,
+        augment=1,
+        retain=0.95,
+    ),
+    _baseline(
+        "l1_sparse",
+        "Fine-tune on D_r with a decreasing L1 penalty on the weights (Jia et al. 2023, arXiv 2304.04934)",
+        "retain",
+        epochs=10,
+        lr=1e-2,
+        batch=128,
+        augment=1,
+        l1=5e-4,
+    ),
+    _baseline(
+        "salun",
+        "Run random_labels on the weights that are salient for D_f (Fan et al. 2024, arXiv 2310.12508)",
+        "retain",
+        epochs=10,
+        lr=1e-2,
+        batch=128,
+        augment=1,
+        salient=0.5,
+    ),
+    _baseline(
+        "scrub",
+        "Move away from the outputs of θ⁰ on D_f and distil them on D_r (Kurmanji et al. 2023, arXiv 2302.09880)",
+        "retain",
+        epochs=3,
+        lr=5e-4,
+        batch=128,
+        augment=1,
+        forget_epochs=2,
+        kl=0.001,
+        temperature=4.0,
+    ),
+    _baseline(
+        "ssd",
+        "Shrink weights that matter far more for D_f than for all of D (Foster et al. 2024, arXiv 2308.07707)",
+        "retain",
+        batch=64,
+        select=10.0,
+        dampen=1.0,
+    ),
+    _baseline(
+        "bad_teaching",
+        "Distil θ⁰ on a part of D_r and a random model on D_f (Chundawat et al. 2023, arXiv 2205.08096)",
+        "retain",
+        epochs=1,
+        lr=1e-4,
+        adam=1,
+        batch=128,
+        augment=1,
+        part=0.3,
+    ),
+    _baseline(
+        "boundary_shrink",
+        "Fine-tune on D_f with the nearest wrong labels (Chen et al. 2023, arXiv 2303.11570)",
+        epochs=10,
+        lr=1e-5,
+        batch=64,
+        augment=1,
+        bound=0.1,
+    ),
+    _baseline(
+        "jit",
+        "Make the outputs on D_f insensitive to noise (just in time; Foster et al. 2024, arXiv 2402.01401)",
+        epochs=1,
+        lr=3e-4,
+        batch=64,
+        sigma=0.5,
+        copies=25,
+    ),
+    _baseline(
+        "amun",
+        "Fine-tune on D_r and on the nearest adversarial examples of D_f, labelled by θ⁰ (arXiv 2503.00917)",
+        "retain",
+        epochs=10,
+        lr=1e-2,
+        batch=128,
+        augment=1,
+        eps=0.05,
+        iterations=50,
+    ),
+)
+METHODS: dict[str, Method] = {one.name: one for one in BUILT_IN}
 
 
 def method(
-    name: str, *needs: str, goals: tuple[str, ...] = GOALS, settings: Mapping[str, Value] | None = None
+    name: str, *needs: str, goals: tuple[str, ...] = GOALS, settings: Sequence[Setting] = ()
 ) -> Callable[[Callable[[Step], Terms]], Callable[[Step], Terms]]:
-    """Register the function below as the method `name`; its docstring's first line is its summary."""
-    if not NEEDS.issuperset(needs):
-        raise ValueError(f"method {name!r} needs {set(needs) - NEEDS}; expected some of {', '.join(sorted(NEEDS))}")
-    if {"adv", "retain"}.issubset(needs):
-        raise ValueError(f"method {name!r} needs adv and retain; a step has a batch of one of them")
+    """Register the decorated function as a method. The first line of its docstring is the summary.
 
-    def register(terms: Callable[[Step], Terms]) -> Callable[[Step], Terms]:
-        METHODS[name] = Method(name, terms, frozenset(needs), terms.__doc__.split("\n")[0], goals, settings)
-        return terms
+    needs     names of NEEDS: what the function expects in its `Step`
+    settings  settings of the method's own. Each becomes a flag of the scripts, with its help text, and part of the
+              record and its id; the function finds the values in `step.settings`.
+
+    Raises ValueError for a need that does not exist and for a setting that another method declares differently.
+    """
+
+    for setting in settings:
+        if own_flags().get(setting.name, setting) != setting:
+            raise ValueError(f"method {name!r} and another declare different settings {setting.name}; rename one")
+    return _registered(Method(name, "", None, frozenset(needs), goals, tuple(settings)))
+
+
+def fixed_length(
+    name: str, *needs: str, settings: Sequence[Setting] = (), **defaults: Value
+) -> Callable[[Callable], Callable]:
+    """Register the decorated generator as a method of fixed length for the goal misclassify, see `fixed_length`.
+
+    Its settings are given as declarations in `settings`, or as NAME=DEFAULT: `batch`, the images of D_r or D_f per
+    step; for training `epochs`, `lr`, `augment` (see `fixed_length.MethodContext.batches`) and `adam`; and any others.
+    They are set with --setting.
+    """
+
+    own = (*settings, *own_settings(**defaults))
+    return _registered(Method(name, "", None, frozenset(needs), ("misclassify",), own, fixed_length=True))
+
+
+def _registered(declared: Method) -> Callable[[Callable], Callable]:
+    """Return a decorator that registers a method with the function below it as its implementation."""
+
+    def register(function: Callable) -> Callable:
+        if not function.__doc__:
+            raise ValueError(f"{function.__name__} has no docstring; its first line is the summary of the method")
+        summary = function.__doc__.strip().split("\n")[0].rstrip(".")
+        METHODS[declared.name] = replace(declared, summary=summary, implementation=function)
+        return function
 
     return register
 
 
-def fixed_length(name: str, *needs: str, **settings: Value) -> Callable[[Callable], Callable]:
-    """Register the generator below as the method `name` of fixed length, to misclassify; see `baselines`.
-
-    settings  its own: `batch` images of D_r or D_f a step, and for training `epochs`, `lr` and, for Adam, `adam` 1;
-              `augment`: see `fixed_length.MethodContext.batches`
-    """
-    return method(name, *needs, goals=("misclassify",), settings=settings)
-
-
 def get(name: str, goal: str | None = None) -> Method:
-    """The method called `name`; InputError if there is none, or it is not for the goal."""
+    """Return a method by name. Raises InputError if there is none, or if it does not support the goal."""
     if name not in METHODS:
-        raise InputError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}")
+        hint = did_you_mean(name, METHODS)
+        raise InputError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}{hint}")
     if goal and goal not in METHODS[name].goals:
-        raise InputError(f"method {name} is not for the goal {goal}; expected one of {', '.join(of_goal(goal))}")
+        raise InputError(f"method {name} does not support the goal {goal}; expected one of {', '.join(of_goal(goal))}")
     return METHODS[name]
 
 
 def of_goal(goal: str) -> list[str]:
-    """The names of the methods that are for a goal."""
+    """Return the names of the methods that support a goal."""
     return [name for name, known in METHODS.items() if goal in known.goals]
 
 
 def usual(goal: str) -> list[str]:
-    """Those that are run where none is named: the paper's and ours, not those of others that it is compared with."""
-    return [name for name in of_goal(goal) if not METHODS[name].settings]
+    """Return the names of the methods that run by default: all for the goal that are not of fixed length."""
+    return [name for name in of_goal(goal) if not METHODS[name].fixed_length]
+
+
+def own_flags() -> dict[str, Setting]:
+    """Return the settings that methods declare themselves and that have a flag: all but those of fixed length."""
+    declared = (one.settings for one in METHODS.values() if not one.fixed_length)
+    return {setting.name: setting for settings in declared for setting in settings}
+
+
+def find_settings(name: str, methods: Iterable[str] | None = None) -> list[Setting]:
+    """Return the settings of a name that these methods have, or that any method has: one for each method."""
+    chosen = [get(method) for method in methods] if methods is not None else METHODS.values()
+    return [one.all_settings[name] for one in chosen if name in one.all_settings]
+
+
+def parse_settings(pairs: Iterable[tuple[str, str]], methods: Sequence[str]) -> dict[str, Value]:
+    """Read settings of methods, given as pairs of name and text, as of `--setting NAME=VALUE`.
+
+    Raises InputError if none of the methods has a setting, a value is not allowed, or a setting has two values.
+    """
+    values: dict[str, Value] = {}
+    for name, text in pairs:
+        found = find_settings(name, methods)
+        if not found:
+            raise InputError(_no_such_setting(name, methods))
+        for setting in found:
+            value = setting.parse(text)
+            if values.setdefault(name, value) != value:
+                raise InputError(f"setting {name} has two values, {values[name]} and {value}; give one")
+    return values
+
+
+def _no_such_setting(name: str, methods: Sequence[str]) -> str:
+    known = list(dict.fromkeys(one for method in methods for one in get(method).all_settings))
+    who = f"method {methods[0]} has" if len(methods) == 1 else f"none of the methods {' '.join(methods)} has"
+    expected = f"expected one of {', '.join(known)}" if known else "leave it out"
+    return f"{who} {'no' if len(methods) == 1 else 'a'} setting {name}; {expected}{did_you_mean(name, known)}"

@@ -8,8 +8,8 @@ import shlex
 
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
-from l2ul.methods import fixed_length
 from l2ul.methods.registry import get, of_goal
+from l2ul.methods.settings import override, to_text
 from l2ul.reporting.rows import Block, settings
 from l2ul.reporting.summary import Selection
 import models
@@ -162,12 +162,12 @@ def _setting_flags(block: Block, values: Record) -> Iterator[str]:
 
 
 def _method_settings(method: str, values: Record) -> list[str]:
-    """Return the flag for settings of a method of fixed length that differ from the method's own."""
-    theirs = get(method).settings or {}
-    recorded = {name: values[f"{method}.{name}"] for name in theirs if f"{method}.{name}" in values}
-    own = fixed_length.overridden(theirs, recorded)
-    changed = {name: value for name, value in own.items() if value != theirs[name]}
-    return ["--course", *fixed_length.told(changed).split()] if changed else []
+    """Return the flag for settings that the method declares itself and that differ from its defaults."""
+    declared, prefix = get(method).settings, f"{method}." if get(method).fixed_length else ""
+    recorded = {one.name: values[prefix + one.name] for one in declared if prefix + one.name in values}
+    used = override(declared, recorded)
+    changed = {one.name: used[one.name] for one in declared if used[one.name] != one.default}
+    return ["--setting", *to_text(changed).split()] if changed else []
 
 
 def _forget_file(runs: list[Record], run: Missing) -> str:

@@ -8,7 +8,8 @@ import json
 
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
-from l2ul.methods import fixed_length, registry
+from l2ul.methods import registry
+from l2ul.methods.settings import from_text
 
 BLOCK = ("goal", "continual_size", "dataset", "age_grouping", "model")
 
@@ -63,7 +64,7 @@ def blocks(found: Iterable[Record]) -> list[Block]:
 def settings(record: Record) -> Record:
     """Return the settings of a run, those of a method of fixed length one by one, and whether D_f was listed."""
     found = records.settings(record)
-    own = fixed_length.read(found.pop("course", None) or "")
+    own = from_text(found.pop("course", None) or "")
     listed = {"listed": record.get("listed")}
     return found | {f"{record['method']}.{name}": value for name, value in own.items()} | listed
 

@@ -64,7 +64,7 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Sweep:
         add(parser)
     take_several(parser, SINGLE)
     _add_flags(parser)
-    given = vars(parser.parse_args(argv))
+    given = options.settings_as_flags(vars(parser.parse_args(argv)))
     opts = argparse.Namespace(**{name: given.pop(name, None) for name in OWN})
     shared, split, axes = [], [], {}
     for name, value in given.items():
@@ -133,16 +133,13 @@ def _add_flags(parser: Parser) -> None:
 
 
 def _flatten(name: str, value: object) -> object:
-    """Return the values of a flag in one list. The values of --course are all combinations of its settings."""
+    """Return the values of a flag in one list. The values of --setting are all combinations of its settings."""
     if not isinstance(value, list):
         return value
-    values = [one for part in value for one in (part if isinstance(part, list) else [part])]
-    if name != "course":
-        return values
-    by_name: dict[str, list] = {}
-    for key, number in values:
-        by_name.setdefault(key, []).append(number)
-    return [tuple(f"{key}={number}" for key, number in chosen.items()) for chosen in ranges.product(by_name)]
+    if name == "setting":
+        combinations = ranges.product(options.several_settings(value))
+        return [tuple(f"{key}={one}" for key, one in chosen.items()) for chosen in combinations]
+    return [one for part in value for one in (part if isinstance(part, list) else [part])]
 
 
 def _arguments(name: str, value: object) -> Arguments:
@@ -162,8 +159,8 @@ def _check(sweep: Sweep) -> None:
         raise InputError("--source-free only applies to a search; add --search N")
     if opts.search and not sweep.axes:
         raise InputError("--search has nothing to choose; give a flag several values or a range, as in --pgd-eps 1:5")
-    if opts.search and "course" in sweep.axes:
-        raise InputError("--search cannot vary --course; give one value of each setting")
+    if opts.search and "setting" in sweep.axes:
+        raise InputError("--search cannot vary settings without a flag; give one value of each in --setting")
     first = {name: one[0].low if isinstance(one[0], Interval) else one[0] for name, one in sweep.axes.items()}
     unlearn_opts = unlearn_options.parse(sweep.arguments(first))
     if opts.search and len(unlearn_opts.method) > 1:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import statistics
 
 from l2ul.experiments import records
-from l2ul.experiments.runs import ATTACK_FLAGS, Run
+from l2ul.experiments.runs import Run
+from l2ul.methods.settings import ATTACK
 
 Arguments = tuple[str, ...]  # of a command line
 Record = dict[str, object]
-ADV_SETTINGS = ("checkpoint_sha256", "dataset", *ATTACK_FLAGS, "adv_dtype", "precision")  # what decides D_adv
+ADV_SETTINGS = ("checkpoint_sha256", "dataset", *ATTACK)  # what decides D_adv
 
 
 @dataclass(frozen=True)

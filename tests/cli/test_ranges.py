@@ -1,4 +1,4 @@
-"""Several values and ranges on a command line."""
+"""Several values and ranges of values on a command line."""
 
 import pytest
 
@@ -15,17 +15,17 @@ from l2ul.common.errors import InputError
         ("3", positive_int, [3]),
         ("1:5:9", nonnegative_float, [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0]),
         ("1:4:3", nonnegative_float, [1.0, 2.5, 4.0]),
-        ("0.1:0.7:7", positive_float, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),  # as typed: no 0.30000000000000004
+        ("0.1:0.7:7", positive_float, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),  # rounded: not 0.30000000000000004
         ("1e-4:1e-3:log5", positive_float, [0.0001, 0.000177828, 0.000316228, 0.000562341, 0.001]),
         ("16:256:log5", positive_int, [16, 32, 64, 128, 256]),
         ("0:4:5", int, [0, 1, 2, 3, 4]),
-        ("1:3:9", positive_int, [1, 2, 3]),  # there are no more whole numbers
+        ("1:3:9", positive_int, [1, 2, 3]),  # all whole numbers in the range
         ("1:5", nonnegative_float, [Interval(1.0, 5.0)]),
         ("1e-4:1e-2:log", positive_float, [Interval(1e-4, 1e-2, log=True)]),
         ("1:5", positive_int, [Interval(1, 5, whole=True)]),
     ],
 )
-def test_a_word_stands_for_these_values(text, kind, expected):
+def test_values_of_a_word(text, kind, expected):
     found = ranges.values(text, kind)
     assert found == expected
     assert [type(value) for value in found] == [type(value) for value in expected]
@@ -34,29 +34,29 @@ def test_a_word_stands_for_these_values(text, kind, expected):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("1:5:1", "ends in '1'; expected a number of points, 2 to 10000"),
-        ("1:5:99999", "2 to 10000"),
+        ("1:5:1", "ends in '1'; expected a number from 2 to 10000"),
+        ("1:5:99999", "from 2 to 10000"),
         ("1:5:log1", "ends in 'log1'"),
         ("1:5:", "ends in ''"),
         ("1:5:x", "ends in 'x'"),
-        ("5:1:3", "goes from 5 to 1; expected a range that ends higher"),
+        ("5:1:3", "goes from 5 to 1; expected a second number above the first"),
         ("0:1:log3", "is logarithmic and begins at 0"),
         ("1:2:3:4", "is not a range; expected lo:hi:n"),
     ],
 )
-def test_what_is_no_range_is_told_in_a_sentence(text, reason):
+def test_malformed_ranges_raise_a_sentence(text, reason):
     with pytest.raises(InputError, match=reason):
         ranges.values(text, nonnegative_float)
 
 
-def test_the_product_goes_through_the_last_axis_first():
+def test_product_changes_the_last_axis_fastest():
     assert list(ranges.product({"a": [1, 2], "b": [3, 4]})) == [
         {"a": 1, "b": 3}, {"a": 1, "b": 4}, {"a": 2, "b": 3}, {"a": 2, "b": 4},
     ]  # fmt: skip
     assert list(ranges.product({})) == [{}]
 
 
-def test_words_give_the_same_number_again():
+def test_words_keep_all_digits():
     for value in (0.1, 1e-5, 1 / 3, 2.5):
         flag, text = ranges.words_of("--x", value)
         assert float(text) == value
@@ -64,7 +64,7 @@ def test_words_give_the_same_number_again():
     assert ranges.words_of("--mean", [0.5, 0.4, 0.3]) == ("--mean", "0.5", "0.4", "0.3")
 
 
-def test_flags_take_several_values_and_those_named_one(capsys):
+def test_take_several_leaves_single_flags(capsys):
     parser = parsing.Parser("", prog="p")
     parser.add_argument("--rate", type=positive_float, default=1.0)
     parser.add_argument("--model")

@@ -15,9 +15,10 @@ from l2ul.common.cache import Cache, fingerprint
 from l2ul.data import datasets
 from l2ul.experiments import adversarial_sets
 from l2ul.experiments.adversarial_sets import Attack
+from l2ul.methods.settings import AttackSettings
 import models
 
-HOW = Attack(CLASSES, num_adv_images=4, eps=1.0, alpha=0.2, steps=5, seed=3, batch_size=16)
+HOW = Attack(CLASSES, AttackSettings(4, eps=1.0, alpha=0.2, iterations=5), seed=3, batch_size=16)
 
 
 def make(how, trained, where, cache=None, position=0):
@@ -126,7 +127,7 @@ def test_rounding_does_not_depend_on_what_is_cached(tmp_path, draws, first, then
     net = models.load("resnet20", 10, ROOT / "data" / "weights" / "digits_resnet20.safetensors")
     images = datasets.load("digits", "nowhere").train.images
     problem = net, images, torch.arange(len(images)) % 10
-    how = Attack(10, draws, eps=1.0, alpha=0.2, steps=4, seed=0)
+    how = Attack(10, AttackSettings(draws, eps=1.0, alpha=0.2, iterations=4), seed=0)
     expected, _ = make(how, problem, slice(0, then))
     make(how, problem, slice(0, first), Cache(tmp_path))
     assert same(make(how, problem, slice(0, then), Cache(tmp_path))[0], expected)
@@ -164,10 +165,16 @@ def test_makes_only_what_is_not_there_and_the_same_bit_by_bit(trained, tmp_path,
     assert attacked == []
 
 
+def changed(**values):
+    """HOW with other values of its fields, or of its settings."""
+    own = {name: values.pop(name) for name in ("seed", "num_classes") if name in values}
+    return dataclasses.replace(HOW, settings=dataclasses.replace(HOW.settings, **values), **own)
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        {"eps": 1.1}, {"alpha": 0.3}, {"steps": 6}, {"seed": 4}, {"num_adv_images": 5}, {"dtype": "uint8"},
+        {"eps": 1.1}, {"alpha": 0.3}, {"iterations": 6}, {"seed": 4}, {"num_adv_images": 5}, {"dtype": "uint8"},
         {"num_classes": CLASSES - 1},
     ],
 )  # fmt: skip
@@ -175,7 +182,7 @@ def test_another_setting_is_another_entry(trained, tmp_path, attacked, change):
     cache = Cache(tmp_path)
     make(HOW, trained, slice(0, 2), cache)
     attacked.clear()
-    make(dataclasses.replace(HOW, **change), trained, slice(0, 2), cache)
+    make(changed(**change), trained, slice(0, 2), cache)
     assert attacked == [2]
 
 
@@ -195,8 +202,8 @@ def test_other_images_places_labels_and_nets_are_other_entries(trained, tmp_path
 
 def test_counts_hits_before_and_after_rounding(trained):
     model, images, labels = trained
-    made, _ = make(dataclasses.replace(HOW, steps=30, eps=3.0, dtype="uint8"), trained, slice(0, 6))
-    exact, _ = make(dataclasses.replace(HOW, steps=30, eps=3.0), trained, slice(0, 6))
+    made, _ = make(changed(iterations=30, eps=3.0, dtype="uint8"), trained, slice(0, 6))
+    exact, _ = make(changed(iterations=30, eps=3.0), trained, slice(0, 6))
     with torch.no_grad():
         called = model(made.examples / 255).argmax(1)
         truly = model(exact.examples).argmax(1)

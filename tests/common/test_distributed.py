@@ -23,6 +23,7 @@ from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
 from l2ul.experiments import torchrun
 from l2ul.experiments.adversarial_sets import Attack
+from l2ul.methods.settings import AttackSettings
 from l2ul.metrics import accuracy
 from l2ul.training import loop
 from l2ul.training.recipe import Recipe
@@ -173,7 +174,7 @@ def test_a_killed_process_ends_the_run_and_any_number_of_processes_resumes_it(tr
     assert same(fit(*given, tmp_path / "state.pt", True)[0], whole[0][0], 1e-6)
 
 
-HOW = Attack(CLASSES, num_adv_images=4, eps=1.0, alpha=0.2, steps=5, seed=3, batch_size=16)
+HOW = Attack(CLASSES, AttackSettings(4, eps=1.0, alpha=0.2, iterations=5), seed=3, batch_size=16)
 
 
 def attack(model, images, labels, folder):

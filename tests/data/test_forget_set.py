@@ -177,7 +177,7 @@ def test_forgets_the_images_of_a_folder(run, tmp_path, digits_folder):
         (["--continual-step", 5, "--forget-dir", "IMAGES"], "add --unlearn-k with a multiple of the step"),
         (["--method", "correct"], "method correct is not for the goal misclassify"),
         (["--retain-sample", 0], "expected a whole number of at least 1"),
-        (["--adv-dtype", "int4"], "invalid choice: 'int4'"),
+        (["--adv-dtype", "int4"], "'int4' is not allowed; expected one of float32, float16, uint8; did you mean"),
     ],
 )
 def test_bad_forget_sets_are_one_sentence(script, tmp_path, digits_folder, few_digits, arguments, complaint):

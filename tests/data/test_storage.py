@@ -13,6 +13,7 @@ from l2ul.common.errors import InputError
 from l2ul.data import storage
 from l2ul.data.images import Split
 from l2ul.experiments.adversarial_sets import Attack
+from l2ul.methods.settings import AttackSettings
 from l2ul.metrics import accuracy
 from l2ul.unlearn import Settings, unlearn
 
@@ -22,7 +23,7 @@ NAMES = {dtype: name for name, dtype in storage.DTYPES.items()}
 def make(trained, count, folder, dtype=torch.float32, batch_size=None):
     """Return examples and targets of D_adv for the first `count` images."""
     model, images, labels = trained
-    attack = Attack(CLASSES, 4, 2.0, 0.3, 5, 1, NAMES[dtype], batch_size=batch_size, scratch_dir=folder)
+    attack = Attack(CLASSES, AttackSettings(4, 2.0, 0.3, 5, NAMES[dtype]), 1, batch_size=batch_size, scratch_dir=folder)
     made = attack.make(model, images[:count], labels[:count], cache=Cache(), progress=lambda count: None)
     return made.examples, made.targets
 

@@ -120,19 +120,21 @@ def test_a_method_of_fixed_length_runs_once(monkeypatch):
 
 
 def test_chosen_settings_replace_the_defaults():
-    settings, fixed = search.choose_settings("distill", [("distill_steps", 5.0), ("distill_lr", 0.1)], seed=7)
+    settings, fixed = search.choose_settings("distill", [("distill_steps", "5"), ("distill_lr", "0.1")], seed=7)
     assert fixed == {"distill_steps": 5, "distill_lr": 0.1}
     assert settings == Settings(bn="eval", seed=7, distill_steps=5, distill_lr=0.1)
-    assert search.choose_settings("adv_imp", [("reg_lamb", 2.0)], seed=0)[1] == {"reg_lamb": 2.0}
+    assert search.choose_settings("adv_imp", [("reg_lamb", "2")], seed=0)[1] == {"reg_lamb": 2.0}
+    assert search.choose_settings("jit", [("copies", "3")], seed=0)[0].method_settings == {"copies": 3}
 
 
 @pytest.mark.parametrize(
     ("method", "setting", "expected"),
     [
-        ("distill", ("distill_step", 5.0), "method distill has no setting distill_step; expected one of distill_lr"),
-        ("distill", ("distill_steps", 0.5), "distill_steps=0.5 is not allowed; expected a whole number"),
-        ("adv", ("reg_lamb", 1.0), "method adv has no setting reg_lamb; expected one of unlearn_lr"),
-        ("jit", ("unlearn_lr", 1.0), "method jit has no setting unlearn_lr; it has none"),
+        ("distill", ("distill_step", "5"), "method distill has no setting distill_step; expected one of distill_lr"),
+        ("distill", ("distill_steps", "0.5"), "distill_steps=0.5 is not allowed; expected a whole number"),
+        ("adv", ("reg_lamb", "1"), "method adv has no setting reg_lamb; expected one of unlearn_lr"),
+        ("jit", ("unlearn_lr", "1"), "method jit has no setting unlearn_lr; expected one of bn, precision, epochs"),
+        ("adv", ("pgd_eps", "1"), "setting pgd_eps cannot be changed here"),
     ],
 )
 def test_settings_that_the_method_does_not_allow(method, setting, expected):

@@ -10,6 +10,7 @@ from l2ul import objective
 from l2ul.common.errors import InputError
 from l2ul.data.images import Split
 from l2ul.methods import baselines, fixed_length, paper, registry
+from l2ul.methods.settings import from_text, override, to_text
 from l2ul.unlearn import Settings, unlearn
 
 K = 4
@@ -25,12 +26,12 @@ def given(trained):
 
 
 def carried_out(given, name, **settings):
-    return unlearn(**given, method=name, settings=Settings(course={"batch": 8, "augment": 0, **settings}))
+    return unlearn(**given, method=name, settings=Settings(method_settings={"batch": 8, "augment": 0, **settings}))
 
 
 def making(given, name, **settings):
     """A course of the method, and its generator."""
-    own = fixed_length.overridden(registry.get(name).settings, {"batch": 8, "augment": 0, **settings})
+    own = override(registry.get(name).settings, {"batch": 8, "augment": 0, **settings})
     forget = objective.Forget(given["images"] / 255, given["labels"])
     made = fixed_length.MethodContext(given["model"], forget, own, given["retain"])
     return made, registry.get(name).terms(made)
@@ -146,7 +147,7 @@ class Linear(nn.Module):
 
 def linear_course(name, forget, retain, **settings):
     model = Linear(1.0, 1.0).eval()
-    own = fixed_length.overridden(registry.get(name).settings, settings)
+    own = override(registry.get(name).settings, settings)
     labels = torch.zeros(len(forget), dtype=torch.int64)
     kept = Split(torch.tensor(retain).view(-1, 3, 1, 1), torch.zeros(len(retain), dtype=torch.int64))
     return model, fixed_length.MethodContext(
@@ -220,15 +221,13 @@ def test_spread_sees_every_image_once_and_evenly(given):
 
 def test_settings_are_looked_at():
     theirs = registry.get("finetune").settings
-    assert fixed_length.overridden(theirs, {"epochs": 3.0, "l1": 1.0}) == {**theirs, "epochs": 3}
-    assert fixed_length.read(fixed_length.told(theirs)) == theirs
-    assert fixed_length.read(fixed_length.told({"lr": 0.00123456789, "epochs": 1234567})) == {
-        "lr": 0.00123456789,
-        "epochs": 1234567,
-    }
+    defaults = override(theirs, {})
+    assert override(theirs, {"epochs": 3.0, "l1": 1.0}) == {**defaults, "epochs": 3}
+    for values in (defaults, {"lr": 0.00123456789, "epochs": 1234567}):
+        assert from_text(to_text(values)) == values
     for name, value in {"epochs": 0.0, "batch": 2.5, "lr": -1.0}.items():
-        with pytest.raises(InputError, match=rf"--course has {name}={value:g}; expected a value like"):
-            fixed_length.overridden(theirs, {name: value})
+        with pytest.raises(InputError, match=rf"setting {name}={value} is not allowed; expected a"):
+            override(theirs, {name: value})
 
 
 def test_a_net_whose_numbers_are_lost_has_diverged(given):

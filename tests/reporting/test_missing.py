@@ -72,7 +72,7 @@ def test_settings_of_a_method_of_fixed_length_are_rows_and_flags(run, script, ta
     assert cells(markdown, "boundary_shrink") != cells(markdown, "boundary_shrink (epochs=2)")
     assert cells(markdown, "jit")[0]
     lines = markdown.split("```bash\n")[1].split("\n```")[0].splitlines()
-    assert sorted(shlex.split(line)[shlex.split(line).index("--course") + 1] for line in lines) == [
+    assert sorted(shlex.split(line)[shlex.split(line).index("--setting") + 1] for line in lines) == [
         "copies=2",
         "epochs=1",
     ]

@@ -233,11 +233,14 @@ def test_the_job_script_is_valid_and_runs_the_same_command(script, tmp_path, wor
         (["--pgd-eps", "1:5", "2:6", "--search", 3], "must be the only value"),
         (["--search", 3], "--search has nothing to choose"),
         (["--search", 3, "--pgd-eps", "1:5", "--method", "adv", "adv_imp"], "--search is for one method"),
-        (["--search", 3, "--method", "finetune", "--course", "lr=0.1:0.2:2"], "--search cannot vary --course"),
+        (
+            ["--search", 3, "--method", "finetune", "--setting", "lr=0.1:0.2:2"],
+            "--search cannot vary settings without a",
+        ),
         (["--source-free", "--pgd-eps", 1, 2], "add --search N"),
         (["--pgd-eps", "5:1:3"], "goes from 5 to 1"),
         (["--method", "nothing", "--pgd-eps", 1, 2], "nothing"),
-        (["--device", "cpu", "cuda"], "unrecognized arguments: cuda"),
+        (["--device", "cpu", "cuda"], "unexpected argument 'cuda'"),
         (["--dataset", "nowhere", "--dry-run"], "nowhere"),
     ],
 )
@@ -258,10 +261,10 @@ def test_without_ray_the_error_names_the_command(swept, monkeypatch):
 
 def test_settings_of_a_method_are_combined_too(tmp_path):
     sweep = parse_sweep(tmp_path, "--method", "finetune", "--course", "epochs=1:2:2", "lr=0.01", "lr=0.1")
-    assert sweep.axes["course"][1] == ("epochs=1.0", "lr=0.1")
-    assert len(sweep.axes["course"]) == 4
-    opts = unlearn_options.parse(sweep.arguments({"course": sweep.axes["course"][1]}))
-    assert opts.course == {"epochs": 1.0, "lr": 0.1}
+    assert sweep.axes["setting"][1] == ("epochs=1", "lr=0.1")
+    assert len(sweep.axes["setting"]) == 4
+    opts = unlearn_options.parse(sweep.arguments({"setting": sweep.axes["setting"][1]}))
+    assert opts.setting == {"epochs": 1, "lr": 0.1}
 
 
 def test_the_threads_of_a_trial_do_not_depend_on_what_runs_beside_it(tmp_path):

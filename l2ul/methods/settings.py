@@ -1,0 +1,280 @@
+"""The hyper-parameters of all methods, each declared once.
+
+A `Setting` holds everything that the project knows about a hyper-parameter: default, range, unit, help text and which
+methods use it. The flags of the scripts and their `--help`, the keys and the id of a record, the checks of `--setting`
+and the table in docs/methods.md are derived from it. `Settings` and `AttackSettings` hold the values of a run.
+
+To add a setting to the loop or the attack, add a field to one of these two classes. To add a setting to one method,
+declare it where the method is registered, see `methods.registry`. Free of torch.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+import math
+from typing import Any, Self
+
+from l2ul.common.choices import BN_MODES, DTYPES, PRECISIONS, InvalidValue, Number, OneOf
+from l2ul.common.errors import InputError
+
+Value = int | float | str
+IN_ID = ("always", "if used", "if changed")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A hyper-parameter.
+
+    name      key of records; the flag has dashes in place of underscores
+    default   its type (int, float or str) is the type of all values
+    help      what it does, in a few words
+    minimum   smallest number allowed; maximum: largest
+    above     number that values have to exceed, in place of a minimum
+    choices   the values allowed, of a setting whose values are texts
+    unit      of a number, for help and documentation
+    used_by   features of methods (see `registry.Method.features`): a method with one of them uses the setting
+    in_id     when a run's id depends on it: "always", "if used" by the method, or "if changed" from the default. The
+              last two are for settings that were added after the first records, whose ids must not change.
+    """
+
+    name: str
+    default: Value
+    help: str = ""
+    minimum: float = 0
+    above: float | None = None
+    maximum: float = math.inf
+    choices: tuple[str, ...] = ()
+    unit: str = ""
+    used_by: frozenset[str] = frozenset()
+    in_id: str = "if used"
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ValueError(f"setting {self.name!r}: expected a name of letters, digits and underscores")
+        if isinstance(self.default, str) and not self.choices:
+            raise ValueError(f"setting {self.name} has the text {self.default!r} as default; give its choices")
+        if self.in_id not in IN_ID:
+            raise ValueError(f"setting {self.name} has in_id {self.in_id!r}; expected one of {', '.join(IN_ID)}")
+        self.check(self.default)
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def type(self) -> Number | OneOf:
+        """Return what reads a value from text and checks it."""
+        if self.choices:
+            return OneOf(self.choices)
+        is_open = self.above is not None
+        return Number(type(self.default), self.above if is_open else self.minimum, is_open, self.maximum)
+
+    def parse(self, text: str) -> Value:
+        """Read a value from text. Raises InputError if it is not allowed."""
+        return self._named(self.type, text)
+
+    def check(self, value: object) -> Value:
+        """Return a value in the setting's type. Raises InputError if it is not allowed."""
+        return self._named(self.type.check, value)
+
+    def _named(self, read: Any, value: object) -> Value:
+        try:
+            return read(value)
+        except InvalidValue:
+            raise InputError(f"setting {self.name}={value} is not allowed; expected {self.type.expected}") from None
+
+
+def _declare(default: Value, help: str, *used_by: str, **options: Any) -> Any:
+    """Return a dataclass field that declares a Setting, named like the field unless `name` says otherwise."""
+    return field(default=default, metadata={"setting": {"help": help, "used_by": frozenset(used_by), **options}})
+
+
+class _Declared:
+    """Base of dataclasses whose fields declare settings."""
+
+    @classmethod
+    def declared(cls) -> dict[str, Setting]:
+        """Return the settings by the name of their field."""
+        return {
+            one.name: Setting(**{"name": one.name, "default": one.default, **one.metadata["setting"]})
+            for one in fields(cls)
+            if "setting" in one.metadata
+        }
+
+    @classmethod
+    def of(cls, values: Mapping[str, object], **others: object) -> Self:
+        """Create an instance from values by the names of the settings. `others` are fields that declare no setting."""
+        return cls(**{name: values[setting.name] for name, setting in cls.declared().items()}, **others)
+
+
+@dataclass(frozen=True)
+class Settings(_Declared):
+    """The settings of the unlearning loop. The defaults are those of the paper's released run scripts.
+
+    method_settings  values for settings that a method declares itself, by name; the others keep their defaults
+    seed             of the order of batches, of dropout and of noise
+    first_position   index of the first image of D_f among all images of a continual run, so that each step of the run
+                     draws other random numbers
+    """
+
+    unlearn_lr: float = _declare(1e-3, "learning rate of SGD", "sgd", above=0, in_id="always")
+    momentum: float = _declare(0.9, "momentum of SGD", "sgd", in_id="always")
+    weight_decay: float = _declare(1e-4, "weight decay of SGD", "sgd", in_id="always")
+    batch_size: int = _declare(32, "images of D_f per step", "sgd", minimum=1, in_id="always")
+    bn: str = _declare(
+        "train",
+        "train: batch-norm uses and updates batch statistics and dropout is active, as in the released scripts; "
+        "eval: statistics are fixed and dropout is off",
+        *("sgd", "fixed_length"),
+        choices=BN_MODES,
+        in_id="always",
+    )
+    max_passes: int = _declare(
+        1000,
+        "passes through D_adv before the run stops (oracle: through D_r; neggrad, correct: through D_f; rawp: draws of "
+        "noise)",
+        *("sgd", "noise"),
+        minimum=1,
+        in_id="always",
+    )
+    adv_batch_size: int = _declare(
+        256, "images of D_adv per step (oracle: of D_r)", "adv", "retain", minimum=1, in_id="always"
+    )
+    reg_lamb: float = _declare(1.0, "weight λ of the importance penalty", "importance", in_id="always")
+    noise_growth: float = _declare(
+        0.01,
+        "growth of the noise's standard deviation per draw",
+        "noise",
+        above=0,
+        unit="root mean square of the weight tensor",
+    )
+    distill_lr: float = _declare(3e-4, "highest learning rate of a cycle of Adam", "teacher", above=0)
+    distill_steps: int = _declare(300, "steps per cycle; the learning rate ends near 0", "teacher", minimum=1)
+    distill_cycles: int = _declare(
+        3, "cycles at most; the run stops after a cycle if D_f is forgotten", "teacher", minimum=1
+    )
+    distill_forget: int = _declare(64, "images of D_f per step, of those not yet forgotten", "teacher", minimum=1)
+    distill_mixes: int = _declare(192, "mixes of D_f per step, used in place of D_r", "teacher", minimum=1)
+    distill_logits: float = _declare(10.0, "weight of the logit distillation on the mixes", "teacher")
+    distill_features: float = _declare(1000.0, "weight of the feature distillation on the mixes", "teacher")
+    distill_growth: float = _declare(
+        10.0, "growth factor of the forget loss over a cycle while D_f is not forgotten", "teacher", above=0
+    )
+    distill_margin: float = _declare(
+        0.3, "margin by which another logit has to exceed that of the label on D_f", "teacher", unit="logits"
+    )
+    method_settings: Mapping[str, Value] = field(default_factory=dict)
+    seed: int = 0
+    first_position: int = 0
+
+
+@dataclass(frozen=True)
+class AttackSettings(_Declared):
+    """How adversarial examples are made and stored: targeted PGD in an L2 ball, on the original model.
+
+    Together with the model, D_f and the seed they determine D_adv, so precision and dtype belong here too. The
+    defaults are those of the paper's released run scripts.
+    """
+
+    num_adv_images: int = _declare(20, "adversarial examples per image of D_f", "adv", minimum=1, in_id="always")
+    eps: float = _declare(
+        4.0,
+        "radius ε of the ball around an image",
+        "adv",
+        name="pgd_eps",
+        unit="L2 norm over pixels in [0,1]",
+        in_id="always",
+    )
+    alpha: float = _declare(
+        0.1, "length of a PGD step", "adv", name="pgd_alpha", unit="L2 norm over pixels in [0,1]", in_id="always"
+    )
+    iterations: int = _declare(100, "PGD steps", "adv", name="pgd_iter", minimum=1, in_id="always")
+    dtype: str = _declare(
+        "float32",
+        "data type in which the examples are stored; uint8 rounds them to 8-bit images",
+        "adv",
+        name="adv_dtype",
+        choices=DTYPES,
+        in_id="if changed",
+    )
+    precision: str = _declare(
+        "fp32",
+        "floating-point precision. tf32 needs a CUDA GPU and applies to all passes; bf16 needs a CUDA GPU or a CPU "
+        "with AMX and applies to the attack",
+        "training",
+        choices=PRECISIONS,
+        in_id="if changed",
+    )
+
+
+ATTACK = {setting.name: setting for setting in AttackSettings.declared().values()}
+SHARED = {setting.name: setting for setting in Settings.declared().values()} | ATTACK  # of the loop and the attack
+
+_COMMON = {  # settings that several methods of fixed length declare, each with a default of its own
+    setting.name: setting
+    for setting in (
+        Setting("epochs", 1, "passes through D_r (methods without D_r: through D_f)", minimum=1),
+        Setting("lr", 0.01, "learning rate of SGD with momentum 0.9 and weight decay 5e-4"),
+        Setting("batch", 128, "images per step", minimum=1),
+        Setting("augment", 1, "0: none, 1: random crops, 2: random crops and horizontal flips"),
+        Setting("adam", 1, "1: Adam in place of SGD", maximum=1),
+        Setting("retain", 0.95, "weight of CE on D_r; that of CE on D_f is 1 minus it", maximum=1),
+        Setting("l1", 5e-4, "initial weight γ of the L1 norm of the weights; it decreases to 0"),
+        Setting("salient", 0.5, "share of the weights that is trained", maximum=1),
+        Setting("forget_epochs", 2, "epochs that start with a pass through D_f"),
+        Setting("kl", 0.001, "weight of the KL divergence from θ⁰ on D_r"),
+        Setting("temperature", 4.0, "temperature of the softmax", above=0),
+        Setting("select", 10.0, "a weight is dampened if its importance for D_f is above this multiple of that for D"),
+        Setting("dampen", 1.0, "factor of the dampening"),
+        Setting("part", 0.3, "share of D_r that is used", maximum=1),
+        Setting("bound", 0.1, "length of the step to the nearest class", unit="pixels in [0,1], per pixel"),
+        Setting("sigma", 0.5, "standard deviation of the noise", above=0, unit="pixels in [0,1]"),
+        Setting("copies", 25, "noisy copies per image", minimum=1),
+        Setting("eps", 0.05, "smallest radius of the attack", above=0, unit="L2 norm over pixels in [0,1]"),
+        Setting("iterations", 50, "PGD steps", minimum=1),
+    )
+}
+
+
+def own_settings(**defaults: Value) -> tuple[Setting, ...]:
+    """Return settings of a method of fixed length from their defaults, such as `epochs=3, lr=1e-2`.
+
+    Names that other methods use as well (epochs, lr, batch, …) get the same range and help text. Whole numbers with
+    another name have to be at least 1, other numbers at least 0.
+    """
+    known = {
+        name: _COMMON.get(name) or Setting(name, value, minimum=1 if type(value) is int else 0)
+        for name, value in defaults.items()
+    }
+    return tuple(replace(known[name], default=value) for name, value in defaults.items())
+
+
+def override(settings: Iterable[Setting], values: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the value of each setting: the one in `values`, else its default. Other names in `values` are ignored.
+
+    Raises InputError if a value is not allowed.
+    """
+    return {one.name: one.check(values[one.name]) if one.name in values else one.default for one in settings}
+
+
+def to_text(values: Mapping[str, Value]) -> str:
+    """Format values as `--setting` takes them, sorted by name and with all digits: the text is part of run ids."""
+    return " ".join(f"{name}={values[name]}" for name in sorted(values))
+
+
+def from_text(text: str) -> dict[str, Value]:
+    """Read what `to_text` wrote. Numbers are floats."""
+    pairs = (word.split("=", 1) for word in text.split())
+    return {name: _number(value) for name, value in pairs}
+
+
+def _number(text: str) -> Value:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def in_id(name: str, value: object) -> bool:
+    """Return whether a run's id depends on a shared setting that has this value; None: its method does not use it."""
+    rule = SHARED[name].in_id
+    return rule == "always" or (value is not None and not (rule == "if changed" and value == SHARED[name].default))
