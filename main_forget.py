@@ -62,7 +62,7 @@ def forget(args: argparse.Namespace) -> int:
     unlearner = search.Unlearner(
         model=original,
         forget=request.forget,
-        train_set=robustness.widened(request.images, request.forget, args.also),
+        train_set=robustness.with_changed_images(request.images, request.forget, args.also),
         method=args.method,
         num_classes=len(request.class_names),
         seed=args.seed,

@@ -30,7 +30,7 @@ def run(opts: argparse.Namespace) -> None:
     from l2ul.common.cache import Cache
     from l2ul.common.device import choose_device
     from l2ul.data import folder
-    from l2ul.experiments import records, torchrun
+    from l2ul.experiments import records
 
     with distributed.process_group():
         device = choose_device(opts.device, opts.no_cuda, opts.threads)
@@ -44,18 +44,15 @@ def run(opts: argparse.Namespace) -> None:
         setup = command.load_setup(opts, device)  # data set and original model
         runs = command.plan_runs(opts, setup)  # seeds × k × methods
         experiment = command.make_experiment(opts, setup, runs, device, cache, command.print_run, command.print_now)
-        if not distributed.is_first():
-            torchrun.assist(experiment.measuring)
-            return
 
-        to_do, to_measure = command.unfinished(opts, experiment, runs)
+        to_do, to_measure = experiment.pending(runs, opts.rerun)
         command.announce(opts, device, runs, to_do, to_measure)
         if not opts.dry_run:
-            experiment.measure(to_measure)
+            experiment.add_metrics(to_measure)
             experiment.carry_out(to_do)
-            print(records.table([run.files.read() for run in runs]).to_string(index=False))
-            print(f"records: {opts.result_dir / 'runs'}")
-        distributed.call_others(None)
+            if distributed.is_first():
+                print(records.table([run.files.read() for run in runs]).to_string(index=False))
+                print(f"records: {opts.result_dir / 'runs'}")
 
 
 if __name__ == "__main__":

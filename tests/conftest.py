@@ -174,7 +174,7 @@ def save_images(folder, images, labels=None):
 def fast_report(monkeypatch):
     """Reduce the evaluation of a deletion request to about a second."""
     monkeypatch.setattr(search, "MAX_EXAMPLES", 32)
-    monkeypatch.setattr(relearn, "MOST_STEPS", 30)
+    monkeypatch.setattr(relearn, "MAX_STEPS", 30)
 
 
 @pytest.fixture

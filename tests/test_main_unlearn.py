@@ -95,12 +95,12 @@ def test_what_is_recorded_is_not_done_again_and_rerun_gives_the_same(run, tmp_pa
 
 def test_one_attack_and_one_measurement_of_before_serve_all_runs_of_a_seed(run, tmp_path, monkeypatch):
     sizes, measured = [], []
-    true_set, true_predict = attack.adversarial_set, measurement.Measuring.predict
+    true_set, true_predict = attack.adversarial_set, measurement.Evaluator.predict
     monkeypatch.setattr(
         attack, "adversarial_set", lambda m, x, *a, **o: sizes.append(len(x)) or true_set(m, x, *a, **o)
     )
     monkeypatch.setattr(
-        measurement.Measuring, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
+        measurement.Evaluator, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
     )
     code, _, err = run("--unlearn-k", 4, 2, "--method", "before", "adv", "adv_imp")
     assert code == 0, err
@@ -116,10 +116,10 @@ def test_one_attack_and_one_measurement_of_before_serve_all_runs_of_a_seed(run, 
 def test_another_learning_rate_attacks_nothing_and_measures_nothing_again(run, tmp_path, monkeypatch):
     methods_named = ["--method", "before", "adv"]
     assert run(*methods_named)[0] == 0
-    measured, true_predict = [], measurement.Measuring.predict
+    measured, true_predict = [], measurement.Evaluator.predict
     monkeypatch.setattr(attack, "pgd_l2", None)
     monkeypatch.setattr(
-        measurement.Measuring, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
+        measurement.Evaluator, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
     )
     code, _, err = run(*methods_named, "--unlearn-lr", 0.02, "--reg-lamb", 3)
     assert code == 0, err

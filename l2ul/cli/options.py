@@ -18,12 +18,13 @@ from l2ul.cli.parser import (
     whole_number,
 )
 from l2ul.common import choices
-from l2ul.common.choices import EVALUATIONS, Number, OneOf, did_you_mean
+from l2ul.common.choices import Number, OneOf, did_you_mean
 from l2ul.common.errors import InputError
 from l2ul.experiments import defaults
 from l2ul.experiments.defaults import COMMON_DEFAULTS, DEFAULTS, default
 from l2ul.methods import registry
 from l2ul.methods.settings import ATTACK, SHARED, Setting, to_text
+from l2ul.metrics.registry import EVALUATIONS
 
 if TYPE_CHECKING:
     from l2ul.data.images import Images
@@ -221,7 +222,7 @@ def add_output(parser: Parser) -> None:
         default=[],
         metavar="NAME",
     )
-    parser.sections["metrics"] = _list(EVALUATIONS.items())
+    parser.sections["metrics"] = _list((name, group.summary) for name, group in EVALUATIONS.items())
     weights = "weights of a model that was trained without D_f, for --evaluate retrained and relearn"
     add(group, "--retrained", weights, type=Path, metavar="FILE")
     weights = "weights of several such models, for --evaluate rmia"

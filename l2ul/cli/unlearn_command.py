@@ -19,11 +19,11 @@ from l2ul.data import forget_set
 from l2ul.data.images import Images, Split
 from l2ul.experiments import time_estimates
 from l2ul.experiments.execution import Experiment
-from l2ul.experiments.measurement import Measuring
-from l2ul.experiments.reference_models import Peer, Peers
+from l2ul.experiments.measurement import Evaluator
+from l2ul.experiments.reference_models import ReferenceModel, ReferenceModels
 from l2ul.experiments.runs import Run, Setup
 from l2ul.metrics import accuracy
-from l2ul.metrics.groups import EVALUATIONS
+from l2ul.metrics.registry import EVALUATIONS
 import models
 from models import checkpoint
 
@@ -142,15 +142,15 @@ def make_experiment(
     """
     side = setup.classifier.input_side(setup.images.side)
     test_batch_size = opts.test_batch_size or accuracy.default_batch_size(device, side)
-    evaluations = tuple(EVALUATIONS[name] for name in dict.fromkeys(opts.evaluate))
-    peers = _load_reference_models(opts, setup, device)
-    peers.check(setup.classifier, runs)
-    measuring = Measuring(setup, test_batch_size, opts.workers, cache, evaluations, peers)
+    groups = tuple(EVALUATIONS[name] for name in dict.fromkeys(opts.evaluate))
+    references = _load_reference_models(opts, setup, device)
+    references.check(setup.classifier.sha256, runs)
+    evaluator = Evaluator(setup, test_batch_size, opts.workers, cache, groups, references)
     for run in runs:
-        measuring.check(run)
+        evaluator.check(run)
     return Experiment(
         setup,
-        measuring,
+        evaluator,
         save=models.save,
         load=lambda path: models.load_saved(path, setup.classifier).to(device),
         keep_models=opts.save_model,
@@ -160,16 +160,6 @@ def make_experiment(
         on_record=on_record,
         report=report,
     )
-
-
-def unfinished(opts: argparse.Namespace, experiment: Experiment, runs: list[Run]) -> tuple[list[Run], list[Run]]:
-    """Return the runs that have no complete record, and those whose record only lacks metrics of a model that is kept.
-
-    With --rerun, all runs are in the first list.
-    """
-    to_measure = [run for run in runs if not opts.rerun and experiment.can_be_measured(run)]
-    to_do = [run for run in runs if run not in to_measure and (opts.rerun or not experiment.is_done(run))]
-    return to_do, to_measure
 
 
 def announce(
@@ -226,10 +216,10 @@ def _metadata(classifier: models.Classifier) -> dict[str, object]:
     return {name: checkpoint.metadata_value(classifier.metadata, name) for name in classifier.metadata}
 
 
-def _load_reference_models(opts: argparse.Namespace, setup: Setup, device: torch.device) -> Peers:
+def _load_reference_models(opts: argparse.Namespace, setup: Setup, device: torch.device) -> ReferenceModels:
     """Load the models of --retrained and --references onto the device."""
 
-    def load(flag: str, path: Path) -> Peer:
+    def load(flag: str, path: Path) -> ReferenceModel:
         if not path.exists():
             raise InputError(f"there is no {path}; expected weights of a model trained without D_f for {flag}")
         if path.is_dir():  # of a Hugging Face model
@@ -242,10 +232,10 @@ def _load_reference_models(opts: argparse.Namespace, setup: Setup, device: torch
         excluded = metadata.get("excluded", [] if "epochs" in metadata else None)
         is_known = isinstance(excluded, list) and all(type(index) is int for index in excluded)
         indices = torch.tensor(excluded, dtype=torch.int64) if is_known else None
-        return Peer(model.to(device), model.sha256, str(path), indices)
+        return ReferenceModel(model.to(device), model.sha256, str(path), indices)
 
     references = [load("--references", path) for path in opts.references or ()]
-    return Peers(load("--retrained", opts.retrained) if opts.retrained else None, tuple(references))
+    return ReferenceModels(load("--retrained", opts.retrained) if opts.retrained else None, tuple(references))
 
 
 def _read_folder(opts: argparse.Namespace, setup: Setup) -> tuple[Split, Tensor]:

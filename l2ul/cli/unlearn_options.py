@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from l2ul.cli import options
 from l2ul.common.errors import InputError
-from l2ul.metrics.groups import EVALUATIONS
+from l2ul.metrics.registry import EVALUATIONS
 
 PROGRAM = "main_unlearn.py"
 FLAG_GROUPS = (*options.RUN_GROUPS, options.add_weights, options.add_machine)
@@ -50,7 +50,7 @@ def _check_evaluations(opts: argparse.Namespace) -> None:
     """Raise InputError if a group of metrics lacks the models it compares with, or models are given that none uses."""
     for flag, paths in (("retrained", opts.retrained), ("references", opts.references)):
         compares = {
-            name: [group.against.get(metric) == f"{flag}_sha256" for metric in group.names]
+            name: [group.compared_with.get(metric) == f"{flag}_sha256" for metric in group.names]
             for name, group in EVALUATIONS.items()
         }
         lacking = [name for name in opts.evaluate if all(compares[name]) and not paths]

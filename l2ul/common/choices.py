@@ -28,15 +28,6 @@ AGE_GROUPINGS = {  # of UTKFace: upper bounds in years; the class of an age is t
     "groups": (4, 13, 20, 31, 46, 61, 120),
     "tens": (11, 21, 31, 41, 51, 61, 71, 81, 91, 101, 111, 120),
 }
-EVALUATIONS = {  # groups of additional metrics and what they measure, see `metrics.groups`
-    "membership": "membership inference: AUC and true-positive rate at 1 % false positives of five attacks",
-    "distance": "relative distance of the weights from the original ones, ‖θ - θ⁰‖ / ‖θ⁰‖",
-    "retrained": "differences from the --retrained model in accuracy, membership inference, outputs and features",
-    "rmia": "membership inference by RMIA, calibrated with the --references models",
-    "relearn": "steps of fine-tuning on D_f until its accuracy is that of the original model again",
-    "duplicates": "number of near-duplicates of D_f in D_r",
-    "agreement": "agreement with the original model on held-out adversarial examples",
-}
 
 
 class InvalidValue(InputError, argparse.ArgumentTypeError):

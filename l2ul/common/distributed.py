@@ -120,29 +120,15 @@ def local_first() -> Iterator[None]:
         dist.barrier()
 
 
-def call_others(name: str | None, *arguments: object) -> None:
-    """Make the other processes, which are in `serve`, call the function of this name. None ends their `serve`.
-
-    Does nothing in the other processes.
-    """
-    if size() > 1 and is_first():
-        dist.broadcast_object_list([(name, arguments)])
-
-
-def serve(known: dict[str, Callable[..., object]]) -> None:
-    """Call the functions that the first process names with `call_others`, until it sends None."""
-    while True:
-        box = [None]
-        dist.broadcast_object_list(box)
-        name, arguments = box[0]
-        if name is None:
-            return
-        known[name](*arguments)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's state dict on the CPU, to be sent; an empty dictionary if there is no other process."""
-    return {name: tensor.cpu() for name, tensor in model.state_dict().items()} if size() > 1 else {}
+@torch.no_grad()
+def copy_from_first(model: nn.Module) -> None:
+    """Copy the weights and buffers of the first process's model into the models of the other processes, in place."""
+    if size() == 1:
+        return
+    for _, tensor in sorted((dict(model.named_parameters()) | dict(model.named_buffers())).items()):
+        values = tensor.detach().contiguous()
+        dist.broadcast(values, 0)
+        tensor.copy_(values)
 
 
 def data_parallel(model: nn.Module) -> nn.Module:

@@ -35,17 +35,17 @@ def measure(
     labels, after_logits = request.forget.labels, logits(after, request.images)
     survives = robustness.still_forgotten(after, request.images, request.forget)
     deadline = budget.part(CHECKS_SHARE)
-    with progress("relearning", relearn.MOST_STEPS) as advance:
+    with progress("relearning", relearn.MAX_STEPS) as advance:
 
         def go_on() -> bool:
             advance(1)
             return deadline.left > 0
 
-        back, steps = relearn.steps_until_back(after, request.images, labels, go_on)
+        back, steps = relearn.steps_to_relearn_each(after, request.images, labels, go_on)
     relearning = {"steps": steps, "back": sum(step is not None for step in back), "lr": relearn.LEARNING_RATE}
     return {
         "images": image_rows(request, after_logits, unlearner.forgotten(after).tolist(), survives, back),
-        "damage": [asdict(agreement.kept(after, probe)) for probe in unlearner.probes],
+        "damage": [asdict(agreement.measure(after, probe)) for probe in unlearner.probes],
         "robustness": {change: None if kept is None else int(kept.sum()) for change, kept in survives.items()},
         "relearning": relearning if steps or None not in back else None,
         "membership": _membership(unlearner.model, request, after, after_logits, references) if references else None,

@@ -16,7 +16,7 @@ from l2ul.methods import registry
 from l2ul.methods.settings import ATTACK as ATTACK_SETTINGS
 from l2ul.methods.settings import SHARED, Value
 from l2ul.metrics import accuracy, agreement
-from l2ul.metrics.agreement import Kept, Probe
+from l2ul.metrics.agreement import Agreement, Probe
 from l2ul.objective import Forget
 from l2ul.unlearn import Settings
 
@@ -71,7 +71,7 @@ class Candidate:
     steps: int
     seconds: float
     forgotten: Tensor
-    kept: list[Kept]
+    kept: list[Agreement]
     model: nn.Module | None
 
     @property
@@ -86,7 +86,7 @@ class Unlearner:
 
     model       the original model, left unchanged
     forget      D_f, on the device of the model
-    train_set   D_f, followed by the changed copies of D_f that are to be forgotten too: see `robustness.widened`
+    train_set   D_f and its changed copies that are to be forgotten too, see `robustness.with_changed_images`
     as_written  return a model with its weights as they will be in the file
     probes      sets of images on which agreement with the original model is measured
     progress    show the progress of each candidate
@@ -155,7 +155,7 @@ class Unlearner:
         if outcome.status != "diverged":
             written = self.as_written(outcome.model)
             try:
-                forgotten, kept = self.forgotten(written), [agreement.kept(written, probe) for probe in self.probes]
+                forgotten, kept = self.forgotten(written), [agreement.measure(written, probe) for probe in self.probes]
                 candidate = replace(candidate, forgotten=forgotten, kept=kept, model=outcome.model)
             except Diverged:
                 candidate = replace(candidate, status="diverged")
@@ -216,7 +216,7 @@ def find_candidates(
     seconds_per_step = _measure_step(unlearner, first)
     unlearner.probes.append(_held_out_probe(unlearner, first, budget, seconds_per_step))
     if keep_images is not None:
-        unlearner.probes.append(agreement.probe("images to keep", unlearner.model, keep_images))
+        unlearner.probes.append(agreement.make_probe("images to keep", unlearner.model, keep_images))
     if fixed:
         candidate = unlearner.run_candidate(first, fixed, budget.part(SEARCH_SHARE))
         on_candidate(candidate)

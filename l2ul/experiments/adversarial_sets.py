@@ -1,7 +1,7 @@
-"""D_adv of a run: what of it is in the cache is taken from there, the rest is made, kept as asked for, and cached."""
+"""The adversarial set D_adv of a forget set: read from the cache as far as possible, otherwise made and cached."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 import math
 from pathlib import Path
 
@@ -11,68 +11,75 @@ from torch import Tensor, nn
 from l2ul import Progress, attack
 from l2ul.common import distributed
 from l2ul.common.cache import Cache, environment, fingerprint
+from l2ul.common.errors import Diverged
 from l2ul.common.files import tensors_sha256
 from l2ul.data import storage
 from l2ul.methods.settings import AttackSettings
 from l2ul.metrics import accuracy
 
+Part = dict[str, Tensor]  # what the cache keeps of one image: examples (N_adv, 3, H, W) and hits (N_adv,)
 
-@dataclass(frozen=True)
-class Adversarial:
-    """D_adv of a D_f.
 
-    examples    (k · N_adv, 3, H, W), floats in [0,1] or uint8, the draws of the first image first; targets (k · N_adv,)
-    hits        which of them the net calls their target, as they are kept
-    exact_hits  the same before they were rounded
-    batch_size  pairs attacked at once: what was asked for, or less where memory ran out meanwhile
+@dataclass
+class AdversarialSet:
+    """D_adv of k images, N_adv examples each.
+
+    examples     (k · N_adv, 3, H, W), float in [0,1] or uint8; the examples of the first image come first
+    targets      (k · N_adv,) int64
+    hits         (k · N_adv,) bool on the CPU: whether the original model classifies the stored example as its target
+    batch_size   examples attacked at once: the given number, or less if memory ran out
+    seconds      that the attack took
     """
 
     examples: Tensor
     targets: Tensor
     hits: Tensor
-    exact_hits: Tensor
     batch_size: int
+    seconds: float = 0.0
 
-    def head(self, num_pairs: int) -> tuple[Tensor, Tensor]:
-        return self.examples[:num_pairs], self.targets[:num_pairs]
+    def head(self, count: int) -> "AdversarialSet":
+        """Return the first `count` examples, with their share of the seconds."""
+        seconds = self.seconds * count / len(self.targets)
+        return AdversarialSet(self.examples[:count], self.targets[:count], self.hits[:count], self.batch_size, seconds)
 
-    def store(self, place: int, part: dict[str, Tensor]) -> None:
-        """Take what the cache keeps of one image."""
-        draws = len(part["hits"])
-        where = slice(place * draws, (place + 1) * draws)
+    @property
+    def success(self) -> float:
+        """Percent of the examples that the original model classifies as their target."""
+        return 100 * self.hits.double().mean().item()
+
+    def store(self, position: int, part: Part) -> None:
+        """Store the examples of the image at `position`."""
+        count = len(part["hits"])
+        where = slice(position * count, (position + 1) * count)
         self.examples[where] = part["examples"].to(self.targets.device)
-        self.hits[where], self.exact_hits[where] = part["hits"], part["exact_hits"]
+        self.hits[where] = part["hits"]
 
-    def take(self, keys: dict[int, dict[str, object]], cache: Cache) -> dict[int, dict[str, object]]:
-        """Take what the cache keeps under the keys of these images, by place; returns those of which it keeps none."""
+    def load(self, keys: dict[int, dict[str, object]], cache: Cache) -> dict[int, dict[str, object]]:
+        """Store what the cache has under the keys of these positions; return the keys that it does not have."""
         missing = {}
-        for place, key in keys.items():
-            kept = cache.get(key)
-            if kept:
-                self.store(place, kept)
+        for position, key in keys.items():
+            part = cache.get(key)  # of older versions it also has exact_hits, which nothing uses
+            if part:
+                self.store(position, part)
             else:
-                missing[place] = key
+                missing[position] = key
         return missing
-
-    def success(self, num_pairs: int) -> dict[str, float]:
-        """Percent of the first examples that are called their target, under the keys of a record."""
-        hits = {"adv_success": self.hits, "adv_success_exact": self.exact_hits}
-        return {key: 100 * which[:num_pairs].double().mean().item() for key, which in hits.items()}
 
 
 @dataclass(frozen=True)
 class Attack:
     """How D_adv is made.
 
-    measuring_batch  examples looked at at once, to count hits
-    scratch_dir      for a D_adv that does not fit in memory
+    batch_size       examples attacked at once
+    test_batch_size  examples per batch when hits are counted
+    scratch_dir      folder for a D_adv that does not fit in memory
     """
 
     num_classes: int
     settings: AttackSettings
     seed: int
     batch_size: int | None = None
-    measuring_batch: int = 256
+    test_batch_size: int = 256
     scratch_dir: Path = Path("result_data/scratch")
 
     def make(
@@ -84,82 +91,104 @@ class Attack:
         *,
         cache: Cache,
         progress: Progress,
-    ) -> Adversarial:
-        """D_adv of images (k, 3, H, W), labels (k,), of which the first has this position in D_f.
+    ) -> AdversarialSet | None:
+        """Return D_adv, from the cache or newly made.
 
-        On a CPU, bit by bit what it would be without the cache. Progress counts pairs times steps. A process that is
-        stopped loses what it did for a few images. The processes of a torchrun share the work, see `helping`; the
-        first has the whole set.
+        images, labels  D_f (k, 3, H, W) and (k,)
+        first_position  of these images in D_f
+        progress        called with the number of examples times steps done since the last call
+
+        On a CPU the result does not depend on what is cached, bit for bit. Each image is cached as soon as its batch
+        is finished, so that an interrupted process loses little.
+
+        Under torchrun all processes call this and share the work. The first process reads and writes the cache, and
+        gets the whole set; the others get None. Raises Diverged if the model's logits are not finite.
         """
-        keys = self._keys(model, images, labels, first_position)
-        aims = attack.random_targets(labels, self.num_classes, self.settings.num_adv_images, self.seed, first_position)
-        made = self._empty(images, aims)
-        missing = made.take(dict(enumerate(keys)), cache)
-        sizes = [made.batch_size]
-        if not missing:
-            progress(len(aims) * self.settings.iterations)
-            return replace(made, batch_size=sizes[-1])
-        with cache.lock(keys[0]):  # or wait for another command that is at it
-            missing = made.take(missing, cache)
-            progress((len(keys) - len(missing)) * self.settings.num_adv_images * self.settings.iterations)
-            work = Work(images, labels, first_position, self._stretches(list(missing), made.batch_size))
-            distributed.call_others("attack", self, distributed.state(model), work.on(torch.device("cpu")), sizes)
-            for number, (start, parts) in enumerate(self._shares(model, work, sizes, progress)):
-                for place, part in enumerate(parts, start):
-                    made.store(place, part)
-                    cache.put(keys[place], part)
-                    if number % distributed.size():  # of another process, which shows nothing
-                        progress(self.settings.num_adv_images * self.settings.iterations)
-                cache.trim()
-            return replace(made, batch_size=min(distributed.gather(sizes[-1])))
+        first = distributed.is_first()
+        targets = attack.random_targets(
+            labels, self.num_classes, self.settings.num_adv_images, self.seed, first_position
+        )
+        batch_size = self.batch_size or attack.default_batch_size(images.device, images.shape[-1])
+        result, keys, missing = None, {}, {}
+        if first:
+            keys = dict(enumerate(self._keys(model, images, labels, first_position)))
+            result = self._allocate(images, targets, batch_size)
+            missing = result.load(keys, cache)
+        cost = self.settings.num_adv_images * self.settings.iterations  # of an image, in units of progress
+        if not distributed.broadcast(lambda: bool(missing)):
+            progress(len(labels) * cost)
+            return result
+        with (cache if first else Cache()).lock(keys.get(0, {})):  # waits for another command that makes the same
+            if first:
+                missing = result.load(missing, cache)
+                progress((len(keys) - len(missing)) * cost)
+            chunks = self._chunks(distributed.broadcast(lambda: list(missing)), batch_size)
+            sizes = [batch_size]  # the last one is what memory has room for
+            for turn in range(0, len(chunks), distributed.size()):
+                own = turn + distributed.rank()
+                parts = self._attack_chunk(
+                    model, images, labels, first_position, chunks[own : own + 1], sizes, progress
+                )
+                for rank, chunk_parts in enumerate(distributed.gather(parts)):  # empty but in the first process
+                    for position, part in chunk_parts:
+                        result.store(position, part)
+                        cache.put(keys[position], part)
+                        if rank:  # another process, whose progress is not shown
+                            progress(cost)
+                if first:
+                    cache.trim()
+        smallest = min(distributed.gather(sizes[-1]), default=None)
+        if first:
+            result.batch_size = smallest
+        return result
 
-    def assist(self, model: nn.Module, work: "Work", sizes: list[int]) -> None:
-        """Of the other processes of a torchrun: their part of what `make` has called for, sent to the first."""
-        for _ in self._shares(model, work, sizes, lambda count: None):
-            pass
-        distributed.gather(sizes[-1])
+    def _chunks(self, positions: list[int], batch_size: int) -> list[tuple[int, int]]:
+        """Split the positions to attack into (start, stop) chunks that fit in a batch, at least one per process."""
+        share = math.ceil(len(positions) / distributed.size()) if distributed.size() > 1 else len(positions)
+        return list(_consecutive(positions, max(1, min(batch_size // self.settings.num_adv_images, share))))
 
-    def _stretches(self, missing: list[int], batch_size: int) -> list[tuple[int, int]]:
-        """The images to attack, a few at a time: no more than a batch has room for, and some for every process."""
-        share = math.ceil(len(missing) / distributed.size()) if distributed.size() > 1 else len(missing)
-        return list(_stretches(missing, max(1, min(batch_size // self.settings.num_adv_images, share))))
-
-    def _shares(
-        self, model: nn.Module, work: "Work", sizes: list[int], progress: Progress
-    ) -> Iterator[tuple[int, Iterable[dict[str, Tensor]]]]:
-        """Of each stretch the place of its first image and what the cache keeps of its images; to the first process.
-
-        Each process takes one of the next stretches, and all hand over what they made before any takes another.
-        """
-        for turn in range(0, len(work.stretches), distributed.size()):
-            found, own = None, turn + distributed.rank()
-            if own < len(work.stretches):
-                start, stop = work.stretches[own]
-                some = work.images[start:stop], work.labels[start:stop], work.first_position + start
-                parts = self._attack(model, *some, sizes, progress)
-                if distributed.size() > 1:
-                    parts = [{name: tensor.cpu() for name, tensor in part.items()} for part in parts]
-                found = start, parts
-            yield from filter(None, distributed.gather(found))
-
-    def _empty(self, images: Tensor, targets: Tensor) -> Adversarial:
-        """Room for everything, made whole at once: small tensors between large ones keep memory from shrinking."""
+    def _allocate(self, images: Tensor, targets: Tensor, batch_size: int) -> AdversarialSet:
+        """Allocate all examples at once: growing them would leave gaps in memory between small tensors."""
         shape = (len(targets), *images.shape[1:])
         examples = storage.empty_images(shape, storage.DTYPES[self.settings.dtype], images.device, self.scratch_dir)
-        hits, exact_hits = torch.zeros(2, len(targets), dtype=torch.bool)
-        batch_size = self.batch_size or attack.default_batch_size(images.device, images.shape[-1])
-        return Adversarial(examples, targets, hits, exact_hits, batch_size)
+        return AdversarialSet(examples, targets, torch.zeros(len(targets), dtype=torch.bool), batch_size)
 
-    def _attack(
+    def _attack_chunk(
         self,
         model: nn.Module,
         images: Tensor,
         labels: Tensor,
-        position: int,
+        first_position: int,
+        chunks: list[tuple[int, int]],
         sizes: list[int],
         progress: Progress,
-    ) -> Iterator[dict[str, Tensor]]:
-        """What the cache keeps of each of a few images; a batch size that memory has room for is added to `sizes`."""
+    ) -> list[tuple[int, Part]]:
+        """Attack the images of at most one chunk; return the part of each with its position.
+
+        Appends to `sizes` where memory runs out. Raises Diverged in every process if it is raised in one.
+        """
+        parts, diverged = [], None
+        try:
+            for start, stop in chunks:
+                made = self._attack(
+                    model, images[start:stop], labels[start:stop], first_position + start, sizes, progress
+                )
+                parts = list(enumerate(made, start))
+        except Diverged as error:
+            diverged = str(error)
+        if distributed.size() == 1:
+            errors = [diverged]
+        else:
+            parts = [(position, {name: tensor.cpu() for name, tensor in part.items()}) for position, part in parts]
+            gathered = distributed.gather(diverged)
+            errors = distributed.broadcast(lambda: gathered)
+        for error in filter(None, errors):
+            raise Diverged(error)
+        return parts
+
+    def _attack(
+        self, model: nn.Module, images: Tensor, labels: Tensor, position: int, sizes: list[int], progress: Progress
+    ) -> Iterator[Part]:
         exact, targets = attack.adversarial_set(
             model,
             images,
@@ -177,19 +206,15 @@ class Attack:
             progress=progress,
         )
         stored = storage.as_stored(exact, storage.DTYPES[self.settings.dtype])
-        hits = self._hits(model, stored, targets)
-        exact_hits = hits.clone() if stored is exact else self._hits(model, exact, targets)
-        parts = (part.split(self.settings.num_adv_images) for part in (stored, hits, exact_hits))
-        for examples, hit, exact_hit in zip(*parts, strict=True):
-            yield {"examples": examples.contiguous(), "hits": hit, "exact_hits": exact_hit}
-
-    def _hits(self, model: nn.Module, examples: Tensor, targets: Tensor) -> Tensor:
-        called = accuracy.predict(model, examples, batch_size=self.measuring_batch)
-        return called == targets.cpu()
+        hits = accuracy.predict(model, stored, batch_size=self.test_batch_size) == targets.cpu()
+        parts = (values.split(self.settings.num_adv_images) for values in (stored, hits))
+        for examples, hit in zip(*parts, strict=True):
+            yield {"examples": examples.contiguous(), "hits": hit}
 
     def _keys(self, model: nn.Module, images: Tensor, labels: Tensor, first_position: int) -> list[dict[str, object]]:
-        """For each image, all that decides its examples, bit by bit."""
+        """Return for each image everything that decides its examples, bit for bit."""
         shared = asdict(self.settings) | {"num_classes": self.num_classes, "seed": self.seed}
+        shared["steps"] = shared.pop("iterations")  # the name in the keys of existing caches
         shared |= {"kind": "adversarial examples", "net": fingerprint(model)} | environment(images.device)
         return [
             shared | {"image": tensors_sha256({"": image}), "label": label, "position": first_position + place}
@@ -197,27 +222,11 @@ class Attack:
         ]
 
 
-@dataclass(frozen=True)
-class Work:
-    """What of a D_f is to be attacked: images (k, 3, H, W) and labels (k,), of which the first has this position.
-
-    stretches  place of the first image of each few, and of the one after the last
-    """
-
-    images: Tensor
-    labels: Tensor
-    first_position: int
-    stretches: list[tuple[int, int]]
-
-    def on(self, device: torch.device) -> "Work":
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
-
-
-def _stretches(places: list[int], longest: int) -> Iterator[tuple[int, int]]:
-    """Start and stop of each stretch of consecutive places, cut where it gets too long."""
+def _consecutive(positions: list[int], longest: int) -> Iterator[tuple[int, int]]:
+    """Yield start and stop of each run of consecutive positions, cut to at most `longest`."""
     start = None
-    for index, place in enumerate(places):
-        start = place if start is None else start
-        if place + 1 - start == longest or index + 1 == len(places) or places[index + 1] != place + 1:
-            yield start, place + 1
+    for index, position in enumerate(positions):
+        start = position if start is None else start
+        if position + 1 - start == longest or index + 1 == len(positions) or positions[index + 1] != position + 1:
+            yield start, position + 1
             start = None

@@ -1,6 +1,7 @@
-"""Runs carried out one after the other, each measured and recorded as soon as it ends."""
+"""The experiment: carry out runs one after the other, and record each as soon as it ends."""
 
 from collections.abc import Callable
+import copy
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -12,34 +13,52 @@ import torchvision
 
 from l2ul import importance, unlearn
 from l2ul.common import device as device_module
+from l2ul.common import distributed
 from l2ul.common.cache import Cache
 from l2ul.common.errors import Diverged, InputError
 from l2ul.common.progress import progress_bar
 from l2ul.experiments import records
-from l2ul.experiments.adversarial_sets import Adversarial, Attack
-from l2ul.experiments.measurement import Measuring, Predictions
+from l2ul.experiments.adversarial_sets import AdversarialSet, Attack
+from l2ul.experiments.measurement import Evaluator
 from l2ul.experiments.runs import Run, Setup
 from l2ul.methods.checkpoint import Checkpoint
 from l2ul.methods.settings import AttackSettings
-from l2ul.metrics.groups import outdated
+from l2ul.metrics.registry import outdated
 
-SAME = 1.0  # points of accuracy that rounding on another machine may change
+TOLERANCE = 1.0  # percentage points that an accuracy may change by rounding on another machine
+
+
+@dataclass
+class Importance:
+    """MAS importance by parameter name, and the seconds that it took."""
+
+    values: dict[str, Tensor]
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """How the runs of a setup are carried out.
+    """Carries out the runs of a setup.
 
-    save, load   write an unlearned net to a path with settings as metadata, and read it again
-    keep_models  whether the nets are kept; those of continual runs always are, as the next step starts from them
-    scratch_dir  for what does not fit in memory
-    cache        where adversarial examples are kept
-    on_record    called with each record that was written
-    report       called with a sentence when a run continues from the state of an interrupted one
+    For each seed the adversarial set of the largest D_f is made once, and smaller ones are its head. For each k the
+    weight importance is computed once. Every method is then run, evaluated and recorded. A continual run is a series of
+    runs, its steps: each starts from the model of the previous step, and has an adversarial set and importance of its
+    own.
+
+    Under torchrun every process carries out the same runs. They share the attack and the evaluation. The first process
+    computes the importance, unlearns, and copies the weights to the others. It alone reads and writes files.
+
+    save, load         write an unlearned model to a path with settings as metadata, and read it
+    keep_models        whether models are kept; those of continual runs always are, as the next step starts from them
+    attack_batch_size  adversarial examples made at once
+    scratch_dir        for adversarial sets that do not fit in memory
+    cache              for adversarial examples
+    on_record          called with each record that was written
+    report             called with a sentence when a run continues from the state of an interrupted one
     """
 
     setup: Setup
-    measuring: Measuring
+    evaluator: Evaluator
     save: Callable[[nn.Module, Path, dict[str, object]], None]
     load: Callable[[Path], nn.Module]
     keep_models: bool = False
@@ -53,183 +72,158 @@ class Experiment:
     def device(self) -> torch.device:
         return next(self.setup.classifier.parameters()).device
 
-    def is_done(self, run: Run) -> bool:
-        """Whether the run's record exists with every metric, and its model where models are kept and there is one."""
-        record = run.files.read()
-        if record is None or not self._is_measured(record):
-            return False
-        return not self.keep_models or self._has_net(run, record)
+    def pending(self, runs: list[Run], rerun: bool = False) -> tuple[list[Run], list[Run]]:
+        """Return the runs that are to be carried out, and those whose record lacks metrics of a model that is kept.
 
-    def can_be_measured(self, run: Run) -> bool:
-        """Whether all that the run's record lacks are metrics, and the net that they are of is there."""
-        record = run.files.read()
-        return record is not None and not self._is_measured(record) and self._has_net(run, record)
-
-    def _is_measured(self, record: dict[str, object]) -> bool:
-        """Whether it has every metric, against the very nets that are given."""
-        against = self.measuring.peers.described
-        return set(self.measuring.metrics) <= record.keys() and against.items() <= record.items()
-
-    def _has_net(self, run: Run, record: dict[str, object]) -> bool:
-        """Whether the net that the run ended with is at hand, or there is none: it diverged, or is the classifier."""
-        return not run.method.trains or record["status"] == records.DIVERGED or run.files.model.exists()
-
-    def measure(self, runs: list[Run]) -> None:
-        """Add to the records of these runs the metrics that they lack; whatever else they have stays as it is."""
-        for run in runs:
-            record, found = run.files.read(), {}
-            if record["status"] != records.DIVERGED:
-                before = after = self.measuring.before()
-                model = self.setup.classifier
-                if run.method.trains:
-                    model = self.load(run.files.model)
-                    after = self.measuring.predict(model, "measure after")
-                found, _ = self.measuring.of_run(run, before, model, after)
-                self._check_same(run, record["acc_test"], found["acc_test"])
-            against = self.measuring.peers.described
-            stale = outdated(record, against)
-            kept = {key: value for key, value in record.items() if key not in stale}
-            added = {name: found.get(name) for name in self.measuring.metrics}
-            run.files.rewrite(added | kept | against)
-
-    def _check_same(self, run: Run, recorded: float, found: float) -> None:
-        """Raise InputError where the net that was kept is not the one of the record, as after another --rerun."""
-        if abs(recorded - found) > SAME:
-            raise InputError(
-                f"{run.files.model} is not the net of {run.files.record}: it calls {found:.2f} % of D_test right, not "
-                f"{recorded:.2f} %; do the run again with --rerun --save-model"
-            )
+        A run is done if its record has every metric, and its model exists where models are kept. With `rerun`, every
+        run is carried out.
+        """
+        states = ["carry out"] * len(runs) if rerun else distributed.broadcast(lambda: list(map(self._state, runs)))
+        return tuple(
+            [run for run, state in zip(runs, states, strict=True) if state == wanted]
+            for wanted in ("carry out", "evaluate")
+        )
 
     def carry_out(self, runs: list[Run]) -> None:
-        """Do these runs, in their order, and record each; what several of them need is made once."""
-        if not runs:
-            return
-        before = self.measuring.before()
-        for (_, are_steps), group in groupby(runs, key=lambda run: (run.seed, run.is_step)):
-            if are_steps:
-                self._carry_out_steps(list(group), before)
+        """Carry out these runs in their order, and record each."""
+        if runs:
+            self.evaluator.original()  # first, so that what cannot be evaluated fails before the attack
+        for (_, is_step), group in groupby(runs, key=lambda run: (run.seed, run.is_step)):
+            if is_step:
+                self._carry_out_steps(list(group))
             else:
-                self._carry_out_seed(list(group), before)
+                self._carry_out_seed(list(group))
 
-    def _carry_out_seed(self, runs: list[Run], before: Predictions) -> None:
-        adversarial = self._attack(runs, self.setup.classifier)
-        for _, of_size in groupby(runs, key=lambda run: run.k):
-            same_size = list(of_size)
-            weighed = self._weigh(same_size, self.setup.classifier)
-            for run in same_size:
-                self._carry_out(run, self.setup.classifier, before, adversarial, weighed)
-
-    def _carry_out_steps(self, runs: list[Run], before: Predictions) -> None:
-        """Steps of continual runs: each from the net that the step before ended with, on its own images alone."""
-        last: tuple[Run, nn.Module] | None = None
+    def add_metrics(self, runs: list[Run]) -> None:
+        """Evaluate the kept models of these runs and add the metrics that their records lack."""
         for run in runs:
-            start = last[1] if last and last[0] is run.previous else self._end_of(run.previous, before)
-            last = run, self._carry_out_step(run, start, before)
+            record = distributed.broadcast(run.files.read)
+            row = {}
+            if record["status"] != records.DIVERGED:
+                model, after = self.setup.classifier, self.evaluator.original()
+                if run.method.trains:
+                    model = self._load(run)
+                    after = self.evaluator.predict(model, "measure after")
+                row, _ = self.evaluator.evaluate(run, model, after)
+                if abs(record["acc_test"] - row["acc_test"]) > TOLERANCE:
+                    raise InputError(
+                        f"{run.files.model} is not the model of {run.files.record}: its accuracy on D_test is "
+                        f"{row['acc_test']:.2f} %, not {record['acc_test']:.2f} %; do the run again with --rerun "
+                        f"--save-model"
+                    )
+            if distributed.is_first():
+                models = self.evaluator.references.sha256
+                stale = outdated(record, models)
+                kept = {key: value for key, value in record.items() if key not in stale}
+                run.files.rewrite({name: row.get(name) for name in self.evaluator.metrics} | kept | models)
 
-    def _end_of(self, run: Run | None, before: Predictions) -> nn.Module | None:
-        """The net that a step ended with, made again where it was not kept; None where it diverged."""
-        if run is None or not run.method.trains:
-            return self.setup.classifier
-        record = run.files.read()
-        if record and record["status"] == records.DIVERGED:
-            return None
-        if record and run.files.model.exists():
-            return self.load(run.files.model)
-        return self._carry_out_step(run, self._end_of(run.previous, before), before, measure=record is None)
+    def _carry_out_seed(self, runs: list[Run]) -> None:
+        model = self.setup.classifier
+        adversarial = self._attack(model, runs)
+        for _, group in groupby(runs, key=lambda run: run.k):
+            same_k = list(group)
+            omega = self._importance(model, same_k)
+            for run in same_k:
+                self._finish(run, self._unlearn(run, model, adversarial, omega))
 
-    def _carry_out_step(
-        self, run: Run, start: nn.Module | None, before: Predictions, measure: bool = True
-    ) -> nn.Module | None:
-        """The net that a step ends with, None if it diverged; without `measure`, its record stays as it is."""
+    def _carry_out_steps(self, runs: list[Run]) -> None:
+        """Carry out steps of continual runs, and the earlier steps whose models are missing."""
+        model, previous = None, None
+        for run in self._with_missing_steps(runs):
+            if run.previous is None:
+                model = self.setup.classifier
+            elif run.previous is not previous:
+                model = self._load(run.previous)
+            result = self._step(run, model)
+            if run in runs:
+                self._finish(run, result)
+            else:  # it is on record already, and only its model is needed
+                self._keep(run, result)
+                if distributed.is_first():
+                    run.files.state.unlink(missing_ok=True)
+            model, previous = (None if result.diverged else result.outcome.model), run
+
+    def _with_missing_steps(self, runs: list[Run]) -> list[Run]:
+        """Insert before each step the earlier steps of the run whose models it needs and that were not kept."""
+        steps: list[Run] = []
+        for run in runs:
+            missing, step = [], run.previous
+            while step not in (None, *steps) and not distributed.broadcast(lambda step=step: self._has_model(step)):
+                missing.append(step)
+                step = step.previous
+            steps += [*reversed(missing), run]
+        return steps
+
+    def _step(self, run: Run, model: nn.Module | None) -> "Result":
+        """Unlearn one step from the model of the previous one, which is None if that diverged."""
         try:
-            if start is None:
-                raise Diverged("the step before ended without a net")
-            adversarial, weighed = self._attack([run], start), self._weigh([run], start)
-        except Diverged:  # nothing can be learned from a net whose numbers are lost
-            outcome = unlearn.Outcome(self.setup.classifier, records.DIVERGED, 0)
-            phases = ("attack", "importance", "unlearn", "evaluate")
-            self._record(run, outcome, before, None, dict.fromkeys(phases, 0.0), {})
+            if model is None:
+                raise Diverged("the previous step diverged")
+            return self._unlearn(run, model, self._attack(model, [run]), self._importance(model, [run]))
+        except Diverged:  # of the attack: the step has no model to start from
+            return Result(unlearn.Outcome(self.setup.classifier, records.DIVERGED, 0))
+
+    def _attack(self, model: nn.Module, runs: list[Run]) -> AdversarialSet | None:
+        """Make D_adv of the largest D_f of these runs. None if no run needs it, and in all processes but the first."""
+        runs = [run for run in runs if "adv" in run.method.needs]
+        if not runs:
             return None
-        outcome = self._carry_out(run, start, before, adversarial, weighed, measure)
-        return None if outcome.status == records.DIVERGED else outcome.model
-
-    def _forget(self, run: Run) -> tuple[Tensor, Tensor]:
-        split = run.forget.split
-        return split.pixels().to(self.device), split.labels.to(self.device)
-
-    def _attack(self, runs: list[Run], model: nn.Module) -> tuple[Adversarial, float] | None:
-        """D_adv of the largest D_f of these runs, the others' are its head, and the seconds an image took.
-
-        None if no run needs it.
-        """
-        needing = [run for run in runs if "adv" in run.method.needs]
-        if not needing:
-            return None
-        largest = max(needing, key=lambda run: len(run.forget))
+        largest = max(runs, key=lambda run: len(run.forget))
         attack = Attack(
             self.setup.images.num_classes,
             AttackSettings.of(self.setup.hyper),
             largest.seed,
             self.attack_batch_size,
-            self.measuring.batch_size,
+            self.evaluator.batch_size,
             self.scratch_dir,
         )
-        total = len(largest.forget) * attack.settings.num_adv_images * attack.settings.iterations
         started = device_module.clock(self.device)
+        total = len(largest.forget) * attack.settings.num_adv_images * attack.settings.iterations
         with progress_bar("attack", total) as advance:
-            made = attack.make(
-                model,
-                *self._forget(largest),
-                largest.first_position,
-                cache=self.cache,
-                progress=advance,
+            adversarial = attack.make(
+                model, *self._forget(largest), largest.first_position, cache=self.cache, progress=advance
             )
-        return made, (device_module.clock(self.device) - started) / len(largest.forget)
+        if adversarial:
+            adversarial.seconds = device_module.clock(self.device) - started
+        return adversarial
 
-    def _weigh(self, runs: list[Run], model: nn.Module) -> tuple[dict[str, Tensor], float] | None:
-        """MAS importance on the D_f that these runs share, and the seconds it took; None if no run needs it."""
+    def _importance(self, model: nn.Module, runs: list[Run]) -> Importance | None:
+        """Compute MAS importance on the D_f that these runs share. None if no run needs it, and in other processes."""
         run = next((run for run in runs if "importance" in run.method.needs), None)
-        if run is None:
+        if run is None or not distributed.is_first():
             return None
         started = device_module.clock(self.device)
         with progress_bar("importance", len(run.forget)) as advance:
-            omega = importance.mas_importance(model, self._forget(run)[0], advance)
-        return omega, device_module.clock(self.device) - started
+            values = importance.mas_importance(model, self._forget(run)[0], advance)
+        return Importance(values, device_module.clock(self.device) - started)
 
-    def _carry_out(
-        self,
-        run: Run,
-        model: nn.Module,
-        before: Predictions,
-        adversarial: tuple[Adversarial, float] | None,
-        weighed: tuple[dict[str, Tensor], float] | None,
-        measure: bool = True,
-    ) -> unlearn.Outcome:
-        needs, seconds = run.method.needs, {"attack": 0.0, "importance": 0.0}
-        inputs, attacked = {}, {}
-        if "adv" in needs:
-            made, seconds_an_image = adversarial
-            num_pairs = len(run.forget) * self.setup.hyper["num_adv_images"]
-            inputs["adv"], seconds["attack"] = made.head(num_pairs), seconds_an_image * len(run.forget)
-            attacked = made.success(num_pairs) | {"attack_batch_size": made.batch_size}
-        if "importance" in needs:
-            inputs["importance"], seconds["importance"] = weighed
-        if "retain" in needs:
-            inputs["retain"] = self.measuring.retain(run)
-        started = device_module.clock(self.device)
-        outcome = self._unlearn(run, model, inputs)
-        seconds["unlearn"] = outcome.seconds_before + device_module.clock(self.device) - started
-        after = self._measure_after(outcome, before) if measure else None
-        seconds["evaluate"] = after.seconds if after else 0.0
-        finite = outcome.status != records.DIVERGED
-        if (self.keep_models or run.is_step) and run.method.trains and finite:
-            self.save(outcome.model, run.files.model, run.settings)
-        if measure:
-            self._record(run, outcome, before, after, seconds, attacked)
-        run.files.state.unlink(missing_ok=True)
-        return outcome
+    def _unlearn(
+        self, run: Run, model: nn.Module, adversarial: AdversarialSet | None, omega: Importance | None
+    ) -> "Result":
+        """Unlearn D_f of a run from `model` in the first process, and copy the result to the others."""
+        result = Result(unlearn.Outcome(model, "", 0))
+        if distributed.is_first():
+            inputs = {}
+            if "adv" in run.method.needs:
+                result.adversarial = adversarial.head(len(run.forget) * self.setup.hyper["num_adv_images"])
+                inputs["adv"] = result.adversarial.examples, result.adversarial.targets
+                result.seconds["attack"] = result.adversarial.seconds
+            if "importance" in run.method.needs:
+                inputs["importance"], result.seconds["importance"] = omega.values, omega.seconds
+            if "retain" in run.method.needs:
+                inputs["retain"] = self.evaluator.retain_set(run)
+            started = device_module.clock(self.device)
+            result.outcome = self._loop(run, model, inputs)
+            seconds = device_module.clock(self.device) - started
+            result.seconds["unlearn"] = result.outcome.seconds_before + seconds
+        outcome = result.outcome
+        outcome.status, outcome.steps = distributed.broadcast(lambda: (outcome.status, outcome.steps))
+        if not distributed.is_first():
+            outcome.model = copy.deepcopy(model)
+        distributed.copy_from_first(outcome.model)
+        return result
 
-    def _unlearn(self, run: Run, model: nn.Module, inputs: dict[str, object]) -> unlearn.Outcome:
+    def _loop(self, run: Run, model: nn.Module, inputs: dict[str, object]) -> unlearn.Outcome:
         new = run.forget.new_labels
         done = 0
         with progress_bar(f"{run.method.name} k {run.k}") as advance:
@@ -245,55 +239,101 @@ class Experiment:
                 run.method.name,
                 new_labels=new.to(self.device) if new is not None else None,
                 settings=self.setup.loop_settings(run),
-                workers=self.measuring.workers,
+                workers=self.evaluator.workers,
                 on_step=show,
                 checkpoint=Checkpoint(run.files.state, report=self.report),
                 **inputs,
             )
 
-    def _measure_after(self, outcome: unlearn.Outcome, before: Predictions) -> Predictions | None:
-        if outcome.status == records.DONE and outcome.steps == 0:
-            return before  # the model is the one that was measured
-        if outcome.status == records.DIVERGED:
-            return None
+    def _finish(self, run: Run, result: "Result") -> None:
+        """Evaluate the model of a run, keep it where models are kept, and write the record."""
+        outcome, after = result.outcome, None
         try:
-            return self.measuring.predict(outcome.model, "measure after")
+            if outcome.status == records.DONE and outcome.steps == 0:
+                after = self.evaluator.original()  # `before` does not change the model
+            elif not result.diverged:
+                after = self.evaluator.predict(outcome.model, "measure after")
         except Diverged:
             outcome.status = records.DIVERGED
-            return None
-
-    def _record(
-        self,
-        run: Run,
-        outcome: unlearn.Outcome,
-        before: Predictions,
-        after: Predictions | None,
-        seconds: dict[str, float],
-        attacked: dict[str, float],
-    ) -> None:
-        """Write the record: accuracies are of the net before any run, and of the one that this run ended with."""
+        result.seconds["evaluate"] = after.seconds if after else 0.0
+        self._keep(run, result)
         try:
-            accuracies, predictions = self.measuring.of_run(run, before, outcome.model, after)
-        except Diverged:  # finite on D_r and D_test, not on the images to forget
+            row, predictions = self.evaluator.evaluate(run, outcome.model, after)
+        except Diverged:  # the logits are finite for D_r and D_test, but not for D_f
             outcome.status = records.DIVERGED
-            accuracies, predictions = self.measuring.of_run(run, before, outcome.model, None)
+            row, predictions = self.evaluator.evaluate(run, outcome.model, None)
+        if distributed.is_first():
+            self._record(run, result, row, predictions)
+
+    def _keep(self, run: Run, result: "Result") -> None:
+        if distributed.is_first() and (self.keep_models or run.is_step) and run.method.trains and not result.diverged:
+            self.save(result.outcome.model, run.files.model, run.settings)
+
+    def _record(self, run: Run, result: "Result", row: dict[str, float | None], predictions: dict[str, Tensor]) -> None:
+        adversarial = result.adversarial
         record = {
             **run.settings,
-            "status": outcome.status,
-            "steps": outcome.steps,
-            **accuracies,
-            **dict.fromkeys(("adv_success", "adv_success_exact", "attack_batch_size")),
-            **attacked,
-            **{f"seconds_{phase}": round(value, 3) for phase, value in seconds.items()},
+            "status": result.outcome.status,
+            "steps": result.outcome.steps,
+            **row,
+            "adv_success": adversarial.success if adversarial else None,
+            "attack_batch_size": adversarial.batch_size if adversarial else None,
+            **{f"seconds_{phase}": round(value, 3) for phase, value in result.seconds.items()},
             "peak_memory_mib": device_module.peak_memory_mib(self.device),
             "device": device_module.device_name(self.device),
             **self.setup.described,
-            **self.measuring.peers.described,
-            "test_batch_size": self.measuring.batch_size,
+            **self.evaluator.references.sha256,
+            "test_batch_size": self.evaluator.batch_size,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
         }
         names = (run.earlier.names if run.earlier else []) + run.forget.names
-        run.files.write(record, names, predictions, outcome.curve)
+        run.files.write(record, names, predictions, result.outcome.curve)
+        run.files.state.unlink(missing_ok=True)
         self.on_record(record)
+
+    def _forget(self, run: Run) -> tuple[Tensor, Tensor]:
+        split = run.forget.split
+        return split.pixels().to(self.device), split.labels.to(self.device)
+
+    def _load(self, run: Run) -> nn.Module | None:
+        """Read the model that a run ended with in the first process and copy it to the others; None if it diverged."""
+        if not run.method.trains:
+            return self.setup.classifier
+        if distributed.broadcast(lambda: run.files.read()["status"] == records.DIVERGED):
+            return None
+        model = self.load(run.files.model) if distributed.is_first() else copy.deepcopy(self.setup.classifier)
+        distributed.copy_from_first(model)
+        return model
+
+    def _state(self, run: Run) -> str:
+        record = run.files.read()
+        if record is None:
+            return "carry out"
+        models = self.evaluator.references.sha256
+        if not (set(self.evaluator.metrics) <= record.keys() and models.items() <= record.items()):
+            return "evaluate" if self._has_model(run) else "carry out"
+        return "carry out" if self.keep_models and not self._has_model(run) else "done"
+
+    def _has_model(self, run: Run) -> bool:
+        """Return whether the run's model can be loaded. A run that diverged has none, which counts as well."""
+        if not run.method.trains:  # the model is the original one
+            return True
+        record = run.files.read()
+        return record is not None and (record["status"] == records.DIVERGED or run.files.model.exists())
+
+
+@dataclass
+class Result:
+    """What a run ended with: the outcome, D_adv if the method needs it, and the seconds of each phase."""
+
+    outcome: unlearn.Outcome
+    adversarial: AdversarialSet | None = None
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("attack", "importance", "unlearn", "evaluate"), 0.0)
+    )
+
+    @property
+    def diverged(self) -> bool:
+        return self.outcome.status == records.DIVERGED

@@ -1,6 +1,7 @@
-"""What is measured of a run: accuracies on D_f, D_r and D_test before and after, and the classes they come from."""
+"""Evaluation of a run: predictions of the original and the unlearned model, accuracies, and further metrics."""
 
 from collections.abc import Callable
+import contextlib
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 import math
@@ -14,223 +15,246 @@ from l2ul.common import distributed, seeds
 from l2ul.common.cache import Cache, environment, fingerprint
 from l2ul.common.errors import InputError
 from l2ul.common.progress import progress_bar
-from l2ul.data import datasets
-from l2ul.data import images as image_sets
-from l2ul.experiments.reference_models import Peer, Peers, gone
+from l2ul.data.images import Split
+from l2ul.experiments.reference_models import ReferenceModel, ReferenceModels, forgotten_indices
 from l2ul.experiments.runs import Run, Setup
 from l2ul.metrics import accuracy
-from l2ul.metrics.registry import METRICS, Evaluation, Measured, Seen
+from l2ul.metrics.registry import METRICS, EvaluationGroup, ReferenceOutputs, RunOutputs
 
 Value = TypeVar("Value")
+Classes = dict[str, Tensor]  # predictions or labels (n,) int64 by part: forget, forget_earlier, retain and test
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier calls the training images that stand for D_r and the test images, and the seconds it took."""
+    """A model's predictions (n,) int64 for the retain sample and the test images, and the seconds they took."""
 
-    train: Tensor
+    retain_sample: Tensor
     test: Tensor
     seconds: float
 
 
 @dataclass(frozen=True)
-class Measuring:
-    """How nets are measured on the data set of a setup: `batch_size` images at once, decoded by so many workers.
+class Evaluator:
+    """Evaluates models on the data set of a setup.
 
-    cache        where what the classifier itself calls the images is kept
-    evaluations  what is measured beside METRICS
-    peers        nets that never saw D_f, for evaluations that need such
+    batch_size  images per batch
+    workers     processes that decode images on disk
+    cache       for the predictions of models that no run changes
+    groups      metrics beside the accuracies and METRICS
+    references  models that were trained without D_f, for the groups that need such
+
+    Models that no run changes, the original and the retrained one, are evaluated once: their predictions for the
+    retain sample and D_test are in the cache on disk, as they are the same in every command. Everything else that
+    several runs share, such as their predictions for D_f, is kept in memory for the command.
+
+    Under torchrun all processes call the same methods with equal models and share the predictions. The first process
+    alone computes the metrics.
     """
 
     setup: Setup
     batch_size: int
     workers: int = 0
     cache: Cache = field(default_factory=Cache)
-    evaluations: tuple[Evaluation, ...] = ()
-    peers: Peers = field(default_factory=Peers)
-    _known: dict[object, object] = field(default_factory=dict)  # what this command has computed once
+    groups: tuple[EvaluationGroup, ...] = ()
+    references: ReferenceModels = field(default_factory=ReferenceModels)
+    _memory: dict[object, object] = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[str]:
-        """The names of all metrics of a record: of those that need other nets, the ones whose nets are there."""
-        there = {None, *self.peers.described}
-        found = ((name, each.against.get(name)) for each in self.evaluations for name in each.names)
-        return [*METRICS, *(name for name, against in found if against in there)]
+        """The keys of all metrics in a record. Those that need reference models count only if these are given."""
+        available = {None, *self.references.sha256}
+        keys = ((name, group.compared_with.get(name)) for group in self.groups for name in group.names)
+        return [*METRICS, *(name for name, models in keys if models in available)]
 
     @property
     def device(self) -> torch.device:
         return next(self.setup.classifier.parameters()).device
 
     @cached_property
-    def stand_in(self) -> Tensor:
-        """Indices of the training images that are measured: all, or a sample that depends on its size alone."""
-        num_train, wanted = len(self.setup.images.train), self.setup.retain_sample
-        if wanted is None or wanted >= num_train:
+    def retain_sample(self) -> Tensor:
+        """Indices of the training images that are measured: all, or a random sample that depends on its size alone."""
+        num_train, size = len(self.setup.images.train), self.setup.retain_sample
+        if size is None or size >= num_train:
             return torch.arange(num_train)
-        return torch.randperm(num_train, generator=seeds.generator(0, "retain sample"))[:wanted].sort().values
+        return torch.randperm(num_train, generator=seeds.generator(0, "retain sample"))[:size].sort().values
 
-    @cached_property
-    def _splits(self) -> dict[str, image_sets.Split]:
-        """What stands for D_r, and the test images."""
-        train = self.setup.images.train
-        if len(self.stand_in) < len(train):
-            train = train.subset(self.stand_in)
-        return {"train": train, "test": self.setup.images.test}
+    def check(self, run: Run) -> None:
+        """Raise InputError if the run forgets every image of the retain sample."""
+        if not _retained(run, self.retain_sample).any():
+            raise InputError(
+                f"--retain-sample is {self.setup.retain_sample}, and all of these images are to be forgotten; "
+                f"use a larger sample"
+            )
 
-    def predict(self, model: nn.Module, what: str) -> Predictions:
-        """The model's classes for what stands for D_r and for the test images, in one pass.
+    def retain_set(self, run: Run) -> Split:
+        """Return D_r: the training images that neither this nor an earlier step of the run forgets."""
+        indices = torch.arange(len(self.setup.images.train))
+        return self.setup.images.train.subset(indices[_retained(run, indices)])
 
-        Each process of a torchrun looks at some of the images, once the first has called the others, see `helping`.
-        """
+    def predict(self, model: nn.Module, description: str) -> Predictions:
+        """Predict the retain sample and D_test; `description` labels the progress. Raises Diverged."""
         started = device_module.clock(self.device)
-        distributed.call_others("predict", distributed.state(model))
-        with progress_bar(what, sum(map(len, self._splits.values()))) as advance:
-            options = self._pass | {"shared": True, "progress": advance}
-            found = {part: accuracy.predict(model, split.images, **options) for part, split in self._splits.items()}
-        return Predictions(**found, seconds=device_module.clock(self.device) - started)
+        with progress_bar(description, sum(map(len, self._splits.values()))) as advance:
+            result = {name: self._predict(model, split, advance) for name, split in self._splits.items()}
+        return Predictions(**result, seconds=device_module.clock(self.device) - started)
 
-    def before(self) -> Predictions:
-        """Those of the classifier as it was given."""
-        return self.given(self.setup.classifier, "measure before")
+    def original(self) -> Predictions:
+        """Return the predictions of the original model, from the cache if possible."""
+        return self._once(("predictions", "original"), lambda: self._cached(self.setup.classifier, "measure before"))
 
-    def given(self, model: nn.Module, what: str) -> Predictions:
-        """Those of a net that no run changes: computed once for the same weights and images, then cached."""
-        return self._once(("predictions", model), lambda: self._given(model, what))
-
-    def _given(self, model: nn.Module, what: str) -> Predictions:
-        if self.cache.folder is None:
-            return self.predict(model, what)
-        started = device_module.clock(self.device)
-        key = {"kind": "predictions", "precision": self.setup.hyper["precision"], "net": fingerprint(model)}
-        key |= environment(self.device) | {part: split.sha256() for part, split in self._splits.items()}
-        with self.cache.lock(key):  # or wait for another process that is at it
-            kept = self.cache.get(key)
-            if kept:
-                return Predictions(**kept, seconds=device_module.clock(self.device) - started)
-            found = self.predict(model, what)
-            self.cache.put(key, {"train": found.train, "test": found.test})
-            self.cache.trim()
-        return found
-
-    def _once(self, key: object, compute: Callable[[], Value]) -> Value:
-        if key not in self._known:
-            self._known[key] = compute()
-        return self._known[key]
-
-    def classes(self, model: nn.Module, images: Tensor | datasets.FolderImages) -> Tensor:
-        """The classes (N,), on the CPU, that the model gives the images."""
-        return accuracy.predict(model, images, **self._pass)
-
-    @property
-    def _pass(self) -> dict[str, object]:
-        """How images are passed through a net, as options of `evaluate.predict` and `evaluate.logits`."""
-        return {"batch_size": self.batch_size, "workers": self.workers}
-
-    def of_run(
-        self, run: Run, before: Predictions, model: nn.Module, after: Predictions | None
+    def evaluate(
+        self, run: Run, model: nn.Module, after: Predictions | None
     ) -> tuple[dict[str, float | None], dict[str, Tensor]]:
-        """Accuracies of a run under their keys of a record, and the classes under the names of its `.npz`.
+        """Evaluate the model that a run ended with.
 
-        `before` is of the net before any run, `after` of the model that this run ended with; None if it diverged.
+        after    the model's predictions; None if the run diverged
+        returns  accuracies and metrics under their keys of a record, and predictions under their names in the .npz
+
+        Raises Diverged if the model's logits for D_f are not finite.
         """
-        labels = self._labels(run)
-        called = {"before": self._called(run, self.setup.classifier, before)}
+        key = "original on D_f", run.settings["forget_sha256"], len(run.forget)
+        forget = self._once(key, lambda: self._predict_forget(run, self.setup.classifier))
+        classes = {"before": self._by_part(run, forget, self.original())}
         if after:
-            called["after"] = self._called(run, model, after)
-        predictions = {f"{part}_{when}": found for when, parts in called.items() for part, found in parts.items()}
+            classes["after"] = self._by_part(run, self._predict_forget(run, model), after)
+            if any(group.requires_retrained for group in self.groups):
+                self._retrained()  # by all processes together, before the first one needs them
+        predictions = {f"{part}_{when}": value for when, parts in classes.items() for part, value in parts.items()}
         if self.setup.retain_sample is not None:
-            predictions["retain_indices"] = self.stand_in[self._kept(run, self.stand_in)]
-        row = self._accuracies(run, labels, called) | dict.fromkeys(self.metrics)
-        if after:
-            measured = self._measured(run, model, labels, called)
-            found = {name: float(function(measured)) for name, function in METRICS.items()}
-            with progress_bar("evaluate", len(self.evaluations)) as advance:
-                for evaluation in self.evaluations:
-                    found |= evaluation.compute(measured)
-                    advance(1)
-            row |= {name: value if math.isfinite(value) else None for name, value in found.items()}
+            predictions["retain_indices"] = self.retain_sample[_retained(run, self.retain_sample)]
+        labels = self._labels(run)
+        row = self._accuracies(run, labels, classes) | dict.fromkeys(self.metrics)
+        if after and distributed.is_first():
+            row |= self._metrics(self._outputs(run, model, labels, classes))
         return row, predictions
 
-    def _measured(self, run: Run, model: nn.Module, labels: dict, called: dict) -> Measured:
-        digest = run.settings["forget_sha256"]
+    @cached_property
+    def _splits(self) -> dict[str, Split]:
+        train = self.setup.images.train
+        if len(self.retain_sample) < len(train):
+            train = train.subset(self.retain_sample)
+        return {"retain_sample": train, "test": self.setup.images.test}
 
-        def split(part: str) -> image_sets.Split:
-            if part == "retain":
-                return self.retain(run)
-            return run.forget.split if part == "forget" else self.setup.images.test
-
-        def logits(net: nn.Module, part: str) -> Tensor:
-            return torch.cat(list(accuracy.logits(net, split(part).images, **self._pass)))
-
-        def seen(peer: Peer) -> Seen:
-            def its_logits(part: str) -> Tensor:
-                key = ("logits", peer.model, part, digest if part == "forget" else None)
-                return self._once(key, lambda: logits(peer.model, part))
-
-            def classes(part: str) -> Tensor:
-                if part == "forget":
-                    return its_logits(part).argmax(1)
-                known = self.given(peer.model, "measure retrained")
-                return known.test if part == "test" else known.train[self._kept(run, self.stand_in)]
-
-            return Seen(peer.model, classes, its_logits)
-
-        return Measured(
+    def _predict(self, model: nn.Module, split: Split, progress: Callable[[int], object] | None = None) -> Tensor:
+        return accuracy.predict(
             model,
-            labels,
-            called["before"],
-            called["after"],
-            self.setup.classifier,
-            logits=cache(lambda part: logits(model, part)),
-            split=split,
-            once=lambda name, compute: self._once((name, digest), compute),
-            retrained=seen(self.peers.retrained) if self.peers.retrained else None,
-            references=tuple(map(seen, self.peers.references)),
+            split.images,
+            batch_size=self.batch_size,
             workers=self.workers,
+            shared=True,
+            progress=progress,
         )
 
-    def _accuracies(self, run: Run, labels: dict[str, Tensor], called: dict[str, dict[str, Tensor]]) -> dict:
+    def _predict_forget(self, run: Run, model: nn.Module) -> Classes:
+        """Predict D_f and, in a continual run, D_f of the earlier steps."""
+        classes = {"forget": self._predict(model, run.forget.split)}
+        return classes | ({"forget_earlier": self._predict(model, run.earlier.split)} if run.earlier else {})
+
+    def _by_part(self, run: Run, forget: Classes, predictions: Predictions) -> Classes:
+        retain = predictions.retain_sample[_retained(run, self.retain_sample)]
+        return forget | {"retain": retain, "test": predictions.test}
+
+    def _labels(self, run: Run) -> Classes:
+        """Return the true labels of each part; for images from a folder, the labels to move away from."""
+        labels = {"forget": run.forget.split.labels}
+        if run.earlier:
+            labels["forget_earlier"] = run.earlier.split.labels
+        train = self.setup.images.train.labels.cpu()[self.retain_sample]
+        labels |= {"retain": train[_retained(run, self.retain_sample)], "test": self.setup.images.test.labels}
+        return {part: values.cpu() for part, values in labels.items()}
+
+    def _accuracies(self, run: Run, labels: Classes, classes: dict[str, Classes]) -> dict[str, float | None]:
         row = dict.fromkeys(("acc_forget_earlier", "acc_relabel", "acc_retain_low", "acc_retain_high"))
         row |= {f"acc_{part}": None for part in labels}
         row["retain_measured"] = len(labels["retain"])
         for when, suffix in (("before", "_before"), ("after", "")):
-            for part, found in called.get(when, {}).items():
-                row[f"acc_{part}{suffix}"] = accuracy.accuracy(found, labels[part])
-        if "after" in called and run.forget.new_labels is not None:
-            row["acc_relabel"] = accuracy.accuracy(called["after"]["forget"], run.forget.new_labels)
-        if "after" in called and self.setup.retain_sample is not None:
-            interval = accuracy.interval(called["after"]["retain"], labels["retain"])
+            for part, values in classes.get(when, {}).items():
+                row[f"acc_{part}{suffix}"] = accuracy.accuracy(values, labels[part])
+        if "after" in classes and run.forget.new_labels is not None:
+            row["acc_relabel"] = accuracy.accuracy(classes["after"]["forget"], run.forget.new_labels)
+        if "after" in classes and self.setup.retain_sample is not None:
+            interval = accuracy.interval(classes["after"]["retain"], labels["retain"])
             row["acc_retain_low"], row["acc_retain_high"] = interval
         return row
 
-    def _labels(self, run: Run) -> dict[str, Tensor]:
-        """True labels of what is measured, or for images from elsewhere those to get away from."""
-        found = {"forget": run.forget.split.labels}
-        if run.earlier:
-            found["forget_earlier"] = run.earlier.split.labels
-        train = self.setup.images.train.labels.cpu()[self.stand_in]
-        found |= {"retain": train[self._kept(run, self.stand_in)], "test": self.setup.images.test.labels}
-        return {part: labels.cpu() for part, labels in found.items()}
+    def _metrics(self, outputs: RunOutputs) -> dict[str, float | None]:
+        values = {name: float(function(outputs)) for name, function in METRICS.items()}
+        with progress_bar("evaluate", len(self.groups)) as advance:
+            for group in self.groups:
+                values |= group.compute(outputs)
+                advance(1)
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
-    def _called(self, run: Run, model: nn.Module, predictions: Predictions) -> dict[str, Tensor]:
-        """What the model calls the images of D_f, of earlier steps' D_f, of D_r and of D_test."""
-        found = {"forget": self.classes(model, run.forget.split.images)}
-        if run.earlier:
-            found["forget_earlier"] = self.classes(model, run.earlier.split.images)
-        return found | {"retain": predictions.train[self._kept(run, self.stand_in)], "test": predictions.test}
+    def _outputs(self, run: Run, model: nn.Module, labels: Classes, classes: dict[str, Classes]) -> RunOutputs:
+        digest = run.settings["forget_sha256"]
 
-    def check(self, run: Run) -> None:
-        """Raise InputError where nothing would stand for D_r."""
-        if not self._kept(run, self.stand_in).any():
-            raise InputError(
-                f"--retain-sample is {self.setup.retain_sample}, and all of these images are to be forgotten; take more"
-            )
+        def split(part: str) -> Split:
+            if part == "retain":
+                return self.retain_set(run)
+            return run.forget.split if part == "forget" else self.setup.images.test
 
-    def retain(self, run: Run) -> image_sets.Split:
-        """D_r: the training images that this and earlier steps do not forget."""
-        every = torch.arange(len(self.setup.images.train))
-        return self.setup.images.train.subset(every[self._kept(run, every)])
+        def logits(net: nn.Module, part: str) -> Tensor:
+            options = {"batch_size": self.batch_size, "workers": self.workers}
+            return torch.cat(list(accuracy.logits(net, split(part).images, **options)))
 
-    def _kept(self, run: Run, indices: Tensor) -> Tensor:
-        """Which of these training images are in D_r: those that this and earlier steps do not forget."""
-        return ~torch.isin(indices, gone(run))
+        def reference_outputs(reference: ReferenceModel) -> ReferenceOutputs:
+            def reference_logits(part: str) -> Tensor:
+                key = ("logits", reference.model, part, digest if part == "forget" else None)
+                return self._once(key, lambda: logits(reference.model, part))
+
+            def reference_classes(part: str) -> Tensor:
+                if part == "forget":
+                    return reference_logits(part).argmax(1)
+                return self._by_part(run, {}, self._retrained())[part]
+
+            return ReferenceOutputs(reference.model, reference_classes, reference_logits)
+
+        return RunOutputs(
+            model,
+            self.setup.classifier,
+            labels,
+            classes["before"],
+            classes["after"],
+            logits=cache(lambda part: logits(model, part)),
+            split=split,
+            once=lambda name, compute: self._once((name, digest), compute),
+            retrained=reference_outputs(self.references.retrained) if self.references.retrained else None,
+            references=tuple(map(reference_outputs, self.references.references)),
+            workers=self.workers,
+        )
+
+    def _retrained(self) -> Predictions:
+        model = self.references.retrained.model
+        return self._once(("predictions", "retrained"), lambda: self._cached(model, "measure retrained"))
+
+    def _cached(self, model: nn.Module, description: str) -> Predictions:
+        """Return a model's predictions from the cache on disk, or compute and cache them."""
+        started, key, known = device_module.clock(self.device), None, None
+        with contextlib.ExitStack() as stack:
+            if distributed.is_first() and self.cache.folder is not None:
+                digests = {name: split.sha256() for name, split in self._splits.items()}
+                key = {"kind": "predictions", "precision": self.setup.hyper["precision"], "net": fingerprint(model)}
+                key |= environment(self.device)
+                key |= {"train": digests["retain_sample"], "test": digests["test"]}
+                stack.enter_context(self.cache.lock(key))  # waits for another command that computes the same
+                known = self.cache.get(key)
+            known = distributed.broadcast(lambda: known)
+            if known:
+                seconds = device_module.clock(self.device) - started
+                return Predictions(known["train"], known["test"], seconds)
+            result = self.predict(model, description)
+            if key:
+                self.cache.put(key, {"train": result.retain_sample, "test": result.test})
+                self.cache.trim()
+        return result
+
+    def _once(self, key: object, compute: Callable[[], Value]) -> Value:
+        if key not in self._memory:
+            self._memory[key] = compute()
+        return self._memory[key]
+
+
+def _retained(run: Run, indices: Tensor) -> Tensor:
+    """Return which of these training images (n,) bool are in D_r."""
+    return ~torch.isin(indices, forgotten_indices(run))

@@ -1,4 +1,4 @@
-"""Nets of the classifier's kind that never saw D_f, which an unlearned net is measured against."""
+"""Models that were trained without D_f, with which an unlearned model is compared."""
 
 from dataclasses import dataclass
 import hashlib
@@ -8,13 +8,16 @@ from torch import Tensor, nn
 
 from l2ul.common.errors import InputError
 from l2ul.experiments.runs import Run
+from l2ul.metrics.registry import REFERENCES_SHA256, RETRAINED_SHA256
 
 
 @dataclass(frozen=True, eq=False)
-class Peer:
-    """Such a net, where its weights (of that hash) were read from, and what it was trained without.
+class ReferenceModel:
+    """A model with the architecture of the original one that was trained without D_f.
 
-    excluded  indices (n,) in the training set; None where the file does not tell
+    sha256    of its weights
+    source    the file that they were read from
+    excluded  indices (n,) of the training images that it was trained without; None if the file does not state them
     """
 
     model: nn.Module
@@ -24,44 +27,48 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Peers:
-    """The net that was retrained without D_f, and those that an attack is calibrated with; none of them by default."""
+class ReferenceModels:
+    """The retrained model of --retrained, and the models of --references, which calibrate an attack."""
 
-    retrained: Peer | None = None
-    references: tuple[Peer, ...] = ()
+    retrained: ReferenceModel | None = None
+    references: tuple[ReferenceModel, ...] = ()
 
     @property
-    def described(self) -> dict[str, str]:
-        """Keys of a record: the hash of the retrained net's file, and one of all references' hashes, in any order."""
-        found = {"retrained_sha256": self.retrained.sha256} if self.retrained else {}
+    def sha256(self) -> dict[str, str]:
+        """Keys of a record: the hash of the retrained model, and one hash of all others, whatever their order."""
+        hashes = {RETRAINED_SHA256: self.retrained.sha256} if self.retrained else {}
         if self.references:
-            hashes = "\n".join(sorted(peer.sha256 for peer in self.references))
-            found["references_sha256"] = hashlib.sha256(hashes.encode()).hexdigest()
-        return found
+            text = "\n".join(sorted(reference.sha256 for reference in self.references))
+            hashes[REFERENCES_SHA256] = hashlib.sha256(text.encode()).hexdigest()
+        return hashes
 
-    def check(self, classifier: nn.Module, runs: list[Run]) -> None:
-        """Raise InputError where a net is the classifier itself, is damaged, or is told to have seen some of a D_f."""
+    def check(self, original_sha256: str, runs: list[Run]) -> None:
+        """Check that every model can serve as a reference for these runs.
+
+        Raises InputError if one is the original model, has weights that are not finite, or was trained on an image
+        that a run forgets.
+        """
         named = [("--retrained", self.retrained)] if self.retrained else []
-        for flag, peer in (*named, *(("--references", peer) for peer in self.references)):
-            what = f"{flag} {peer.source}"
-            if peer.sha256 == classifier.sha256:
-                raise InputError(f"{what} is the classifier itself, which saw D_f; name a net trained without it")
-            if not all(value.isfinite().all() for value in peer.model.state_dict().values()):
-                raise InputError(f"{what} has weights that are not finite; train it again")
-            for run in runs if peer.excluded is not None else ():
-                _check_unseen(what, peer.excluded, run)
+        for flag, reference in (*named, *(("--references", reference) for reference in self.references)):
+            name = f"{flag} {reference.source}"
+            if reference.sha256 == original_sha256:
+                raise InputError(f"{name} is the original model, which was trained on D_f; name one trained without it")
+            if not all(value.isfinite().all() for value in reference.model.state_dict().values()):
+                raise InputError(f"{name} has weights that are not finite; train it again")
+            for run in runs if reference.excluded is not None else ():
+                _check_excluded(name, reference.excluded, run)
 
 
-def gone(run: Run) -> Tensor:
-    """Indices in the training set of what this and earlier steps forget, which D_r is without."""
+def forgotten_indices(run: Run) -> Tensor:
+    """Return the indices (n,) in the training set of the images that this run and its earlier steps forget."""
     return torch.cat([part.indices for part in (run.forget, run.earlier) if part is not None])
 
 
-def _check_unseen(what: str, excluded: Tensor, run: Run) -> None:
-    forgotten = gone(run)
-    seen = forgotten[~torch.isin(forgotten, excluded)]
+def _check_excluded(name: str, excluded: Tensor, run: Run) -> None:
+    indices = forgotten_indices(run)
+    seen = indices[~torch.isin(indices, excluded)]
     if len(seen):
         raise InputError(
-            f"{what} was trained on {len(seen)} of the {len(forgotten)} images of D_f (k {run.k}, seed {run.seed}), "
-            f"such as image {seen[0]}; name a net trained with --exclude of all of them"
+            f"{name} was trained on {len(seen)} of the {len(indices)} images of D_f (k {run.k}, seed {run.seed}), "
+            f"such as image {seen[0]}; name a model trained with --exclude of all of them"
         )

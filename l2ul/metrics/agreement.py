@@ -1,4 +1,4 @@
-"""What forgetting cost, estimated without the training set: how far the old model's answers are kept elsewhere."""
+"""Agreement with the original model: an estimate of the damage to other images that needs no image of D_r."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,27 +13,32 @@ from l2ul.data.images import as_pixels
 from l2ul.data.mixes import mixes
 from l2ul.metrics import accuracy
 
-SEED = 7_919  # of held-out examples is that of the request plus this, so that no method was trained on them
-# Of the attack: L2 over pixels in [0,1] of images of 32 x 32, and iterations. So little that examples come to lie at a
-# boundary between classes, where answers change first. Of examples that the old model was sure of (ε = 1, or 20
-# iterations) hardly any answer changed, whatever the damage to test images was.
+SEED_OFFSET = 7_919  # added to the seed of a run, so that no method trains on the held-out examples
+# ε of the attack (L2 over pixels in [0,1], for images of 32 x 32) and its iterations. So weak an attack moves examples
+# only just across a decision boundary, where predictions change first. Of examples that the original model was certain
+# of (ε = 1, or 20 iterations) hardly any prediction changed, however large the damage to test images was.
 EPS, STEPS = 0.1, 3
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Images (n, 3, H, W), uint8 or float in [0,1], and the classes (n,) int64 that the old model gave them."""
+    """Images on which agreement is measured.
+
+    images       (n, 3, H, W), uint8 or float in [0,1]
+    predictions  (n,) int64, the original model's, on the CPU
+    """
 
     name: str
     images: Tensor
-    answers: Tensor
+    predictions: Tensor
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Percent of a probe's answers that are kept, of how many, with Wilson's 95 % interval.
+class Agreement:
+    """Percent of the images of a probe that a model classifies as the original model does.
 
-    The interval is that of images drawn like these, not of what the model was trained on.
+    low, high  95 % Wilson interval in percent, for images drawn like those of the probe
+    count      images of the probe
     """
 
     name: str
@@ -44,34 +49,38 @@ class Kept:
 
 
 def held_out(model: nn.Module, images: Tensor, num_classes: int, *, count: int, seed: int) -> Probe:
-    """Adversarial examples of mixes of D_f, which no method is shown, each with a random target.
+    """Make a probe of adversarial examples, with random targets, of mixes of D_f that no method trains on.
 
-    images  (k, 3, H, W) uint8 or float in [0,1]
-    count   of examples
+    model   the original model
+    images  D_f (k, 3, H, W), uint8 or float in [0,1], on the model's device
+    count   number of examples
 
-    Mixes, as an example of an image to forget tells much of that image and little of others. The radius grows with the
-    side of the image, so that a pixel changes as much.
+    The examples start from mixes because an example of an image of D_f depends on that image more than on others. The
+    radius of the attack grows with the side of the images, so that the change of a pixel stays the same.
     """
-    mixed = mixes(as_pixels(images), count, seeds.generator(seed + SEED, "held out"))
+    mixed = mixes(as_pixels(images), count, seeds.generator(seed + SEED_OFFSET, "held out"))
     eps = EPS * images.shape[-1] / 32
-    size = {"num_adv_images": 1, "eps": eps, "alpha": eps, "steps": STEPS, "seed": seed + SEED}
-    called = accuracy.predict(model, mixed, fold=False).to(images.device)
-    examples, _ = attack.adversarial_set(model, mixed, called, num_classes, fold=False, **size)
-    return probe("adversarial examples", model, examples)
+    settings = {"num_adv_images": 1, "eps": eps, "alpha": eps, "steps": STEPS, "seed": seed + SEED_OFFSET}
+    predictions = accuracy.predict(model, mixed, fold=False).to(images.device)
+    examples, _ = attack.adversarial_set(model, mixed, predictions, num_classes, fold=False, **settings)
+    return make_probe("adversarial examples", model, examples)
 
 
-def probe(name: str, model: nn.Module, images: Tensor) -> Probe:
-    """Images with the old model's answers to them."""
-    return Probe(name, images, accuracy.predict(model, images, fold=False))  # few: to look what folds would take longer
+def make_probe(name: str, model: nn.Module, images: Tensor) -> Probe:
+    """Return a probe of these images with the predictions of the original model."""
+    return Probe(name, images, accuracy.predict(model, images, fold=False))
 
 
-def kept(model: nn.Module, probe: Probe) -> Kept:
-    """How many of a probe's answers a model keeps; raises Diverged where its logits are not finite."""
-    same = accuracy.predict(model, probe.images, fold=False) == probe.answers
+def measure(model: nn.Module, probe: Probe) -> Agreement:
+    """Measure a model's agreement with the original model on a probe: 100 percent for the original model itself.
+
+    Raises Diverged if a logit is not finite.
+    """
+    same = accuracy.predict(model, probe.images, fold=False) == probe.predictions
     low, high = accuracy.interval(same, torch.ones_like(same))
-    return Kept(probe.name, 100 * float(same.double().mean()), low, high, len(same))
+    return Agreement(probe.name, 100 * float(same.double().mean()), low, high, len(same))
 
 
-def overall(found: Sequence[Kept]) -> float:
-    """Percent of answers kept over several probes, each of the same weight."""
-    return float(np.mean([one.percent for one in found]))
+def overall(agreements: Sequence[Agreement]) -> float:
+    """Return the mean agreement over probes in percent; every probe has the same weight."""
+    return float(np.mean([each.percent for each in agreements]))

@@ -1,4 +1,4 @@
-"""What a net's layers make of images: how alike two nets' features are (linear CKA), and a map of them (t-SNE)."""
+"""Features of a model's layers: similarity between two models (linear CKA), and a two-dimensional map (t-SNE)."""
 
 from collections.abc import Iterable, Iterator
 import itertools
@@ -13,32 +13,32 @@ from l2ul.common.activations import flat_features, hooked, layers, module_names
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import batches
 
-MEMORY = 2**29  # bytes of features held at once
+MEMORY = 2**29  # bytes of features kept at once
 
 
 def layer_grams(model: nn.Module, images: Tensor | FolderImages, batch_size: int = 64) -> dict[str, Tensor]:
-    """Each weighted layer's centred Gram matrix (N, N) of its features of N images, in the order layers run.
+    """Compute the centred Gram matrix (N, N) of each weighted layer's features of N images, in execution order.
 
-    A Gram matrix needs the features of all images. Layers are taken as many at a time as fit in MEMORY, with a pass
-    over the images for each such group. Of a layer that runs more than once in a pass, the last output counts.
+    A Gram matrix needs the features of all images. As many layers as fit in MEMORY are processed together, with one
+    pass over the images per group of layers. If a layer runs more than once in a pass, its last output is used.
     """
     device = next(model.parameters()).device
     sizes, grams = layers(model, next(batches(images, 1, device))), {}
     for group in _groups(sizes, MEMORY // (4 * len(images))):
         parts: dict[str, list[Tensor]] = {name: [] for name in group}
-        found: dict[str, Tensor] = {}
-        with hooked(model, group, lambda name, _, output, to=found: to.update({name: flat_features(output)})):
+        outputs: dict[str, Tensor] = {}
+        with hooked(model, group, lambda name, _, output, to=outputs: to.update({name: flat_features(output)})):
             for batch in batches(images, batch_size, device):
                 model(batch)
                 for name in group:
-                    parts[name].append(found.pop(name))
+                    parts[name].append(outputs.pop(name))
         for name in group:
             grams[name] = gram(torch.cat(parts.pop(name)))
     return grams
 
 
 def _groups(sizes: dict[str, int], most: int) -> Iterator[list[str]]:
-    """Names in their order, in groups whose sizes sum to `most` or less; one that is larger goes alone."""
+    """Split the names, in order, into groups of total size at most `most`; a larger one forms its own group."""
     group, total = [], 0
     for name, size in sizes.items():
         if group and total + size > most:
@@ -50,17 +50,19 @@ def _groups(sizes: dict[str, int], most: int) -> Iterator[list[str]]:
 
 
 def gram(features: Tensor) -> Tensor:
-    """X Xᵀ (N, N) in double precision, on the CPU, of features (N, D) centred over the images."""
+    """Return X Xᵀ (N, N), in double precision and on the CPU, for features X (N, D) centred over the images."""
     exact = (features.cpu() if features.device.type == "mps" else features).double()  # mps has no double
     centred = exact - exact.mean(0)
     return (centred @ centred.T).cpu()
 
 
 def cka(first: Tensor, second: Tensor) -> float:
-    """Linear CKA of two centred Gram matrices (N, N) of the same images, 0 to 1; nan for features that are constant.
+    """Compute linear CKA from two centred Gram matrices (N, N) of the same images.
 
-    ⟨K, L⟩ / (‖K‖ ‖L‖), which is ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖) of the centred features X and Y (Kornblith et al. 2019,
-    arXiv 1905.00414). Few images of many features look alike whatever the nets: compare equal N.
+    0 to 1, and 1 for equal features; nan if the features are the same for all images.
+
+    ⟨K, L⟩ / (‖K‖ ‖L‖), which equals ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖) for the centred features X and Y (Kornblith et al. 2019,
+    arXiv 1905.00414). CKA is high for any two models if N is small and features are many: compare values of equal N.
     """
     scale = float(first.norm() * second.norm())
     return float((first * second).sum()) / scale if scale > 0 else float("nan")
@@ -72,10 +74,13 @@ def similarity(
     splits: dict[str, Tensor | FolderImages],
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """A row for each method, split and layer: CKA of the layer's features in `original` and in the method's net.
+    """Compute the CKA of each layer's features between `original` and each other model, on each split.
 
-    nets      method and unlearned net, one after the other; may be a generator, so that one is held at a time
-    progress  told of each split that is done with a net, the original among them
+    nets      method and unlearned model; may be a generator, so that one model is in memory at a time
+    splits    images by name
+    progress  called after each split of each model, the original included
+    returns   a row per method, split and layer: method, split, images (their number), position (of the layer, from 1),
+              layer (its name), cka
     """
     before, rows = {}, []
     for method, net in itertools.chain([(None, original)], nets):
@@ -93,9 +98,9 @@ def similarity(
 
 
 def last_features(model: nn.Module, images: Tensor | FolderImages, batch_size: int = 64) -> Tensor:
-    """What the classifying layer sees of each image: the input (N, D) of the linear layer that gives the logits.
+    """Return the inputs (N, D) of the linear layer that computes the logits, on the CPU.
 
-    A net that ends in something else (SqueezeNet: a pooled convolution) has its logits taken. On the CPU.
+    For a model that ends in another layer (SqueezeNet: a pooled convolution), return the logits.
     """
     kept, seen = [], {}
     with hooked(model, module_names(model, nn.Linear), lambda _, inputs, output: seen.update(last=(inputs, output))):
@@ -107,7 +112,7 @@ def last_features(model: nn.Module, images: Tensor | FolderImages, batch_size: i
 
 
 def tsne(features: Tensor, seed: int) -> np.ndarray:
-    """A t-SNE map (N, 2) of features (N, D), N at least 4, that keeps neighbours near; its axes mean nothing."""
+    """Return a t-SNE map (N, 2) of features (N, D) for N of at least 4: neighbours stay near, axes have no meaning."""
     from sklearn.manifold import TSNE
 
     perplexity = min(30, (len(features) - 1) / 3)
@@ -120,15 +125,17 @@ def maps(
     seed: int,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """A row for each net (its name: `panel`) and image, in order: `split`, and x and y of the net's t-SNE map.
+    """Compute a t-SNE map of the last features of each model, with the images of all splits in one map.
 
-    The images of all splits share a map; each net has its own, and no two of them are aligned.
+    returns  a row per model and image, in order: panel (the model's name), split, and the coordinates x and y
+
+    The maps of different models are not aligned.
     """
     tables = []
     for name, net in nets:
-        found = {split: last_features(net, images) for split, images in splits.items()}
-        x, y = tsne(torch.cat(list(found.values())), seed).T
-        split = np.repeat(list(found), [len(part) for part in found.values()])
+        features = {split: last_features(net, images) for split, images in splits.items()}
+        x, y = tsne(torch.cat(list(features.values())), seed).T
+        split = np.repeat(list(features), [len(part) for part in features.values()])
         tables.append(pd.DataFrame({"panel": name, "split": split, "x": x, "y": y}))
         if progress:
             progress(1)

@@ -1,173 +1,142 @@
-"""What `--evaluate` adds to a record: groups of metrics that need more than the classes that a model calls images."""
+"""The functions behind `--evaluate`: each computes the metrics of one group of `registry.EVALUATIONS` for one run."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from l2ul.common import choices
 from l2ul.data import near_duplicates as duplicates
-from l2ul.metrics import accuracy as evaluate
-from l2ul.metrics import agreement, membership, relearn, retrain_gap
-from l2ul.metrics.registry import Evaluation, Measured
+from l2ul.metrics import accuracy, agreement, membership, relearn, retrain_gap
+from l2ul.metrics.registry import GAPS, RunOutputs
 
-EVALUATIONS: dict[str, Evaluation] = {}
-HELD_OUT, HELD_OUT_SEED = 512, 2**32 - 1  # examples of the group agreement; no user's seed is this one
+NUM_HELD_OUT, HELD_OUT_SEED = 512, 2**32 - 1  # examples of the group agreement; no run has this seed
+PARTS = ("forget", "retain", "test")
 
 
-def evaluation(
-    name: str, *metrics: str, to_retrained: tuple[str, ...] = (), to_references: tuple[str, ...] = ()
-) -> Callable[[Callable], Callable]:
-    """Register the function below as the group `name`; its docstring's first line is its summary.
+def membership_inference(outputs: RunOutputs) -> dict[str, float]:
+    """Compute AUC and true-positive rate of each membership inference attack, in percent.
 
-    metrics  what it gives of any run; to_…  what it gives where a retrained net, or reference nets, are there too
+    Members are D_f, non-members D_test. An AUC of 50 and a rate of 1 are what guessing achieves; 100 means that D_f is
+    told from D_test perfectly. See `membership.advantage`. The logistic attack is absent for a single image.
     """
-    against = dict.fromkeys(to_retrained, "retrained_sha256") | dict.fromkeys(to_references, "references_sha256")
-
-    def register(compute: Callable[[Measured], dict[str, float]]) -> Callable:
-        summary = choices.EVALUATIONS.setdefault(name, compute.__doc__.split("\n")[0])
-        EVALUATIONS[name] = Evaluation((*metrics, *against), compute, summary, against)
-        return compute
-
-    return register
+    attacks = _membership_attacks(outputs, outputs.logits)
+    return {f"metric_mia_{attack}_{name}": value for attack, row in attacks.items() for name, value in row.items()}
 
 
-def outdated(record: dict[str, object], against: dict[str, str]) -> set[str]:
-    """The metrics that a record has against other nets than these (see `Peers.described`), or would have."""
-    changed = {key for key, value in against.items() if record.get(key) != value}
-    return {name for group in EVALUATIONS.values() for name, key in group.against.items() if key in changed}
+def parameter_distance(outputs: RunOutputs) -> dict[str, float]:
+    """Compute ‖θ - θ⁰‖ / ‖θ⁰‖ over all parameters: at least 0, and 0 for `before`."""
+    return {"metric_distance": _relative_distance(outputs.model, outputs.original)}
 
 
-@evaluation("membership", *(f"metric_mia_{attack}_{what}" for attack in membership.ATTACKS for what in ("auc", "tpr")))
-def member_inference(measured: Measured) -> dict[str, float]:
-    """whether outputs tell D_f from D_test: AUC, and hits at 1 in 100 false positives, of five attacks
+def retrain_gaps(outputs: RunOutputs) -> dict[str, float]:
+    """Compare the unlearned model with the retrained model.
 
-    In percent: 50 and 1 are guessing. Either side counts, so that too much forgetting is as visible as too little.
+    metric_gap_…               absolute difference in percentage points: accuracy on D_f, D_r and D_test, and AUC of the
+                               logistic membership attack (of the confidence attack for a single image)
+    metric_average_gap         mean of these four, as in Fan et al. 2024 (SalUn, arXiv 2310.12508)
+    metric_tow                 tug of war, see `retrain_gap.tug_of_war`
+    metric_js_…                Jensen-Shannon divergence of the outputs in bits, see `retrain_gap.js_divergence`
+    metric_cka_…               similarity of the features, see `retrain_gap.feature_similarity`
+    metric_distance_retrained  ‖θ - θ'‖ / ‖θ'‖ with the retrained model's weights θ'
+
+    For the retrained model itself, tug of war and CKA are 1 and everything else is 0.
     """
-    found = _inference(measured, measured.logits)
-    return {f"metric_mia_{attack}_{what}": value for attack, row in found.items() for what, value in row.items()}
+    retrained = outputs.retrained
+    gaps = [
+        abs(accuracy.accuracy(outputs.after[part], labels) - accuracy.accuracy(retrained.classes(part), labels))
+        for part, labels in ((part, outputs.labels[part]) for part in PARTS)
+    ]
+    area = outputs.once("membership attack on the retrained model", lambda: _attack_auc(outputs, retrained.logits))
+    result = dict(zip(GAPS, (*gaps, abs(_attack_auc(outputs, outputs.logits) - area)), strict=True))
+    result["metric_average_gap"] = sum(result.values()) / len(result)
+    result["metric_tow"] = retrain_gap.tug_of_war(gaps)
+    for part in ("forget", "test"):
+        result[f"metric_js_{part}"] = retrain_gap.js_divergence(outputs.logits(part), retrained.logits(part))
+    images = retrain_gap.comparison_images(outputs.split("forget"), outputs.split("test"))
+    similarity = retrain_gap.feature_similarity(retrained.model, outputs.model, images)
+    result |= {f"metric_cka_{part}": value for part, value in similarity.items()}
+    return result | {"metric_distance_retrained": _relative_distance(outputs.model, retrained.model)}
 
 
-def _inference(measured: Measured, logits: Callable[[str], Tensor]) -> dict[str, dict[str, float]]:
-    return membership.inference(*((logits(part), measured.labels[part]) for part in ("forget", "test")))
+def relative_membership_inference(outputs: RunOutputs) -> dict[str, float]:
+    """Compute AUC and true-positive rate of RMIA in percent, calibrated with the reference models.
+
+    Members are D_f, non-members the test images of odd index. The test images of even index are the attack's
+    population. As in `membership_inference`, guessing achieves an AUC of 50 and a rate of 1.
+    """
+    ratios = {}
+    for part in ("forget", "test"):
+        labels = outputs.labels[part]
+        references = [membership.label_log_probability(model.logits(part), labels) for model in outputs.references]
+        own = membership.label_log_probability(outputs.logits(part), labels)
+        ratios[part] = membership.likelihood_ratio(own, torch.stack(references))
+    population, others = ratios["test"][::2], ratios["test"][1::2]
+    scores = (membership.relative_scores(some, population).numpy() for some in (ratios["forget"], others))
+    return {f"metric_rmia_{name}": value for name, value in membership.advantage(*scores).items()}
 
 
-@evaluation("distance", "metric_distance")
-def parameter_distance(measured: Measured) -> dict[str, float]:
-    """how far the weights moved: ‖θ - θ⁰‖ / ‖θ⁰‖, over all parameters"""
-    return {"metric_distance": _distance(measured.model, measured.original)}
+def relearning_speed(outputs: RunOutputs) -> dict[str, float]:
+    """Count the steps of fine-tuning on D_f until its accuracy is that of the original model again.
+
+    0 for `before`, `relearn.MOST_STEPS` if the accuracy is not reached earlier. See `relearn.steps_to_relearn`. A model
+    that takes far fewer steps than the retrained model still holds information about D_f.
+    """
+    target = accuracy.accuracy(outputs.before["forget"], outputs.labels["forget"])
+    device = next(outputs.model.parameters()).device
+    images, labels = outputs.split("forget").pixels().to(device), outputs.labels["forget"].to(device)
+    result = {"metric_relearn_steps": relearn.steps_to_relearn(outputs.model, images, labels, target)}
+    if outputs.retrained:
+        result["metric_relearn_steps_retrained"] = outputs.once(
+            "relearning of the retrained model",
+            lambda: relearn.steps_to_relearn(outputs.retrained.model, images, labels, target),
+        )
+    return result
 
 
-def _distance(model: nn.Module, origin: nn.Module) -> float:
+def near_duplicates(outputs: RunOutputs) -> dict[str, float]:
+    """Count the images of D_r that are near-duplicates of an image of D_f.
+
+    A model that is trained on near-duplicates classifies D_f correctly without having seen it. The count depends on
+    the data alone.
+    """
+
+    def count() -> int:
+        device = next(outputs.model.parameters()).device
+        forget, retain = outputs.split("forget").pixels(), outputs.split("retain").images
+        return duplicates.count_near_duplicates(forget, retain, device, workers=outputs.workers)
+
+    return {"metric_near_duplicates": outputs.once("near-duplicates", count)}
+
+
+def agreement_with_original(outputs: RunOutputs) -> dict[str, float]:
+    """Compute the agreement with the original model on held-out adversarial examples, in percent: 100 for `before`.
+
+    The examples are made from mixes of D_f, see `agreement.held_out`. No method trains on them, and no image of D_r is
+    needed.
+    """
+    original = outputs.original
+
+    def make() -> agreement.Probe:
+        images = outputs.split("forget").pixels().to(next(original.parameters()).device)
+        num_classes = outputs.logits("forget").shape[1]
+        return agreement.held_out(original, images, num_classes, count=NUM_HELD_OUT, seed=HELD_OUT_SEED)
+
+    probe = outputs.once("held-out examples", make)
+    return {"metric_answers_kept": agreement.measure(outputs.model, probe).percent}
+
+
+def _membership_attacks(outputs: RunOutputs, logits: Callable[[str], Tensor]) -> dict[str, dict[str, float]]:
+    return membership.inference(*((logits(part), outputs.labels[part]) for part in ("forget", "test")))
+
+
+def _attack_auc(outputs: RunOutputs, logits: Callable[[str], Tensor]) -> float:
+    attacks = _membership_attacks(outputs, logits)
+    return attacks.get("logistic", attacks["confidence"])["auc"]
+
+
+def _relative_distance(model: nn.Module, origin: nn.Module) -> float:
     now, then = (
         torch.cat([parameter.detach().double().flatten().cpu() for parameter in net.parameters()])
         for net in (model, origin)
     )
     return float((now - then).norm() / then.norm())
-
-
-PARTS = ("forget", "retain", "test")
-GAPS = tuple(f"metric_gap_{what}" for what in (*PARTS, "mia"))
-
-
-@evaluation(
-    "retrained",
-    to_retrained=(
-        *GAPS,
-        *("metric_average_gap", "metric_tow", "metric_js_forget", "metric_js_test"),
-        *("metric_cka_forget", "metric_cka_test", "metric_distance_retrained"),
-    ),
-)
-def gaps_to_retrained(measured: Measured) -> dict[str, float]:
-    """how far the net is from the one of --retrained: in accuracies, attack, outputs, features and weights
-
-    Gaps are absolute, in points: accuracy on D_f, D_r and D_test, and the AUC of the logistic membership attack (of the
-    confidence, for one image). Their mean is the average gap of Fan et al. 2024 (SalUn, arXiv 2310.12508). See
-    `retrained` for tug of war, divergence and CKA. Of the retrained net itself: 0, but 1 of tug of war and CKA.
-    """
-    other = measured.retrained
-    gaps = [
-        abs(evaluate.accuracy(measured.after[part], true) - evaluate.accuracy(other.classes(part), true))
-        for part, true in ((part, measured.labels[part]) for part in PARTS)
-    ]
-    area = measured.once("attack on the retrained net", lambda: _area(measured, other.logits))
-    found = dict(zip(GAPS, (*gaps, abs(_area(measured, measured.logits) - area)), strict=True))
-    found["metric_average_gap"] = sum(found.values()) / len(found)
-    found["metric_tow"] = retrain_gap.tug_of_war(gaps)
-    for part in ("forget", "test"):
-        found[f"metric_js_{part}"] = retrain_gap.divergence(measured.logits(part), other.logits(part))
-    splits = retrain_gap.compared(measured.split("forget"), measured.split("test"))
-    alike = retrain_gap.alikeness(other.model, measured.model, splits)
-    found |= {f"metric_cka_{part}": value for part, value in alike.items()}
-    return found | {"metric_distance_retrained": _distance(measured.model, other.model)}
-
-
-def _area(measured: Measured, logits: Callable[[str], Tensor]) -> float:
-    found = _inference(measured, logits)
-    return found.get("logistic", found["confidence"])["auc"]
-
-
-@evaluation("rmia", to_references=("metric_rmia_auc", "metric_rmia_tpr"))
-def relative_inference(measured: Measured) -> dict[str, float]:
-    """a stronger attack (RMIA), for which --references show what nets that never saw D_f make of an image
-
-    AUC and hits at 1 in 100 false positives, in percent, to the better side, as of `membership`: 50 and 1 are guessing.
-    Members are D_f, non-members the test images of odd number; those of even number are the attack's population.
-    """
-    ratios = {}
-    for part in ("forget", "test"):
-        labels = measured.labels[part]
-        references = [membership.own_probability(net.logits(part), labels) for net in measured.references]
-        own = membership.own_probability(measured.logits(part), labels)
-        ratios[part] = membership.likelihood_ratio(own, torch.stack(references))
-    population, others = ratios["test"][::2], ratios["test"][1::2]
-    scores = (membership.relative_scores(some, population).numpy() for some in (ratios["forget"], others))
-    return {f"metric_rmia_{what}": value for what, value in membership.advantage(*scores).items()}
-
-
-@evaluation("relearn", "metric_relearn_steps", to_retrained=("metric_relearn_steps_retrained",))
-def relearning(measured: Measured) -> dict[str, float]:
-    """steps of fine-tuning on D_f until the net calls as much of it right as the original did (see `relearn`)
-
-    Far fewer than the net of --retrained takes: the net still holds something of D_f.
-    """
-    accuracy = evaluate.accuracy(measured.before["forget"], measured.labels["forget"])
-    device = next(measured.model.parameters()).device
-    images, labels = measured.split("forget").pixels().to(device), measured.labels["forget"].to(device)
-    found = {"metric_relearn_steps": relearn.steps_to_relearn(measured.model, images, labels, accuracy)}
-    if measured.retrained:
-        found["metric_relearn_steps_retrained"] = measured.once(
-            "relearning of the retrained net",
-            lambda: relearn.steps_to_relearn(measured.retrained.model, images, labels, accuracy),
-        )
-    return found
-
-
-@evaluation("duplicates", "metric_near_duplicates")
-def near_duplicates(measured: Measured) -> dict[str, float]:
-    """how many images of D_r are nearly the same as one of D_f: a net trained on those knows D_f unseen"""
-
-    def count() -> int:
-        device = next(measured.model.parameters()).device
-        forget, retain = measured.split("forget").pixels(), measured.split("retain").images
-        return duplicates.count_near_duplicates(forget, retain, device, workers=measured.workers)
-
-    return {"metric_near_duplicates": measured.once("near-duplicates", count)}
-
-
-@evaluation("agreement", "metric_answers_kept")
-def answers_as_before(measured: Measured) -> dict[str, float]:
-    """percent of held-out adversarial examples of mixes of D_f that the net calls what the original called them
-
-    Needs no image of D_r; no run trains on these examples.
-    """
-    original = measured.original
-    device = next(original.parameters()).device
-
-    def make() -> agreement.Probe:
-        images = measured.split("forget").pixels().to(device)
-        return agreement.held_out(
-            original, images, measured.logits("forget").shape[1], count=HELD_OUT, seed=HELD_OUT_SEED
-        )
-
-    return {"metric_answers_kept": agreement.kept(measured.model, measured.once("held-out examples", make)).percent}

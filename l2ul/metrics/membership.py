@@ -1,4 +1,4 @@
-"""Membership inference: whether a model's outputs tell the images of D_f from images that it never saw."""
+"""Membership inference: how well a model's outputs tell D_f from images that it was not trained on."""
 
 import math
 
@@ -7,30 +7,35 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-ATTACKS = ("confidence", "loss", "entropy", "modified_entropy", "logistic")
-MOST_FALSE = 0.01  # false positives a hit rate is told at
+from l2ul.metrics.registry import MEMBERSHIP_ATTACKS as ATTACKS  # noqa: F401  # the keys of `inference`
+
+MAX_FALSE_POSITIVES = 0.01  # false-positive rate at which the true-positive rate is reported
 FOLDS = 5
 OFFLINE = 0.3  # a of the offline RMIA, the same for every data set
-# γ of RMIA. The score only ever grows with ratio(x), so a larger γ changes no order but ties images: with 2, a net that
-# is sure of nearly all images gives all of them one score, which would look like guessing.
+# γ of RMIA. A score is monotonic in ratio(x), so a larger γ changes no order but produces ties: with γ = 2, a model
+# that is certain of nearly all images gives all of them one score, which would look like guessing.
 GAMMA = 1.0
 
 
 def scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What an attacker looks at, for each image (n,) in double precision: the higher, the more like a training image.
+    """Compute the scores that attackers threshold: the higher, the more an image looks like a training image.
 
-    logits (n, C) finite, labels (n,) int64. With p the class probabilities and y the label:
-    confidence        max p, which needs no label
-    loss              log p_y
-    entropy           Σ p_c log p_c, minus the entropy
-    modified_entropy  (1 - p_y) log p_y + Σ_{c≠y} p_c log(1 - p_c), minus the modified entropy
-                      (Song & Mittal, USENIX Security 2021, arXiv 2003.10595)
+    logits   (n, C), finite
+    labels   (n,) int64, the true classes
+    returns  (n,) in double precision by attack, with p the class probabilities and y the label:
+             confidence        max p, which needs no label
+             loss              log p_y
+             entropy           Σ p_c log p_c, the negative entropy
+             modified_entropy  (1 - p_y) log p_y + Σ_{c≠y} p_c log(1 - p_c), the negative modified entropy
+                               (Song & Mittal, USENIX Security 2021, arXiv 2003.10595)
     """
     log_p = logits.double().log_softmax(1)
     p = log_p.exp()
     own = F.one_hot(labels, logits.shape[1]).bool()
     top = log_p.argmax(1, keepdim=True)
-    rest = log_p.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)  # of the top class: 1 - p may round to 0
+    rest = log_p.scatter(1, top, -torch.inf).logsumexp(
+        1, keepdim=True
+    )  # log(1 - p) of the top class, where 1 - p may round to 0
     log_rest = torch.log(-torch.expm1(log_p)).scatter(1, top, rest)  # log(1 - p), (n, C)
     modified = torch.where(own, log_rest.exp() * log_p, p * log_rest).sum(1)
     return {
@@ -42,31 +47,32 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 
 def advantage(members: np.ndarray, others: np.ndarray) -> dict[str, float]:
-    """How well a threshold on scores (n,), (m,) tells members from others, to either side, in percent.
+    """Compute how well a threshold on scores separates members (n,) from others (m,), in percent.
 
-    auc  area under the ROC curve, of the side that is the better one: 50 is guessing
-    tpr  members told at no more than 1 % false positives, of the better side
+    auc  area under the ROC curve: 50 for guessing, 100 for perfect separation
+    tpr  members detected at a false-positive rate of at most 1 %: 1 for guessing, 100 for perfect separation
 
-    Both sides count: an image whose loss is far too high for one never seen was as surely in D_f as one whose loss is
-    too low.
+    Both are the better of the two directions. An image whose loss is far too high for an unseen image reveals its
+    membership as much as one whose loss is too low.
     """
     from sklearn.metrics import roc_auc_score, roc_curve
 
     truth = np.r_[np.ones(len(members)), np.zeros(len(others))]
-    found = np.r_[members, others]
-    area = roc_auc_score(truth, found)
-    hits = []
-    for side in (found, -found):
-        false, true, _ = roc_curve(truth, side)
-        hits.append(true[false <= MOST_FALSE].max())
-    return {"auc": 100 * max(area, 1 - area), "tpr": 100 * max(hits)}
+    values = np.r_[members, others]
+    area = roc_auc_score(truth, values)
+    rates = []
+    for direction in (values, -values):
+        false_positives, true_positives, _ = roc_curve(truth, direction)
+        rates.append(true_positives[false_positives <= MAX_FALSE_POSITIVES].max())
+    return {"auc": 100 * max(area, 1 - area), "tpr": 100 * max(rates)}
 
 
 def logistic_scores(members: np.ndarray, others: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of a logistic attack on features (n, d), (m, d), each image's from a fit that did not see it.
+    """Score members (n, d) and others (m, d) by cross-validated logistic regression on their d features.
 
-    Cross-validated in 5 shuffled, stratified folds (fewer where there are fewer members, at least 2), classes weighted
-    equally, features standardised. Quadratic terms let it tell both ends of a range from its middle.
+    Returns the scores (n,) and (m,). Each image is scored by a fit that excludes it: 5 shuffled, stratified folds, or
+    as many as there are images of the smaller class. Both classes have equal weight, and features are standardised.
+    Quadratic terms separate both ends of a range from its middle.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -80,45 +86,55 @@ def logistic_scores(members: np.ndarray, others: np.ndarray, seed: int = 0) -> t
         StandardScaler(), squares, StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000)
     )
     folds = StratifiedKFold(min(FOLDS, len(members), len(others)), shuffle=True, random_state=seed)
-    found = cross_val_predict(fit, features, truth, cv=folds, method="decision_function")
-    return found[: len(members)], found[len(members) :]
+    values = cross_val_predict(fit, features, truth, cv=folds, method="decision_function")
+    return values[: len(members)], values[len(members) :]
 
 
 def inference(
     members: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Every attack of ATTACKS on logits and labels of D_f (members) and of images never trained on: see `advantage`.
+    """Run every attack of ATTACKS and return its `advantage`.
 
-    The logistic attack sees the four scores together; it is left out for a single member, which no fit can do without.
+    members  logits (n, C) and labels (n,) of D_f
+    others   logits (m, C) and labels (m,) of images that the model was not trained on
+
+    The logistic attack uses the four scores together. It is absent where a class has a single image, as
+    cross-validation needs two.
     """
-    seen = [{name: s.cpu().numpy() for name, s in scores(*some).items()} for some in (members, others)]
-    found = {name: advantage(seen[0][name], seen[1][name]) for name in seen[0]}
+    each = [{name: score.cpu().numpy() for name, score in scores(*part).items()} for part in (members, others)]
+    result = {name: advantage(each[0][name], each[1][name]) for name in each[0]}
     if min(len(members[1]), len(others[1])) > 1:
-        columns = [np.stack(list(one.values()), 1) for one in seen]
-        found["logistic"] = advantage(*logistic_scores(*columns, seed))
-    return found
+        features = [np.stack(list(part.values()), 1) for part in each]
+        result["logistic"] = advantage(*logistic_scores(*features, seed))
+    return result
 
 
-def own_probability(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p_y (n,) in double precision of logits (n, C) and labels (n,)."""
+def label_log_probability(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return log p_y (n,) in double precision, for logits (n, C) and labels y (n,) int64: at most 0."""
     return logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 def likelihood_ratio(own: Tensor, references: Tensor) -> Tensor:
-    """log of p(y|x, θ) / p(x) for each image (n,): how much likelier the model finds it than nets that never saw it.
+    """Return log(p(y|x, θ) / p(x)) for each image (n,): how much likelier the model finds it than reference models do.
 
-    own (n,) and references (R, n) are log p_y of the model and of the reference nets. p(x), of the offline attack, is
-    ((1 + a) · mean over references of p_y + 1 - a) / 2 with a = OFFLINE (Zarifzadeh et al. 2024, arXiv 2312.03262).
+    own         log p_y (n,) of the model
+    references  log p_y (R, n) of R models that were not trained on the images
+
+    p(x) is that of the offline attack of Zarifzadeh et al. 2024 (arXiv 2312.03262):
+    ((1 + a) · mean of p_y over the reference models + 1 - a) / 2 with a = OFFLINE.
     """
     outside = references.logsumexp(0) - math.log(len(references))
-    either_way = torch.log(((1 + OFFLINE) * outside.exp() + (1 - OFFLINE)) / 2)
-    return own - either_way
+    marginal = torch.log(((1 + OFFLINE) * outside.exp() + (1 - OFFLINE)) / 2)
+    return own - marginal
 
 
 def relative_scores(ratios: Tensor, population: Tensor) -> Tensor:
-    """RMIA: the share of the population's images z (m,) with ratio(x) / ratio(z) ≥ γ, for each x (n,); 0 to 1.
+    """Compute RMIA scores: for each image x, the share of population images z with ratio(x) / ratio(z) ≥ γ.
 
-    Both are logarithms, of `likelihood_ratio`. Zarifzadeh et al. 2024 (arXiv 2312.03262), γ = GAMMA.
+    ratios      (n,) and population (m,): logarithms, as `likelihood_ratio` returns them
+    returns     (n,) in double precision, 0 to 1
+
+    Zarifzadeh et al. 2024 (arXiv 2312.03262) with γ = GAMMA.
     """
     below = population.sort().values
     return torch.searchsorted(below, ratios - math.log(GAMMA), right=True).double() / len(population)

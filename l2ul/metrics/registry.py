@@ -1,23 +1,36 @@
-"""What is measured of a run: accuracies on D_f, D_r and D_test before and after, and the classes they come from."""
+"""The metrics of a run: what they are computed from, the groups of `--evaluate`, and decorators for your own.
+
+This module does not import torch, so that command lines can list the groups at once. The functions of the groups are in
+`groups.py`, which is imported when a group is first computed. Headings of table columns are in `columns.py`.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+import importlib
+from typing import TYPE_CHECKING, TypeVar
 
-from torch import Tensor, nn
-
-from l2ul.data import images as image_sets
 from l2ul.metrics import columns
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from l2ul.data.images import Split
 
 Value = TypeVar("Value")
 
+RETRAINED_SHA256, REFERENCES_SHA256 = "retrained_sha256", "references_sha256"  # keys of a record
+MEMBERSHIP_ATTACKS = ("confidence", "loss", "entropy", "modified_entropy", "logistic")
+GAPS = ("metric_gap_forget", "metric_gap_retain", "metric_gap_test", "metric_gap_mia")
+
 
 @dataclass(frozen=True)
-class Seen:
-    """What such a net makes of the images of a run, computed when asked for, on the CPU.
+class ReferenceOutputs:
+    """Outputs of a reference model for the images of a run, computed on first use. Tensors are on the CPU.
 
-    classes  gives (N,) of forget, retain or test
-    logits   gives (N, C) of forget or test
+    classes  returns the predictions (N,) int64 of a part: forget, retain or test
+    logits   returns the logits (N, C) of a part: forget or test
     """
 
     model: nn.Module
@@ -26,60 +39,171 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a metric is computed from: an unlearned model and, by part, true labels and classes before and after.
+class RunOutputs:
+    """What a metric is computed from: the unlearned model, and its outputs and those of the original model.
 
-    The parts are forget, retain, test and, in a continual run, forget_earlier; tensors (N,) on the CPU.
+    The parts of the data are forget (D_f), retain (D_r, or the sample of it that is measured), test (D_test) and, in a
+    continual run, forget_earlier (D_f of the earlier steps). Tensors are on the CPU.
 
-    original    the model before any run
-    logits      gives the unlearned model's (N, C), on the CPU, of forget or test
-    split       gives images and labels of forget, retain (all of D_r) or test, on the device or on disk
-    once        gives what a function does, called once for all runs on this D_f; the name says what it is
-    retrained   a net that never saw D_f, where one was given
-    references  several such, likewise
+    model       the unlearned model
+    original    the original model (θ⁰)
+    labels      true labels (N,) int64 of each part
+    before      predictions (N,) int64 of the original model, of each part
+    after       predictions (N,) int64 of the unlearned model, of each part
+    logits      returns the unlearned model's logits (N, C) of forget or test
+    split       returns images and labels of forget, retain (all of D_r) or test
+    once        once(name, compute) returns compute(), which is called once for all runs with this D_f
+    retrained   outputs of the retrained model, if --retrained names one
+    references  outputs of the models of --references
     workers     processes that decode images on disk
     """
 
     model: nn.Module
+    original: nn.Module
     labels: dict[str, Tensor]
     before: dict[str, Tensor]
     after: dict[str, Tensor]
-    original: nn.Module
     logits: Callable[[str], Tensor]
-    split: Callable[[str], image_sets.Split]
+    split: Callable[[str], Split]
     once: Callable[[str, Callable[[], Value]], Value]
-    retrained: Seen | None = None
-    references: tuple[Seen, ...] = ()
+    retrained: ReferenceOutputs | None = None
+    references: tuple[ReferenceOutputs, ...] = ()
     workers: int = 0
 
 
+Metric = Callable[[RunOutputs], float]
+MetricGroup = Callable[[RunOutputs], dict[str, float]]
+
+
 @dataclass(frozen=True)
-class Evaluation:
-    """Metrics computed together: their names in a record, and the function that gives all or some of them.
+class EvaluationGroup:
+    """Metrics that are computed together, as named by `--evaluate`.
 
-    against  of those that need other nets, the key of a record that tells these (see `Peers.described`)
+    summary     one line for --help
+    function    returns the value of each metric by its key; or "module:name" of the function
+    metrics     keys of the metrics that any run has
+    retrained   keys of the metrics that compare with the model of --retrained
+    references  keys of the metrics that compare with the models of --references
     """
 
-    names: tuple[str, ...]
-    compute: Callable[[Measured], dict[str, float]]
     summary: str
-    against: dict[str, str] = field(default_factory=dict)
+    function: MetricGroup | str
+    metrics: tuple[str, ...] = ()
+    retrained: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The keys of all metrics of the group."""
+        return *self.metrics, *self.retrained, *self.references
+
+    @property
+    def compared_with(self) -> dict[str, str]:
+        """For each metric that compares with reference models, the key of a record that identifies these models."""
+        return dict.fromkeys(self.retrained, RETRAINED_SHA256) | dict.fromkeys(self.references, REFERENCES_SHA256)
+
+    @property
+    def requires_retrained(self) -> bool:
+        """Whether every metric of the group compares with the retrained model."""
+        return self.names == self.retrained
+
+    def compute(self, outputs: RunOutputs) -> dict[str, float]:
+        """Return the metrics by key; those that need reference models only if `outputs` has these."""
+        function = self.function
+        if isinstance(function, str):
+            module, _, name = function.partition(":")
+            function = getattr(importlib.import_module(module), name)
+        return function(outputs)
 
 
-Metric = Callable[[Measured], float]
-METRICS: dict[str, Metric] = {}  # beside the accuracies, under their names in every record
+METRICS: dict[str, Metric] = {}  # registered with `metric`; every record has them
+EVALUATIONS = {  # by the name that --evaluate takes
+    "membership": EvaluationGroup(
+        "membership inference: AUC and true-positive rate at 1 % false positives of five attacks",
+        "l2ul.metrics.groups:membership_inference",
+        tuple(f"metric_mia_{attack}_{value}" for attack in MEMBERSHIP_ATTACKS for value in ("auc", "tpr")),
+    ),
+    "distance": EvaluationGroup(
+        "relative distance of the weights from the original ones, ‖θ - θ⁰‖ / ‖θ⁰‖",
+        "l2ul.metrics.groups:parameter_distance",
+        ("metric_distance",),
+    ),
+    "retrained": EvaluationGroup(
+        "differences from the --retrained model in accuracy, membership inference, outputs, features and weights",
+        "l2ul.metrics.groups:retrain_gaps",
+        retrained=(
+            *GAPS,
+            *("metric_average_gap", "metric_tow", "metric_js_forget", "metric_js_test"),
+            *("metric_cka_forget", "metric_cka_test", "metric_distance_retrained"),
+        ),
+    ),
+    "rmia": EvaluationGroup(
+        "membership inference by RMIA, calibrated with the --references models",
+        "l2ul.metrics.groups:relative_membership_inference",
+        references=("metric_rmia_auc", "metric_rmia_tpr"),
+    ),
+    "relearn": EvaluationGroup(
+        "steps of fine-tuning on D_f until its accuracy is that of the original model again",
+        "l2ul.metrics.groups:relearning_speed",
+        ("metric_relearn_steps",),
+        retrained=("metric_relearn_steps_retrained",),
+    ),
+    "duplicates": EvaluationGroup(
+        "number of near-duplicates of D_f in D_r",
+        "l2ul.metrics.groups:near_duplicates",
+        ("metric_near_duplicates",),
+    ),
+    "agreement": EvaluationGroup(
+        "agreement with the original model on held-out adversarial examples",
+        "l2ul.metrics.groups:agreement_with_original",
+        ("metric_answers_kept",),
+    ),
+}
 
 
-def metric(name: str, **column: object) -> Callable[[Metric], Metric]:
-    """Register the function below as the metric `name`: acc_… for a percentage, metric_… for any other number.
+def metric(key: str, **column: object) -> Callable[[Metric], Metric]:
+    """Register the decorated function as a metric that every record has under `key`.
 
-    The record has null for it where a run diverged or the number is not finite. `column` takes fields of
-    `columns.Column`, such as heading, legend, digits and better: how the tables show the metric.
+    key     a new name that begins with acc_ for a percentage and with metric_ for any other number
+    column  fields of `columns.Column`, such as heading, legend, digits and better: how tables show the metric
+
+    The function takes `RunOutputs` and returns a number. The record has null where the run diverged or the number is
+    not finite. Raises ValueError for a key that is not allowed.
     """
-    columns.register(replace(columns.default(name), **column))
+    columns.register(replace(columns.default(key), **column))
 
     def register(function: Metric) -> Metric:
-        METRICS[name] = function
+        METRICS[key] = function
         return function
 
     return register
+
+
+def evaluation(
+    name: str, *metrics: str, retrained: tuple[str, ...] = (), references: tuple[str, ...] = ()
+) -> Callable[[MetricGroup], MetricGroup]:
+    """Register the decorated function as the group `name` of `--evaluate`.
+
+    metrics, retrained, references  keys of its metrics, see `EvaluationGroup`
+
+    The function takes `RunOutputs` and returns the metrics by key. The first line of its docstring is the summary that
+    --help shows. Raises ValueError for a key that is not allowed.
+    """
+    for key in (*metrics, *retrained, *references):
+        columns.register(columns.default(key))
+
+    def register(function: MetricGroup) -> MetricGroup:
+        summary = (function.__doc__ or name).split("\n")[0]
+        EVALUATIONS[name] = EvaluationGroup(summary, function, metrics, retrained, references)
+        return function
+
+    return register
+
+
+def outdated(record: dict[str, object], models: dict[str, str]) -> set[str]:
+    """Return the keys of the metrics of a record that compare with other reference models than `models`.
+
+    models  hashes of the present reference models under their keys of a record
+    """
+    changed = {key for key, value in models.items() if record.get(key) != value}
+    return {name for group in EVALUATIONS.values() for name, key in group.compared_with.items() if key in changed}

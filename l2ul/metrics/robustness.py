@@ -1,4 +1,4 @@
-"""Whether images stay forgotten when they, or the model's weights, are changed a little."""
+"""Robustness: whether images stay forgotten after small changes to the images or to the model's weights."""
 
 from collections.abc import Iterator, Sequence
 import copy
@@ -14,12 +14,12 @@ from l2ul.data.images import as_pixels
 from l2ul.metrics import accuracy
 from l2ul.objective import Forget
 
-CROP = 7 / 8  # of the sides
+CROP = 7 / 8  # side of the crops, relative to the image
 QUALITIES = (75, 50)  # of JPEG
 
 
 def changed_images(images: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Changes that an image may go through, by name: images (k, 3, H, W) uint8, and the same after the change."""
+    """Yield the name of each change and the images (k, 3, H, W) uint8 after it: flip, five crops, JPEG compression."""
     yield "flipped", images.flip(3)
     height, width = images.shape[2:]
     high, wide = round(CROP * height), round(CROP * width)
@@ -39,22 +39,22 @@ def _as_jpeg(image: Tensor, quality: int) -> Tensor:
     return transforms.pil_to_tensor(Image.open(coded))
 
 
-def widened(images: Tensor, forget: Forget, kinds: Sequence[str]) -> Forget:
-    """D_f and the same images after all changes of some kinds, with their labels: what is to be forgotten.
+def with_changed_images(images: Tensor, forget: Forget, kinds: Sequence[str]) -> Forget:
+    """Return D_f extended by its images after all changes of the given kinds, with the same labels.
 
-    kinds   of `choices.CHANGES`
-    images  (k, 3, H, W) uint8 on the device of `forget`, which has them first
+    images  D_f (k, 3, H, W) uint8, on the device of `forget`
+    kinds   some of `choices.CHANGES`; without any, `forget` is returned as it is
     """
     if not kinds:
         return forget
-    changed = [found for name, found in changed_images(images) if name.lower().startswith(tuple(kinds))]
+    changed = [after for name, after in changed_images(images) if name.lower().startswith(tuple(kinds))]
     times = 1 + len(changed)
     new = forget.new_labels.repeat(times) if forget.new_labels is not None else None
     return Forget(torch.cat([forget.images, *map(as_pixels, changed)]), forget.labels.repeat(times), new)
 
 
 def in_half(model: nn.Module) -> nn.Module:
-    """A copy with weights and passes in half precision, as many are served."""
+    """Return a copy that stores weights and computes in half precision, as is common in deployment."""
     return _Half(copy.deepcopy(model).half())
 
 
@@ -69,7 +69,7 @@ class _Half(nn.Module):
 
 @torch.no_grad()
 def in_int8(model: nn.Module) -> nn.Module:
-    """A copy with every matrix of weights rounded to 255 levels a row (an output channel), as int8 stores them."""
+    """Return a copy whose weight matrices are rounded to int8: 255 levels per row, which is an output channel."""
     rounded = copy.deepcopy(model)
     for parameter in rounded.parameters():
         if parameter.ndim > 1:
@@ -80,14 +80,17 @@ def in_int8(model: nn.Module) -> nn.Module:
 
 
 def still_forgotten(model: nn.Module, images: Tensor, forget: Forget) -> dict[str, Tensor | None]:
-    """Which images (k,) bool are still forgotten, by the name of the change; None where the model cannot run so.
+    """Return which images (k,) bool are still forgotten after each change, by its name.
 
-    images  (k, 3, H, W) uint8 on the model's device; forget has their labels
+    images  D_f (k, 3, H, W) uint8, on the model's device; `forget` has their labels
+
+    The changes are those of `changed_images`, half precision and int8 weights. The value is None if the model cannot
+    run in half precision or its logits are not finite.
     """
-    found = {name: accuracy.forgotten(model, changed, forget) for name, changed in changed_images(images)}
+    result = {name: accuracy.forgotten(model, changed, forget) for name, changed in changed_images(images)}
     for name, other in (("half precision", in_half(model)), ("int8 weights", in_int8(model))):
         try:
-            found[name] = accuracy.forgotten(other, images, forget)
-        except (Diverged, RuntimeError):  # numbers too large for 16 bits, or tensors of 32 made in the forward pass
-            found[name] = None
-    return found
+            result[name] = accuracy.forgotten(other, images, forget)
+        except (Diverged, RuntimeError):  # overflow in 16 bits, or 32-bit tensors that the forward pass creates
+            result[name] = None
+    return result

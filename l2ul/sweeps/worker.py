@@ -60,7 +60,7 @@ class Workbench:
         """
         opts = unlearn_options.parse(arguments)
         experiment, runs = self.open(opts, torch.device("cpu"))
-        unfinished = {run.files.identity for part in unlearn_command.unfinished(opts, experiment, runs) for run in part}
+        unfinished = {run.files.identity for part in experiment.pending(runs, opts.rerun) for run in part}
         return trials.make_trials(runs, trial_arguments, settings_label), unfinished
 
     def record_failure(self, arguments: Arguments, error: str) -> None:
@@ -70,7 +70,7 @@ class Workbench:
         for run in runs:
             if run.files.read() is None:
                 settings = run.settings | experiment.setup.described
-                run.files.rewrite(records.failure(settings, experiment.measuring.metrics, error))
+                run.files.rewrite(records.failure(settings, experiment.evaluator.metrics, error))
 
 
 WORKBENCH = Workbench()  # of a worker process
@@ -87,8 +87,8 @@ def run_trial(arguments: Arguments, shared_data_sets: Callable[[], DataSets]) ->
     if not WORKBENCH.data_sets:
         WORKBENCH.data_sets.update(shared_data_sets())
     experiment, runs = WORKBENCH.open(opts, device, unlearn_command.open_cache(opts))
-    to_do, to_measure = unlearn_command.unfinished(opts, experiment, runs)
-    experiment.measure(to_measure)
+    to_do, to_measure = experiment.pending(runs, opts.rerun)
+    experiment.add_metrics(to_measure)
     experiment.carry_out(to_do)
     return [run.files.read() for run in runs]
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 from conftest import CLASSES, FAST, ROOT, TinyNet, tiny_net
 from PIL import Image
@@ -21,7 +20,6 @@ from l2ul.common.cache import Cache
 from l2ul.common.errors import Diverged, InputError
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
-from l2ul.experiments import torchrun
 from l2ul.experiments.adversarial_sets import Attack
 from l2ul.methods.settings import AttackSettings
 from l2ul.metrics import accuracy
@@ -178,14 +176,10 @@ HOW = Attack(CLASSES, AttackSettings(4, eps=1.0, alpha=0.2, iterations=5), seed=
 
 
 def attack(model, images, labels, folder):
-    if not distributed.is_first():
-        setup = SimpleNamespace(classifier=tiny_net(7))  # whose weights are those that the first process sends
-        return torchrun.assist(SimpleNamespace(setup=setup, device=torch.device("cpu")))
     made, done = [], []
     for known in (3, 10):  # of which the first are then in the cache
         options = {"cache": Cache(folder), "progress": done.append}
         made.append(HOW.make(model, images[:known], labels[:known], **options))
-    distributed.call_others(None)
     return made, sum(done)
 
 
@@ -198,7 +192,7 @@ def test_several_processes_make_the_adversarial_examples_of_one(trained, tmp_pat
     assert done == (3 + 10) * 4 * 5
     codes, found, *_ = run_processes(tmp_path / "all", size, joined(attack), model, images, labels, tmp_path / "cache")
     assert codes == [0] * size
-    assert found[1:] == [None] * (size - 1)
+    assert [made for made, _ in found[1:]] == [[None, None]] * (size - 1)
     made, own_done = found[0]
     assert own_done == done
     for one, other in zip((few, many), made, strict=True):
@@ -208,6 +202,36 @@ def test_several_processes_make_the_adversarial_examples_of_one(trained, tmp_pat
     names = [{path.name for path in (tmp_path / where).glob("*.safetensors")} for where in ("one", "cache")]
     assert names[0] == names[1]
     assert len(names[0]) == 10
+
+
+def diverge(model, images, labels):
+    if distributed.rank() == 1:
+        with torch.no_grad():
+            model.head.bias[0] = torch.inf
+    HOW.make(model, images, labels, cache=Cache(), progress=lambda count: None)
+
+
+def test_an_attack_that_diverges_in_one_process_ends_in_all(trained, tmp_path):
+    codes, _, _, errors = run_processes(tmp_path / "all", 2, expect_diverged, *trained)
+    assert codes == [0, 0], errors
+
+
+def expect_diverged(*arguments):
+    with distributed.process_group(), pytest.raises(Diverged, match="not finite"):
+        diverge(*arguments)
+
+
+def copy_weights():
+    model = tiny_net(distributed.rank()).to(memory_format=torch.channels_last)
+    model.features[1].num_batches_tracked += distributed.rank()
+    distributed.copy_from_first(model)
+    return model.state_dict()
+
+
+def test_weights_and_buffers_are_copied_from_the_first_process(tmp_path):
+    codes, states, *_ = run_processes(tmp_path / "all", 3, joined(copy_weights))
+    assert codes == [0] * 3
+    assert all(same(state, tiny_net(0).state_dict()) for state in states)
 
 
 def unlearn(arguments):

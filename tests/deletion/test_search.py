@@ -7,7 +7,7 @@ import torch
 
 from l2ul.common.errors import InputError
 from l2ul.deletion import search
-from l2ul.metrics.agreement import Kept
+from l2ul.metrics.agreement import Agreement
 from l2ul.unlearn import Settings
 
 OWN = Settings()
@@ -35,7 +35,7 @@ class FakeUnlearner:
         status = "stopped" if seconds > 0 else "forgotten" if gone else "cap"
         done = torch.tensor([gone and seconds <= 0])
         self.run.append(settings)
-        kept = [Kept("some", percent, 0, 100, 10)]
+        kept = [Agreement("some", percent, 0, 100, 10)]
         return search.Candidate(
             settings,
             changed,

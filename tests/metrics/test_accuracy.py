@@ -29,5 +29,5 @@ def test_predictions_accuracy_and_the_rest():
     images[2] = 0
     with pytest.raises(ArithmeticError, match="1 of 5 images"):
         accuracy.predict(Blue(), images)
-    with pytest.raises(InputError, match="tells 2 classes apart, the data set has 10"):
+    with pytest.raises(InputError, match="has 2 classes, but the data set has 10"):
         accuracy.check_fit(Blue(), images[:1] + 1, 10)

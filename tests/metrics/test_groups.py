@@ -39,7 +39,7 @@ def net(tmp_path):
 @pytest.fixture
 def unlearned(script, few_digits, monkeypatch):
     """Call main_unlearn.py with a result folder; returns its records by method and step, and what it printed."""
-    monkeypatch.setattr(relearn, "MOST_STEPS", 6)
+    monkeypatch.setattr(relearn, "MAX_STEPS", 6)
 
     def call(folder, *arguments):
         code, out, err = script(main_unlearn.main, "--result-dir", folder, *FAST, *arguments)
@@ -75,9 +75,9 @@ def test_what_is_added_to_runs_on_record_is_as_if_evaluated_at_once(unlearned, n
     asked = ["--evaluate", "membership", "distance", "retrained", "rmia", "relearn", "duplicates"]
     asked += ["--retrained", other, "--references", *references]
     kept = [*RUN, "--save-model"]
-    measured, true_predict = [], measurement.Measuring.predict
+    measured, true_predict = [], measurement.Evaluator.predict
     monkeypatch.setattr(
-        measurement.Measuring, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
+        measurement.Evaluator, "predict", lambda self, m, what: measured.append(what) or true_predict(self, m, what)
     )
     at_once, _ = unlearned(tmp_path / "first", *kept, *asked)
     assert sorted(measured) == ["measure after", "measure before", "measure retrained"]  # no net twice
@@ -137,7 +137,7 @@ def test_a_kept_net_that_is_not_the_one_on_record_is_not_measured_for_it(unlearn
     unlearned(tmp_path, *arguments, "--save-model")
     (kept,) = (tmp_path / "models").iterdir()
     net("another", 3.0).rename(kept)
-    with pytest.raises(AssertionError, match="is not the net of .*; do the run again with --rerun --save-model"):
+    with pytest.raises(AssertionError, match="is not the model of .*; do the run again with --rerun --save-model"):
         unlearned(tmp_path, *arguments, "--evaluate", "distance")
 
 
@@ -152,7 +152,7 @@ def test_nets_that_cannot_be_measured_against_are_refused_in_a_sentence(script, 
     told = refused("--evaluate", "retrained", "--retrained", some)
     assert f"was trained on 1 of the 2 images of D_f (k 2, seed 0), such as image {gone[1]}" in told
     assert "was trained on 1 of the 2" in refused("--evaluate", "rmia", "--references", net("all", 0.1), some)
-    assert "is the classifier itself" in refused("--evaluate", "retrained", "--retrained", CHECKPOINT)
+    assert "is the original model" in refused("--evaluate", "retrained", "--retrained", CHECKPOINT)
     assert "there is no nowhere" in refused("--evaluate", "retrained", "--retrained", "nowhere")
     assert "name with --references the weights" in refused("--evaluate", "rmia", "--references", "nowhere")
     small = tmp_path / "small.safetensors"

@@ -68,7 +68,7 @@ def test_the_logistic_attack_finds_members_in_the_middle_that_no_threshold_tells
 
 
 def test_rmia_equals_values_worked_out_by_hand():
-    own = membership.own_probability(torch.tensor([[0.9, 0.1], [0.8, 0.2]]).log() - 5.0, torch.tensor([0, 1]))
+    own = membership.label_log_probability(torch.tensor([[0.9, 0.1], [0.8, 0.2]]).log() - 5.0, torch.tensor([0, 1]))
     assert own.exp().tolist() == pytest.approx([0.9, 0.2])
     ratios = membership.likelihood_ratio(own, torch.tensor([[0.5, 0.2], [0.3, 0.6]], dtype=torch.double).log())
     p = (1.3 * 0.4 + 0.7) / 2  # the references' mean is 0.4 for both images
@@ -77,7 +77,7 @@ def test_rmia_equals_values_worked_out_by_hand():
     assert membership.relative_scores(torch.tensor([2.0, 0.5, 8.5]).log(), population).tolist() == [0.5, 0.0, 1.0]
     near = membership.relative_scores(torch.tensor([1.01, 0.99]).log(), torch.tensor([1.0, 0.98]).log())
     assert near.tolist() == [1.0, 0.5]  # told apart, though no ratio is far from 1
-    certain = membership.own_probability(torch.tensor([[0.0, 800.0]]), torch.tensor([0]))
+    certain = membership.label_log_probability(torch.tensor([[0.0, 800.0]]), torch.tensor([0]))
     assert membership.likelihood_ratio(certain, certain[None]).isfinite().all()
 
 

@@ -18,14 +18,14 @@ from l2ul.metrics import relearn, retrain_gap
 def test_divergence_is_in_bits_summed_over_classes_and_averaged_over_images():
     even, sure = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1000.0, 0.0]])
     entropy = -0.75 * math.log2(0.75) - 0.25 * math.log2(0.25)  # of the mean of the two
-    assert retrain_gap.divergence(even, sure) == pytest.approx(entropy - 0.5)
-    assert retrain_gap.divergence(sure, sure.flip(1)) == pytest.approx(1)
-    assert retrain_gap.divergence(sure, sure + 3) == 0
+    assert retrain_gap.js_divergence(even, sure) == pytest.approx(entropy - 0.5)
+    assert retrain_gap.js_divergence(sure, sure.flip(1)) == pytest.approx(1)
+    assert retrain_gap.js_divergence(sure, sure + 3) == 0
     both = torch.cat([sure, sure]), torch.cat([sure, sure.flip(1)])
-    assert retrain_gap.divergence(*both) == retrain_gap.divergence(*reversed(both)) == pytest.approx(0.5)
+    assert retrain_gap.js_divergence(*both) == retrain_gap.js_divergence(*reversed(both)) == pytest.approx(0.5)
     many = torch.full((1, 100), -50.0)
     first, second = many.index_fill(1, torch.tensor(3), 50), many.index_fill(1, torch.tensor(7), 50)
-    assert retrain_gap.divergence(first, second) == pytest.approx(1)  # however many classes
+    assert retrain_gap.js_divergence(first, second) == pytest.approx(1)  # however many classes
 
 
 def test_tug_of_war_is_one_for_the_retrained_net_alone():
@@ -36,17 +36,16 @@ def test_tug_of_war_is_one_for_the_retrained_net_alone():
 
 def test_features_are_compared_on_as_many_images_of_each_part(trained):
     net, images, labels = trained
-    splits = retrain_gap.compared(Split(images[:7], labels[:7]), Split(images[7:], labels[7:]))
+    few, many = Split(images[:7], labels[:7]), Split(images[7:], labels[7:])
+    splits = retrain_gap.comparison_images(few, many)
     assert torch.equal(splits["forget"], images[:7])
     assert len(splits["test"]) == 7
-    assert torch.equal(
-        retrain_gap.compared(Split(images[:7], labels[:7]), Split(images[7:], labels[7:]))["test"], splits["test"]
-    )
-    assert retrain_gap.alikeness(net, net, splits) == pytest.approx({"forget": 1, "test": 1})
-    other = retrain_gap.alikeness(tiny_net(3), net, splits)
+    assert torch.equal(retrain_gap.comparison_images(few, many)["test"], splits["test"])
+    assert retrain_gap.feature_similarity(net, net, splits) == pytest.approx({"forget": 1, "test": 1})
+    other = retrain_gap.feature_similarity(tiny_net(3), net, splits)
     assert all(0 < value < 0.999 for value in other.values())
-    single = retrain_gap.compared(Split(images[:1], labels[:1]), Split(images[7:], labels[7:]))
-    assert all(math.isnan(value) for value in retrain_gap.alikeness(net, net, single).values())
+    single = retrain_gap.comparison_images(Split(images[:1], labels[:1]), Split(images[7:], labels[7:]))
+    assert all(math.isnan(value) for value in retrain_gap.feature_similarity(net, net, single).values())
 
 
 class Lever(nn.Module):
@@ -71,7 +70,7 @@ def test_relearning_takes_the_steps_that_sgd_takes_on_one_weight(monkeypatch):
     assert net.weight == -0.05
     assert relearn.steps_to_relearn(Lever(0.1), images, labels, 100.0) == 0
     assert relearn.steps_to_relearn(Lever(-1.0), images, labels, 0.0) == 0
-    monkeypatch.setattr(relearn, "MOST_STEPS", 20)
+    monkeypatch.setattr(relearn, "MAX_STEPS", 20)
     assert relearn.steps_to_relearn(Lever(-100.0), images, labels, 100.0) == 20
 
 
@@ -80,7 +79,7 @@ def test_relearning_freezes_batch_norm_and_is_the_same_again(trained):
     wrong = (labels + 1) % 5
     before = {name: value.clone() for name, value in net.state_dict().items()}
     first = relearn.steps_to_relearn(net.train(), images, wrong, 40.0)
-    assert 0 < first < relearn.MOST_STEPS
+    assert 0 < first < relearn.MAX_STEPS
     assert first == relearn.steps_to_relearn(net.eval(), images, wrong, 40.0)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 

@@ -11,8 +11,7 @@ from tabled import BEFORE, cells, csv
 
 from l2ul.experiments import records
 from l2ul.metrics import columns
-from l2ul.metrics.groups import EVALUATIONS
-from l2ul.metrics.registry import METRICS, metric
+from l2ul.metrics.registry import EVALUATIONS, METRICS, metric
 
 folder, tables = tabled.folder, tabled.tables  # fixtures
 

@@ -5,7 +5,7 @@ import torch
 
 from l2ul.cli import unlearn_options
 from l2ul.cli.ranges import Interval
-from l2ul.metrics import agreement, groups
+from l2ul.metrics import agreement, groups, registry
 from l2ul.sweeps import optuna_search, trials
 from l2ul.sweeps.sweep import SweepRunner
 
@@ -60,8 +60,8 @@ def test_agreement_of_a_model_with_itself_is_complete_and_no_run_uses_the_same_e
     model, images, _ = trained
     seed = groups.HELD_OUT_SEED
     probe = agreement.held_out(model, images[:8], 5, count=64, seed=seed)
-    assert agreement.kept(model, probe).percent == 100
-    assert agreement.kept(type(model)().eval(), probe).percent < 100
+    assert agreement.measure(model, probe).percent == 100
+    assert agreement.measure(type(model)().eval(), probe).percent < 100
     other = agreement.held_out(model, images[:8], 5, count=64, seed=0)
     assert not torch.equal(probe.images, other.images)
-    assert groups.EVALUATIONS["agreement"].names == ("metric_answers_kept",)
+    assert registry.EVALUATIONS["agreement"].names == ("metric_answers_kept",)
