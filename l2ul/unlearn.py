@@ -17,7 +17,7 @@ from l2ul.common import seeds
 from l2ul.data.images import Split, as_pixels
 from l2ul.importance import mas_importance
 from l2ul.methods import distill, fixed_length, paper, registry
-from l2ul.methods.checkpoint import Checkpoint, Guard, State, fingerprint
+from l2ul.methods.checkpoint import Checkpoint, Guard, State, fingerprint, summary
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import Procedure
 from l2ul.methods.settings import Settings, override
@@ -105,27 +105,28 @@ def unlearn(
         return Outcome(unlearned, "done", 0)
 
     forget = objective.Forget(as_pixels(images), labels, new_labels)
-    keep = Split(*adv) if "adv" in chosen.needs else retain if "retain" in chosen.needs else None
+    adv = adv if "adv" in chosen.needs else None
+    retain = retain if "retain" in chosen.needs else None
     importance = importance if "importance" in chosen.needs else None
     monitor = ForgetMonitor(unlearned, forget)
     with seeds.fork_rng(labels.device, settings.seed, "dropout", settings.first_position):
         if chosen.fixed_length:
             own = override(chosen.settings, settings.method_settings)
             drawn = {"seed": settings.seed, "first_position": settings.first_position}
-            context = fixed_length.MethodContext(unlearned, forget, own, keep, workers=workers, **drawn)
+            context = fixed_length.MethodContext(unlearned, forget, own, retain, workers=workers, **drawn)
             procedure = fixed_length.FixedLengthProcedure(chosen.terms, context, settings.bn)
         elif "teacher" in chosen.needs:
             procedure = distill.DistillProcedure(chosen, unlearned, forget, settings, monitor)
         else:
-            inputs = {"keep": keep, "importance": importance, "workers": workers}
+            inputs = {"keep": Split(*adv) if adv else retain, "importance": importance, "workers": workers}
             procedure = paper.PaperProcedure(chosen, unlearned, forget, settings, **inputs)
         loop = _Loop(unlearned, procedure, monitor)
         if checkpoint and procedure.is_resumable:
             identity = fingerprint(
                 *(METHOD_VERSION, torch.__version__, labels.device.type, method, chosen.code_sha256(), settings),
-                *(model.state_dict(), images, labels, new_labels, keep, importance),
+                *(model.state_dict(), images, labels, new_labels, adv[1] if adv else None, retain),
             )
-            if state := checkpoint.load(identity):
+            if state := checkpoint.load(identity, summary(adv, importance)):
                 loop.load_state_dict(state)
         else:
             checkpoint = None

@@ -19,7 +19,8 @@ from l2ul.common.files import atomic
 from l2ul.data.images import Split
 
 FORMAT = 1  # of the file; raise it when the keys of a state change
-SAMPLE = 256  # images of a large set that its fingerprint covers
+SAMPLE = 256  # images of a large set that its fingerprint or summary covers
+TOLERANCE = 1e-3  # relative, of the summary of inputs that a GPU does not compute alike twice
 State = dict[str, object]  # tensors, numbers, strings, lists and dicts: what torch.load reads with weights_only=True
 
 
@@ -33,7 +34,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, every: float = 180.0, report: Callable[[str], object] = lambda sentence: None):
         self.path, self.every, self.report = Path(path), every, report
-        self.identity = ""
+        self.identity, self.computed = "", torch.empty(0)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -45,22 +46,27 @@ class Checkpoint:
         """Whether `every` seconds have passed since the last write, or since the beginning."""
         return time.monotonic() - self._written >= self.every
 
-    def load(self, identity: str) -> State | None:
+    def load(self, identity: str, computed: Tensor) -> State | None:
         """Return the state in the file, on the CPU; None if there is none or it belongs to another run.
 
-        identity  of this run, see `fingerprint`; `save` writes it to the file
+        identity  of this run, see `fingerprint`
+        computed  numbers (n,) that summarise the computed inputs, see `summary`; compared with a tolerance
+
+        `save` writes both to the file.
         """
-        self.identity = identity
+        self.identity, self.computed = identity, computed
         self.restart_clock()
         if not self.path.exists():
             return None
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            found = state["format"], state["identity"]
+            is_same = (state["format"], state["identity"]) == (FORMAT, identity)
+            is_same = is_same and state["computed"].shape == computed.shape
+            is_same = is_same and torch.allclose(state["computed"], computed, rtol=TOLERANCE, atol=1e-9)
         except Exception:  # torch.load raises many types for a damaged file
             self.report(f"{self.path} is damaged; the run starts from its beginning")
             return None
-        if found != (FORMAT, identity):
+        if not is_same:
             self.report(f"{self.path} belongs to other settings or inputs; the run starts from its beginning")
             return None
         self.report(f"continuing after step {state['step']} from {self.path}")
@@ -70,7 +76,8 @@ class Checkpoint:
         """Write the state. A failure is reported and does not end the run."""
         try:
             with atomic(self.path) as part:
-                torch.save({"format": FORMAT, "identity": self.identity, **state}, part)
+                header = {"format": FORMAT, "identity": self.identity, "computed": self.computed}
+                torch.save(header | state, part)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
             self.report(f"cannot write {self.path} ({error}); the run goes on without it")
         self.restart_clock()
@@ -172,11 +179,7 @@ def fingerprint(*parts: object) -> str:
                 add(value)
         elif isinstance(part, Split):
             add(part.labels)
-            if hasattr(part.images, "files"):
-                add("\n".join(map(str, part.images.files)))
-            else:
-                places = torch.linspace(0, len(part) - 1, min(len(part), SAMPLE), dtype=torch.float64)
-                add(part.images[places.long()])
+            add("\n".join(map(str, part.images.files)) if hasattr(part.images, "files") else _sample(part.images))
         else:
             digest.update(repr(part).encode())
         digest.update(b"\n")
@@ -184,3 +187,19 @@ def fingerprint(*parts: object) -> str:
     for part in parts:
         add(part)
     return digest.hexdigest()
+
+
+def summary(adv: tuple[Tensor, Tensor] | None, importance: dict[str, Tensor] | None) -> Tensor:
+    """Return numbers (n,) float64 on the CPU that tell D_adv and Ω from others: means of 256 images and of each tensor.
+
+    D_adv and Ω are functions of inputs that `fingerprint` covers, but a GPU may round them differently each time.
+    """
+    means = [] if adv is None else list(_sample(adv[0]).cpu().double().mean((1, 2, 3)))
+    means += [] if importance is None else [omega.cpu().double().mean() for omega in importance.values()]
+    return torch.stack(means) if means else torch.empty(0, dtype=torch.float64)
+
+
+def _sample(images: Tensor) -> Tensor:
+    """Return at most 256 images, evenly spaced."""
+    places = torch.linspace(0, len(images) - 1, min(len(images), SAMPLE), dtype=torch.float64)
+    return images[places.long()]

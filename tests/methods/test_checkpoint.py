@@ -16,7 +16,7 @@ from l2ul.data.images import Split
 from l2ul.experiments import execution
 from l2ul.methods import checkpoint as checkpoints
 from l2ul.methods import registry
-from l2ul.methods.checkpoint import Checkpoint, fingerprint
+from l2ul.methods.checkpoint import Checkpoint, fingerprint, summary
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import EndlessBatches
 from l2ul.unlearn import Settings, unlearn
@@ -322,6 +322,25 @@ def test_fingerprints_differ_where_inputs_do():
     ]
     assert len({fingerprint(*part) for part in parts}) == len(parts)
     assert fingerprint(*parts[4]) == fingerprint({"a": tensor.clone()})
+
+
+def test_inputs_that_a_gpu_computes_with_other_rounding_continue(inputs, tmp_path):
+    path, sentences, arguments = tmp_path / "state.pt", [], inputs("adv_imp")
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(**arguments, checkpoint=Checkpoint(path), on_step=interrupted_at({2}))
+    (adv, targets), omega = arguments["adv"], arguments["importance"]
+    rounded = {"adv": (adv + 1e-6, targets), "importance": {name: 1.00001 * value for name, value in omega.items()}}
+    unlearn(**arguments | rounded, checkpoint=Checkpoint(path, report=sentences.append))
+    other = {"importance": {name: 1.1 * value for name, value in omega.items()}}
+    unlearn(**arguments | other, checkpoint=Checkpoint(path, report=sentences.append))
+    assert [sentence.split()[0] for sentence in sentences] == ["continuing", str(path)]
+
+
+def test_summaries_are_means_of_images_and_tensors():
+    adv = torch.stack([torch.full((3, 2, 2), value) for value in (0.25, 0.75)]), torch.zeros(2)
+    omega = {"one": torch.tensor([1.0, 3.0]), "two": torch.tensor(5.0)}
+    assert summary(adv, omega).tolist() == [0.25, 0.75, 2.0, 5.0]
+    assert summary(None, None).shape == (0,)
 
 
 def test_a_command_continues_from_the_state_beside_the_record(run, tmp_path, monkeypatch):
