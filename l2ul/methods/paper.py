@@ -107,7 +107,7 @@ class PaperProcedure(Procedure):
         workers: int = 0,
     ):
         self.method, self.model, self.goal = method, model.train(settings.bn == "train"), forget.goal
-        self.settings, self.own = settings, override(method.settings, settings.method_settings)
+        self.settings, self.own_settings = settings, override(method.settings, settings.method_settings)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(
             parameters, settings.unlearn_lr, settings.momentum, weight_decay=settings.weight_decay, fused=True
@@ -141,7 +141,7 @@ class PaperProcedure(Procedure):
             penalty=self.penalty,
             reg_lamb=self.settings.reg_lamb,
             perturb=self.noise,
-            settings=self.own,
+            settings=self.own_settings,
         )
         return self.method.terms(step)
 

@@ -124,7 +124,7 @@ def test_an_error_in_the_middle_of_a_step_keeps_the_last_complete_state(inputs, 
             raise KeyboardInterrupt
         return method.terms(step)
 
-    broken = dataclasses.replace(method, terms=terms)
+    broken = dataclasses.replace(method, implementation=terms)
     monkeypatch.setattr(type(method), "code_sha256", lambda self: None)
     monkeypatch.setitem(registry.METHODS, "adv_imp", broken)
     with pytest.raises(KeyboardInterrupt):
@@ -146,7 +146,7 @@ def with_signals(monkeypatch, name, call, *numbers):
         return method.terms(step)
 
     monkeypatch.setattr(type(method), "code_sha256", lambda self: None)  # of the function above it would differ
-    monkeypatch.setitem(registry.METHODS, name, dataclasses.replace(method, terms=terms))
+    monkeypatch.setitem(registry.METHODS, name, dataclasses.replace(method, implementation=terms))
     return method
 
 
