@@ -21,6 +21,7 @@ import numpy as np
 from l2ul.common.choices import GOALS
 from l2ul.common.files import atomic
 from l2ul.experiments import defaults
+from l2ul.methods.settings import SHARED
 from l2ul.metrics import columns
 from l2ul.metrics.columns import Column
 
@@ -33,12 +34,12 @@ Record = dict[str, object]
 FORGOTTEN, CAP, DONE, DIVERGED, FAILED = STATUSES = ("forgotten", "cap", "done", "diverged", "failed")
 
 ROLES = {
-    "subject": "what the run is about; each combination is a cell of a table",
-    "setting": "how the run was done; other values make a row of their own",
-    "result": "what came out of the run",
-    "cost": "what the run took",
-    "machine": "where the run was done; it decides no result",
-    "provenance": "where the inputs came from; it decides no result",
+    "subject": "what the run is about: data set, model, method, forget set",
+    "setting": "how the run was done; runs of a method with different settings are different rows of a table",
+    "result": "how the run ended, and metrics",
+    "cost": "time and memory",
+    "machine": "hardware, versions of software, and batch sizes that do not decide the result",
+    "provenance": "names and hashes of files that the run used",
 }
 SUBJECT, SETTING, RESULT, COST, MACHINE, PROVENANCE = ROLES
 
@@ -111,10 +112,10 @@ class Key:
 
 
 def _hyper_parameters() -> Iterator[Key]:
-    for name, value in defaults.COMMON_DEFAULTS.items():
-        if name not in ("model", "unlearn_k"):
-            kind = {int: "integer", float: "number", str: "text"}[type(value)]
-            yield Key(name, SETTING, kind, "", null=True, flag=True)
+    for setting in SHARED.values():
+        kind = {int: "integer", float: "number", str: "text"}[type(setting.default)]
+        unit = f"; unit: {setting.unit}" if setting.unit else ""
+        yield Key(setting.name, SETTING, kind, f"{setting.help}{unit}", null=True, flag=True)
 
 
 def _results() -> Iterator[Key]:
@@ -129,7 +130,7 @@ SCHEMA: dict[str, Key] = {
     key.name: key
     for key in (
         Key("dataset", SUBJECT, "text", "data set", required=True),
-        Key("model", SUBJECT, "text", "model, as --model names it", required=True),
+        Key("model", SUBJECT, "text", "model, the value of `--model`", required=True),
         Key("checkpoint_sha256", SETTING, "text", f"{_HASH} of the original weights", null=True, required=True),
         Key("method", SUBJECT, "text", "unlearning method", required=True),
         Key("needs_retain", SUBJECT, "boolean", "whether the method trains on D_r", null=True, required=True),
@@ -149,8 +150,7 @@ SCHEMA: dict[str, Key] = {
             "status",
             RESULT,
             "text",
-            "how the run ended: all of D_f forgotten, cap on passes reached, method of fixed length done, loss not "
-            "finite, or error",
+            "how the run ended",
             required=True,
             choices=STATUSES,
         ),
@@ -185,7 +185,7 @@ SCHEMA: dict[str, Key] = {
         Key("age_grouping", SUBJECT, "text", "age groups of UTKFace", null=True),
         Key("split_seed", SETTING, "integer", "seed of the split of UTKFace", null=True, least=0, default=0, flag=True),
         Key("decoder", SETTING, "text", "decoder of images on disk", default="cpu", flag=True),
-        Key("forget_dir", SETTING, "text", "name of the folder of --forget-dir", null=True, flag=True),
+        Key("forget_dir", SETTING, "text", "name of the folder of `--forget-dir`", null=True, flag=True),
         Key("forget_sha256", SUBJECT, "text", f"{_HASH} of D_f", null=True),
         Key("continual_size", SUBJECT, "integer", "images per step of a continual run", null=True, least=1),
         Key(
@@ -206,7 +206,13 @@ SCHEMA: dict[str, Key] = {
         Key("acc_retain_high", RESULT, "percent", "upper end of the 95 % interval of a sampled acc_retain", null=True),
         Key("retain_measured", RESULT, "integer", "images of D_r that acc_retain is measured on", null=True, least=0),
         Key("adv_success", RESULT, "percent", "adversarial examples predicted as their target", null=True),
-        Key("adv_success_exact", RESULT, "percent", "adv_success without rounding, in older records", null=True),
+        Key(
+            "adv_success_exact",
+            RESULT,
+            "percent",
+            "adv_success before rounding to the stored data type, in older records",
+            null=True,
+        ),
         Key("error", RESULT, "text", "last lines of the error message of a failed run", null=True),
         Key("attack_batch_size", MACHINE, "integer", "adversarial examples computed at once", null=True, least=1),
         Key("test_batch_size", MACHINE, "integer", "images per batch when measuring", null=True, least=1),
@@ -259,11 +265,16 @@ def problems(record: object) -> Iterator[str]:
 
 
 def schema_table() -> str:
-    """Return the schema as a Markdown table, for docs/records-and-tables.md."""
-    lines = ["| Key | Role | Type | Meaning |", "|:--|:--|:--|:--|"]
+    """Return the schema in Markdown, for docs/records-and-tables.md."""
+    lines = [f"- **{role}**: {doc}" for role, doc in ROLES.items()]
+    lines += [
+        "",
+        "Other keys do not separate rows of a table, except those that `method_settings` of the record names.",
+    ]
+    lines += ["", "| Key | Role | Type | Meaning |", "|:--|:--|:--|:--|"]
     for each in SCHEMA.values():
         kind = f"{each.type}{' or null' if each.null else ''}"
-        choices = f": {', '.join(f'`{choice}`' for choice in each.choices)}" if each.choices else ""
+        choices = f"; one of {', '.join(f'`{choice}`' for choice in each.choices)}" if each.choices else ""
         lines.append(f"| `{each.name}` | {each.role} | {kind} | {each.doc}{choices} |")
     return "\n".join(lines) + "\n"
 

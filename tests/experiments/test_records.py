@@ -164,3 +164,10 @@ def test_settings_are_the_keys_that_the_schema_or_the_method_declares():
     record = RECORD | {"hostname": "a", "mine": 3, "device": "cuda", "pgd_eps": 2.0}
     assert records.settings(record) == {"checkpoint_sha256": None, "pgd_eps": 2.0}
     assert records.settings(record | {"method_settings": "mine theirs"})["mine"] == 3
+
+
+def test_the_page_on_records_has_the_schema():
+    page = (ROOT / "docs" / "records-and-tables.md").read_text()
+    inner = page.partition("<!-- record schema: begin -->")[2].partition("<!-- record schema: end -->")[0]
+    assert inner.strip() == records.schema_table().strip(), "paste what l2ul.experiments.records.schema_table returns"
+    assert all(key.doc for key in records.SCHEMA.values())
