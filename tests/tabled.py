@@ -1,4 +1,4 @@
-"""What the tests of tables share: a record, folders of such, and main_tables.py called on them."""
+"""Shared by the tests of tables: a record, a folder of records, and a call of main_tables.py."""
 
 import itertools
 import json
@@ -40,7 +40,7 @@ BEFORE |= {"unlearn_lr": None, "pgd_eps": None}
 
 @pytest.fixture
 def folder(tmp_path):
-    """Write records that differ from RECORD by what is given; returns their folder."""
+    """Return a function that writes copies of RECORD with changes, and returns their folder."""
     number = itertools.count()
 
     def write(*changes, into="runs"):
@@ -54,7 +54,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def tables(script, tmp_path):
-    """Call main_tables.py on the folder; returns the Markdown."""
+    """Return a function that calls main_tables.py on the folder and returns the Markdown."""
 
     def call(*arguments):
         code, out, err = script(main_tables.main, "--result-dir", tmp_path, *arguments)
@@ -68,6 +68,7 @@ def tables(script, tmp_path):
 
 
 def cells(markdown: str, row: str) -> list[str]:
+    """Return the cells of the first row with this name."""
     lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in markdown.splitlines()]
     return next(line[1:] for line in lines if line and line[0] == row)
 

@@ -16,7 +16,7 @@ from l2ul.common.errors import InputError
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.metrics import columns
-from l2ul.reporting.rows import place, settings
+from l2ul.reporting.rows import main_row, place, settings
 
 WITH_ACCURACIES = (records.FORGOTTEN, records.DONE, records.CAP)
 MEASURED = tuple(column.key for column in columns.of_table("accuracy") if column.compared)  # D_r and D_test
@@ -48,13 +48,8 @@ def usual(runs: Iterable[Record]) -> list[Record]:
 
     The runs are from a `rows.Block`.
     """
-    runs, counts = list(runs), defaultdict(Counter)
-    for run in runs:
-        counts[run["method"]][run["row"]] += 1
-    main = {
-        method: method if method in rows else min(rows, key=lambda row: (-rows[row], row))
-        for method, rows in counts.items()
-    }
+    runs = list(runs)
+    main = {method: main_row(runs, method) for method in {run["method"] for run in runs}}
     return [run for run in runs if run["row"] == main[run["method"]]]
 
 
@@ -158,13 +153,13 @@ def confusion_matrices(
             columns and the others are merged.
     """
     shares = sum(np.bincount(classes, minlength=len(names)) / len(classes) for classes in predicted.values())
-    rows, columns = _most(np.bincount(labels, minlength=len(names))), _most(shares)
-    index = _headings(rows, labels, names)
-    heads = _headings(columns, np.concatenate(list(predicted.values())), names)
+    true_classes, new_classes = _most(np.bincount(labels, minlength=len(names))), _most(shares)
+    index = _headings(true_classes, labels, names)
+    heads = _headings(new_classes, np.concatenate(list(predicted.values())), names)
     matrices = {}
     for name, classes in predicted.items():
-        old = np.repeat(labels, len(classes) // len(labels))
-        table = pd.crosstab(_named(old, rows, names), _named(classes, columns, names))
+        true = np.repeat(labels, len(classes) // len(labels))
+        table = pd.crosstab(_named(true, true_classes, names), _named(classes, new_classes, names))
         matrices[name] = table.reindex(index=index, columns=heads, fill_value=0)
     return matrices
 

@@ -39,9 +39,13 @@ class Block:
         return f"{self.dataset}{f' {self.age_grouping}' if self.age_grouping else ''}, {self.model}"
 
     def main_row(self, method: str) -> str:
-        """Return the row that represents a method: the one with usual settings, else the one with most runs."""
-        rows = Counter(record["row"] for record in self.records if record["method"] == method)
-        return method if method in rows or not rows else min(rows, key=lambda row: (-rows[row], row))
+        return main_row(self.records, method)
+
+
+def main_row(found: Iterable[Record], method: str) -> str:
+    """Return the row that represents a method: the one with usual settings, else the one with most runs."""
+    rows = Counter(record["row"] for record in found if record["method"] == method)
+    return method if method in rows or not rows else min(rows, key=lambda row: (-rows[row], row))
 
 
 def blocks(found: Iterable[Record]) -> list[Block]:
