@@ -186,7 +186,8 @@ def test_commands_of_continual_runs_continue_from_recorded_steps(run, script, ta
     assert "--continual-step 1 --" in line
     code, out, _ = script(main_unlearn.main, *shlex.split(line)[2:], "--dry-run")
     assert code == 0
-    assert [text.split()[0] for text in out.splitlines()[1:]] == ["done", "done", "to"]
+    states = [text.split()[0] for text in out.splitlines()[1:] if not text.startswith("estimated")]
+    assert states == ["done", "done", "to"]
 
 
 def test_figures_are_written_beside_the_tables(folder, tables, tmp_path):
