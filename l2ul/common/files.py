@@ -16,8 +16,6 @@ from l2ul.common.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-REPORT = "report.json"  # the report of a deletion request, in the folder of the unlearned model
-
 
 @contextlib.contextmanager
 def atomic(path: Path, replace: bool = True) -> Iterator[Path]:

@@ -99,7 +99,7 @@ def read_integers(path: Path, what: str) -> Tensor:
                     f"line {number} of the {what} file {path} is {line!r}; expected a whole number"
                 ) from None
     if not numbers:
-        raise InputError(f"the {what} file {path} is empty; expected one whole number a line")
+        raise InputError(f"the {what} file {path} is empty; expected one whole number per line")
     return torch.tensor(numbers)
 
 

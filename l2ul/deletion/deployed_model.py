@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from l2ul.common.errors import InputError
-from l2ul.common.files import REPORT, file_sha256, tensors_sha256
-from l2ul.deletion.report_schema import OpenedBy, WrittenModelHashes, read_report
+from l2ul.common.files import file_sha256, tensors_sha256
+from l2ul.deletion.report_schema import REPORT, OpenedBy, WrittenModelHashes, read_report
 import models
 from models import checkpoint as checkpoints
 from models import huggingface, zoo

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from l2ul.common.errors import InputError
-from l2ul.common.files import REPORT, atomic, file_sha256, remove_parts, require_writable
+from l2ul.common.files import atomic, file_sha256, remove_parts, require_writable
 from l2ul.deletion import deployed_model, report, signature, verify
 from l2ul.deletion.checks import check_same_model
 from l2ul.deletion.deployed_model import DeployedModel
-from l2ul.deletion.report_schema import FORGET_LIST, PAGE
+from l2ul.deletion.report_schema import FORGET_LIST, PAGE, REPORT
 from l2ul.deletion.request import Request
 from models import huggingface
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NotRequired, TypedDict, Union, get_args, get_
 
 from l2ul.common.errors import InputError
 
+REPORT = "report.json"  # the report, in the folder of the unlearned model
 PAGE, FORGET_LIST = "report.html", "forget_list.csv"  # files beside report.json
 EARLIER = "earlier"  # folder beside report.json with the reports of earlier requests: 1.json, 2.json, …
 

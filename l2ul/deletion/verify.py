@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from l2ul.common.errors import InputError
-from l2ul.common.files import REPORT, file_sha256
+from l2ul.common.files import file_sha256
 from l2ul.deletion import deployed_model, signature
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.report import forget_list
-from l2ul.deletion.report_schema import EARLIER, FORGET_LIST, PAGE, EarlierRow, Report, read_report
+from l2ul.deletion.report_schema import EARLIER, FORGET_LIST, PAGE, REPORT, EarlierRow, Report, read_report
 from l2ul.deletion.request import ImageFile, read_images
 from l2ul.metrics import accuracy
 from l2ul.objective import is_forgotten
