@@ -25,4 +25,4 @@ RECIPE = Recipe(  # of the released scripts
 )
 
 if __name__ == "__main__":
-    main("main_pretrain_cifar100_resnet50.py", __doc__.split("\n")[0], "cifar100", "resnet50_cifar100", RECIPE)
+    main("main_pretrain_cifar100_resnet50.py", __doc__, "cifar100", "resnet50_cifar100", RECIPE)

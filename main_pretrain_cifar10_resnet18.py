@@ -25,4 +25,4 @@ RECIPE = Recipe(  # of the released scripts
 )
 
 if __name__ == "__main__":
-    main("main_pretrain_cifar10_resnet18.py", __doc__.split("\n")[0], "cifar10", "resnet18", RECIPE)
+    main("main_pretrain_cifar10_resnet18.py", __doc__, "cifar10", "resnet18", RECIPE)

@@ -1,6 +1,8 @@
 """Train the small classifier of digits in data/weights, with which main_unlearn.py runs by default.
 
-python main_pretrain_digits_resnet20.py --rerun
+    python main_pretrain_digits_resnet20.py --rerun
+
+The weights are part of the repository; --rerun trains them again.
 """
 
 from l2ul.cli.pretrain_command import main
@@ -19,4 +21,4 @@ RECIPE = Recipe(
 )
 
 if __name__ == "__main__":
-    main("main_pretrain_digits_resnet20.py", __doc__.split("\n")[0], "digits", "resnet20", RECIPE)
+    main("main_pretrain_digits_resnet20.py", __doc__, "digits", "resnet20", RECIPE)

@@ -36,7 +36,7 @@ BY_GROUPING = {
 if __name__ == "__main__":
     main(
         "main_pretrain_utkface_resnet18.py",
-        __doc__.split("\n")[0],
+        __doc__,
         "utkface",
         "resnet18_cifar100",
         RECIPE,

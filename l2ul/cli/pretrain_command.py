@@ -25,7 +25,7 @@ AFTER_STOP = "repeat the command with --resume to continue after the last finish
 
 def main(
     program: str,
-    description: str,
+    doc: str,
     dataset: str,
     model: str,
     recipe: Recipe,
@@ -33,12 +33,14 @@ def main(
 ) -> None:
     """Run a pretraining script.
 
+    program         name of the script
+    doc             docstring of the script, which --help shows
     dataset, model  default values of --dataset and --model
     recipe          default values of the options of the recipe
     by_grouping     for UTKFace: values of the recipe that depend on --age-grouping
     """
     with exit_codes.clean_exit(program, AFTER_STOP, shared=True):
-        parser = options.Parser(description, prog=program)
+        parser = options.Parser(doc, prog=program)
         options.add_data(parser, dataset=dataset, model=model)
         add_recipe(parser, recipe, by_grouping or {})
         add_training(parser)

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
+from conftest import ROOT
 import pytest
 
 from l2ul.cli import pretrain_command
@@ -96,3 +99,19 @@ def test_bad_input_is_one_sentence(pretrain, tmp_path):
     ):
         code, _, err = pretrain(*arguments)
         assert (code, err.count("\n")) == (expected, 1)
+
+
+def test_help_shows_examples_and_does_not_import_torch():
+    program = (
+        "import sys, runpy\n"
+        "sys.argv = ['main_pretrain_digits_resnet20.py', '--help']\n"
+        "try:\n"
+        "    runpy.run_path('main_pretrain_digits_resnet20.py', run_name='__main__')\n"
+        "finally:\n"
+        "    print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--weight-decay" in done.stdout
+    assert "examples:\n  python main_pretrain_digits_resnet20.py --rerun" in done.stdout
+    assert done.stdout.endswith("False\n")
