@@ -194,7 +194,8 @@ def forget(script, tmp_path, tiny):
     """
 
     def call(*arguments, output="out", images="in", model=tiny[0]):
-        words = [*model, "--images", tmp_path / images, "--output", tmp_path / output, *FAST_REQUEST, *arguments]
+        fast = FAST_REQUEST[:2] if "--setting" in arguments else FAST_REQUEST
+        words = [*model, "--images", tmp_path / images, "--output", tmp_path / output, *fast, *arguments]
         code, out, err = script(main_forget.main, *words)
         path = tmp_path / output / "report.json"
         return code, json.loads(path.read_text()) if path.exists() else None, out + err

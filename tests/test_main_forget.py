@@ -286,9 +286,12 @@ def test_a_dry_run_shows_new_labels_and_checks_the_earlier_requests(forget, tiny
     assert not (tmp_path / "second").exists()
 
 
-def test_help_has_examples_and_terms():
+def test_help_has_examples_and_a_glossary_and_needs_no_torch():
     shown = subprocess.run(
         [sys.executable, "main_forget.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    for text in ("examples:", "terms:", "--images FOLDER", "required: ", "--dry-run"):
+    for text in ("examples:", "glossary:", "--images FOLDER", "(required)", "--dry-run", "adv_imp"):
         assert text in shown
+    code = "import sys, main_forget; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"

@@ -9,6 +9,7 @@ from l2ul.cli.options import Parser
 from l2ul.cli.parser import finite_float, nonnegative_int, positive_float, positive_int, setting
 from l2ul.common.choices import CHANGES
 from l2ul.common.errors import InputError
+from l2ul.methods import registry
 
 EPILOG = """\
 examples:
@@ -21,7 +22,7 @@ examples:
   main_forget.py --verify forgotten/report.json --images to_forget
       check that the model and its report are unchanged and that the images are still forgotten
 
-terms:
+glossary:
   forgotten   the model misclassifies the image: it predicts another class than its label. With a new label: it
               predicts the new label
   D_f         the images to forget
@@ -81,11 +82,17 @@ def _add_model(parser: Parser) -> None:
 def _add_request(parser: Parser) -> None:
     group = parser.add_argument_group("request")
     text = (
-        "required: folder of the images to forget, or of subfolders named by label. With --verify: the folders of one "
-        "or more requests"
+        "folder of the images to forget, or of subfolders named by label (required). With --verify: the folders of one "
+        "or more requests (optional)"
     )
     options.add(group, "--images", text, type=Path, nargs="+", metavar="FOLDER")
-    options.add(group, "--output", "required: new folder for the model and its report", type=Path, metavar="FOLDER")
+    options.add(
+        group,
+        "--output",
+        "new folder for the model and its report (required, not with --verify)",
+        type=Path,
+        metavar="FOLDER",
+    )
     text = (
         "CSV file with the columns file, label, new_label (default: labels.csv in the folder of images; an image "
         "without a label gets the model's prediction as its label)"
@@ -98,7 +105,8 @@ def _add_request(parser: Parser) -> None:
 
 def _add_method(parser: Parser) -> None:
     group = parser.add_argument_group("method")
-    text = "unlearning method that needs no other training images"
+    names = [name for name, method in registry.METHODS.items() if method.trains and "retain" not in method.needs]
+    text = f"unlearning method: {', '.join(names)} (default: distill)"
     options.add(group, "--method", text, default="distill", metavar="NAME")
     options.add(group, "--minutes", "time limit of the whole command", type=positive_float, default=10.0)
     text = (
