@@ -66,10 +66,10 @@ run() {
     imagenet=(--dataset imagenet --model torchvision:resnet50 --num-adv-images "$OTHER_ADV" --batch-size 16
         --adv-batch-size 128 --max-passes 100 --retain-sample "$RETAIN_SAMPLE")
 
-    HINT="it needs weights: run $PYTHON main_pretrain_cifar10_resnet18.py, or use the authors' cifar10_pretrained_models/resnet18.pt"
+    HINT="train its weights with: $PYTHON main_pretrain_cifar10_resnet18.py, or use the authors' cifar10_pretrained_models/resnet18.pt"
     run cifar10 "CIFAR-10, ResNet-18" "${cifar10[@]}" --model resnet18 --unlearn-k $K --method $METHODS "$@"
 
-    HINT="it needs weights: run $PYTHON main_pretrain_cifar100_resnet50.py, or use the authors' cifar100_pretrained_models/resnet50.pt"
+    HINT="train its weights with: $PYTHON main_pretrain_cifar100_resnet50.py, or use the authors' cifar100_pretrained_models/resnet50.pt"
     run cifar100 "CIFAR-100, ResNet-50" "${cifar100[@]}" --model resnet50_cifar100 --unlearn-k $K \
         --adv-batch-size 256 --max-passes 100 --method $METHODS "$@"
 
@@ -87,7 +87,7 @@ run() {
         --unlearn-k "$STEPS_K" --continual-step "$STEP" --method $METHODS "$@"
 
     for net in $NETS; do
-        HINT="it needs weights: run $PYTHON main_pretrain_cifar10_resnet18.py --model $net"
+        HINT="train its weights with: $PYTHON main_pretrain_cifar10_resnet18.py --model $net"
         run nets "CIFAR-10, $net" "${cifar10[@]}" --model "$net" --unlearn-k $K --method $METHODS "$@"
     done
 

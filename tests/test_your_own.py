@@ -12,6 +12,7 @@ import torch
 from l2ul.data import datasets
 from l2ul.methods import registry as methods_registry
 from l2ul.methods.settings import Setting
+from l2ul.metrics import columns
 from l2ul.metrics import registry as measuring_registry
 import models
 
@@ -136,6 +137,20 @@ def test_wrong_additions_raise(example, monkeypatch):
     measuring_registry.metric("metric_odd")(lambda measured: float("nan"))
     (record,) = [r for r in example("my_metric", "--method", "before") if r["method"] == "before"]
     assert record["metric_odd"] is None
+
+
+def test_a_column_of_the_tables(example, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "COLUMNS", dict(columns.COLUMNS))
+    example("my_metric", "--method", "before", "adv")
+    page = (ROOT / "docs" / "extending.md").read_text()
+    path = tmp_path / "worst_class_tables.py"
+    path.write_text(re.search(r"```python\n(# worst_class_tables.*?)```", page, re.DOTALL)[1])
+    code, out, err = script(lambda: runpy.run_path(str(path), run_name="__main__"), "--result-dir", tmp_path)
+    assert code == 0, err
+    main_table = out.split("\n## ")[0]
+    assert re.search(r"\| D_f .*\| D_test +\| worst class", main_table)
+    assert "worst class: accuracy on the class with the lowest accuracy on D_test; higher is better." in main_table
+    assert r"$D_\mathrm{worst}$" in (tmp_path / "tables" / "table.tex").read_text()
 
 
 def write(folder, name):
