@@ -23,7 +23,7 @@ OURS=${OURS:-"before neggrad rawp oracle adv adv_imp distill"}
 OTHERS=${OTHERS:-"boundary_shrink jit"}             # do not train on D_r, the retain set
 TRAINED=${TRAINED:-"finetune random_labels neggrad_plus l1_sparse salun scrub ssd bad_teaching amun"}  # train on D_r
 AUGMENT=${AUGMENT:-2}             # of TRAINED: 1 crops, 2 crops and mirrors, as in training
-COURSE=${COURSE:-}                # other settings of TRAINED, such as "epochs=2"
+SETTINGS=${SETTINGS:-}            # other settings of TRAINED, such as "epochs=2"
 EVALUATE=${EVALUATE:-"membership distance retrained rmia relearn duplicates"}
 
 case " $* " in *" --dry-run "*) dry=1 ;; *) dry= ;; esac
@@ -69,7 +69,7 @@ compare() {
 compare "$OURS" "$@"
 compare "$OTHERS" "$@"
 # shellcheck disable=SC2086
-compare "$TRAINED" --setting "augment=$AUGMENT" $COURSE "$@"
+compare "$TRAINED" --setting "augment=$AUGMENT" $SETTINGS "$@"
 
 if [ -n "$dry" ]; then exit 0; fi
 $PYTHON main_tables.py --result-dir "$RESULTS"

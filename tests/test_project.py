@@ -172,6 +172,11 @@ def test_a_row_of_the_results_is_what_the_records_say(row):
     assert count == (str(len(runs)) if len(averaged) == len(runs) else f"{len(averaged)} of {len(runs)}")
 
 
+def test_generated_pages_are_what_the_code_says():
+    for path, text in command_line_docs.generated().items():
+        assert path.read_text() == text, f"{path.name} is out of date; run: python -m l2ul.cli.command_line_docs"
+
+
 def test_costs_of_the_main_command_in_the_readme_are_those_of_the_record():
     record = json.loads((ROOT / "result_data" / "reference" / "benchmarks" / "readme_commands.json").read_text())
     (row,) = [row for row in record["commands"] if row["command"] == "uv run main_unlearn.py"]
@@ -287,7 +292,7 @@ def test_a_dry_run_of_the_comparison_trains_nothing_and_lists_the_runs_of_nets_t
     nets.mkdir()
     for name in ("original", "retrained", "reference2", "reference3"):
         (nets / f"{name}.safetensors").touch()
-    done, calls = shell("run_compare.sh", tmp_path, NETS=str(nets), COURSE="epochs=2")
+    done, calls = shell("run_compare.sh", tmp_path, NETS=str(nets), SETTINGS="epochs=2")
     assert done.returncode == 0
     given = [options_of(line) for line in calls]
     assert sorted(sum((found.method for found in given), [])) == sorted(registry.of_goal("misclassify"))

@@ -1,4 +1,8 @@
-"""Write docs/command-line.md, the `--help` of every script: `python -m l2ul.cli.command_line_docs`."""
+"""Write the generated parts of docs: `python -m l2ul.cli.command_line_docs`.
+
+They are docs/command-line.md, the `--help` of every script, and the tables between two comments in docs/methods.md
+(settings) and docs/records-and-tables.md (the schema of a record).
+"""
 
 import contextlib
 import io
@@ -7,8 +11,10 @@ import re
 import runpy
 import sys
 
+from l2ul.experiments import defaults, records
+
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "command-line.md"
+DOCS = ROOT / "docs"
 FIRST = "main_unlearn.py"
 SCRIPTS = {  # script: its introduction on the page
     FIRST: "Unlearn, evaluate and record.",
@@ -69,6 +75,24 @@ def page() -> str:
     return "\n".join(blocks)
 
 
+def with_section(path: Path, name: str, text: str) -> str:
+    """Return a page with `text` between the comments `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
+    before, rest = path.read_text(encoding="utf-8").split(f"<!-- {name}: begin -->\n")
+    after = rest.split(f"<!-- {name}: end -->\n")[1]
+    return f"{before}<!-- {name}: begin -->\n\n{text.strip()}\n\n<!-- {name}: end -->\n{after}"
+
+
+def generated() -> dict[Path, str]:
+    """Return the text of each page that is generated or has a generated part."""
+    methods, schema = DOCS / "methods.md", DOCS / "records-and-tables.md"
+    return {
+        DOCS / "command-line.md": page(),
+        methods: with_section(methods, "settings", defaults.settings_table()),
+        schema: with_section(schema, "record schema", records.schema_table()),
+    }
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE}")
+    for file, text in generated().items():
+        file.write_text(text, encoding="utf-8")
+        print(f"wrote {file}")
