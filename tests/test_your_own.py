@@ -71,6 +71,10 @@ def test_a_method_with_a_flag_of_its_own(example, script, tmp_path):
     ):
         code, _, err = script(lambda: runpy.run_path(path, run_name="__main__"), *words)
         assert (code, message in err) == (2, True), err
+    clash = tmp_path / "clash.py"
+    clash.write_text(EXAMPLES["my_setting"].replace('"temperature", 2.0', '"status", 2.0'))
+    code, _, err = script(lambda: runpy.run_path(str(clash), run_name="__main__"), "--method", "softened", "--dry-run")
+    assert (code, "the setting status, which is a key of every record; rename" in err) == (2, True), err
     code, out, _ = script(lambda: runpy.run_path(path, run_name="__main__"), "--help")
     assert code == 0
     assert (

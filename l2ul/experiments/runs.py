@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from l2ul import METHOD_VERSION
+from l2ul.common.errors import InputError
 from l2ul.data import images as image_sets
 from l2ul.data.forget_set import ForgetSet
 from l2ul.experiments import records
@@ -170,5 +171,11 @@ def _of_fixed_length(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def _of_own_flags(values: Mapping[str, object]) -> dict[str, object]:
-    """Return the keys of a record for settings that a method declares with flags, and one that lists their names."""
+    """Return the keys of a record for settings that a method declares with flags, and one that lists their names.
+
+    Raises InputError if a setting has the name of another key.
+    """
+    clash = next((name for name in values if name in records.SCHEMA), None)
+    if clash:
+        raise InputError(f"a method declares the setting {clash}, which is a key of every record; rename the setting")
     return {"course": None, "method_settings": " ".join(values) or None, **values}
