@@ -119,7 +119,8 @@ class Guard:
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._wait:  # otherwise the previous handler has replaced it
                 signal.signal(number, handler)
-        if kind is not None and self._is_complete and not self._is_saved:
+        is_interrupted = kind is not None or self._pending is not None
+        if is_interrupted and self._is_complete and not self._is_saved:
             self._save()
         self._deliver_pending()
 

@@ -5,12 +5,13 @@ import functools
 import os
 import signal
 
-from conftest import CLASSES
+from conftest import CLASSES, save_images
 from helpers import load_records, without_costs
 import pytest
 import torch
 
 from l2ul import attack, importance
+from l2ul.data.folder import FolderImages
 from l2ul.data.forget_set import random_new_labels
 from l2ul.data.images import Split
 from l2ul.experiments import execution
@@ -177,6 +178,21 @@ def test_a_signal_waits_for_the_end_of_the_step(inputs, tmp_path, monkeypatch, h
     same(unlearn(**arguments, checkpoint=Checkpoint(path)), expected)
 
 
+def test_a_signal_after_the_last_step_keeps_the_result(inputs, tmp_path, handler):
+    arguments, path = inputs("adv"), tmp_path / "state.pt"
+    arguments["settings"] = dataclasses.replace(SETTINGS, unlearn_lr=0.02, max_passes=30)
+    expected = unlearn(**arguments)
+
+    def on_step(row):
+        if row["step"] == expected.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        unlearn(**arguments, checkpoint=Checkpoint(path), on_step=on_step)
+    assert torch.load(path, weights_only=True)["status"] == expected.status == "forgotten"
+    same(unlearn(**arguments, checkpoint=Checkpoint(path)), expected)
+
+
 def test_a_second_ctrl_c_does_not_wait(inputs, tmp_path, monkeypatch, handler):
     arguments, path = inputs("oracle"), tmp_path / "state.pt"
     with_signals(monkeypatch, "oracle", 3, signal.SIGINT, signal.SIGINT)
@@ -278,6 +294,17 @@ def test_methods_of_fixed_length_write_no_state_and_start_again(inputs, tmp_path
 
 def count_calls(model, inputs):
     model.calls.add_(1)
+
+
+def test_images_on_disk_continue_in_the_middle_and_at_the_end_of_a_pass(inputs, tmp_path):
+    """The loader draws from torch's global generator at the beginning of a pass, as dropout does at each step."""
+    arguments = inputs("oracle")
+    retain = arguments["retain"]
+    files = sorted(map(str, save_images(tmp_path / "retain", retain.images).iterdir()))
+    arguments["retain"] = Split(FolderImages(files, 8, 8), retain.labels)
+    expected = unlearn(**arguments)
+    assert expected.steps == 12
+    same(continued(arguments, tmp_path / "state.pt", [1, 4, 6, 8, 11]), expected)
 
 
 def test_buffers_that_a_state_dict_leaves_out_are_kept(inputs, tmp_path):
