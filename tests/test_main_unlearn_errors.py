@@ -1,4 +1,4 @@
-"""What the main script says, and its exit code, when something is wrong."""
+"""The messages and exit codes of main_unlearn.py for bad input and failures."""
 
 from conftest import FAST
 from helpers import write_folder
@@ -11,7 +11,7 @@ from l2ul.experiments import execution
 import main_unlearn
 
 
-def test_a_single_image_that_batch_norm_cannot_learn_from(run, tmp_path):
+def test_a_batch_of_one_image_that_batch_norm_cannot_use(run, tmp_path):
     torch.manual_seed(0)
     torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), tmp_path / "weights.pt")
     net = ["--model", "torchvision:resnet18", "--checkpoint", tmp_path / "weights.pt"]
@@ -22,7 +22,7 @@ def test_a_single_image_that_batch_norm_cannot_learn_from(run, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_of_a_folder_is_one_sentence(script, tmp_path, workers):
+def test_a_damaged_image_in_a_folder_is_one_sentence(script, tmp_path, workers):
     write_folder(tmp_path / "insects", size=(80, 64))
     (tmp_path / "insects" / "val" / "bee" / "1.png").write_bytes(b"no image")
     torch.save(torchvision.models.squeezenet1_1(num_classes=2).state_dict(), tmp_path / "weights.pt")
@@ -33,7 +33,7 @@ def test_a_damaged_image_of_a_folder_is_one_sentence(script, tmp_path, workers):
     assert err.startswith("main_unlearn.py: cannot read the image")
 
 
-def test_a_cache_that_cannot_be_written_to_is_said_and_done_without(run):
+def test_without_a_writable_cache_the_runs_continue_and_a_line_says_so(run):
     code, out, err = run("--method", "adv", "--cache-dir", "/proc/here")
     assert code == 0, err
     assert out.startswith("nothing is cached: cannot write to /proc/here")
@@ -107,14 +107,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, arguments, complaint, mo
     assert out == ""
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_a_gpu_that_is_not_there(run):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
+def test_a_missing_gpu_is_one_sentence(run):
     code, _, err = run("--device", "cuda")
     assert (code, err.count("\n")) == (2, 1)
-    assert "--device cuda is not there on this machine; expected one of" in err
+    assert "--device cuda is not available on this machine; expected one of" in err
 
 
-def test_bad_forget_and_relabel_files(run, tmp_path, few_digits):
+def test_bad_forget_and_relabel_files_are_one_sentence(run, tmp_path, few_digits):
     true = few_digits.train.labels[forget_set.choose_forget(40, 2, 0)].tolist()
     for flag, text, complaint in (
         ("--forget-file", "1\nx\n", "line 2"),
@@ -131,7 +131,7 @@ def test_bad_forget_and_relabel_files(run, tmp_path, few_digits):
         assert complaint in err
 
 
-def test_stops_with_a_sentence_when_interrupted_or_out_of_memory_or_disk(run, tmp_path, monkeypatch):
+def test_interruption_full_memory_and_full_disk_are_one_sentence(run, tmp_path, monkeypatch):
     for error, expected, sentence in (
         (KeyboardInterrupt(), 130, "finished runs are kept"),
         (torch.OutOfMemoryError("tried 8 GiB"), 1, "out of memory (tried 8 GiB)"),

@@ -1,1 +1,1 @@
-"""cli"""
+"""Command lines: flags and their checks, exit codes, and what turns options into runs."""

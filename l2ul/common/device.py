@@ -1,4 +1,4 @@
-"""How a script runs: on which device, with what progress shown, and how it ends when something is wrong."""
+"""The device that a script computes on: choice, clock, peak memory and name."""
 
 import sys
 import time
@@ -9,25 +9,32 @@ from l2ul.common import distributed
 from l2ul.common.errors import InputError
 
 
-def choose_device(asked: str | None, no_cuda: bool = False, threads: int | None = None) -> torch.device:
-    """The device asked for, or the best there is, with so many CPU threads; InputError where it is not there.
+def choose_device(name: str | None, no_cuda: bool = False, threads: int | None = None) -> torch.device:
+    """Return the device that --device names, or without it the first available of CUDA, MPS and CPU.
 
-    Under torchrun each process has a GPU of its own, or all are on the CPU.
+    Under torchrun each process has its own GPU, or all processes use the CPU.
+
+    Args:
+        name: value of --device.
+        no_cuda: whether --no-cuda excludes CUDA GPUs.
+        threads: number of CPU threads to set; None keeps torch's default.
+
+    Raises InputError if the device is not available.
     """
     mps = torch.backends.mps.is_available() and distributed.size() == 1
-    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    is_available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if no_cuda:
-        if asked == "cuda":
+        if name == "cuda":
             raise InputError("--device cuda and --no-cuda contradict each other; give one of them")
-        there["cuda"] = False
-    found = [name for name, is_there in there.items() if is_there]
-    if asked and asked not in found:
-        raise InputError(f"--device {asked} is not there on this machine; expected one of {', '.join(found)}")
+        is_available["cuda"] = False
+    available = [device for device, there in is_available.items() if there]
+    if name and name not in available:
+        raise InputError(f"--device {name} is not available on this machine; expected one of {', '.join(available)}")
     if threads:
         torch.set_num_threads(threads)
-    if (asked or found[0]) == "cuda" and distributed.size() > 1:
+    if (name or available[0]) == "cuda" and distributed.size() > 1:
         return _own_gpu()
-    return torch.device(asked or found[0])
+    return torch.device(name or available[0])
 
 
 def _own_gpu() -> torch.device:
@@ -42,7 +49,7 @@ def _own_gpu() -> torch.device:
 
 
 def clock(device: torch.device) -> float:
-    """A clock in seconds, read once the device has done all it was given."""
+    """Return a time in seconds, after the device has finished all submitted work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -51,7 +58,7 @@ def clock(device: torch.device) -> float:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """The most memory held so far, MiB: of the GPU by torch, else of this process; None where it is not told."""
+    """Return the peak memory so far in MiB: of torch on a CUDA GPU, otherwise of this process; None on Windows."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     try:
@@ -63,7 +70,7 @@ def peak_memory_mib(device: torch.device) -> float | None:
 
 
 def device_name(device: torch.device) -> str:
-    """What a record calls the device: the GPU's own name, or the kind and number of threads; and how many of them."""
+    """Return the name of the device in a record: that of the GPU or `cpu (4 threads)`, and ` x 8` for 8 processes."""
     name = f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

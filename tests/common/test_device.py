@@ -13,5 +13,5 @@ def test_the_chosen_device_must_exist():
     with pytest.raises(InputError, match="contradict"):
         device.choose_device("cuda", no_cuda=True)
     if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="--device cuda is not there on this machine; expected one of"):
+        with pytest.raises(InputError, match="--device cuda is not available on this machine; expected one of"):
             device.choose_device("cuda")

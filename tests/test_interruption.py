@@ -1,0 +1,112 @@
+"""An interrupted command: what it leaves, and that the same command ends with the same results."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+from conftest import FAST, ROOT
+from helpers import without_costs
+import numpy as np
+import pytest
+
+from l2ul import unlearn as unlearning
+from l2ul.cli import exit_codes
+import main_unlearn
+
+STEPS = {"distill": ["--distill-steps", 6], "adv_imp": ["--max-passes", 6, "--unlearn-lr", 1e-5]}
+
+
+def contents(folder):
+    """The contents of all files of runs, without times and memory."""
+    found = {}
+    for path in sorted((folder / "runs").iterdir()):
+        if path.suffix == ".json":
+            found[path.name] = without_costs(json.loads(path.read_text()))
+        elif path.suffix == ".npz":
+            found[path.name] = {name: classes.tolist() for name, classes in np.load(path).items()}
+        else:
+            found[path.name] = path.read_text()
+    return found
+
+
+def sigterm_at(step, monkeypatch):
+    """Send this process a SIGTERM once, after some steps of the loop."""
+    true_unlearn, sent = unlearning.unlearn, []
+
+    def unlearn(*arguments, on_step, **options):
+        def on_each_step(row):
+            on_step(row)
+            if row["step"] == step and not sent:
+                sent.append(step)
+                signal.raise_signal(signal.SIGTERM)
+
+        return true_unlearn(*arguments, on_step=on_each_step, **options)
+
+    monkeypatch.setattr(unlearning, "unlearn", unlearn)
+
+
+@pytest.mark.parametrize("method", STEPS)
+def test_after_sigterm_the_same_command_ends_with_the_results_of_an_uninterrupted_one(
+    script, few_digits, tmp_path, monkeypatch, method
+):
+    def run(folder, *more):
+        words = ["--result-dir", tmp_path / folder, *FAST, "--method", method, *STEPS[method], *more]
+        return script(main_unlearn.main, *words)
+
+    assert run("uninterrupted")[0] == 0
+    expected = contents(tmp_path / "uninterrupted")
+    (record,) = (one for path, one in expected.items() if path.endswith(".json"))
+    assert record["steps"] > 3
+    with monkeypatch.context() as patch:
+        sigterm_at(3, patch)
+        stopped, _, err = run("interrupted")
+    assert stopped == 143
+    assert err.strip() == f"main_unlearn.py: stopped by SIGTERM; {exit_codes.CONTINUES}"
+    (state,) = (tmp_path / "interrupted" / "runs").iterdir()
+    assert state.name.endswith(".state.pt")
+    assert "\nresume " in run("interrupted", "--dry-run")[1]
+    _, out, _ = run("interrupted")
+    assert 3 <= int(re.search(r"continuing after step (\d+)", out)[1]) < record["steps"]
+    assert contents(tmp_path / "interrupted") == expected
+
+
+SIGTERM_IN_DISTILL = """
+import os, signal
+from l2ul import unlearn as unlearning
+import main_unlearn
+
+true_unlearn = unlearning.unlearn
+
+def unlearn(model, images, labels, method, *, on_step, **options):
+    def on_each_step(row):
+        on_step(row)
+        if method == "distill" and row["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+    return true_unlearn(model, images, labels, method, on_step=on_each_step, **options)
+
+unlearning.unlearn = unlearn
+main_unlearn.main()
+"""
+
+
+def test_a_process_that_gets_sigterm_in_distill_leaves_what_another_continues(script, tmp_path):
+    settings = [*FAST, "--threads", 1, "--retain-sample", 100, "--method", "neggrad", "distill", "--distill-steps", 9]
+
+    def words(folder):
+        return list(map(str, ["--result-dir", folder, "--cache-dir", tmp_path / "cache", *settings]))
+
+    process = [sys.executable, "-c", SIGTERM_IN_DISTILL, *words(tmp_path / "one")]
+    stopped = subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
+    assert (stopped.returncode, stopped.stderr) == (
+        143,
+        f"main_unlearn.py: stopped by SIGTERM; {exit_codes.CONTINUES}\n",
+    )
+    suffixes = sorted("".join(path.suffixes) for path in (tmp_path / "one" / "runs").iterdir())
+    assert suffixes == [".csv", ".json", ".npz", ".state.pt", ".txt"]  # neggrad is recorded
+    for folder in ("one", "uninterrupted"):
+        code, out, err = script(main_unlearn.main, *words(tmp_path / folder))
+        assert code == 0, err
+        assert ("continuing after step" in out) == (folder == "one")
+    assert contents(tmp_path / "one") == contents(tmp_path / "uninterrupted")
