@@ -362,7 +362,7 @@ def read(path: Path) -> Record | None:
 
 
 def table(records: list[Record]) -> pd.DataFrame:
-    """Return a row for each method and k, in the given order: mean (± standard deviation over seeds) of each metric.
+    """Return a row for each method and k, in the order of the records: mean (± standard deviation) of each metric.
 
     Means leave out runs without accuracies, which diverged or failed. The column `not forgotten` counts the runs that
     did not forget all of D_f.

@@ -61,7 +61,7 @@ def register(column: Column) -> Column:
         ValueError: if the key is one of RESERVED, or begins with neither `acc_` nor `metric_`.
     """
     if column.key in RESERVED or not column.key.startswith(("acc_", "metric_")):
-        raise ValueError(f"a metric is called {column.key!r}; expected a new name that begins with acc_ or metric_")
+        raise ValueError(f"a metric has the name {column.key!r}; expected a new name that begins with acc_ or metric_")
     COLUMNS[column.key] = column
     return column
 

@@ -22,7 +22,7 @@ def run_folders(folders: Iterable[Path]) -> list[Path]:
     Raises:
         InputError: if a folder has neither.
     """
-    found = []
+    run_dirs = []
     for folder in folders:
         runs = [folder / "runs"] if (folder / "runs").is_dir() else sorted(folder.glob("*/runs"))
         if not runs:
@@ -30,8 +30,8 @@ def run_folders(folders: Iterable[Path]) -> list[Path]:
                 f"{folder} has no folder runs, and no folder in it has one; name with --result-dir a folder that "
                 f"main_unlearn.py wrote to"
             )
-        found += runs
-    return list(dict.fromkeys(found))
+        run_dirs += runs
+    return list(dict.fromkeys(run_dirs))
 
 
 def read(folders: Iterable[Path]) -> tuple[list[Record], list[str]]:
@@ -54,7 +54,7 @@ def read(folders: Iterable[Path]) -> tuple[list[Record], list[str]]:
 
 def read_files(paths: Iterable[Path]) -> tuple[list[Record], list[str]]:
     """Read records from files, see `read`."""
-    found, problems, first = [], [], {}
+    valid, problems, first = [], [], {}
     for path in paths:
         try:
             record = _load(path)
@@ -63,10 +63,10 @@ def read_files(paths: Iterable[Path]) -> tuple[list[Record], list[str]]:
             continue
         twin = first.setdefault(_identity(record), path)
         if twin is path:
-            found.append(record | _added(path, record))
+            valid.append(record | _added(path, record))
         else:
             problems.append(f"{path}: the same run as {twin}; it is counted once")
-    return found, problems
+    return valid, problems
 
 
 def _load(path: Path) -> Record:

@@ -42,13 +42,13 @@ class Block:
         return main_row(self.records, method)
 
 
-def main_row(found: Iterable[Record], method: str) -> str:
+def main_row(runs: Iterable[Record], method: str) -> str:
     """Return the row that represents a method: the one with usual settings, else the one with most runs."""
-    rows = Counter(record["row"] for record in found if record["method"] == method)
+    rows = Counter(record["row"] for record in runs if record["method"] == method)
     return method if method in rows or not rows else min(rows, key=lambda row: (-rows[row], row))
 
 
-def blocks(found: Iterable[Record]) -> list[Block]:
+def blocks(runs: Iterable[Record]) -> list[Block]:
     """Group copies of the records into blocks. The result does not depend on the order of the records."""
 
     def axes(record: Record) -> tuple:
@@ -58,7 +58,7 @@ def blocks(found: Iterable[Record]) -> list[Block]:
         return json.dumps([axes(record), record.get("forget_file"), record], sort_keys=True)
 
     made = []
-    for key, group in groupby(sorted(found, key=order), key=axes):
+    for key, group in groupby(sorted(runs, key=order), key=axes):
         block = Block(*key, records=[dict(record) for record in group])
         _name_rows(block)
         made.append(block)
@@ -67,10 +67,10 @@ def blocks(found: Iterable[Record]) -> list[Block]:
 
 def settings(record: Record) -> Record:
     """Return the settings of a run, those of a method of fixed length one by one, and whether D_f was listed."""
-    found = records.settings(record)
-    own = from_text(found.pop("course", None) or "")
+    values = records.settings(record)
+    own = from_text(values.pop("course", None) or "")
     listed = {"listed": record.get("listed")}
-    return found | {f"{record['method']}.{name}": value for name, value in own.items()} | listed
+    return values | {f"{record['method']}.{name}": value for name, value in own.items()} | listed
 
 
 def _name_rows(block: Block) -> None:
@@ -106,14 +106,14 @@ def _most_frequent(values: list, default: object) -> object:
     return max(counts, key=lambda value: (counts[value], value == default, repr(value)))
 
 
-def _separate_forget_sets(found: list[Record]) -> None:
+def _separate_forget_sets(runs: list[Record]) -> None:
     """Separate runs that differ in D_f only: the hash of D_f joins what differs."""
     same = defaultdict(list)
-    for record in found:
+    for record in runs:
         same[json.dumps([record[name] for name in ("method", "differs", "k", "continual_step", "seed")])].append(record)
-    for runs in same.values():
-        if len(runs) > 1:
-            for record in runs:
+    for group in same.values():
+        if len(group) > 1:
+            for record in group:
                 record["differs"] = record["differs"] | {"forget_sha256": record.get("forget_sha256")}
 
 

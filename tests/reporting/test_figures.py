@@ -101,11 +101,11 @@ def test_layers_are_in_the_order_in_which_they_run():
 
 def test_layers_in_groups_give_the_same_and_large_outputs_are_averaged(trained, monkeypatch):
     model, images, _ = trained
-    whole = features.layer_grams(model, images)
+    together = features.layer_grams(model, images)
     monkeypatch.setattr(features, "MEMORY", 1)  # a pass for each layer
     alone = features.layer_grams(model, images, batch_size=7)
-    assert list(whole) == list(alone) == ["features.0", "features.3", "head"]
-    assert all(torch.allclose(whole[name], alone[name], rtol=1e-3, atol=1e-3) for name in whole)
+    assert list(together) == list(alone) == ["features.0", "features.3", "head"]
+    assert all(torch.allclose(together[name], alone[name], rtol=1e-3, atol=1e-3) for name in together)
     monkeypatch.setattr("l2ul.common.activations.LARGEST", 300)
     assert activations.layers(model, images / 255) == {"features.0": 8, "features.3": 256, "head": CLASSES}
     tokens = torch.arange(24.0).view(2, 3, 4)
