@@ -127,12 +127,12 @@ class Unlearner:
         needs = registry.get(self.method, self.forget.goal).needs
         images, labels = self.train_set.images, self.train_set.labels
         if "adv" in needs and "adv" not in self._inputs:
-            with self._progress("adversarial examples", ATTACK["num_adv_images"] * len(labels)) as advance:
+            with self.show_progress("adversarial examples", ATTACK["num_adv_images"] * len(labels)) as advance:
                 self._inputs["adv"] = attack.adversarial_set(
                     self.model, images, labels, self.num_classes, seed=self.seed, progress=advance, **ATTACK
                 )
         if "importance" in needs and "importance" not in self._inputs:
-            with self._progress("importance", len(labels)) as advance:
+            with self.show_progress("importance", len(labels)) as advance:
                 self._inputs["importance"] = mas_importance(self.model, images, advance)
         options = {"new_labels": self.train_set.new_labels, "settings": settings, "go_on": go_on, "on_step": on_step}
         return unlearn.unlearn(self.model, images, labels, self.method, **options, **self._inputs)
@@ -142,7 +142,7 @@ class Unlearner:
     ) -> Candidate:
         """Unlearn, stopping when only `reserve` seconds of the budget are left, and measure what would be written."""
         started = time.perf_counter()
-        with self._progress(describe(changed), None) as advance:
+        with self.show_progress(describe(changed), None) as advance:
             outcome = self.unlearn(
                 settings,
                 lambda: budget.left > reserve,
@@ -161,7 +161,8 @@ class Unlearner:
                 candidate = replace(candidate, status="diverged")
         return replace(candidate, seconds=time.perf_counter() - started)
 
-    def _progress(self, description: str, total: int | None):
+    def show_progress(self, description: str, total: int | None):
+        """Return a context manager that yields a function to call with the number of finished units."""
         no_progress = contextlib.nullcontext(lambda count=1, note="": None)
         return self.progress(description, total) if self.progress else no_progress
 
@@ -238,7 +239,10 @@ def _held_out_probe(unlearner: Unlearner, settings: Settings, budget: TimeBudget
     count = int(PROBE_SHARE * budget.left / max(seconds_per_step / passes * agreement.STEPS, 1e-9))
     count = min(MAX_EXAMPLES, max(MIN_EXAMPLES, count))
     images, num_classes = unlearner.forget.images, unlearner.num_classes
-    return agreement.held_out(unlearner.model, images, num_classes, count=count, seed=unlearner.seed)
+    with unlearner.show_progress("examples for agreement", count) as advance:
+        return agreement.held_out(
+            unlearner.model, images, num_classes, count=count, seed=unlearner.seed, progress=advance
+        )
 
 
 def search(

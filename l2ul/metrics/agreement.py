@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from l2ul import attack
+from l2ul import Progress, attack
 from l2ul.common import seeds
 from l2ul.data.images import as_pixels
 from l2ul.data.mixes import mixes
@@ -48,12 +48,21 @@ class Agreement:
     count: int
 
 
-def held_out(model: nn.Module, images: Tensor, num_classes: int, *, count: int, seed: int) -> Probe:
+def held_out(
+    model: nn.Module,
+    images: Tensor,
+    num_classes: int,
+    *,
+    count: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> Probe:
     """Make a probe of adversarial examples, with random targets, of mixes of D_f that no method trains on.
 
-    model   the original model
-    images  D_f (k, 3, H, W), uint8 or float in [0,1], on the model's device
-    count   number of examples
+    model     the original model
+    images    D_f (k, 3, H, W), uint8 or float in [0,1], on the model's device
+    count     number of examples
+    progress  called with the number of examples that are finished
 
     The examples start from mixes because an example of an image of D_f depends on that image more than on others. The
     radius of the attack grows with the side of the images, so that the change of a pixel stays the same.
@@ -62,7 +71,9 @@ def held_out(model: nn.Module, images: Tensor, num_classes: int, *, count: int, 
     eps = EPS * images.shape[-1] / 32
     settings = {"num_adv_images": 1, "eps": eps, "alpha": eps, "steps": STEPS, "seed": seed + SEED_OFFSET}
     predictions = accuracy.predict(model, mixed, fold=False).to(images.device)
-    examples, _ = attack.adversarial_set(model, mixed, predictions, num_classes, fold=False, **settings)
+    examples, _ = attack.adversarial_set(
+        model, mixed, predictions, num_classes, fold=False, progress=progress, **settings
+    )
     return make_probe("adversarial examples", model, examples)
 
 
