@@ -58,7 +58,7 @@ class AdversarialSet:
         """Store what the cache has under the keys of these positions; return the keys that it does not have."""
         missing = {}
         for position, key in keys.items():
-            part = cache.get(key)  # of older versions it also has exact_hits, which nothing uses
+            part = cache.get(key)  # entries of older versions also have exact_hits, which is ignored
             if part:
                 self.store(position, part)
             else:
@@ -123,17 +123,17 @@ class Attack:
                 missing = result.load(missing, cache)
                 progress((len(keys) - len(missing)) * cost)
             chunks = self._chunks(distributed.broadcast(lambda: list(missing)), batch_size)
-            sizes = [batch_size]  # the last one is what memory has room for
+            sizes = [batch_size]  # the last one is used; smaller ones are added where memory runs out
             for turn in range(0, len(chunks), distributed.size()):
                 own = turn + distributed.rank()
                 parts = self._attack_chunk(
                     model, images, labels, first_position, chunks[own : own + 1], sizes, progress
                 )
-                for rank, chunk_parts in enumerate(distributed.gather(parts)):  # empty but in the first process
+                for rank, chunk_parts in enumerate(distributed.gather(parts)):  # an empty list in the other processes
                     for position, part in chunk_parts:
                         result.store(position, part)
                         cache.put(keys[position], part)
-                        if rank:  # another process, whose progress is not shown
+                        if rank:  # made by another process, which shows no progress
                             progress(cost)
                 if first:
                     cache.trim()

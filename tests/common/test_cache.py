@@ -1,4 +1,4 @@
-"""The cache: what is found again is what was put, nothing else, and never too much; D_adv with it and without."""
+"""The cache of tensors, and adversarial sets made with and without it."""
 
 import dataclasses
 import importlib.util
@@ -36,7 +36,7 @@ def same(one, other):
 
 @pytest.fixture
 def attacked(monkeypatch):
-    """How many images each attack was given."""
+    """Return a list to which each attack appends its number of images."""
     sizes, true_set = [], attack.adversarial_set
     monkeypatch.setattr(
         adversarial_sets.attack,
@@ -46,7 +46,7 @@ def attacked(monkeypatch):
     return sizes
 
 
-def test_gives_back_what_was_put_and_only_that(tmp_path):
+def test_returns_what_was_stored_under_the_same_key(tmp_path):
     cache = Cache(tmp_path)
     tensors = {"a": torch.arange(6).view(2, 3), "b": torch.tensor([True, False])}
     assert cache.get({"x": 1}) is None
@@ -63,7 +63,7 @@ def test_gives_back_what_was_put_and_only_that(tmp_path):
     assert Cache().get({"x": 1}) is None
 
 
-def test_what_was_not_used_for_the_longest_time_goes_first(tmp_path):
+def test_least_recently_used_entries_are_deleted_first(tmp_path):
     cache = Cache(tmp_path, limit=3000)
     for number in range(3):
         cache.put({"x": number}, {"a": torch.zeros(200)})  # 800 bytes and a header
@@ -76,7 +76,7 @@ def test_what_was_not_used_for_the_longest_time_goes_first(tmp_path):
     assert cache.get({"x": 4}) is None
 
 
-def test_a_folder_that_takes_nothing_more_is_no_error(tmp_path, monkeypatch):
+def test_a_full_disk_is_not_an_error(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -85,7 +85,7 @@ def test_a_folder_that_takes_nothing_more_is_no_error(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_of_others_stay(tmp_path):
+def test_other_files_in_the_folder_are_kept(tmp_path):
     (tmp_path / "resnet50.safetensors").write_bytes(b"0" * 5000)
     (tmp_path / "l2ul-folder.safetensors").mkdir()
     cache = Cache(tmp_path, limit=1000)
@@ -96,14 +96,14 @@ def test_files_of_others_stay(tmp_path):
     assert (tmp_path / "l2ul-folder.safetensors").exists()
 
 
-def test_leaves_the_last_of_a_disk_to_others(tmp_path, monkeypatch):
+def test_the_last_gib_of_a_disk_stays_free(tmp_path, monkeypatch):
     monkeypatch.setattr("l2ul.common.cache.shutil.disk_usage", lambda folder: type("Usage", (), {"free": 2**30 + 100}))
     Cache(tmp_path).put({"x": 0}, {"a": torch.zeros(200)})
     assert list(tmp_path.iterdir()) == []
 
 
 def own_net(tmp_path, monkeypatch, name, forward):
-    """An instance of a class Net of a file whose forward is this."""
+    """Return an instance of a class Net from a new file, with this expression as its forward pass."""
     lines = ["import torch", "class Net(torch.nn.Module):", f"    def forward(self, x): return {forward}"]
     (tmp_path / f"{name}.py").write_text("\n".join(lines))
     spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
@@ -113,7 +113,7 @@ def own_net(tmp_path, monkeypatch, name, forward):
     return module.Net()
 
 
-def test_tells_nets_of_ones_own_apart_by_their_code(tmp_path, monkeypatch):
+def test_fingerprints_of_own_models_depend_on_their_code(tmp_path, monkeypatch):
     one = own_net(tmp_path, monkeypatch, "one", "x.mean((2, 3))")
     same_code = own_net(tmp_path, monkeypatch, "same", "x.mean((2, 3))")
     edited = own_net(tmp_path, monkeypatch, "edited", "x.amax((2, 3))")
@@ -125,7 +125,7 @@ def test_tells_nets_of_ones_own_apart_by_their_code(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("draws", "first", "then"), [(5, 3, 6), (1, 15, 16), (3, 1, 2), (20, 1, 4), (7, 2, 5)])
-def test_rounding_does_not_depend_on_what_is_cached(tmp_path, draws, first, then):
+def test_examples_do_not_depend_on_what_is_cached(tmp_path, draws, first, then):
     net = models.load("resnet20", 10, ROOT / "data" / "weights" / "digits_resnet20.safetensors")
     images = datasets.load("digits", "nowhere").train.images
     problem = net, images, torch.arange(len(images)) % 10
@@ -135,7 +135,7 @@ def test_rounding_does_not_depend_on_what_is_cached(tmp_path, draws, first, then
     assert same(make(how, problem, slice(0, then), Cache(tmp_path))[0], expected)
 
 
-def test_tells_nets_apart(trained):
+def test_fingerprints_depend_on_layers_and_weights(trained):
     model, *_ = trained
     first = fingerprint(model)
     assert fingerprint(model) == first
@@ -147,7 +147,7 @@ def test_tells_nets_apart(trained):
     assert fingerprint(model) != first
 
 
-def test_makes_only_what_is_not_there_and_the_same_bit_by_bit(trained, tmp_path, attacked):
+def test_only_missing_examples_are_made_and_are_equal_bit_for_bit(trained, tmp_path, attacked):
     cache = Cache(tmp_path)
     whole, done = make(HOW, trained, slice(0, 10))
     assert done == 10 * 4 * 5
@@ -162,13 +162,13 @@ def test_makes_only_what_is_not_there_and_the_same_bit_by_bit(trained, tmp_path,
     assert same(again, whole)
     attacked.clear()
     assert same(make(HOW, trained, slice(0, 10), cache)[0], whole)
-    later, _ = make(HOW, trained, slice(4, 8), cache, position=4)  # as a step of a continual run asks for them
+    later, _ = make(HOW, trained, slice(4, 8), cache, position=4)  # as in a step of a continual run
     assert torch.equal(later.examples, whole.examples[16:32])
     assert attacked == []
 
 
 def changed(**values):
-    """HOW with other values of its fields, or of its settings."""
+    """Return HOW with other values of its fields, or of its settings."""
     own = {name: values.pop(name) for name in ("seed", "num_classes") if name in values}
     return dataclasses.replace(HOW, settings=dataclasses.replace(HOW.settings, **values), **own)
 
@@ -188,7 +188,7 @@ def test_another_setting_is_another_entry(trained, tmp_path, attacked, change):
     assert attacked == [2]
 
 
-def test_other_images_places_labels_and_nets_are_other_entries(trained, tmp_path, attacked):
+def test_other_images_positions_labels_and_models_are_other_entries(trained, tmp_path, attacked):
     model, images, labels = trained
     cache = Cache(tmp_path)
     make(HOW, trained, slice(0, 2), cache)
@@ -219,7 +219,7 @@ def test_hits_are_those_of_the_stored_examples(trained, dtype):
 def test_entries_of_older_versions_are_read(trained, tmp_path, attacked):
     cache = Cache(tmp_path)
     expected, _ = make(HOW, trained, slice(0, 2), cache)
-    for file in tmp_path.glob("*.safetensors"):  # which also had the hits before rounding
+    for file in tmp_path.glob("*.safetensors"):  # older versions also stored the hits before rounding
         part = load_file(file)
         save_file(part | {"exact_hits": ~part["hits"]}, file)
     attacked.clear()
@@ -227,7 +227,7 @@ def test_entries_of_older_versions_are_read(trained, tmp_path, attacked):
     assert attacked == []
 
 
-def test_records_the_batch_that_memory_had_room_for(trained, tmp_path, monkeypatch):
+def test_states_the_batch_size_that_fits_in_memory(trained, tmp_path, monkeypatch):
     true_attack = attack.pgd_l2
 
     def small_memory(model, x, *arguments, **options):
@@ -238,15 +238,15 @@ def test_records_the_batch_that_memory_had_room_for(trained, tmp_path, monkeypat
     monkeypatch.setattr(attack, "pgd_l2", small_memory)
     assert make(HOW, trained, slice(0, 4), Cache(tmp_path))[0].batch_size == 4
     monkeypatch.undo()
-    assert make(HOW, trained, slice(0, 6), Cache(tmp_path))[0].batch_size == 16  # of what is made now
+    assert make(HOW, trained, slice(0, 6), Cache(tmp_path))[0].batch_size == 16  # of the examples made in this call
 
 
-def test_stretches():
+def test_consecutive_positions_are_cut_to_chunks():
     assert list(adversarial_sets._consecutive([], 3)) == []
     assert list(adversarial_sets._consecutive([0, 1, 2, 3, 6, 8, 9], 3)) == [(0, 3), (3, 4), (6, 7), (8, 10)]
 
 
-def test_a_process_that_stops_keeps_what_it_finished(trained, tmp_path, attacked, monkeypatch):
+def test_an_interrupted_process_keeps_what_it_finished(trained, tmp_path, attacked, monkeypatch):
     cache, true_set = Cache(tmp_path), attack.adversarial_set
 
     def stopped(model, images, *arguments, **options):

@@ -1,4 +1,4 @@
-"""D_f from a folder, continual runs, and D_r measured on a sample: whole commands on a few digits."""
+"""D_f from a folder, continual runs and the retain sample: complete commands on a few digits."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ def steps(records):
 CONTINUAL = ["--continual-step", 2, "--unlearn-k", 6, "--method", "before", "neggrad", "adv_imp", "--max-passes", 40]
 
 
-def test_each_continual_step_starts_from_the_last_net_and_sees_its_own_images(run, tmp_path, few_digits, monkeypatch):
+def test_each_continual_step_starts_from_the_previous_model_with_its_own_images(run, tmp_path, few_digits, monkeypatch):
     attacked = []
     true_set = attack.adversarial_set
 
@@ -54,7 +54,7 @@ def test_each_continual_step_starts_from_the_last_net_and_sees_its_own_images(ru
     assert "earlier D_f %" in out
 
 
-def test_a_continual_run_goes_on_where_it_was_and_ends_alike(run, tmp_path):
+def test_an_interrupted_continual_run_continues_with_the_same_result(run, tmp_path):
     assert run(*CONTINUAL)[0] == 0
     whole = load_records(tmp_path)
     last = {i for i, r in whole.items() if r["continual_step"] == 3 and r["method"] != "before"}
@@ -66,7 +66,7 @@ def test_a_continual_run_goes_on_where_it_was_and_ends_alike(run, tmp_path):
     assert {i: without_costs(r) for i, r in load_records(tmp_path).items()} == {
         i: without_costs(r) for i, r in whole.items()
     }
-    # without the nets of the steps before, those are made again
+    # if the models of earlier steps are missing, they are made again
     for path in (tmp_path / "models").iterdir():
         path.unlink()
     for identity in last:
@@ -77,7 +77,7 @@ def test_a_continual_run_goes_on_where_it_was_and_ends_alike(run, tmp_path):
     }
 
 
-def test_after_a_step_that_diverged_the_next_ones_have_no_net_to_start_from(run, tmp_path):
+def test_the_steps_after_a_diverged_step_diverge_too(run, tmp_path):
     lost = ["--unlearn-lr", "1e30", "--bn", "eval", "--method", "adv"]
     code, out, err = run("--continual-step", 2, "--unlearn-k", 6, *lost)
     assert code == 0, err
@@ -88,7 +88,7 @@ def test_after_a_step_that_diverged_the_next_ones_have_no_net_to_start_from(run,
     assert "3 diverged" in out or out.count("1 diverged") == 3
 
 
-def test_noise_of_later_steps_is_drawn_anew(run, tmp_path):
+def test_each_step_draws_its_own_noise(run, tmp_path):
     arguments = ["--method", "rawp", "--max-passes", 3, "--noise-growth", 1e-3]
     assert run("--continual-step", 2, "--unlearn-k", 4, *arguments)[0] == 0
     assert run("--unlearn-k", 2, *arguments, "--save-model")[0] == 0
@@ -105,7 +105,7 @@ def test_noise_of_later_steps_is_drawn_anew(run, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(same.parameters(), nets[1].parameters(), strict=True))
 
 
-def test_a_step_made_again_for_its_net_alone_keeps_its_record(run, tmp_path):
+def test_a_step_repeated_for_its_model_keeps_its_record(run, tmp_path):
     assert run(*CONTINUAL[:4], "--method", "neggrad")[0] == 0
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     (last,) = [i for i, r in load_records(tmp_path).items() if r["continual_step"] == 3]
@@ -119,19 +119,19 @@ def test_a_step_made_again_for_its_net_alone_keeps_its_record(run, tmp_path):
 
 @pytest.fixture
 def digits_folder(tmp_path, few_digits):
-    """Nearly test images of the few digits as a folder a class; one of them in the folder of another class."""
+    """Save slightly changed test images in a folder per class, two of them in the folder of another class."""
     for i in range(8):
         label = int(few_digits.test.labels[i])
         label = (label + 1) % 10 if i in (2, 5) else label
         path = tmp_path / "images" / str(label) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = few_digits.test.images[i].permute(1, 2, 0).numpy().copy()
-        pixels[0, 0, 0] ^= 1  # no test image any more
+        pixels[0, 0, 0] ^= 1  # so that it is not a test image
         Image.fromarray(pixels).save(path)
     return tmp_path / "images"
 
 
-def test_corrects_the_images_of_a_folder_that_the_model_gets_wrong(run, tmp_path, digits_folder, few_digits):
+def test_corrects_the_misclassified_images_of_a_folder(run, tmp_path, digits_folder, few_digits):
     weights = ROOT / "data/weights/digits_resnet20.safetensors"
     called = accuracy.predict(models.load("resnet20", 10, weights), few_digits.test.images[:8])
     assert torch.equal(called, few_digits.test.labels[:8])
@@ -140,7 +140,7 @@ def test_corrects_the_images_of_a_folder_that_the_model_gets_wrong(run, tmp_path
     assert code == 0, err
     ((identity, record),) = load_records(tmp_path).items()
     assert (record["k"], record["status"], record["acc_relabel"], record["acc_forget"]) == (2, "forgotten", 100.0, 0.0)
-    assert record["acc_forget_before"] == 100  # of them are called what they are to get away from
+    assert record["acc_forget_before"] == 100  # the labels to move away from are the predictions
     assert record["forget_dir"] == "images"
     names = (tmp_path / "runs" / f"{identity}.txt").read_text().split()
     assert sorted(name.split("/")[1] for name in names) == ["2.png", "5.png"]
@@ -152,7 +152,7 @@ def test_forgets_the_images_of_a_folder(run, tmp_path, digits_folder):
     code, _, err = run("--forget-dir", digits_folder, "--method", "neggrad", "--unlearn-k", 8)
     assert code == 0, err
     (record,) = load_records(tmp_path).values()
-    assert record["acc_forget_before"] == 75  # two lie in the folder of another class
+    assert record["acc_forget_before"] == 75  # two are in the folder of another class
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_forgets_the_images_of_a_folder(run, tmp_path, digits_folder):
         (["--adv-dtype", "int4"], "'int4' is not allowed; expected one of float32, float16, uint8; did you mean"),
     ],
 )
-def test_bad_forget_sets_are_one_sentence(script, tmp_path, digits_folder, few_digits, arguments, complaint):
+def test_bad_forget_sets_are_rejected_in_a_sentence(script, tmp_path, digits_folder, few_digits, arguments, complaint):
     odd, right = tmp_path / "odd" / "ten", tmp_path / "right" / str(int(few_digits.test.labels[0]))
     for folder in (odd, right):
         folder.mkdir(parents=True)
@@ -189,7 +189,7 @@ def test_bad_forget_sets_are_one_sentence(script, tmp_path, digits_folder, few_d
     own.parent.mkdir(parents=True)
     Image.fromarray(few_digits.train.images[0].permute(1, 2, 0).numpy()).save(own)
     places = {"OWN": own.parent.parent, "IMAGES": digits_folder, "ODD": odd.parent, "RIGHT": right.parent}
-    fast = FAST[2:] if "--forget-dir" in arguments else FAST  # by default, all images of the folder
+    fast = FAST[2:] if "--forget-dir" in arguments else FAST  # without --unlearn-k: all images of the folder
     given = [places.get(word, word) for word in arguments]
     code, _, err = script(main_unlearn.main, "--result-dir", tmp_path, *fast, *given)
     assert (code, err.count("\n")) == (2, 1), err
@@ -197,7 +197,7 @@ def test_bad_forget_sets_are_one_sentence(script, tmp_path, digits_folder, few_d
     assert not load_records(tmp_path)
 
 
-def test_a_sample_stands_for_d_r_and_says_so(run, tmp_path):
+def test_a_retain_sample_is_measured_in_place_of_d_r(run, tmp_path):
     assert run("--retain-sample", 10, "--method", "before", "neggrad", "--seed", 0, 1)[0] == 0
     for identity, record in load_records(tmp_path).items():
         assert record["retain_sample"] == 10
@@ -209,14 +209,14 @@ def test_a_sample_stands_for_d_r_and_says_so(run, tmp_path):
             assert len(indices) == len(kept["retain_after"]) == record["retain_measured"]
             assert not forgotten & set(indices.tolist())
     sampled = {r["acc_retain_before"] for r in load_records(tmp_path).values()}
-    assert run("--method", "before")[0] == 0  # on all: another record
+    assert run("--method", "before")[0] == 0  # on all of D_r, which is another record
     whole = [r for r in load_records(tmp_path).values() if r["retain_sample"] is None]
     assert len(whole) == 1
     assert sampled
     assert whole[0]["acc_retain_low"] is None
 
 
-def test_interval_is_wilson_s():
+def test_the_interval_is_wilsons():
     predictions, labels = torch.ones(20, dtype=torch.long), torch.cat([torch.ones(18), torch.zeros(2)]).long()
     z, n, p = 1.959964, 20, 0.9
     centre, half = (

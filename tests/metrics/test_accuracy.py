@@ -7,7 +7,7 @@ from l2ul.common.errors import InputError
 from l2ul.metrics import accuracy
 
 
-def test_predictions_accuracy_and_the_rest():
+def test_predictions_accuracy_and_complement():
     class Blue(torch.nn.Module):
         """Calls an image 1 where blue is brighter than red; nan for a black one."""
 

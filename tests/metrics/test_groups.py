@@ -1,4 +1,4 @@
-"""Groups of metrics in records: against nets that never saw D_f, and added to runs whose net is at hand."""
+"""Groups of metrics in records: comparison with reference models, and metrics added to finished runs."""
 
 import json
 
@@ -21,7 +21,7 @@ GAPS = ["metric_gap_forget", "metric_gap_retain", "metric_gap_test", "metric_gap
 
 @pytest.fixture
 def net(tmp_path):
-    """Save the digits' classifier, its weights moved by so much of their own size, told to be trained without D_f."""
+    """Save the digits model with noise on its weights, and metadata that says it was trained without D_f."""
 
     def save(name, move, excluded=range(40)):
         classifier = models.load("resnet20", 10, CHECKPOINT)
@@ -38,7 +38,7 @@ def net(tmp_path):
 
 @pytest.fixture
 def unlearned(script, few_digits, monkeypatch):
-    """Call main_unlearn.py with a result folder; returns its records by method and step, and what it printed."""
+    """Call main_unlearn.py with a result folder; return its records by method and step, and its output."""
     monkeypatch.setattr(relearn, "MAX_STEPS", 6)
 
     def call(folder, *arguments):
@@ -50,7 +50,7 @@ def unlearned(script, few_digits, monkeypatch):
     return call
 
 
-def test_of_the_retrained_net_itself_every_gap_is_none(unlearned, net, tmp_path):
+def test_all_gaps_of_the_retrained_model_itself_are_zero(unlearned, net, tmp_path):
     same = net("the_same", 0.0)  # another file with the classifier's weights
     groups = ["--evaluate", "retrained", "relearn", "duplicates", "rmia", "distance"]
     records, _ = unlearned(tmp_path, *RUN, *groups, "--retrained", same, "--references", same, same)
@@ -70,7 +70,7 @@ def test_of_the_retrained_net_itself_every_gap_is_none(unlearned, net, tmp_path)
     assert unlike["metric_near_duplicates"] == record["metric_near_duplicates"] >= 0
 
 
-def test_what_is_added_to_runs_on_record_is_as_if_evaluated_at_once(unlearned, net, few_digits, tmp_path, monkeypatch):
+def test_metrics_added_later_equal_those_computed_with_the_run(unlearned, net, few_digits, tmp_path, monkeypatch):
     other, references = net("moved", 0.15), [net("a", 0.1), net("bc", 0.1)]
     asked = ["--evaluate", "membership", "distance", "retrained", "rmia", "relearn", "duplicates"]
     asked += ["--retrained", other, "--references", *references]
@@ -84,7 +84,7 @@ def test_what_is_added_to_runs_on_record_is_as_if_evaluated_at_once(unlearned, n
     plain, _ = unlearned(tmp_path / "second", *kept)
     monkeypatch.setattr(unlearn, "unlearn", None)
     assert (
-        "0 runs to do, 0 done, 2 done but to be measured again"
+        "0 runs to do, 0 done, 2 done that lack metrics"
         in unlearned(tmp_path / "second", *kept, *asked, "--dry-run")[1]
     )
     later, _ = unlearned(tmp_path / "second", *kept, *asked)
@@ -101,38 +101,38 @@ def test_what_is_added_to_runs_on_record_is_as_if_evaluated_at_once(unlearned, n
         assert record["metric_gap_test"] == pytest.approx(abs(record["acc_test"] - accuracy))
 
 
-def test_against_another_retrained_net_is_measured_again_and_what_was_of_the_first_is_gone(unlearned, net, tmp_path):
+def test_another_retrained_model_replaces_the_metrics_of_the_first(unlearned, net, tmp_path):
     first, second = net("one", 0.1), net("other", 0.2)
     arguments = ["--unlearn-k", 6, "--method", "before", "--evaluate"]
     unlearned(tmp_path, *arguments, "retrained", "distance", "--retrained", first)
     found, out = unlearned(tmp_path, *arguments, "relearn", "--retrained", second)
-    assert "0 runs to do, 0 done, 1 done but to be measured again" in out
+    assert "0 runs to do, 0 done, 1 done that lack metrics" in out
     record = found["before", None]
     assert record["retrained_sha256"] == models.load("resnet20", 10, second).sha256
     assert not any(name in record for name in (*GAPS, "metric_tow", "metric_js_test"))
     assert record["metric_distance"] == 0
     assert record["metric_relearn_steps_retrained"] >= 0
-    assert "0 runs to do, 1 done\n" in unlearned(tmp_path, *arguments, "relearn")[1]  # no net is asked for
+    assert "0 runs to do, 1 done\n" in unlearned(tmp_path, *arguments, "relearn")[1]  # no reference model is needed
     again, out = unlearned(tmp_path, *arguments, "retrained", "--retrained", second)
-    assert "measured again" in out
+    assert "1 done that lack metrics" in out
     assert again["before", None].items() >= record.items()
 
 
-def test_steps_of_a_continual_run_and_runs_that_diverged_are_measured_alone_too(unlearned, tmp_path, monkeypatch):
+def test_metrics_are_added_to_continual_steps_and_to_diverged_runs(unlearned, tmp_path, monkeypatch):
     steps = ["--continual-step", 3, *RUN]
     lost = ["--unlearn-k", 6, "--method", "distill", "--distill-lr", 1e30]
     plain, _ = unlearned(tmp_path / "steps", *steps)
     unlearned(tmp_path / "lost", *lost)
     monkeypatch.setattr(unlearn, "unlearn", None)
     later, out = unlearned(tmp_path / "steps", *steps, "--evaluate", "distance")
-    assert "0 runs to do, 0 done, 4 done but" in out
+    assert "0 runs to do, 0 done, 4 done that lack metrics" in out
     assert 0 < later["distill", 1]["metric_distance"] < later["distill", 2]["metric_distance"]
     assert all(record.items() >= plain[key].items() for key, record in later.items())
     (record,) = unlearned(tmp_path / "lost", *lost, "--evaluate", "distance", "relearn")[0].values()
     assert (record["status"], record["metric_distance"], record["metric_relearn_steps"]) == ("diverged", None, None)
 
 
-def test_a_kept_net_that_is_not_the_one_on_record_is_not_measured_for_it(unlearned, net, tmp_path):
+def test_a_saved_model_that_does_not_match_its_record_is_rejected(unlearned, net, tmp_path):
     arguments = ["--unlearn-k", 6, "--method", "distill"]
     unlearned(tmp_path, *arguments, "--save-model")
     (kept,) = (tmp_path / "models").iterdir()
@@ -141,7 +141,7 @@ def test_a_kept_net_that_is_not_the_one_on_record_is_not_measured_for_it(unlearn
         unlearned(tmp_path, *arguments, "--evaluate", "distance")
 
 
-def test_nets_that_cannot_be_measured_against_are_refused_in_a_sentence(script, few_digits, net, tmp_path):
+def test_unusable_reference_models_are_rejected_in_one_sentence(script, few_digits, net, tmp_path):
     def refused(*arguments):
         code, out, err = script(main_unlearn.main, "--result-dir", tmp_path, *FAST, "--method", "before", *arguments)
         assert (code, out) == (2, "")
@@ -154,16 +154,18 @@ def test_nets_that_cannot_be_measured_against_are_refused_in_a_sentence(script, 
     assert "was trained on 1 of the 2" in refused("--evaluate", "rmia", "--references", net("all", 0.1), some)
     assert "is the original model" in refused("--evaluate", "retrained", "--retrained", CHECKPOINT)
     assert "there is no nowhere" in refused("--evaluate", "retrained", "--retrained", "nowhere")
-    assert "name with --references the weights" in refused("--evaluate", "rmia", "--references", "nowhere")
+    assert "expected weights of a model trained without D_f for --references" in refused(
+        "--evaluate", "rmia", "--references", "nowhere"
+    )
     small = tmp_path / "small.safetensors"
     models.save(models.build("resnet32", 10), small, {})
-    assert "does not fit resnet20 of 10 classes" in refused("--evaluate", "retrained", "--retrained", small)
+    assert "does not fit resnet20 with 10 classes" in refused("--evaluate", "retrained", "--retrained", small)
     trained_here = tmp_path / "whole.safetensors"
     models.save(models.load("resnet20", 10, CHECKPOINT), trained_here, {"epochs": 3})
     assert "was trained on 2 of the 2" in refused("--evaluate", "retrained", "--retrained", trained_here)
     assert "not finite" in refused("--evaluate", "relearn", "--retrained", net("lost", float("nan")))
-    assert "by --retrained" in refused("--evaluate", "retrained")
-    assert "by --references" in refused("--evaluate", "membership", "rmia")
+    assert "name their weights with --retrained" in refused("--evaluate", "retrained")
+    assert "name their weights with --references" in refused("--evaluate", "membership", "rmia")
     assert "add --evaluate rmia" in refused("--references", some)
     told = refused("--evaluate", "distance", "--retrained", some)
     assert "add --evaluate retrained or --evaluate relearn" in told

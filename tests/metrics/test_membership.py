@@ -1,4 +1,4 @@
-"""Membership inference: scores by hand, attacks on made-up members, and what a record says of a run."""
+"""Membership inference: scores computed by hand, attacks on artificial members, and metrics in records."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from l2ul.metrics import membership
 import main_unlearn
 
 
-def test_scores_equal_values_worked_out_by_hand():
+def test_scores_equal_values_computed_by_hand():
     p = torch.tensor([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]])
     found = membership.scores(p.log() + 3.0, torch.tensor([0, 1]))
     log = math.log
@@ -31,7 +31,7 @@ def test_scores_equal_values_worked_out_by_hand():
     }
 
 
-def test_scores_of_certain_outputs_are_finite_and_in_order():
+def test_scores_of_confident_outputs_are_finite_and_ordered():
     logits = torch.tensor([[0.0, 50.0], [0.0, 100.0], [0.0, 200.0]])
     wrong = membership.scores(logits, torch.zeros(3, dtype=torch.int64))
     assert all(values.isfinite().all() for values in wrong.values())
@@ -40,7 +40,7 @@ def test_scores_of_certain_outputs_are_finite_and_in_order():
     assert right["modified_entropy"].abs().max() < 1e-10
 
 
-def test_a_threshold_is_told_on_either_side():
+def test_advantage_is_the_better_of_both_directions():
     rng = np.random.default_rng(0)
     others = rng.normal(size=2000)
     assert membership.advantage(others[:500] + 20, others) == {"auc": 100.0, "tpr": 100.0}
@@ -48,12 +48,12 @@ def test_a_threshold_is_told_on_either_side():
     guess = membership.advantage(rng.normal(size=2000), others)
     assert 50 <= guess["auc"] < 53
     assert guess["tpr"] < 3
-    # 3 of 4 members above every other image: 3 told; the fourth is beaten by all of 200
+    # 3 of 4 members score above every other image, and the fourth scores below all 200
     few = membership.advantage(np.array([5.0, 6.0, 7.0, -9.0]), np.linspace(0, 1, 200))
     assert few == {"auc": pytest.approx(75.0), "tpr": pytest.approx(75.0)}
 
 
-def test_the_logistic_attack_finds_members_in_the_middle_that_no_threshold_tells():
+def test_the_logistic_attack_finds_members_in_the_middle_of_a_range():
     rng = np.random.default_rng(0)
     others = rng.choice([-1.0, 1.0], size=(400, 1)) + 0.1 * rng.normal(size=(400, 1))
     members = 0.1 * rng.normal(size=(100, 1))
@@ -64,10 +64,10 @@ def test_the_logistic_attack_finds_members_in_the_middle_that_no_threshold_tells
         (one == other).all() for one, other in zip(first, membership.logistic_scores(members, others), strict=True)
     )
     same = membership.logistic_scores(rng.normal(size=(300, 2)), rng.normal(size=(300, 2)))
-    assert membership.advantage(*same)["auc"] < 57  # its own fit did not see an image
+    assert membership.advantage(*same)["auc"] < 57  # each image is scored by a fit that excludes it
 
 
-def test_rmia_equals_values_worked_out_by_hand():
+def test_rmia_equals_values_computed_by_hand():
     own = membership.label_log_probability(torch.tensor([[0.9, 0.1], [0.8, 0.2]]).log() - 5.0, torch.tensor([0, 1]))
     assert own.exp().tolist() == pytest.approx([0.9, 0.2])
     ratios = membership.likelihood_ratio(own, torch.tensor([[0.5, 0.2], [0.3, 0.6]], dtype=torch.double).log())
@@ -76,12 +76,12 @@ def test_rmia_equals_values_worked_out_by_hand():
     population = torch.tensor([8.0, 1.9, 1.0, 3.0]).log()
     assert membership.relative_scores(torch.tensor([2.0, 0.5, 8.5]).log(), population).tolist() == [0.5, 0.0, 1.0]
     near = membership.relative_scores(torch.tensor([1.01, 0.99]).log(), torch.tensor([1.0, 0.98]).log())
-    assert near.tolist() == [1.0, 0.5]  # told apart, though no ratio is far from 1
+    assert near.tolist() == [1.0, 0.5]  # distinguished although no ratio is far from 1
     certain = membership.label_log_probability(torch.tensor([[0.0, 800.0]]), torch.tensor([0]))
     assert membership.likelihood_ratio(certain, certain[None]).isfinite().all()
 
 
-def test_one_member_is_no_error():
+def test_a_single_member_has_no_logistic_attack():
     logits = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(30) % 4
     found = membership.inference((logits[:1], labels[:1]), (logits[1:], labels[1:]))
@@ -89,12 +89,12 @@ def test_one_member_is_no_error():
     assert set(found) == set(membership.ATTACKS) - {"logistic"}
 
 
-def test_evaluate_adds_its_metrics_to_the_record_and_to_old_ones(script, few_digits, tmp_path):
+def test_evaluate_adds_metrics_to_new_and_to_finished_runs(script, few_digits, tmp_path):
     arguments = ["--result-dir", tmp_path, *FAST, "--unlearn-k", 6, "--method", "before", "distill"]
     assert script(main_unlearn.main, *arguments)[0] == 0
     code, out, err = script(main_unlearn.main, *arguments, "--evaluate", "membership", "distance")
     assert code == 0, err
-    assert "1 runs to do, 0 done, 1 done but to be measured again" in out  # of `before`, the net is there
+    assert "1 runs to do, 0 done, 1 done that lack metrics" in out  # the model of `before` is the original one
     found = {record["method"]: record for record in map(json.loads, map(Path.read_text, tmp_path.glob("runs/*.json")))}
     for record in found.values():
         for attack in membership.ATTACKS:
@@ -109,7 +109,7 @@ def test_evaluate_adds_its_metrics_to_the_record_and_to_old_ones(script, few_dig
     assert "luck" in err
 
 
-def test_metrics_of_a_run_that_diverged_are_null(script, few_digits, tmp_path):
+def test_metrics_of_a_diverged_run_are_null(script, few_digits, tmp_path):
     arguments = [*FAST, "--method", "distill", "--distill-lr", 1e30, "--evaluate", "membership"]
     assert script(main_unlearn.main, "--result-dir", tmp_path, *arguments)[0] == 0
     (record,) = map(json.loads, map(Path.read_text, tmp_path.glob("runs/*.json")))

@@ -1,4 +1,4 @@
-"""Measures against a net that never saw D_f, each on a case whose value is known."""
+"""Comparison with a retrained model, relearning and near-duplicates, on cases with a known value."""
 
 import math
 
@@ -15,7 +15,7 @@ from l2ul.data.images import Split
 from l2ul.metrics import relearn, retrain_gap
 
 
-def test_divergence_is_in_bits_summed_over_classes_and_averaged_over_images():
+def test_js_divergence_is_in_bits_summed_over_classes_and_averaged_over_images():
     even, sure = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1000.0, 0.0]])
     entropy = -0.75 * math.log2(0.75) - 0.25 * math.log2(0.25)  # of the mean of the two
     assert retrain_gap.js_divergence(even, sure) == pytest.approx(entropy - 0.5)
@@ -25,16 +25,16 @@ def test_divergence_is_in_bits_summed_over_classes_and_averaged_over_images():
     assert retrain_gap.js_divergence(*both) == retrain_gap.js_divergence(*reversed(both)) == pytest.approx(0.5)
     many = torch.full((1, 100), -50.0)
     first, second = many.index_fill(1, torch.tensor(3), 50), many.index_fill(1, torch.tensor(7), 50)
-    assert retrain_gap.js_divergence(first, second) == pytest.approx(1)  # however many classes
+    assert retrain_gap.js_divergence(first, second) == pytest.approx(1)  # for any number of classes
 
 
-def test_tug_of_war_is_one_for_the_retrained_net_alone():
+def test_tug_of_war_is_one_for_the_retrained_model_only():
     assert retrain_gap.tug_of_war([0, 0, 0]) == 1
     assert retrain_gap.tug_of_war([10, 20, 50]) == pytest.approx(0.9 * 0.8 * 0.5)
     assert retrain_gap.tug_of_war([100, 0, 0]) == 0
 
 
-def test_features_are_compared_on_as_many_images_of_each_part(trained):
+def test_features_are_compared_on_equally_many_images_of_each_part(trained):
     net, images, labels = trained
     few, many = Split(images[:7], labels[:7]), Split(images[7:], labels[7:])
     splits = retrain_gap.comparison_images(few, many)
@@ -49,7 +49,7 @@ def test_features_are_compared_on_as_many_images_of_each_part(trained):
 
 
 class Lever(nn.Module):
-    """Logits w and -w, whatever the image."""
+    """Return the logits w and -w for every image."""
 
     def __init__(self, weight):
         super().__init__()
@@ -59,7 +59,7 @@ class Lever(nn.Module):
         return torch.stack([self.weight, -self.weight]).expand(len(pixels), 2)
 
 
-def test_relearning_takes_the_steps_that_sgd_takes_on_one_weight(monkeypatch):
+def test_relearning_takes_as_many_steps_as_sgd_on_one_weight(monkeypatch):
     images, labels = torch.zeros(100, 3, 2, 2, dtype=torch.uint8), torch.zeros(100, dtype=torch.int64)
     weight, speed, steps = -0.05, 0.0, 0
     while weight < 0:  # the loss is log(1 + exp(-2 w))
@@ -74,7 +74,7 @@ def test_relearning_takes_the_steps_that_sgd_takes_on_one_weight(monkeypatch):
     assert relearn.steps_to_relearn(Lever(-100.0), images, labels, 100.0) == 20
 
 
-def test_relearning_freezes_batch_norm_and_is_the_same_again(trained):
+def test_relearning_freezes_batch_norm_and_is_repeatable(trained):
     net, images, labels = trained
     wrong = (labels + 1) % 5
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -96,7 +96,9 @@ def test_near_duplicates_are_counted_by_correlation_of_pixels():
         return near_duplicates.count_near_duplicates(forget, retain, device, **how)
 
     assert count(others) == 0
-    same = torch.cat([others, forget[:1], forget[1:].flip(3), 0.3 * forget[:1] + 0.5])  # a copy, mirrored, pale
+    same = torch.cat(
+        [others, forget[:1], forget[1:].flip(3), 0.3 * forget[:1] + 0.5]
+    )  # copy, mirror image, less contrast
     assert count(same) == count(same, batch_size=7) == 3
     assert count(torch.cat([forget, forget])) == 4
     one, two = (F.normalize(part.flatten() - part.mean(), dim=0) for part in (forget[0], others[0]))
