@@ -48,8 +48,8 @@ def run(opts: argparse.Namespace) -> None:
         to_do, to_measure = experiment.pending(runs, opts.rerun)
         command.announce(opts, device, runs, to_do, to_measure)
         if not opts.dry_run:
-            experiment.add_metrics(to_measure)
-            experiment.carry_out(to_do)
+            experiment.add_metrics(to_measure)  # of runs on record that lack metrics of --evaluate
+            experiment.carry_out(to_do)  # each run: attack → importance → unlearn → evaluate → record
             if distributed.is_first():
                 print(records.table([run.files.read() for run in runs]).to_string(index=False))
                 print(f"records: {opts.result_dir / 'runs'}")

@@ -96,8 +96,7 @@ def _add_flags(parser: Parser) -> None:
 
     add(
         "--search",
-        "try so many settings in place of all combinations; the best forget all of D_f and have the highest accuracy "
-        "on D_r",
+        "try N settings in place of all combinations; the best forget all of D_f and have the highest accuracy on D_r",
         type=positive_int,
     )
     add(
@@ -117,7 +116,7 @@ def _add_flags(parser: Parser) -> None:
         "GPUs of a trial; 0.25: four trials on a GPU (default: 1 if there are GPUs)",
         type=nonnegative_float,
     )
-    add("--parallel", "trials at once at most (default: as many as fit)", type=positive_int)
+    add("--parallel", "maximum number of trials at once (default: as many as fit)", type=positive_int)
     add(
         "--address",
         "use the Ray cluster at this address; auto: the one of this machine (default: start one here)",
