@@ -1,0 +1,678 @@
+"""Check and measure the project on a CUDA GPU. gpu_check.sh runs every part under its own time limit.
+
+    python benchmarks/gpu_check.py PART --device cuda --out FOLDER [--seconds N] [--tiny]
+
+PART is env, parity, memory, decode, profile, graph, speed or together. Rows are printed as they are measured, so
+a part that is stopped keeps its rows. All rows are written to FOLDER/PART.json. --tiny: sizes for one minute on a CPU.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import itertools
+import json
+import os
+from pathlib import Path
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import l2ul  # noqa: F401, I001  # first: it sets the environment before torch is imported
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+from l2ul import attack, importance, objective, unlearn
+from l2ul.common import device as devices
+from l2ul.common import precision as precisions
+from l2ul.common.bn_folding import folded
+from l2ul.common.cache import Cache
+from l2ul.common.errors import is_out_of_memory
+from l2ul.common.modes import eval_mode, frozen
+from l2ul.data import datasets, storage
+from l2ul.data.folder import FolderImages
+from l2ul.data.images import as_pixels
+from l2ul.experiments.adversarial_sets import Attack
+from l2ul.methods.paper import WeightNoise
+from l2ul.methods.settings import AttackSettings, Settings
+from l2ul.metrics import accuracy
+import models
+
+STARTED = time.perf_counter()
+ROWS: list[dict] = []
+
+
+def left() -> float:
+    return OPTS.seconds - (time.perf_counter() - STARTED)
+
+
+def row(**values) -> None:
+    """Print a row and write all rows so far."""
+    ROWS.append(values)
+    shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
+    print("  ".join(shown), flush=True)
+    if OPTS.out:
+        (OPTS.out / f"{OPTS.part}.json").write_text(json.dumps(ROWS, indent=1, default=str) + "\n")
+
+
+def clock() -> float:
+    return devices.clock(DEVICE)
+
+
+def timed(part, least: float = 0.4, most: int = 20) -> float:
+    """Return the median seconds of a part after one warm-up, from repeats for at least `least` seconds."""
+    part()
+    found, begun = [], clock()
+    while len(found) < 3 or (clock() - begun < least and len(found) < most):
+        started = clock()
+        part()
+        found.append(clock() - started)
+        if OPTS.tiny or left() < 5:
+            break
+    return statistics.median(found)
+
+
+def free() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else float("nan")
+
+
+def net_of(name: str, classes: int = 10) -> nn.Module:
+    torch.manual_seed(0)
+    return models.build(name, classes).eval().to(DEVICE).to(memory_format=torch.channels_last)
+
+
+def pixels(count: int, side: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, 3, side, side), generator=generator).to(torch.uint8).to(DEVICE)
+
+
+# ---------------------------------------------------------------------------------------------------------------- env
+def env() -> None:
+    row(
+        python=sys.version.split()[0],
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        cudnn=torch.backends.cudnn.version(),
+    )
+    for name in (
+        "torchvision",
+        "transformers",
+        "numpy",
+        "pandas",
+        "sklearn",
+        "scipy",
+        "safetensors",
+        "advertorch",
+        "ray",
+    ):
+        try:
+            row(package=name, version=getattr(__import__(name), "__version__", "?"))
+        except ImportError as error:
+            row(package=name, version=f"missing ({error})")
+    if DEVICE.type == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        row(
+            gpu=properties.name,
+            gib=properties.total_memory / 2**30,
+            sms=properties.multi_processor_count,
+            nccl=str(torch.cuda.nccl.version()),
+        )
+        row(cpus=os.cpu_count(), nofile=os.popen("ulimit -n").read().strip())
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for precision in ("fp32", "tf32") if DEVICE.type == "cuda" else ("fp32",):
+            precisions.use(DEVICE, precision)
+            row(
+                precision=precision,
+                matmul=getattr(torch.backends.cuda.matmul, "fp32_precision", "?"),
+                conv=getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", "?"),
+                legacy=str((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)),
+                matmul_precision=torch.get_float32_matmul_precision(),
+            )
+    row(warnings_of_precisions=[str(one.message)[:120] for one in caught])
+    if DEVICE.type == "cuda":  # check that the flags have an effect
+        a = torch.randn(2048, 2048, device=DEVICE)
+        exact = (a.double() @ a.double()).float()
+        for precision in ("fp32", "tf32"):
+            precisions.use(DEVICE, precision)
+            row(precision=precision, matmul_error=float((a @ a - exact).norm() / exact.norm()))
+            x, w = torch.randn(64, 64, 32, 32, device=DEVICE), torch.randn(64, 64, 3, 3, device=DEVICE)
+            true = F.conv2d(x.double(), w.double(), padding=1).float()
+            row(precision=precision, conv_error=float((F.conv2d(x, w, padding=1) - true).norm() / true.norm()))
+
+
+# ------------------------------------------------------------------------------------------------------------- parity
+def digits():
+    return datasets.load("digits", Path("data"))
+
+
+def digits_net(device: torch.device) -> nn.Module:
+    return models.load("resnet20", 10, Path("data/weights/digits_resnet20.safetensors")).to(device)
+
+
+def parity() -> None:
+    """Compare CPU and device in float32. The expected value stands in brackets."""
+    precisions.use(DEVICE, "fp32")
+    cpu, images = torch.device("cpu"), digits()
+    nets = {device: digits_net(device) for device in (cpu, DEVICE)}
+    some, labels = images.train.images[:16], images.train.labels[:16]
+
+    def both(part):
+        return {device: part(net, some.to(device), labels.to(device)) for device, net in nets.items()}
+
+    def check(name, part) -> None:
+        try:
+            row(check=name, **part())
+        except Exception as error:  # the other checks still run
+            row(check=name, FAILED=f"{type(error).__name__}: {str(error)[:200]}")
+            traceback.print_exc(limit=-3)
+
+    def predictions() -> dict:
+        found = {device: accuracy.predict(net, images.train.images.to(device)) for device, net in nets.items()}
+        logits = {d: torch.cat(list(accuracy.logits(n, images.test.images.to(d)))) for d, n in nets.items()}
+        return {
+            "differing_of_1438 (0)": int((found[cpu] != found[DEVICE]).sum()),
+            "logits (<1e-4)": float((logits[cpu] - logits[DEVICE]).abs().max() / logits[cpu].abs().max()),
+        }
+
+    def attacks() -> dict:
+        how = {"num_adv_images": 4, "eps": 4.0, "alpha": 0.4, "steps": 5 if OPTS.tiny else 20, "seed": 0}
+        found = both(lambda net, x, y: attack.adversarial_set(net, x, y, 10, **how))
+        (a, t), (b, u) = found[cpu], found[DEVICE]
+        return {
+            "targets_same (True)": bool(torch.equal(t, u.cpu())),
+            "pixels (<0.02)": float((a - b.cpu()).abs().max()),
+        }
+
+    def attack_bf16() -> dict:
+        if DEVICE.type != "cuda":
+            return {"skipped": "no GPU"}
+        how = {"num_adv_images": 4, "eps": 4.0, "alpha": 0.4, "steps": 20, "seed": 0}
+        x, y = some.to(DEVICE), labels.to(DEVICE)
+        hits = {}
+        for precision in precisions.PRECISIONS:
+            precisions.use(DEVICE, precision)
+            made, targets = attack.adversarial_set(nets[DEVICE], x, y, 10, precision=precision, **how)
+            precisions.use(DEVICE, "fp32")
+            hits[precision] = 100 * float((accuracy.predict(nets[DEVICE], made) == targets.cpu()).double().mean())
+        return {f"hits_{name} (100)": value for name, value in hits.items()}
+
+    def weights() -> dict:
+        found = both(lambda net, x, y: importance.mas_importance(net, x))
+        worst = max(
+            float((a - found[DEVICE][n].cpu()).norm() / a.norm()) for n, a in found[cpu].items() if a.norm() > 0
+        )
+        return {"importance (<1e-3)": worst}
+
+    check("predictions", predictions)
+    check("attack", attacks)
+    check("attack in bf16, hits in fp32", attack_bf16)
+    check("importance", weights)
+    for method in ("neggrad", "adv", "adv_imp", "distill", "rawp"):
+
+        def loop(method=method) -> dict:
+            settings = Settings(
+                unlearn_lr=1e-2,
+                adv_batch_size=32,
+                max_passes=200,
+                distill_steps=20 if OPTS.tiny else 100,
+                distill_mixes=32,
+                noise_growth=0.05,
+            )
+            how = {"num_classes": 10, "num_adv_images": 4, "alpha": 0.4, "attack_steps": 5, "settings": settings}
+            found = both(lambda net, x, y: unlearn.unlearn(net, x, y, method, **how))
+            a, b = found[cpu], found[DEVICE]
+            return {
+                "status": f"{a.status}/{b.status}",
+                "steps": f"{a.steps}/{b.steps}",
+                "first_row (<1e-3)": max(
+                    abs(a.curve[0][k] - b.curve[0][k]) / max(1, abs(a.curve[0][k])) for k in a.curve[0]
+                ),
+            }
+
+        check(f"loop {method}", loop)
+
+    def disk() -> dict:
+        limit, storage._memory_limit = storage._memory_limit, lambda device: 0
+        try:
+            settings = AttackSettings(3, 1.0, 0.5, 2, adv_dtype="uint8")
+            how = Attack(10, settings, seed=0, scratch_dir=Path(tempfile.mkdtemp()))
+            net, x, y = nets[DEVICE], some.to(DEVICE), labels.to(DEVICE)
+            made = how.make(net, x, y, cache=Cache(Path(tempfile.mkdtemp())), progress=lambda count: None)
+            adv = made.examples[:48], made.targets[:48]
+            outcome = unlearn.unlearn(net, x, y, "adv", adv=adv, settings=Settings(max_passes=2))
+            return {"device": made.examples.device.type, "steps": outcome.steps}
+        finally:
+            storage._memory_limit = limit
+
+    check("D_adv on disk", disk)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+def memory() -> None:
+    """Run out of memory on purpose: the attack halves its batches. Then report the memory of attack and step."""
+    if DEVICE.type == "cuda":
+        net = net_of("resnet18")
+        x, labels = pixels(256, 32), torch.arange(256, device=DEVICE) % 10
+        free()
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 0.9 * 2**30) / total)
+        sizes_tried: list[int] = []
+        how = {"num_adv_images": 16, "eps": 4.0, "alpha": 0.1, "steps": 1, "seed": 0, "batch_size": 4096}
+        try:
+            made, _ = attack.adversarial_set(net, x, labels, 10, on_halved=sizes_tried.append, **how)
+            row(check="out of memory", halved_to=sizes_tried, finite=bool(made.isfinite().all()))
+        except Exception as error:
+            row(check="out of memory", FAILED=f"{type(error).__name__}: {str(error)[:200]}", halved_to=sizes_tried)
+        try:
+            accuracy.predict(net, pixels(20000, 32), batch_size=20000)
+            row(check="predict in too little memory", result="it fitted")
+        except Exception as error:
+            row(check="predict in too little memory", error=type(error).__name__, recognised=is_out_of_memory(error))
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        del net, x
+        free()
+    for name, side, count in sizes():
+        if left() < 10:
+            return
+        net = net_of(name)
+        x = as_pixels(pixels(8, side))
+        many = x.repeat(-(-count // 8), 1, 1, 1)[:count].contiguous(memory_format=torch.channels_last)
+        free()
+        with folded(net, x[:1]):
+            attack.pgd_l2(net, many, torch.zeros(count, dtype=torch.int64, device=DEVICE), eps=4.0, alpha=0.1, steps=1)
+        attack_gib = peak_gib()
+        free()
+        keep, forget = (32, 8) if OPTS.tiny else (256, 32)
+        net.train()
+        loss = F.cross_entropy(net(many[:keep]), torch.zeros(min(keep, count), dtype=torch.int64, device=DEVICE))
+        (
+            loss
+            - F.cross_entropy(net(many[:forget]), torch.zeros(min(forget, count), dtype=torch.int64, device=DEVICE))
+        ).backward()
+        row(net=name, examples=count, attack_gib=attack_gib, step_of_256_and_32_gib=peak_gib())
+        del net, many, loss
+        free()
+
+
+def sizes():
+    if OPTS.tiny:
+        return [("resnet18", 32, 16), ("resnet20", 32, 16)]
+    return [("resnet18", 32, 2048), ("resnet50_cifar100", 32, 2048), ("torchvision:vit_b_16", 224, 256)]
+
+
+# ------------------------------------------------------------------------------------------------------------- decode
+def decode() -> None:
+    """Measure images a second from disk, by worker processes and by nvJPEG. Workers start after CUDA is initialised."""
+    import numpy as np
+    from PIL import Image
+
+    folder, count = Path(tempfile.mkdtemp()), 64 if OPTS.tiny else 1536
+    rng = np.random.default_rng(0)
+    for number in range(16):
+        coarse = Image.fromarray(rng.integers(0, 256, (32, 43, 3), dtype=np.uint8)).resize((500, 375), 3)
+        noisy = np.clip(np.asarray(coarse) + rng.normal(0, 12, (375, 500, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"{number}.jpg", quality=90)
+    row(kib_an_image=(folder / "0.jpg").stat().st_size / 1024)
+    files = [str(folder / f"{number % 16}.jpg") for number in range(count)]
+    torch.zeros(1, device=DEVICE)
+    batches = list(torch.arange(count).split(32 if OPTS.tiny else 256))
+    cpus = os.cpu_count() or 1
+    for decoder, workers in (("cpu", 2), ("cpu", cpus), ("gpu", 2), ("gpu", min(8, cpus))):
+        if left() < 10:
+            return
+        images = FolderImages(files, 224, decoder=decoder)
+        try:
+            started = clock()
+            total = sum(len(batch) for batch in images.loader(batches, DEVICE, workers))
+            row(decoder=decoder, workers=workers, images_a_second=total / (clock() - started))
+        except Exception as error:
+            row(
+                decoder=decoder,
+                workers=workers,
+                FAILED=f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:160]}",
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------ profile
+def step_inputs(name: str, side: int, k: int, keep: int):
+    """Return net, D_f labelled by the net's own predictions, D_adv and importance."""
+    net = net_of(name)
+    images = pixels(k, side)
+    labels = accuracy.predict(net, images, fold=False).to(DEVICE)
+    adv = as_pixels(pixels(keep, side)), torch.arange(keep, device=DEVICE) % 10
+    return net, images, labels, adv, importance.mas_importance(net, images[:2])
+
+
+@contextlib.contextmanager
+def never_forgotten():
+    """Let no image count as forgotten, so that the loop takes all of its steps."""
+    decide = objective.Forget.is_forgotten
+    objective.Forget.is_forgotten = lambda self, predictions: predictions != predictions
+    try:
+        yield
+    finally:
+        objective.Forget.is_forgotten = decide
+
+
+def steps_of(method: str, inputs, steps: int, k: int, keep: int, on_step=None, go_on=None):
+    net, images, labels, adv, omega = inputs
+    settings = Settings(
+        unlearn_lr=1e-12,
+        adv_batch_size=keep,
+        max_passes=steps if method != "neggrad" else -(-steps // -(-k // 32)),
+        distill_lr=1e-12,
+        distill_steps=steps,
+        distill_cycles=1,
+        distill_forget=64 if not OPTS.tiny else 4,
+        distill_mixes=192 if not OPTS.tiny else 8,
+    )
+    given = {"adv": adv} if method in ("adv", "adv_imp") else {}
+    given |= {"importance": omega} if method == "adv_imp" else {}
+    with never_forgotten():
+        return unlearn.unlearn(net, images, labels, method, settings=settings, on_step=on_step, go_on=go_on, **given)
+
+
+def profile() -> None:
+    """Count kernels, launches and synchronisations of a step of each method and of an iteration of the attack."""
+    k, keep, side, steps = (4, 8, 32, 4) if OPTS.tiny else (64, 256, 32, 12)
+    name = "resnet20" if OPTS.tiny else "resnet18"
+    inputs = step_inputs(name, side, k, keep)
+
+    def attacking(on_step) -> None:
+        how = {"num_adv_images": 2 if OPTS.tiny else 2048 // k, "eps": 4.0, "alpha": 0.1, "steps": steps, "seed": 0}
+        attack.adversarial_set(inputs[0], inputs[1], inputs[2], 10, progress=on_step, **how)
+
+    parts = {
+        f"step of {method}": lambda on_step, method=method: steps_of(method, inputs, steps, k, keep, on_step)
+        for method in ("neggrad", "adv_imp", "distill")
+    }
+    parts["iteration of the attack"] = attacking
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if DEVICE.type == "cuda" else []
+    for precision in ("fp32", "tf32") if DEVICE.type == "cuda" else ("fp32",):
+        precisions.use(DEVICE, precision)
+        for what, part in parts.items():
+            if left() < 8:
+                return
+            part(lambda *_: None)
+            marks: list[float] = []
+            part(lambda *_, marks=marks: marks.append(clock()))
+            wall = statistics.median(after - before for before, after in itertools.pairwise(marks))
+            profiler, seen = torch.profiler.profile(activities=kinds), []
+
+            def watch(*_, profiler=profiler, seen=seen) -> None:  # skip what comes before the second step
+                seen.append(1)
+                if len(seen) == 2:
+                    clock()
+                    profiler.start()
+                elif len(seen) == steps:
+                    clock()
+                    profiler.stop()
+
+            part(watch)
+            report(what, precision, wall, steps - 2, profiler)
+
+
+def report(what: str, precision: str, wall: float, steps: int, profiler) -> None:
+    kernels, calls = collections.defaultdict(lambda: [0, 0.0]), collections.Counter()
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            if event.name.startswith("Mem"):
+                calls[" ".join(event.name.split()[:2])] += 1
+            elif not event.name.startswith(("aten::", "ProfilerStep", "Optimizer", "autograd::")):
+                kernels[event.name][0] += 1
+                kernels[event.name][1] += event.time_range.elapsed_us()
+        elif event.name.startswith(
+            ("cudaLaunchKernel", "cudaStreamSynchronize", "cudaMemcpyAsync", "cudaDeviceSynchronize", "cuLaunchKernel")
+        ):
+            calls[event.name.split("Ex")[0]] += 1
+        elif event.name in ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::copy_"):
+            calls[event.name] += 1
+    count, busy = sum(n for n, _ in kernels.values()), sum(t for _, t in kernels.values())
+    row(
+        what=what,
+        precision=precision,
+        ms=1e3 * wall,
+        kernels=count / steps,
+        gpu_busy_ms=busy / steps / 1e3,
+        busy_share=busy / steps / 1e6 / wall,
+        **{name: n / steps for name, n in sorted(calls.items())},
+    )
+    for name, (number, time_taken) in sorted(kernels.items(), key=lambda item: -item[1][1])[:6]:
+        print(f"      {time_taken / steps:8.0f} us  {number / steps:6.1f} x  {name[:100]}", flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- graph
+def graph() -> None:
+    """Time a step of adv in train mode with its evaluation of D_f, eagerly and replayed as one CUDA graph.
+
+    The graph shows what capturing the loop could gain. Its loss is compared with the eager one.
+    """
+    for name, side, k, keep in (
+        (("resnet20", 32, 4, 8),)
+        if OPTS.tiny
+        else (("resnet18", 32, 16, 256), ("resnet18", 32, 256, 256), ("resnet50_cifar100", 32, 64, 256))
+    ):
+        inputs = step_inputs(name, side, k, keep)
+        for precision in precisions.PRECISIONS if DEVICE.type == "cuda" else ("fp32",):
+            if left() < 15:
+                return
+            precisions.use(DEVICE, precision)
+            count, marks = (3, []) if OPTS.tiny else (25, [])
+            steps_of("adv", inputs, count, k, keep, lambda r, marks=marks: marks.append(time.perf_counter()))
+            loop = statistics.median(b - a for a, b in itertools.pairwise(marks)) if len(marks) > 2 else float("nan")
+            times = {"net": name, "k": k, "precision": precision, "loop_ms": 1e3 * loop}
+            try:
+                times |= captured(inputs, min(32, k), precision)
+            except Exception as error:
+                times["FAILED"] = f"{type(error).__name__}: {str(error)[:160]}"
+                if DEVICE.type == "cuda":
+                    torch.cuda.synchronize()
+            row(**times)
+        free()
+
+
+def captured(inputs, batch: int, precision: str) -> dict:
+    net, images, labels, (kept, targets), _ = inputs
+    model = copy.deepcopy(net).train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6, 0.9, weight_decay=1e-4, fused=True)
+    every = as_pixels(images)
+    forget, wanted = every[:batch].clone(), labels[:batch].clone()
+    share = batch / (batch + len(kept))
+
+    def step(look: bool = True):
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+            keep_loss = F.cross_entropy(model(kept), targets)
+            loss = (1 - share) * keep_loss - share * F.cross_entropy(model(forget), wanted)
+        loss.backward()
+        optimizer.step()
+        if not look:
+            return loss.detach()
+        with torch.no_grad(), eval_mode(model):
+            called = model(every).argmax(1)
+        return torch.stack([loss.detach().float(), (called == labels).sum().float()])
+
+    times = {"eager_ms": 1e3 * timed(step), "eager_no_look_ms": 1e3 * timed(lambda: step(False))}
+    if DEVICE.type != "cuda":
+        return times
+    for name, look in (("graph", True), ("graph_no_look", False)):
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            for _ in range(3):
+                step(look)
+        torch.cuda.current_stream().wait_stream(side_stream)
+        optimizer.zero_grad(set_to_none=True)
+        made = torch.cuda.CUDAGraph()
+        started = clock()
+        with torch.cuda.graph(made):
+            out = step(look)
+        times[f"{name}_capture_ms"] = 1e3 * (clock() - started)
+        times[f"{name}_ms"] = 1e3 * timed(lambda made=made, out=out: (made.replay(), out.tolist()))
+        if look:  # compare the next replay with an eager step from the same weights
+            before = copy.deepcopy(model.state_dict())
+            made.replay()
+            replayed = out.tolist()
+            model.load_state_dict(before)
+            eager = step().tolist()
+            times["loss_differs"] = abs(replayed[0] - eager[0]) / max(1e-9, abs(eager[0]))
+    return times
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
+def speed() -> None:
+    """Rates of the attack, of evaluation and of a step, next to forward and input gradients alone, by precision."""
+    for name, side, count in sizes():
+        net = net_of(name, 100 if "100" in name else 10)
+        for precision in precisions.PRECISIONS if DEVICE.type == "cuda" else ("fp32",):
+            if left() < 12:
+                return
+            speed_of(net, name, side, count, precision)
+        del net
+        free()
+    noise()
+
+
+def speed_of(net: nn.Module, name: str, side: int, count: int, precision: str) -> None:
+    """Rows of one net in one precision: rates, then the floor by memory layout with and without cuDNN's search."""
+    precisions.use(DEVICE, precision)
+    iterations = 5 if name == "resnet18" and not OPTS.tiny else 2
+    many = pixels(8, side).repeat(-(-count // 8), 1, 1, 1)[:count].contiguous()
+    x = as_pixels(many)
+    labels = torch.arange(count, device=DEVICE) % 10
+
+    def floor(layout=torch.channels_last) -> None:
+        z = x.contiguous(memory_format=layout)
+        with folded(net, x[:1]), frozen(net), precisions.autocast(DEVICE, precision):
+            for _ in range(iterations):
+                z = z.detach().requires_grad_()
+                torch.autograd.grad(F.cross_entropy(net(z), labels, reduction="sum"), z)
+
+    def attacked() -> None:
+        start = torch.zeros_like(x)
+        with folded(net, x[:1]), precisions.autocast(DEVICE, precision):
+            attack.pgd_l2(net, many, labels, eps=4.0, alpha=0.1, steps=iterations, start=start)
+
+    free()
+    rates: dict[str, object] = {"net": name, "precision": precision}
+    rates["attack_examples_s"] = count * iterations / timed(attacked)
+    rates["attack_gib"] = peak_gib()
+    rates["floor_examples_s"] = count * iterations / timed(floor)
+    rates["of_floor"] = rates["attack_examples_s"] / rates["floor_examples_s"]
+    rates["eval_images_s"] = count / timed(lambda: accuracy.predict(net, many, batch_size=count))
+    if not OPTS.tiny:
+        k, keep = (64, 256) if side <= 64 else (16, 128)
+        marks: list[float] = []
+        steps = 12 if side <= 64 else 5
+        steps_of(
+            "adv_imp", step_inputs(name, side, k, keep), steps, k, keep, lambda r: marks.append(time.perf_counter())
+        )
+        rates["step_adv_imp_ms"] = 1e3 * statistics.median(b - a for a, b in itertools.pairwise(marks))
+    row(**rates)
+    if DEVICE.type == "cuda" and side <= 64 and left() > 20:
+        variants = {}
+        for layout, layout_name in ((torch.contiguous_format, "nchw"), (torch.channels_last, "nhwc")):
+            net.to(memory_format=layout)
+            for search in (False, True):
+                torch.backends.cudnn.benchmark = search
+                key = f"{layout_name}{'_benchmark' if search else ''}"
+                variants[key] = count * iterations / timed(lambda layout=layout: floor(layout), 0.2, 4)
+        torch.backends.cudnn.benchmark = False
+        net.to(memory_format=torch.channels_last)
+        row(net=name, precision=precision, what="floor, examples a second by layout", **variants)
+
+
+def noise() -> None:
+    """Time what the host does: starts of the attack, noise of rawp, folding."""
+    like = torch.zeros(2048, 3, 32, 32, device=DEVICE)
+    examples = list(range(64 if OPTS.tiny else 2048))
+    row(starts_of_2048_examples_ms=1e3 * timed(lambda: attack._starts(like, examples, 20, 0, 0), 0.1, 3))
+    model = net_of("resnet20" if OPTS.tiny else "resnet18")
+    noise = WeightNoise(list(model.parameters()), 0.01, torch.Generator())
+    row(noise_of_rawp_ms=1e3 * timed(noise, 0.1, 3))
+    sample = as_pixels(pixels(1, 32))
+
+    def fold() -> None:
+        with folded(model, sample):
+            pass
+
+    row(folding_once_ms=1e3 * timed(fold, 0.1, 5))
+
+    def toggle() -> None:
+        with eval_mode(model):
+            pass
+
+    row(eval_mode_us=1e6 * timed(toggle, 0.1, 20))
+
+
+# ----------------------------------------------------------------------------------------------------------- together
+def alone() -> None:
+    """Print the steps of adv_imp a second of this process; `together` starts several."""
+    inputs, marks = step_inputs("resnet20" if OPTS.tiny else "resnet18", 32, 64, 256), []
+    precisions.use(DEVICE, "tf32" if DEVICE.type == "cuda" else "fp32")
+    steps_of(
+        "adv_imp",
+        inputs,
+        2 if OPTS.tiny else 2000,
+        64,
+        256,
+        lambda r: marks.append(time.perf_counter()),
+        go_on=lambda: left() > 0,
+    )
+    print(len(marks) / (marks[-1] - marks[0] + 1e-9))
+
+
+def together() -> None:
+    """Measure several runs at once on one GPU, as with main_sweep.py --gpus-per-trial 0.25."""
+    import subprocess
+
+    for count in (1, 2) if OPTS.tiny else (1, 2, 4, 8):
+        words = [
+            sys.executable,
+            __file__,
+            "alone",
+            "--device",
+            OPTS.device,
+            "--seconds",
+            "4" if OPTS.tiny else "20",
+            *(["--tiny"] if OPTS.tiny else []),
+        ]
+        there = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+        found = [one.communicate()[0].split() for one in there]
+        rates = [float(words[0]) for words in found if words and words[0][0].isdigit()]
+        row(processes=count, steps_a_second=sum(rates), measured=len(rates))
+
+
+PARTS = {part.__name__: part for part in (env, parity, memory, decode, profile, graph, speed, together, alone)}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--tiny", action="store_true")
+    OPTS = parser.parse_args()
+    DEVICE = torch.device(OPTS.device)
+    if OPTS.device == "cpu":
+        torch.set_num_threads(1)
+    if OPTS.out:
+        OPTS.out.mkdir(parents=True, exist_ok=True)
+    PARTS[OPTS.part]()
+    print(f"-- {OPTS.part}: {time.perf_counter() - STARTED:.0f} s", flush=True)
