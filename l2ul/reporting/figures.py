@@ -44,9 +44,9 @@ def _styled(draw: Callable) -> Callable:
     """Draw with the style above, whatever the user's settings of matplotlib, and leave those unchanged."""
 
     @functools.wraps(draw)
-    def drawn(*args, **keywords):
+    def drawn(*positional, **keywords):
         with style.context(["default", STYLE]):
-            return draw(*args, **keywords)
+            return draw(*positional, **keywords)
 
     return drawn
 
