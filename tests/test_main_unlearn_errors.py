@@ -121,7 +121,7 @@ def test_bad_forget_and_relabel_files_are_one_sentence(run, tmp_path, few_digits
         ("--forget-file", "1\n1\n", "more than once"),
         ("--forget-file", "1\n40\n", "index 40; expected 0 to 39"),
         ("--forget-file", "1\n", "--unlearn-k is 2, but"),
-        ("--relabel-file", "1\n", "has 1 labels, but 2 images"),
+        ("--relabel-file", "1\n", "has 1 labels, but D_f has 2 images"),
         ("--relabel-file", f"{(true[0] + 1) % 10}\n{true[1]}\n", "is the image's true label"),
     ):
         (tmp_path / "file.txt").write_text(text)
