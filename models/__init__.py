@@ -144,8 +144,9 @@ def _looks_like(state: dict[str, Tensor]) -> str:
             own = set(checkpoints.shapes(OWN.get(name, zoo).build(name, 2).state_dict()).items())
         return len(file & own) / len(file | own)
 
-    share, best = max((overlap(name), name) for name in (*OWN, *zoo.COMMON))
-    return f"; it looks like {best} with {_num_classes(best, state)} classes" if share > 0.5 else ""
+    shares = {name: overlap(name) for name in (*OWN, *zoo.COMMON)}
+    best = [name for name, share in shares.items() if share == max(shares.values()) > 0.5]
+    return f"; it looks like {' or '.join(best)} with {_num_classes(best[0], state)} classes" if best else ""
 
 
 def _with_statistics(classifier: Classifier, mean: Sequence[float] | None, std: Sequence[float] | None) -> Classifier:

@@ -68,8 +68,8 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
     add(
         group,
         "--model",
-        "resnet18|34|50, resnet18|34|50_cifar100, resnet20|32|44|56, mobilenet_v2, squeezenet1_1, densenet121, "
-        "torchvision:NAME or hf:NAME_OR_FOLDER",
+        "resnet18|34|50, the same with _nopool or _cifar100, resnet20|32|44|56, mobilenet_v2, squeezenet1_1, "
+        "densenet121, torchvision:NAME or hf:NAME_OR_FOLDER",
         metavar="NAME",
         **({"default": model} if model else {}),
     )

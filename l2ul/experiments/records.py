@@ -198,6 +198,13 @@ SCHEMA: dict[str, Key] = {
             flag=True,
         ),
         Key("method_version", SETTING, "integer", "version of the built-in methods", null=True),
+        Key(
+            "method_revision",
+            SETTING,
+            "integer",
+            "version of this built-in method if it is above 1, null for version 1",
+            null=True,
+        ),
         Key("method_code", SETTING, "text", f"{_HASH} of the source code of your own method", null=True),
         Key("method_settings", PROVENANCE, "text", "names of the keys that are settings of your own method", null=True),
         *_results(),

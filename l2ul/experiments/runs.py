@@ -19,7 +19,7 @@ from l2ul.methods.settings import SHARED, Settings
 # keep theirs. For settings, their declaration says the same, see `Setting.in_id`.
 LATER = (
     *("continual_size", "retain_sample", "age_grouping", "split_seed", "train_sha256", "method_code", "course"),
-    "method_settings",
+    *("method_settings", "method_revision"),
 )
 
 
@@ -156,6 +156,7 @@ class Setup:
             "num_test": len(images.test),
             "forget_sha256": digest,
             "method_version": METHOD_VERSION,
+            "method_revision": method.revision,
             "continual_size": step[1] if step else None,
             "retain_sample": self.retain_sample,
             **dict.fromkeys(("image_size", "age_grouping", "split_seed")),

@@ -65,21 +65,19 @@ def l1_sparse(context: MethodContext) -> Iterator[Terms]:
 def salun(context: MethodContext) -> Iterator[Terms]:
     """Run random_labels on the weights that are salient for D_f (Fan et al. 2024, arXiv 2310.12508).
 
-    The salient weights, a share `salient` of all, have the largest |∂CE(D_f)/∂θ⁰| of the whole model.
+    The salient weights, a share `salient` of all, have the largest |∂CE(D_f)/∂θ⁰| of the whole model. All other weights
+    stay bit for bit: neither momentum nor weight decay moves them. (The authors' code masks the gradients only, so that
+    weight decay moves every weight; so did version 1 of this method.)
     """
     parameters = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
     saliency = [gradient.abs() for gradient in _forget_gradient(context, parameters)]
-    ranked = torch.cat([values.flatten() for values in saliency]).sort(descending=True).values
-    threshold = ranked[max(0, round(context.settings["salient"] * len(ranked)) - 1)]
-    handles = [
-        parameter.register_hook(lambda gradient, mask=values >= threshold: gradient * mask)
-        for parameter, values in zip(parameters, saliency, strict=True)
-    ]
-    try:
-        yield from random_labels(context)
-    finally:
-        for handle in handles:
-            handle.remove()
+    sizes = [values.numel() for values in saliency]
+    flat = torch.cat([values.flatten() for values in saliency])
+    is_salient = torch.zeros_like(flat, dtype=torch.bool)
+    is_salient[flat.topk(max(1, round(context.settings["salient"] * len(flat)))).indices] = True
+    masks = [mask.view_as(weights) for mask, weights in zip(is_salient.split(sizes), parameters, strict=True)]
+    context.train_only(parameters, masks)
+    yield from random_labels(context)
 
 
 def scrub(context: MethodContext) -> Iterator[Terms]:

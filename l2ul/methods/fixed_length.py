@@ -4,12 +4,12 @@ A method of fixed length is a generator: it takes a `MethodContext` and yields t
 runs for a number of epochs, whether D_f is forgotten or not. The methods are in `l2ul.methods.baselines`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR
 
 from l2ul.common import seeds
@@ -40,6 +40,7 @@ class MethodContext:
     seed: int = 0
     first_position: int = 0
     workers: int = 0
+    _held: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # weights, where they train, their values
 
     @property
     def epochs(self) -> range:
@@ -55,6 +56,21 @@ class MethodContext:
     def forget_split(self) -> Split:
         """D_f with its true labels."""
         return Split(self.forget.images, self.forget.labels)
+
+    def train_only(self, parameters: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+        """Keep the weights outside the masks bit for bit as they are now, whatever optimizer and weight decay do.
+
+        masks  bool, of the shape of each parameter: True where the weight is trained
+
+        A mask on the gradients alone is not enough, because weight decay and momentum move weights without a gradient.
+        """
+        self._held[:] = [(one, mask, one.detach().clone()) for one, mask in zip(parameters, masks, strict=True)]
+
+    @torch.no_grad()
+    def restore_held(self) -> None:
+        """Set the weights outside the masks of `train_only` back to their values; the loop does so after each step."""
+        for parameter, mask, values in self._held:
+            parameter.copy_(torch.where(mask, parameter, values))
 
     def batches(self, split: Split, size: int | None = None) -> Iterator[Batch]:
         """Yield the batches of one pass through a set in a random order, `size` (by default `batch`) images each.
@@ -105,6 +121,7 @@ class FixedLengthProcedure(Procedure):
             self.optimizer = torch.optim.Adam(parameters, lr)
         else:
             self.optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=5e-4)
+        self.optimizer.register_step_post_hook(lambda *_: context.restore_held())
         self.scheduler = ConstantLR(self.optimizer, factor=1.0)
         self._steps = terms(context)
 

@@ -75,6 +75,8 @@ class Method:
     goals           names of `choices.GOALS`
     settings        settings of this method alone, beside the shared ones that it uses
     fixed_length    whether the method runs a fixed number of steps, in place of stopping once D_f is forgotten
+    version         of a built-in method; raise it if the same settings give another result. Above 1 it is part of the
+                    id of its records, as `method_revision`. `l2ul.METHOD_VERSION` is for changes of all methods
     """
 
     name: str
@@ -84,6 +86,7 @@ class Method:
     goals: tuple[str, ...] = GOALS
     settings: tuple[Setting, ...] = ()
     fixed_length: bool = False
+    version: int = 1
 
     def __post_init__(self) -> None:
         if not NEEDS.keys() >= self.needs:
@@ -135,6 +138,11 @@ class Method:
             return None
         return hashlib.sha256(source_code(self.implementation).encode()).hexdigest()
 
+    @property
+    def revision(self) -> int | None:
+        """Return the version if it is above 1, else None, so that the ids of records of version 1 stay."""
+        return self.version if self.version > 1 else None
+
 
 def _built_in(
     name: str, summary: str, module: str, *needs: str, goals: tuple[str, ...] = GOALS, **options: object
@@ -142,9 +150,9 @@ def _built_in(
     return Method(name, summary, f"l2ul.methods.{module}:{name}", frozenset(needs), goals, **options)
 
 
-def _baseline(name: str, summary: str, *needs: str, **settings: Value) -> Method:
-    own = own_settings(**settings)
-    return _built_in(name, summary, "baselines", *needs, goals=("misclassify",), settings=own, fixed_length=True)
+def _baseline(name: str, summary: str, *needs: str, version: int = 1, **settings: Value) -> Method:
+    options = {"settings": own_settings(**settings), "fixed_length": True, "version": version}
+    return _built_in(name, summary, "baselines", *needs, goals=("misclassify",), **options)
 
 
 BUILT_IN = (
@@ -219,6 +227,7 @@ BUILT_IN = (
         "salun",
         "Run random_labels on the weights that are salient for D_f (Fan et al. 2024, arXiv 2310.12508)",
         "retain",
+        version=2,  # 1: weight decay moved weights outside the mask
         epochs=10,
         lr=1e-2,
         batch=128,

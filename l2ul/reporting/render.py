@@ -7,6 +7,7 @@ import pandas as pd
 
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
+from l2ul.methods import registry
 from l2ul.metrics import columns
 from l2ul.metrics.columns import Column
 from l2ul.reporting import published
@@ -233,6 +234,7 @@ def _accuracy_notes(rows: pd.DataFrame, blocks: list[Block]) -> list[str]:
         notes.append("The forget set arrives in several steps. In each row, D_f holds the images of that step.")
     notes.append(_note_on_runs(rows))
     notes += _notes_on_marks(rows) + _notes_on_caps(rows, blocks) + _notes_on_samples(rows, blocks)
+    notes += _notes_on_versions(rows, blocks)
     if _has_empty_cells(rows):
         notes.append("–: there is no record. Expected runs without a record are listed under Missing.")
     if (rows["row"] != rows["method"]).any():
@@ -294,6 +296,18 @@ def _notes_on_samples(rows: pd.DataFrame, blocks: list[Block]) -> list[str]:
         if sizes:
             notes.append(f"{block.label}: D_r is measured on a random sample of {sizes} of its images{within}.")
     return notes
+
+
+def _notes_on_versions(rows: pd.DataFrame, blocks: list[Block]) -> list[str]:
+    """Return a note for each method with records of an earlier version of it."""
+    runs = [(run["method"], run.get("method_revision") or 1) for block in _of(rows, blocks) for run in block.records]
+    known = {name: method.version for name, method in registry.METHODS.items()}
+    return [
+        f"`{name}`: runs with version {version} of the method; the present code has version {known[name]} "
+        f"(see the changelog)."
+        for name, version in sorted(set(runs))
+        if version < known.get(name, 1)
+    ]
 
 
 def _of(rows: pd.DataFrame, blocks: list[Block]) -> list[Block]:

@@ -1,5 +1,7 @@
 """Baselines: hand-computed values, and the effect of each method on a model."""
 
+import copy
+
 from conftest import tiny_net
 import pytest
 import torch
@@ -114,24 +116,42 @@ def test_l1_penalty_is_the_norm_of_all_weights_and_decreases(inputs):
     assert penalties == pytest.approx([0.1 * part * size for part in (1, 0.75, 0.5, 0.25)], rel=1e-5)
 
 
-def test_salun_moves_only_salient_weights(inputs):
-    """Check gradients, because weight decay moves the other weights too."""
-    context, steps = start_method(inputs, "salun", salient=0.25)
-    parameters = list(context.model.parameters())
-    context.model.eval()
-    loss = F.cross_entropy(context.model(context.forget.images), context.forget.labels)
+def salient(model, images, labels, share):
+    """Return for each parameter where its gradient is among the largest of the whole model."""
+    parameters = list(model.eval().parameters())
+    loss = F.cross_entropy(model(images / 255), labels)
     sizes = [gradient.abs() for gradient in torch.autograd.grad(loss, parameters)]
     every = torch.cat([size.flatten() for size in sizes])
-    least = every.topk(round(0.25 * len(every))).values[-1]
-    next(steps)["all"].backward()
-    for parameter, size in zip(parameters, sizes, strict=True):
-        assert (parameter.grad[size < least * (1 - 1e-4)] == 0).all()
-    moved = sum(int((parameter.grad != 0).sum()) for parameter in parameters)
-    assert 0.2 * len(every) < moved <= 0.26 * len(every)
-    steps.close()
-    context.model.zero_grad()
-    F.cross_entropy(context.model(context.forget.images), context.forget.labels).backward()
-    assert sum(int((parameter.grad != 0).sum()) for parameter in parameters) > 0.5 * len(every)
+    least = every.topk(round(share * len(every))).values[-1]
+    return [size >= least * (1 + 1e-4) for size in sizes], [size < least * (1 - 1e-4) for size in sizes]
+
+
+def test_salun_moves_exactly_the_salient_weights(inputs):
+    before = copy.deepcopy(inputs["model"])
+    chosen, held = salient(copy.deepcopy(before), inputs["images"], inputs["labels"], 0.1)
+    after = run_method(inputs, "salun", salient=0.1, epochs=3, lr=0.05).model
+    moved = [a != b for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    for (name, _), changed, inside, outside in zip(before.named_parameters(), moved, chosen, held, strict=True):
+        assert not changed[outside].any(), name
+        assert changed[inside].all(), name
+    total = sum(changed.numel() for changed in moved)
+    assert 0.09 * total < sum(int(changed.sum()) for changed in moved) <= round(0.1 * total)
+    assert any(isinstance(layer, nn.BatchNorm2d) for layer in before.modules())
+
+
+def test_salun_holds_weights_of_equal_gradients_beyond_its_share(inputs):
+    """All gradients of a layer behind a zero are 0: a threshold would select all of them."""
+    with torch.no_grad():
+        inputs["model"].head.weight.zero_()
+    before = copy.deepcopy(inputs["model"])
+    after = run_method(inputs, "salun", salient=0.8, epochs=2).model
+    pairs = list(zip(before.parameters(), after.parameters(), strict=True))
+    assert sum(int((a != b).sum()) for a, b in pairs) <= 0.8 * sum(a.numel() for a, _ in pairs) + 1
+
+
+def test_ssd_changes_no_weight_that_it_does_not_select(inputs):
+    after = run_method(inputs, "ssd", select=1e9).model
+    assert all(torch.equal(a, b) for a, b in zip(inputs["model"].parameters(), after.parameters(), strict=True))
 
 
 class Linear(nn.Module):

@@ -34,6 +34,14 @@ def test_an_id_depends_on_later_settings_only_if_they_matter():
         assert runs.identity(base | change) != runs.identity(same), change
 
 
+def test_the_version_of_a_method_is_in_the_id_only_above_1():
+    base = {"method": "salun", "method_version": 1}
+    assert runs.identity(base | {"method_revision": None}) == runs.identity(base)
+    assert runs.identity(base | {"method_revision": 2}) != runs.identity(base)
+    revisions = {method.name: method.revision for method in registry.BUILT_IN if method.revision}
+    assert revisions == {"salun": 2}
+
+
 @pytest.mark.parametrize("method", registry.BUILT_IN, ids=lambda method: method.name)
 def test_built_in_methods_have_an_implementation_with_their_summary(method):
     if not method.trains:

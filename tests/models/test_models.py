@@ -29,6 +29,13 @@ def initial_weights(name: str, num_classes: int = 10) -> dict[str, torch.Tensor]
         ("resnet18", 11_173_962, {"conv1.weight": (64, 3, 3, 3), "layer2.0.downsample.0.weight": (128, 64, 1, 1)}),
         ("resnet34", 21_282_122, {"layer3.5.conv2.weight": (256, 256, 3, 3), "fc.weight": (10, 512)}),
         ("resnet50", 23_520_842, {"layer1.0.conv3.weight": (256, 64, 1, 1), "fc.weight": (10, 2048)}),
+        (
+            "resnet18_nopool",
+            11_173_962,
+            {"conv1.weight": (64, 3, 3, 3), "layer2.0.downsample.0.weight": (128, 64, 1, 1)},
+        ),
+        ("resnet34_nopool", 21_282_122, {"layer3.5.conv2.weight": (256, 256, 3, 3), "fc.weight": (10, 512)}),
+        ("resnet50_nopool", 23_520_842, {"layer1.0.conv3.weight": (256, 64, 1, 1), "fc.weight": (10, 2048)}),
         ("resnet18_cifar100", 11_173_962, {"conv1.0.weight": (64, 3, 3, 3), "conv5_x.0.shortcut.1.bias": (512,)}),
         ("resnet34_cifar100", 21_282_122, {"conv4_x.5.residual_function.3.weight": (256, 256, 3, 3)}),
         ("resnet50_cifar100", 23_520_842, {"conv2_x.0.residual_function.0.weight": (64, 64, 1, 1)}),
@@ -46,11 +53,11 @@ def test_own_families_have_the_expected_parameters(name, parameters, some_shapes
     assert {key: tuple(state[key].shape) for key in some_shapes} == some_shapes
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet18_cifar100", "resnet20"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet18_nopool", "resnet50_nopool", "resnet18_cifar100", "resnet20"])
 def test_only_the_cifar10_family_keeps_the_max_pool(name):
     sizes = {}
     classifier = models.build(name, 7).eval()
-    stage = {"resnet18": "layer1", "resnet18_cifar100": "conv2_x", "resnet20": "layer1"}[name]
+    stage = "conv2_x" if name == "resnet18_cifar100" else "layer1"
     getattr(classifier.net, stage).register_forward_hook(lambda m, i, out: sizes.update(side=out.shape[-1]))
     assert classifier(torch.rand(2, 3, 32, 32)).shape == (2, 7)
     assert sizes["side"] == (16 if name == "resnet18" else 32)
