@@ -16,7 +16,7 @@ from l2ul.common.errors import InputError
 from l2ul.common.files import atomic, file_sha256, tensors_sha256
 from models import checkpoint as checkpoints
 from models import huggingface, resnet, resnet_cifar100, resnet_small, stems, zoo
-from models.classifier import Classifier, Normalize
+from models.classifier import Classifier, Normalize, check_weights
 
 OWN = {name: family for family in (resnet, resnet_cifar100, resnet_small, stems) for name in family.NAMES}
 
@@ -58,7 +58,9 @@ def build(
         return _with_statistics(Classifier(name, num_classes, *huggingface.build(name, num_classes)), mean, std)
     family = OWN.get(name, zoo)
     preprocess = nn.Sequential(Normalize(mean or family.MEAN, std or family.STD))
-    return Classifier(name, num_classes, family.build(name, num_classes), preprocess)
+    net = family.build(name, num_classes)
+    check_weights(net, f"the model {name}")
+    return Classifier(name, num_classes, net, preprocess)
 
 
 def load(

@@ -167,14 +167,27 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def mismatch(state: dict[str, Tensor], net: nn.Module) -> str | None:
-    """Return a description of the first differences in names and shapes between file and network; None if they fit."""
+    """Return a description of the first differences between file and network; None if they fit.
+
+    Compared are names and shapes, and that weights which are floating-point in the network are so in the file.
+    """
     file, own = shapes(state), shapes(net.state_dict())
     differing = [f"{key} is {file[key]}, not {own[key]}" for key in own if key in file and file[key] != own[key]]
+    kinds = {key: tensor.dtype for key, tensor in net.state_dict().items() if tensor.is_floating_point()}
+    differing += [
+        f"{key} is {_type(state[key].dtype)}, not {_type(kinds[key])}"
+        for key in kinds
+        if file.get(key) == own.get(key) and key in file and not state[key].is_floating_point()
+    ]
     missing = [f"{key} {own[key]} is missing" for key in own if key not in file]
     extra = [f"{key} {file[key]} is unexpected" for key in file if key not in own]
     total = len(differing) + len(missing) + len(extra)
     first = (differing[:2] + missing[:2] + extra[:2])[:4]
     return f"{'; '.join(first)}{f' (of {total} differences)' if total > len(first) else ''}" if total else None
+
+
+def _type(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def write(path: Path, net: nn.Module, metadata: dict[str, object]) -> None:

@@ -1,9 +1,14 @@
 """A network with its input normalisation as the first layer: pixels in [0,1] in, logits out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from l2ul.common.errors import InputError
+
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
 class Normalize(nn.Module):
@@ -48,5 +53,44 @@ class Classifier(nn.Module):
         return self.preprocess(torch.zeros(1, 3, side, side, device=self.normalize.mean.device)).shape[-1]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        output = self.net(self.preprocess(pixels))
-        return output if isinstance(output, Tensor) else output.logits  # Hugging Face, and nets with auxiliary heads
+        return logits_of(self.net(self.preprocess(pixels)))
+
+
+def logits_of(output: object) -> Tensor:
+    """Return the logits in the output of a network.
+
+    They are the output itself, its attribute or entry `logits` (Hugging Face, networks with auxiliary heads), or the
+    first entry of a tuple or list. Raises TypeError if none of these is a tensor.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if logits is None and isinstance(output, tuple | list) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"the network returned a {type(output).__name__} without logits")
+    return logits
+
+
+def check_weights(net: nn.Module, source: str) -> None:
+    """Raise InputError if a network has lazy, quantised or integer weights, which cannot be unlearned.
+
+    source  what the network is, as the start of the message
+    """
+    tensors = [*net.named_parameters(), *net.named_buffers()]
+    lazy = next((name for name, tensor in tensors if is_lazy(tensor)), None)
+    if lazy:
+        raise InputError(
+            f"{source} has lazy weights without a shape ({lazy}); replace lazy layers by layers with input sizes, or "
+            f"pass a batch through it before it is returned"
+        )
+    quantised = [name for name, tensor in tensors if tensor.is_quantized]
+    quantised += [name for name, parameter in net.named_parameters() if not parameter.is_floating_point()]
+    quantised += [name for name, module in net.named_modules() if ".quantized" in type(module).__module__]
+    small = [tensor for tensor in net.buffers() if tensor.dtype in INTEGERS]  # packed weights of quantised layers
+    if quantised or sum(map(torch.numel, small)) > sum(map(torch.numel, net.parameters())):
+        where = f" ({quantised[0]})" if quantised and quantised[0] else ""
+        raise InputError(
+            f"{source} has quantised or integer weights{where}, which have no gradient; unlearn the floating-point "
+            f"model and quantise the result"
+        )

@@ -11,7 +11,7 @@ from torchvision.transforms import InterpolationMode
 import torchvision.transforms.v2.functional as transforms
 
 from l2ul.common.errors import InputError
-from models.classifier import Normalize
+from models.classifier import Normalize, check_weights
 
 PREFIX = "hf:"
 INTERPOLATION = {  # PIL's filter numbers, as processors store them
@@ -88,6 +88,7 @@ def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
     net, report = _read(
         name, AutoModelForImageClassification.from_pretrained, output_loading_info=True, dtype=torch.float32
     )
+    check_weights(net, name)
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(

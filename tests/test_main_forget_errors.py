@@ -176,8 +176,16 @@ CASES = [
     (None, f"--build test_main_forget_errors:fails {REST}", "failed (ZeroDivisionError: no network today)"),
     (None, f"--build test_main_forget_errors:Path {REST}", "expected a torch.nn.Module"),
     (None, f"--build test_main_forget_errors:Net {REST}", "expected one logit per class"),
-    (None, f"--build test_main_forget_errors:pair {REST}", "returns no logits ('tuple' object"),
-    (None, f"--build test_main_forget_errors:named {REST}", "returns no logits ('dict' object"),
+    (
+        None,
+        f"--build test_main_forget_errors:pair {REST}",
+        "returns a tuple of 2 x 3, 2 x 3, where several entries may be the logits",
+    ),
+    (
+        None,
+        f"--build test_main_forget_errors:named {REST}",
+        "returns a dict with 'out', from which no logits can be taken",
+    ),
     (whole_numbers, f"--build conftest:tiny_net --checkpoint {{}}/keys.pt {REST}", "holds no state dict"),
     (broken_zip, f"--build conftest:tiny_net --checkpoint {{}}/zip.pt {REST}", "is damaged or is no checkpoint"),
     (odd_name, f"{TINY} {REST}", "is not UTF-8; rename the file"),

@@ -22,7 +22,7 @@ from l2ul.experiments.execution import Experiment
 from l2ul.experiments.measurement import Evaluator
 from l2ul.experiments.reference_models import ReferenceModel, ReferenceModels
 from l2ul.experiments.runs import Run, Setup
-from l2ul.metrics import accuracy
+from l2ul.metrics import accuracy, preflight
 from l2ul.metrics.registry import EVALUATIONS
 import models
 from models import checkpoint
@@ -81,7 +81,7 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
     images = images.to(device)
     with distributed.local_first():  # the first process of a machine downloads weights, the others find them
         classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std).to(device)
-    accuracy.check_fit(classifier, images.train.images, images.num_classes)
+    preflight.check_fit(classifier, images.train.images, images.num_classes, opts.precision)
     accuracy.check_trained_on(images, _metadata(classifier), classifier.source)
     return make_setup(opts, images, classifier, Path(path).name if path else None)
 

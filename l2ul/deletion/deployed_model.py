@@ -20,7 +20,7 @@ from l2ul.deletion.report_schema import REPORT, OpenedBy, WrittenModelHashes, re
 import models
 from models import checkpoint as checkpoints
 from models import huggingface, zoo
-from models.classifier import Classifier, Normalize
+from models.classifier import Classifier, Normalize, check_weights
 
 BUILT = "build"  # `model` of OpenedBy for a module that --build names
 
@@ -271,8 +271,11 @@ def _build(build: str) -> nn.Module:
             sys.path.remove(os.getcwd())
     if isinstance(net, torch.jit.ScriptModule) or not isinstance(net, nn.Module):
         raise InputError(f"--build {build} returned a {type(net).__name__}; expected a torch.nn.Module")
-    if next(net.parameters(), None) is None:
+    if next(net.parameters(), None) is None and next(net.buffers(), None) is None:
         raise InputError(f"--build {build} returned a module without weights; expected a classifier")
+    check_weights(net, f"the module that --build {build} returns")
+    if next(net.parameters(), None) is None:
+        raise InputError(f"--build {build} returned a module whose weights are no parameters; expected nn.Parameter")
     return net
 
 

@@ -17,7 +17,7 @@ from l2ul.common.files import file_sha256
 from l2ul.data.images import Split, as_pixels
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.report_schema import Report
-from l2ul.metrics import accuracy
+from l2ul.metrics import accuracy, preflight
 from l2ul.objective import Forget
 
 LABELS = "labels.csv"  # in the folder of images; columns file, label, new_label
@@ -141,7 +141,7 @@ def read_request(
     """
     read = read_images(folder, model.to_pixels, label_table, skip_bad)
     images = read.images.to(next(model.classifier.parameters()).device)
-    class_names = _check_class_names(model.class_names, accuracy.count_classes(model.classifier, images))
+    class_names = _check_class_names(model.class_names, preflight.check_model(model.classifier, images))
     before = logits(model.classifier, images)
     if not before.isfinite().all():
         index = int((~before.isfinite()).any(1).nonzero()[0])

@@ -116,30 +116,6 @@ def complement(indices: Tensor, num_images: int) -> Tensor:
     return kept.nonzero().flatten()
 
 
-def count_classes(model: nn.Module, images: Tensor | FolderImages) -> int:
-    """Return the number of logits per image. Raises InputError if the model does not accept the images."""
-    pixels = images[torch.tensor([0])]
-    try:
-        with torch.inference_mode(), eval_mode(model):
-            output = model(as_pixels(pixels).to(next(model.parameters()).device))
-    except (RuntimeError, AssertionError, ValueError, LookupError, TypeError, AttributeError) as error:
-        size, why = " x ".join(map(str, pixels.shape[2:])), (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"the model does not accept images of {size} pixels, or returns no logits ({why})") from None
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        shape = " x ".join(map(str, output.shape[1:])) if isinstance(output, Tensor) else type(output).__name__
-        raise InputError(f"the model returns {shape} for an image; expected one logit per class")
-    return output.shape[1]
-
-
-def check_fit(model: nn.Module, images: Tensor | FolderImages, num_classes: int) -> None:
-    """Raise InputError unless the model accepts the images and returns `num_classes` logits per image."""
-    classes = count_classes(model, images)
-    if classes != num_classes:
-        raise InputError(
-            f"the model has {classes} classes, but the data set has {num_classes}; use weights trained on this data set"
-        )
-
-
 def check_trained_on(images: Images, metadata: dict[str, object], source: str) -> None:
     """Raise InputError if weights were trained on another split than `images`, for data sets that we split ourselves.
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from l2ul.common.errors import InputError
 from l2ul.metrics import accuracy
 
 
@@ -29,5 +28,3 @@ def test_predictions_accuracy_and_complement():
     images[2] = 0
     with pytest.raises(ArithmeticError, match="1 of 5 images"):
         accuracy.predict(Blue(), images)
-    with pytest.raises(InputError, match="has 2 classes, but the data set has 10"):
-        accuracy.check_fit(Blue(), images[:1] + 1, 10)

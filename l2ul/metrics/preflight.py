@@ -1,0 +1,260 @@
+"""Check before any work that a model can be unlearned: its outputs, their repeatability and its gradients."""
+
+from collections.abc import Mapping
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from l2ul.common.errors import InputError, is_out_of_memory
+from l2ul.common.modes import eval_mode
+from l2ul.common.precision import autocast
+from l2ul.data.folder import FolderImages
+from l2ul.data.images import as_pixels
+from models.classifier import logits_of
+
+REPEATS = 6  # further passes of a model that draws random numbers in eval mode
+REPEATED = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-2}  # relative difference of logits between equal passes
+ALONE = 0.05  # relative difference of the logits of an image alone and in a batch; kernels differ between batch sizes
+
+
+def check_model(model: nn.Module, images: Tensor | FolderImages, precision: str = "fp32") -> int:
+    """Return the number of classes of a model that can be unlearned.
+
+    images     (N, C, H, W), uint8 or float in [0,1], N ≥ 1; the first two are used
+    precision  of the passes, one of `choices.PRECISIONS`
+
+    The model is in eval mode. It classifies two images twice, then one of them alone, and computes the gradient of the
+    logits with respect to pixels and weights. Raises InputError unless
+
+    - the model accepts the images and returns finite or infinite logits (n, classes) with at least two classes,
+    - equal passes return equal logits, and the logits of an image do not depend on the other images of the batch,
+    - gradients reach the pixels and at least one weight, and are finite,
+    - the model can be copied.
+    """
+    images = images[torch.arange(min(2, len(images)))]
+    images = torch.cat([images, images.flip(3)]) if len(images) == 1 else images
+    device = next(model.parameters()).device
+    pixels = as_pixels(images.to(device))
+    with eval_mode(model), autocast(device, precision):
+        logits = _check_outputs(model, pixels)
+        if logits.isfinite().all():  # otherwise later code names the image
+            _check_repeatable(model, pixels, logits, REPEATED[precision])
+            _check_alone(model, pixels, logits)
+            _check_gradients(model, pixels)
+            with torch.no_grad():
+                model(pixels)  # some modules keep tensors of the last pass; with a history they cannot be copied
+    _check_copy(model)
+    return logits.shape[1]
+
+
+def check_fit(model: nn.Module, images: Tensor | FolderImages, num_classes: int, precision: str = "fp32") -> None:
+    """Raise InputError unless `check_model` accepts the model and it returns `num_classes` logits per image."""
+    classes = check_model(model, images, precision)
+    if classes != num_classes:
+        raise InputError(
+            f"the model has {classes} classes, but the data set has {num_classes}; use weights trained on this data set"
+        )
+
+
+def _check_outputs(model: nn.Module, pixels: Tensor) -> Tensor:
+    """Return the logits (n, classes) of one pass."""
+    outputs: list[object] = []
+    handle = getattr(model, "net", model).register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    try:
+        with torch.no_grad():
+            result = model(pixels)
+    except Exception as error:  # the module may be the user's own and raise anything
+        if is_out_of_memory(error):
+            raise
+        # A net may return something from which Classifier cannot take logits.
+        raise InputError(_output_problem(outputs[0], len(pixels)) if outputs else _failed(pixels, error)) from None
+    finally:
+        handle.remove()
+    problem = _output_problem(outputs[0] if outputs else result, len(pixels))
+    if problem:
+        raise InputError(problem)
+    return logits_of(result).float()
+
+
+def _failed(pixels: Tensor, error: Exception) -> str:
+    """Return the sentence for a forward pass that raised an exception."""
+    size, channels = " x ".join(map(str, pixels.shape[2:])), pixels.shape[1]
+    why = _first_line(error)
+    types = ("Half", "BFloat16", "Double", "dtype", "ByteTensor", "LongTensor")
+    hint = "; the passes are in float32, so forward must not convert to other types" if _has_any(why, types) else ""
+    return (
+        f"the model does not accept images of {size} pixels and {channels} channel{'s' * (channels > 1)}, or returns "
+        f"no logits ({why}){hint}"
+    )
+
+
+def _has_any(text: str, words: tuple[str, ...]) -> bool:
+    return any(word in text for word in words)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _output_problem(output: object, count: int) -> str | None:
+    """Return a sentence if no logits (count, classes) can be taken from the output of a net; None if they can."""
+    try:
+        logits = logits_of(output)
+    except TypeError:
+        return (
+            f"the model returns {_describe(output)}, from which no logits can be taken; expected one tensor of logits, "
+            f"or an output with an entry `logits`: return only the logits in its forward"
+        )
+    if isinstance(output, list | tuple) and not hasattr(output, "logits"):
+        others = [entry for entry in output[1:] if isinstance(entry, Tensor) and entry.ndim == 2]
+        if others:
+            return (
+                f"the model returns {_describe(output)}, where several entries may be the logits; return only the "
+                f"logits in its forward, for example in a subclass"
+            )
+    if not logits.is_floating_point():
+        return (
+            f"the model returns {_describe(logits)}, which are class numbers or decisions; expected one logit per "
+            f"class: return the values before argmax or rounding"
+        )
+    is_single = logits.ndim < 2 or (logits.ndim == 2 and logits.shape[1] == 1)
+    if is_single and logits.numel() == count:
+        return (
+            "the model returns one logit per image; expected one logit per class, at least 2: for a binary classifier "
+            "return torch.cat([torch.zeros_like(z), z], 1) in its forward, where z is its logit"
+        )
+    if logits.ndim != 2 or len(logits) != count or logits.shape[1] < 2:
+        return (
+            f"the model returns {_describe(logits)} for {count} images; expected one logit per class, a tensor of "
+            f"shape {count} x classes: {_shape_hint(logits, count)}"
+        )
+    return None
+
+
+def _shape_hint(logits: Tensor, count: int) -> str:
+    if logits.ndim > 2 and len(logits) == count and logits[0].numel() == logits.shape[1]:
+        return "return output.flatten(1) in its forward"
+    return "use a classifier, or return its logits per image in its forward"
+
+
+def _describe(output: object) -> str:
+    """Return type and shape of an output in words."""
+    if isinstance(output, Tensor):
+        shape = " x ".join(map(str, output.shape)) or "1"
+        return f"a tensor of type {str(output.dtype).removeprefix('torch.')} and shape {shape}"
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} with {', '.join(map(repr, list(output)[:4])) or 'no entries'}"
+    if isinstance(output, list | tuple):
+        shapes = [
+            " x ".join(map(str, entry.shape)) if isinstance(entry, Tensor) else type(entry).__name__ for entry in output
+        ]
+        return f"a {type(output).__name__} of {', '.join(shapes[:4]) or 'no entries'}"
+    return f"a {type(output).__name__}"
+
+
+@torch.no_grad()
+def _check_repeatable(model: nn.Module, pixels: Tensor, logits: Tensor, tolerance: float) -> None:
+    before = _random_state(pixels.device)
+    passes = [logits_of(model(pixels)).float()]
+    if not torch.equal(before, _random_state(pixels.device)):
+        passes += [logits_of(model(pixels)).float() for _ in range(REPEATS)]
+    difference = max(_difference(logits, other) for other in passes)
+    if not difference <= tolerance:
+        raise InputError(
+            f"the model is random in eval mode: two passes of the same images return logits that differ by "
+            f"{_percent(difference)}; turn dropout off in eval mode (F.dropout needs training=self.training)"
+        )
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """Return the states of torch's generators that a pass on the device can use."""
+    states = [torch.get_rng_state()]
+    return torch.cat([*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states)
+
+
+@torch.no_grad()
+def _check_alone(model: nn.Module, pixels: Tensor, logits: Tensor) -> None:
+    try:
+        alone = logits_of(model(pixels[:1]))
+    except Exception as error:  # see _check_outputs
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"the model does not accept a batch of one image ({_first_line(error)})") from None
+    if alone.shape != (1, logits.shape[1]):
+        raise InputError(
+            f"the model returns {_describe(alone)} for a batch of one image; expected a tensor of shape 1 x "
+            f"{logits.shape[1]}: leave the batch dimension when it squeezes its output"
+        )
+    difference = _difference(logits[:1], alone.float())
+    if not difference <= ALONE:
+        raise InputError(
+            f"the logits of an image depend on the other images of its batch: they differ by {_percent(difference)} "
+            f"from those of the image alone; in eval mode batch-norm needs running statistics "
+            f"(track_running_stats=True)"
+        )
+
+
+def _difference(first: Tensor, second: Tensor) -> float:
+    """Return the largest difference of logits relative to the largest logit."""
+    return float((first - second).abs().max() / first.abs().max().clamp_min(1e-6))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 10 else "more than ten times"
+
+
+def _check_gradients(model: nn.Module, pixels: Tensor) -> None:
+    pixels = pixels.detach().clone().requires_grad_()
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not weights:
+        raise InputError("no weight of the model requires a gradient, so none can be unlearned; use requires_grad_()")
+    try:
+        with torch.enable_grad():
+            logits = logits_of(model(pixels)).float()
+            if not logits.requires_grad:
+                raise InputError(
+                    "the logits of the model have no gradient; remove torch.no_grad, torch.inference_mode and "
+                    ".detach() from its forward"
+                )
+            # Different factors, so that the gradients of the logits do not cancel.
+            factors = torch.linspace(1, 2, logits.numel(), device=logits.device).view_as(logits)
+            loss = (logits * factors).sum()
+            of_pixels, *of_weights = torch.autograd.grad(loss, [pixels, *weights], allow_unused=True)
+    except InputError:
+        raise
+    except Exception as error:  # see _check_outputs
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"the backward pass of the model fails ({_first_line(error)}); its forward must be differentiable"
+        ) from None
+    if of_pixels is None or not of_pixels.any():
+        raise InputError(
+            "the gradient of the logits with respect to the pixels is zero, so no adversarial examples can be made; "
+            "remove .detach(), rounding and conversion to integers or NumPy from the forward of the model"
+        )
+    reached = [gradient for gradient in of_weights if gradient is not None]
+    if not reached:
+        raise InputError(
+            "no gradient reaches a weight of the model, so none can be unlearned; its forward must use its parameters "
+            "without torch.no_grad, .detach() or .data"
+        )
+    if not all(gradient.isfinite().all() for gradient in (of_pixels, *reached)):
+        raise InputError(
+            "the gradients of the model are not finite, so it cannot be unlearned; check its forward for a root or "
+            "logarithm of zero, and its weights for values beyond the range of their type"
+        )
+
+
+def _check_copy(model: nn.Module) -> None:
+    try:
+        copy.deepcopy(model)
+    except Exception as error:  # see _check_outputs
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"the model cannot be copied with copy.deepcopy ({_first_line(error)}); keep no tensors with a history in "
+            f"its attributes (for weight_norm use torch.nn.utils.parametrizations)"
+        ) from None
