@@ -233,7 +233,8 @@ def parity() -> None:
                 distill_mixes=32,
                 noise_growth=0.05,
             )
-            how = {"num_classes": 10, "num_adv_images": 4, "alpha": 0.4, "attack_steps": 5, "settings": settings}
+            attack = AttackSettings(num_adv_images=4, alpha=0.4, iterations=5)
+            how = {"num_classes": 10, "attack": attack, "settings": settings}
             found = both(lambda net, x, y: unlearn.unlearn(net, x, y, method, **how))
             a, b = found[cpu], found[DEVICE]
             return {
@@ -249,7 +250,7 @@ def parity() -> None:
     def disk() -> dict:
         limit, storage._memory_limit = storage._memory_limit, lambda device: 0
         try:
-            settings = AttackSettings(3, 1.0, 0.5, 2, adv_dtype="uint8")
+            settings = AttackSettings(3, 1.0, 0.5, 2, dtype="uint8")
             how = Attack(10, settings, seed=0, scratch_dir=Path(tempfile.mkdtemp()))
             net, x, y = nets[DEVICE], some.to(DEVICE), labels.to(DEVICE)
             made = how.make(net, x, y, cache=Cache(Path(tempfile.mkdtemp())), progress=lambda count: None)

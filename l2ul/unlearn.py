@@ -12,17 +12,21 @@ import time
 import torch
 from torch import Tensor, nn
 
-from l2ul import METHOD_VERSION, attack, objective
+from l2ul import METHOD_VERSION, objective
+from l2ul.attack import adversarial_set
 from l2ul.common import seeds
+from l2ul.common.choices import DIVERGED, DONE, FORGOTTEN, STOPPED
+from l2ul.data import storage
 from l2ul.data.images import Split, as_pixels
 from l2ul.importance import mas_importance
-from l2ul.methods import distill, fixed_length, paper, registry
+from l2ul.methods import distill, fixed_length_procedure, paper, registry
 from l2ul.methods.checkpoint import Checkpoint, Guard, State, fingerprint, summary
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import Procedure
-from l2ul.methods.settings import Settings, override
+from l2ul.methods.settings import AttackSettings, Settings, override
+from l2ul.objective import Terms
 
-RUNNING = "running"  # status of an outcome until the loop ends
+RUNNING = "running"  # status of an outcome until the loop ends, then one of `choices.LOOP_STATUSES`
 
 
 @dataclass
@@ -56,10 +60,7 @@ def unlearn(
     adv: tuple[Tensor, Tensor] | None = None,
     importance: dict[str, Tensor] | None = None,
     retain: Split | None = None,
-    num_adv_images: int = 20,
-    eps: float = 4.0,
-    alpha: float = 0.1,
-    attack_steps: int = 100,
+    attack: AttackSettings | None = None,
     settings: Settings | None = None,
     workers: int = 0,
     on_step: Callable[[dict[str, float]], object] | None = None,
@@ -72,12 +73,14 @@ def unlearn(
     images      D_f: (k, 3, H, W), uint8 or float in [0,1]
     labels      (k,) int64, the true classes
     method      a name in `registry.METHODS`
-    num_classes needed to compute D_adv
+    num_classes needed to compute D_adv, for the methods that need it
     new_labels  (k,) int64, the classes to relabel D_f with; None to have D_f misclassified
-    adv         D_adv: images and targets; by default computed with num_adv_images, eps, alpha, attack_steps and the
-                seed (see `attack.adversarial_set`)
+    adv         D_adv: images and targets; by default computed with `attack` and the seed of `settings` (see
+                `attack.adversarial_set`)
     importance  Ω by parameter name; by default computed (see `importance.mas_importance`)
     retain      D_r, for the methods that need it
+    attack      how D_adv is computed; by default with the settings of the paper's run scripts
+    settings    of the loop; by default those of the paper's run scripts
     workers     processes that decode images of D_r that stay on disk
     on_step     called with each row of the curve, which has `step` and `forgotten` (percent of D_f) for a progress line
     go_on       called after each row; the loop stops if it returns False
@@ -96,13 +99,22 @@ def unlearn(
     if "adv" in chosen.needs and adv is None:
         if num_classes is None:
             raise ValueError(f"method {method!r} needs adversarial examples; pass num_classes or adv")
-        size = {"num_adv_images": num_adv_images, "eps": eps, "alpha": alpha, "steps": attack_steps}
-        adv = attack.adversarial_set(model, images, labels, num_classes, seed=settings.seed, **size)
+        attack = attack or AttackSettings()
+        examples, targets = adversarial_set(
+            model,
+            images,
+            labels,
+            num_classes,
+            **attack.arguments(),
+            seed=settings.seed,
+            first_position=settings.first_position,
+        )
+        adv = storage.as_stored(examples, storage.DTYPES[attack.dtype]), targets
     if "importance" in chosen.needs and importance is None:
         importance = mas_importance(model, images)
     unlearned = copy.deepcopy(model)
     if not chosen.trains:
-        return Outcome(unlearned, "done", 0)
+        return Outcome(unlearned, DONE, 0)
 
     forget = objective.Forget(as_pixels(images), labels, new_labels)
     adv = adv if "adv" in chosen.needs else None
@@ -110,23 +122,24 @@ def unlearn(
     importance = importance if "importance" in chosen.needs else None
     monitor = ForgetMonitor(unlearned, forget)
     with seeds.fork_rng(labels.device, settings.seed, "dropout", settings.first_position):
-        if chosen.fixed_length:
+        if chosen.is_fixed_length:
             own = override(chosen.settings, settings.method_settings)
-            drawn = {"seed": settings.seed, "first_position": settings.first_position}
-            context = fixed_length.MethodContext(unlearned, forget, own, retain, workers=workers, **drawn)
-            procedure = fixed_length.FixedLengthProcedure(chosen.terms, context, settings.bn)
+            context = fixed_length_procedure.MethodContext(
+                unlearned, forget, own, retain, settings.seed, settings.first_position, workers
+            )
+            procedure = fixed_length_procedure.FixedLengthProcedure(chosen.terms, context, settings.bn)
         elif "teacher" in chosen.needs:
             procedure = distill.DistillProcedure(chosen, unlearned, forget, settings, monitor)
         else:
-            inputs = {"keep": Split(*adv) if adv else retain, "importance": importance, "workers": workers}
+            inputs = {"retained": Split(*adv) if adv else retain, "importance": importance, "workers": workers}
             procedure = paper.PaperProcedure(chosen, unlearned, forget, settings, **inputs)
         loop = _Loop(unlearned, procedure, monitor)
         if checkpoint and procedure.is_resumable:
-            identity = fingerprint(
-                *(METHOD_VERSION, torch.__version__, labels.device.type, method, chosen.code_sha256(), settings),
-                *(model.state_dict(), images, labels, new_labels, adv[1] if adv else None, retain),
-            )
-            if state := checkpoint.load(identity, summary(adv, importance)):
+            code = METHOD_VERSION, torch.__version__, labels.device.type, method, chosen.code_sha256(), settings
+            # of D_adv only the targets: a GPU may compute examples and importance differently each time, so `summary`
+            # compares them with a tolerance
+            inputs = model.state_dict(), images, labels, new_labels, adv[1] if adv else None, retain
+            if state := checkpoint.load(fingerprint(*code, *inputs), summary(adv, importance)):
                 loop.load_state_dict(state)
         else:
             checkpoint = None
@@ -155,31 +168,36 @@ class _Loop:
                 terms = None if outcome.steps == procedure.max_steps else next(procedure, None)
                 has_ended, row = terms is None, None
                 if not has_ended:
-                    if terms:  # without terms, the method has changed the weights itself
-                        procedure.optimizer.zero_grad()
-                        sum(terms.values()).backward()
-                        procedure.optimizer.step()
-                        procedure.scheduler.step()
+                    self._step(terms)
                     outcome.steps += 1
                     last_terms = terms
-                was_due = outcome.steps % procedure.check_every == 0
-                if was_due != has_ended:  # at the end, only if the last step was not measured
+                is_measured_step = outcome.steps % procedure.check_every == 0
+                # when the loop ends after a step that is not measured usually, that step is measured too
+                if not is_measured_step if has_ended else is_measured_step:
                     row, is_finite = self.monitor.measure(outcome.steps, last_terms)
                     outcome.curve.append(row)
                     may_stop = procedure.stop_every and outcome.steps % procedure.stop_every == 0
                     if not is_finite:
-                        outcome.status = "diverged"
+                        outcome.status = DIVERGED
                     elif may_stop and row["forgotten"] == 100:
-                        outcome.status = "forgotten"
+                        outcome.status = FORGOTTEN
                 if has_ended and outcome.status == RUNNING:
                     outcome.status = procedure.final_status
                 guard.step_ends()
                 if row is not None:
                     on_step(row)
                     if outcome.status == RUNNING and not go_on():
-                        outcome.status = "stopped"
+                        outcome.status = STOPPED
         self.model.eval()
         return outcome
+
+    def _step(self, terms: Terms) -> None:
+        """Minimise the sum of the terms by one step. Without terms, the method has changed the weights itself."""
+        if terms:
+            self.procedure.optimizer.zero_grad()
+            sum(terms.values()).backward()
+            self.procedure.optimizer.step()
+            self.procedure.scheduler.step()
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return weights and buffers, also those that the model's `state_dict` leaves out."""

@@ -1,5 +1,6 @@
 """Objective, the paper's methods and the loop: hand-computed values, and the effect of each method on a model."""
 
+from dataclasses import replace
 import math
 
 from conftest import CLASSES
@@ -7,13 +8,15 @@ import pytest
 import torch
 from torch import nn
 import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector
 
 from l2ul import attack, importance, objective
 from l2ul.common.errors import InputError
 from l2ul.data.forget_set import random_new_labels
 from l2ul.data.images import Split
 from l2ul.methods import paper, registry
-from l2ul.unlearn import Settings, unlearn
+from l2ul.methods.settings import AttackSettings, Settings
+from l2ul.unlearn import unlearn
 
 K, DRAWS = 3, 5  # D_f has three of five classes, so that a model which predicts one class can forget it
 FAST = {"batch_size": 2, "adv_batch_size": 8, "unlearn_lr": 0.01}
@@ -183,7 +186,8 @@ def test_the_seed_decides_the_weights(inputs):
 
 def test_missing_inputs_are_computed_or_reported(trained):
     model, images, labels = trained
-    options = {"num_classes": CLASSES, "num_adv_images": 3, "eps": 1.0, "attack_steps": 5, "settings": Settings(**FAST)}
+    options = {"attack": AttackSettings(3, eps=1.0, iterations=5), "settings": Settings(**FAST)}
+    options["num_classes"] = CLASSES
     assert unlearn(model, images[:3], labels[:3], "adv_imp", **options).status == "forgotten"
     with pytest.raises(ValueError, match="num_classes"):
         unlearn(model, images[:3], labels[:3], "adv")
@@ -191,6 +195,24 @@ def test_missing_inputs_are_computed_or_reported(trained):
         unlearn(model, images[:3], labels[:3], "oracle")
     with pytest.raises(InputError, match="unknown method 'sgd'; expected one of before, neggrad"):
         unlearn(model, images[:3], labels[:3], "sgd")
+
+
+def test_d_adv_is_computed_with_the_attack_settings_and_the_seed(trained):
+    model, images, labels = trained
+    x, y = images[:3], labels[:3]
+    settings = Settings(**FAST, max_passes=3, seed=5, first_position=2)
+    size = {"num_adv_images": 2, "eps": 1.0, "alpha": 0.2, "steps": 4, "seed": 5, "first_position": 2}
+    examples, targets = attack.adversarial_set(model, x, y, CLASSES, **size)
+    rounded = (examples * 255).round().to(torch.uint8)
+
+    def weights(**inputs):
+        return parameters_to_vector(unlearn(model, x, y, "adv", settings=settings, **inputs).model.parameters())
+
+    how = AttackSettings(2, eps=1.0, alpha=0.2, iterations=4)
+    assert torch.equal(weights(num_classes=CLASSES, attack=how), weights(adv=(examples, targets)))
+    how = replace(how, dtype="uint8")
+    assert torch.equal(weights(num_classes=CLASSES, attack=how), weights(adv=(rounded, targets)))
+    assert not torch.equal(weights(adv=(rounded, targets)), weights(adv=(examples, targets)))
 
 
 def test_each_method_has_a_summary_of_one_line():

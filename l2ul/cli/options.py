@@ -1,4 +1,4 @@
-"""The flags that scripts share, in groups. Free of torch, so that `--help` is quick."""
+"""The flags that scripts share, in groups. This module does not import torch, so that `--help` is quick."""
 
 import argparse
 from collections.abc import Iterable
@@ -289,11 +289,11 @@ def _methods_text() -> str:
     rows = {False: [], True: []}
     for method in registry.METHODS.values():
         text = f"{method.summary}; needs D_r" if "retain" in method.needs else method.summary
-        if method.fixed_length:
+        if method.is_fixed_length:
             text += f". Settings: {to_text({one.name: one.default for one in method.settings})}"
         elif len(method.goals) == 1:
             text += f"; for the goal {method.goals[0]}"
-        rows[method.fixed_length].append((method.name, text))
+        rows[method.is_fixed_length].append((method.name, text))
     return f"{_list(rows[False])}\n\nof fixed length, by others, for the goal misclassify:\n{_list(rows[True])}"
 
 

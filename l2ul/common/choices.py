@@ -1,6 +1,6 @@
 """The values that options accept: lists of names, each defined once, and ranges of numbers.
 
-Free of torch, so that command lines are parsed and `--help` is printed without importing it.
+This module does not import torch, so that command lines are parsed and `--help` is printed without it.
 """
 
 import argparse
@@ -12,6 +12,13 @@ import math
 from l2ul.common.errors import InputError
 
 GOALS = ("misclassify", "relabel")  # what forgetting means
+LOOP_STATUSES = FORGOTTEN, CAP, DONE, DIVERGED, STOPPED = (  # how the unlearning loop ends
+    "forgotten",  # all of D_f is forgotten
+    "cap",  # the limit of steps was reached before
+    "done",  # the fixed number of steps of the method is over, or the method does not train
+    "diverged",  # a loss, a weight or a logit is not finite
+    "stopped",  # the caller ended the loop
+)
 BN_MODES = ("train", "eval")  # mode of batch-norm and dropout while a method trains
 PRECISIONS = ("fp32", "tf32", "bf16")  # of forward and backward passes, see `common.precision`
 DTYPES = ("float32", "float16", "uint8")  # in which adversarial examples are stored; names of torch dtypes

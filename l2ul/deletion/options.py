@@ -1,4 +1,4 @@
-"""The command line of `main_forget.py`. Free of torch, so that `--help` is quick."""
+"""The command line of `main_forget.py`. This module does not import torch, so that `--help` is quick."""
 
 import argparse
 from collections.abc import Sequence

@@ -110,7 +110,7 @@ class Unlearner:
     @property
     def has_fixed_length(self) -> bool:
         """Whether the method runs as published, with settings of its own instead of those of the loop."""
-        return registry.get(self.method).fixed_length
+        return registry.get(self.method).is_fixed_length
 
     def forgotten(self, model: nn.Module) -> Tensor:
         """Return which images (k,) bool a model has forgotten, as they are and in each changed copy, on the CPU."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l2ul.common.choices import GOALS
+from l2ul.common.choices import CAP, DIVERGED, DONE, FORGOTTEN, GOALS
 from l2ul.common.files import atomic
 from l2ul.experiments import defaults
 from l2ul.methods.settings import SHARED
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 Record = dict[str, object]
 
-FORGOTTEN, CAP, DONE, DIVERGED, FAILED = STATUSES = ("forgotten", "cap", "done", "diverged", "failed")
+FAILED = "failed"  # the run ended with an error
+STATUSES = (FORGOTTEN, CAP, DONE, DIVERGED, FAILED)
 
 ROLES = {
     "subject": "what the run is about: data set, model, method, forget set",

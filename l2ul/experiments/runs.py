@@ -27,7 +27,7 @@ def identity(settings: Mapping[str, object]) -> str:
     """Return the id of a run from its settings, see `Run.settings`."""
 
     def is_part(name: str, value: object) -> bool:
-        return setting_values.in_id(name, value) if name in SHARED else value is not None or name not in LATER
+        return setting_values.is_part_of_id(name, value) if name in SHARED else value is not None or name not in LATER
 
     return records.run_id({name: value for name, value in settings.items() if is_part(name, value)})
 
@@ -150,7 +150,7 @@ class Setup:
             "seed": seed,
             "continual_step": step[0] if step else None,
             **{name: self.hyper[name] if name in used else None for name in SHARED},
-            **(_of_fixed_length(own) if method.fixed_length else _of_own_flags(own)),
+            **(_of_fixed_length(own) if method.is_fixed_length else _of_own_flags(own)),
             **statistics,
             "num_train": len(images.train),
             "num_test": len(images.test),

@@ -16,7 +16,7 @@ from l2ul import attack, objective
 from l2ul.common.modes import eval_mode, frozen_copy
 from l2ul.data.forget_set import random_new_labels
 from l2ul.data.images import Split
-from l2ul.methods.fixed_length import MethodContext
+from l2ul.methods.fixed_length_procedure import MethodContext
 from l2ul.methods.paper import oracle
 from l2ul.methods.registry import Step
 from l2ul.objective import Batch, Terms

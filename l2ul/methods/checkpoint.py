@@ -18,7 +18,7 @@ from torch import Tensor
 from l2ul.common.files import atomic
 from l2ul.data.images import Split
 
-FORMAT = 1  # of the file; raise it when the keys of a state change
+FORMAT = 2  # of the file; raise it when the keys of a state change
 SAMPLE = 256  # images of a large set that its fingerprint or summary covers
 TOLERANCE = 1e-3  # relative, of the summary of inputs that a GPU does not compute alike twice
 State = dict[str, object]  # tensors, numbers, strings, lists and dicts: what torch.load reads with weights_only=True

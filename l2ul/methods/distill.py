@@ -61,7 +61,7 @@ class DistillProcedure(Procedure):
 
     def __init__(self, method: Method, model: nn.Module, forget: Forget, settings: Settings, monitor: ForgetMonitor):
         self.method, self.model, self.forget, self.settings = method, model.eval(), forget, settings
-        self.own_settings, self.monitor = override(method.settings, settings.method_settings), monitor
+        self.own_values, self.monitor = override(method.settings, settings.method_settings), monitor
         self.teacher = Teacher(model, forget.images)
         self.generator = seeds.generator(settings.seed, "distill", settings.first_position)
         self.weight = 1.0  # w of the module's docstring
@@ -91,7 +91,7 @@ class DistillProcedure(Procedure):
             Batch(forget.images[chosen], forget.target_labels[chosen]),
             teacher_gaps=lambda: self._weighted_gaps(mixed),
             margin=settings.distill_margin,
-            settings=self.own_settings,
+            settings=self.own_values,
             forget_weight=self.weight * min(1.0, len(remaining) / settings.distill_forget),
         )
 

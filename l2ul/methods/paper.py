@@ -55,11 +55,11 @@ def oracle(step: Step) -> Terms:
 
 def adv(step: Step) -> Terms:
     """Minimise L_forget + CE on D_adv, each weighted by its part of the joint batch (arXiv 2301.11578)."""
-    forget, kept = _joint_logits(step.model, step.forget, step.adv)
-    share = len(forget) / (len(forget) + len(kept))  # n_f / (n_f + n_a)
+    forget, retained = _joint_logits(step.model, step.forget, step.adv)
+    share = len(forget) / (len(forget) + len(retained))  # n_f / (n_f + n_a)
     return {
         "forget": share * forget_loss(forget, step.forget.labels, step.goal),
-        "adv": (1 - share) * F.cross_entropy(kept, step.adv.labels),
+        "adv": (1 - share) * F.cross_entropy(retained, step.adv.labels),
     }
 
 
@@ -68,16 +68,16 @@ def adv_imp(step: Step) -> Terms:
     return adv(step) | {"importance": step.reg_lamb * step.penalty()}
 
 
-def _joint_logits(model: nn.Module, forget: Batch, keep: Batch) -> tuple[Tensor, Tensor]:
+def _joint_logits(model: nn.Module, forget: Batch, retained: Batch) -> tuple[Tensor, Tensor]:
     """Return the logits of the two batches of a step.
 
     In eval mode both come from one forward pass. In train mode batch-norm would mix the statistics of the batches, so
     each has its own pass, as in the released scripts: first the batch of D_adv or D_r.
     """
     if model.training:
-        kept = model(keep.images)
-        return model(forget.images), kept
-    logits = model(torch.cat([forget.images, keep.images]))
+        retained_logits = model(retained.images)
+        return model(forget.images), retained_logits
+    logits = model(torch.cat([forget.images, retained.images]))
     return logits[: len(forget.labels)], logits[len(forget.labels) :]
 
 
@@ -86,13 +86,13 @@ class PaperProcedure(Procedure):
 
     model       θ⁰; moved in place
     settings    values of all settings
-    keep        D_adv or D_r, whichever the method needs
+    retained    D_adv or D_r, whichever the method needs
     importance  Ω by parameter name
     workers     processes that decode images of D_r that stay on disk
 
     With `bn` "train" (as released) batch-norm uses batch statistics and dropout is active in training steps.
-    `max_passes` counts passes through `keep`, or through D_f without it. For rawp it counts draws, as each is followed
-    by a pass through D_f.
+    `max_passes` counts passes through `retained`, or through D_f without it. For rawp it counts draws, as each is
+    followed by a pass through D_f.
     """
 
     def __init__(
@@ -102,12 +102,12 @@ class PaperProcedure(Procedure):
         forget: Forget,
         settings: Settings,
         *,
-        keep: Split | None = None,
+        retained: Split | None = None,
         importance: dict[str, Tensor] | None = None,
         workers: int = 0,
     ):
         self.method, self.model, self.goal = method, model.train(settings.bn == "train"), forget.goal
-        self.settings, self.own_settings = settings, override(method.settings, settings.method_settings)
+        self.settings, self.own_values = settings, override(method.settings, settings.method_settings)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(
             parameters, settings.unlearn_lr, settings.momentum, weight_decay=settings.weight_decay, fused=True
@@ -115,15 +115,15 @@ class PaperProcedure(Procedure):
         self.scheduler = ConstantLR(self.optimizer, factor=1.0)
         labelled = Split(forget.images, forget.target_labels)
         self.forget_batches = EndlessBatches(labelled, settings.batch_size, self._generator("forget batches"))
-        self.keep_batches = None
-        if keep is not None:
-            generator = self._generator("keep batches")
-            self.keep_batches = EndlessBatches(keep, settings.adv_batch_size, generator, workers)
+        self.retained_batches = None
+        if retained is not None:
+            generator = self._generator("keep batches")  # the name decides the order of the images
+            self.retained_batches = EndlessBatches(retained, settings.adv_batch_size, generator, workers)
         self.noise = None
         if "noise" in method.needs:
             self.noise = WeightNoise(parameters, settings.noise_growth, self._generator("noise"))
         self.penalty = Penalty(model, held_weights(importance)) if importance is not None else None
-        batches_of_a_pass = 1 if self.noise else len(self.keep_batches or self.forget_batches)
+        batches_of_a_pass = 1 if self.noise else len(self.retained_batches or self.forget_batches)
         self.max_steps = settings.max_passes * batches_of_a_pass
 
     def _generator(self, purpose: str) -> torch.Generator:
@@ -131,23 +131,23 @@ class PaperProcedure(Procedure):
 
     def __next__(self) -> Terms:
         forget = next(self.forget_batches)
-        keep = next(self.keep_batches) if self.keep_batches else None
+        retained = next(self.retained_batches) if self.retained_batches else None
         step = Step(
             self.model,
             self.goal,
             forget,
-            adv=keep if "adv" in self.method.needs else None,
-            retain=keep if "retain" in self.method.needs else None,
+            adv=retained if "adv" in self.method.needs else None,
+            retain=retained if "retain" in self.method.needs else None,
             penalty=self.penalty,
             reg_lamb=self.settings.reg_lamb,
             perturb=self.noise,
-            settings=self.own_settings,
+            settings=self.own_values,
         )
         return self.method.terms(step)
 
     def state_dict(self) -> dict[str, object]:
         """Return the states of the batches and of the noise."""
-        parts = {"forget_batches": self.forget_batches, "keep_batches": self.keep_batches, "noise": self.noise}
+        parts = {name: getattr(self, name) for name in ("forget_batches", "retained_batches", "noise")}
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: dict[str, object]) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from l2ul.common.choices import CAP
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split, as_pixels
 from l2ul.objective import Batch, Terms
@@ -30,7 +31,7 @@ class Procedure(Iterator[Terms]):
     max_steps: int | None = None
     check_every: int = 1
     stop_every: int | None = 1
-    final_status: str = "cap"
+    final_status: str = CAP
     is_resumable: bool = True
 
     def state_dict(self) -> dict[str, object]:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from l2ul.common.choices import GOALS, did_you_mean
 from l2ul.common.errors import InputError
 from l2ul.common.files import source_code
-from l2ul.methods.settings import SHARED, Setting, Value, own_settings
+from l2ul.methods.settings import SHARED, Setting, Value, declare_settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from l2ul.methods.fixed_length import MethodContext
+    from l2ul.methods.fixed_length_procedure import MethodContext
     from l2ul.objective import Batch
 
 Terms = dict[str, "Tensor"]  # of the loss, as `objective.Terms`
@@ -69,12 +69,12 @@ class Method:
 
     summary         one line for `--help` and documentation: the first line of the implementation's docstring
     implementation  a function, or where to import it from as "module:function". It takes a `Step` and returns the terms
-                    of the loss. With `fixed_length` it is a generator that takes a `fixed_length.MethodContext` and
+                    of the loss. With `is_fixed_length` it is a generator that takes a `MethodContext` and
                     yields the terms of one step after the other. None: the model stays as it is.
     needs           names of NEEDS
     goals           names of `choices.GOALS`
     settings        settings of this method alone, beside the shared ones that it uses
-    fixed_length    whether the method runs a fixed number of steps, in place of stopping once D_f is forgotten
+    is_fixed_length whether the method runs a fixed number of steps, in place of stopping once D_f is forgotten
     version         of a built-in method; raise it if the same settings give another result. Above 1 it is part of the
                     id of its records, as `method_revision`. `l2ul.METHOD_VERSION` is for changes of all methods
     """
@@ -85,7 +85,7 @@ class Method:
     needs: frozenset[str] = frozenset()
     goals: tuple[str, ...] = GOALS
     settings: tuple[Setting, ...] = ()
-    fixed_length: bool = False
+    is_fixed_length: bool = False
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -114,7 +114,7 @@ class Method:
         return self.implementation is not None
 
     @property
-    def features(self) -> frozenset[str]:
+    def traits(self) -> frozenset[str]:
         """Return what decides which shared settings the method uses, see `Setting.used_by`.
 
         "training" of every method that changes the model, "fixed_length", "sgd" of methods whose terms SGD minimizes,
@@ -122,14 +122,14 @@ class Method:
         """
         if not self.trains:
             return frozenset()
-        if self.fixed_length:
+        if self.is_fixed_length:
             return frozenset({"training", "fixed_length"})
         return self.needs | {"training"} | (frozenset() if self.needs & {"noise", "teacher"} else {"sgd"})
 
     @property
     def all_settings(self) -> dict[str, Setting]:
         """Return the shared settings that decide the method's result, and its own, by name."""
-        shared = {name: setting for name, setting in SHARED.items() if setting.used_by & self.features}
+        shared = {name: setting for name, setting in SHARED.items() if setting.used_by & self.traits}
         return shared | {setting.name: setting for setting in self.settings}
 
     def code_sha256(self) -> str | None:
@@ -151,7 +151,7 @@ def _built_in(
 
 
 def _baseline(name: str, summary: str, *needs: str, version: int = 1, **settings: Value) -> Method:
-    options = {"settings": own_settings(**settings), "fixed_length": True, "version": version}
+    options = {"settings": declare_settings(**settings), "is_fixed_length": True, "version": version}
     return _built_in(name, summary, "baselines", *needs, goals=("misclassify",), **options)
 
 
@@ -316,18 +316,18 @@ def method(
     return _registered(Method(name, "", None, frozenset(needs), goals, tuple(settings)))
 
 
-def fixed_length(
+def fixed_length_method(
     name: str, *needs: str, settings: Sequence[Setting] = (), **defaults: Value
 ) -> Callable[[Callable], Callable]:
-    """Register the decorated generator as a method of fixed length for the goal misclassify, see `fixed_length`.
+    """Register the decorated generator as a method of fixed length for the goal misclassify.
 
-    Its settings are given as declarations in `settings`, or as NAME=DEFAULT: `batch`, the images of D_r or D_f per
-    step; for training `epochs`, `lr`, `augment` (see `fixed_length.MethodContext.batches`) and `adam`; and any others.
-    They are set with --setting.
+    The module `fixed_length_procedure` describes such methods. Declare settings in `settings`, or as NAME=DEFAULT:
+    `batch`, the images of D_r or D_f per step; for training `epochs`, `lr`, `augment` (see `MethodContext.batches`) and
+    `adam`; and any others. They are set with --setting.
     """
 
-    own = (*settings, *own_settings(**defaults))
-    return _registered(Method(name, "", None, frozenset(needs), ("misclassify",), own, fixed_length=True))
+    own = (*settings, *declare_settings(**defaults))
+    return _registered(Method(name, "", None, frozenset(needs), ("misclassify",), own, is_fixed_length=True))
 
 
 def _registered(declared: Method) -> Callable[[Callable], Callable]:
@@ -360,12 +360,12 @@ def of_goal(goal: str) -> list[str]:
 
 def usual(goal: str) -> list[str]:
     """Return the names of the methods that run by default: all for the goal that are not of fixed length."""
-    return [name for name in of_goal(goal) if not METHODS[name].fixed_length]
+    return [name for name in of_goal(goal) if not METHODS[name].is_fixed_length]
 
 
 def own_flags() -> dict[str, Setting]:
     """Return the settings that methods declare themselves and that have a flag: all but those of fixed length."""
-    declared = (one.settings for one in METHODS.values() if not one.fixed_length)
+    declared = (one.settings for one in METHODS.values() if not one.is_fixed_length)
     return {setting.name: setting for settings in declared for setting in settings}
 
 

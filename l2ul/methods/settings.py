@@ -5,7 +5,8 @@ methods use it. The flags of the scripts and their `--help`, the keys and the id
 and the table in docs/methods.md are derived from it. `Settings` and `AttackSettings` hold the values of a run.
 
 To add a setting to the loop or the attack, add a field to one of these two classes. To add a setting to one method,
-declare it where the method is registered, see `methods.registry`. Free of torch.
+declare it where the method is registered, see `methods.registry`. This module does not import
+torch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from l2ul.common.choices import BN_MODES, DTYPES, PRECISIONS, InvalidValue, Numb
 from l2ul.common.errors import InputError
 
 Value = int | float | str
-IN_ID = ("always", "if used", "if changed")
+ID_RULES = ("always", "if used", "if changed")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Setting:
     above     number that values have to exceed, in place of a minimum
     choices   the values allowed, of a setting whose values are texts
     unit      of a number, for help and documentation
-    used_by   features of methods (see `registry.Method.features`): a method with one of them uses the setting
+    used_by   traits of methods (see `registry.Method.traits`): a method with one of them uses the setting
     in_id     when a run's id depends on it: "always", "if used" by the method, or "if changed" from the default. The
               last two are for settings that were added after the first records, whose ids must not change.
     """
@@ -52,8 +53,8 @@ class Setting:
             raise ValueError(f"setting {self.name!r}: expected a name of letters, digits and underscores")
         if isinstance(self.default, str) and not self.choices:
             raise ValueError(f"setting {self.name} has the text {self.default!r} as default; give its choices")
-        if self.in_id not in IN_ID:
-            raise ValueError(f"setting {self.name} has in_id {self.in_id!r}; expected one of {', '.join(IN_ID)}")
+        if self.in_id not in ID_RULES:
+            raise ValueError(f"setting {self.name} has in_id {self.in_id!r}; expected one of {', '.join(ID_RULES)}")
         self.check(self.default)
 
     @property
@@ -124,7 +125,8 @@ class Settings(_Declared):
         "train",
         "train: batch-norm uses and updates batch statistics and dropout is active, as in the released scripts; "
         "eval: statistics are fixed and dropout is off",
-        *("sgd", "fixed_length"),
+        "sgd",
+        "fixed_length",
         choices=BN_MODES,
         in_id="always",
     )
@@ -132,7 +134,8 @@ class Settings(_Declared):
         1000,
         "passes through D_adv before the run stops (oracle: through D_r; neggrad, correct: through D_f; rawp: draws of "
         "noise)",
-        *("sgd", "noise"),
+        "sgd",
+        "noise",
         minimum=1,
         in_id="always",
     )
@@ -205,6 +208,16 @@ class AttackSettings(_Declared):
         in_id="if changed",
     )
 
+    def arguments(self) -> dict[str, object]:
+        """Return the keyword arguments of `attack.adversarial_set` that these settings determine."""
+        return {
+            "num_adv_images": self.num_adv_images,
+            "eps": self.eps,
+            "alpha": self.alpha,
+            "steps": self.iterations,
+            "precision": self.precision,
+        }
+
 
 ATTACK = {setting.name: setting for setting in AttackSettings.declared().values()}
 SHARED = {setting.name: setting for setting in Settings.declared().values()} | ATTACK  # of the loop and the attack
@@ -235,7 +248,7 @@ _COMMON = {  # settings that several methods of fixed length declare, each with 
 }
 
 
-def own_settings(**defaults: Value) -> tuple[Setting, ...]:
+def declare_settings(**defaults: Value) -> tuple[Setting, ...]:
     """Return settings of a method of fixed length from their defaults, such as `epochs=3, lr=1e-2`.
 
     Names that other methods use as well (epochs, lr, batch, …) get the same range and help text. Whole numbers with
@@ -274,7 +287,7 @@ def _number(text: str) -> Value:
         return text
 
 
-def in_id(name: str, value: object) -> bool:
+def is_part_of_id(name: str, value: object) -> bool:
     """Return whether a run's id depends on a shared setting that has this value; None: its method does not use it."""
     rule = SHARED[name].in_id
     return rule == "always" or (value is not None and not (rule == "if changed" and value == SHARED[name].default))

@@ -163,7 +163,7 @@ def _setting_flags(block: Block, values: Record) -> Iterator[str]:
 
 def _method_settings(method: str, values: Record) -> list[str]:
     """Return the flag for settings that the method declares itself and that differ from its defaults."""
-    declared, prefix = get(method).settings, f"{method}." if get(method).fixed_length else ""
+    declared, prefix = get(method).settings, f"{method}." if get(method).is_fixed_length else ""
     recorded = {one.name: values[prefix + one.name] for one in declared if prefix + one.name in values}
     used = override(declared, recorded)
     changed = {one.name: used[one.name] for one in declared if used[one.name] != one.default}

@@ -1,4 +1,4 @@
-"""The recipe of a training run. Free of torch, so that the scripts show their `--help` quickly."""
+"""The recipe of a training run. This module does not import torch, so that `--help` is quick."""
 
 from dataclasses import dataclass
 

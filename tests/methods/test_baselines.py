@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from l2ul import objective
 from l2ul.common.errors import InputError
 from l2ul.data.images import Split
-from l2ul.methods import baselines, fixed_length, paper, registry
+from l2ul.methods import baselines, fixed_length_procedure, paper, registry
 from l2ul.methods.settings import from_text, override, to_text
 from l2ul.unlearn import Settings, unlearn
 
@@ -35,7 +35,7 @@ def start_method(inputs, name, **settings):
     """Return the context of the method and its generator."""
     own = override(registry.get(name).settings, {"batch": 8, "augment": 0, **settings})
     forget = objective.Forget(inputs["images"] / 255, inputs["labels"])
-    context = fixed_length.MethodContext(inputs["model"], forget, own, inputs["retain"])
+    context = fixed_length_procedure.MethodContext(inputs["model"], forget, own, inputs["retain"])
     return context, registry.get(name).terms(context)
 
 
@@ -54,6 +54,24 @@ def test_baseline_changes_a_copy_for_the_number_of_steps_in_its_settings(inputs,
     assert all(torch.equal(value, before[key]) for key, value in inputs["model"].state_dict().items())
     assert any(not torch.equal(value, before[key]) for key, value in outcome.model.state_dict().items())
     assert not outcome.model.training
+
+
+def test_a_method_of_fixed_length_of_the_user_runs_with_its_settings(inputs, monkeypatch):
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+
+    @registry.fixed_length_method("own", "retain", epochs=2, batch=8, lr=0.01, pull=0.5)
+    def own(context):
+        """Fine-tune on D_r and scale the loss by the setting `pull`."""
+        for _ in context.epochs:
+            for batch in context.batches(context.retain):
+                loss = F.cross_entropy(context.model(batch.images), batch.labels)
+                yield {"retain": context.settings["pull"] * loss}
+
+    full, none = (run_method(inputs, "own", pull=pull) for pull in (1.0, 0.0))
+    assert registry.get("own").summary == "Fine-tune on D_r and scale the loss by the setting `pull`"
+    assert full.status == "done"
+    assert full.steps == none.steps == 2 * 5
+    assert full.curve[-1]["retain"] > none.curve[-1]["retain"] == 0
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -170,7 +188,7 @@ def linear_context(name, forget, retain, **settings):
     own = override(registry.get(name).settings, settings)
     labels = torch.zeros(len(forget), dtype=torch.int64)
     retain_split = Split(torch.tensor(retain).view(-1, 3, 1, 1), torch.zeros(len(retain), dtype=torch.int64))
-    return model, fixed_length.MethodContext(
+    return model, fixed_length_procedure.MethodContext(
         model, objective.Forget(torch.tensor(forget).view(-1, 3, 1, 1), labels), own, retain_split
     )
 

@@ -9,7 +9,16 @@ import pytest
 from l2ul.common.errors import InputError
 from l2ul.experiments import defaults, runs
 from l2ul.methods import registry
-from l2ul.methods.settings import SHARED, AttackSettings, Setting, Settings, from_text, override, own_settings, to_text
+from l2ul.methods.settings import (
+    SHARED,
+    AttackSettings,
+    Setting,
+    Settings,
+    declare_settings,
+    from_text,
+    override,
+    to_text,
+)
 
 RECORDS = sorted((ROOT / "result_data" / "reference").glob("**/runs/*.json"))
 
@@ -107,8 +116,8 @@ def test_settings_are_created_from_recorded_names():
     assert Settings.of(values, seed=3) == Settings(distill_lr=1e-3, seed=3)
 
 
-def test_values_of_own_settings():
-    settings = own_settings(epochs=3, lr=0.5, odd=2, share=0.25)
+def test_values_of_declared_settings():
+    settings = declare_settings(epochs=3, lr=0.5, odd=2, share=0.25)
     assert override(settings, {"lr": 1, "unknown": 7}) == {"epochs": 3, "lr": 1.0, "odd": 2, "share": 0.25}
     assert [setting.minimum for setting in settings] == [1, 0, 1, 0]
     assert to_text({"lr": 0.1, "epochs": 3}) == "epochs=3 lr=0.1"

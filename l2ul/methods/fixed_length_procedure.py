@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ConstantLR
 
 from l2ul.common import seeds
+from l2ul.common.choices import DONE
 from l2ul.data.augment import augment
 from l2ul.data.images import Split
 from l2ul.methods.procedure import Procedure, shuffled
@@ -26,7 +27,7 @@ class MethodContext:
 
     model           the original model at first; the loop moves it in place between steps
     forget          D_f
-    settings        the method's own settings by name, see `registry.fixed_length`
+    settings        the method's own settings by name, see `registry.fixed_length_method`
     retain          D_r, for the methods that need it
     seed            of every order and draw
     first_position  position of the first image in D_f, above 0 in a later step of a continual run
@@ -96,9 +97,9 @@ class MethodContext:
         """
         steps = -(-len(retain) // self.settings["batch"])
         bounds = torch.arange(steps + 1) * len(forget) // steps  # images of D_f before and after each step
-        whole = next(self.batches(forget, len(forget)))
+        all_of_forget = next(self.batches(forget, len(forget)))
         for batch, low, high in zip(self.batches(retain), bounds[:-1], bounds[1:], strict=True):
-            yield batch, Batch(whole.images[low:high], whole.labels[low:high])
+            yield batch, Batch(all_of_forget.images[low:high], all_of_forget.labels[low:high])
 
 
 class FixedLengthProcedure(Procedure):
@@ -111,7 +112,7 @@ class FixedLengthProcedure(Procedure):
     starts from its beginning.
     """
 
-    check_every, stop_every, final_status, is_resumable = 10, None, "done", False
+    check_every, stop_every, final_status, is_resumable = 10, None, DONE, False
 
     def __init__(self, terms: Callable[[MethodContext], Iterator[Terms]], context: MethodContext, bn: str):
         context.model.train(bn == "train")
