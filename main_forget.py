@@ -53,6 +53,8 @@ def forget(args: argparse.Namespace) -> int:
     chain = read_chain(args.model)
     earlier_folder = Path(args.model) if chain else None
     original = model.classifier.to(device)
+    if model.not_read:
+        log(f"not read in {args.model}: {', '.join(model.not_read)}")
 
     # Read the images.
     request = read_request(args.images[0], model, args.labels, args.skip_bad, chain)
@@ -96,7 +98,12 @@ def forget(args: argparse.Namespace) -> int:
         "asked": report.describe_request(
             request, method=args.method, minutes=args.minutes, seed=args.seed, also=args.also
         ),
-        "model": {"opened_by": model.opened_by, "classes": request.class_names, "before": hashes_before},
+        "model": {
+            "opened_by": model.opened_by,
+            "classes": request.class_names,
+            "before": hashes_before,
+            "not_read": model.not_read,
+        },
         "earlier": earlier_rows(chain, earlier_folder),
         "seconds": {"total": round(budget.used, 1), "trials": round(sum(one.seconds for one in candidates), 1)},
         "peak_memory_mib": devices.peak_memory_mib(device),

@@ -91,7 +91,9 @@ def _published(name: str, num_classes: int, choice: str | None) -> Classifier:
     if name in OWN:
         raise InputError(f"{name} has no weights to download; name a file with --checkpoint")
     if name.startswith(huggingface.PREFIX):
-        classifier = Classifier(name, num_classes, *huggingface.load(name, num_classes))
+        net, preprocess, not_read = huggingface.load(name, num_classes)
+        classifier = Classifier(name, num_classes, net, preprocess)
+        classifier.not_read = not_read
         classifier.source = name
     else:
         state, source, mean, std = zoo.pretrained_state(name, num_classes, choice)

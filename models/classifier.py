@@ -31,6 +31,7 @@ class Classifier(nn.Module):
     source      where the weights came from; None for an untrained network
     sha256      hash of the weights, or of their file
     metadata    metadata of the file
+    not_read    files of the model's folder and entries of its weights that were not read
     """
 
     def __init__(self, name: str, num_classes: int, net: nn.Module, preprocess: nn.Module):
@@ -39,6 +40,7 @@ class Classifier(nn.Module):
         self.source: str | None = None
         self.sha256: str | None = None
         self.metadata: dict[str, str] = {}
+        self.not_read: list[str] = []
         self.preprocess = preprocess
         self.net = net
 

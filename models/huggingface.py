@@ -1,7 +1,10 @@
 """Image classifiers of Hugging Face, by hub name or local folder, with their processor as differentiable layers."""
 
 from collections.abc import Callable
+import contextlib
+import json
 from pathlib import Path
+import re
 import sys
 
 from PIL.Image import Image
@@ -14,6 +17,20 @@ from l2ul.common.errors import InputError
 from models.classifier import Normalize, check_weights
 
 PREFIX = "hf:"
+ADAPTER = "adapter_config.json"  # of peft
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+WEIGHTS = (  # transformers reads the first of these that exists; an index names the files of its parts
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+OTHER_LIBRARIES = {  # by a file that only their models have
+    "open_clip_config.json": "open_clip",
+    "model_index.json": "diffusers",
+    "modules.json": "sentence-transformers",
+    "saved_model.pb": "TensorFlow",
+    "model.keras": "Keras",
+    "hyperparams.yaml": "SpeechBrain",
+}
 INTERPOLATION = {  # PIL's filter numbers, as processors store them
     0: InterpolationMode.NEAREST,
     2: InterpolationMode.BILINEAR,
@@ -57,7 +74,10 @@ def configuration(name: str):
     """Return the configuration in the folder or on the hub, with `num_labels`, `id2label` and `dtype`."""
     from transformers import AutoConfig
 
-    return _read(name, AutoConfig.from_pretrained)
+    config = _read(name, AutoConfig.from_pretrained)
+    if config.model_type == "timm_wrapper":
+        raise InputError(_timm_message(name, config.to_dict()))
+    return config
 
 
 def transform(name: str) -> Callable[[Image], Tensor]:
@@ -81,14 +101,23 @@ def build(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
     return AutoModelForImageClassification.from_config(config).float(), _preprocess(name)
 
 
-def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
-    """Return the trained network and its preprocessing layers."""
+def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module, list[str]]:
+    """Return the trained network, its preprocessing layers, and what was not read: see `Classifier.not_read`."""
     from transformers import AutoModelForImageClassification
 
+    configuration(name)
+    _check_hub_adapter(name)
     net, report = _read(
         name, AutoModelForImageClassification.from_pretrained, output_loading_info=True, dtype=torch.float32
     )
     check_weights(net, name)
+    unused = sorted(map(str, report["unexpected_keys"]))
+    adapter = next((key for key in unused if re.search(r"lora_|adapter|base_layer|modules_to_save", key)), None)
+    if adapter:
+        raise InputError(
+            f"{name} has weights of an adapter ({adapter}), without which the model is another one; merge the adapter "
+            f"with merge_and_unload() of peft and save the model again with save_pretrained"
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
@@ -99,13 +128,16 @@ def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
             f"{name} has {net.config.num_labels} classes, but the data set has {num_classes}; "
             f"name a classifier that was trained on this data set"
         )
-    return net, _preprocess(name)
+    files = unread_files(Path(name.removeprefix(PREFIX)))
+    return net, _preprocess(name), [*files, *(f"{key} (weights)" for key in unused)]
 
 
 def _read(name: str, from_pretrained, **options):
     """Call `from_pretrained` for the folder or hub name. Code in the repository is never run."""
     place = name.removeprefix(PREFIX)
     _quiet()
+    if Path(place).is_dir():
+        _check_folder(Path(place))
     try:
         return from_pretrained(place, trust_remote_code=False, **options)
     except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own exceptions
@@ -115,6 +147,100 @@ def _read(name: str, from_pretrained, **options):
             hint = "there is no such folder, and it could not be downloaded from the hub"
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"cannot load {name}: {hint} ({first.strip()[:160]})") from None
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise InputError for a folder with an adapter, which would be ignored, or of another library."""
+    if (folder / ADAPTER).is_file():
+        raise InputError(_adapter_message(str(folder), _read_json(folder / ADAPTER)))
+    config = _read_json(folder / "config.json")
+    if "model_type" in config:
+        return
+    if isinstance(config.get("architecture"), str):
+        raise InputError(_timm_message(str(folder), config))
+    for file, library in OTHER_LIBRARIES.items():
+        if (folder / file).exists():
+            raise InputError(
+                f"{folder} is a model folder of {library} ({file}); expected one of transformers, or give a function "
+                f"that builds the classifier as --build and its weights as --checkpoint"
+            )
+
+
+def _check_hub_adapter(name: str) -> None:
+    """Raise InputError if a repository of the hub has an adapter."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    place = name.removeprefix(PREFIX)
+    if Path(place).is_dir():
+        return
+    file = None
+    with contextlib.suppress(Exception):  # the repository was read before, so this means that there is no such file
+        file = find_adapter_config_file(place)
+    if file:
+        raise InputError(_adapter_message(place, _read_json(Path(file))))
+
+
+def _read_json(path: Path) -> dict:
+    """Return the object in a JSON file; empty if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _adapter_message(place: str, adapter: dict) -> str:
+    """Return the sentence that refuses an adapter, with the command that merges it into its base model."""
+    base = _plain(adapter.get("base_model_name_or_path")) or "BASE_MODEL"
+    code = (
+        f"from transformers import AutoImageProcessor as P, AutoModelForImageClassification as M; "
+        f"from peft import PeftModel; "
+        f"PeftModel.from_pretrained(M.from_pretrained('{base}'), '{place}').merge_and_unload()"
+        f".save_pretrained('merged'); "
+        f"P.from_pretrained('{base}').save_pretrained('merged')"
+    )
+    return (
+        f"{place} has an adapter of peft ({ADAPTER}), without which the model is another one; merge it into its base "
+        f'model and give --model merged: python -c "{code}"'
+    )
+
+
+def _timm_message(place: str, config: dict) -> str:
+    """Return the sentence that refuses a model folder of timm, with the way to open it."""
+    cfg = config.get("pretrained_cfg")
+    cfg = cfg if isinstance(cfg, dict) else {}
+    architecture, classes = _plain(config["architecture"]) or "NAME", config.get("num_classes")
+    values = {"image-size": _numbers(cfg.get("input_size"))[-1:]}
+    values |= {name: _numbers(cfg.get(name)) for name in ("mean", "std")}
+    flags = "".join(f" --{name} {' '.join(numbers)}" for name, numbers in values.items() if numbers)
+    number = f", num_classes={classes}" if isinstance(classes, int) else ""
+    return (
+        f"{place} is a model folder of timm ({architecture}), not of transformers; give --build a function that "
+        f"returns timm.create_model('{architecture}'{number}), with --checkpoint {place}/model.safetensors{flags}"
+    )
+
+
+def _plain(value: object) -> str | None:
+    """Return a name or path from a file if it can stand in a command as it is; else None."""
+    return value if isinstance(value, str) and re.fullmatch(r"[\w./][\w./-]*", value) else None
+
+
+def _numbers(values: object) -> list[str]:
+    is_list = isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+    return [f"{value:g}" for value in values] if is_list else []
+
+
+def unread_files(folder: Path) -> list[str]:
+    """Return the files and subfolders (with a final /) of a model folder that opening the model does not read.
+
+    Empty if there is no such folder.
+    """
+    if not folder.is_dir():
+        return []
+    weights = next((name for name in WEIGHTS if (folder / name).is_file()), "")
+    parts = _read_json(folder / weights).get("weight_map", {}) if weights.endswith(".index.json") else {}
+    read = {"config.json", *PROCESSORS, weights, *(parts.values() if isinstance(parts, dict) else ())}
+    return sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name not in read)
 
 
 def _quiet() -> None:

@@ -53,6 +53,7 @@ class DeployedModel:
     opened_by      arguments that open it again, without file paths
     path           the file or folder with the weights; None for weights from a hub or from code
     dtypes         of the weights in the file, by name, where not float32
+    not_read       files of the model's folder and entries of its weights that were not read
     """
 
     classifier: Classifier
@@ -61,6 +62,7 @@ class DeployedModel:
     opened_by: OpenedBy
     path: Path | None = None
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    not_read: list[str] = field(default_factory=list)
 
     def hashes(self) -> WrittenModelHashes:
         """Return the hex sha256 of the weights, independent of the file format, and of each file by name."""
@@ -212,6 +214,7 @@ def _open_huggingface(model: str, checkpoint: str | Path | None, input_format: I
         _opened_by(huggingface.PREFIX, input_format),
         path if path.is_dir() else None,
         dict.fromkeys(floating, dtype) if dtype != torch.float32 else {},
+        loaded.not_read,
     )
 
 

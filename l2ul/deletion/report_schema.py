@@ -92,13 +92,18 @@ class WrittenModelHashes(ModelHashes):
 
 
 class ModelRow(TypedDict):
-    """The model before and after the request. `left_out`: entries of the checkpoint that were not written again."""
+    """The model before and after the request.
+
+    left_out  entries of the checkpoint that were not written again
+    not_read  files of the model's folder and entries of its weights that were not read
+    """
 
     opened_by: OpenedBy
     classes: list[str]
     before: ModelHashes
     after: WrittenModelHashes
     left_out: NotRequired[list[str]]
+    not_read: NotRequired[list[str]]
 
 
 class ImageRow(TypedDict):

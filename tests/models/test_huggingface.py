@@ -1,11 +1,16 @@
 """Hugging Face classifiers: their processor as layers, loading and saving."""
 
+import json
+from pathlib import Path
+import shutil
+
 import pytest
 from safetensors.torch import load_file, save_file
 import torch
 from torch import nn
 
 from l2ul.common.errors import InputError
+from l2ul.deletion.deployed_model import open_model
 from l2ul.methods import distill
 from l2ul.unlearn import Settings, unlearn
 import models
@@ -130,3 +135,80 @@ def test_distill_keeps_what_the_layers_of_a_vit_are_given(vit_folder):
     assert [gap.item() for gap in teacher.gaps(model, images)] == pytest.approx([0.0, 0.0], abs=1e-6)
     outcome = unlearn(model, images, labels, "distill", settings=Settings(distill_steps=10, distill_mixes=4))
     assert outcome.status == "forgotten"
+
+
+@pytest.fixture
+def folder(vit_folder, tmp_path):
+    """A copy of the folder of a model."""
+    return Path(shutil.copytree(vit_folder, tmp_path / "model"))
+
+
+def test_an_adapter_is_refused_with_the_command_that_merges_it(folder):
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "base/vit-1.0"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    save_file({"base_model.model.q.lora_A.weight": torch.ones(1)}, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"adapter of peft.*merge_and_unload") as raised:
+        models.load(f"hf:{folder}", 10)
+    assert "M.from_pretrained('base/vit-1.0')" in str(raised.value)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match="adapter of peft"):
+        huggingface.configuration(f"hf:{folder}")
+
+
+@pytest.mark.parametrize("base", ["a'; rm -r x; '", "$(rm -r x)", "-c", 7, None])
+def test_a_command_in_a_message_has_no_text_of_a_file_that_a_shell_would_run(folder, base):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with pytest.raises(InputError, match="M.from_pretrained.'BASE_MODEL'"):
+        models.load(f"hf:{folder}", 10)
+
+
+def test_weights_of_an_adapter_inside_the_weights_are_refused(folder):
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"vit.x.lora_A.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"weights of an adapter \(vit.x.lora_A.weight\)"):
+        models.load(f"hf:{folder}", 10)
+
+
+def test_what_is_not_read_is_listed(folder):
+    assert models.load(f"hf:{folder}", 10).not_read == []
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"pooler.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    for name in ("optimizer.pt", "trainer_state.json", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"")
+    (folder / "checkpoint-5").mkdir()
+    listed = ["checkpoint-5/", "optimizer.pt", "pytorch_model.bin", "trainer_state.json", "pooler.weight (weights)"]
+    assert models.load(f"hf:{folder}", 10).not_read == listed
+
+
+def test_the_parts_of_sharded_weights_are_read(folder):
+    import transformers
+
+    net = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    net.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*"))) > 1
+    assert models.load(f"hf:{folder}", 10).not_read == []
+
+
+def test_a_model_folder_of_timm_is_refused_with_the_way_to_open_it(tmp_path):
+    cfg = {"input_size": [3, 64, 64], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
+    config = {"architecture": "test_resnet", "num_classes": 10, "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = (
+        f"timm.create_model('test_resnet', num_classes=10), with --checkpoint {tmp_path}/model.safetensors "
+        f"--image-size 64 --mean 0.5 0.4 0.3 --std 0.2 0.2 0.1"
+    )
+    for name in (f"hf:{tmp_path}", str(tmp_path)):
+        with pytest.raises(InputError, match=r"is a model folder of timm") as raised:
+            open_model(name)
+        assert str(raised.value).endswith(expected)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "$(x)", "pretrained_cfg": [1]}))
+    with pytest.raises(InputError, match=r"timm \(NAME\).*create_model\('NAME'\)"):
+        open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(("file", "library"), huggingface.OTHER_LIBRARIES.items())
+def test_a_folder_of_another_library_is_named(tmp_path, file, library):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(InputError, match=f"is a model folder of {library}"):
+        open_model(str(tmp_path))
