@@ -21,6 +21,7 @@ import threading
 
 from l2ul.common.errors import Diverged, InputError, is_out_of_memory
 
+_sigterm_received = threading.Event()
 CONTINUES = "finished runs are kept; the same command continues"
 
 
@@ -51,9 +52,10 @@ def clean_exit(program: str, after_stop: str = CONTINUES, shared: bool = False) 
             )
         except Diverged as error:
             _exit(1, f"{program}: {error}")
-        except Terminated:
-            _exit(143, f"{program}: stopped by SIGTERM; {after_stop}")
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            # compiled code such as Ray's replaces `Terminated` by a plain KeyboardInterrupt
+            if isinstance(stop, Terminated) or _sigterm_received.is_set():
+                _exit(143, f"{program}: stopped by SIGTERM; {after_stop}")
             _exit(130, f"\n{program}: stopped by Ctrl-C; {after_stop}")
         except ValueError as error:
             if "Expected more than 1 value per channel" not in str(error):
@@ -89,6 +91,7 @@ def sigterm_as_exception() -> Iterator[None]:
         yield
         return
     previous = signal.getsignal(signal.SIGTERM)
+    _sigterm_received.clear()
     handle_sigterm()
     try:
         yield
@@ -106,6 +109,7 @@ def handle_sigterm() -> None:
             os.kill(os.getpid(), number)
             return
         signal.signal(number, signal.SIG_IGN)
+        _sigterm_received.set()
         raise Terminated
 
     signal.signal(signal.SIGTERM, handler)

@@ -157,7 +157,6 @@ def connect(worker_function: WorkerFunction, resources: Resources, address: str 
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
-    exit_codes.handle_sigterm()  # importing Ray replaces the handler
     path = os.pathsep.join(filter(None, [str(worker_function.code_folder), os.environ.get("PYTHONPATH")]))
     variables = {name: os.environ[name] for name in ENVIRONMENT} | {"PYTHONPATH": path}
     options = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": variables}}
@@ -170,6 +169,7 @@ def connect(worker_function: WorkerFunction, resources: Resources, address: str 
             f"there is no Ray cluster at {address or 'this machine'} ({last_lines(error, 1)}); start one with "
             f"`ray start --head` and name it with --address auto, or leave out --address"
         ) from None
+    exit_codes.handle_sigterm()  # Ray has installed its own handler
     try:
         yield Cluster(worker_function, resources)
     finally:

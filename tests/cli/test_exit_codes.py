@@ -67,6 +67,21 @@ def test_sigterm_runs_the_clean_up_once_and_exits_with_143(capsys):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_sigterm_is_reported_even_if_a_library_replaces_the_exception(capsys):
+    @exit_codes.clean_exit("script.py")
+    def main(stop):
+        try:
+            stop()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    for number, code, name in ((signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")):
+        with pytest.raises(SystemExit) as stop:
+            main(lambda number=number: signal.raise_signal(number))
+        assert stop.value.code == code
+        assert f"script.py: stopped by {name}; " in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_dies_of_sigterm_as_if_there_were_no_handler():
