@@ -277,7 +277,7 @@ def schema_table() -> str:
     lines = [f"- **{role}**: {doc}" for role, doc in ROLES.items()]
     lines += [
         "",
-        "Other keys do not separate rows of a table, except those that `method_settings` of the record names.",
+        "Records can have further keys. They separate rows of a table only if `method_settings` of the record names them.",
     ]
     lines += ["", "| Key | Role | Type | Meaning |", "|:--|:--|:--|:--|"]
     for each in SCHEMA.values():
