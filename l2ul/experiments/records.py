@@ -277,7 +277,8 @@ def schema_table() -> str:
     lines = [f"- **{role}**: {doc}" for role, doc in ROLES.items()]
     lines += [
         "",
-        "Records can have further keys. They separate rows of a table only if `method_settings` of the record names them.",
+        "Records can have further keys. They separate rows of a table only if `method_settings` of the record names "
+        "them.",
     ]
     lines += ["", "| Key | Role | Type | Meaning |", "|:--|:--|:--|:--|"]
     for each in SCHEMA.values():
