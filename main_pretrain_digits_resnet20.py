@@ -1,8 +1,7 @@
 """Train the small classifier of digits in data/weights, with which main_unlearn.py runs by default.
 
-    python main_pretrain_digits_resnet20.py --rerun
-
-The weights are part of the repository; --rerun trains them again.
+# train again: the weights are part of the repository
+python main_pretrain_digits_resnet20.py --rerun
 """
 
 from l2ul.cli.pretrain_command import main

@@ -1,13 +1,13 @@
 """Train a ResNet-18 to classify age groups on UTKFace, which main_unlearn.py --dataset utkface starts from.
 
+    # one of the five groupings of ages into classes
     python main_pretrain_utkface_resnet18.py --age-grouping TNN
+    # another one, with training curves for TensorBoard
     python main_pretrain_utkface_resnet18.py --age-grouping MFD --tracker tensorboard
 
 Put the aligned and cropped images into data/utkface, or name the folder that holds utkface with --data-dir. Images are
 resized to 128 × 128; training uses random crops of 120 × 120, evaluation the centre crop. The weights of the epoch with
-the best validation accuracy are kept. main_unlearn.py uses the same split, so no test image is trained on.
-
-Results on a part of UTKFace are in docs/reproducing.md; all of it is not measured yet.
+the best validation accuracy are kept. main_unlearn.py uses the same split into training and test images.
 """
 
 from l2ul.cli.pretrain_command import main

@@ -1,10 +1,13 @@
-"""Many runs at once, on this machine or a Ray cluster: every combination of settings, or a search for the best.
+"""Run many experiments at once, on this machine or a Ray cluster: all combinations of settings, or a search.
 
-    uv run --extra sweep main_sweep.py --method adv adv_imp --seed 0 1 --pgd-eps 1:4:3 --unlearn-lr 0.003 0.01
-    uv run --extra sweep main_sweep.py --method adv_imp --search 20 --pgd-eps 1:5 --unlearn-lr 1e-4:1e-2:log
+    # list 24 runs: 2 methods × 2 seeds × 3 radii × 2 learning rates
+    python main_sweep.py --method adv adv_imp --seed 0 1 --pgd-eps 1:4:3 --unlearn-lr 0.003 0.01 --dry-run
+    # search 20 settings for the one that forgets D_f and keeps the highest accuracy on D_r
+    python main_sweep.py --method adv_imp --search 20 --pgd-eps 1:5 --unlearn-lr 1e-4:1e-2:log
 
 Takes the flags of main_unlearn.py, each with several values or a range, and writes the same records. Runs that have a
-record are not repeated, so the same command continues after an interruption, also on another machine.
+record are not repeated, so the same command continues after an interruption, also on another machine. The packages of
+the extra "sweep" are needed: pip install -e '.[sweep]', or start with uv run --extra sweep in place of python.
 """
 
 import l2ul  # noqa: F401  # isort: skip  # first: it sets the environment before torch is imported
@@ -25,7 +28,7 @@ def main() -> None:
         command = slurm.without_flag(sys.argv[1:])
         print(slurm.script(PROGRAM, command, sweep.opts.slurm, sweep.opts.gpus_per_trial != 0), end="")
         return
-    # these import torch: after parsing, so that --help answers at once
+    # These modules import torch: after parsing, so that --help is quick.
     from l2ul.sweeps import ray_cluster
     from l2ul.sweeps.sweep import SweepRunner
     import main_tables

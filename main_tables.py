@@ -1,9 +1,13 @@
 """Make tables and figures from the records of finished runs, and list the runs that are missing.
 
-    python main_tables.py                                                       # records of result_data
+    # of all records in result_data
+    python main_tables.py
+    # of the committed records
     python main_tables.py --result-dir result_data/reference --output tables
-    python main_tables.py --method adv adv_imp --unlearn-k 16 64 --seed 0 1 2   # these runs, and which are missing
-    python main_tables.py --figures 1 6                                         # and two figures
+    # of these runs, with a list of those that are missing
+    python main_tables.py --method adv adv_imp --unlearn-k 16 64 --seed 0 1 2
+    # with two figures
+    python main_tables.py --figures 1 6
 
 The tables are written as Markdown, CSV and LaTeX. Rows are methods; columns are data set and model, k, and metric.
 """

@@ -1,8 +1,11 @@
 """Make a trained image classifier forget single training images, and measure what that costs.
 
-    python main_unlearn.py                                     # the embedded digits
+    # forget 16 handwritten digits; needs no data, weights or GPU
+    python main_unlearn.py
+    # forget 16 images of CIFAR-10, with three seeds
     python main_unlearn.py --dataset cifar10 --model resnet20 --checkpoint resnet20.th --unlearn-k 16 --seed 0 1 2
-    torchrun --nproc-per-node 8 main_unlearn.py --dataset imagenet --unlearn-k 64    # attack and measure on all GPUs
+    # compute adversarial examples and accuracies on eight GPUs
+    torchrun --nproc-per-node 8 main_unlearn.py --dataset imagenet --unlearn-k 64
 
 For each seed, k and method: load → attack → importance → unlearn → evaluate → record. A run that has a record in
 result_data/runs is not repeated, so the same command continues after an interruption.

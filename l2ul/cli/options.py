@@ -139,8 +139,8 @@ def add_own_settings(parser: Parser) -> None:
     add(
         group,
         "--setting",
-        "settings of the chosen methods: their flags without dashes, as in unlearn_lr=0.01, and settings that have no "
-        "flag, as listed with the methods below (default: none)",
+        "settings of the chosen methods. A setting with a flag has the name of the flag with underscores, such as "
+        "unlearn_lr=0.01. The others are listed with the methods below, such as epochs=3 (default: none)",
         nargs="+",
         action="extend",
         type=setting,
@@ -158,7 +158,7 @@ def add_own_settings(parser: Parser) -> None:
 
 def add_unlearning(parser: Parser) -> None:
     group = parser.add_argument_group("unlearning")
-    usual = "default: all methods for the goal that are not of fixed length"
+    usual = "default: the methods of the paper and distill, as far as they support the goal"
     add(group, "--method", f"one or more methods, listed below ({usual})", nargs="+", metavar="NAME")
     goal = "misclassify: D_f is predicted as other classes; relabel: as new labels"
     add(group, "--goal", goal, choices=choices.GOALS, default="misclassify")
@@ -195,6 +195,7 @@ def add_unlearning(parser: Parser) -> None:
     loop = [name for name, one in SHARED.items() if name not in ATTACK and "teacher" not in one.used_by]
     add_settings(group, loop)
     parser.sections["methods"] = _methods_text()
+    parser.sections["defaults"] = DEFAULTS_NOTE
 
 
 def add_output(parser: Parser) -> None:
@@ -232,6 +233,9 @@ def add_output(parser: Parser) -> None:
     add(group, "--dry-run", "check everything and list the runs, but do not start them", action="store_true")
 
 
+DEFAULTS_NOTE = """\
+Some defaults depend on the data set. (default: 0.001; digits: 0.01) means 0.01 for the data set digits and 0.001 for
+all others."""
 RUN_GROUPS = (  # flags that decide a run, or where its results go
     *(add_data, add_unlearning, add_attack, add_distill, add_own_settings, add_output, add_speed),
 )
@@ -285,7 +289,7 @@ def _shown(value: object) -> str:
 
 
 def _methods_text() -> str:
-    """Return the list of methods for --help: those that run by default, then those of fixed length."""
+    """Return the list of methods for --help: those that run by default, then those of other papers."""
     rows = {False: [], True: []}
     for method in registry.METHODS.values():
         text = f"{method.summary}; needs D_r" if "retain" in method.needs else method.summary
@@ -294,7 +298,8 @@ def _methods_text() -> str:
         elif len(method.goals) == 1:
             text += f"; for the goal {method.goals[0]}"
         rows[method.is_fixed_length].append((method.name, text))
-    return f"{_list(rows[False])}\n\nof fixed length, by others, for the goal misclassify:\n{_list(rows[True])}"
+    title = "methods of other papers, with a fixed number of steps, for the goal misclassify; they run only when named:"
+    return f"{_list(rows[False])}\n\n{title}\n{_list(rows[True])}"
 
 
 def _list(rows: Iterable[tuple[str, str]], width: int = 106) -> str:

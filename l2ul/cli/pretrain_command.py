@@ -40,7 +40,7 @@ def main(
     by_grouping     for UTKFace: values of the recipe that depend on --age-grouping
     """
     with exit_codes.clean_exit(program, AFTER_STOP, shared=True):
-        parser = options.Parser(doc, prog=program)
+        parser = options.Parser(doc, prog=program, glossary=False)
         options.add_data(parser, dataset=dataset, model=model)
         add_recipe(parser, recipe, by_grouping or {})
         add_training(parser)
@@ -80,7 +80,7 @@ def add_training(parser: options.Parser) -> None:
     options.add(
         group,
         "--exclude",
-        "file with indices of training images to leave out, one per line: trains a retrained model",
+        "file with indices of training images to leave out, one per line: trains a reference model without these images",
         type=Path,
     )
     options.add(

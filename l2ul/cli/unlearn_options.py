@@ -8,7 +8,7 @@ from l2ul.common.errors import InputError
 from l2ul.metrics.registry import EVALUATIONS
 
 PROGRAM = "main_unlearn.py"
-FLAG_GROUPS = (*options.RUN_GROUPS, options.add_weights, options.add_machine)
+FLAG_GROUPS = (options.add_data, options.add_weights, *options.RUN_GROUPS[1:], options.add_machine)
 
 
 def parse(argv: Sequence[str] | None = None, description: str = "") -> argparse.Namespace:

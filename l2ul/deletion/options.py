@@ -13,13 +13,13 @@ from l2ul.methods import registry
 
 EPILOG = """\
 examples:
-  main_forget.py --model my_vit --images to_forget --output forgotten
+  python main_forget.py --model my_vit --images to_forget --output forgotten
       forget all images in to_forget with a Hugging Face model that save_pretrained wrote to my_vit
-  main_forget.py --model resnet20 --checkpoint resnet20.th --images to_forget --output forgotten --minutes 5
+  python main_forget.py --model resnet20 --checkpoint resnet20.th --images to_forget --output forgotten --minutes 5
       the same for a file of weights, in at most 5 minutes
-  main_forget.py --model my_vit --images to_forget --output forgotten --dry-run
+  python main_forget.py --model my_vit --images to_forget --output forgotten --dry-run
       check the request and print what would be done
-  main_forget.py --verify forgotten/report.json --images to_forget
+  python main_forget.py --verify forgotten/report.json --images to_forget
       check that the model and its report are unchanged and that the images are still forgotten
 
 glossary:
@@ -29,7 +29,12 @@ glossary:
   agreement   share of images for which the unlearned model predicts the same class as the original model
   distill     the method of this project: it keeps the outputs on mixes of D_f and needs no other images
 
-exit codes: 0 all images are forgotten, or all checks passed; 3 some are not, or a check failed; 2 wrong input
+exit codes:
+  0         all images are forgotten; with --verify: no check failed
+  1         out of memory or disk space
+  2         wrong input
+  3         not all images are forgotten; with --verify: a check failed
+  130, 143  stopped by Ctrl-C or SIGTERM; nothing was written
 """
 
 

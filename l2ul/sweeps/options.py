@@ -13,12 +13,18 @@ from l2ul.common.errors import InputError
 
 PROGRAM = "main_sweep.py"
 SINGLE = (  # flags of main_unlearn.py that do not decide results, and retrained: one value each
-    *("data_dir", "result_dir", "cache_dir", "cache_gib", "workers", "device", "threads"),
+    *("data_dir", "result_dir", "cache_dir", "cache_gib", "workers", "prefetch", "device", "threads"),
     *("test_batch_size", "attack_batch_size", "retrained"),
 )
 SPLIT = ("method", "unlearn_k", "seed")  # flags with several values, of which each trial has one
 LISTS = (*SPLIT, "evaluate", "references", "mean", "std")  # flags whose values belong to one command
 OWN = ("search", "source_free", "address", "gpus_per_trial", "cpus_per_trial", "parallel", "slurm", "dry_run")
+VALUES = """\
+A flag with [... ...] takes one value, several values or, for numbers, a range. All combinations of the values are run.
+1:5:9         9 values from 1 to 5, evenly spaced: 1 1.5 2 2.5 3 3.5 4 4.5 5
+1e-4:1:log5   5 values from 1e-4 to 1 with evenly spaced logarithms: 0.0001 0.001 0.01 0.1 1
+1:5           any number from 1 to 5, for --search to choose
+1e-4:1:log    any number from 1e-4 to 1, for --search to choose with an evenly distributed logarithm"""
 SEARCH_SAMPLE = 5000  # default of --retain-sample in a search
 
 Arguments = tuple[str, ...]
@@ -89,6 +95,7 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Sweep:
 
 
 def _add_flags(parser: Parser) -> None:
+    parser.sections["values and ranges"] = VALUES
     group = parser.add_argument_group("sweep")
 
     def add(flag: str, text: str, **keywords) -> None:
@@ -101,8 +108,8 @@ def _add_flags(parser: Parser) -> None:
     )
     add(
         "--source-free",
-        "rank the settings of a search by the agreement with the original model on held-out adversarial examples of "
-        "D_f, without D_r",
+        "rank the settings of a search by the agreement with the original model on adversarial examples of mixes of "
+        "D_f (metric_answers_kept); D_r is then not needed",
         action="store_true",
     )
     add(
