@@ -80,7 +80,7 @@ def add_training(parser: options.Parser) -> None:
     options.add(
         group,
         "--exclude",
-        "file with indices of training images to leave out, one per line: trains a reference model without these images",
+        "file with indices of training images to leave out, one per line, to train a reference model without them",
         type=Path,
     )
     options.add(

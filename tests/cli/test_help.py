@@ -7,6 +7,9 @@ import sys
 from conftest import ROOT
 import pytest
 
+from l2ul.cli import ranges
+from l2ul.sweeps.options import VALUES
+
 SLOW = ("torch", "pandas", "matplotlib", "transformers", "ray")
 
 
@@ -18,3 +21,10 @@ def test_help_does_not_import_what_takes_seconds(script):
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
     assert "argparse" in imported
     assert imported.isdisjoint(SLOW)
+
+
+def test_ranges_in_the_help_of_sweeps_are_what_it_says():
+    shown = re.findall(r"^(\S+) +\d values .*: ([\d. ]+)$", VALUES, re.MULTILINE)
+    assert len(shown) == 2
+    for text, numbers in shown:
+        assert ranges.values(text, float) == [float(number) for number in numbers.split()]

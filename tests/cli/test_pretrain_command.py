@@ -113,5 +113,6 @@ def test_help_shows_examples_and_does_not_import_torch():
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--weight-decay" in done.stdout
-    assert "examples:\n  python main_pretrain_digits_resnet20.py --rerun" in done.stdout
+    assert "\nexamples:\n" in done.stdout
+    assert "\n  python main_pretrain_digits_resnet20.py --rerun\n" in done.stdout
     assert done.stdout.endswith("False\n")
