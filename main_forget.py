@@ -48,13 +48,15 @@ def forget(args: argparse.Namespace) -> int:
 
     # Open the model.
     input_format = InputFormat(args.image_size, args.mean, args.std)
-    model = open_model(args.model, args.checkpoint, args.build, input_format, args.class_names)
+    model = open_model(args.model, args.checkpoint, args.build, input_format, args.class_names, args.weights_key)
+    for note in model.notes:
+        log(note)
     hashes_before = model.hashes()
     chain = read_chain(args.model)
     earlier_folder = Path(args.model) if chain else None
     original = model.classifier.to(device)
     if model.not_read:
-        log(f"not read in {args.model}: {', '.join(model.not_read)}")
+        log(f"not read in {args.checkpoint or args.model}: {', '.join(model.not_read)}")
 
     # Read the images.
     request = read_request(args.images[0], model, args.labels, args.skip_bad, chain)

@@ -18,6 +18,7 @@ from models import checkpoint as checkpoints
 from models import huggingface, resnet, resnet_cifar100, resnet_small, stems, zoo
 from models.classifier import Classifier, Normalize, check_weights
 
+STATISTICS = "input normalisation"
 OWN = {name: family for family in (resnet, resnet_cifar100, resnet_small, stems) for name in family.NAMES}
 
 __all__ = ["OWN", "Classifier", "build", "check_name", "load", "load_saved", "register", "save", "saved_suffix"]
@@ -69,12 +70,14 @@ def load(
     checkpoint: str | Path | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    weights_key: str | None = None,
 ) -> Classifier:
     """Return a trained classifier in eval mode, in channels-last format, with `source` and `sha256` of its weights.
 
     checkpoint  a file of weights (safetensors, or a pickle of tensors). For torchvision also the name of a set of
                 pretrained weights; None is the first set. `hf:` models need no file.
     mean, std   of the input normalisation; None: those in the file, or else those of the model family
+    weights_key which weights of a file with several, such as `model_ema`, see `checkpoint.read`
 
     Raises InputError if the weights are missing, damaged, unsafe to read or of another network.
     """
@@ -82,7 +85,9 @@ def load(
     if checkpoint is None or (name.startswith(zoo.PREFIX) and zoo.has_weights(name, str(checkpoint))):
         classifier = _published(name, num_classes, checkpoint)
     else:
-        classifier = _from_file(name, num_classes, Path(checkpoint))
+        classifier = _from_file(name, num_classes, Path(checkpoint), weights_key)
+        if classifier.notes and mean is not None and std is not None:
+            classifier.notes = [note for note in classifier.notes if STATISTICS not in note]
     classifier = _with_statistics(classifier, mean, std)
     return classifier.eval().to(memory_format=torch.channels_last)
 
@@ -104,14 +109,27 @@ def _published(name: str, num_classes: int, choice: str | None) -> Classifier:
     return classifier
 
 
-def _from_file(name: str, num_classes: int, path: Path) -> Classifier:
-    state, metadata = checkpoints.read(path)
+def _from_file(name: str, num_classes: int, path: Path, weights_key: str | None) -> Classifier:
     classifier = build(name, num_classes)
-    state, mean, std = checkpoints.split_statistics(state)
+    fits = functools.partial(checkpoints.fitting_prefixes, net=classifier.net)
+    everything, metadata = checkpoints.read(path, weights_key, fits)
+    state, mean, std = checkpoints.split_off_statistics(everything, classifier.net)
     _fill(classifier, state, str(path))
+    classifier.notes = statistics_note(path, mean, std)
+    classifier.not_read = checkpoints.outside(state, classifier.net)
     saved = [checkpoints.metadata_value(metadata, key) for key in ("mean", "std")]
     classifier.source, classifier.sha256, classifier.metadata = str(path), file_sha256(path), metadata
+    if weights_key is not None:  # the file has several weights: its hash does not tell them apart
+        classifier.sha256 = tensors_sha256(classifier.net.state_dict())
     return _with_statistics(classifier, mean or saved[0], std or saved[1])
+
+
+def statistics_note(path: Path, mean: Sequence[float] | None, std: Sequence[float] | None) -> list[str]:
+    """Return a sentence on the mean and std of a normalisation layer in a file, if there are any."""
+    if not (mean and std):
+        return []
+    first, second = (" ".join(f"{value:.4g}" for value in values) for values in (mean, std))
+    return [f"{path.name}: uses the {STATISTICS} in the file (mean {first}, std {second})"]
 
 
 def _fill(classifier: Classifier, state: dict[str, Tensor], source: str) -> None:
@@ -133,6 +151,17 @@ def infer_num_classes(name: str, state: dict[str, Tensor], source: str) -> int:
     if number is None:
         raise InputError(f"{source} does not fit {name}: no classification layer in it{_looks_like(state)}")
     return number
+
+
+def fitting_prefixes(name: str, state: dict[str, Tensor]) -> list[str]:
+    """Return the prefixes with which the model, for some number of classes, fits a state dict."""
+    weights, _, _ = checkpoints.split_statistics(state)
+    number = _num_classes(name, weights)
+    if number is None:
+        return []
+    with torch.device("meta"):
+        net = OWN.get(name, zoo).build(name, number)
+    return checkpoints.fitting_prefixes(state, net)
 
 
 def _num_classes(name: str, state: dict[str, Tensor]) -> int | None:

@@ -1,23 +1,62 @@
-"""Files of weights: find them, read them without running code from them, load them into a network, write them."""
+"""Files of weights: find them, load the weights into a network, write them back in the same form.
 
-from collections.abc import Callable, Collection
+A checkpoint holds one state dict or several, at its top or under keys such as `state_dict` or `ema`, and its names may
+have prefixes of wrappers such as `module.`, `_orig_mod.` or `model.`. The network decides: a state dict fits if some
+prefix, or none, stands before all names of the network, with the right shapes.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
+from dataclasses import dataclass
 import json
 from pathlib import Path
-import pickle
-import zipfile
+from typing import NamedTuple
 
-from safetensors import safe_open
 from safetensors.torch import save as serialize
 import torch
 from torch import Tensor, nn
 
 from l2ul.common.errors import InputError
 from l2ul.common.files import atomic
+from models import weight_files
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-PREFIXES = ("module.", "1.", "net.")  # of DataParallel, the released Sequential(normalise, model), our Classifier
+USUAL = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "params", "weights")
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # inside of names
+DEEPEST = 6  # levels of dictionaries and lists that are searched for state dicts
+SEVERAL = 4  # names that a message lists
 Statistics = tuple[float, ...]
+Shapes = Mapping[str, tuple[int, ...]]
+Place = tuple[object, ...]  # keys of dictionaries and positions in lists, from the top of a file to a state dict
+
+
+class Names(NamedTuple):
+    """How the names of a file correspond to those of a network.
+
+    prefix    before the names of the network
+    own       name in the network by name in the file, without the names that do not have the prefix
+    """
+
+    prefix: str
+    own: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The weights of a file that a command uses.
+
+    place   of their state dict
+    prefix  of their names, if the state dict holds several networks; else ""
+    """
+
+    place: Place
+    prefix: str = ""
+
+    @property
+    def label(self) -> str:
+        """The value of --weights-key that chooses these weights."""
+        return ".".join([*map(str, self.place), *([self.prefix.rstrip(".")] if self.prefix else [])])
 
 
 def candidates(dataset: str, model: str, data_dir: Path) -> list[Path]:
@@ -37,78 +76,116 @@ def find(dataset: str, model: str, data_dir: Path) -> Path | None:
     return next((path for path in candidates(dataset, model, data_dir) if path.is_file()), None)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors by name and the metadata of a safetensors file or a pickle.
+def read(
+    path: Path, weights_key: str | None = None, fits: Callable[[dict[str, Tensor]], list[str]] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors by name and the metadata of a safetensors file or a pickle; a pickle has no metadata.
 
-    A pickle holds a state dict, or a dictionary with a state dict under `state_dict`, `model_state_dict`, `model` or
-    `net`; it has no metadata. Raises InputError for a file that is missing, damaged, has no weights, or would run code
-    when it is read.
+    weights_key  which weights to read if the file has several: the key of a state dict, with dots between nested keys,
+                 or a prefix of names
+    fits         returns the prefixes with which the network fits a state dict, see `fitting_prefixes`; None: all fit
+
+    Raises InputError for a file that is missing, damaged, has no weights, has several that fit, or would run code when
+    it is read.
     """
+    content, metadata, _ = _content(path)
+    if content == {} and metadata is not None:  # safetensors without tensors: the caller describes what is missing
+        return {}, metadata
+    choice = _choose(content, path, weights_key, fits)
+    state = _state_at(content, choice.place)
+    return {key: tensor for key, tensor in state.items() if key.startswith(choice.prefix)}, metadata or {}
+
+
+def _content(path: Path) -> tuple[object, dict[str, str] | None, str]:
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}; name an existing file with --checkpoint")
-    content, metadata = _content(path)
-    return (content, metadata) if metadata is not None else (_tensors(content, path), {})
+    return weight_files.read(path)
 
 
-def _content(path: Path) -> tuple[object, dict[str, str] | None]:
-    """Return the content of a file, and the metadata of a safetensors file or None for a pickle."""
-    try:
-        reject_program(path)
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-        return torch.load(path, map_location="cpu", weights_only=True), None
-    except InputError:
-        raise
-    except pickle.UnpicklingError:
-        if _first_bytes(path) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):  # the file is complete
-            raise InputError(
-                f"{path} holds more than tensors and could run code when read, so it was not read; "
-                f"save its state_dict() instead, preferably as safetensors"
-            ) from None
-        raise InputError(f"{path} is damaged or is no checkpoint; download it again") from None
-    except Exception as error:  # zipfile, pickle, torch and safetensors each raise their own for damaged files
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is damaged or is no checkpoint ({first[:120]}); download it again") from None
+def _at(content: object, place: Place) -> object:
+    for key in place:
+        content = content[key]
+    return content
 
 
-def reject_program(path: Path) -> None:
-    """Raise InputError for a TorchScript or torch.export file, because reading it may run its code."""
-    if not zipfile.is_zipfile(path):
+def _state_at(content: object, place: Place) -> dict[str, Tensor]:
+    """Return the tensors by name at a place. They are not copies."""
+    return {key: value for key, value in _at(content, place).items() if isinstance(value, Tensor)}
+
+
+def _places(content: object, place: Place = (), seen: set[int] | None = None) -> Iterator[Place]:
+    """Yield the places of all dictionaries with tensors by name, usual keys first."""
+    seen = set() if seen is None else seen
+    if len(place) > DEEPEST or id(content) in seen or not isinstance(content, dict | list):
         return
-    with zipfile.ZipFile(path) as archive:
-        names = [Path(name) for name in archive.namelist()]
-    kinds = {"TorchScript": "code", "torch.export": "models"}
-    kind = next((kind for kind, folder in kinds.items() if any(name.parts[1:2] == (folder,) for name in names)), None)
-    if kind:
+    seen.add(id(content))
+    entries = content if isinstance(content, dict) else dict(enumerate(content))
+    if isinstance(content, dict) and any(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        yield place
+    usual = {key: position for position, key in enumerate(USUAL)}
+    for key in sorted(entries, key=lambda key: usual.get(key, len(usual)) if isinstance(key, str) else len(usual)):
+        yield from _places(entries[key], (*place, key), seen)
+
+
+def _choose(
+    content: object,
+    path: Path,
+    weights_key: str | None,
+    fits: Callable[[dict[str, Tensor]], list[str]] | None,
+) -> Choice:
+    """Return the weights of a file that the network fits. Raises InputError if there are none, or several."""
+    places = list(_places(content))
+    if not places:
+        keys = ", ".join(USUAL[:4])
+        raise InputError(f"{path} holds no state dict (tensors by layer name), at its top or under {keys}")
+    options = []
+    for place in places:
+        state = _state_at(content, place)
+        prefixes = [""] if fits is None else fits(state)
+        options += [Choice(place, prefix if len(prefixes) > 1 else "") for prefix in prefixes]
+    if weights_key is not None:
+        return _by_key(content, path, weights_key, places, options)
+    options = _without_copies(content, options)
+    if len(options) > 1 and fits is not None:
+        labels = [option.label or "the top of the file" for option in options]
         raise InputError(
-            f"{path} is a {kind} program, which can run code when it is read, and cannot take unlearned weights; "
-            f"use the weights of the module that it was made from (its state_dict(), best as safetensors)"
+            f"{path} has several weights that fit: {', '.join(labels)}; name the ones in use with --weights-key"
         )
+    return options[0] if options else Choice(max(places, key=lambda place: len(_state_at(content, place))))
 
 
-def _first_bytes(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(2)
+def _by_key(content: object, path: Path, key: str, places: list[Place], options: list[Choice]) -> Choice:
+    chosen = [one for one in options if key in (one.label, one.prefix, one.prefix.rstrip(".")) and one.label]
+    chosen += [Choice(place) for place in places if place and Choice(place).label == key]
+    for place in places:  # a prefix with which the network does not fit is described by the caller
+        prefix = key.removeprefix(Choice(place).label).lstrip(".").rstrip(".") + "."
+        if any(name.startswith(prefix) for name in _state_at(content, place)):
+            chosen.append(Choice(place, prefix))
+    if not chosen:
+        labels = dict.fromkeys(one.label for one in [*options, *map(Choice, places)] if one.label)
+        known = f"expected one of {', '.join(labels)}" if labels else "leave it out"
+        raise InputError(f"{path} has no weights under --weights-key {key}; {known}")
+    return chosen[0]
 
 
-def _tensors(content: object, path: Path) -> dict[str, Tensor]:
-    """Return the tensors by name of a pickle's content. They are not copies."""
-    content = _weights(content)
-    entries = content.items() if isinstance(content, dict) else ()
-    if not entries or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
-        raise InputError(
-            f"{path} holds no state dict (tensors by layer name), at its top or under {', '.join(WRAPPERS)}"
-        )
-    return dict(content)
+def _without_copies(content: object, options: list[Choice]) -> list[Choice]:
+    """Leave out weights that equal earlier ones, and initial weights if there are others."""
+    trained = [one for one in options if not any(str(key).lower().startswith("init") for key in one.place)]
+    kept: list[Choice] = []
+    for option in trained or options:
+        state = _chosen_tensors(content, option)
+        if not any(_are_equal(state, _chosen_tensors(content, other)) for other in kept):
+            kept.append(option)
+    return kept
 
 
-def _wrapper(content: object) -> str | None:
-    """Return the key under which a dictionary holds another one with the weights; None if there is none."""
-    if not isinstance(content, dict):
-        return None
-    return next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+def _chosen_tensors(content: object, choice: Choice) -> dict[str, Tensor]:
+    state = _state_at(content, choice.place)
+    return {key.removeprefix(choice.prefix): value for key, value in state.items() if key.startswith(choice.prefix)}
+
+
+def _are_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def split_statistics(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Statistics | None, Statistics | None]:
@@ -123,15 +200,74 @@ def split_statistics(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Stati
     return weights, values.get("mean"), values.get("std")
 
 
-def wrapping_prefix(keys: Collection[str], expected: set[str]) -> str:
-    """Return the prefix that wrappers have put before all layer names of a file."""
-    prefix = ""
-    while keys and not expected & {key.removeprefix(prefix) for key in keys}:
-        more = next((p for p in PREFIXES if all(key.startswith(prefix + p) for key in keys)), None)
-        if more is None:
-            break
-        prefix += more
-    return prefix
+def correspondence(keys: Collection[str], own: Collection[str]) -> list[Names]:
+    """Return the prefixes of a file before names of the network, those with most names first.
+
+    keys  names in the file
+    own   names in the network
+
+    Names of wrappers inside of a name, as in `features.module.0.weight`, are left out if more names fit without them.
+    """
+    plain = _with_prefixes({key: key for key in keys}, own)
+    unwrapped = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) for key in keys}
+    if any(key != name for key, name in unwrapped.items()) and len(set(unwrapped.values())) == len(unwrapped):
+        without = _with_prefixes(unwrapped, own)
+        if without and (not plain or _size(without[0], own) > _size(plain[0], own)):
+            return without
+    return plain or [Names("", {key: key for key in keys})]
+
+
+def _with_prefixes(names: Mapping[str, str], own: Collection[str]) -> list[Names]:
+    """Return a `Names` for each prefix of a name of the network. `names`: name without wrappers by name in the file."""
+    own, counts = set(own), Counter()
+    for name in names.values():
+        parts = name.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in own:
+                counts[".".join([*parts[:start], ""])] += 1
+    prefixes = sorted(counts, key=lambda prefix: (-counts[prefix], len(prefix)))
+    return [
+        Names(prefix, {key: name.removeprefix(prefix) for key, name in names.items() if name.startswith(prefix)})
+        for prefix in prefixes
+    ]
+
+
+def _size(names: Names, own: Collection[str]) -> int:
+    return sum(name in own for name in names.own.values())
+
+
+def fitting_prefixes(state: dict[str, Tensor], net: nn.Module) -> list[str]:
+    """Return the prefixes, as they stand in the file, with which all names and shapes of the network are in `state`.
+
+    Statistics of an input normalisation do not count, see `split_statistics`.
+    """
+    own, (weights, _, _) = net.state_dict(), split_off_statistics(state, net)
+    fitting = []
+    for names in correspondence(weights, own):
+        part = {name: weights[key] for key, name in names.own.items()}
+        if _differences(part, own) is None:
+            first = next(key for key, name in names.own.items() if name in own)
+            fitting.append(first.removesuffix(names.own[first]) if first.endswith(names.own[first]) else "")
+    return list(dict.fromkeys(fitting))
+
+
+def split_off_statistics(
+    state: dict[str, Tensor], net: nn.Module
+) -> tuple[dict[str, Tensor], Statistics | None, Statistics | None]:
+    """Return the same as `split_statistics`, but leave a normalisation layer that the network has itself."""
+    weights, mean, std = split_statistics(state)
+    own = net.state_dict()
+    names = _best(state, own).own if mean else {}
+    if any(names.get(key) in own for key in state.keys() - weights.keys()):
+        return state, None, None
+    return weights, mean, std
+
+
+def _best(state: dict[str, Tensor], own: dict[str, Tensor]) -> Names:
+    """Return the correspondence in which everything fits, else the one with most names."""
+    every = correspondence(state, own)
+    fits = (one for one in every if _differences({name: state[key] for key, name in one.own.items()}, own) is None)
+    return next(fits, every[0])
 
 
 def load_into(net: nn.Module, state: dict[str, Tensor]) -> str | None:
@@ -139,12 +275,26 @@ def load_into(net: nn.Module, state: dict[str, Tensor]) -> str | None:
 
     Returns None, or a description of the differences if the weights do not fit; the network is then unchanged.
     """
-    prefix = wrapping_prefix(state, set(net.state_dict()))
-    state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    wrong = mismatch(state, net)
+    own = net.state_dict()
+    part = {name: state[key] for key, name in _best(state, own).own.items()}
+    wrong = _differences(part, own)
     if wrong is None:
-        net.load_state_dict(state, strict=False)  # `mismatch` has compared all names except batch-norm's step counters
+        net.load_state_dict(part, strict=False)  # all names have been compared except batch-norm's step counters
     return wrong
+
+
+def outside(state: dict[str, Tensor], net: nn.Module) -> list[str]:
+    """Return the names in the file that do not belong to the network: they do not have its prefix."""
+    names = _best(state, net.state_dict()).own
+    return [key for key in state if key not in names]
+
+
+def dtypes(state: dict[str, Tensor], net: nn.Module) -> dict[str, torch.dtype]:
+    """Return the types of a file's floating-point weights by the names of the network, where not float32."""
+    own = net.state_dict()
+    names = {key: name for key, name in _best(state, own).own.items() if name in own}
+    types = {name: state[key].dtype for key, name in names.items() if state[key].is_floating_point()}
+    return {name: dtype for name, dtype in types.items() if dtype != torch.float32}
 
 
 def num_classes(state: dict[str, Tensor], build: Callable[[int], nn.Module]) -> int | None:
@@ -156,9 +306,9 @@ def num_classes(state: dict[str, Tensor], build: Callable[[int], nn.Module]) -> 
     """
     with torch.device("meta"):
         few, more = (shapes(build(number).state_dict()) for number in (2, 3))
-    prefix = wrapping_prefix(state, set(few))
-    heads = (f"{prefix}{name}" for name in few if few[name] != more[name])
-    return next((len(state[name]) for name in heads if name in state and state[name].ndim), None)
+    own = {name: state[key] for key, name in correspondence(state, few)[0].own.items()}
+    heads = (name for name in few if few[name] != more[name])
+    return next((len(own[name]) for name in heads if name in own and own[name].ndim), None)
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -166,23 +316,19 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
 
 
-def mismatch(state: dict[str, Tensor], net: nn.Module) -> str | None:
-    """Return a description of the first differences between file and network; None if they fit.
-
-    Compared are names and shapes, and that weights which are floating-point in the network are so in the file.
-    """
-    file, own = shapes(state), shapes(net.state_dict())
-    differing = [f"{key} is {file[key]}, not {own[key]}" for key in own if key in file and file[key] != own[key]]
-    kinds = {key: tensor.dtype for key, tensor in net.state_dict().items() if tensor.is_floating_point()}
+def _differences(part: dict[str, Tensor], own: dict[str, Tensor]) -> str | None:
+    """Return a description of the first differences in names, shapes and kinds of numbers; None if there are none."""
+    file, net = shapes(part), shapes(own)
+    differing = [f"{key} is {file[key]}, not {net[key]}" for key in net if key in file and file[key] != net[key]]
     differing += [
-        f"{key} is {_type(state[key].dtype)}, not {_type(kinds[key])}"
-        for key in kinds
-        if file.get(key) == own.get(key) and key in file and not state[key].is_floating_point()
+        f"{key} is {_type(part[key].dtype)}, not {_type(own[key].dtype)}"
+        for key in net
+        if file.get(key) == net[key] and own[key].is_floating_point() and not part[key].is_floating_point()
     ]
-    missing = [f"{key} {own[key]} is missing" for key in own if key not in file]
-    extra = [f"{key} {file[key]} is unexpected" for key in file if key not in own]
+    missing = [f"{key} {net[key]} is missing" for key in net if key not in file]
+    extra = [f"{key} {file[key]} is unexpected" for key in file if key not in net]
     total = len(differing) + len(missing) + len(extra)
-    first = (differing[:2] + missing[:2] + extra[:2])[:4]
+    first = (differing[:2] + missing[:2] + extra[:2])[:SEVERAL]
     return f"{'; '.join(first)}{f' (of {total} differences)' if total > len(first) else ''}" if total else None
 
 
@@ -204,49 +350,65 @@ def metadata_value(metadata: dict[str, str], key: str) -> object:
     return None
 
 
-def rewrite(source: Path, net: nn.Module, target: Path) -> list[str]:
+def rewrite(source: Path, net: nn.Module, target: Path, weights_key: str | None = None) -> list[str]:
     """Write a network's weights in the form of the file `source` that they came from: wrappers, names, types, metadata.
 
+    weights_key  as for `read`
+
     Other entries with tensors, such as the state of an optimizer or averaged weights, are left out, because they derive
-    from the original weights. Returns the names of these entries.
+    from the original weights. Tensors beside the network in the same state dict stay if all that share the first part
+    of their name are numbers and vectors, such as weights of classes. Returns the names of what is left out.
     """
-    content, metadata = _content(source)
-    inner = content if metadata is not None else _weights(content)
-    own = net.state_dict()
-    prefix = wrapping_prefix(inner, set(own))
+    content, metadata, form = _content(source)
+    choice = _choose(content, source, weights_key, lambda state: fitting_prefixes(state, net))
+    state, own = _at(content, choice.place), net.state_dict()
+    part = {key: tensor for key, tensor in _state_at(content, choice.place).items() if key.startswith(choice.prefix)}
+    names = _best(split_off_statistics(part, net)[0], own).own
     with torch.no_grad():  # some files have parameters instead of tensors
-        for key, tensor in inner.items():
-            if key.removeprefix(prefix) in own:  # otherwise it is the mean or std of the file
-                tensor.copy_(own[key.removeprefix(prefix)])
+        for key, name in names.items():
+            if name in own:  # otherwise it is a step counter that the network has not
+                state[key].copy_(own[name])
+    left_out = _strip_other_tensors(content, choice.place, set(names))
     if metadata is not None:
         target.write_bytes(serialize(content, metadata))
-        return []
-    left_out = _strip_other_tensors(content)
-    torch.save(content, target)
+    else:
+        with open(target, "wb") as file:  # given a path, torch would choose the format by its suffix
+            torch.save(content, file, _use_new_zipfile_serialization=form != weight_files.TORCH_LEGACY)
     return left_out
 
 
-def _weights(content: object) -> object:
-    """Return the part of a pickle's content that should be the weights: the innermost wrapped dictionary."""
-    while (key := _wrapper(content)) is not None:
-        content = content[key]
-    return content
+def _strip_other_tensors(content: object, place: Place, weights: set[str]) -> list[str]:
+    """Delete all entries with tensors beside the weights at `place` from a file's content; return their names."""
+    left_out: list[str] = []
+    for depth, key in enumerate(place):
+        entries = _at(content, place[:depth])
+        pairs = list(entries.items() if isinstance(entries, dict) else enumerate(entries))
+        for other in [one for one, value in pairs if one != key and _holds_tensors(value)]:
+            left_out.append(str(other))
+            if isinstance(entries, dict):
+                del entries[other]
+            else:
+                entries[other] = None
+    state = _at(content, place)
+    groups: dict[str, list[object]] = {}
+    for key in state:
+        if key not in weights and _holds_tensors(state[key]):
+            groups.setdefault(str(key).split(".")[0], []).append(key)
+    for group, keys in groups.items():
+        small = all(isinstance(state[key], Tensor) and state[key].squeeze().ndim < 2 for key in keys)
+        if not small:
+            left_out.append(f"{group}.*" if len(keys) > 1 else str(keys[0]))
+            for key in keys:
+                del state[key]
+    return left_out
 
 
-def _strip_other_tensors(content: dict) -> list[str]:
-    """Delete all entries with tensors from a pickle's content, except the weights; return their names."""
-    wrapper = _wrapper(content)
-    if wrapper is None:
-        return []
-    others = [key for key, value in content.items() if key != wrapper and _holds_tensors(value)]
-    for key in others:
-        del content[key]
-    return [str(key) for key in others] + _strip_other_tensors(content[wrapper])
-
-
-def _holds_tensors(value: object) -> bool:
+def _holds_tensors(value: object, depth: int = 0) -> bool:
+    """Return whether there are tensors in an object that a file held. One nested too deeply counts as such."""
+    if isinstance(value, Tensor) or depth > 50:
+        return True
     if isinstance(value, dict):
-        return any(map(_holds_tensors, value.values()))
-    if isinstance(value, list | tuple | set):
-        return any(map(_holds_tensors, value))
-    return isinstance(value, Tensor)
+        return any(_holds_tensors(one, depth + 1) for one in value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(_holds_tensors(one, depth + 1) for one in value)
+    return isinstance(value, argparse.Namespace) and _holds_tensors(vars(value), depth + 1)

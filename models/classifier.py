@@ -32,6 +32,7 @@ class Classifier(nn.Module):
     sha256      hash of the weights, or of their file
     metadata    metadata of the file
     not_read    files of the model's folder and entries of its weights that were not read
+    notes       sentences on what was read from the file beside the weights: the input normalisation
     """
 
     def __init__(self, name: str, num_classes: int, net: nn.Module, preprocess: nn.Module):
@@ -41,6 +42,7 @@ class Classifier(nn.Module):
         self.sha256: str | None = None
         self.metadata: dict[str, str] = {}
         self.not_read: list[str] = []
+        self.notes: list[str] = []
         self.preprocess = preprocess
         self.net = net
 

@@ -87,6 +87,12 @@ def add_weights(parser: Parser) -> None:
         "(default: <data-dir>/weights/<dataset>_<model>.safetensors, else the path of the released scripts)",
         metavar="FILE",
     )
+    add(
+        group,
+        "--weights-key",
+        "which weights of a checkpoint with several, such as model_ema (default: the only ones that fit)",
+        metavar="KEY",
+    )
 
 
 def add_machine(parser: Parser) -> None:

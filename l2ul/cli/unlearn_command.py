@@ -80,9 +80,12 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
         print(note)
     images = images.to(device)
     with distributed.local_first():  # the first process of a machine downloads weights, the others find them
-        classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std).to(device)
+        classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std, opts.weights_key)
+    classifier = classifier.to(device)
+    for note in classifier.notes:
+        print(note)
     if classifier.not_read:
-        print(f"not read in {opts.model}: {', '.join(classifier.not_read)}")
+        print(f"not read in {path or opts.model}: {', '.join(classifier.not_read)}")
     preflight.check_fit(classifier, images.train.images, images.num_classes, opts.precision)
     accuracy.check_trained_on(images, _metadata(classifier), classifier.source)
     return make_setup(opts, images, classifier, Path(path).name if path else None)

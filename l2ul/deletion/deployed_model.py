@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import contextlib
 import copy
 from dataclasses import dataclass, field
+import functools
 import importlib
 import os
 from pathlib import Path
@@ -19,7 +20,7 @@ from l2ul.common.files import file_sha256, tensors_sha256
 from l2ul.deletion.report_schema import REPORT, OpenedBy, WrittenModelHashes, read_report
 import models
 from models import checkpoint as checkpoints
-from models import huggingface, zoo
+from models import huggingface, weight_files, zoo
 from models.classifier import Classifier, Normalize, check_weights
 
 BUILT = "build"  # `model` of OpenedBy for a module that --build names
@@ -54,6 +55,8 @@ class DeployedModel:
     path           the file or folder with the weights; None for weights from a hub or from code
     dtypes         of the weights in the file, by name, where not float32
     not_read       files of the model's folder and entries of its weights that were not read
+    weights_key    which weights of a file with several
+    notes          sentences on what was read from the file beside the weights
     """
 
     classifier: Classifier
@@ -63,6 +66,8 @@ class DeployedModel:
     path: Path | None = None
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     not_read: list[str] = field(default_factory=list)
+    weights_key: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     def hashes(self) -> WrittenModelHashes:
         """Return the hex sha256 of the weights, independent of the file format, and of each file by name."""
@@ -91,7 +96,8 @@ class DeployedModel:
             huggingface.save(net, classifier.name, folder / "model", *statistics)
             return []
         if self.path:
-            return checkpoints.rewrite(self.path, classifier.net, folder / f"model{self.path.suffix}")
+            suffix = ".pth.tar" if self.path.name.endswith(".pth.tar") else self.path.suffix
+            return checkpoints.rewrite(self.path, classifier.net, folder / f"model{suffix}", self.weights_key)
         torch.save({name: tensor.cpu() for name, tensor in classifier.net.state_dict().items()}, folder / "model.pt")
         return []
 
@@ -108,6 +114,7 @@ def open_model(
     build: str | None = None,
     input_format: InputFormat | None = None,
     class_names: Path | None = None,
+    weights_key: str | None = None,
 ) -> DeployedModel:
     """Open a deployed classifier.
 
@@ -116,10 +123,11 @@ def open_model(
     checkpoint    file of weights; for torchvision also the name of one of its pretrained weights
     build         `package.module:function` that returns a module, in place of `model`; its code is run
     class_names   text file with one class name per line
+    weights_key   which weights of a checkpoint with several, such as model_ema
 
     Raises InputError if something is missing, damaged, unsafe to read or does not fit.
     """
-    opened = _open(model, checkpoint, build, input_format or InputFormat())
+    opened = _open(model, checkpoint, build, input_format or InputFormat(), weights_key)
     if class_names:
         try:
             opened.class_names = class_names.read_text(encoding="utf-8").splitlines()
@@ -131,30 +139,35 @@ def open_model(
 
 
 def _open(
-    model: str | None, checkpoint: str | Path | None, build: str | None, input_format: InputFormat
+    model: str | None,
+    checkpoint: str | Path | None,
+    build: str | None,
+    input_format: InputFormat,
+    weights_key: str | None,
 ) -> DeployedModel:
     if build and (model is None or not is_output(Path(model))):
         if model:
             raise InputError(f"--model {model} and --build {build} both name a classifier; give one of them")
-        return _open_built(build, checkpoint, input_format)
+        return _open_built(build, checkpoint, input_format, weights_key)
     if model is None:
         raise InputError("no classifier is named; give --model, or --build for a module of your own")
     path = Path(model)
     if path.is_file():
-        checkpoints.reject_program(path)
+        weight_files.kind(path)
         raise InputError(
             f"--model {model} is a file; give the architecture as --model and the file of weights as --checkpoint"
         )
     if is_output(path):
-        unused = {"--checkpoint": checkpoint} | input_format.flags
+        unused = {"--checkpoint": checkpoint, "--weights-key": weights_key} | input_format.flags
         _refuse_flags(unused, f"{model}, the output of an earlier request, which defines it")
         return open_output(path, build)
     if path.is_dir():
         model = f"{huggingface.PREFIX}{model}"
     models.check_name(model)
     if model.startswith(huggingface.PREFIX):
+        _refuse_flags({"--weights-key": weights_key}, f"{model}, which contains its weights")
         return _open_huggingface(model, checkpoint, input_format)
-    return _open_named(model, checkpoint, input_format)
+    return _open_named(model, checkpoint, input_format, weights_key)
 
 
 def _refuse_flags(values: dict[str, object], what: str) -> None:
@@ -218,7 +231,9 @@ def _open_huggingface(model: str, checkpoint: str | Path | None, input_format: I
     )
 
 
-def _open_named(model: str, checkpoint: str | Path | None, input_format: InputFormat) -> DeployedModel:
+def _open_named(
+    model: str, checkpoint: str | Path | None, input_format: InputFormat, weights_key: str | None = None
+) -> DeployedModel:
     """Open one of our architectures or of torchvision's."""
     is_zoo = model.startswith(zoo.PREFIX)
     choice = str(checkpoint) if checkpoint and is_zoo and zoo.has_weights(model, str(checkpoint)) else None
@@ -226,33 +241,68 @@ def _open_named(model: str, checkpoint: str | Path | None, input_format: InputFo
     if pretrained:
         path, state, class_names = None, {}, list(pretrained.meta["categories"])
         num_classes = len(class_names)
+        _refuse_flags({"--weights-key": weights_key}, f"the published weights of {model}")
     elif checkpoint is None:
         raise InputError(f"no weights are given for {model}; give their file as --checkpoint")
     else:
         path, class_names = Path(checkpoint), []
-        state, _ = checkpoints.read(path)
+        state, _ = checkpoints.read(path, weights_key, functools.partial(models.fitting_prefixes, model))
         num_classes = models.infer_num_classes(model, state, str(path))
-    loaded = models.load(model, num_classes, checkpoint, input_format.mean, input_format.std)
+    loaded = models.load(model, num_classes, checkpoint, input_format.mean, input_format.std, weights_key)
     own_size = is_zoo and not input_format.image_size
     to_pixels = zoo.transform(model, choice) if own_size else _central_square(input_format.image_size)
     mean, std = models.decimals(loaded.normalize.mean), models.decimals(loaded.normalize.std)
     opened_by = _opened_by(model, InputFormat(input_format.image_size, mean, std))
-    return DeployedModel(_without_resizing(loaded), to_pixels, class_names, opened_by, path, _dtypes(state, loaded.net))
+    dtypes = checkpoints.dtypes(checkpoints.split_off_statistics(state, loaded.net)[0], loaded.net)
+    opened = DeployedModel(_without_resizing(loaded), to_pixels, class_names, opened_by, path, dtypes)
+    opened.notes, opened.not_read, opened.weights_key = loaded.notes, loaded.not_read, weights_key
+    return opened
 
 
-def _open_built(build: str, checkpoint: str | Path | None, input_format: InputFormat) -> DeployedModel:
-    net = _build(build)
+def _open_built(
+    build: str, checkpoint: str | Path | None, input_format: InputFormat, weights_key: str | None = None
+) -> DeployedModel:
+    net = _unwrapped(_build(build))
     path = Path(checkpoint) if checkpoint else None
-    state = checkpoints.read(path)[0] if path else {}
-    difference = checkpoints.load_into(net, state) if path else None
-    if difference:
-        raise InputError(f"{path} does not fit the module that {build} returns: {difference}")
-    preprocess = nn.Sequential(Normalize(input_format.mean or (0.0,) * 3, input_format.std or (1.0,) * 3))
-    dtypes = _dtypes(state, net) or _dtypes(net.state_dict(), net)
+    state, mean, std = {}, None, None
+    _refuse_flags({"--weights-key": weights_key if path is None else None}, f"--build {build} without --checkpoint")
+    if path:
+        everything, _ = checkpoints.read(path, weights_key, functools.partial(checkpoints.fitting_prefixes, net=net))
+        state, mean, std = checkpoints.split_off_statistics(everything, net)
+        difference = checkpoints.load_into(net, state)
+        if difference:
+            raise InputError(f"{path} does not fit the module that {build} returns: {difference}")
+        if input_format.mean or input_format.std:
+            mean, std = None, None
+    notes = models.statistics_note(path, mean, std) if path else []
+    not_read = checkpoints.outside(state, net)
+    mean, std = input_format.mean or mean or (0.0,) * 3, input_format.std or std or (1.0,) * 3
+    dtypes = checkpoints.dtypes(state, net) or checkpoints.dtypes(net.state_dict(), net)
     net = net.float().eval().requires_grad_(True)  # unlearning trains all weights
-    classifier = Classifier(build, 0, net, preprocess)
+    classifier = Classifier(build, 0, net, nn.Sequential(Normalize(mean, std)))
     to_pixels = _central_square(input_format.image_size)
-    return DeployedModel(classifier, to_pixels, [], _opened_by(BUILT, input_format), path, dtypes)
+    opened = DeployedModel(classifier, to_pixels, [], _opened_by(BUILT, input_format), path, dtypes)
+    opened.notes, opened.not_read, opened.weights_key = notes, not_read, weights_key
+    return opened
+
+
+def _unwrapped(net: nn.Module) -> nn.Module:
+    """Return the module inside of torch.compile and DataParallel, also where they wrap layers of it."""
+    while True:
+        children = dict(net.named_children())
+        if isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            net = net.module
+        elif list(children) == ["_orig_mod"]:  # the class is in torch._dynamo, which is slow to import
+            net = children["_orig_mod"]
+        else:
+            break
+    for name, child in children.items():
+        inner = _unwrapped(child)
+        if inner is not child:
+            setattr(net, name, inner)
+    if net._compiled_call_impl is not None:  # of module.compile()
+        net._compiled_call_impl = None
+    return net
 
 
 def _build(build: str) -> nn.Module:
@@ -301,11 +351,3 @@ def _opened_by(model: str, input_format: InputFormat) -> OpenedBy:
         "mean": input_format.mean,
         "std": input_format.std,
     }
-
-
-def _dtypes(state: dict[str, Tensor], net: nn.Module) -> dict[str, torch.dtype]:
-    """Return the dtypes of a file's floating-point weights by the names of the net, where not float32."""
-    own = set(net.state_dict())
-    prefix = checkpoints.wrapping_prefix(state, own)
-    dtypes = {key.removeprefix(prefix): tensor.dtype for key, tensor in state.items() if tensor.is_floating_point()}
-    return {name: dtype for name, dtype in dtypes.items() if name in own and dtype != torch.float32}

@@ -73,6 +73,8 @@ def _add_model(parser: Parser) -> None:
     options.add(group, "--model", text, metavar="MODEL", default=None)
     text = "file of weights; for torchvision:NAME also the name of one of its pretrained weights"
     options.add(group, "--checkpoint", text, metavar="FILE")
+    text = "which weights of a checkpoint with several, such as model_ema (default: the only ones that fit)"
+    options.add(group, "--weights-key", text, metavar="KEY")
     text = "function that returns a torch.nn.Module from images to logits, in place of --model; its code is run"
     options.add(group, "--build", text, metavar="PACKAGE.MODULE:FUNCTION")
     text = "resize the short side of images to N pixels and crop the central square (default: as the model defines)"

@@ -1,7 +1,11 @@
 """A model is written in the form it was read in: names, wrappers, dtypes, metadata, and no other tensors."""
 
+import argparse
 import contextlib
+import datetime
+import pathlib
 import warnings
+import zipfile
 
 from conftest import tiny_net
 import numpy as np
@@ -166,3 +170,249 @@ def test_flags_that_do_not_apply_to_the_output_of_a_request_are_errors(tmp_path)
         deployed.reopen(
             {"model": "resnet20"} | dict.fromkeys(("image_size", "mean", "std")), [], tmp_path, "conftest:tiny_net"
         )
+
+
+class Holder(torch.nn.Module):
+    """A network under another name, as wrappers and Lightning modules hold it."""
+
+    def __init__(self, **nets):
+        super().__init__()
+        for name, net in nets.items():
+            setattr(self, name, net)
+
+
+def wrapped_net(form):
+    """Return the weights of `tiny_net` under the names that a wrapper gives them."""
+    net = tiny_net()
+    if form == "compiled layer":
+        net.head = torch.compile(net.head, backend="eager")
+        return net.state_dict()
+    for part in reversed(form.split()):
+        net = torch.compile(net, backend="eager") if part == "_orig_mod" else Holder(**{part: net})
+    return net.state_dict()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("_orig_mod", "model", "net", "_orig_mod module", "module _orig_mod", "model net backbone"),
+        *("module _orig_mod model", "anything", "compiled layer"),
+    ],
+)
+def test_prefixes_of_wrappers_are_read_and_written_again(net, tmp_path, form):
+    state = wrapped_net(form)
+    torch.save({"state_dict": state}, tmp_path / "in.pt")
+    opened = deployed.open_model(None, tmp_path / "in.pt", "conftest:tiny_net")
+    assert all(torch.equal(tensor, net[0].state_dict()[k]) for k, tensor in opened.classifier.net.state_dict().items())
+    opened.classifier.net.load_state_dict(net[1].state_dict())
+    opened.write(opened.classifier, tmp_path)
+    written = torch.load(tmp_path / "model.pt", weights_only=True)["state_dict"]
+    assert list(written) == list(state)
+    again = deployed.reopen(opened.opened_by, [], tmp_path / "model.pt", "conftest:tiny_net")
+    assert all(torch.equal(t, net[1].state_dict()[name]) for name, t in again.classifier.net.state_dict().items())
+
+
+LIGHTNING = {
+    "epoch": np.float64(3.0),
+    "pytorch-lightning_version": "2.5.0",
+    "hyper_parameters": argparse.Namespace(lr=1e-3, root=pathlib.Path("runs/1"), best=np.float32(0.5)),
+    "callbacks": {"best": {"best_model_path": pathlib.PureWindowsPath("a"), "scores": np.arange(3.0)}},
+    "date": datetime.datetime(2024, 1, 2),
+}
+
+
+def test_a_lightning_checkpoint_is_read_and_written_with_its_other_content(net, tmp_path):
+    state = {f"model.{name}": tensor for name, tensor in net[0].state_dict().items()} | {"loss.weight": torch.ones(3)}
+    torch.save({"state_dict": state, "optimizer_states": [{"m": torch.ones(2)}], **LIGHTNING}, tmp_path / "in.ckpt")
+    opened = deployed.open_model(None, tmp_path / "in.ckpt", "conftest:tiny_net")
+    assert opened.not_read == ["loss.weight"]
+    assert opened.write(net_classifier(opened, net[1]), tmp_path) == ["optimizer_states"]
+    content = torch.load(tmp_path / "model.ckpt", weights_only=False)
+    assert torch.equal(content["state_dict"]["model.head.bias"], net[1].head.bias)
+    assert torch.equal(content["state_dict"]["loss.weight"], torch.ones(3))
+    assert content["callbacks"]["best"]["scores"].tolist() == [0.0, 1.0, 2.0]
+    assert type(content["callbacks"]["best"]["scores"]) is np.ndarray
+    assert content["hyper_parameters"] == LIGHTNING["hyper_parameters"]
+    assert (content["epoch"], type(content["epoch"])) == (3.0, np.float64)
+    assert content["date"] == LIGHTNING["date"]
+
+
+def net_classifier(opened, net):
+    opened.classifier.net.load_state_dict(net.state_dict())
+    return opened.classifier
+
+
+def test_several_weights_are_chosen_by_key(net, tmp_path):
+    first, second = net[0].state_dict(), net[1].state_dict()
+    torch.save({"model": first, "model_ema": second, "init_weight": second, "epoch": 3}, tmp_path / "in.pt")
+    with pytest.raises(InputError, match="has several weights that fit: model, model_ema; .*with --weights-key"):
+        deployed.open_model(None, tmp_path / "in.pt", "conftest:tiny_net")
+    for key, state in (("model", first), ("model_ema", second)):
+        opened = deployed.open_model(None, tmp_path / "in.pt", "conftest:tiny_net", weights_key=key)
+        assert torch.equal(opened.classifier.net.head.bias, state["head.bias"])
+        left_out = opened.write(opened.classifier, tmp_path)
+        assert left_out == [one for one in ("model", "model_ema", "init_weight") if one != key]
+        again = deployed.reopen(opened.opened_by, [], tmp_path / "model.pt", "conftest:tiny_net")
+        assert torch.equal(again.classifier.net.head.bias, state["head.bias"])
+    with pytest.raises(InputError, match="has no weights under --weights-key ema; expected one of model, model_ema"):
+        deployed.open_model(None, tmp_path / "in.pt", "conftest:tiny_net", weights_key="ema")
+
+
+def test_initial_weights_and_copies_are_not_taken_for_the_weights_in_use(net, tmp_path):
+    first, second = net[0].state_dict(), net[1].state_dict()
+    content = {"init_weight": second, "state_dict": first, "best": {"net": dict(first)}}
+    torch.save(content, tmp_path / "in.pt")
+    opened = deployed.open_model(None, tmp_path / "in.pt", "conftest:tiny_net")
+    assert torch.equal(opened.classifier.net.head.bias, first["head.bias"])
+
+
+def test_two_networks_in_one_state_dict_are_chosen_by_prefix(net, tmp_path):
+    torch.save(Holder(student=net[0], teacher=net[1]).state_dict(), tmp_path / "in.pt")
+    with pytest.raises(InputError, match="has several weights that fit: student, teacher; "):
+        deployed.open_model(None, tmp_path / "in.pt", "conftest:tiny_net")
+    opened = deployed.open_model(None, tmp_path / "in.pt", "conftest:tiny_net", weights_key="teacher")
+    assert torch.equal(opened.classifier.net.head.bias, net[1].head.bias)
+    assert opened.write(opened.classifier, tmp_path) == ["student.*"]
+    assert not any(name.startswith("student") for name in torch.load(tmp_path / "model.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.pt", "a", "a.SAFETENSORS"])
+def test_safetensors_are_known_by_their_content(net, tmp_path, name):
+    save_file(net[0].state_dict(), tmp_path / name, {"from": "somewhere"})
+    opened = deployed.open_model(None, tmp_path / name, "conftest:tiny_net")
+    opened.write(opened.classifier, tmp_path / "..")
+    target = tmp_path / ".." / f"model{pathlib.Path(name).suffix}"
+    with safe_open(target, framework="pt") as file:
+        assert file.metadata() == {"from": "somewhere"}
+    target.unlink()
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("name", ["a.safetensors", "a", "a.pth.tar"])
+def test_pickles_are_known_by_their_content_and_written_in_the_same_format(net, tmp_path, name, is_zip):
+    (tmp_path / "out").mkdir()
+    torch.save(net[0].state_dict(), tmp_path / "other.pt", _use_new_zipfile_serialization=is_zip)
+    (tmp_path / "other.pt").rename(tmp_path / name)
+    opened = deployed.open_model(None, tmp_path / name, "conftest:tiny_net")
+    opened.write(opened.classifier, tmp_path / "out")
+    (written,) = (tmp_path / "out").iterdir()
+    assert written.name == f"model{name[1:]}"
+    assert zipfile.is_zipfile(written) == is_zip
+
+
+def compiled_net():
+    return torch.compile(tiny_net(), backend="eager")
+
+
+def parallel_net():
+    net = tiny_net()
+    net.head = torch.nn.DataParallel(net.head)
+    return torch.nn.DataParallel(net)
+
+
+def net_with_statistics():
+    net = torch.nn.Sequential(models.Normalize([0.5] * 3, [0.25] * 3), tiny_net())
+    return net
+
+
+@pytest.mark.parametrize("build", ["compiled_net", "parallel_net"])
+def test_wrappers_of_built_modules_are_taken_off(net, tmp_path, build):
+    torch.save(globals()[build]().state_dict(), tmp_path / "in.pt")
+    opened = deployed.open_model(None, tmp_path / "in.pt", f"test_deployed_model:{build}")
+    assert list(opened.classifier.net.state_dict()) == list(net[0].state_dict())
+    opened.write(net_classifier(opened, net[1]), tmp_path)
+    loaded = globals()[build]()
+    loaded.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(list(loaded.parameters())[-1], list(net[1].parameters())[-1])
+
+
+def test_the_input_normalisation_in_a_file_is_used_unless_the_module_has_it(net, tmp_path):
+    state = {**net[0].state_dict(), "normalize.mean": torch.full((3,), 0.5), "normalize.std": torch.full((3,), 0.25)}
+    torch.save({"state_dict": state}, tmp_path / "in.pt")
+    opened = deployed.open_model(None, tmp_path / "in.pt", "conftest:tiny_net")
+    assert opened.classifier.normalize.mean.flatten().tolist() == [0.5] * 3
+    assert opened.notes == ["in.pt: uses the input normalisation in the file (mean 0.5 0.5 0.5, std 0.25 0.25 0.25)"]
+    opened.write(net_classifier(opened, net[1]), tmp_path)
+    written = torch.load(tmp_path / "model.pt", weights_only=True)["state_dict"]
+    assert list(written) == list(state)
+    assert torch.equal(written["head.bias"], net[1].head.bias)
+    chosen = deployed.InputFormat(mean=[0.0] * 3, std=[1.0] * 3)
+    opened = deployed.open_model(None, tmp_path / "in.pt", "conftest:tiny_net", chosen)
+    assert (opened.classifier.normalize.std.flatten().tolist(), opened.notes) == ([1.0] * 3, [])
+    torch.save(net_with_statistics().state_dict(), tmp_path / "own.pt")
+    opened = deployed.open_model(None, tmp_path / "own.pt", "test_deployed_model:net_with_statistics")
+    assert (opened.classifier.normalize.mean.flatten().tolist(), opened.notes) == ([0.0] * 3, [])
+
+
+def test_released_weights_with_statistics_are_written_again(tmp_path):
+    """`0.mean`, `0.std` and `1.` before all other names: Sequential(normalise, model)."""
+    net = models.build("resnet20", 10).net
+    content = {"0.mean": torch.zeros(3), "0.std": torch.ones(3), **{f"1.{k}": v for k, v in net.state_dict().items()}}
+    torch.save(content, tmp_path / "in.pt")
+    opened = deployed.open_model("resnet20", tmp_path / "in.pt")
+    with torch.no_grad():
+        opened.classifier.net.linear.bias.add_(1)
+    opened.write(opened.classifier, tmp_path)
+    written = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert list(written) == list(content)
+    assert torch.equal(written["1.linear.bias"], opened.classifier.net.linear.bias)
+
+
+OTHER_FORMATS = {
+    "net.onnx": (b"\x08\x08\x12\x07pytorch\x1a\x05" + bytes(60), "is an ONNX model"),
+    "net.pt": (b"\x89HDF\r\n\x1a\n" + bytes(60), "is an HDF5 file"),
+    "net.tflite": (b"\x1c\0\0\0TFL3" + bytes(60), "is a TFLite model"),
+    "net.bin": (b"GGUF\x03\0\0\0" + bytes(60), "is a GGUF file"),
+    "net.pth": (b"<!DOCTYPE html><html>", "is a web page"),
+    "lfs.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a Git LFS pointer"),
+    "plain.pkl": (b"\x80\x04\x95" + bytes(60), "could run code when read"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_other_formats_are_named(tmp_path, name):
+    content, complaint = OTHER_FORMATS[name]
+    (tmp_path / name).write_bytes(content)
+    for arguments in ((str(tmp_path / name),), (None, tmp_path / name, "conftest:tiny_net")):
+        with pytest.raises(InputError, match=complaint):
+            deployed.open_model(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("entries", "complaint"),
+    [
+        (["a/model.weights.h5", "a/config.json"], "is a Keras model"),
+        (["w.npy"], "is an archive of NumPy arrays"),
+        (["readme.txt"], "is a zip archive that torch.save did not write"),
+        (["a/code/net.py", "a/data.pkl"], "is a TorchScript program"),
+        (["a/models/model.json"], "is a torch.export program"),
+    ],
+)
+def test_other_archives_are_named(tmp_path, entries, complaint):
+    with zipfile.ZipFile(tmp_path / "net.pt", "w") as archive:
+        for entry in entries:
+            archive.writestr(entry, "x")
+    with pytest.raises(InputError, match=complaint):
+        checkpoint.read(tmp_path / "net.pt")
+
+
+def test_a_type_that_could_run_code_is_named_with_how_to_save_again(tmp_path):
+    torch.save({"state_dict": tiny_net().state_dict(), "config": Counted()}, tmp_path / "in.ckpt")
+    with pytest.raises(
+        InputError, match="holds more than tensors .test_deployed_model.Counted.*torch.save.model.state"
+    ):
+        checkpoint.read(tmp_path / "in.ckpt")
+    torch.save({"state_dict": tiny_net().state_dict(), "config": np.array([{}])}, tmp_path / "in.ckpt")
+    with pytest.raises(InputError, match="numpy.dtype.'O8'"):
+        checkpoint.read(tmp_path / "in.ckpt")
+
+
+class Counted:
+    """Stands for a configuration of the user's own."""
+
+
+def test_quantised_weights_do_not_fit(net, tmp_path):
+    state = {name: (t * 100).to(torch.int8) if t.ndim > 1 else t for name, t in net[0].state_dict().items()}
+    torch.save(state, tmp_path / "in.pt")
+    with pytest.raises(InputError, match="is int8, not float32"):
+        deployed.open_model(None, tmp_path / "in.pt", "conftest:tiny_net")
