@@ -35,7 +35,7 @@ def forget(args: argparse.Namespace) -> int:
     from l2ul.deletion import checks, output, report, search, signature
     from l2ul.deletion.deployed_model import InputFormat, open_model
     from l2ul.deletion.report_schema import PAGE
-    from l2ul.deletion.request import read_keep_images, read_reference_images, read_request
+    from l2ul.deletion.request import choose_reader, read_keep_images, read_reference_images, read_request
     from l2ul.deletion.verify import earlier_rows, read_chain
     from l2ul.metrics import robustness
 
@@ -59,7 +59,11 @@ def forget(args: argparse.Namespace) -> int:
         log(f"not read in {args.checkpoint or args.model}: {', '.join(model.not_read)}")
 
     # Read the images.
-    request = read_request(args.images[0], model, args.labels, args.skip_bad, chain)
+    options_of_reader = (args.exif_orientation, args.white_level, args.max_image_pixels)
+    reader = choose_reader(chain, model.metadata, *options_of_reader)
+    request = read_request(args.images[0], model, args.labels, args.skip_bad, chain, reader)
+    for note in request.folder.notes:
+        log(note)
     search.check_method(args.method, request.forget.goal)
     keep = read_keep_images(args.keep_images, model, request, args.skip_bad)
     references = read_reference_images(args.reference_images, model, request, args.skip_bad)
@@ -139,7 +143,13 @@ def verify(args: argparse.Namespace) -> int:
     key = signature.public_key(args.public_key) if args.public_key else None
     model = Path(args.model) if args.model else None
     results = verification.verify(
-        args.verify, model=model, build=args.build, image_folders=args.images or (), key=key, device=device
+        args.verify,
+        model=model,
+        build=args.build,
+        image_folders=args.images or (),
+        key=key,
+        device=device,
+        max_pixels=args.max_image_pixels,
     )
     for check in results:
         print(f"{PASSED[check.passed]:6} {check.name}: {check.finding}")

@@ -27,6 +27,7 @@ from l2ul.methods.settings import ATTACK, SHARED, Setting, to_text
 from l2ul.metrics.registry import EVALUATIONS
 
 if TYPE_CHECKING:
+    from l2ul.data.image_files import ImageReader
     from l2ul.data.images import Images
 
 
@@ -65,6 +66,7 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
         choices=choices.DECODERS,
         default="cpu",
     )
+    add_image_files(group)
     add(
         group,
         "--model",
@@ -76,6 +78,38 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
     mean = "mean of each input channel, for pixels in [0,1] (default: that of the weights, else of the model)"
     add(group, "--mean", mean, type=finite_float, nargs=3)
     add(group, "--std", "standard deviation of each input channel, likewise", type=positive_float, nargs=3)
+
+
+def add_image_files(group: Group, default: str = "") -> None:
+    """Add the flags of `image_reader`. `default` describes --exif-orientation where it is None without the flag."""
+    orientation = None if default else choices.EXIF_ORIENTATIONS[0]
+    text = (
+        "read the pixels of image files as stored, as torchvision's ImageFolder does, or turn the images upright as "
+        "their EXIF orientation says"
+    )
+    text += f" (default: {default})" if default else ""
+    add(group, "--exif-orientation", text, choices=choices.EXIF_ORIENTATIONS, default=orientation)
+    add(
+        group,
+        "--white-level",
+        "value of white in grey image files of more than 8 bits, such as 4095 for 12-bit images in files of 16 bits "
+        "(default: the largest value of the type of the file, for example 65535)",
+        type=positive_float,
+    )
+    add(
+        group,
+        "--max-image-pixels",
+        "refuse image files with more than N pixels",
+        type=positive_int,
+        default=choices.MAX_IMAGE_PIXELS,
+    )
+
+
+def image_reader(options: argparse.Namespace) -> "ImageReader":
+    """Return the reader of image files that the flags of `add_image_files` describe."""
+    from l2ul.data.image_files import ImageReader  # imports Pillow
+
+    return ImageReader(options.exif_orientation, options.white_level, options.max_image_pixels)
 
 
 def add_weights(parser: Parser) -> None:
@@ -328,6 +362,7 @@ def load_data(options: argparse.Namespace, whole_train: bool = False) -> "Images
         workers=options.workers,
         prefetch=options.prefetch,
         decoder=options.decoder,
+        reader=image_reader(options),
         progress=progress_bar,
     )
 

@@ -245,9 +245,13 @@ def _load_reference_models(opts: argparse.Namespace, setup: Setup, device: torch
 
 def _read_folder(opts: argparse.Namespace, setup: Setup) -> tuple[Split, Tensor]:
     """Return the images of --forget-dir with the classes of their folders, and the model's predictions for them."""
-    split = forget_set.read_folder(opts.forget_dir, setup.images)
-    options = {"batch_size": opts.test_batch_size, "workers": opts.workers}
-    return split, accuracy.predict(setup.classifier, split.images, **options)
+    reader = options.image_reader(opts)
+    split = forget_set.read_folder(opts.forget_dir, setup.images, reader)
+    for note in reader.examine(split.images.files):
+        print(f"{opts.forget_dir}: {note}")
+    return split, accuracy.predict(
+        setup.classifier, split.images, batch_size=opts.test_batch_size, workers=opts.workers
+    )
 
 
 def _choose_forget_set(opts: argparse.Namespace, setup: Setup, seed: int) -> forget_set.ForgetSet:

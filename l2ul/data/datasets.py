@@ -13,8 +13,10 @@ from torchvision import datasets as torchvision_datasets
 from l2ul import ProgressBar
 from l2ul.common import distributed
 from l2ul.common.errors import InputError
+from l2ul.common.text import normal_form
 from l2ul.data import utkface
 from l2ul.data.folder import PREFETCH, FolderImages
+from l2ul.data.image_files import OTHER_SUFFIXES, ImageReader
 from l2ul.data.images import Images, Split
 
 WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # the 1,000 classes of ImageNet-1k, in order
@@ -35,6 +37,7 @@ def load(
     download: bool = True,
     prefetch: int = PREFETCH,
     decoder: str = "cpu",
+    reader: ImageReader | None = None,
     progress: ProgressBar | None = None,
 ) -> Images:
     """Return a data set.
@@ -45,6 +48,7 @@ def load(
     age_grouping, split_seed, whole_train, workers, progress   of UTKFace, see `utkface.load`
     download           whether a missing CIFAR data set is downloaded
     prefetch, decoder  of a folder, see `folder.FolderImages`
+    reader             decodes the files of a folder or of UTKFace
 
     A folder `<data_dir>/<name>` has the subfolders `train` and `val` (or `test`), and these have a subfolder per class.
     The classes of `imagenet` are the 1,000 of ImageNet-1k, even if some of their folders are absent.
@@ -53,10 +57,11 @@ def load(
     """
     options = {"image_size": image_size, "age_grouping": age_grouping, "split_seed": split_seed}
     options |= {"whole_train": whole_train, "workers": workers, "download": download, "progress": progress}
-    options |= {"prefetch": prefetch, "decoder": decoder}
+    options |= {"prefetch": prefetch, "decoder": decoder, "reader": reader or ImageReader()}
     if name in LOADERS:
         return LOADERS[name](Path(data_dir), **options)
-    return _image_folder(name, Path(data_dir) / name, image_size or 224, prefetch=prefetch, decoder=decoder)
+    reading = {name: options[name] for name in ("prefetch", "decoder", "reader")}
+    return _image_folder(name, Path(data_dir) / name, image_size or 224, **reading)
 
 
 def dataset(name: str) -> Callable[[Loader], Loader]:
@@ -89,7 +94,7 @@ def _load_cifar100(data_dir: Path, *, download: bool, **options) -> Images:
 
 @dataset("utkface")
 def _load_utkface(data_dir: Path, *, age_grouping: str, image_size: int | None, **options) -> Images:
-    options = {name: options[name] for name in ("split_seed", "whole_train", "workers", "progress")}
+    options = {name: options[name] for name in ("split_seed", "whole_train", "workers", "progress", "reader")}
     return utkface.load(data_dir, age_grouping, image_size=image_size or 128, **options)
 
 
@@ -137,7 +142,7 @@ def _socket_timeout(seconds: float = 30) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _image_folder(name: str, folder: Path, size: int, **reading) -> Images:
+def _image_folder(name: str, folder: Path, size: int, *, reader: ImageReader, **reading) -> Images:
     if not (folder / "train").is_dir():
         raise InputError(
             f"there is no data set {name!r}: expected {', '.join(LOADERS)}, or the name of a folder with the "
@@ -147,27 +152,56 @@ def _image_folder(name: str, folder: Path, size: int, **reading) -> Images:
     train, test = _read_image_folder(folder / "train"), _read_image_folder(held_out)
     classes = WNIDS.read_text().split() if name == "imagenet" else train.classes
     for part in (train, test):
-        unknown = sorted(set(part.classes) - set(classes))
+        known = set(map(normal_form, classes))
+        unknown = sorted(label for label in part.classes if normal_form(label) not in known)
         if unknown:
             expected = "an ImageNet-1k class, n01440764 …" if name == "imagenet" else f"a class of {train.root}"
             raise InputError(
                 f"{part.root} has a class {unknown[0]!r}; expected {expected}: rename or remove its folder"
             )
     splits = [
-        Split(FolderImages([file for file, _ in part.samples], size, **reading), _labels(part, classes))
+        Split(FolderImages([file for file, _ in part.samples], size, reader=reader, **reading), _labels(part, classes))
         for part in (train, test)
     ]
-    return Images(name, len(classes), classes, *splits, settings={"image_size": size})
+    notes = [f"{part.root}: {note}" for part in (train, test) for note in _notes(part, reader)]
+    return Images(
+        name, len(classes), classes, *splits, settings={"image_size": size} | reader.settings, notes=tuple(notes)
+    )
 
 
 def _read_image_folder(folder: Path) -> torchvision_datasets.ImageFolder:
     try:
-        return torchvision_datasets.ImageFolder(str(folder))
+        part = torchvision_datasets.ImageFolder(str(folder))
     except FileNotFoundError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{folder} does not hold images in a subfolder per class: {reason}") from None
+    first: dict[str, str] = {}
+    for name in part.classes:
+        if first.setdefault(normal_form(name), name) != name:
+            raise InputError(
+                f"{folder} has two subfolders {normal_form(name)!r} whose names differ only in their Unicode normal "
+                f"form; move their images into one subfolder"
+            )
+    return part
+
+
+def _notes(part: torchvision_datasets.ImageFolder, reader: ImageReader) -> list[str]:
+    """Return sentences about images that other software may read differently, and images that are not read."""
+    notes = reader.examine([file for file, _ in part.samples])
+    other = [
+        file
+        for label in part.classes
+        for file in sorted(Path(part.root, label).iterdir())
+        if file.suffix.lower() in OTHER_SUFFIXES
+    ]
+    if other:
+        notes.append(
+            f"{len(other)} images such as {other[0].name} are left out, as torchvision's ImageFolder does not read "
+            f"{other[0].suffix} files; convert them to use them"
+        )
+    return notes
 
 
 def _labels(part: torchvision_datasets.ImageFolder, classes: list[str]) -> Tensor:
-    index = {name: number for number, name in enumerate(classes)}
-    return torch.tensor([index[part.classes[target]] for target in part.targets])
+    index = {normal_form(name): number for number, name in enumerate(classes)}
+    return torch.tensor([index[normal_form(part.classes[target])] for target in part.targets])

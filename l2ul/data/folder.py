@@ -6,15 +6,17 @@ import os
 from pathlib import Path
 import warnings
 
-from PIL import Image
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets, io
+from torchvision import io
 from torchvision.transforms import v2
 
 from l2ul.common.choices import PREFETCH
 from l2ul.common.errors import InputError
+from l2ul.data.image_files import ImageReader, UnreadableImage, unreadable
+
+READER_VERSION = 2  # part of the hashes by which caches find predictions; it grows when files give other pixels
 
 
 def check_decoder(decoder: str, device: torch.device) -> None:
@@ -33,6 +35,7 @@ class FolderImages(Dataset):
     prefetch    batches that each worker of `loader` decodes ahead
     decoder     `cpu` or `gpu`; with `gpu`, `loader` decodes with torchvision's nvJPEG, whose pixels differ slightly
                 from those of the CPU
+    reader      decodes files on the CPU
 
     Raises InputError when a file cannot be decoded.
     """
@@ -45,8 +48,10 @@ class FolderImages(Dataset):
         *,
         prefetch: int = PREFETCH,
         decoder: str = "cpu",
+        reader: ImageReader | None = None,
     ):
         self.files, self.size, self.prefetch, self.decoder = files, size, prefetch, decoder
+        self.reader = reader or ImageReader()
         self.short_side = short_side or round(size * 8 / 7)
         self.resize = v2.Compose([v2.Resize(self.short_side), v2.CenterCrop(size)])
         self.transform = v2.Compose([self.resize, v2.PILToTensor()])
@@ -57,17 +62,18 @@ class FolderImages(Dataset):
     def subset(self, indices: Tensor) -> "FolderImages":
         """Return the images at `indices`, in that order."""
         files = [self.files[i] for i in indices.tolist()]
-        return FolderImages(files, self.size, self.short_side, prefetch=self.prefetch, decoder=self.decoder)
+        options = {"prefetch": self.prefetch, "decoder": self.decoder, "reader": self.reader}
+        return FolderImages(files, self.size, self.short_side, **options)
 
     def sha256(self) -> str:
         """Return a hash of the names, sizes and modification times of the files, and of how they are decoded."""
-        how = "" if self.decoder == "cpu" else f" {self.decoder}"
-        digest = hashlib.sha256(f"{self.size} {self.short_side}{how}".encode())
+        how = [READER_VERSION, self.decoder, *(f"{name}={value}" for name, value in self.reader.settings.items())]
+        digest = hashlib.sha256(" ".join(map(str, [self.size, self.short_side, *how])).encode())
         for file in self.files:
             try:
                 status = os.stat(file)
             except OSError as error:
-                raise _unreadable(file, error.strerror) from None
+                raise unreadable(file, error.strerror) from None
             digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
         return digest.hexdigest()
 
@@ -75,9 +81,9 @@ class FolderImages(Dataset):
         if isinstance(index, Tensor) and index.ndim:
             return torch.stack([self[i] for i in index.tolist()])
         try:
-            return self.transform(datasets.folder.pil_loader(self.files[index]))
-        except OSError as error:
-            raise _unreadable(self.files[index], error) from None
+            return self.transform(self.reader.read(self.files[index]))
+        except UnreadableImage as error:
+            raise unreadable(self.files[index], error) from None
 
     def loader(
         self,
@@ -115,14 +121,13 @@ class _Encoded(Dataset):
         self.images = images
 
     def __getitem__(self, index: int) -> Tensor:
-        file = self.images.files[index]
+        file, reader = self.images.files[index], self.images.reader
         try:
-            with Image.open(file) as image:  # reads the header only
-                if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                    return torch.frombuffer(bytearray(Path(file).read_bytes()), dtype=torch.uint8)
-            return v2.functional.pil_to_tensor(datasets.folder.pil_loader(file))
-        except (OSError, RuntimeError) as error:
-            raise _unreadable(file, error) from None
+            if reader.needs_cpu(file):
+                return v2.functional.pil_to_tensor(reader.read(file))
+            return torch.frombuffer(bytearray(Path(file).read_bytes()), dtype=torch.uint8)
+        except (OSError, UnreadableImage) as error:
+            raise unreadable(file, error) from None
 
 
 def _decode_batch(batch: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -159,7 +164,3 @@ def _decode(images: list[Tensor], device: torch.device) -> list[Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision 0.29 and later recommend another package
         return io.decode_jpeg(images, mode=io.ImageReadMode.RGB, device=device)
-
-
-def _unreadable(file: str, reason: object) -> InputError:
-    return InputError(f"cannot read the image {file} ({reason}); replace or remove it")

@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import datasets
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from l2ul.common import seeds
 from l2ul.common.errors import InputError
+from l2ul.common.text import normal_form, read_text
 from l2ul.data.folder import FolderImages
+from l2ul.data.image_files import OTHER_SUFFIXES, ImageReader
 from l2ul.data.images import Images, Split
 
 
@@ -85,7 +88,7 @@ def choose_forget(num_images: int, k: int, seed: int) -> Tensor:
 def read_integers(path: Path, what: str) -> Tensor:
     """Read a text file with one whole number per line into an int64 tensor. Blank lines are ignored."""
     try:
-        lines = Path(path).read_text().split("\n")
+        lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise InputError(f"cannot read the {what} file {path}: {reason}") from None
@@ -150,20 +153,22 @@ def other_class(labels: Tensor, draws: Tensor) -> Tensor:
     return draws + (draws >= labels)
 
 
-def read_folder(folder: Path, images: Images) -> Split:
+def read_folder(folder: Path, images: Images, reader: ImageReader | None = None) -> Split:
     """Return the images of a folder that has a subfolder per class, resized and cropped like those of the data set.
 
     images  the data set, whose classes are the allowed names of the subfolders
+    reader  decodes the files; it should be the one that decodes the data set
 
     Raises InputError if a subfolder is not a class, or an image is also in the training or test set.
     """
     try:
-        image_folder = datasets.ImageFolder(str(folder))
+        image_folder = ImageFolder(str(folder), is_valid_file=_is_image_name)
     except OSError as error:
         raise InputError(
             f"--forget-dir {folder} does not hold images in a subfolder per class ({str(error).splitlines()[0]})"
         ) from None
-    unknown = [name for name in image_folder.classes if name not in images.classes]
+    index = {normal_form(name): number for number, name in enumerate(images.classes)}
+    unknown = [name for name in image_folder.classes if normal_form(name) not in index]
     if unknown:
         raise InputError(
             f"--forget-dir {folder} has a subfolder {unknown[0]!r}, which is no class of the data set; "
@@ -171,12 +176,16 @@ def read_folder(folder: Path, images: Images) -> Split:
         )
     files, train = [file for file, _ in image_folder.samples], images.train.images
     short_side = train.short_side if isinstance(train, FolderImages) else images.short_side or images.side
-    folder_images = FolderImages(files, images.side, short_side)
+    folder_images = FolderImages(files, images.side, short_side, reader=reader)
     _reject_own(folder_images, images)
     return Split(
         folder_images,
-        torch.tensor([images.classes.index(image_folder.classes[target]) for target in image_folder.targets]),
+        torch.tensor([index[normal_form(image_folder.classes[target])] for target in image_folder.targets]),
     )
+
+
+def _is_image_name(file: str) -> bool:
+    return Path(file).suffix.lower() in (*IMG_EXTENSIONS, *OTHER_SUFFIXES)
 
 
 def _reject_own(folder_images: FolderImages, images: Images) -> None:

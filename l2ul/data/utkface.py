@@ -16,6 +16,7 @@ from l2ul.common import seeds
 from l2ul.common.choices import AGE_GROUPINGS
 from l2ul.common.errors import InputError
 from l2ul.data.folder import FolderImages
+from l2ul.data.image_files import ImageReader
 from l2ul.data.images import Images, Split
 
 CROP = 15 / 16  # side of the centre crop relative to the image: 120 of 128 pixels
@@ -32,6 +33,7 @@ def load(
     whole_train: bool = False,
     workers: int = 0,
     progress: ProgressBar | None = None,
+    reader: ImageReader | None = None,
 ) -> Images:
     """Return the images in `<data_dir>/utkface` as uint8 tensors, labelled by age group.
 
@@ -42,13 +44,16 @@ def load(
     whole_train  leave training images uncropped, for random crops in training
     workers      processes that decode images
     progress     shows how many images are decoded
+    reader       decodes the files
 
     Raises InputError if there is no folder, fewer than 10 images, or a file name twice.
     """
+    reader = reader or ImageReader()
     files, notes = _files(Path(data_dir))
+    notes += tuple(f"UTKFace: {note}" for note in reader.examine(files))
     parts = split_files([file.name for file in files], split_seed)
     labels = torch.tensor([age_class(_age(file.name), grouping) for file in files])
-    pixels = _decode(files, image_size, workers, progress)
+    pixels = _decode(files, image_size, workers, progress, reader)
     crop = round(image_size * CROP)
     sides = (image_size if whole_train else crop, crop, crop)
     train, validation, test = (
@@ -63,7 +68,7 @@ def load(
         train,
         test,
         validation,
-        settings={"age_grouping": grouping, "image_size": image_size, "split_seed": split_seed},
+        settings={"age_grouping": grouping, "image_size": image_size, "split_seed": split_seed} | reader.settings,
         train_sha256=hashlib.sha256(names.encode()).hexdigest(),
         notes=notes,
         short_side=image_size,
@@ -121,8 +126,8 @@ def _age(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _decode(files: list[Path], size: int, workers: int, progress: ProgressBar | None) -> Tensor:
-    images = FolderImages([str(file) for file in files], size, size)
+def _decode(files: list[Path], size: int, workers: int, progress: ProgressBar | None, reader: ImageReader) -> Tensor:
+    images = FolderImages([str(file) for file in files], size, size, reader=reader)
     pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     done = 0
     with progress("read images", len(files)) if progress else contextlib.nullcontext() as advance:

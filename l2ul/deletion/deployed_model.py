@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256, tensors_sha256
+from l2ul.common.text import read_text
 from l2ul.deletion.report_schema import REPORT, OpenedBy, WrittenModelHashes, read_report
 import models
 from models import checkpoint as checkpoints
@@ -68,6 +69,12 @@ class DeployedModel:
     not_read: list[str] = field(default_factory=list)
     weights_key: str | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        """The metadata of the file of weights."""
+        metadata = self.classifier.metadata
+        return {name: checkpoints.metadata_value(metadata, name) for name in metadata}
 
     def hashes(self) -> WrittenModelHashes:
         """Return the hex sha256 of the weights, independent of the file format, and of each file by name."""
@@ -130,7 +137,7 @@ def open_model(
     opened = _open(model, checkpoint, build, input_format or InputFormat(), weights_key)
     if class_names:
         try:
-            opened.class_names = class_names.read_text(encoding="utf-8").splitlines()
+            opened.class_names = read_text(class_names).splitlines()
         except (OSError, UnicodeDecodeError):
             raise InputError(
                 f"cannot read --class-names {class_names}; give a UTF-8 text file with one class name per line"
@@ -335,6 +342,7 @@ def _build(build: str) -> nn.Module:
 def _without_resizing(loaded: Classifier) -> Classifier:
     """Return the classifier for images that `to_pixels` has already resized and cropped."""
     classifier = Classifier(loaded.name, loaded.num_classes, loaded.net, nn.Sequential(loaded.normalize))
+    classifier.metadata = loaded.metadata
     return classifier.eval()
 
 

@@ -105,6 +105,7 @@ def _add_request(parser: Parser) -> None:
         "without a label gets the model's prediction as its label)"
     )
     options.add(group, "--labels", text, type=Path, metavar="FILE")
+    options.add_image_files(group, "that of the last request on the model or of its training, else ignore")
     options.add(group, "--skip-bad", "leave out files that cannot be read as images", action="store_true")
     text = "check the request, print what would be done and stop; nothing is written"
     options.add(group, "--dry-run", text, action="store_true")

@@ -46,6 +46,8 @@ def describe_request(
         "minutes": minutes,
         "seed": seed,
         "also": list(also),
+        **request.folder.reader.options,
+        "image_notes": request.folder.notes,
     }
 
 

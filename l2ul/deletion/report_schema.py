@@ -12,6 +12,7 @@ from pathlib import Path
 import types
 from typing import Annotated, Any, NotRequired, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+from l2ul.common.choices import EXIF_ORIENTATIONS
 from l2ul.common.errors import InputError
 
 REPORT = "report.json"  # the report, in the folder of the unlearned model
@@ -28,6 +29,8 @@ class Rule:
 
 
 PIXELS = Rule("a whole number from 1 to 65536", lambda value: 1 <= value <= 65536)
+READING = Rule(" or ".join(EXIF_ORIENTATIONS), lambda value: value in EXIF_ORIENTATIONS)
+POSITIVE = Rule("a number above 0", lambda value: value > 0)
 CLASS = Rule("the number of a class", lambda value: 0 <= value < 2**31)
 ONE_PER_CHANNEL = Rule("3 numbers, one per channel", lambda values: len(values) == 3)
 POSITIVE_PER_CHANNEL = Rule("3 numbers above 0", lambda values: len(values) == 3 and min(values) > 0)
@@ -57,7 +60,12 @@ class UnreadableRow(TypedDict):
 
 
 class RequestRow(TypedDict):
-    """The request: name of the image folder, goal, source of the labels, settings."""
+    """The request: name of the image folder, goal, source of the labels, settings.
+
+    exif_orientation, white_level  how image files were read, see `ImageReader`; images of reports without them were
+                                   turned upright
+    image_notes                    sentences about images that other software may read differently
+    """
 
     goal: str
     images: NotRequired[str]
@@ -67,6 +75,9 @@ class RequestRow(TypedDict):
     minutes: NotRequired[float]
     seed: NotRequired[int]
     also: NotRequired[list[str]]
+    exif_orientation: NotRequired[Annotated[str, READING]]
+    white_level: NotRequired[Annotated[float, POSITIVE] | None]
+    image_notes: NotRequired[list[str]]
 
 
 class OpenedBy(TypedDict):
@@ -109,7 +120,7 @@ class ModelRow(TypedDict):
 class ImageRow(TypedDict):
     """An image of the request: its hashes, its labels, and the predictions of the model before and after.
 
-    sha256, pixels_sha256  of the file, and of the decoded upright RGB image
+    sha256, pixels_sha256  of the file, and of the RGB image as decoded for the request
     same_as                files with the same pixels
     called_*               predicted class; confidence_* is its probability
     label_confidence_*     probability of `label`

@@ -1,19 +1,22 @@
 """Read a deletion request: the images of a folder with their hashes, and the class each has and may be given."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 import hashlib
+from io import StringIO
 from pathlib import Path
 import warnings
 
-import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import Image
 import torch
 from torch import Tensor, nn
 
+from l2ul.common.choices import EXIF_ORIENTATIONS
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
+from l2ul.common.text import normal_form, read_text
+from l2ul.data.image_files import ImageReader, UnreadableImage
 from l2ul.data.images import Split, as_pixels
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.report_schema import Report
@@ -30,7 +33,7 @@ class ImageFile:
 
     file           path relative to the folder, with / as the separator
     sha256         of the file's bytes
-    pixels_sha256  of the upright RGB image in its original size
+    pixels_sha256  of the RGB image in its original size, as the reader of the folder decodes it
     label          the class by the name of its folder or the label table, or None
     new_label      the class that it shall get, or None
     same_as        files with the same pixels, which count as this image
@@ -59,6 +62,8 @@ class ImageFolder:
     images       (n, 3, H, W) uint8 on the CPU, in the order of `files`
     unreadable   files that were left out
     label_table  the CSV file with labels, if there is one
+    reader       decoded the files
+    notes        sentences about images that other software may read differently
     """
 
     path: Path
@@ -66,6 +71,8 @@ class ImageFolder:
     images: Tensor
     unreadable: list[UnreadableFile] = field(default_factory=list)
     label_table: Path | None = None
+    reader: ImageReader = field(default_factory=ImageReader)
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -129,17 +136,18 @@ def read_request(
     label_table: Path | None = None,
     skip_bad: bool = False,
     earlier: Iterable[Report] = (),
+    reader: ImageReader | None = None,
 ) -> Request:
     """Read the images to forget and find the label of each.
 
-    label_table, skip_bad  see `read_images`
-    earlier                reports of the earlier requests on this model, first to last
+    label_table, skip_bad, reader  see `read_images`
+    earlier                        reports of the earlier requests on this model, first to last
 
     The label of an image is the one that the folder or the table gives. Without one, it is the label of an earlier
     request for the same image, or else the model's prediction. Raises InputError if the model does not fit the images
     or a label is no class of the model.
     """
-    read = read_images(folder, model.to_pixels, label_table, skip_bad)
+    read = read_images(folder, model.to_pixels, label_table, skip_bad, reader=reader)
     images = read.images.to(next(model.classifier.parameters()).device)
     class_names = _check_class_names(model.class_names, preflight.check_model(model.classifier, images))
     before = logits(model.classifier, images)
@@ -224,7 +232,7 @@ def _read_others(folder: Path, flag: str, model: DeployedModel, request: Request
 
     Raises InputError if the size differs from that of the request's images, or an image is part of the request.
     """
-    read = read_images(folder, model.to_pixels, skip_bad=skip_bad, flag=flag)
+    read = read_images(folder, model.to_pixels, skip_bad=skip_bad, flag=flag, reader=request.folder.reader)
     if read.images.shape[1:] != request.images.shape[1:]:
         raise InputError(f"the images of {flag} and of --images differ in size; give one size with --image-size")
     forgotten = {image.pixels_sha256 for image in request.folder.files}
@@ -234,12 +242,47 @@ def _read_others(folder: Path, flag: str, model: DeployedModel, request: Request
     return read
 
 
-class _Unreadable(Exception):
-    """Why a file is not a readable image."""
+def choose_reader(
+    chain: Sequence[Report],
+    metadata: Mapping[str, object],
+    exif_orientation: str | None,
+    white_level: float | None,
+    max_pixels: int,
+) -> ImageReader:
+    """Return the reader of a request's images. Options that are None are those of the last request, or of training.
+
+    chain     reports of the earlier requests on the model
+    metadata  of the file of weights, as main_pretrain scripts write it
+    """
+    orientation, white = metadata.get("exif_orientation"), metadata.get("white_level")
+    options = {
+        "exif_orientation": orientation if orientation in EXIF_ORIENTATIONS else None,
+        "white_level": white if isinstance(white, float) and white > 0 else None,
+    }
+    if chain:
+        options |= reading_of(chain[-1])
+    options |= {"exif_orientation": exif_orientation} if exif_orientation else {}
+    options |= {"white_level": white_level} if white_level else {}
+    options = {name: value for name, value in options.items() if value is not None}
+    return ImageReader(**options, max_pixels=max_pixels)
+
+
+def reading_of(report: Report) -> dict[str, object]:
+    """Return the options of `ImageReader` with which the images of a report were read.
+
+    Reports without them were written when requests always turned images upright.
+    """
+    asked = report["asked"]
+    return {"exif_orientation": asked.get("exif_orientation", "obey"), "white_level": asked.get("white_level")}
 
 
 def read_images(
-    folder: Path, to_pixels: ToPixels, label_table: Path | None = None, skip_bad: bool = False, flag: str = "--images"
+    folder: Path,
+    to_pixels: ToPixels,
+    label_table: Path | None = None,
+    skip_bad: bool = False,
+    flag: str = "--images",
+    reader: ImageReader | None = None,
 ) -> ImageFolder:
     """Read the images of a folder, or of its subfolders named by label, sorted by name. Equal images count once.
 
@@ -248,6 +291,9 @@ def read_images(
                  folder if it exists
     skip_bad     leave out unreadable files instead of raising
     flag         names the folder in messages
+    reader       decodes the files
+
+    Each image is decoded, hashed and reduced to the size that the model takes before the next one is decoded.
 
     Raises InputError if there is no image, one cannot be read, labels contradict each other or sizes differ.
     """
@@ -258,15 +304,18 @@ def read_images(
     listed = _list_files(folder, flag).items()
     listed = {file: label for file, label in listed if not tables & {folder / file, (folder / file).resolve()}}
     labels = _read_labels(table, listed, folder) if table else {}
-    files, pixels, unreadable = [], [], []
+    reader = reader or ImageReader()
+    files, pixels, unreadable, properties = [], [], [], []
     for file, label in listed.items():
         try:
-            image = _decode(folder / file)
-        except _Unreadable as error:
+            image, about = reader.read_with_properties(folder / file)
+        except UnreadableImage as error:
             unreadable.append(UnreadableFile(file, str(error)))
             continue
+        properties.append((file, about))
         files.append(ImageFile(file, file_sha256(folder / file), _sha256(image), *labels.get(file, (label, None))))
         pixels.append(to_pixels(image))
+        del image
     if unreadable and not skip_bad:
         shown = "; ".join(f"{one.file}: {one.why}" for one in unreadable[:5]) + ("; …" if unreadable[5:] else "")
         raise InputError(
@@ -276,7 +325,8 @@ def read_images(
     if not files:
         raise InputError(f"{flag} {folder} contains no image; give the folder that contains the images")
     _check_sizes(files, pixels)
-    return ImageFolder(folder, *_merge_equal(files, pixels), unreadable, table)
+    notes = reader.notes(properties, len(files))
+    return ImageFolder(folder, *_merge_equal(files, pixels), unreadable, table, reader, notes)
 
 
 def _list_files(folder: Path, flag: str) -> dict[str, str | None]:
@@ -291,7 +341,7 @@ def _list_files(folder: Path, flag: str) -> dict[str, str | None]:
                 if inner.is_dir() and not inner.name.startswith("."):
                     raise InputError(f"{inner} is a folder inside the folder of a label; expected images in {path}")
                 if not inner.name.startswith("."):
-                    files[f"{path.name}/{inner.name}"] = path.name
+                    files[f"{path.name}/{inner.name}"] = normal_form(path.name)
         else:
             files[path.name] = None
     loose = [file for file, label in files.items() if label is None and file != LABELS]
@@ -314,11 +364,15 @@ def _check_name(path: Path) -> Path:
 
 
 def _read_labels(table: Path, files: dict[str, str | None], folder: Path) -> dict[str, tuple[str | None, str | None]]:
-    """Return label and new label by file from a CSV file. `files` has the label of each file by its subfolder."""
+    """Return label and new label by file from a CSV file. `files` has the label of each file by its subfolder.
+
+    A name in the table means the file whose name has the same Unicode normal form.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more fields than columns
-            rows = pd.read_csv(table, dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False)
+            text = StringIO(read_text(table))
+            rows = pd.read_csv(text, dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False)
             rows = rows.fillna("")  # rows with fewer fields than columns
     except (OSError, ValueError, pd.errors.ParserWarning) as error:
         raise InputError(
@@ -330,49 +384,31 @@ def _read_labels(table: Path, files: dict[str, str | None], folder: Path) -> dic
         raise InputError(
             f"{table} has the columns {', '.join(rows.columns)}; expected file, and label or new_label or both"
         )
+    rows.file = rows.file.map(normal_form)
+    by_name: dict[str, str] = {}
+    for file in files:
+        if by_name.setdefault(normal_form(file), file) != file and normal_form(file) in set(rows.file):
+            raise InputError(
+                f"{folder} has two files {normal_form(file)} whose names differ only in their Unicode normal form; "
+                f"rename one of them"
+            )
     repeated = rows.file[rows.file.duplicated()]
     if len(repeated):
         raise InputError(f"{table} lists {repeated.iloc[0]} more than once; list each image once")
-    missing = sorted(set(rows.file) - files.keys())
+    missing = sorted(set(rows.file) - by_name.keys())
     if missing:
         raise InputError(f"{table} lists {missing[0]}, which is not in {folder}; correct the name or remove the row")
     labels = {}
     for row in rows.to_dict("records"):
-        by_table, by_folder = row.get("label", "").strip() or None, files[row["file"]]
+        file = by_name[row["file"]]
+        by_table, by_folder = normal_form(row.get("label", "").strip()) or None, files[file]
         if by_table and by_folder and by_table != by_folder:
             raise InputError(
                 f"{table} gives {row['file']} the label {by_table!r}, but its folder is {by_folder!r}; correct one of "
                 f"them"
             )
-        labels[row["file"]] = (by_table or by_folder, row.get("new_label", "").strip() or None)
+        labels[file] = (by_table or by_folder, normal_form(row.get("new_label", "").strip()) or None)
     return labels
-
-
-def _decode(path: Path) -> Image.Image:
-    """Return an image upright as RGB: 16-bit grey scaled to 8, without transparency, the first frame of several."""
-    try:
-        with warnings.catch_warnings(), Image.open(path) as opened:
-            warnings.simplefilter("ignore")  # Pillow warns of damage that it can repair
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened.load()
-            return _as_rgb(ImageOps.exif_transpose(opened))
-    except Image.UnidentifiedImageError:
-        raise _Unreadable("no image of a known format") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _Unreadable("too many pixels for an image") from None
-    except (_Unreadable, MemoryError):
-        raise
-    except Exception as error:  # the decoders raise many types
-        raise _Unreadable(f"damaged ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
-        grey = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        raise _Unreadable("floating-point grey levels, whose range the file does not define")
-    return image.convert("RGB")
 
 
 def _sha256(image: Image.Image) -> str:
@@ -419,11 +455,12 @@ def class_indices(names: Sequence[str | None], class_names: Sequence[str], defau
     Raises InputError for a name that no class has, or several classes have.
     """
     known: dict[str, int] = {}
-    for index, name in enumerate(class_names):
+    normal = [normal_form(name) for name in class_names]
+    for index, name in enumerate(normal):
         known.setdefault(name, index)
-    ambiguous = {name for name in known if class_names.count(name) > 1}
+    ambiguous = {name for name in known if normal.count(name) > 1}
     indices = []
-    for position, name in enumerate(names):
+    for position, name in enumerate(None if name is None else normal_form(name) for name in names):
         if name is None:
             if default is None:
                 raise InputError(f"an image has no {what}; give one for every image")

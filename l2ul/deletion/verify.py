@@ -8,13 +8,15 @@ import shutil
 import torch
 from torch import Tensor
 
+from l2ul.common.choices import MAX_IMAGE_PIXELS
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
+from l2ul.data.image_files import ImageReader
 from l2ul.deletion import deployed_model, signature
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.report import forget_list
 from l2ul.deletion.report_schema import EARLIER, FORGET_LIST, PAGE, REPORT, EarlierRow, Report, read_report
-from l2ul.deletion.request import ImageFile, read_images
+from l2ul.deletion.request import ImageFile, read_images, reading_of
 from l2ul.metrics import accuracy
 from l2ul.objective import is_forgotten
 
@@ -36,6 +38,7 @@ def verify(
     image_folders: Sequence[Path] = (),
     key: object = None,
     device: torch.device,
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> list[Check]:
     """Check a report and what belongs to it.
 
@@ -44,6 +47,7 @@ def verify(
     build          function that builds the model, if it was given in the request
     image_folders  the images of this request and of earlier ones; empty: images are not checked
     key            public key that the signature must be by
+    max_pixels     images with more pixels are not read
 
     Raises InputError if the file is not a report or an image folder or a model is missing.
     """
@@ -68,7 +72,9 @@ def verify(
             checks.append(Check("weights", False, f"cannot be read: {error}"))
     checks.append(check_signature(path, key))
     if image_folders and opened:
-        checks += check_images(requirements([*earlier, report]), _predictions(image_folders, opened, device))
+        reader = ImageReader(**reading_of(report), max_pixels=max_pixels)
+        predictions = _predictions(image_folders, opened, device, reader)
+        checks += check_images(requirements([*earlier, report]), predictions)
     return checks
 
 
@@ -76,11 +82,13 @@ def _needs_build(report: Report) -> bool:
     return report["model"]["opened_by"]["model"] == deployed_model.BUILT
 
 
-def _predictions(folders: Iterable[Path], model: DeployedModel, device: torch.device) -> list[tuple[ImageFile, int]]:
+def _predictions(
+    folders: Iterable[Path], model: DeployedModel, device: torch.device, reader: ImageReader
+) -> list[tuple[ImageFile, int]]:
     """Return the images of all folders with the class that the model predicts for each."""
     classifier, predictions = model.classifier.to(device), []
     for folder in folders:
-        read = read_images(folder, model.to_pixels, skip_bad=True)
+        read = read_images(folder, model.to_pixels, skip_bad=True, reader=reader)
         predictions += zip(read.files, accuracy.predict(classifier, read.images.to(device)).tolist(), strict=True)
     return predictions
 

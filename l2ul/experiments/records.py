@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l2ul.common.choices import CAP, DIVERGED, DONE, FORGOTTEN, GOALS
+from l2ul.common.choices import CAP, DIVERGED, DONE, EXIF_ORIENTATIONS, FORGOTTEN, GOALS
 from l2ul.common.files import atomic
 from l2ul.experiments import defaults
 from l2ul.methods.settings import SHARED
@@ -186,6 +186,16 @@ SCHEMA: dict[str, Key] = {
         Key("age_grouping", SUBJECT, "text", "age groups of UTKFace", null=True),
         Key("split_seed", SETTING, "integer", "seed of the split of UTKFace", null=True, least=0, default=0, flag=True),
         Key("decoder", SETTING, "text", "decoder of images on disk", default="cpu", flag=True),
+        Key(
+            "exif_orientation",
+            SETTING,
+            "text",
+            "how image files with an EXIF orientation are read",
+            choices=EXIF_ORIENTATIONS,
+            default="ignore",
+            flag=True,
+        ),
+        Key("white_level", SETTING, "number", "value of white in grey files of more than 8 bits", null=True, flag=True),
         Key("forget_dir", SETTING, "text", "name of the folder of `--forget-dir`", null=True, flag=True),
         Key("forget_sha256", SUBJECT, "text", f"{_HASH} of D_f", null=True),
         Key("continual_size", SUBJECT, "integer", "images per step of a continual run", null=True, least=1),

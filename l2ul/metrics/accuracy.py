@@ -12,6 +12,7 @@ from l2ul.common.errors import Diverged, InputError
 from l2ul.common.modes import eval_mode
 from l2ul.data import images as image_sets
 from l2ul.data.folder import FolderImages
+from l2ul.data.image_files import ImageReader
 from l2ul.data.images import Images, as_pixels, batches
 from l2ul.objective import Forget
 
@@ -117,11 +118,23 @@ def complement(indices: Tensor, num_images: int) -> Tensor:
 
 
 def check_trained_on(images: Images, metadata: dict[str, object], source: str) -> None:
-    """Raise InputError if weights were trained on another split than `images`, for data sets that we split ourselves.
+    """Raise InputError if weights were trained on other images than `images`, as far as their file says.
 
-    metadata  of the file of the weights; compared are train_sha256 and the keys of `images.settings` that it has
+    metadata  of the file of the weights. Compared are the options of the reader of image files and, for data sets that
+              we split ourselves, train_sha256 and the keys of `images.settings` that it has
     source    name of the file
     """
+    # a file of a main_pretrain script names each option that is not the default
+    is_ours = "epochs" in metadata and metadata.get("dataset") == images.name
+    for name, default in ImageReader().options.items():
+        here = images.settings.get(name, default)
+        trained = metadata.get(name, default if is_ours else here)
+        if trained != here:
+            flag = f"--{name.replace('_', '-')}"
+            trained, here = (f"{flag} {value}" if value else f"no {flag}" for value in (trained, here))
+            raise InputError(
+                f"{source} was trained with {trained}, not {here}; use the same option, or train a classifier for it"
+            )
     if not images.train_sha256:
         return
     for name, value in images.settings.items():

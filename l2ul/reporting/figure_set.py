@@ -23,6 +23,7 @@ from l2ul.common.files import file_sha256
 from l2ul.common.progress import progress_bar
 from l2ul.data import datasets, storage
 from l2ul.data import images as image_sets
+from l2ul.data.image_files import ImageReader
 from l2ul.experiments.records import Record
 from l2ul.metrics import accuracy, features
 from l2ul.reporting import FIGURES, figure_data, figures, rows
@@ -115,7 +116,10 @@ class Subject:
         """The data set that the runs used."""
         run = self.block.records[0]
         chosen = {key: run[key] for key in DATA_KEYS if run.get(key) is not None}
-        images = datasets.load(run["dataset"], self.options.data_dir, download=False, progress=progress_bar, **chosen)
+        reader = ImageReader(**{key: run[key] for key in ImageReader().options if run.get(key) is not None})
+        images = datasets.load(
+            run["dataset"], self.options.data_dir, download=False, progress=progress_bar, reader=reader, **chosen
+        )
         if run.get("num_train") not in (None, len(images.train)):
             raise InputError(
                 f"{run['dataset']} has {len(images.train)} training images, but the records are of a training set of "

@@ -11,6 +11,7 @@ from torch import Tensor
 from l2ul import Progress
 from l2ul.common import distributed, seeds
 from l2ul.common.errors import InputError
+from l2ul.data.image_files import ImageReader
 from l2ul.data.images import Images
 from l2ul.metrics import accuracy
 from l2ul.training import loop
@@ -101,9 +102,11 @@ def saved_settings(
 def check_settings(output: Path, settings: dict[str, object]) -> None:
     """Raise InputError if the weights in `output` were trained with other settings."""
     _, metadata = checkpoint.read(output)
-    for name, value in settings.items():
+    reading = ImageReader().options  # saved where they are not these defaults
+    for name, value in (reading | settings).items():
         saved = checkpoint.metadata_value(metadata, name)
-        if saved not in (None, value):
+        saved = reading.get(name) if saved is None else saved
+        if saved != value if name in reading else saved not in (None, value):
             difference = "other images" if name == "train_sha256" else f"{name} {saved}, not {value}"
             raise InputError(
                 f"{output} was trained with {difference}; add --rerun to train it again, or choose another file with "

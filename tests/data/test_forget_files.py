@@ -40,7 +40,7 @@ def test_a_bad_forget_file_raises_input_error(tmp_path, text, complaint):
 
 
 def test_an_unreadable_forget_file_raises_input_error(tmp_path):
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "none.txt", tmp_path, tmp_path / "binary"):
         with pytest.raises(InputError, match=f"cannot read the forget file {path}"):
             forget_set.read_forget(path, 10)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from l2ul.common.errors import InputError
+from l2ul.data.image_files import ImageReader, UnreadableImage
 from l2ul.deletion import deployed_model, request
 
 
@@ -22,7 +23,7 @@ def test_skip_bad_leaves_out_damaged_files(tmp_path):
     assert [one.file for one in read.unreadable] == ["2.jpg", "notes.txt"]
 
 
-def test_images_of_all_modes_are_read_as_upright_rgb(tmp_path):
+def test_images_of_all_modes_can_be_read_as_upright_rgb(tmp_path):
     colours = np.zeros((4, 6, 3), np.uint8)
     colours[0, 0] = 255  # upper left
     folder = tmp_path / "in"
@@ -37,7 +38,8 @@ def test_images_of_all_modes_are_read_as_upright_rgb(tmp_path):
     Image.fromarray(colours[:, :, 0]).save(folder / "grey.png")
     Image.fromarray(colours[:, :, 0].astype(np.uint16) * 257).save(folder / "deep.png")
     upright.convert("RGBA").save(folder / "alpha.webp", lossless=True)
-    read = request.read_images(folder, deployed_model._central_square(None))
+    reader = ImageReader(exif_orientation="obey")
+    read = request.read_images(folder, deployed_model._central_square(None), reader=reader)
     assert len(read) == 1  # all files show one image
     assert set(read.files[0].same_as) == {"deep.png", "grey.png", "palette.gif", "turned.png", "upright.bmp"}
     assert torch.equal(read.images[0], torch.from_numpy(colours).permute(2, 0, 1))
@@ -96,7 +98,7 @@ def test_a_damaged_image_is_read_or_reported(tmp_path, kind):
             damaged[place] = generator.integers(256)
         path.write_bytes(damaged[: generator.integers(1, len(damaged))] if generator.random() < 0.3 else damaged)
         try:
-            found = request._decode(path)
-        except request._Unreadable:
+            image = ImageReader(exif_orientation="obey").read(path)
+        except UnreadableImage:
             continue
-        assert found.mode == "RGB"
+        assert image.mode == "RGB"
