@@ -94,8 +94,9 @@ def as_pixels(images: Tensor) -> Tensor:
 
     uint8 images are divided by 255; float images keep their values.
     """
-    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-    pixels = pixels.float() if pixels.dtype == torch.float16 else pixels
+    if images.dtype == torch.uint8:
+        return images.to(torch.float32, memory_format=torch.channels_last).div_(255)  # one copy, not three
+    pixels = images.float() if images.dtype == torch.float16 else images
     return pixels.contiguous(memory_format=torch.channels_last)
 
 

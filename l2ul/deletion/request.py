@@ -305,7 +305,9 @@ def read_images(
     listed = {file: label for file, label in listed if not tables & {folder / file, (folder / file).resolve()}}
     labels = _read_labels(table, listed, folder) if table else {}
     reader = reader or ImageReader()
-    files, pixels, unreadable, properties = [], [], [], []
+    files, unreadable, properties = [], [], []
+    pixels = torch.empty(0)
+    odd_size: tuple[ImageFile, Tensor] | None = None
     for file, label in listed.items():
         try:
             image, about = reader.read_with_properties(folder / file)
@@ -314,8 +316,14 @@ def read_images(
             continue
         properties.append((file, about))
         files.append(ImageFile(file, file_sha256(folder / file), _sha256(image), *labels.get(file, (label, None))))
-        pixels.append(to_pixels(image))
-        del image
+        small = to_pixels(image)
+        if len(files) == 1:
+            pixels = torch.empty(len(listed), *small.shape, dtype=small.dtype)
+        if small.shape == pixels.shape[1:]:
+            pixels[len(files) - 1] = small
+        else:
+            odd_size = odd_size or (files[-1], small)
+        del image, small
     if unreadable and not skip_bad:
         shown = "; ".join(f"{one.file}: {one.why}" for one in unreadable[:5]) + ("; …" if unreadable[5:] else "")
         raise InputError(
@@ -324,7 +332,13 @@ def read_images(
         )
     if not files:
         raise InputError(f"{flag} {folder} contains no image; give the folder that contains the images")
-    _check_sizes(files, pixels)
+    if odd_size:
+        image, small = odd_size
+        sizes = [" x ".join(map(str, reversed(shape[-2:]))) for shape in (pixels.shape, small.shape)]
+        raise InputError(
+            f"{files[0].file} has {sizes[0]} pixels, {image.file} has {sizes[1]}, and the model does not define the "
+            f"size that it takes; give it with --image-size"
+        )
     notes = reader.notes(properties, len(files))
     return ImageFolder(folder, *_merge_equal(files, pixels), unreadable, table, reader, notes)
 
@@ -415,26 +429,21 @@ def _sha256(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
-def _check_sizes(files: list[ImageFile], pixels: list[Tensor]) -> None:
-    """Raise InputError unless all images have one size: only some models define the size they take."""
-    for image, array in zip(files, pixels, strict=True):
-        if array.shape != pixels[0].shape:
-            sizes = [" x ".join(map(str, reversed(one.shape[1:]))) for one in (pixels[0], array)]
-            raise InputError(
-                f"{files[0].file} has {sizes[0]} pixels, {image.file} has {sizes[1]}, and the model does not define "
-                f"the size that it takes; give it with --image-size"
-            )
+def _merge_equal(files: list[ImageFile], pixels: Tensor) -> tuple[list[ImageFile], Tensor]:
+    """Return the images without repetitions, in the same memory.
 
+    pixels  one image per file, and possibly more rows, which are left out
 
-def _merge_equal(files: list[ImageFile], pixels: list[Tensor]) -> tuple[list[ImageFile], Tensor]:
-    """Return the images without repetitions. Raise InputError if files with the same pixels have different labels."""
+    Raises InputError if files with the same pixels have different labels.
+    """
     index: dict[str, int] = {}
-    kept, places = [], []
+    kept: list[ImageFile] = []
     for place, image in enumerate(files):
         own = index.setdefault(image.pixels_sha256, len(kept))
         if own == len(kept):
+            if own != place:
+                pixels[own] = pixels[place]
             kept.append(image)
-            places.append(place)
             continue
         first = kept[own]
         if (first.label, first.new_label) != (image.label, image.new_label):
@@ -442,7 +451,7 @@ def _merge_equal(files: list[ImageFile], pixels: list[Tensor]) -> tuple[list[Ima
                 f"{first.file} and {image.file} are the same image with different labels; correct one of them"
             )
         kept[own] = replace(first, same_as=(*first.same_as, image.file))
-    return kept, torch.stack([pixels[place] for place in places])
+    return kept, pixels[: len(kept)]
 
 
 def class_indices(names: Sequence[str | None], class_names: Sequence[str], default: Tensor | None, what: str) -> Tensor:
