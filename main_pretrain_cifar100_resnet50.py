@@ -1,13 +1,15 @@
 """Train a ResNet-50 on CIFAR-100, the classifier that main_unlearn.py --dataset cifar100 starts from.
 
-# with the recipe of the released scripts
-python main_pretrain_cifar100_resnet50.py
-# with a shorter recipe
-python main_pretrain_cifar100_resnet50.py --schedule onecycle --lr 0.1 --epochs 30 --precision bf16
-# a reference model, trained without the images in forget.txt
-python main_pretrain_cifar100_resnet50.py --exclude forget.txt
-# on eight GPUs
-torchrun --nproc-per-node 8 main_pretrain_cifar100_resnet50.py
+    # with the recipe of the released scripts
+    python main_pretrain_cifar100_resnet50.py
+    # with a shorter recipe
+    python main_pretrain_cifar100_resnet50.py --schedule onecycle --lr 0.1 --epochs 30 --precision bf16
+    # a reference model, trained without the images in forget.txt
+    python main_pretrain_cifar100_resnet50.py --exclude forget.txt
+    # on eight GPUs
+    torchrun --nproc-per-node 8 main_pretrain_cifar100_resnet50.py
+
+The weights are written to data/weights, where main_unlearn.py looks for them.
 """
 
 from l2ul.cli.pretrain_command import main

@@ -1,7 +1,9 @@
 """Train the small classifier of digits in data/weights, with which main_unlearn.py runs by default.
 
-# train again: the weights are part of the repository
-python main_pretrain_digits_resnet20.py --rerun
+    # train again
+    python main_pretrain_digits_resnet20.py --rerun
+
+The weights are part of the repository. Without --rerun, the script prints that they exist and ends.
 """
 
 from l2ul.cli.pretrain_command import main
