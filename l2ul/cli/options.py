@@ -208,8 +208,9 @@ def add_unlearning(parser: Parser) -> None:
     add(
         group,
         "--forget-file",
-        "file with the indices of D_f in the training set, one per line (default: a random choice); the first K of "
-        "them, or all without --unlearn-k",
+        "file that lists D_f, one training image per line (default: a random choice). A line is an index in the "
+        "training set, from 0, or for a data set in a folder also the name of a file, such as cat/7.png. With "
+        "--unlearn-k K, the first K lines are used",
         type=Path,
     )
     add(

@@ -20,6 +20,8 @@ from l2ul.training.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from l2ul.data.images import Split
+
 AFTER_STOP = "repeat the command with --resume to continue after the last finished epoch"
 
 
@@ -80,7 +82,8 @@ def add_training(parser: options.Parser) -> None:
     options.add(
         group,
         "--exclude",
-        "file with indices of training images to leave out, one per line, to train a reference model without them",
+        "file that lists training images to leave out, as --forget-file of main_unlearn.py does, to train a reference "
+        "model without them",
         type=Path,
     )
     options.add(
@@ -134,7 +137,7 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
         if output.suffix != ".safetensors":
             raise InputError(f"--output is {output}; expected a name that ends in .safetensors")
         images = options.load_data(opts, whole_train=True)
-        excluded = excluded_indices(opts, len(images.train))
+        excluded = excluded_indices(opts, images.train)
         if excluded is not None and not opts.output:
             output = pretrain.retrained_name(output, excluded)
         settings = pretrain.saved_settings(images, opts.model, recipe, opts.seed, excluded)
@@ -199,12 +202,14 @@ class EpochLines:
         return f"{text}, about {format_duration(left * per_epoch)} left" if left else text
 
 
-def excluded_indices(opts: argparse.Namespace, num_images: int) -> "Tensor | None":
+def excluded_indices(opts: argparse.Namespace, train: "Split") -> "Tensor | None":
     """Return the indices of the training images to leave out; None if the options name none."""
     from l2ul.data import forget_set
 
     if opts.exclude and opts.exclude_k:
         raise InputError("--exclude and --exclude-k both choose the images to leave out; use one of them")
     if opts.exclude_k:
-        return forget_set.choose_forget(num_images, opts.exclude_k, opts.exclude_seed)
-    return forget_set.read_forget(opts.exclude, num_images) if opts.exclude else None
+        return forget_set.choose_forget(len(train), opts.exclude_k, opts.exclude_seed)
+    if not opts.exclude:
+        return None
+    return forget_set.read_forget(opts.exclude, len(train), forget_set.files_of(train))

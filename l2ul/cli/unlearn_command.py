@@ -72,7 +72,7 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
     if path is None and opts.model in models.OWN:
         candidates = checkpoint.candidates(label, opts.model, opts.data_dir)
         raise InputError(
-            f"no weights of {opts.model} for {label}: looked for {candidates[0]} and {candidates[2]}; "
+            f"no weights of {opts.model} for {label}: looked for {', '.join(map(str, candidates))}; "
             f"train them with a main_pretrain script or name a file with --checkpoint"
         )
     images = images or options.load_data(opts)
@@ -258,7 +258,7 @@ def _choose_forget_set(opts: argparse.Namespace, setup: Setup, seed: int) -> for
     """Return D_f of a seed, from the training images, with new labels if the goal is to relabel."""
     train, num_classes = setup.images.train, setup.images.num_classes
     if opts.forget_file:
-        indices = forget_set.read_forget(opts.forget_file, len(train))
+        indices = forget_set.read_forget(opts.forget_file, len(train), forget_set.files_of(train))
     else:
         indices = forget_set.choose_forget(len(train), max(opts.unlearn_k), seed)
     labels, new_labels = train.labels[indices].cpu(), None

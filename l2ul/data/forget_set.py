@@ -1,5 +1,7 @@
 """The forget set D_f: choose its images, read them from files or a folder, and give them new labels."""
 
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import hashlib
 from pathlib import Path
@@ -85,8 +87,12 @@ def choose_forget(num_images: int, k: int, seed: int) -> Tensor:
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))[:k]
 
 
-def read_integers(path: Path, what: str) -> Tensor:
-    """Read a text file with one whole number per line into an int64 tensor. Blank lines are ignored."""
+def read_integers(path: Path, what: str, read: Callable[[str], int] = int, expected: str = "a whole number") -> Tensor:
+    """Read a text file with one whole number per line into an int64 tensor. Blank lines are ignored.
+
+    read      returns the number of a line, or raises ValueError
+    expected  what a line should be, for the error message
+    """
     try:
         lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -96,19 +102,31 @@ def read_integers(path: Path, what: str) -> Tensor:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                numbers.append(int(np.int64(int(line))))
+                numbers.append(int(np.int64(read(line))))
+            except InputError:  # a ValueError too, with a sentence of its own
+                raise
             except (ValueError, OverflowError):
-                raise InputError(
-                    f"line {number} of the {what} file {path} is {line!r}; expected a whole number"
-                ) from None
+                raise InputError(f"line {number} of the {what} file {path} is {line!r}; expected {expected}") from None
     if not numbers:
-        raise InputError(f"the {what} file {path} is empty; expected one whole number per line")
+        raise InputError(f"the {what} file {path} is empty; expected {expected} per line")
     return torch.tensor(numbers)
 
 
-def read_forget(path: Path, num_images: int) -> Tensor:
-    """Read the indices of D_f from a text file. Raise InputError for an index that is out of range or repeated."""
-    indices = read_integers(path, "forget")
+def read_forget(path: Path, num_images: int, files: Sequence[str] = ()) -> Tensor:
+    """Read the indices of D_f from a text file.
+
+    files  of the training images, for a data set that is a folder: a line can then be the last parts of a path, such
+           as `cat/7.png`, in place of an index
+
+    Raise InputError for an index that is out of range or repeated, and for a name that fits no image or several.
+    """
+    if files:
+        example = "/".join(Path(files[0]).parts[-2:])
+        indices = read_integers(
+            path, "forget", _index_by_name(files), f"an index or a training image, such as {example}"
+        )
+    else:
+        indices = read_integers(path, "forget")
     outside = indices[(indices < 0) | (indices >= num_images)]
     if len(outside):
         raise InputError(
@@ -120,6 +138,32 @@ def read_forget(path: Path, num_images: int) -> Tensor:
     if len(indices) == num_images:
         raise InputError(f"{path} lists all {num_images} training images; leave out some, which remain")
     return indices
+
+
+def files_of(split: Split) -> Sequence[str]:
+    """Return the files of the images, if they are on disk."""
+    return split.images.files if isinstance(split.images, FolderImages) else ()
+
+
+def _index_by_name(files: Sequence[str]) -> Callable[[str], int]:
+    """Return a function that reads an index, or the last parts of the path of one of the files."""
+    positions = defaultdict(list)
+    for position, file in enumerate(files):
+        positions[Path(file).name].append(position)
+
+    def read(text: str) -> int:
+        parts = Path(text.strip()).parts
+        fitting = [
+            i for i in positions.get(parts[-1] if parts else "", ()) if Path(files[i]).parts[-len(parts) :] == parts
+        ]
+        if len(fitting) > 1:
+            raise InputError(
+                f"{text.strip()!r} fits several training images, such as {files[fitting[0]]} and {files[fitting[1]]}; "
+                f"give more of the path"
+            )
+        return fitting[0] if fitting else int(text)
+
+    return read
 
 
 def read_new_labels(path: Path, labels: Tensor, num_classes: int) -> Tensor:

@@ -52,6 +52,34 @@ def test_a_forget_file_keeps_its_order(tmp_path):
     assert forget_set.read_forget(path, 10).tolist() == [7, 3, 9]
 
 
+FILES = ["d/train/cat/1.png", "d/train/cat/7.png", "d/train/dog/7.png", "d/train/dog/a b.png"]
+
+
+def test_a_forget_file_may_name_files(tmp_path):
+    path = tmp_path / "forget.txt"
+    path.write_text("dog/7.png\n0\n./train/cat/7.png\n")
+    assert forget_set.read_forget(path, 4, FILES).tolist() == [2, 0, 1]
+    path.write_text("a b.png\n")
+    assert forget_set.read_forget(path, 4, FILES).tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("7.png\n", "'7.png' fits several training images, such as d/train/cat/7.png and d/train/dog/7.png; give more"),
+        ("cow/7.png\n", "line 1 .* is 'cow/7.png'; expected an index or a training image, such as cat/1.png"),
+        ("0\n.\n", "line 2 .* is '.'; expected an index"),
+        ("4\n", "index 4; expected 0 to 3"),
+        ("0\ncat/1.png\n", "index 0 more than once"),
+    ],
+)
+def test_a_name_that_fits_no_image_or_several_raises_input_error(tmp_path, text, complaint):
+    path = tmp_path / "forget.txt"
+    path.write_text(text)
+    with pytest.raises(InputError, match=complaint):
+        forget_set.read_forget(path, 4, FILES)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
