@@ -97,6 +97,8 @@ def read(
 
 
 def _content(path: Path) -> tuple[object, dict[str, str] | None, str]:
+    if path.is_dir():
+        raise InputError(f"there is no checkpoint {path}, which is a folder; name the file of weights in it")
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}; name an existing file with --checkpoint")
     return weight_files.read(path)
@@ -325,11 +327,17 @@ def _differences(part: dict[str, Tensor], own: dict[str, Tensor]) -> str | None:
         for key in net
         if file.get(key) == net[key] and own[key].is_floating_point() and not part[key].is_floating_point()
     ]
-    missing = [f"{key} {net[key]} is missing" for key in net if key not in file]
+    present = {_memory(own[key]) for key in net if key in file}
+    missing = [f"{key} {net[key]} is missing" for key in net if key not in file and _memory(own[key]) not in present]
     extra = [f"{key} {file[key]} is unexpected" for key in file if key not in net]
     total = len(differing) + len(missing) + len(extra)
     first = (differing[:2] + missing[:2] + extra[:2])[:SEVERAL]
     return f"{'; '.join(first)}{f' (of {total} differences)' if total > len(first) else ''}" if total else None
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """Return the same value for weights that are tied: safetensors files hold only one of them."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape)
 
 
 def _type(dtype: torch.dtype) -> str:

@@ -46,8 +46,11 @@ def kind(path: Path) -> str:
 
     Raises InputError for anything else, with the name of its format if it is known.
     """
-    with open(path, "rb") as file:
-        head = file.read(512)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); make it readable or name another file") from None
     if _is_safetensors(head, path.stat().st_size):
         return SAFETENSORS
     if head[:4] == b"PK\x03\x04":
@@ -59,6 +62,8 @@ def kind(path: Path) -> str:
     other = next((name for (at, magic), name in MAGIC.items() if head[at : at + len(magic)] == magic), None)
     if other is None and head[:1] == b"\x08" and 3 <= head[1] < 32 and head[2:3] and head[2] in ONNX_FIELDS:
         other = "an ONNX model"
+    if other is None and (head.lstrip()[:2] in (b'{"', b"{\n") or path.suffix.lower() == ".json"):
+        raise InputError(f"{path} is a JSON file, which holds no weights; name the file of weights that belongs to it")
     if other is None and head.lstrip()[:1] == b"<":
         other = "a web page or XML, perhaps in place of a file that could not be downloaded"
     other = other or SUFFIXES.get(path.suffix.lower())

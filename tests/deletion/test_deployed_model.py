@@ -11,7 +11,7 @@ from conftest import tiny_net
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_model, save_file, save_model
 import torch
 from torchvision.models import MobileNet_V3_Small_Weights
 
@@ -365,6 +365,7 @@ OTHER_FORMATS = {
     "net.bin": (b"GGUF\x03\0\0\0" + bytes(60), "is a GGUF file"),
     "net.pth": (b"<!DOCTYPE html><html>", "is a web page"),
     "lfs.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "is a Git LFS pointer"),
+    "net.safetensors.index.json": (b'{"weight_map": {}}', "is a JSON file, which holds no weights"),
     "plain.pkl": (b"\x80\x04\x95" + bytes(60), "could run code when read"),
 }
 
@@ -416,3 +417,48 @@ def test_quantised_weights_do_not_fit(net, tmp_path):
     torch.save(state, tmp_path / "in.pt")
     with pytest.raises(InputError, match="is int8, not float32"):
         deployed.open_model(None, tmp_path / "in.pt", "conftest:tiny_net")
+
+
+def tied_net():
+    net = tiny_net()
+    net.again = torch.nn.Linear(*reversed(net.head.weight.shape))
+    net.again.weight, net.again.bias = net.head.weight, net.head.bias
+    return net
+
+
+def test_of_tied_weights_the_file_may_hold_one(tmp_path):
+    net = tied_net()
+    save_model(net, str(tmp_path / "in.safetensors"))
+    opened = deployed.open_model(None, tmp_path / "in.safetensors", "test_deployed_model:tied_net")
+    with torch.no_grad():
+        opened.classifier.net.head.weight.add_(1)
+    opened.write(opened.classifier, tmp_path)
+    again = tied_net()
+    load_model(again, tmp_path / "model.safetensors")
+    assert torch.equal(again.again.weight, net.head.weight + 1)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(InputError, match="which is a folder; name the file of weights in it"):
+        deployed.open_model(None, tmp_path, "conftest:tiny_net")
+
+
+def test_a_damaged_pickle_with_other_content_raises_input_error_or_is_read(tmp_path):
+    """The damage is in the pickle itself, where it changes types, keys and arguments."""
+    state = {f"model.{name}": tensor for name, tensor in tiny_net().state_dict().items()}
+    torch.save({**LIGHTNING, "state_dict": state}, tmp_path / "whole.ckpt")
+    with zipfile.ZipFile(tmp_path / "whole.ckpt") as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    (tmp_path / "out").mkdir()
+    path, generator = tmp_path / "damaged.ckpt", np.random.default_rng(1)
+    pickled = next(name for name in entries if name.endswith("data.pkl"))
+    for _ in range(150):
+        damaged = bytearray(entries[pickled])
+        for place in generator.integers(0, len(damaged), generator.integers(1, 4)):
+            damaged[place] = generator.integers(256)
+        with zipfile.ZipFile(path, "w") as archive:  # with right checksums: torch compares them
+            for name, content in entries.items():
+                archive.writestr(name, bytes(damaged) if name == pickled else content)
+        with contextlib.suppress(InputError):
+            opened = deployed.open_model(None, path, "conftest:tiny_net")
+            opened.write(opened.classifier, tmp_path / "out")
