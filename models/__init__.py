@@ -16,7 +16,15 @@ from l2ul.common.errors import InputError
 from l2ul.common.files import atomic, file_sha256, tensors_sha256
 from models import checkpoint as checkpoints
 from models import huggingface, resnet, resnet_cifar100, resnet_small, stems, zoo
-from models.classifier import Classifier, Normalize, check_weights
+from models.classifier import (
+    Classifier,
+    Normalize,
+    check_weights,
+    first_colour_convolution,
+    input_channels,
+    make_grey,
+    statistics,
+)
 
 STATISTICS = "input normalisation"
 OWN = {name: family for family in (resnet, resnet_cifar100, resnet_small, stems) for name in family.NAMES}
@@ -25,14 +33,24 @@ __all__ = ["OWN", "Classifier", "build", "check_name", "load", "load_saved", "re
 
 
 def register(
-    name: str, build: Callable[[int], nn.Module], mean: Sequence[float] = (0, 0, 0), std: Sequence[float] = (1, 1, 1)
+    name: str,
+    build: Callable[[int], nn.Module],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> None:
     """Register a model of your own.
 
     build      a function from the number of classes to a network that takes normalised images
-    mean, std  of the input normalisation, per channel
+    mean, std  of the input normalisation, per channel: one value for a network that takes grey images. None: 0 and 1,
+               and the network takes grey images if it does not accept colour images
     """
-    OWN[name] = SimpleNamespace(MEAN=mean, STD=std, build=lambda name, num_classes: build(num_classes))
+    given = mean if mean is not None else std
+    OWN[name] = SimpleNamespace(
+        MEAN=mean if mean is not None else (0,) * len(given or "RGB"),
+        STD=std if std is not None else (1,) * len(given or "RGB"),
+        CHANNELS=len(given) if given else None,
+        build=lambda name, num_classes: build(num_classes),
+    )
 
 
 def check_name(name: str) -> None:
@@ -47,7 +65,10 @@ def check_name(name: str) -> None:
 
 
 def build(
-    name: str, num_classes: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    name: str,
+    num_classes: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Classifier:
     """Return an untrained classifier.
 
@@ -57,11 +78,25 @@ def build(
     check_name(name)
     if name.startswith(huggingface.PREFIX):
         return _with_statistics(Classifier(name, num_classes, *huggingface.build(name, num_classes)), mean, std)
-    family = OWN.get(name, zoo)
-    preprocess = nn.Sequential(Normalize(mean or family.MEAN, std or family.STD))
-    net = family.build(name, num_classes)
+    return _classifier(name, num_classes, _network(name, num_classes), mean, std)
+
+
+def _network(name: str, num_classes: int) -> nn.Module:
+    """Return an untrained network of this package, of torchvision or of the user."""
+    net = OWN.get(name, zoo).build(name, num_classes)
     check_weights(net, f"the model {name}")
-    return Classifier(name, num_classes, net, preprocess)
+    return net
+
+
+def _classifier(
+    name: str, num_classes: int, net: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Classifier:
+    """Return a network behind its normalisation; None: that of the model family."""
+    family = OWN.get(name, zoo)
+    channels = getattr(family, "CHANNELS", None) or input_channels(net)
+    pairs = ((family.MEAN, "--mean", mean), (family.STD, "--std", std))
+    values = [statistics(channels, default, (flag, chosen), what=name) for default, flag, chosen in pairs]
+    return Classifier(name, num_classes, net, nn.Sequential(Normalize(*values)))
 
 
 def load(
@@ -85,7 +120,7 @@ def load(
     if checkpoint is None or (name.startswith(zoo.PREFIX) and zoo.has_weights(name, str(checkpoint))):
         classifier = _published(name, num_classes, checkpoint)
     else:
-        classifier = _from_file(name, num_classes, Path(checkpoint), weights_key)
+        classifier = _from_file(name, num_classes, Path(checkpoint), mean, std, weights_key)
         if classifier.notes and mean is not None and std is not None:
             classifier.notes = [note for note in classifier.notes if STATISTICS not in note]
     classifier = _with_statistics(classifier, mean, std)
@@ -109,19 +144,45 @@ def _published(name: str, num_classes: int, choice: str | None) -> Classifier:
     return classifier
 
 
-def _from_file(name: str, num_classes: int, path: Path, weights_key: str | None) -> Classifier:
-    classifier = build(name, num_classes)
-    fits = functools.partial(checkpoints.fitting_prefixes, net=classifier.net)
-    everything, metadata = checkpoints.read(path, weights_key, fits)
-    state, mean, std = checkpoints.split_off_statistics(everything, classifier.net)
-    _fill(classifier, state, str(path))
-    classifier.notes = statistics_note(path, mean, std)
-    classifier.not_read = checkpoints.outside(state, classifier.net)
+def _from_file(
+    name: str,
+    num_classes: int,
+    path: Path,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    weights_key: str | None,
+) -> Classifier:
+    net = _network(name, num_classes)
+
+    def fitting(state: dict[str, Tensor]) -> list[str]:
+        _adapt_channels(net, state)
+        return checkpoints.fitting_prefixes(state, net)
+
+    everything, metadata = checkpoints.read(path, weights_key, fitting)
+    state, *layer = checkpoints.split_off_statistics(everything, net)
     saved = [checkpoints.metadata_value(metadata, key) for key in ("mean", "std")]
+    of_file = [first or second for first, second in zip(layer, saved, strict=True)]
+    chosen = [flag if flag is not None else own for flag, own in zip((mean, std), of_file, strict=True)]
+    classifier = _classifier(name, num_classes, net, *chosen)
+    _fill(classifier, state, str(path))
+    classifier.notes = statistics_note(path, *layer)
+    classifier.not_read = checkpoints.outside(state, classifier.net)
     classifier.source, classifier.sha256, classifier.metadata = str(path), file_sha256(path), metadata
     if weights_key is not None:  # the file has several weights: its hash does not tell them apart
         classifier.sha256 = tensors_sha256(classifier.net.state_dict())
-    return _with_statistics(classifier, mean or saved[0], std or saved[1])
+    return classifier
+
+
+def _adapt_channels(net: nn.Module, state: dict[str, Tensor]) -> None:
+    """Let the first convolution of a network take grey images if that of a file does."""
+    layer = first_colour_convolution(net)
+    if layer is None:
+        return
+    for names in checkpoints.correspondence(state, net.state_dict()):
+        shapes = [state[key].shape for key, own in names.own.items() if own == f"{layer}.weight"]
+        if any(len(shape) == 4 and shape[1] == 1 for shape in shapes):
+            make_grey(net)
+            return
 
 
 def statistics_note(path: Path, mean: Sequence[float] | None, std: Sequence[float] | None) -> list[str]:
@@ -161,6 +222,7 @@ def fitting_prefixes(name: str, state: dict[str, Tensor]) -> list[str]:
         return []
     with torch.device("meta"):
         net = OWN.get(name, zoo).build(name, number)
+        _adapt_channels(net, state)
     return checkpoints.fitting_prefixes(state, net)
 
 
@@ -183,9 +245,11 @@ def _looks_like(state: dict[str, Tensor]) -> str:
 
 
 def _with_statistics(classifier: Classifier, mean: Sequence[float] | None, std: Sequence[float] | None) -> Classifier:
-    for buffer, values in ((classifier.normalize.mean, mean), (classifier.normalize.std, std)):
+    normalize, channels = classifier.normalize, classifier.channels
+    for flag, buffer, values in (("--mean", normalize.mean, mean), ("--std", normalize.std, std)):
         if values is not None:
-            buffer.copy_(torch.tensor(values).view_as(buffer))
+            numbers = statistics(channels, (), (flag, values), what=classifier.name)
+            buffer.copy_(torch.tensor(numbers).view_as(buffer))
     return classifier
 
 

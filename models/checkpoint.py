@@ -195,7 +195,7 @@ def split_statistics(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Stati
     keys = {}
     for key, tensor in state.items():
         layer, _, kind = key.rpartition(".")
-        if kind in ("mean", "std") and tensor.numel() == 3 and {f"{layer}.mean", f"{layer}.std"} <= state.keys():
+        if kind in ("mean", "std") and tensor.numel() in (1, 3) and {f"{layer}.mean", f"{layer}.std"} <= state.keys():
             keys[kind] = key
     weights = {key: tensor for key, tensor in state.items() if key not in keys.values()}
     values = {kind: tuple(state[key].flatten().tolist()) for kind, key in keys.items()}

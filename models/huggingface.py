@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 import torchvision.transforms.v2.functional as transforms
 
 from l2ul.common.errors import InputError
-from models.classifier import Normalize, check_weights
+from models.classifier import Normalize, check_weights, statistics
 
 PREFIX = "hf:"
 ADAPTER = "adapter_config.json"  # of peft
@@ -80,6 +80,12 @@ def configuration(name: str):
     return config
 
 
+def channels(config) -> int:
+    """Return the channels of the images that the model of a configuration takes."""
+    parts = (config, getattr(config, "vision_config", None), getattr(config, "backbone_config", None))
+    return next((part.num_channels for part in parts if getattr(part, "num_channels", None)), 3)
+
+
 def transform(name: str) -> Callable[[Image], Tensor]:
     """Return the processor's resize and crop as a function from RGB images to uint8 pixels (3, H, W)."""
     from transformers import AutoImageProcessor
@@ -98,14 +104,14 @@ def build(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
     from transformers import AutoConfig, AutoModelForImageClassification
 
     config = _read(name, AutoConfig.from_pretrained, num_labels=num_classes)
-    return AutoModelForImageClassification.from_config(config).float(), _preprocess(name)
+    return AutoModelForImageClassification.from_config(config).float(), _preprocess(name, channels(config))
 
 
 def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module, list[str]]:
     """Return the trained network, its preprocessing layers, and what was not read: see `Classifier.not_read`."""
     from transformers import AutoModelForImageClassification
 
-    configuration(name)
+    config = configuration(name)
     _check_hub_adapter(name)
     net, report = _read(
         name, AutoModelForImageClassification.from_pretrained, output_loading_info=True, dtype=torch.float32
@@ -129,7 +135,7 @@ def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module, list[str]]:
             f"name a classifier that was trained on this data set"
         )
     files = unread_files(Path(name.removeprefix(PREFIX)))
-    return net, _preprocess(name), [*files, *(f"{key} (weights)" for key in unused)]
+    return net, _preprocess(name, channels(config)), [*files, *(f"{key} (weights)" for key in unused)]
 
 
 def _read(name: str, from_pretrained, **options):
@@ -251,7 +257,7 @@ def _quiet() -> None:
         logging.disable_progress_bar()
 
 
-def _preprocess(name: str) -> nn.Sequential:
+def _preprocess(name: str, channels: int = 3) -> nn.Sequential:
     """Return the processor's resize, crop and normalisation as layers that take pixels in [0,1] of any size."""
     from transformers import AutoImageProcessor
 
@@ -267,18 +273,24 @@ def _preprocess(name: str) -> nn.Sequential:
     if crop is not None:
         layers.append(CenterCrop(crop))
     if getattr(processor, "do_normalize", False):
+        sources = {"image_mean": processor.image_mean, "image_std": processor.image_std}
+        for key, values in sources.items():
+            values = [values] * channels if isinstance(values, int | float) else list(values)
+            values = values[:1] * channels if len(set(values)) == 1 else values
+            setattr(processor, key, list(statistics(channels, (), (f"{key} of its processor", values), what=name)))
         layers.append(Normalize(processor.image_mean, processor.image_std))
     else:
-        layers.append(Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+        layers.append(Normalize((0.0,) * channels, (1.0,) * channels))
     preprocess = nn.Sequential(*layers)
-    _check_layers(name, processor, preprocess)
+    _check_layers(name, processor, preprocess, channels)
     return preprocess
 
 
-def _check_layers(name: str, processor, preprocess: nn.Sequential) -> None:
+def _check_layers(name: str, processor, preprocess: nn.Sequential, channels: int) -> None:
     """Raise InputError unless layers and processor agree on a smooth image: some processors have further steps."""
     ramp = torch.linspace(0, 1, 64)
     image = torch.stack([ramp.expand(64, 64), ramp.expand(64, 64).T, (1 - ramp).expand(64, 64)])
+    image = image[:channels]
     pixels = (image * 255).round().to(torch.uint8)
     expected = processor(pixels, return_tensors="pt")["pixel_values"]
     actual = preprocess(pixels[None] / 255)
@@ -314,6 +326,6 @@ def save(net: nn.Module, name: str, folder: Path, mean: list[float], std: list[f
 
     net.save_pretrained(folder)
     processor = _read(name, AutoImageProcessor.from_pretrained)
-    if processor.do_normalize or (mean, std) != ([0.0] * 3, [1.0] * 3):
+    if processor.do_normalize or (set(mean), set(std)) != ({0.0}, {1.0}):
         processor.do_normalize, processor.image_mean, processor.image_std = True, mean, std
     processor.save_pretrained(folder)

@@ -75,9 +75,12 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
         metavar="NAME",
         **({"default": model} if model else {}),
     )
-    mean = "mean of each input channel, for pixels in [0,1] (default: that of the weights, else of the model)"
-    add(group, "--mean", mean, type=finite_float, nargs=3)
-    add(group, "--std", "standard deviation of each input channel, likewise", type=positive_float, nargs=3)
+    mean = (
+        "mean of each input channel (3, or 1 for grey images), for pixels in [0,1] (default: that of the weights, else "
+        "of the model)"
+    )
+    add(group, "--mean", mean, type=finite_float, nargs="+")
+    add(group, "--std", "standard deviation of each input channel, likewise", type=positive_float, nargs="+")
 
 
 def add_image_files(group: Group, default: str = "") -> None:

@@ -86,6 +86,7 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
         print(note)
     if classifier.not_read:
         print(f"not read in {path or opts.model}: {', '.join(classifier.not_read)}")
+    images = images.with_channels(classifier.channels)
     preflight.check_fit(classifier, images.train.images, images.num_classes, opts.precision)
     accuracy.check_trained_on(images, _metadata(classifier), classifier.source)
     return make_setup(opts, images, classifier, Path(path).name if path else None)

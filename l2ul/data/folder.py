@@ -1,6 +1,7 @@
 """Images in a folder on disk, decoded when they are needed: by worker processes, or by the GPU."""
 
 from collections.abc import Iterator, Sequence
+import copy
 import hashlib
 import os
 from pathlib import Path
@@ -26,7 +27,9 @@ def check_decoder(decoder: str, device: torch.device) -> None:
 
 
 class FolderImages(Dataset):
-    """Images on disk. `images[indices]` decodes some of them to uint8 (n, 3, size, size).
+    """Images on disk. `images[indices]` decodes some of them to uint8 (n, C, size, size).
+
+    C is `channels`: 3, or 1 after `with_channels(1)`.
 
     files       paths of the images
     size        side of the centre crop, in pixels
@@ -53,6 +56,7 @@ class FolderImages(Dataset):
         self.files, self.size, self.prefetch, self.decoder = files, size, prefetch, decoder
         self.reader = reader or ImageReader()
         self.short_side = short_side or round(size * 8 / 7)
+        self.channels = 3
         self.resize = v2.Compose([v2.Resize(self.short_side), v2.CenterCrop(size)])
         self.transform = v2.Compose([self.resize, v2.PILToTensor()])
 
@@ -61,14 +65,25 @@ class FolderImages(Dataset):
 
     def subset(self, indices: Tensor) -> "FolderImages":
         """Return the images at `indices`, in that order."""
-        files = [self.files[i] for i in indices.tolist()]
-        options = {"prefetch": self.prefetch, "decoder": self.decoder, "reader": self.reader}
-        return FolderImages(files, self.size, self.short_side, **options)
+        subset = copy.copy(self)
+        subset.files = [self.files[i] for i in indices.tolist()]
+        return subset
+
+    def with_channels(self, channels: int) -> "FolderImages":
+        """Return the images in colour (3) or in grey (1), converted before they are resized."""
+        new = copy.copy(self)
+        new.channels = channels
+        grey = [v2.Grayscale()] if channels == 1 else []
+        new.resize = v2.Compose([*grey, v2.Resize(self.short_side), v2.CenterCrop(self.size)])
+        new.transform = v2.Compose([new.resize, v2.PILToTensor()])
+        return new
 
     def sha256(self) -> str:
         """Return a hash of the names, sizes and modification times of the files, and of how they are decoded."""
         how = [READER_VERSION, self.decoder, *(f"{name}={value}" for name, value in self.reader.settings.items())]
         digest = hashlib.sha256(" ".join(map(str, [self.size, self.short_side, *how])).encode())
+        if self.channels == 1:
+            digest.update(b" grey")
         for file in self.files:
             try:
                 status = os.stat(file)

@@ -220,7 +220,7 @@ def read_folder(folder: Path, images: Images, reader: ImageReader | None = None)
         )
     files, train = [file for file, _ in image_folder.samples], images.train.images
     short_side = train.short_side if isinstance(train, FolderImages) else images.short_side or images.side
-    folder_images = FolderImages(files, images.side, short_side, reader=reader)
+    folder_images = FolderImages(files, images.side, short_side, reader=reader).with_channels(images.channels)
     _reject_own(folder_images, images)
     return Split(
         folder_images,

@@ -17,7 +17,7 @@ LARGE = 64  # pixels; images with a longer side have smaller default batches
 class Split:
     """Images and their labels.
 
-    images  (N, 3, H, W): a tensor, uint8 or float in [0,1], or FolderImages
+    images  (N, C, H, W): a tensor, uint8 or float in [0,1], or FolderImages; C is 3, or 1 for grey images
     labels  (N,) int64
     """
 
@@ -31,6 +31,23 @@ class Split:
     def side(self) -> int:
         """The height and width of the images, in pixels."""
         return self.images.size if isinstance(self.images, FolderImages) else self.images.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        """The channels of the images."""
+        return self.images.channels if isinstance(self.images, FolderImages) else self.images.shape[1]
+
+    def with_channels(self, channels: int) -> "Split":
+        """Return the split with its images converted from colour to grey (1) or grey to colour (3)."""
+        if self.channels == channels:
+            return self
+        if isinstance(self.images, FolderImages):
+            return Split(self.images.with_channels(channels), self.labels)
+        if (self.channels, channels) == (3, 1):
+            return Split(torch.cat([to_grey(part) for part in self.images.split(4096)]), self.labels)
+        if (self.channels, channels) == (1, 3):
+            return Split(self.images.expand(-1, 3, -1, -1).contiguous(), self.labels)
+        return self
 
     def pixels(self) -> Tensor:
         """Return all images as one tensor. Meant for small sets such as D_f."""
@@ -83,10 +100,30 @@ class Images:
         """The height and width of the test images, in pixels."""
         return self.test.side
 
+    @property
+    def channels(self) -> int:
+        """The channels of the images."""
+        return self.train.channels
+
+    def with_channels(self, channels: int) -> "Images":
+        """Return the data set with its images converted from colour to grey (1) or grey to colour (3)."""
+        validation = self.validation.with_channels(channels) if self.validation else None
+        train, test = self.train.with_channels(channels), self.test.with_channels(channels)
+        return replace(self, train=train, test=test, validation=validation)
+
     def to(self, device: torch.device) -> "Images":
         """Return the data set with its tensors on the device."""
         validation = self.validation.to(device) if self.validation else None
         return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation)
+
+
+def to_grey(images: Tensor) -> Tensor:
+    """Convert colour images (N, 3, H, W) to grey images (N, 1, H, W); uint8 as Pillow's mode L does."""
+    weights = (19595, 38470, 7471)  # ITU-R 601-2 luma, of 65536
+    if images.dtype != torch.uint8:
+        return sum(weight / 65536 * images[:, i : i + 1] for i, weight in enumerate(weights))
+    total = sum(weight * images[:, i : i + 1].int() for i, weight in enumerate(weights))
+    return ((total + 32768) >> 16).to(torch.uint8)
 
 
 def as_pixels(images: Tensor) -> Tensor:

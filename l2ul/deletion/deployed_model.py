@@ -22,7 +22,7 @@ from l2ul.deletion.report_schema import REPORT, OpenedBy, WrittenModelHashes, re
 import models
 from models import checkpoint as checkpoints
 from models import huggingface, weight_files, zoo
-from models.classifier import Classifier, Normalize, check_weights
+from models.classifier import Classifier, Normalize, check_weights, input_channels, statistics
 
 BUILT = "build"  # `model` of OpenedBy for a module that --build names
 
@@ -49,8 +49,9 @@ class InputFormat:
 class DeployedModel:
     """A classifier, the resizing of its input images, and all that is needed to open it again.
 
-    classifier     takes pixels (N, 3, H, W) in [0,1] as `to_pixels` returns them, divided by 255; in eval mode
-    to_pixels      convert an RGB image to uint8 pixels (3, H, W) of the size that the model takes
+    classifier     takes pixels (N, C, H, W) in [0,1] as `to_pixels` returns them, divided by 255; in eval mode. C is 3,
+                   or 1 for a model that takes grey images
+    to_pixels      convert an RGB image to uint8 pixels (C, H, W) of the size that the model takes
     class_names    empty if neither the model nor the user gives names
     opened_by      arguments that open it again, without file paths
     path           the file or folder with the weights; None for weights from a hub or from code
@@ -142,6 +143,9 @@ def open_model(
             raise InputError(
                 f"cannot read --class-names {class_names}; give a UTF-8 text file with one class name per line"
             ) from None
+    channels = opened.classifier.channels
+    if channels not in (1, 3):
+        raise InputError(f"the model takes images of {channels} channels; expected 1 (grey) or 3 (colour)")
     return opened
 
 
@@ -229,7 +233,10 @@ def _open_huggingface(model: str, checkpoint: str | Path | None, input_format: I
     floating = [name for name, tensor in loaded.net.state_dict().items() if tensor.is_floating_point()]
     return DeployedModel(
         _without_resizing(loaded),
-        _central_square(input_format.image_size) if input_format.image_size else huggingface.transform(model),
+        _in_channels(
+            _central_square(input_format.image_size) if input_format.image_size else huggingface.transform(model),
+            loaded,
+        ),
         [str(configuration.id2label.get(index, index)) for index in range(configuration.num_labels)],
         _opened_by(huggingface.PREFIX, input_format),
         path if path.is_dir() else None,
@@ -258,6 +265,7 @@ def _open_named(
     loaded = models.load(model, num_classes, checkpoint, input_format.mean, input_format.std, weights_key)
     own_size = is_zoo and not input_format.image_size
     to_pixels = zoo.transform(model, choice) if own_size else _central_square(input_format.image_size)
+    to_pixels = _in_channels(to_pixels, loaded)
     mean, std = models.decimals(loaded.normalize.mean), models.decimals(loaded.normalize.std)
     opened_by = _opened_by(model, InputFormat(input_format.image_size, mean, std))
     dtypes = checkpoints.dtypes(checkpoints.split_off_statistics(state, loaded.net)[0], loaded.net)
@@ -283,14 +291,27 @@ def _open_built(
             mean, std = None, None
     notes = models.statistics_note(path, mean, std) if path else []
     not_read = checkpoints.outside(state, net)
-    mean, std = input_format.mean or mean or (0.0,) * 3, input_format.std or std or (1.0,) * 3
+    normalize = _normalize(net, input_format.mean or mean, input_format.std or std, f"the module that {build} returns")
     dtypes = checkpoints.dtypes(state, net) or checkpoints.dtypes(net.state_dict(), net)
     net = net.float().eval().requires_grad_(True)  # unlearning trains all weights
-    classifier = Classifier(build, 0, net, nn.Sequential(Normalize(mean, std)))
-    to_pixels = _central_square(input_format.image_size)
+    classifier = Classifier(build, 0, net, nn.Sequential(normalize))
+    to_pixels = _in_channels(_central_square(input_format.image_size), classifier)
     opened = DeployedModel(classifier, to_pixels, [], _opened_by(BUILT, input_format), path, dtypes)
     opened.notes, opened.not_read, opened.weights_key = notes, not_read, weights_key
     return opened
+
+
+def _normalize(net: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None, what: str) -> Normalize:
+    """Return the normalisation of a module of the user; by default 0 and 1. Their number of values decides its input.
+
+    what  names the module in messages
+    """
+    given = mean or std
+    if given and len(given) not in (1, 3):
+        raise InputError(f"--{'mean' if mean else 'std'} has {len(given)} values; expected 1 for grey or 3 for colour")
+    channels = len(given) if given else input_channels(net)
+    pairs = (((0.0,), "--mean", mean), ((1.0,), "--std", std))
+    return Normalize(*(statistics(channels, default, (flag, values), what=what) for default, flag, values in pairs))
 
 
 def _unwrapped(net: nn.Module) -> nn.Module:
@@ -350,6 +371,14 @@ def _central_square(size: int | None) -> Callable[[Image], Tensor]:
     """Return a function from an RGB image to the pixels of its central square, or of all of it for None."""
     steps = [v2.Resize(size), v2.CenterCrop(size)] if size else []
     return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def _in_channels(to_pixels: Callable[[Image], Tensor], classifier: Classifier) -> Callable[[Image], Tensor]:
+    """Return the function for RGB images to the pixels of a classifier: for a grey one, as Pillow's mode L.
+
+    Grey levels of grey images stay the same in RGB and back.
+    """
+    return to_pixels if classifier.channels != 1 else lambda image: to_pixels(image.convert("L"))
 
 
 def _opened_by(model: str, input_format: InputFormat) -> OpenedBy:

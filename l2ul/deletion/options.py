@@ -79,10 +79,10 @@ def _add_model(parser: Parser) -> None:
     options.add(group, "--build", text, metavar="PACKAGE.MODULE:FUNCTION")
     text = "resize the short side of images to N pixels and crop the central square (default: as the model defines)"
     options.add(group, "--image-size", text, type=positive_int)
-    text = "mean of each input channel, for pixels in [0,1] (default: the model's; for --build 0)"
-    options.add(group, "--mean", text, type=finite_float, nargs=3)
+    text = "mean of each input channel (3, or 1 for grey images) in [0,1] (default: the model's; for --build 0)"
+    options.add(group, "--mean", text, type=finite_float, nargs="+")
     text = "standard deviation of each input channel (default: the model's; for --build 1)"
-    options.add(group, "--std", text, type=positive_float, nargs=3)
+    options.add(group, "--std", text, type=positive_float, nargs="+")
     options.add(group, "--class-names", "text file with one class name per line", type=Path, metavar="FILE")
 
 

@@ -32,8 +32,8 @@ PIXELS = Rule("a whole number from 1 to 65536", lambda value: 1 <= value <= 6553
 READING = Rule(" or ".join(EXIF_ORIENTATIONS), lambda value: value in EXIF_ORIENTATIONS)
 POSITIVE = Rule("a number above 0", lambda value: value > 0)
 CLASS = Rule("the number of a class", lambda value: 0 <= value < 2**31)
-ONE_PER_CHANNEL = Rule("3 numbers, one per channel", lambda values: len(values) == 3)
-POSITIVE_PER_CHANNEL = Rule("3 numbers above 0", lambda values: len(values) == 3 and min(values) > 0)
+ONE_PER_CHANNEL = Rule("1 or 3 numbers, one per channel", lambda values: len(values) in (1, 3))
+POSITIVE_PER_CHANNEL = Rule("1 or 3 numbers above 0", lambda values: len(values) in (1, 3) and min(values) > 0)
 NOT_EMPTY = Rule("at least one entry", bool)
 NUMBERED = Rule(
     f"the files {EARLIER}/1.json, {EARLIER}/2.json, … in this order",

@@ -125,7 +125,7 @@ class Subject:
                 f"{run['dataset']} has {len(images.train)} training images, but the records are of a training set of "
                 f"{run['num_train']}; name the folder of that one with --data-dir"
             )
-        return images
+        return images.with_channels(len((run.get("mean") or "R G B").split()))  # as the model takes them
 
     def original(self, run: Record) -> models.Classifier:
         """Load the original model of a run."""
@@ -265,7 +265,7 @@ def adversarial_examples(subject: Subject) -> Drawn:
 
 def _array(images: torch.Tensor) -> np.ndarray:
     """Return images as an array (N, H, W, 3) of floats in [0,1]."""
-    return image_sets.as_pixels(images).permute(0, 2, 3, 1).cpu().numpy()
+    return image_sets.as_pixels(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def new_classes(subject: Subject) -> Drawn:
