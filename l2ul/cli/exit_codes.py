@@ -33,12 +33,11 @@ class Terminated(KeyboardInterrupt):
 def clean_exit(program: str, after_stop: str = CONTINUES, shared: bool = False) -> Iterator[None]:
     """Turn errors that a user can act on into one sentence and an exit code. Other errors keep their traceback.
 
-    Args:
-        program: name of the script, which begins the sentence.
-        after_stop: what a user should know after Ctrl-C or SIGTERM.
-        shared: whether torchrun may start the script in several processes. The script then calls
-            `distributed.process_group()` after it has parsed its command line. Only the first process to end prints its
-            sentence; torchrun ends the others.
+    program     name of the script, which begins the sentence
+    after_stop  what a user should know after Ctrl-C or SIGTERM
+    shared      whether torchrun may start the script in several processes. The script then calls
+                `distributed.process_group()` after it has parsed its command line. Only the first process to end prints
+                its sentence; torchrun ends the others
     """
     with sigterm_as_exception():
         try:

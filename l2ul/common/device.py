@@ -14,10 +14,9 @@ def choose_device(name: str | None, no_cuda: bool = False, threads: int | None =
 
     Under torchrun each process has its own GPU, or all processes use the CPU.
 
-    Args:
-        name: value of --device.
-        no_cuda: whether --no-cuda excludes CUDA GPUs.
-        threads: number of CPU threads to set; None keeps torch's default.
+    name     value of --device
+    no_cuda  whether --no-cuda excludes CUDA GPUs
+    threads  number of CPU threads to set; None keeps torch's default
 
     Raises InputError if the device is not available.
     """

@@ -19,9 +19,8 @@ def progress_bar(description: str, total: int | None = None) -> Iterator[Callabl
     one each 5 minutes while units finish. Work of less than 10 s shows no line. Only the first process of a torchrun
     shows anything.
 
-    Args:
-        description: name of the work, such as "attack".
-        total: number of units, or None if it is not known: the lines then count steps.
+    description  name of the work, such as "attack"
+    total        number of units, or None if it is not known: the lines then count steps
 
     `advance` takes the number of units that finished and an optional text about the state, such as
     "40 % of D_f forgotten".

@@ -70,17 +70,16 @@ def _are_numbers(value: object) -> bool:
 class Key:
     """One key of a record.
 
-    Args:
-        name: the key.
-        role: one of ROLES, or None for a key that the schema does not know.
-        type: one of TYPES.
-        doc: one line of documentation.
-        null: whether the value may be null.
-        required: whether every record has the key.
-        least: smallest value allowed.
-        choices: all values allowed.
-        default: value that applies to records without the key, and to commands without the flag.
-        flag: whether main_unlearn.py has a flag with the name of the key.
+    name      the key
+    role      one of ROLES, or None for a key that the schema does not know
+    type      one of TYPES
+    doc       one line of documentation
+    null      whether the value may be null
+    required  whether every record has the key
+    least     smallest value allowed
+    choices   all values allowed
+    default   value that applies to records without the key, and to commands without the flag
+    flag      whether main_unlearn.py has a flag with the name of the key
     """
 
     name: str
@@ -331,14 +330,12 @@ class RunFiles:
     ) -> None:
         """Write all files of a finished run. The record is written last: where it exists, the others do too.
 
-        Args:
-            record: the record. It must not hold NaN or infinity.
-            forget: a name or index for each image of D_f.
-            predictions: classes, or indices, as integer tensors (N,).
-            curve: the loss terms of each step.
+        record       the record. It must not hold NaN or infinity
+        forget       a name or index for each image of D_f
+        predictions  classes, or indices, as integer tensors (N,)
+        curve        the loss terms of each step
 
-        Raises:
-            ValueError: if the record holds a number that is not finite.
+        Raises ValueError if the record holds a number that is not finite.
         """
         with atomic(self.record.with_suffix(".txt")) as part:
             part.write_text("".join(f"{name}\n" for name in forget))

@@ -13,17 +13,16 @@ from typing import Literal
 class Column:
     """How the values under one key of the records are shown in a table.
 
-    Args:
-        key: key of the record, `acc_…` for a percentage or `metric_…` for any other number.
-        heading: heading in Markdown and on the screen. It is escaped for LaTeX unless `latex` is given.
-        legend: what the value is, for the notes below a table. Notes end with the better direction.
-        digits: digits after the decimal point.
-        better: "up", "down", or None where neither is better in general (then the legend names the target, if any).
-        latex: heading as LaTeX code.
-        table: "accuracy" for the main table, "other" for the tables of further metrics.
-        compared: whether the best value of a column is bold.
-        goal: the only goal that the column is shown for, or None for both.
-        continual: whether the column is shown for continual runs only.
+    key        key of the record, `acc_…` for a percentage or `metric_…` for any other number
+    heading    heading in Markdown and on the screen. It is escaped for LaTeX unless `latex` is given
+    legend     what the value is, for the notes below a table. Notes end with the better direction
+    digits     digits after the decimal point
+    better     "up", "down", or None where neither is better in general (then the legend names the target, if any)
+    latex      heading as LaTeX code
+    table      "accuracy" for the main table, "other" for the tables of further metrics
+    compared   whether the best value of a column is bold
+    goal       the only goal that the column is shown for, or None for both
+    continual  whether the column is shown for continual runs only
     """
 
     key: str
@@ -57,8 +56,7 @@ RESERVED = {  # keys that a metric of your own cannot have; the keys of the colu
 def register(column: Column) -> Column:
     """Add a column of your own after the others, and return it. An earlier column with the same key is replaced.
 
-    Raises:
-        ValueError: if the key is one of RESERVED, or begins with neither `acc_` nor `metric_`.
+    Raises ValueError if the key is one of RESERVED, or begins with neither `acc_` nor `metric_`.
     """
     if column.key in RESERVED or not column.key.startswith(("acc_", "metric_")):
         raise ValueError(f"a metric has the name {column.key!r}; expected a new name that begins with acc_ or metric_")

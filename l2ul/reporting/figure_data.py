@@ -103,8 +103,7 @@ def ablations(runs: Iterable[Record], k: int | None = None) -> pd.DataFrame:
     All runs have one k, the one with most values (the largest such k). For each setting and method, the runs are those
     with most values of the setting and all other settings equal. Each setting has a row for the original model.
 
-    Raises:
-        InputError: if no runs differ in a single setting.
+    Raises InputError if no runs differ in a single setting.
     """
     runs = [run for run in runs if run["method"] != "before" and k in (None, run["k"])]
     swept = {(setting, *key): same for setting in SWEPT for key, same in _sweeps(runs, setting).items()}
@@ -146,11 +145,10 @@ def confusion_matrices(
 ) -> dict[str, pd.DataFrame]:
     """Return a matrix of counts for each entry of `predicted`: true classes (rows) by predicted classes (columns).
 
-    Args:
-        labels: true classes (k,).
-        predicted: arrays (k · n,) of n classes for each image, those of the first image first.
-        names: names of all classes. If there are more than MOST_CLASSES, the most frequent ones keep their rows and
-            columns and the others are merged.
+    labels     true classes (k,)
+    predicted  arrays (k · n,) of n classes for each image, those of the first image first
+    names      names of all classes. If there are more than MOST_CLASSES, the most frequent ones keep their rows and
+               columns and the others are merged
     """
     shares = sum(np.bincount(classes, minlength=len(names)) / len(classes) for classes in predicted.values())
     true_classes, new_classes = _most(np.bincount(labels, minlength=len(names))), _most(shares)

@@ -41,14 +41,13 @@ DATA_KEYS = ("image_size", "age_grouping", "split_seed")  # keys of a record tha
 class FigureOptions:
     """Inputs of the figures, and the runs that figures 2 to 5 show.
 
-    Args:
-        data_dir: folder with data sets and weights.
-        checkpoint: original weights, by default the file that main_unlearn.py finds.
-        device: "cuda", "mps" or "cpu", by default the best available one.
-        k: size of D_f, by default the largest recorded one.
-        seed: seed of D_f, by default the smallest recorded one.
-        methods: methods of figures 3 to 5, by default up to MOST_METHODS for which the inputs exist.
-        samples: images of D_r and of D_test in figures 4 and 5.
+    data_dir    folder with data sets and weights
+    checkpoint  original weights, by default the file that main_unlearn.py finds
+    device      "cuda", "mps" or "cpu", by default the best available one
+    k           size of D_f, by default the largest recorded one
+    seed        seed of D_f, by default the smallest recorded one
+    methods     methods of figures 3 to 5, by default up to MOST_METHODS for which the inputs exist
+    samples     images of D_r and of D_test in figures 4 and 5
     """
 
     data_dir: Path = Path("data")
@@ -69,15 +68,13 @@ def draw(
 ) -> list[Path]:
     """Draw figures for each data set, model and goal of the records. Runs of continual deletions are left out.
 
-    Args:
-        records: records from `read_records.read`.
-        numbers: which figures, keys of FIGURES.
-        output_dir: folder for a PNG, a PDF and a CSV of each figure.
-        options: inputs of the figures.
-        report: called with a sentence for each figure that cannot be drawn, or not completely.
+    records     records from `read_records.read`
+    numbers     which figures, keys of FIGURES
+    output_dir  folder for a PNG, a PDF and a CSV of each figure
+    options     inputs of the figures
+    report      called with a sentence for each figure that cannot be drawn, or not completely
 
-    Returns:
-        The paths of the files.
+    Returns the paths of the files.
     """
     paths = []
     for block in rows.blocks(record for record in records if record["continual_step"] is None):
@@ -149,12 +146,10 @@ class Subject:
     def runs(self, is_usable: Callable[[Record], bool], needed: str, remedy: str) -> list[Record]:
         """Return usable runs on one D_f, one for each method.
 
-        Args:
-            is_usable: whether the inputs of a figure exist for a run.
-            needed, remedy: names these inputs, and the command that makes them, in the message of an InputError.
+        is_usable       whether the inputs of a figure exist for a run
+        needed, remedy  names these inputs, and the command that makes them, in the message of an InputError
 
-        Raises:
-            InputError: if no run is usable.
+        Raises InputError if no run is usable.
         """
         chosen = {"k": self.options.k, "seed": self.options.seed}
         methods = self.options.methods

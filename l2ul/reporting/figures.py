@@ -167,11 +167,10 @@ def adversarial_examples(images: np.ndarray, examples: np.ndarray, table: pd.Dat
     A perturbation is scaled so that its largest value is black or white, around grey. The factor is its title, and
     becomes the column `enlarged` of the table.
 
-    Args:
-        images: (n, H, W, 3) floats in [0,1].
-        examples: (n · m, H, W, 3) floats in [0,1], those of the first image first.
-        table: a row for each example, with the columns label and target.
-        title: title of the figure.
+    images    (n, H, W, 3) floats in [0,1]
+    examples  (n · m, H, W, 3) floats in [0,1], those of the first image first
+    table     a row for each example, with the columns label and target
+    title     title of the figure
     """
     draws = len(examples) // len(images)
     figure = Figure((WIDTH, len(images) * (WIDTH / (1 + 2 * draws) + 0.16) + 0.2), layout="constrained")
@@ -271,10 +270,9 @@ def similarity(table: pd.DataFrame, title: str) -> Figure:
 def maps(table: pd.DataFrame, classes: list[str], title: str) -> Figure:
     """Draw figure 5: a t-SNE map of features for each panel.
 
-    Args:
-        table: columns panel, split (forget or test), class ("" for classes without a colour), x and y.
-        classes: names of all classes, in the order of the legend.
-        title: title of the figure.
+    table    columns panel, split (forget or test), class ("" for classes without a colour), x and y
+    classes  names of all classes, in the order of the legend
+    title    title of the figure
     """
     names = [name for name in classes if (table["class"] == name).any()]
     panels = list(dict.fromkeys(table["panel"]))

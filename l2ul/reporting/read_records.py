@@ -19,8 +19,7 @@ LATER_KEYS = ("age_grouping", "continual_size", "retain_sample", "checkpoint", "
 def run_folders(folders: Iterable[Path]) -> list[Path]:
     """Return the `runs` folder of each folder or, where it has none, those of its subfolders.
 
-    Raises:
-        InputError: if a folder has neither.
+    Raises InputError if a folder has neither.
     """
     run_dirs = []
     for folder in folders:
@@ -37,13 +36,11 @@ def run_folders(folders: Iterable[Path]) -> list[Path]:
 def read(folders: Iterable[Path]) -> tuple[list[Record], list[str]]:
     """Read the records of result folders.
 
-    Returns:
-        The records, each run once, and a sentence for each file that was left out. Three keys are added to each
-        record: `result_dir` and `forget_file`, the paths that belong to it, and `listed`, which is true if D_f is known
-        not to be the choice of the seed.
+    Returns the records, each run once, and a sentence for each file that was left out. Three keys are added to each
+    record: `result_dir` and `forget_file`, the paths that belong to it, and `listed`, which is true if D_f is known not
+    to be the choice of the seed.
 
-    Raises:
-        InputError: if there is no record file at all.
+    Raises InputError if there is no record file at all.
     """
     runs = run_folders(folders)
     paths = [path for folder in runs for path in sorted(folder.glob("*.json"))]

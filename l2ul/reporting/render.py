@@ -19,10 +19,9 @@ from l2ul.reporting.summary import SHORT, row_order
 class Style:
     """The markup of one output format.
 
-    Args:
-        text: escapes plain text.
-        heading: returns the heading of a column.
-        bold, spread, capped, none, published: markup of a bold cell, and marks in cells and row names.
+    text                                   escapes plain text
+    heading                                returns the heading of a column
+    bold, spread, capped, none, published  markup of a bold cell, and marks in cells and row names
     """
 
     text: Callable[[str], str]
@@ -70,9 +69,8 @@ LATEX = Style(
 def markdown(frame: pd.DataFrame, blocks: list[Block]) -> str:
     """Return all tables with their notes. The two header lines name data set, model and k, then the metric.
 
-    Args:
-        frame: numbers from `summary.summarise`.
-        blocks: the blocks that the numbers are from.
+    frame   numbers from `summary.summarise`
+    blocks  the blocks that the numbers are from
     """
     if not len(frame):
         return "No table: there is no record of the selected runs.\n"

@@ -42,8 +42,7 @@ class Selection:
 def select(blocks: Iterable[Block], datasets: list[str] | None, selection: Selection) -> list[Block]:
     """Return the blocks of the data sets, None for all.
 
-    Raises:
-        InputError: if a data set has no record, or a selected method has none and is not known either.
+    Raises InputError if a data set has no record, or a selected method has none and is not known either.
     """
     blocks = list(blocks)
     recorded = sorted({block.dataset for block in blocks})
@@ -62,10 +61,9 @@ def select(blocks: Iterable[Block], datasets: list[str] | None, selection: Selec
 def summarise(blocks: Iterable[Block], selection: Selection) -> pd.DataFrame:
     """Compute the numbers of all tables.
 
-    Returns:
-        A row for each row of a table and metric. `mean` and `std` are over the `n` runs with status forgotten or done,
-        `mean_cap` and `std_cap` over those that stopped at the cap. `cap`, `diverged` and `failed` count runs. `std` is
-        null for a single run. The rows stand in the order of the tables.
+    Returns a row for each row of a table and metric. `mean` and `std` are over the `n` runs with status forgotten or
+    done, `mean_cap` and `std_cap` over those that stopped at the cap. `cap`, `diverged` and `failed` count runs. `std`
+    is null for a single run. The rows stand in the order of the tables.
     """
     numbers = []
     for block in blocks:
