@@ -63,6 +63,7 @@ def unlearn(
     attack: AttackSettings | None = None,
     settings: Settings | None = None,
     workers: int = 0,
+    on_start: Callable[[int | None], object] | None = None,
     on_step: Callable[[dict[str, float]], object] | None = None,
     go_on: Callable[[], bool] | None = None,
     checkpoint: Checkpoint | None = None,
@@ -82,6 +83,7 @@ def unlearn(
     attack      how D_adv is computed; by default with the settings of the paper's run scripts
     settings    of the loop; by default those of the paper's run scripts
     workers     processes that decode images of D_r that stay on disk
+    on_start    called before the first step with the largest number of steps, None if the method has a fixed length
     on_step     called with each row of the curve, which has `step` and `forgotten` (percent of D_f) for a progress line
     go_on       called after each row; the loop stops if it returns False
     checkpoint  a file in which the state of the loop is written every few minutes and on KeyboardInterrupt, SystemExit,
@@ -143,6 +145,8 @@ def unlearn(
                 loop.load_state_dict(state)
         else:
             checkpoint = None
+        if on_start:
+            on_start(procedure.max_steps)
         return loop.run(on_step or (lambda row: None), go_on or (lambda: True), checkpoint)
 
 

@@ -64,6 +64,17 @@ def check_name(name: str) -> None:
     )
 
 
+def require_checkpoint(name: str, checkpoint: str | Path) -> None:
+    """Raise InputError unless `checkpoint` is a file, or the name of pretrained weights of the torchvision model."""
+    if not has_weights(name, checkpoint):
+        checkpoints.require_file(Path(checkpoint))
+
+
+def has_weights(name: str, choice: str | Path) -> bool:
+    """Return whether `choice` is the name of pretrained weights of the torchvision model `name`."""
+    return name in zoo.names() and zoo.has_weights(name, str(choice))
+
+
 def build(
     name: str,
     num_classes: int,
@@ -117,7 +128,7 @@ def load(
     Raises InputError if the weights are missing, damaged, unsafe to read or of another network.
     """
     check_name(name)
-    if checkpoint is None or (name.startswith(zoo.PREFIX) and zoo.has_weights(name, str(checkpoint))):
+    if checkpoint is None or has_weights(name, checkpoint):
         classifier = _published(name, num_classes, checkpoint)
     else:
         classifier = _from_file(name, num_classes, Path(checkpoint), mean, std, weights_key)

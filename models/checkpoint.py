@@ -96,11 +96,16 @@ def read(
     return {key: tensor for key, tensor in state.items() if key.startswith(choice.prefix)}, metadata or {}
 
 
-def _content(path: Path) -> tuple[object, dict[str, str] | None, str]:
+def require_file(path: Path) -> None:
+    """Raise InputError if there is no file of weights at this path."""
     if path.is_dir():
         raise InputError(f"there is no checkpoint {path}, which is a folder; name the file of weights in it")
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}; name an existing file with --checkpoint")
+
+
+def _content(path: Path) -> tuple[object, dict[str, str] | None, str]:
+    require_file(path)
     return weight_files.read(path)
 
 

@@ -44,7 +44,8 @@ def test_without_a_writable_cache_the_runs_continue_and_a_line_says_so(run):
     [
         (["--dataset", "mnist"], "there is no data set 'mnist'"),
         (["--model", "resnet19"], "unknown model 'resnet19'"),
-        (["--method", "sgd"], "unknown method 'sgd'"),
+        (["--method", "adv", "sgd"], "unknown method 'sgd'; expected one of before, neggrad"),
+        (["--method", "sgd"], "(see main_unlearn.py --help)"),
         (["--checkpoint", "none.pt"], "there is no checkpoint none.pt"),
         (["--checkpoint", "pyproject.toml"], "pyproject.toml is damaged or is no checkpoint"),
         (["--model", "resnet56"], "no weights of resnet56 for digits: looked for"),
@@ -105,6 +106,33 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, arguments, complaint, mo
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--checkpoint", "none.pt"], "there is no checkpoint none.pt; name an existing file with --checkpoint"),
+        (
+            ["--model", "torchvision:resnet18", "--checkpoint", "IMAGENET1K_V9"],
+            "there is no checkpoint IMAGENET1K_V9; name an existing file with --checkpoint",
+        ),
+        (
+            ["--evaluate", "retrained", "--retrained", "none.pt"],
+            "there is no none.pt; expected weights of a model trained without D_f for --retrained",
+        ),
+        (["--forget-file", "none.txt"], "cannot read the forget file none.txt: No such file or directory"),
+        (["--goal", "relabel", "--relabel-file", "none.txt"], "cannot read the relabel file none.txt"),
+        (["--forget-dir", "nowhere"], "--forget-dir nowhere does not hold images in a subfolder per class"),
+    ],
+)
+def test_a_missing_file_is_reported_before_the_data_set_is_loaded(run, arguments, complaint, monkeypatch):
+    def never(*arguments, **options):
+        raise AssertionError("data are loaded")
+
+    monkeypatch.setattr("l2ul.cli.options.load_data", never)
+    code, out, err = run(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert complaint in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")

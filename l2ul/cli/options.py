@@ -202,7 +202,7 @@ def add_own_settings(parser: Parser) -> None:
 def add_unlearning(parser: Parser) -> None:
     group = parser.add_argument_group("unlearning")
     usual = "default: the methods of the paper and distill, as far as they support the goal"
-    add(group, "--method", f"one or more methods, listed below ({usual})", nargs="+", metavar="NAME")
+    add(group, "--method", f"one or more methods, listed below ({usual})", type=method_name, nargs="+", metavar="NAME")
     goal = "misclassify: D_f is predicted as other classes; relabel: as new labels"
     add(group, "--goal", goal, choices=choices.GOALS, default="misclassify")
     add(group, "--unlearn-k", "number of images to forget, one or more", type=whole_number, nargs="+")
@@ -349,6 +349,14 @@ def _methods_text() -> str:
 def _list(rows: Iterable[tuple[str, str]], width: int = 106) -> str:
     indent = " " * 18
     return "\n".join(textwrap.fill(f"{name:17} {text}", width, subsequent_indent=indent) for name, text in rows)
+
+
+def method_name(text: str) -> str:
+    """Return the name of a method. Raises InvalidValue for another text."""
+    try:
+        return registry.get(text).name
+    except InputError as error:
+        raise choices.InvalidValue(str(error)) from None
 
 
 def load_data(options: argparse.Namespace, whole_train: bool = False) -> "Images":

@@ -122,7 +122,7 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
     from l2ul.common import device as devices
     from l2ul.common import distributed
     from l2ul.common.files import require_writable
-    from l2ul.data import folder
+    from l2ul.data import folder, forget_set
     from l2ul.training import pretrain, tracker
     import models
     from models import checkpoint
@@ -136,6 +136,8 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
         output = opts.output or checkpoint.candidates(options.data_label(opts), opts.model, opts.data_dir)[0]
         if output.suffix != ".safetensors":
             raise InputError(f"--output is {output}; expected a name that ends in .safetensors")
+        if opts.exclude:
+            forget_set.read_integers(opts.exclude, "forget")  # before the data set is loaded
         images = options.load_data(opts, whole_train=True)
         excluded = excluded_indices(opts, images.train)
         if excluded is not None and not opts.output:

@@ -67,6 +67,7 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
     images  the data set, if it is loaded already
     """
     models.check_name(opts.model)
+    check_files(opts)
     label = options.data_label(opts)
     path = opts.checkpoint or checkpoint.find(label, opts.model, opts.data_dir)
     if path is None and opts.model in models.OWN:
@@ -90,6 +91,21 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
     preflight.check_fit(classifier, images.train.images, images.num_classes, opts.precision)
     accuracy.check_trained_on(images, _metadata(classifier), classifier.source)
     return make_setup(opts, images, classifier, Path(path).name if path else None)
+
+
+def check_files(opts: argparse.Namespace) -> None:
+    """Raise InputError if a file or folder that the options name is missing: before data and weights are loaded."""
+    if opts.checkpoint:
+        models.require_checkpoint(opts.model, opts.checkpoint)
+    retrained = [("--retrained", opts.retrained)] if opts.retrained else []
+    for flag, path in (*retrained, *(("--references", path) for path in opts.references or ())):
+        if not path.exists():
+            raise InputError(f"there is no {path}; expected weights of a model trained without D_f for {flag}")
+    for path, what in ((opts.forget_file, "forget"), (opts.relabel_file, "relabel")):
+        if path:
+            forget_set.read_integers(path, what)
+    if opts.forget_dir:
+        forget_set.open_folder(opts.forget_dir)
 
 
 def make_setup(opts: argparse.Namespace, images: Images, classifier: models.Classifier, weights: str | None) -> Setup:
@@ -225,9 +241,7 @@ def _metadata(classifier: models.Classifier) -> dict[str, object]:
 def _load_reference_models(opts: argparse.Namespace, setup: Setup, device: torch.device) -> ReferenceModels:
     """Load the models of --retrained and --references onto the device."""
 
-    def load(flag: str, path: Path) -> ReferenceModel:
-        if not path.exists():
-            raise InputError(f"there is no {path}; expected weights of a model trained without D_f for {flag}")
+    def load(path: Path) -> ReferenceModel:
         if path.is_dir():  # of a Hugging Face model
             model = models.load_saved(path, setup.classifier)
         else:
@@ -240,8 +254,8 @@ def _load_reference_models(opts: argparse.Namespace, setup: Setup, device: torch
         indices = torch.tensor(excluded, dtype=torch.int64) if is_known else None
         return ReferenceModel(model.to(device), model.sha256, str(path), indices)
 
-    references = [load("--references", path) for path in opts.references or ()]
-    return ReferenceModels(load("--retrained", opts.retrained) if opts.retrained else None, tuple(references))
+    references = [load(path) for path in opts.references or ()]
+    return ReferenceModels(load(opts.retrained) if opts.retrained else None, tuple(references))
 
 
 def _read_folder(opts: argparse.Namespace, setup: Setup) -> tuple[Split, Tensor]:

@@ -70,7 +70,9 @@ def peak_memory_mib(device: torch.device) -> float | None:
 
 def device_name(device: torch.device) -> str:
     """Return the name of the device in a record: that of the GPU or `cpu (4 threads)`, and ` x 8` for 8 processes."""
-    name = f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
-    if device.type == "cuda":
+    name, threads = device.type, torch.get_num_threads()
+    if device.type == "cpu":
+        name = f"cpu ({threads} thread{'' if threads == 1 else 's'})"
+    elif device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return f"{name} x {distributed.size()}" if distributed.size() > 1 else name

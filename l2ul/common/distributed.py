@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 from datetime import timedelta
 import os
+import time
 import warnings
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = timedelta(days=30)  # the other processes wait while the first unlearns; torchrun detects lost processes
+JOINING = 60.0  # seconds, at most, that a process with an error waits for others that are still joining
 LOST = (  # in the messages of torch about a process that ended
     "gloo",
     "NCCL",
@@ -23,7 +25,7 @@ LOST = (  # in the messages of torch about a process that ended
     "Broken pipe",
 )
 
-_store: list[dist.Store] = []  # shared by all processes, also while they end
+_store: list[dist.Store] = []  # shared by all processes, also while they end; counts "joined" and "ended" processes
 
 
 @contextlib.contextmanager
@@ -41,12 +43,25 @@ def process_group() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), **options)
     _store[:] = [dist.PrefixStore("l2ul", store)]
+    _store[0].add("joined", 1)
     with contextlib.ExitStack() as stack:
         if rank:
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
-        yield
+        try:
+            yield
+        except Exception:
+            _wait_for_joining(size)
+            raise
         dist.destroy_process_group()  # skipped after an error, when other processes may not respond
+
+
+def _wait_for_joining(size: int) -> None:
+    """Wait until all processes have joined: one that is still joining would report the end of this one as its error."""
+    deadline = time.monotonic() + JOINING
+    with contextlib.suppress(RuntimeError):  # the process that held the store has ended
+        while _store[0].add("joined", 0) < size and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def size() -> int:
@@ -181,7 +196,7 @@ def is_first_to_report() -> bool:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Return whether an error means that another process has ended."""
-    if size() == 1:
+    """Return whether an error means that another process has ended, perhaps while this one was joining."""
+    if not dist.is_available() or not dist.is_torchelastic_launched() or os.environ.get("WORLD_SIZE", "1") == "1":
         return False
     return isinstance(error, dist.DistError) or any(words in str(error) for words in LOST)

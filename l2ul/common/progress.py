@@ -13,7 +13,7 @@ LONGEST_PAUSE = 300.0  # seconds between two lines, at most
 
 @contextlib.contextmanager
 def progress_bar(description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """Show the progress of the work inside the block on standard error; yield `advance(count=1, note="")`.
+    """Show the progress of the work inside the block on standard error; yield `advance(count=1, note="", limit=None)`.
 
     On a terminal this is a bar. Elsewhere it is a line after 10 s, after 20 s more, after 40 s more and so on, at least
     one each 5 minutes while units finish. Work of less than 10 s shows no line. Only the first process of a torchrun
@@ -22,21 +22,21 @@ def progress_bar(description: str, total: int | None = None) -> Iterator[Callabl
     description  name of the work, such as "attack"
     total        number of units, or None if it is not known: the lines then count steps
 
-    `advance` takes the number of units that finished and an optional text about the state, such as
-    "40 % of D_f forgotten".
+    `advance` takes the number of units that finished, an optional text about the state, such as
+    "40 % of D_f forgotten", and optionally the largest number of steps of work without a total.
     """
     from l2ul.common import distributed  # imports torch
 
     if not distributed.is_first():
-        yield lambda count=1, note="": None
+        yield lambda count=1, note="", limit=None: None
         return
     with tqdm(desc=description, total=total, unit_scale=True, leave=False, disable=None) as bar:
         if bar.disable:  # standard error is not a terminal
             yield ProgressLines(description, total).advance
             return
 
-        def advance(count: int = 1, note: str = "") -> None:
-            bar.set_postfix_str(note, refresh=False)
+        def advance(count: int = 1, note: str = "", limit: int | None = None) -> None:
+            bar.set_postfix_str(f"at most {limit:,}, {note}" if limit else note, refresh=False)
             bar.update(count)
 
         yield advance
@@ -52,36 +52,37 @@ class ProgressLines:
         self._next_line = time.monotonic() + self._pause
         self._rate_start: tuple[float, int] | None = None  # time and units done when the first units had finished
 
-    def advance(self, count: int = 1, note: str = "") -> None:
+    def advance(self, count: int = 1, note: str = "", limit: int | None = None) -> None:
         """Add `count` finished units; write a line if it is time for one."""
         self.done += count
         now = time.monotonic()
         if self._rate_start is None and count:  # the first units include preparation, or come from a cache
             self._rate_start = now, self.done
         if now >= self._next_line and self.done != self.total:
-            print(self.line(now, note), file=sys.stderr, flush=True)
+            print(f"{time.strftime('%H:%M:%S')}  {self.line(now, note, limit)}", file=sys.stderr, flush=True)
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
             self._next_line = now + self._pause
 
-    def line(self, now: float, note: str = "") -> str:
-        """Return the line for the time `now`: units done, note, rate, time left."""
+    def line(self, now: float, note: str = "", limit: int | None = None) -> str:
+        """Return the line for the time `now`, without the time of day: units done, note, rate, time left."""
         start, done_before = self._rate_start or (now, self.done)
         rate = (self.done - done_before) / (now - start) if now > start else 0.0
         if self.total:
             parts = [f"{self.done:,} / {self.total:,} ({100 * self.done / self.total:.0f} %)"]
         else:
-            parts = [f"step {self.done:,}"]
+            parts = [f"step {self.done:,} of at most {limit:,}" if limit else f"step {self.done:,}"]
         parts += [note] if note else []
-        parts += [format_rate(rate)] if rate else []
+        parts += [format_rate(rate, "" if self.total else "steps")] if rate else []
         parts += [f"about {format_duration((self.total - self.done) / rate)} left"] if self.total and rate else []
         return f"{self.description}: {', '.join(parts)}"
 
 
-def format_rate(per_second: float) -> str:
-    """Return a rate in the unit that makes it at least 1: `55 per second`, `3.2 per minute`."""
-    factor, unit = (1, "second") if per_second >= 1 else (60, "minute") if per_second >= 1 / 60 else (3600, "hour")
+def format_rate(per_second: float, units: str = "") -> str:
+    """Return a rate per second, minute or hour, so that it is at least 1: `55 per second`, `3.2 steps per minute`."""
+    factor, period = (1, "second") if per_second >= 1 else (60, "minute") if per_second >= 1 / 60 else (3600, "hour")
     rate = factor * per_second
-    return f"{rate:,.0f} per {unit}" if rate >= 10 else f"{rate:.1f} per {unit}"
+    number = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+    return f"{number} {units} per {period}" if units else f"{number} per {period}"
 
 
 def format_duration(seconds: float) -> str:

@@ -197,6 +197,16 @@ def other_class(labels: Tensor, draws: Tensor) -> Tensor:
     return draws + (draws >= labels)
 
 
+def open_folder(folder: Path) -> ImageFolder:
+    """Return the list of images of a folder that has a subfolder per class. Raises InputError if it has none."""
+    try:
+        return ImageFolder(str(folder), is_valid_file=_is_image_name)
+    except OSError as error:
+        raise InputError(
+            f"--forget-dir {folder} does not hold images in a subfolder per class ({str(error).splitlines()[0]})"
+        ) from None
+
+
 def read_folder(folder: Path, images: Images, reader: ImageReader | None = None) -> Split:
     """Return the images of a folder that has a subfolder per class, resized and cropped like those of the data set.
 
@@ -205,12 +215,7 @@ def read_folder(folder: Path, images: Images, reader: ImageReader | None = None)
 
     Raises InputError if a subfolder is not a class, or an image is also in the training or test set.
     """
-    try:
-        image_folder = ImageFolder(str(folder), is_valid_file=_is_image_name)
-    except OSError as error:
-        raise InputError(
-            f"--forget-dir {folder} does not hold images in a subfolder per class ({str(error).splitlines()[0]})"
-        ) from None
+    image_folder = open_folder(folder)
     index = {normal_form(name): number for number, name in enumerate(images.classes)}
     unknown = [name for name in image_folder.classes if normal_form(name) not in index]
     if unknown:

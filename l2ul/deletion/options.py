@@ -115,7 +115,7 @@ def _add_method(parser: Parser) -> None:
     group = parser.add_argument_group("method")
     names = [name for name, method in registry.METHODS.items() if method.trains and "retain" not in method.needs]
     text = f"unlearning method: {', '.join(names)} (default: distill)"
-    options.add(group, "--method", text, default="distill", metavar="NAME")
+    options.add(group, "--method", text, type=options.method_name, default="distill", metavar="NAME")
     options.add(group, "--minutes", "time limit of the whole command", type=positive_float, default=10.0)
     text = (
         "settings of the method, such as distill_steps=300, used instead of a search (default: search as long as the "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import torchvision
 
 from l2ul import importance, unlearn
-from l2ul.common import device as device_module
+from l2ul.common import device as devices
 from l2ul.common import distributed
 from l2ul.common.cache import Cache
 from l2ul.common.errors import Diverged, InputError
@@ -78,10 +78,10 @@ class Experiment:
         A run is done if its record has every metric, and its model exists where models are kept. With `rerun`, every
         run is carried out.
         """
-        states = ["carry out"] * len(runs) if rerun else distributed.broadcast(lambda: list(map(self._state, runs)))
+        actions = ["carry out"] * len(runs) if rerun else distributed.broadcast(lambda: list(map(self._action, runs)))
         return tuple(
-            [run for run, state in zip(runs, states, strict=True) if state == wanted]
-            for wanted in ("carry out", "evaluate")
+            [run for run, own in zip(runs, actions, strict=True) if own == action]
+            for action in ("carry out", "evaluate")
         )
 
     def carry_out(self, runs: list[Run]) -> None:
@@ -115,7 +115,8 @@ class Experiment:
                 models = self.evaluator.references.sha256
                 stale = outdated(record, models)
                 kept = {key: value for key, value in record.items() if key not in stale}
-                run.files.rewrite({name: row.get(name) for name in self.evaluator.metrics} | kept | models)
+                new = {name: row.get(name) for name in self.evaluator.metrics}
+                run.files.rewrite(new | kept | models)  # metrics on record stay, unless their models have changed
 
     def _carry_out_seed(self, runs: list[Run]) -> None:
         model = self.setup.classifier
@@ -140,7 +141,7 @@ class Experiment:
             else:  # it is on record already, and only its model is needed
                 self._keep(run, result)
                 if distributed.is_first():
-                    run.files.state.unlink(missing_ok=True)
+                    self._checkpoint(run).delete()
             model, previous = (None if result.diverged else result.outcome.model), run
 
     def _with_missing_steps(self, runs: list[Run]) -> list[Run]:
@@ -148,20 +149,22 @@ class Experiment:
         steps: list[Run] = []
         for run in runs:
             missing, step = [], run.previous
-            while step not in (None, *steps) and not distributed.broadcast(lambda step=step: self._has_model(step)):
+            while step is not None and step not in steps:
+                if distributed.broadcast(lambda step=step: self._has_model(step)):
+                    break
                 missing.append(step)
                 step = step.previous
             steps += [*reversed(missing), run]
         return steps
 
-    def _step(self, run: Run, model: nn.Module | None) -> "Result":
+    def _step(self, run: Run, model: nn.Module | None) -> "RunResult":
         """Unlearn one step from the model of the previous one, which is None if that diverged."""
         try:
             if model is None:
                 raise Diverged("the previous step diverged")
             return self._unlearn(run, model, self._attack(model, [run]), self._importance(model, [run]))
         except Diverged:  # of the attack: the step has no model to start from
-            return Result(unlearn.Outcome(self.setup.classifier, records.DIVERGED, 0))
+            return RunResult(unlearn.Outcome(self.setup.classifier, records.DIVERGED, 0))
 
     def _attack(self, model: nn.Module, runs: list[Run]) -> AdversarialSet | None:
         """Make D_adv of the largest D_f of these runs. None if no run needs it, and in all processes but the first."""
@@ -177,14 +180,14 @@ class Experiment:
             self.evaluator.batch_size,
             self.scratch_dir,
         )
-        started = device_module.clock(self.device)
+        started = devices.clock(self.device)
         total = len(largest.forget) * attack.settings.num_adv_images * attack.settings.iterations
         with progress_bar("attack", total) as advance:
             adversarial = attack.make(
                 model, *self._forget(largest), largest.first_position, cache=self.cache, progress=advance
             )
         if adversarial:
-            adversarial.seconds = device_module.clock(self.device) - started
+            adversarial.seconds = devices.clock(self.device) - started
         return adversarial
 
     def _importance(self, model: nn.Module, runs: list[Run]) -> Importance | None:
@@ -192,16 +195,16 @@ class Experiment:
         run = next((run for run in runs if "importance" in run.method.needs), None)
         if run is None or not distributed.is_first():
             return None
-        started = device_module.clock(self.device)
+        started = devices.clock(self.device)
         with progress_bar("importance", len(run.forget)) as advance:
             values = importance.mas_importance(model, self._forget(run)[0], advance)
-        return Importance(values, device_module.clock(self.device) - started)
+        return Importance(values, devices.clock(self.device) - started)
 
     def _unlearn(
         self, run: Run, model: nn.Module, adversarial: AdversarialSet | None, omega: Importance | None
-    ) -> "Result":
+    ) -> "RunResult":
         """Unlearn D_f of a run from `model` in the first process, and copy the result to the others."""
-        result = Result(unlearn.Outcome(model, "", 0))
+        result = RunResult(unlearn.Outcome(model, "", 0))
         if distributed.is_first():
             inputs = {}
             if "adv" in run.method.needs:
@@ -212,9 +215,9 @@ class Experiment:
                 inputs["importance"], result.seconds["importance"] = omega.values, omega.seconds
             if "retain" in run.method.needs:
                 inputs["retain"] = self.evaluator.retain_set(run)
-            started = device_module.clock(self.device)
+            started = devices.clock(self.device)
             result.outcome = self._loop(run, model, inputs)
-            seconds = device_module.clock(self.device) - started
+            seconds = devices.clock(self.device) - started
             result.seconds["unlearn"] = result.outcome.seconds_before + seconds
         outcome = result.outcome
         outcome.status, outcome.steps = distributed.broadcast(lambda: (outcome.status, outcome.steps))
@@ -225,12 +228,16 @@ class Experiment:
 
     def _loop(self, run: Run, model: nn.Module, inputs: dict[str, object]) -> unlearn.Outcome:
         new = run.forget.new_labels
-        done = 0
+        done, limit = 0, None
         with progress_bar(f"{run.method.name} k {run.k}") as advance:
+
+            def set_limit(max_steps: int | None) -> None:
+                nonlocal limit
+                limit = max_steps
 
             def show(row: dict[str, float]) -> None:
                 nonlocal done
-                advance(row["step"] - done, f"{row['forgotten']:.0f} % of D_f forgotten")
+                advance(row["step"] - done, f"{row['forgotten']:.0f} % of D_f forgotten", limit)
                 done = row["step"]
 
             return unlearn.unlearn(
@@ -240,12 +247,13 @@ class Experiment:
                 new_labels=new.to(self.device) if new is not None else None,
                 settings=self.setup.loop_settings(run),
                 workers=self.evaluator.workers,
+                on_start=set_limit,
                 on_step=show,
-                checkpoint=Checkpoint(run.files.state, report=self.report),
+                checkpoint=self._checkpoint(run),
                 **inputs,
             )
 
-    def _finish(self, run: Run, result: "Result") -> None:
+    def _finish(self, run: Run, result: "RunResult") -> None:
         """Evaluate the model of a run, keep it where models are kept, and write the record."""
         outcome, after = result.outcome, None
         try:
@@ -265,11 +273,13 @@ class Experiment:
         if distributed.is_first():
             self._record(run, result, row, predictions)
 
-    def _keep(self, run: Run, result: "Result") -> None:
+    def _keep(self, run: Run, result: "RunResult") -> None:
         if distributed.is_first() and (self.keep_models or run.is_step) and run.method.trains and not result.diverged:
             self.save(result.outcome.model, run.files.model, run.settings)
 
-    def _record(self, run: Run, result: "Result", row: dict[str, float | None], predictions: dict[str, Tensor]) -> None:
+    def _record(
+        self, run: Run, result: "RunResult", row: dict[str, float | None], predictions: dict[str, Tensor]
+    ) -> None:
         adversarial = result.adversarial
         record = {
             **run.settings,
@@ -279,8 +289,8 @@ class Experiment:
             "adv_success": adversarial.success if adversarial else None,
             "attack_batch_size": adversarial.batch_size if adversarial else None,
             **{f"seconds_{phase}": round(value, 3) for phase, value in result.seconds.items()},
-            "peak_memory_mib": device_module.peak_memory_mib(self.device),
-            "device": device_module.device_name(self.device),
+            "peak_memory_mib": devices.peak_memory_mib(self.device),
+            "device": devices.device_name(self.device),
             **self.setup.described,
             **self.evaluator.references.sha256,
             "test_batch_size": self.evaluator.batch_size,
@@ -290,8 +300,12 @@ class Experiment:
         }
         names = (run.earlier.names if run.earlier else []) + run.forget.names
         run.files.write(record, names, predictions, result.outcome.curve)
-        run.files.state.unlink(missing_ok=True)
+        self._checkpoint(run).delete()
         self.on_record(record)
+
+    def _checkpoint(self, run: Run) -> Checkpoint:
+        """Return the file that holds the state of the run's loop while it is not finished."""
+        return Checkpoint(run.files.state, report=self.report)
 
     def _forget(self, run: Run) -> tuple[Tensor, Tensor]:
         split = run.forget.split
@@ -307,14 +321,15 @@ class Experiment:
         distributed.copy_from_first(model)
         return model
 
-    def _state(self, run: Run) -> str:
+    def _action(self, run: Run) -> str:
+        """Return what is left to do for a run: "carry out", "evaluate" or "nothing"."""
         record = run.files.read()
         if record is None:
             return "carry out"
         models = self.evaluator.references.sha256
         if not (set(self.evaluator.metrics) <= record.keys() and models.items() <= record.items()):
             return "evaluate" if self._has_model(run) else "carry out"
-        return "carry out" if self.keep_models and not self._has_model(run) else "done"
+        return "carry out" if self.keep_models and not self._has_model(run) else "nothing"
 
     def _has_model(self, run: Run) -> bool:
         """Return whether the run's model can be loaded. A run that diverged has none, which counts as well."""
@@ -325,7 +340,7 @@ class Experiment:
 
 
 @dataclass
-class Result:
+class RunResult:
     """What a run ended with: the outcome, D_adv if the method needs it, and the seconds of each phase."""
 
     outcome: unlearn.Outcome

@@ -381,7 +381,7 @@ def table(records: list[Record]) -> pd.DataFrame:
     """Return a row for each method and k, in the order of the records: mean (± standard deviation) of each metric.
 
     Means leave out runs without accuracies, which diverged or failed. The column `not forgotten` counts the runs that
-    did not forget all of D_f.
+    did not forget all of D_f, by their status. The column `seeds` names the seeds.
     """
     import pandas as pd  # slow to import, and not needed to read or write a record
 
@@ -393,11 +393,11 @@ def table(records: list[Record]) -> pd.DataFrame:
     ]
     for (method, k), runs in frame.groupby(["method", "k"], sort=False):
         row = {"method": method, "k": k} | {_heading(column): _mean(runs[column.key]) for column in shown}
-        row["steps"] = _mean(runs["steps"])
+        row["steps"] = _mean(runs["steps"]) if len(runs) > 1 else str(runs["steps"].iloc[0])
         row["seconds"] = _mean(runs.filter(like="seconds_").sum(axis=1))
         counts = runs["status"][runs["status"].isin(NOT_FORGOTTEN)].value_counts()
-        row["not forgotten"] = ", ".join(f"{count} {status}" for status, count in counts.items())
-        rows.append(row | {"runs": len(runs)})
+        row["not forgotten"] = ", ".join(f"{count} {status}" for status, count in counts.items()) or "0"
+        rows.append(row | {"seeds": " ".join(map(str, runs["seed"].unique())), "runs": len(runs)})
     return pd.DataFrame(rows)
 
 

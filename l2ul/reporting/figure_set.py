@@ -76,8 +76,11 @@ def draw(
 
     Returns the paths of the files.
     """
+    records = [record for record in records if record["continual_step"] is None]
+    if options.checkpoint and not any(models.has_weights(run["model"], options.checkpoint) for run in records):
+        checkpoint.require_file(Path(options.checkpoint))
     paths = []
-    for block in rows.blocks(record for record in records if record["continual_step"] is None):
+    for block in rows.blocks(records):
         subject = Subject(options, block, report)
         for number in sorted(set(numbers)):
             try:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 from conftest import CLASSES, FAST, ROOT, TinyNet, tiny_net
 from PIL import Image
@@ -13,6 +14,7 @@ from processes import run_processes
 import pytest
 import torch
 from torch import nn
+import torch.distributed as dist
 
 from l2ul.cli import exit_codes
 from l2ul.common import distributed
@@ -268,6 +270,42 @@ def test_bad_input_is_reported_once(few_digits, tmp_path, words):
     assert codes == [2, 2]
     assert sum(text.count("\n") for text in err) == 1, err
     assert out == ["", ""]
+
+
+def fail_while_the_second_process_joins():
+    join = dist.init_process_group
+
+    def slowly(*arguments, store, **options):
+        join(*arguments, store=store, **options)
+        if os.environ["RANK"] == "1":
+            time.sleep(1)
+            store.add("still joining", 1)
+
+    dist.init_process_group = slowly
+    with exit_codes.clean_exit("test.py", shared=True), distributed.process_group():
+        raise InputError("the model is missing; name it")
+
+
+def test_a_process_that_fails_does_not_interrupt_the_joining_of_another(tmp_path):
+    codes, _, _, err = run_processes(tmp_path / "all", 2, fail_while_the_second_process_joins)
+    assert codes == [2, 2], err
+    assert "".join(err) == "test.py: the model is missing; name it\n"
+
+
+def test_the_loss_of_a_process_while_joining_has_no_traceback(monkeypatch, capsys):
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(None, 0, 2)]))
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: store)
+
+    def interrupted(*arguments, **options):
+        raise dist.DistNetworkError("Connection closed by peer")
+
+    monkeypatch.setattr(dist, "init_process_group", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        joined(list)()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "test.py: another process of this run was lost; go on\n"
 
 
 def fail_in_second_process():

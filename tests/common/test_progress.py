@@ -1,5 +1,7 @@
 """Progress lines in a log file: when they appear and what they say."""
 
+import re
+
 import pytest
 
 from l2ul.common import progress
@@ -17,7 +19,8 @@ def clock(monkeypatch):
 def lines(capsys):
     out, err = capsys.readouterr()
     assert out == ""
-    return err.splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d  ", line) for line in err.splitlines())
+    return [line[10:] for line in err.splitlines()]
 
 
 def test_a_line_tells_units_rate_and_time_left_without_the_preparation(clock, capsys):
@@ -51,7 +54,14 @@ def test_work_of_unknown_length_counts_steps_and_shows_the_note(clock, capsys):
     with progress_bar("adv_imp k 16") as advance:
         for clock[0] in (1.0, 11.0):
             advance(600, "40 % of D_f forgotten")
-    assert lines(capsys) == ["adv_imp k 16: step 1,200, 40 % of D_f forgotten, 60 per second"]
+    assert lines(capsys) == ["adv_imp k 16: step 1,200, 40 % of D_f forgotten, 60 steps per second"]
+
+
+def test_work_of_limited_length_shows_the_limit(clock, capsys):
+    with progress_bar("distill k 4") as advance:
+        for clock[0] in (1.0, 11.0):
+            advance(9, "0 % of D_f forgotten", 90)
+    assert lines(capsys) == ["distill k 4: step 18 of at most 90, 0 % of D_f forgotten, 54 steps per minute"]
 
 
 def test_without_a_measured_rate_the_line_has_no_estimate(clock, capsys):

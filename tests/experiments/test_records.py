@@ -116,9 +116,11 @@ def test_table_has_means_over_seeds_and_counts_runs_that_did_not_forget():
     first, second = table.to_dict("records")
     assert first["D_test %"] == "72.00 ± 2.83"
     assert first["D_f %"] == "0.00 ± 0.00"
-    assert (first["runs"], first["not forgotten"]) == (3, "1 cap, 1 diverged")
+    assert (first["runs"], first["seeds"], first["not forgotten"]) == (3, "0 1 2", "1 cap, 1 diverged")
     assert first["seconds"] == "4.00 ± 0.00"
     assert (second["D_test %"], second["runs"], second["not forgotten"]) == ("-", 1, "1 diverged")
+    (row,) = records.table([RECORD]).to_dict("records")
+    assert (row["steps"], row["not forgotten"]) == (str(RECORD["steps"]), "0")
 
 
 def test_reference_records_follow_the_schema():

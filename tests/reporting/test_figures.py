@@ -263,7 +263,7 @@ def check_numbers(numbers, digits, folder):
 
 
 def test_figures_without_inputs_are_reported_and_the_others_drawn(tmp_path, few_digits, capsys):
-    made = draw([REFERENCE], tmp_path, checkpoint="none.safetensors")
+    made = draw([REFERENCE], tmp_path)
     assert {path.name.split("_")[2] for path in made} == {"1", "3"}  # the others need more digits than the fixture has
     printed = capsys.readouterr().out
     assert "figure 4 was left out: no saved models beside the records; run main_unlearn.py with --save-model" in printed
@@ -273,6 +273,12 @@ def test_figures_without_inputs_are_reported_and_the_others_drawn(tmp_path, few_
     assert "figure 3 shows no targets" in printed
     draw([REFERENCE], tmp_path, [3], k=99, methods=["adv"])
     assert "figure 3 was left out: no predictions beside the records of k 99, adv;" in capsys.readouterr().out
+
+
+def test_a_missing_checkpoint_is_refused_before_the_first_figure(tmp_path):
+    with pytest.raises(InputError, match="there is no checkpoint none.safetensors"):
+        draw([REFERENCE], tmp_path, checkpoint="none.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_other_than_those_of_the_records_are_refused(run, tmp_path, capsys):

@@ -70,7 +70,7 @@ def test_the_command_records_each_trial_shows_tables_and_repeats_nothing(tmp_pat
     assert done.returncode == 0, done.stderr
     paths = list((tmp_path / "runs").glob("*.json"))
     assert len(paths) == 9
-    assert all(records.read(path)["device"] == "cpu (1 threads)" for path in paths)
+    assert all(records.read(path)["device"] == "cpu (1 thread)" for path in paths)
     assert "| neggrad" in done.stdout
     assert (tmp_path / "tables" / "digits_resnet20_6_ablations.png").exists()
     when = {path: path.stat().st_mtime_ns for path in paths}
