@@ -292,7 +292,7 @@ def load_saved(path: Path, like: Classifier) -> Classifier:
     is_folder = like.name.startswith(huggingface.PREFIX)
     name, file = (f"{huggingface.PREFIX}{path}", None) if is_folder else (like.name, path)
     loaded = load(name, like.num_classes, file)
-    loaded.name = like.name  # not the path of the saved folder
+    loaded.name, loaded.outputs = like.name, like.outputs  # the name is not the path of the saved folder
     for ours, theirs in zip(loaded.normalize.buffers(), like.normalize.buffers(), strict=True):
         ours.copy_(theirs)
     return loaded

@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from l2ul.common.errors import InputError
 from l2ul.common.modes import eval_mode
+from models.outputs import LOGITS, PROBABILITIES, log_probabilities
 
 PROBE_SIDE = 32  # pixels of the image with which `input_channels` reaches the first layer
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
@@ -38,6 +39,7 @@ class Classifier(nn.Module):
     metadata    metadata of the file
     not_read    files of the model's folder and entries of its weights that were not read
     notes       sentences on what was read from the file beside the weights: the input normalisation
+    outputs     what the network returns, see `models.outputs.adapt`: of probabilities, the logarithms are logits
     """
 
     def __init__(self, name: str, num_classes: int, net: nn.Module, preprocess: nn.Module):
@@ -48,6 +50,7 @@ class Classifier(nn.Module):
         self.metadata: dict[str, str] = {}
         self.not_read: list[str] = []
         self.notes: list[str] = []
+        self.outputs = LOGITS
         self.preprocess = preprocess
         self.net = net
 
@@ -67,7 +70,8 @@ class Classifier(nn.Module):
         return self.preprocess(torch.zeros(1, self.channels, side, side, device=self.normalize.mean.device)).shape[-1]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return logits_of(self.net(self.preprocess(pixels)))
+        output = logits_of(self.net(self.preprocess(pixels)))
+        return log_probabilities(output) if self.outputs == PROBABILITIES else output
 
 
 def logits_of(output: object) -> Tensor:

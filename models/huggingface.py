@@ -108,11 +108,15 @@ def build(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
 
 
 def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module, list[str]]:
-    """Return the trained network, its preprocessing layers, and what was not read: see `Classifier.not_read`."""
+    """Return the trained network, its preprocessing layers, and what was not read: see `Classifier.not_read`.
+
+    Raises InputError for a network that is not a classifier of images with one class each.
+    """
     from transformers import AutoModelForImageClassification
 
     config = configuration(name)
     _check_hub_adapter(name)
+    _check_problem_type(name)
     net, report = _read(
         name, AutoModelForImageClassification.from_pretrained, output_loading_info=True, dtype=torch.float32
     )
@@ -136,6 +140,18 @@ def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module, list[str]]:
         )
     files = unread_files(Path(name.removeprefix(PREFIX)))
     return net, _preprocess(name, channels(config)), [*files, *(f"{key} (weights)" for key in unused)]
+
+
+def _check_problem_type(name: str) -> None:
+    """Raise InputError if the configuration says that the network was trained for several labels, or for numbers."""
+    problem = configuration(name).problem_type
+    if problem in (None, "single_label_classification"):
+        return
+    what = "a multi-label model" if problem == "multi_label_classification" else "a regression model"
+    raise InputError(
+        f"{name} is {what} (problem_type {problem} in its config.json), for which the largest logit is not the "
+        f"prediction; give a classifier of images with one label each"
+    )
 
 
 def _read(name: str, from_pretrained, **options):

@@ -16,7 +16,7 @@ from l2ul.common.device import device_name
 from l2ul.common.errors import InputError
 from l2ul.common.files import remove_parts, require_writable
 from l2ul.data import forget_set
-from l2ul.data.images import Images, Split
+from l2ul.data.images import Images, Split, as_pixels
 from l2ul.experiments import time_estimates
 from l2ul.experiments.execution import Experiment
 from l2ul.experiments.measurement import Evaluator
@@ -25,7 +25,7 @@ from l2ul.experiments.runs import Run, Setup
 from l2ul.metrics import accuracy, preflight
 from l2ul.metrics.registry import EVALUATIONS
 import models
-from models import checkpoint
+from models import checkpoint, outputs
 
 ENDINGS = {  # what a status means
     "forgotten": "forgotten after {steps} steps",
@@ -89,6 +89,9 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
         print(f"not read in {path or opts.model}: {', '.join(classifier.not_read)}")
     images = images.with_channels(classifier.channels)
     preflight.check_fit(classifier, images.train.images, images.num_classes, opts.precision)
+    sample = images.train.images[torch.arange(min(outputs.BATCH, len(images.train)))]
+    if outputs.adapt(classifier, as_pixels(sample).to(device)) == outputs.PROBABILITIES:
+        print("the model returns probabilities; their logarithms are used as logits")
     accuracy.check_trained_on(images, _metadata(classifier), classifier.source)
     return make_setup(opts, images, classifier, Path(path).name if path else None)
 
@@ -246,6 +249,7 @@ def _load_reference_models(opts: argparse.Namespace, setup: Setup, device: torch
             model = models.load_saved(path, setup.classifier)
         else:
             model = models.load(opts.model, setup.images.num_classes, path, opts.mean, opts.std)
+            model.outputs = setup.classifier.outputs
         metadata = _metadata(model)
         accuracy.check_trained_on(setup.images, metadata, str(path))
         # a file of a main_pretrain script that names no excluded images was trained on all of them

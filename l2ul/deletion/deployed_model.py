@@ -18,10 +18,11 @@ from torchvision.transforms import v2
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256, tensors_sha256
 from l2ul.common.text import read_text
+from l2ul.data.images import as_pixels
 from l2ul.deletion.report_schema import REPORT, OpenedBy, WrittenModelHashes, read_report
 import models
 from models import checkpoint as checkpoints
-from models import huggingface, weight_files, zoo
+from models import huggingface, outputs, weight_files, zoo
 from models.classifier import Classifier, Normalize, check_weights, input_channels, statistics
 
 BUILT = "build"  # `model` of OpenedBy for a module that --build names
@@ -81,6 +82,11 @@ class DeployedModel:
         """Return the hex sha256 of the weights, independent of the file format, and of each file by name."""
         weights = tensors_sha256(self.classifier.net.state_dict())
         return {"weights_sha256": weights, "files": files_sha256(self.path) if self.path else {}}
+
+    def detect_outputs(self, images: Tensor) -> None:
+        """Find out from images (n, C, H, W) uint8 whether the model returns logits: see `models.outputs.adapt`."""
+        if outputs.adapt(self.classifier, as_pixels(images[: outputs.BATCH])) != outputs.LOGITS:
+            self.opened_by["outputs"] = self.classifier.outputs
 
     def as_written(self, classifier: Classifier) -> Classifier:
         """Return the classifier with its weights rounded to the dtypes of the file."""
@@ -221,6 +227,8 @@ def reopen(opened_by: OpenedBy, class_names: list[str], path: Path, build: str |
     else:
         opened = _open_named(model, path, input_format)
     opened.class_names = opened.class_names or class_names
+    if opened_by.get("outputs"):
+        opened.opened_by["outputs"] = opened.classifier.outputs = opened_by["outputs"]
     return opened
 
 

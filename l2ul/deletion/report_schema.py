@@ -34,6 +34,7 @@ POSITIVE = Rule("a number above 0", lambda value: value > 0)
 CLASS = Rule("the number of a class", lambda value: 0 <= value < 2**31)
 ONE_PER_CHANNEL = Rule("1 or 3 numbers, one per channel", lambda values: len(values) in (1, 3))
 POSITIVE_PER_CHANNEL = Rule("1 or 3 numbers above 0", lambda values: len(values) in (1, 3) and min(values) > 0)
+OUTPUTS = Rule('"logits" or "probabilities"', lambda value: value in ("logits", "probabilities"))
 NOT_EMPTY = Rule("at least one entry", bool)
 NUMBERED = Rule(
     f"the files {EARLIER}/1.json, {EARLIER}/2.json, … in this order",
@@ -81,12 +82,16 @@ class RequestRow(TypedDict):
 
 
 class OpenedBy(TypedDict):
-    """Arguments that open the model again. `model` is a name, `hf:` for a folder, or `build` for --build."""
+    """Arguments that open the model again. `model` is a name, `hf:` for a folder, or `build` for --build.
+
+    outputs  "probabilities" if the model returns them: their logarithms are the logits of the report
+    """
 
     model: str
     image_size: Annotated[int, PIXELS] | None
     mean: Annotated[list[float], ONE_PER_CHANNEL] | None
     std: Annotated[list[float], POSITIVE_PER_CHANNEL] | None
+    outputs: NotRequired[Annotated[str, OUTPUTS]]
 
 
 class ModelHashes(TypedDict):

@@ -144,12 +144,14 @@ def read_request(
     earlier                        reports of the earlier requests on this model, first to last
 
     The label of an image is the one that the folder or the table gives. Without one, it is the label of an earlier
-    request for the same image, or else the model's prediction. Raises InputError if the model does not fit the images
+    request for the same image, or else the model's prediction. Sets what the model returns, logits or probabilities.
+    Raises InputError if the model does not fit the images
     or a label is no class of the model.
     """
     read = read_images(folder, model.to_pixels, label_table, skip_bad, reader=reader)
     images = read.images.to(next(model.classifier.parameters()).device)
     class_names = _check_class_names(model.class_names, preflight.check_model(model.classifier, images))
+    model.detect_outputs(images)
     before = logits(model.classifier, images)
     if not before.isfinite().all():
         index = int((~before.isfinite()).any(1).nonzero()[0])

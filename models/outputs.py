@@ -1,0 +1,69 @@
+"""What a classifier returns: logits, or probabilities whose logarithms are logits. Other outputs are refused."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from l2ul.common.errors import InputError
+from l2ul.common.modes import eval_mode
+
+LOGITS, PROBABILITIES = "logits", "probabilities"
+SMALLEST = 1e-30  # probabilities below this count as this: softmax rounds small ones to 0, which has no logarithm
+SUM_TOLERANCE = 5e-3  # of the sum of a row of probabilities, for 16-bit outputs
+BATCH = 64  # images on which outputs are judged
+
+
+def log_probabilities(probabilities: Tensor) -> Tensor:
+    """Return the logarithms of probabilities (n, C): logits up to a constant per image, exact above `SMALLEST`."""
+    return probabilities.float().clamp_min(SMALLEST).log()
+
+
+def output_kind(outputs: Tensor) -> str:
+    """Return LOGITS or PROBABILITIES for the outputs (n, C) of a classifier.
+
+    Outputs of LogSoftmax are logits. Rows without negative values that sum to 1 are outputs of Softmax. Raises
+    InputError for whole numbers, for values in [0,1] whose rows do not sum to 1 (Sigmoid), and for probabilities that
+    are all exactly 0 or 1.
+    """
+    if not outputs.is_floating_point():
+        raise InputError(
+            f"the model returns whole numbers ({str(outputs.dtype).removeprefix('torch.')}), not logits; return the "
+            f"output of its last linear layer"
+        )
+    values = outputs.detach().float()
+    if not values.isfinite().all() or values.min() < 0 or values.max() > 1 + SUM_TOLERANCE:
+        return LOGITS
+    if not values.any():
+        raise InputError("the model returns 0 for every class of every image; check its weights and its output layer")
+    if ((values.sum(1) - 1).abs() > SUM_TOLERANCE).any():
+        raise InputError(
+            "the model returns values between 0 and 1 that do not sum to 1 over the classes, as a Sigmoid does; "
+            "return logits, without the Sigmoid at the end, if each image has exactly one class"
+        )
+    if ((values == 0) | (values == 1)).all():
+        raise InputError(
+            "the model returns only zeros and ones, one class per image; return logits, the output of its last linear "
+            "layer"
+        )
+    return PROBABILITIES
+
+
+@torch.no_grad()
+def adapt(classifier: nn.Module, pixels: Tensor) -> str:
+    """Set `classifier.outputs` to the kind of its outputs for pixels (n, C, H, W) in [0,1], and return it.
+
+    A classifier with the outputs PROBABILITIES returns their logarithms from then on; its network stays as it is.
+    Raises InputError as `output_kind` does, and if only the outputs in eval mode are probabilities.
+    """
+    classifier.outputs = LOGITS
+    with eval_mode(classifier):
+        kind = output_kind(classifier(pixels[:BATCH]))
+    if kind == PROBABILITIES:
+        few = pixels[:BATCH] if len(pixels) > 1 else pixels.repeat(2, 1, 1, 1)  # batch-norm needs two values
+        if output_kind(copy.deepcopy(classifier).train()(few)) != kind:  # a copy: batch-norm updates its statistics
+            raise InputError(
+                "the model returns probabilities in eval mode and other values in train mode; return logits in both"
+            )
+    classifier.outputs = kind
+    return kind
