@@ -4,7 +4,8 @@
     python main_forget.py --model resnet20 --checkpoint resnet20.th --images to_forget --output forgotten --minutes 5
     python main_forget.py --verify forgotten/report.json --images to_forget
 
-Exit code: 0 if all images are forgotten, 3 with a report if not, 2 for wrong input.
+Exit code: 0 if every image that was recognised is forgotten, 3 with a report if not or if none was recognised, 2 for
+wrong input.
 """
 
 import l2ul  # isort: skip  # first: it sets the environment before torch is imported
@@ -32,7 +33,7 @@ def forget(args: argparse.Namespace) -> int:
     # These modules import torch: after parsing, so that --help is quick.
     from l2ul.common import device as devices
     from l2ul.common.progress import progress_bar
-    from l2ul.deletion import checks, output, report, search, signature
+    from l2ul.deletion import checks, output, plausibility, report, search, signature, states
     from l2ul.deletion.deployed_model import InputFormat, open_model
     from l2ul.deletion.report_schema import PAGE
     from l2ul.deletion.request import choose_reader, read_keep_images, read_reference_images, read_request
@@ -61,9 +62,10 @@ def forget(args: argparse.Namespace) -> int:
     # Read the images.
     options_of_reader = (args.exif_orientation, args.white_level, args.max_image_pixels)
     reader = choose_reader(chain, model.metadata, *options_of_reader)
-    request = read_request(args.images[0], model, args.labels, args.skip_bad, chain, reader)
+    request = read_request(args.images[0], model, args.labels, args.skip_bad, chain, reader, args.class_order)
     for note in request.folder.notes:
         log(note)
+    plausibility.check(request, model, args.min_known, args.single_label)
     search.check_method(args.method, request.forget.goal)
     keep = read_keep_images(args.keep_images, model, request, args.skip_bad)
     references = read_reference_images(args.reference_images, model, request, args.skip_bad)
@@ -77,11 +79,12 @@ def forget(args: argparse.Namespace) -> int:
         as_written=model.as_written,
         progress=progress_bar,
     )
-    forgotten = unlearner.forgotten(original)
+    forgotten, recognised = unlearner.forgotten(original), unlearner.recognised(original)
     log(f"{len(request)} images to {request.forget.goal}; {args.method}; {devices.device_name(device)}")
     if args.dry_run:
         print(*request.summary(), sep="\n")
-        print(f"{int(forgotten.sum())} of {len(request)} images are forgotten already")
+        print(f"{int(recognised.sum())} of {len(request)} images are recognised, as they are or as a copy of --also")
+        print(f"{int(forgotten.sum())} of {len(request)} images need no unlearning")
         print(f"time limit: {args.minutes:g} min")
         print(f"dry run: nothing was written; the output would be {args.output}")
         return 0
@@ -91,7 +94,12 @@ def forget(args: argparse.Namespace) -> int:
     candidates = []
     if not forgotten.all():
         candidates = search.find_candidates(
-            unlearner, settings, budget, fixed=fixed, keep_images=keep, on_candidate=log_candidate
+            unlearner,
+            settings,
+            budget,
+            fixed=fixed,
+            keep_images=keep,
+            on_candidate=lambda candidate: log_candidate(candidate, recognised),
         )
     best = next((one for one in candidates[:1] if one.forgotten.sum() > forgotten.sum()), None)
     unlearned = model.as_written(best.model if best else original)
@@ -99,7 +107,7 @@ def forget(args: argparse.Namespace) -> int:
     # Check the unlearned model.
     log("checking the unlearned model")
     contents = checks.measure(unlearner, request, unlearned, references, budget, progress_bar)
-    contents |= report.describe_run() | report.describe_candidates(candidates, best)
+    contents |= report.describe_run() | report.describe_candidates(candidates, best, recognised)
     contents |= {
         "asked": report.describe_request(
             request, method=args.method, minutes=args.minutes, seed=args.seed, also=args.also
@@ -128,9 +136,8 @@ def forget(args: argparse.Namespace) -> int:
         with_thumbnails=not args.no_thumbnails,
         key=key,
     )
-    num_forgotten = sum(row["forgotten"] for row in contents["images"])
-    log(f"{num_forgotten} of {len(request)} images are forgotten: {folder / PAGE}")
-    return 0 if num_forgotten == len(request) else NOT_FORGOTTEN
+    log(f"{states.headline(contents['images'], request.forget.goal, args.also)}: {folder / PAGE}")
+    return 0 if states.count(contents["images"]).successful else NOT_FORGOTTEN
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -160,12 +167,12 @@ def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
-def log_candidate(candidate) -> None:
-    """Print a finished candidate of the search."""
+def log_candidate(candidate, recognised) -> None:
+    """Print a finished candidate of the search. Only images that the original model recognised count as forgotten."""
     from l2ul.deletion.search import describe
 
     agreement = ", ".join(f"agreement {kept.percent:.1f} % ({kept.name})" for kept in candidate.kept)
-    forgotten = f"{int(candidate.forgotten.sum())} of {len(candidate.forgotten)} forgotten"
+    forgotten = f"{int((candidate.forgotten & recognised).sum())} of {int(recognised.sum())} forgotten"
     log(f"{describe(candidate.changed)}: {forgotten}, {agreement or candidate.status}, {candidate.seconds:.0f} s")
 
 

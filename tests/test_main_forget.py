@@ -57,7 +57,10 @@ def test_images_are_forgotten_and_the_model_is_written_in_its_own_form(forget, t
 def test_the_page_needs_no_other_files_and_agrees_with_the_report(forget, tmp_path):
     _, report, _ = forget()
     page = (tmp_path / "out" / "report.html").read_text()
-    assert '<h1 class="good">The model misclassifies 6 of 6 images</h1>' in page
+    assert (
+        '<h1 class="good">6 of 6 images are forgotten, 0 were not recognised before, 0 are still recognised</h1>'
+        in page
+    )
     assert page.count("prediction before: ") == page.count("prediction after: ") == 6
     assert "agreement with the original model: adversarial examples" in page
     assert page.count("data:image/png;base64,") == 6
@@ -96,13 +99,48 @@ def test_exit_code_3_with_a_report_if_not_all_images_are_forgotten(forget):
     assert report["trials"][0]["changed"]["distill_steps"] == 1
 
 
-def test_nothing_is_done_if_the_model_misclassifies_all_images_already(forget, tiny, tmp_path):
+def test_nothing_is_done_if_the_model_misclassifies_all_images_already(forget, script, tiny, tmp_path):
     _, images, labels = tiny
     save_images(tmp_path / "wrong", images[:3], (labels[:3] + 1) % CLASSES)
-    code, report, printed = forget(images="wrong")
-    assert (code, report["trials"], report["chosen"]) == (0, [], None), printed
+    code, report, printed = forget("--min-known", 0, images="wrong")
+    assert (code, report["trials"], report["chosen"]) == (3, [], None), printed
     assert report["model"]["before"]["weights_sha256"] == report["model"]["after"]["weights_sha256"]
-    assert not any(row["was_called"] for row in report["images"])
+    assert not any(row["was_called"] or row["forgotten"] for row in report["images"])
+    assert "nothing to remove: the model recognised none of 3 images before" in printed
+    assert "Nothing to remove: the model" in (tmp_path / "out" / "report.html").read_text()
+    code, out, _ = script(main_forget.main, *verify_words(tmp_path, "wrong"))
+    assert "?      images of request 1: 0 of 0 images forgotten; 3 not recognised before: " in out
+
+
+def test_images_that_were_not_recognised_before_never_count_as_forgotten(forget, script, tiny, tmp_path):
+    _, images, labels = tiny
+    given = labels[:6].clone()
+    given[:2] = (given[:2] + 1) % CLASSES
+    save_images(tmp_path / "part", images[:6], given)
+    code, report, printed = forget(images="part")
+    assert code == 0, printed
+    states = {row["file"].split("/")[1]: row["state"] for row in report["images"]}
+    expected = {f"{number}.png": "forgotten" if number > 1 else "not recognised before" for number in range(6)}
+    assert states == expected
+    assert report["trials"][0]["forgotten"] == 4
+    assert "4 of 4 forgotten, " in printed
+    assert "4 of 6 images are forgotten, 2 were not recognised before, 0 are still recognised" in printed
+    lines = (tmp_path / "out" / "forget_list.csv").read_text().splitlines()
+    assert lines[0].endswith(",forgotten,state")
+    assert sum(line.endswith(",0,not recognised before") for line in lines) == 2
+    code, out, _ = script(main_forget.main, *verify_words(tmp_path, "part"))
+    assert code == 0, out
+    assert "ok     images of request 1: 4 of 4 images forgotten; 2 not recognised before: " in out
+    still = ["--setting", "distill_steps=1", "distill_cycles=1", "distill_lr=1e-9"]
+    code, report, printed = forget(*still, images="part", output="still")
+    assert code == 3
+    assert "0 of 6 images are forgotten, 2 were not recognised before, 4 are still recognised" in printed
+    assert set(report["robustness"].values()) == {0}
+
+
+def verify_words(tmp_path, images):
+    words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / images]
+    return [*words, "--build", "conftest:tiny_net"]
 
 
 def test_the_search_ends_within_the_time_limit(tiny, script, tmp_path):
@@ -128,7 +166,9 @@ def test_changed_copies_are_forgotten_with_also(forget, tmp_path):
     code, report, printed = forget("--also", "flipped")
     assert code == 0, printed
     assert report["robustness"]["flipped"] == 6
-    assert "misclassifies 6 of 6 images, also when flipped" in (tmp_path / "out" / "report.html").read_text()
+    assert (
+        "6 of 6 images are forgotten, also when flipped, 0 were not" in (tmp_path / "out" / "report.html").read_text()
+    )
 
 
 def test_changed_copies_count_and_the_model_is_unchanged_if_no_candidate_is_better(forget, script, tiny, tmp_path):
@@ -138,15 +178,15 @@ def test_changed_copies_count_and_the_model_is_unchanged_if_no_candidate_is_bett
     assert len(places)
     save_images(tmp_path / "half", images[places], answers[1][places])
     still = ["--setting", "distill_steps=1", "distill_cycles=1", "distill_lr=1e-9"]
-    code, report, printed = forget("--also", "flipped", *still, images="half")
+    code, report, printed = forget("--also", "flipped", *still, "--min-known", 0, images="half")
     assert (code, report["chosen"], len(report["trials"])) == (3, None, 1), printed
     assert not any(row["forgotten"] for row in report["images"])
     assert report["model"]["before"]["weights_sha256"] == report["model"]["after"]["weights_sha256"]
     assert "no settings forgot more images than the original model" in (tmp_path / "out" / "report.html").read_text()
-    code, report, _ = forget("--also", "flipped", output="done", images="half")
+    code, report, _ = forget("--also", "flipped", "--min-known", 0, output="done", images="half")
     assert (code, report["robustness"]["flipped"]) == (0, len(places))
-    code, report, _ = forget(output="nothing", images="half")
-    assert (code, report["trials"]) == (0, [])
+    code, report, _ = forget("--min-known", 0, output="nothing", images="half")
+    assert (code, report["trials"]) == (3, [])
 
 
 def test_robustness_is_null_for_a_model_that_cannot_run_in_half_precision(forget, tiny, tmp_path):
@@ -268,7 +308,8 @@ def test_a_dry_run_checks_the_request_and_writes_nothing(forget, tiny, tmp_path)
     assert ", ".join(f"{label} ({count})" for label, count in enumerate(counts)) in printed
     assert "predictions: 6 of 6 images are classified as their label" in printed
     assert re.search(r"  0.png: predicted as 0 \([\d.]+%\), label 0$", printed, re.MULTILINE)
-    assert "0 of 6 images are forgotten already\ntime limit: 1 min\n" in printed
+    assert "6 of 6 images are recognised, as they are or as a copy of --also\n" in printed
+    assert "0 of 6 images need no unlearning\ntime limit: 1 min\n" in printed
     assert f"the output would be {tmp_path / 'new' / 'out'}" in printed
 
 

@@ -30,6 +30,7 @@ PREFETCH = 2  # default number of batches that a worker decodes ahead
 SCHEDULES = ("cosine", "onecycle")  # of the learning rate in training
 TRACKERS = ("tensorboard",)  # of training curves
 CHANGES = ("flipped", "cropped", "jpeg")  # kinds of changed copies that a deletion request can forget as well
+CLASS_ORDERS = ("string", "numeric")  # of the class names of a deletion request
 AGE_GROUPINGS = {  # of UTKFace: upper bounds in years; the class of an age is the first bound above it
     "TNN": (10, 15, 20, 25, 30, 40, 50, 60, 120),
     "MFD": (20, 41, 120),

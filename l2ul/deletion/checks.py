@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from l2ul import ProgressBar
 from l2ul.data.images import Split
-from l2ul.deletion.report_schema import ImageRow
+from l2ul.deletion import states
+from l2ul.deletion.report_schema import FORGOTTEN, ImageRow
 from l2ul.deletion.request import Request, logits
 from l2ul.deletion.search import TimeBudget, Unlearner
 from l2ul.metrics import agreement, membership, relearn, robustness
@@ -42,11 +43,16 @@ def measure(
             return deadline.left > 0
 
         back, steps = relearn.steps_to_relearn_each(after, request.images, labels, go_on)
-    relearning = {"steps": steps, "back": sum(step is not None for step in back), "lr": relearn.LEARNING_RATE}
+    relearning = {"steps": steps, "lr": relearn.LEARNING_RATE}
+    met, recognised = unlearner.forgotten(after), unlearner.recognised(unlearner.model)
+    forgotten = met & recognised
+    relearning["back"] = sum(step is not None for step, one in zip(back, forgotten.tolist(), strict=True) if one)
     return {
-        "images": image_rows(request, after_logits, unlearner.forgotten(after).tolist(), survives, back),
+        "images": image_rows(request, after_logits, met.tolist(), recognised.tolist(), survives, back),
         "damage": [asdict(agreement.measure(after, probe)) for probe in unlearner.probes],
-        "robustness": {change: None if kept is None else int(kept.sum()) for change, kept in survives.items()},
+        "robustness": {
+            change: None if kept is None else int((kept.cpu() & forgotten).sum()) for change, kept in survives.items()
+        },
         "relearning": relearning if steps or None not in back else None,
         "membership": _membership(unlearner.model, request, after, after_logits, references) if references else None,
     }
@@ -55,14 +61,16 @@ def measure(
 def image_rows(
     request: Request,
     logits_after: Tensor,
-    forgotten: Sequence[bool],
+    met: Sequence[bool],
+    recognised: Sequence[bool],
     survives: Mapping[str, Tensor | None],
     back: Sequence[int | None],
 ) -> list[ImageRow]:
     """Return the row of each image in a report.
 
     logits_after  (k, C) on the CPU
-    forgotten     whether each image is forgotten as the request demands, including changed copies
+    met           whether the request is fulfilled for each image, including changed copies
+    recognised    whether the original model recognised each image or one of these copies
     survives      (k,) bool by change: whether each image is still forgotten under it; None: the model cannot run so
     back          fine-tuning steps until each image is predicted as its label again; None: it was not
     """
@@ -78,7 +86,9 @@ def image_rows(
             row[f"confidence_{when}"] = float(probabilities[predicted])
             row[f"label_confidence_{when}"] = float(probabilities[labels[index]])
         row["was_called"] = row["called_before"] == labels[index]
-        row["forgotten"], row["back_after"] = forgotten[index], back[index]
+        row["state"] = states.state_of(met[index], recognised[index])
+        row["forgotten"], row["back_after"] = row["state"] == FORGOTTEN, back[index]
+        row["forgotten_earlier"] = index in request.forgotten_earlier
         row["survives"] = {change: bool(kept[index]) for change, kept in survives.items() if kept is not None}
         rows.append(row)
     return rows

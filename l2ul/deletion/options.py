@@ -7,10 +7,11 @@ from pathlib import Path
 from l2ul.cli import options
 from l2ul.cli.options import Parser
 from l2ul.cli.parser import finite_float, nonnegative_int, positive_float, positive_int, setting
-from l2ul.common.choices import CHANGES
+from l2ul.common.choices import CHANGES, CLASS_ORDERS, Number
 from l2ul.common.errors import InputError
 from l2ul.methods import registry
 
+SHARE = Number(float, 0, maximum=1)
 EPILOG = """\
 examples:
   python main_forget.py --model my_vit --images to_forget --output forgotten
@@ -29,11 +30,14 @@ glossary:
   agreement   share of images for which the unlearned model predicts the same class as the original model
   distill     the method of this project: it keeps the outputs on mixes of D_f and needs no other images
 
+  recognised  the model predicts the image as its label. An image that was not recognised before the request never
+              counts as forgotten
+
 exit codes:
-  0         all images are forgotten; with --verify: no check failed
+  0         every image that was recognised is forgotten; with --verify: no check failed
   1         out of memory or disk space
   2         wrong input
-  3         not all images are forgotten; with --verify: a check failed
+  3         an image is still recognised, or none was recognised before; with --verify: a check failed
   130, 143  stopped by Ctrl-C or SIGTERM; nothing was written
 """
 
@@ -84,6 +88,11 @@ def _add_model(parser: Parser) -> None:
     text = "standard deviation of each input channel (default: the model's; for --build 1)"
     options.add(group, "--std", text, type=positive_float, nargs="+")
     options.add(group, "--class-names", "text file with one class name per line", type=Path, metavar="FILE")
+    text = (
+        "order of the class names: string (0, 1, 10, 11, 2, …, as torchvision's ImageFolder sorts folders) or numeric "
+        "(default: as the model or --class-names gives them, else by number)"
+    )
+    options.add(group, "--class-order", text, choices=CLASS_ORDERS)
 
 
 def _add_request(parser: Parser) -> None:
@@ -107,6 +116,13 @@ def _add_request(parser: Parser) -> None:
     options.add(group, "--labels", text, type=Path, metavar="FILE")
     options.add_image_files(group, "that of the last request on the model or of its training, else ignore")
     options.add(group, "--skip-bad", "leave out files that cannot be read as images", action="store_true")
+    text = (
+        "share of the images with a label that the model must predict as this label, or the request stops: otherwise "
+        "model or labels are not those in use (default: 0.5; of up to 4 images all but one; 0: no check)"
+    )
+    options.add(group, "--min-known", text, type=SHARE, metavar="X")
+    text = "accept a model whose outputs look like those of a multi-label model; the largest logit is its prediction"
+    options.add(group, "--single-label", text, action="store_true")
     text = "check the request, print what would be done and stop; nothing is written"
     options.add(group, "--dry-run", text, action="store_true")
 

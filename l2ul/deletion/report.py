@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode
 import torchvision.transforms.v2.functional as transforms
 
 import l2ul
+from l2ul.deletion import states
 from l2ul.deletion.report_schema import Report
 from l2ul.deletion.request import Request
 from l2ul.deletion.search import Candidate
@@ -51,21 +52,27 @@ def describe_request(
     }
 
 
-def describe_candidates(candidates: Iterable[Candidate], chosen: Candidate | None) -> dict[str, Any]:
-    """Return the parts of a report about the search. `chosen` is None if the model was left unchanged."""
+def describe_candidates(
+    candidates: Iterable[Candidate], chosen: Candidate | None, recognised: Tensor
+) -> dict[str, Any]:
+    """Return the parts of a report about the search.
+
+    chosen      None if the model was left unchanged
+    recognised  (k,) bool, which images the original model recognised: only these count as forgotten
+    """
     settings = asdict(chosen.settings) if chosen else {}
     settings |= settings.pop("method_settings", {})
     settings.pop("first_position", None)
-    return {"trials": [_candidate_row(candidate) for candidate in candidates], "chosen": settings or None}
+    return {"trials": [_candidate_row(candidate, recognised) for candidate in candidates], "chosen": settings or None}
 
 
-def _candidate_row(candidate: Candidate) -> dict[str, Any]:
+def _candidate_row(candidate: Candidate, recognised: Tensor) -> dict[str, Any]:
     return {
         "changed": dict(candidate.changed),
         "status": candidate.status,
         "steps": candidate.steps,
         "seconds": round(candidate.seconds, 1),
-        "forgotten": int(candidate.forgotten.sum()),
+        "forgotten": int((candidate.forgotten & recognised).sum()),
         "kept": [asdict(kept) for kept in candidate.kept],
     }
 
@@ -86,10 +93,12 @@ def describe_run() -> dict[str, Any]:
 
 def forget_list(report: Report) -> str:
     """Return the images of a request as CSV, by their hashes: without file names and pictures."""
-    lines = ["sha256,pixels_sha256,label,new_label,forgotten"]
+    has_states = all("state" in row for row in report["images"])  # not in reports of earlier versions
+    lines = ["sha256,pixels_sha256,label,new_label,forgotten" + ",state" * has_states]
     for row in report["images"]:
         new = "" if row["new_label"] is None else row["new_label"]
         lines.append(f"{row['sha256']},{row['pixels_sha256']},{row['label']},{new},{int(row['forgotten'])}")
+        lines[-1] += f",{row['state']}" if has_states else ""
     return "\n".join(lines) + "\n"
 
 
@@ -118,4 +127,8 @@ def page(report: Report, thumbnails: Sequence[str] | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(report=report, thumbnails=thumbnails)
+    rows, asked = report["images"], report["asked"]
+    sentence = states.headline(rows, asked["goal"], asked.get("also", ()))
+    return environment.get_template("report.html.j2").render(
+        report=report, thumbnails=thumbnails, counts=states.count(rows), headline=sentence[0].upper() + sentence[1:]
+    )

@@ -17,6 +17,7 @@ from l2ul.common.errors import InputError
 
 REPORT = "report.json"  # the report, in the folder of the unlearned model
 PAGE, FORGET_LIST = "report.html", "forget_list.csv"  # files beside report.json
+FORGOTTEN, NOT_RECOGNISED, STILL_RECOGNISED = "forgotten", "not recognised before", "still recognised"  # of images
 EARLIER = "earlier"  # folder beside report.json with the reports of earlier requests: 1.json, 2.json, …
 
 
@@ -35,6 +36,10 @@ CLASS = Rule("the number of a class", lambda value: 0 <= value < 2**31)
 ONE_PER_CHANNEL = Rule("1 or 3 numbers, one per channel", lambda values: len(values) in (1, 3))
 POSITIVE_PER_CHANNEL = Rule("1 or 3 numbers above 0", lambda values: len(values) in (1, 3) and min(values) > 0)
 OUTPUTS = Rule('"logits" or "probabilities"', lambda value: value in ("logits", "probabilities"))
+STATE = Rule(
+    f"{FORGOTTEN!r}, {NOT_RECOGNISED!r} or {STILL_RECOGNISED!r}",
+    lambda value: value in (FORGOTTEN, NOT_RECOGNISED, STILL_RECOGNISED),
+)
 NOT_EMPTY = Rule("at least one entry", bool)
 NUMBERED = Rule(
     f"the files {EARLIER}/1.json, {EARLIER}/2.json, … in this order",
@@ -130,6 +135,11 @@ class ImageRow(TypedDict):
     called_*               predicted class; confidence_* is its probability
     label_confidence_*     probability of `label`
     was_called             whether the model predicted `label` before the request
+    state                  "forgotten": the model predicted `label` before, for the image or a changed copy that had
+                           to be forgotten too, and the request is fulfilled; "not recognised before": it did not;
+                           "still recognised": the request is not fulfilled
+    forgotten              whether the state is "forgotten"; in reports without states, whether the request is fulfilled
+    forgotten_earlier      whether an earlier request made the image forgotten
     back_after             fine-tuning steps until the model predicts `label` again; null: it did not
     survives               by the name of a change: whether the image is still forgotten under it
     """
@@ -148,6 +158,8 @@ class ImageRow(TypedDict):
     confidence_after: NotRequired[float]
     label_confidence_after: NotRequired[float]
     was_called: NotRequired[bool]
+    state: NotRequired[Annotated[str, STATE]]
+    forgotten_earlier: NotRequired[bool]
     back_after: NotRequired[int | None]
     survives: NotRequired[dict[str, bool]]
 

@@ -18,6 +18,7 @@ from l2ul.common.files import file_sha256
 from l2ul.common.text import normal_form, read_text
 from l2ul.data.image_files import ImageReader, UnreadableImage
 from l2ul.data.images import Split, as_pixels
+from l2ul.deletion import states
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.report_schema import Report
 from l2ul.metrics import accuracy, preflight
@@ -82,10 +83,11 @@ class ImageFolder:
 class Request:
     """The images to forget, on the device of the model.
 
-    images          (k, 3, H, W) uint8; forget has the same images as floats, with labels and new labels
-    class_names     of the model
-    logits_before   (k, C) of the original model, on the CPU
-    earlier_labels  the label that each image had in an earlier request, or None
+    images             (k, 3, H, W) uint8; forget has the same images as floats, with labels and new labels
+    class_names        of the model
+    logits_before      (k, C) of the original model, on the CPU
+    earlier_labels     the label that each image had in an earlier request, or None
+    forgotten_earlier  indices of the images that an earlier request made forgotten
     """
 
     folder: ImageFolder
@@ -94,6 +96,7 @@ class Request:
     class_names: list[str]
     logits_before: Tensor
     earlier_labels: list[int | None]
+    forgotten_earlier: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -135,22 +138,24 @@ def read_request(
     model: DeployedModel,
     label_table: Path | None = None,
     skip_bad: bool = False,
-    earlier: Iterable[Report] = (),
+    earlier: Sequence[Report] = (),
     reader: ImageReader | None = None,
+    class_order: str | None = None,
 ) -> Request:
     """Read the images to forget and find the label of each.
 
     label_table, skip_bad, reader  see `read_images`
     earlier                        reports of the earlier requests on this model, first to last
+    class_order                    "string" or "numeric", see `order_classes`; None: as the model or the user names them
 
     The label of an image is the one that the folder or the table gives. Without one, it is the label of an earlier
     request for the same image, or else the model's prediction. Sets what the model returns, logits or probabilities.
-    Raises InputError if the model does not fit the images
-    or a label is no class of the model.
+    Raises InputError if the model does not fit the images or a label is no class of the model.
     """
     read = read_images(folder, model.to_pixels, label_table, skip_bad, reader=reader)
     images = read.images.to(next(model.classifier.parameters()).device)
     class_names = _check_class_names(model.class_names, preflight.check_model(model.classifier, images))
+    class_names = order_classes(class_names, class_order) if class_order else class_names
     model.detect_outputs(images)
     before = logits(model.classifier, images)
     if not before.isfinite().all():
@@ -168,7 +173,9 @@ def read_request(
     if new_labels is not None and (new_labels == labels).any():
         index = int((new_labels == labels).nonzero()[0])
         raise InputError(f"the new_label of {read.files[index].file} equals its label; give another class")
-    return Request(read, images, Forget(as_pixels(images), labels, new_labels), class_names, before, earlier_labels)
+    forget, gone = Forget(as_pixels(images), labels, new_labels), states.forgotten_images(earlier)
+    places = frozenset(index for index, one in enumerate(read.files) if gone & {one.sha256, one.pixels_sha256})
+    return Request(read, images, forget, class_names, before, earlier_labels, places)
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:
@@ -184,6 +191,21 @@ def _check_class_names(names: list[str], num_classes: int) -> list[str]:
     if num_classes < 2:
         raise InputError("the model has one class; expected a classifier with at least 2 classes")
     return names
+
+
+def order_classes(names: Sequence[str], order: str) -> list[str]:
+    """Return the names of the classes in another order.
+
+    order  "string": sorted as text, as torchvision's ImageFolder sorts folders (0, 1, 10, 11, 2, …); "numeric": by
+           their value, if all are numbers
+
+    The names LABEL_0, LABEL_1, … that transformers makes up count as numbers.
+    """
+    numbers = [str(number) for number in range(len(names))]
+    names = numbers if list(names) == [f"LABEL_{number}" for number in numbers] else list(names)
+    if order == "string":
+        return sorted(names)
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
 
 def labels_of_earlier_requests(

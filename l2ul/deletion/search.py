@@ -117,6 +117,11 @@ class Unlearner:
         forgotten = accuracy.forgotten(model, self.train_set.images, self.train_set)
         return forgotten.view(-1, len(self.forget)).all(0).cpu()
 
+    def recognised(self, model: nn.Module) -> Tensor:
+        """Return which images (k,) bool a model predicts as their label, as they are or as a changed copy."""
+        predictions = accuracy.predict(model, self.train_set.images, fold=False)
+        return (predictions == self.train_set.labels.cpu()).view(-1, len(self.forget)).any(0)
+
     def unlearn(
         self,
         settings: Settings,

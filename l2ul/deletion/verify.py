@@ -12,10 +12,19 @@ from l2ul.common.choices import MAX_IMAGE_PIXELS
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
 from l2ul.data.image_files import ImageReader
-from l2ul.deletion import deployed_model, signature
+from l2ul.deletion import deployed_model, signature, states
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.report import forget_list
-from l2ul.deletion.report_schema import EARLIER, FORGET_LIST, PAGE, REPORT, EarlierRow, Report, read_report
+from l2ul.deletion.report_schema import (
+    EARLIER,
+    FORGET_LIST,
+    NOT_RECOGNISED,
+    PAGE,
+    REPORT,
+    EarlierRow,
+    Report,
+    read_report,
+)
 from l2ul.deletion.request import ImageFile, read_images, reading_of
 from l2ul.metrics import accuracy
 from l2ul.objective import is_forgotten
@@ -169,7 +178,7 @@ def earlier_rows(chain: Sequence[Report], folder: Path | None) -> list[EarlierRo
         "sha256": file_sha256(folder / REPORT),
         "made": last["made"],
         "images": len(last["images"]),
-        "forgotten": sum(image["forgotten"] for image in last["images"]),
+        "forgotten": states.count(last["images"]).forgotten,
     }
     return [*last["earlier"], row]
 
@@ -211,6 +220,7 @@ class Requirement:
 
     request     number of the request, from 1
     superseded  a later request requires a class that contradicts this
+    recognised  whether the model predicted the label before this request or an earlier one
     """
 
     request: int
@@ -220,6 +230,7 @@ class Requirement:
     label: int
     new_label: int | None
     superseded: bool = False
+    recognised: bool = True
 
     def is_met(self, predictions: Tensor) -> Tensor:
         """Return which predicted classes (n,) int64 meet the requirement, (n,) bool."""
@@ -238,7 +249,8 @@ def requirements(reports: Sequence[Report]) -> list[Requirement]:
     keys = ("file", "sha256", "pixels_sha256", "label", "new_label")
     for number, report in reversed(list(enumerate(reports, start=1))):
         for row in report["images"]:
-            one = Requirement(number, *(row[key] for key in keys))
+            recognised = states.state(row) != NOT_RECOGNISED or row.get("forgotten_earlier", False)
+            one = Requirement(number, *(row[key] for key in keys), recognised=recognised)
             classes = allowed.get(one.pixels_sha256, torch.arange(len(report["model"]["classes"])))
             left = classes[one.is_met(classes)]
             found.append(replace(one, superseded=not len(left)))
@@ -271,12 +283,18 @@ def _check_request(number: int, required: list[Requirement], predicted: Mapping[
             missing.append(one.file)
         elif not one.is_met(torch.tensor(prediction)):
             failed.append(one.file)
-    finding = f"{len(current) - len(failed) - len(missing)} of {len(current)} images forgotten"
+    unrecognised = [one.file for one in current if not one.recognised]
+    done = [one.file for one in current if one.recognised and one.file not in {*failed, *missing}]
+    finding = f"{len(done)} of {len(current) - len(unrecognised)} images forgotten"
+    finding += f"; {len(unrecognised)} not recognised before: {_first_three(unrecognised)}" if unrecognised else ""
     finding += f"; not forgotten: {_first_three(failed)}" if failed else ""
     finding += f"; not in the given folders: {_first_three(missing)}" if missing else ""
     superseded = len(required) - len(current)
     finding += f"; {superseded} superseded by a later request" if superseded else ""
-    return Check(f"images of request {number}", not failed and not missing, finding)
+    passed = not failed and not missing
+    # Nothing is claimed of a request whose images were not recognised before, so nothing can be confirmed.
+    unclaimed = passed and current and len(unrecognised) == len(current)
+    return Check(f"images of request {number}", None if unclaimed else passed, finding)
 
 
 def _first_three(names: list[str]) -> str:

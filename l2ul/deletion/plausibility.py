@@ -1,0 +1,309 @@
+"""Check before any work that a model is opened as it is used, and that the labels of a request are its labels.
+
+A classifier predicts most of its training images correctly. If it does not, an image may be misclassified only because
+the model is opened wrongly. The check then tries the usual alternatives and names the one with which the labels are
+right.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+import copy
+from dataclasses import dataclass
+import itertools
+import math
+import time
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as transforms
+
+from l2ul.common.errors import InputError
+from l2ul.deletion.deployed_model import DeployedModel
+from l2ul.deletion.request import Request, class_indices, logits, order_classes
+import models
+from models import zoo
+from models.classifier import Classifier, Normalize
+
+MIN_KNOWN = 0.5  # default share of images that the model must predict as their labels
+FEW = 4  # up to this many images, all but one
+SECONDS = 60.0  # for trying alternatives
+CONVINCING = 0.8  # share of the images that an alternative must classify as their labels to be named
+MAX_IMAGES = 32  # on which alternatives are tried
+ONE_CLASS, MIN_ONE_CLASS = 0.9, 5  # share of the predictions, and number of images, of a degenerate model
+CONSTANT = 0.05  # spread of the logits over images relative to that over classes, if they hardly depend on the image
+VARIED = 0.2  # spread of the pixels over images relative to that of all pixels, if the images differ
+
+IMAGENET = (0.485, 0.456, 0.406)
+NORMALISATIONS = (  # description, mean, std
+    ("pixels in [0,1] without normalisation", (0.0,) * 3, (1.0,) * 3),
+    ("pixels from 0 to 255", (0.0,) * 3, (0.00392157,) * 3),
+    ("pixels in [-1,1]", (0.5,) * 3, (0.5,) * 3),
+    ("the normalisation of ImageNet", IMAGENET, (0.229, 0.224, 0.225)),
+    ("the normalisation of CIFAR-10", (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
+    ("the normalisation of CIFAR-100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    ("the normalisation of CLIP", (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)),
+    ("the normalisation of MNIST", (0.1307,) * 3, (0.3081,) * 3),
+    ("pixels from 0 to 255 minus the mean of ImageNet", IMAGENET, (0.00392157,) * 3),
+)
+CHANGES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
+    ("inverted pixels (255 - x)", lambda images: 255 - images),
+    ("channels in the order BGR", lambda images: images.flip(1)),
+)
+SIZES = (28, 32, 64, 96, 128, 160, 192, 224, 256, 299, 384)
+
+
+def check(request: Request, model: DeployedModel, min_known: float | None = None, single_label: bool = False) -> None:
+    """Raise InputError if the labels of a request are not those of the model, or the model is degenerate.
+
+    min_known     share of the labelled images that the model must predict as their labels; 0 turns the check off; None:
+                  MIN_KNOWN, and of up to FEW images all but one
+    single_label  do not check whether the outputs are those of a multi-label model
+
+    Images of earlier requests are not compared with their labels, because they should be forgotten. If the labels are
+    predictions of the model, only the outputs are checked.
+    """
+    before = request.logits_before.double()
+    if not single_label and is_multi_label(before):
+        raise InputError(
+            "several classes have a sigmoid above 0.5 on most images, as in a multi-label model trained with binary "
+            "cross-entropy, whose largest logit is not its prediction; give a classifier of images with one label "
+            "each, or add --single-label if it is one"
+        )
+    if min_known == 0:
+        return
+    files = request.folder.files
+    places = [n for n, image in enumerate(files) if image.label is not None and request.earlier_labels[n] is None]
+    if not places:
+        if not any(label is not None for label in request.earlier_labels):
+            _check_dependence(request, before)
+        return
+    labels, predictions = request.forget.labels.cpu()[places], before.argmax(1)[places]
+    known = int((labels == predictions).sum())
+    one_class = _predicts_one_class(labels, predictions)
+    if known >= _required(len(places), min_known) and not one_class:
+        return
+    start = f"the model predicts the label of {known} of {len(places)} images"
+    if one_class:
+        name = request.class_names[int(predictions.mode().values)]
+        start += f" and class {name} for nearly all"
+    raise InputError(f"{start}, {_explanation(request, model, places, one_class)}")
+
+
+def is_multi_label(before: Tensor) -> bool:
+    """Return whether logits (n, C) look like those of independent binary decisions, several of them positive.
+
+    On most images at least two classes have a sigmoid above 0.5, nearly all others one below 0.2, and softmax does not
+    decide between the first.
+    """
+    if before.shape[1] < 4:
+        return False
+    positive = before > 0
+    others = (~positive).sum(1)
+    clear = (before.sigmoid() < 0.2).sum(1) >= 0.8 * others
+    several = (positive.sum(1) >= 2) & (others >= before.shape[1] / 2)
+    return int((several & clear & (before.softmax(1).amax(1) < 0.9)).sum()) > len(before) / 2
+
+
+def _required(number: int, min_known: float | None) -> int:
+    """Return how many of this number of images must be predicted as their labels."""
+    if min_known is None and number <= FEW:
+        return number - 1
+    return math.ceil((MIN_KNOWN if min_known is None else min_known) * number - 1e-9)
+
+
+def _predicts_one_class(labels: Tensor, predictions: Tensor) -> bool:
+    shares = [int(values.bincount().max()) / len(values) for values in (labels, predictions)]
+    return len(labels) >= MIN_ONE_CLASS and shares[1] >= ONE_CLASS and shares[0] <= 0.75
+
+
+def _check_dependence(request: Request, before: Tensor) -> None:
+    """Raise InputError if the outputs hardly depend on the image, though the images differ."""
+    pixels = request.images.float()
+    if len(pixels) < 3 or pixels.std(0).mean() < VARIED * pixels.std():
+        return
+    spread, across = before.std(0).mean(), before.mean(0).std()
+    if int(before.argmax(1).unique().numel()) == 1 and spread < CONSTANT * across:
+        name = request.class_names[int(before[0].argmax())]
+        raise InputError(
+            f"the model predicts {name} for all {len(pixels)} images, and its outputs hardly depend on the image; "
+            f"likely causes are another input range or normalisation than in training (--mean, --std; --std 0.00392157 "
+            f"0.00392157 0.00392157 for pixels from 0 to 255) or another image size (--image-size); name the labels by "
+            f"folders to have alternatives tried, or add --min-known 0 to skip this check"
+        )
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another way to use the model: the part that differs in words, the flags that make it so, and its logits.
+
+    flags    empty if no flag makes it so
+    compute  return the logits (n, C) for uint8 images (n, C, H, W)
+    """
+
+    words: tuple[str, ...]
+    flags: tuple[str, ...]
+    compute: Callable[[Tensor], Tensor]
+
+
+def _explanation(request: Request, model: DeployedModel, places: Sequence[int], one_class: bool) -> str:
+    """Return the rest of the sentence: the alternative that makes the labels right, or the likely causes."""
+    step = math.ceil(len(places) / MAX_IMAGES)
+    sample = list(places[::step])
+    names = [request.folder.files[place].label for place in sample]
+    orders = [((), (), request.forget.labels.cpu()[sample]), *_class_orders(names, request.class_names)]
+    current = int((request.logits_before[sample].argmax(1) == orders[0][2]).sum())
+    needed = max(math.ceil(CONVINCING * len(sample)), current + 1)
+    images, deadline = request.images[sample], time.perf_counter() + SECONDS
+    best: tuple[tuple[int, float], str] | None = None
+    level = 0  # number of changes
+    for number, alternative in _alternatives(model, images):
+        if (best and number > level) or time.perf_counter() > deadline:
+            break
+        level = number
+        outputs = request.logits_before[sample] if not alternative.words else _try(alternative, images)
+        if outputs is None:
+            continue
+        probabilities, predictions = outputs.double().softmax(1), outputs.argmax(1)
+        for words, flags, labels in orders:
+            known = int((predictions == labels).sum())
+            rank = (known, float(probabilities.gather(1, labels[:, None]).mean()))
+            if known >= needed and (best is None or rank > best[0]):
+                best = rank, _sentence((*words, *alternative.words), (*flags, *alternative.flags), known, len(sample))
+    return best[1] if best else _causes(request, sample, one_class)
+
+
+def _sentence(words: Sequence[str], flags: Sequence[str], known: int, total: int) -> str:
+    flags = [flag for flag in flags if flag]
+    missing = len(words) > len(flags)
+    fix = f"add {' '.join(flags)}" if flags else ""
+    if missing:
+        fix += (" and " if fix else "") + "build this into a module of your own and give it as --build"
+    return f"but {known} of {total} with {' and '.join(words)}: {fix}"
+
+
+def _causes(request: Request, sample: Sequence[int], one_class: bool) -> str:
+    """Return the likely causes in the order of the evidence, when no alternative makes the labels right."""
+    labels, predictions = request.forget.labels.cpu()[sample], request.logits_before[sample].argmax(1)
+    pairs = Counter(zip(labels.tolist(), predictions.tolist(), strict=True))
+    is_renaming = len(pairs) == len(labels.unique()) == len(predictions.unique()) > 1  # one prediction for each label
+    order = "another order or numbering of the classes (--class-order, --class-names)"
+    inputs = [
+        "another input range or normalisation than in training (--mean, --std)",
+        "another image size (--image-size)",
+        "another architecture with layers of the same shapes, such as one without max-pool (--model)",
+    ]
+    causes = [order, *inputs] if is_renaming and not one_class else [*inputs, order]
+    return (
+        f"but a classifier predicts most of its training images correctly; likely causes are {', '.join(causes)}, none "
+        f"of whose usual values makes the labels right, or wrong labels; correct them, or add --min-known 0 to go on"
+    )
+
+
+def _class_orders(
+    names: Sequence[str], class_names: Sequence[str]
+) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Tensor]]:
+    """Yield words, flags and labels (n,) of other orders of the classes in which the names are classes."""
+    count = len(class_names)
+    first_one = [str(number) for number in range(1, count + 1)]
+    options = [
+        ("ImageFolder's string order of classes", "--class-order string", order_classes(class_names, "string")),
+        ("the numeric order of classes", "--class-order numeric", order_classes(class_names, "numeric")),
+        ("classes numbered from 1", f"--class-names FILE with the lines 1 to {count}", first_one),
+        (
+            "classes numbered from 1 in ImageFolder's string order",
+            f"--class-names FILE with the lines 1 to {count} sorted as text",
+            sorted(first_one),
+        ),
+    ]
+    current = class_indices(names, class_names, None, "label")
+    for words, flag, others in options:
+        if not set(names) <= set(others):
+            continue
+        labels = class_indices(names, others, None, "label")
+        if not torch.equal(labels, current):
+            yield (words,), (flag,), labels
+
+
+def _try(alternative: Alternative, images: Tensor) -> Tensor | None:
+    """Return the logits of an alternative; None if the model does not accept it or they are not finite."""
+    try:
+        outputs = alternative.compute(images)
+    except Exception:  # noqa: BLE001  # modules raise anything for inputs of another size
+        return None
+    return outputs if outputs.isfinite().all() else None
+
+
+def _alternatives(model: DeployedModel, images: Tensor) -> Iterator[tuple[int, Alternative]]:
+    """Yield alternatives with the number of their changes, ascending: architecture, normalisation, pixels, size."""
+    nothing = ("", "")
+    nets: list[tuple[str, str, nn.Module]] = [(*nothing, model.classifier.net), *_other_nets(model)]
+    normalisations = [(*nothing, model.classifier.normalize), *_other_normalisations(model.classifier)]
+    changes = [(*nothing, lambda images: images)] + [(words, "", change) for words, change in CHANGES]
+    side = min(images.shape[2:])
+    sizes = sorted(
+        {side * 2, side // 2, *SIZES} - {side, 0}, key=lambda size: (size not in (2 * side, side // 2), size)
+    )
+    resizings = [(*nothing, lambda images: images)]
+    resizings += [(f"images of {size} pixels", f"--image-size {size}", _resize(size)) for size in sizes]
+    groups = [list(enumerate(group)) for group in (nets, normalisations, changes, resizings)]
+    combinations = sorted(itertools.product(*groups), key=lambda parts: sum(index > 0 for index, _ in parts))
+    for parts in combinations:
+        number = sum(index > 0 for index, _ in parts)
+        if number > 2:
+            return
+        chosen = [part for _, part in parts]
+        words, flags = ([part[place] for index, part in parts if index] for place in (0, 1))
+        net, normalize, change, resize = (part[2] for part in chosen)
+        compute = _computation(model.classifier, net, normalize, change, resize)
+        yield number, Alternative(tuple(words), tuple(flags), compute)
+
+
+def _computation(classifier: Classifier, net: nn.Module, normalize: nn.Module, change, resize):
+    other = Classifier(classifier.name, classifier.num_classes, net, nn.Sequential(normalize))
+    other.outputs = classifier.outputs
+    return lambda images: logits(other, resize(change(images)))
+
+
+def _resize(size: int) -> Callable[[Tensor], Tensor]:
+    return lambda images: transforms.center_crop(transforms.resize(images, [size], antialias=True), [size, size])
+
+
+def _other_normalisations(classifier: Classifier) -> Iterator[tuple[str, str, nn.Module]]:
+    own = classifier.normalize
+    channels = own.mean.numel()
+    for words, *statistics in NORMALISATIONS:
+        mean, std = ([round(sum(one) / 3, 8)] if channels == 1 else list(one) for one in statistics)
+        if len(mean) != channels:
+            continue
+        other = Normalize(mean, std).to(own.mean.device)
+        if torch.allclose(other.mean, own.mean, atol=1e-3) and torch.allclose(other.std, own.std, rtol=1e-2):
+            continue
+        flags = "" if torch.equal(other.mean, own.mean) else f"--mean {' '.join(map(str, mean))} "
+        yield words, f"{flags}--std {' '.join(map(str, std))}", other
+
+
+def _other_nets(model: DeployedModel) -> Iterator[tuple[str, str, nn.Module]]:
+    """Yield other architectures for which the weights fit too; without one, the network without its max-pool."""
+    net, name = model.classifier.net, model.opened_by["model"]
+    state = net.state_dict()
+    shapes = {key: tensor.shape for key, tensor in state.items()}
+    device = next(net.parameters()).device
+    count, without_pool = model.classifier.num_classes, False
+    if name in models.OWN or name.startswith(zoo.PREFIX):
+        for other in (*models.OWN, *zoo.COMMON):
+            if other == name:
+                continue
+            with torch.device("meta"):
+                built = models.OWN.get(other, zoo).build(other, count)
+            if {key: tensor.shape for key, tensor in built.state_dict().items()} != shapes:
+                continue
+            built = models.OWN.get(other, zoo).build(other, count)
+            built.load_state_dict(state)
+            lost = isinstance(getattr(net, "maxpool", None), nn.MaxPool2d) and "nopool" in other
+            without_pool |= lost
+            words = "no max-pool after the first layer" if lost else f"the architecture {other}"
+            yield words, f"--model {other}", built.to(device).eval()
+    if not without_pool and isinstance(getattr(net, "maxpool", None), nn.MaxPool2d):
+        changed = copy.deepcopy(net)
+        changed.maxpool = nn.Identity()
+        yield "no max-pool after the first layer", "", changed

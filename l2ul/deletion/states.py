@@ -1,0 +1,99 @@
+"""The three states of an image after a request: forgotten, not recognised before, still recognised."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from l2ul.deletion.report_schema import FORGOTTEN, NOT_RECOGNISED, STILL_RECOGNISED, ImageRow, Report
+
+
+def state_of(met: bool, recognised: bool) -> str:
+    """Return the state of an image.
+
+    met         whether the unlearned model fulfils the request for the image: it predicts another class than the label,
+                or the new label
+    recognised  whether the original model predicted the label
+    """
+    if not met:
+        return STILL_RECOGNISED
+    return FORGOTTEN if recognised else NOT_RECOGNISED
+
+
+def state(row: ImageRow) -> str:
+    """Return the state of an image in a report of any version."""
+    return row.get("state") or state_of(row.get("forgotten", True), row.get("was_called", True))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The number of images in each state, and of those not recognised before, how many an earlier request forgot.
+
+    relabelled  images that had neither their label nor their new label before, and have their new label now
+    """
+
+    forgotten: int
+    not_recognised: int
+    still_recognised: int
+    forgotten_earlier: int = 0
+    relabelled: int = 0
+
+    def __len__(self) -> int:
+        return self.forgotten + self.not_recognised + self.still_recognised
+
+    @property
+    def nothing_to_remove(self) -> bool:
+        """Whether no image was recognised before this request or an earlier one, and none had to be relabelled."""
+        return not (self.forgotten or self.still_recognised or self.forgotten_earlier or self.relabelled)
+
+    @property
+    def successful(self) -> bool:
+        """Whether every image that was recognised is forgotten, and at least one was recognised."""
+        return not self.still_recognised and not self.nothing_to_remove
+
+
+def count(rows: Iterable[ImageRow]) -> Counts:
+    """Count the states of the images in a report."""
+    rows = list(rows)
+    states = [state(row) for row in rows]
+    unrecognised = [row for row, one in zip(rows, states, strict=True) if one == NOT_RECOGNISED]
+    return Counts(
+        *(states.count(one) for one in (FORGOTTEN, NOT_RECOGNISED, STILL_RECOGNISED)),
+        sum(row.get("forgotten_earlier", False) for row in unrecognised),
+        sum(row["new_label"] is not None and row.get("called_before") != row["new_label"] for row in unrecognised),
+    )
+
+
+def headline(rows: Sequence[ImageRow], goal: str, also: Sequence[str] = ()) -> str:
+    """Return the result of a request in one sentence with the number of images in each state.
+
+    also  the changed copies that had to be forgotten too
+    """
+    counts, total = count(rows), images(len(rows))
+    copies = [f"as {one.upper()}" if one == "jpeg" else one for one in also]
+    changed = f", also when {' or '.join(copies)}" if copies else ""
+    if counts.nothing_to_remove:
+        return f"nothing to remove: the model recognised none of {total} before{changed}"
+    was, still = ("was" if counts.not_recognised == 1 else "were"), ("is" if counts.still_recognised == 1 else "are")
+    parts = f"{counts.not_recognised} {was} not recognised before"
+    parts += f" ({counts.forgotten_earlier} forgotten by an earlier request)" if counts.forgotten_earlier else ""
+    if goal == "relabel":
+        met = len(counts) - counts.still_recognised
+        return (
+            f"the model predicts the new label of {met} of {total}{changed}; {counts.forgotten} of {len(rows)} are "
+            f"forgotten, {parts}, {counts.still_recognised} {still} not relabelled"
+        )
+    verb = "is" if len(rows) == 1 else "are"
+    return (
+        f"{counts.forgotten} of {total} {verb} forgotten{changed}, {parts}, {counts.still_recognised} {still} still "
+        f"recognised"
+    )
+
+
+def images(number: int) -> str:
+    """Return the number with the noun."""
+    return f"{number} image{'s' * (number != 1)}"
+
+
+def forgotten_images(reports: Iterable[Report]) -> set[str]:
+    """Return the hashes, of files and of pixels, of all images that the requests of these reports made forgotten."""
+    rows = [row for report in reports for row in report["images"] if state(row) == FORGOTTEN]
+    return {row[key] for row in rows for key in ("sha256", "pixels_sha256")}
