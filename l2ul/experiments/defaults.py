@@ -64,13 +64,3 @@ def settings_table() -> str:
             f"{'all but before' if users == trained else ', '.join(users)} | {setting.help} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def methods_table() -> str:
-    """Return a Markdown table of the methods, with their goals, needs and own settings."""
-    lines = ["| method | what it does | goals | trains on D_r | own settings |", "|---|---|---|---|---|"]
-    for method in METHODS.values():
-        own = " ".join(f"`{setting.name}={setting.default}`" for setting in method.settings)
-        retain = "yes" if "retain" in method.needs else "no"
-        lines.append(f"| `{method.name}` | {method.summary} | {', '.join(method.goals)} | {retain} | {own} |")
-    return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from l2ul.common import device as device_module
+from l2ul.common import device as devices
 from l2ul.common import distributed, seeds
 from l2ul.common.cache import Cache, environment, fingerprint
 from l2ul.common.errors import InputError
@@ -94,10 +94,10 @@ class Evaluator:
 
     def predict(self, model: nn.Module, description: str) -> Predictions:
         """Predict the retain sample and D_test; `description` labels the progress. Raises Diverged."""
-        started = device_module.clock(self.device)
+        started = devices.clock(self.device)
         with progress_bar(description, sum(map(len, self._splits.values()))) as advance:
             result = {name: self._predict(model, split, advance) for name, split in self._splits.items()}
-        return Predictions(**result, seconds=device_module.clock(self.device) - started)
+        return Predictions(**result, seconds=devices.clock(self.device) - started)
 
     def original(self) -> Predictions:
         """Return the predictions of the original model, from the cache if possible."""
@@ -230,7 +230,7 @@ class Evaluator:
 
     def _cached(self, model: nn.Module, description: str) -> Predictions:
         """Return a model's predictions from the cache on disk, or compute and cache them."""
-        started, key, known = device_module.clock(self.device), None, None
+        started, key, known = devices.clock(self.device), None, None
         with contextlib.ExitStack() as stack:
             if distributed.is_first() and self.cache.folder is not None:
                 digests = {name: split.sha256() for name, split in self._splits.items()}
@@ -241,7 +241,7 @@ class Evaluator:
                 known = self.cache.get(key)
             known = distributed.broadcast(lambda: known)
             if known:
-                seconds = device_module.clock(self.device) - started
+                seconds = devices.clock(self.device) - started
                 return Predictions(known["train"], known["test"], seconds)
             result = self.predict(model, description)
             if key:

@@ -8,8 +8,8 @@ from torch import nn
 
 from l2ul import METHOD_VERSION
 from l2ul.common.errors import InputError
-from l2ul.data import images as image_sets
 from l2ul.data.forget_set import ForgetSet
+from l2ul.data.images import Images
 from l2ul.experiments import records
 from l2ul.methods import registry
 from l2ul.methods import settings as setting_values
@@ -77,7 +77,7 @@ class Setup:
     model_suffix   suffix of the files of unlearned models
     """
 
-    images: image_sets.Images
+    images: Images
     classifier: nn.Module
     goal: str
     hyper: dict[str, object]

@@ -16,14 +16,14 @@ import pandas as pd
 import torch
 
 from l2ul import attack
-from l2ul.common import device as device_module
+from l2ul.common import device as devices
 from l2ul.common import precision as precisions
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
 from l2ul.common.progress import progress_bar
 from l2ul.data import datasets, storage
-from l2ul.data import images as image_sets
 from l2ul.data.image_files import ImageReader
+from l2ul.data.images import Images, as_pixels
 from l2ul.experiments.records import Record
 from l2ul.metrics import accuracy, features
 from l2ul.reporting import FIGURES, figure_data, figures, rows
@@ -109,10 +109,10 @@ class Subject:
 
     @functools.cached_property
     def device(self) -> torch.device:
-        return device_module.choose_device(self.options.device)
+        return devices.choose_device(self.options.device)
 
     @functools.cached_property
-    def images(self) -> image_sets.Images:
+    def images(self) -> Images:
         """The data set that the runs used."""
         run = self.block.records[0]
         chosen = {key: run[key] for key in DATA_KEYS if run.get(key) is not None}
@@ -263,7 +263,7 @@ def adversarial_examples(subject: Subject) -> Drawn:
 
 def _array(images: torch.Tensor) -> np.ndarray:
     """Return images as an array (N, H, W, 3) of floats in [0,1]."""
-    return image_sets.as_pixels(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    return as_pixels(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def new_classes(subject: Subject) -> Drawn:

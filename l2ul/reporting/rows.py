@@ -18,11 +18,10 @@ BLOCK = ("goal", "continual_size", "dataset", "age_grouping", "model")
 class Block:
     """The records of one goal, data set and model (and number of images per step).
 
-    Attributes:
-        usual: most frequent value of each setting, among the methods that use it. The row of runs with these values
-            has the name of their method, and other rows name what differs.
-        records: the records. Each has two keys more: `row`, the name of its row, and `differs`, the settings that
-            differ from `usual`.
+    usual    most frequent value of each setting, among the methods that use it. The row of runs with these values has
+             the name of their method, and other rows name what differs.
+    records  the records. Each has two keys more: `row`, the name of its row, and `differs`, the settings that differ
+             from `usual`.
     """
 
     goal: str

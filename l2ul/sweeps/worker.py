@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from l2ul.cli import unlearn_command, unlearn_options
-from l2ul.common import device as device_module
+from l2ul.common import device as devices
 from l2ul.common import precision
 from l2ul.common.cache import Cache
 from l2ul.data.images import Images
@@ -82,7 +82,7 @@ def run_trial(arguments: Arguments, shared_data_sets: Callable[[], DataSets]) ->
     shared_data_sets  returns the data sets that the process of the sweep has loaded
     """
     opts = unlearn_options.parse(arguments)
-    device = device_module.choose_device(opts.device, opts.no_cuda, opts.threads)
+    device = devices.choose_device(opts.device, opts.no_cuda, opts.threads)
     precision.use(device, opts.precision)
     if not WORKBENCH.data_sets:
         WORKBENCH.data_sets.update(shared_data_sets())
