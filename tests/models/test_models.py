@@ -120,6 +120,18 @@ def test_every_form_of_state_dict_is_loaded(tmp_path, form):
     assert overridden.normalize.mean.flatten().tolist() == [0.5, 0.5, 0.5]
 
 
+def test_weights_of_one_file_that_a_key_chooses_have_hashes_of_their_own(tmp_path):
+    state = initial_weights("resnet20")
+    ema = {name: tensor * 2 for name, tensor in state.items()}
+    torch.save({"state_dict": state, "state_dict_ema": ema}, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="several weights that fit: state_dict, state_dict_ema; .* --weights-key"):
+        models.load("resnet20", 10, tmp_path / "weights.pth")
+    keys = ("state_dict", "state_dict_ema")
+    first, second = (models.load("resnet20", 10, tmp_path / "weights.pth", weights_key=key) for key in keys)
+    assert torch.equal(second.net.linear.weight, 2 * first.net.linear.weight)
+    assert first.sha256 != second.sha256
+
+
 def test_safetensors_of_other_software_are_loaded(tmp_path):
     state = initial_weights("resnet18_cifar100", 100)
     save_file(state, tmp_path / "weights.safetensors")
