@@ -51,7 +51,8 @@ def imports(module: str) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names if names <= SOURCES.keys() else names | {node.module}  # submodules, or names of the module
     return {name for name in found if name in SOURCES} - {module}
 
 
