@@ -75,10 +75,14 @@ def test_sigterm_is_reported_even_if_a_library_replaces_the_exception(capsys):
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None
 
-    for number, code, name in ((signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")):
-        with pytest.raises(SystemExit) as stop:
-            main(lambda number=number: signal.raise_signal(number))
-        assert stop.value.code == code
+    def press_ctrl_c():
+        raise KeyboardInterrupt
+
+    stops = {143: (lambda: signal.raise_signal(signal.SIGTERM), "SIGTERM"), 130: (press_ctrl_c, "Ctrl-C")}
+    for code, (stop, name) in stops.items():
+        with pytest.raises(SystemExit) as ended:
+            main(stop)
+        assert ended.value.code == code
         assert f"script.py: stopped by {name}; " in capsys.readouterr().err
 
 
