@@ -292,10 +292,11 @@ def test_progress_lines_appear_in_a_log_file(forget, monkeypatch):
     monkeypatch.setattr(progress, "FIRST_LINE", 0.0)
     code, _, printed = forget()
     assert code == 0, printed
-    assert re.search(
-        r"^distill_steps 40.*: step \d+, \d+ % of D_f forgotten, at most \d+ s left", printed, re.MULTILINE
-    )
-    assert re.search(r"^relearning: \d+ / 30 ", printed, re.MULTILINE)
+    clock = r"^\d\d:\d\d:\d\d  "
+    line = clock + r"distill_steps 40.*: step \d+, \d+ % of D_f forgotten, at most \d+ s left"
+    assert re.search(line, printed, re.MULTILINE)
+    assert re.search(clock + r"relearning: \d+ / 30 ", printed, re.MULTILINE)
+    assert max(int(percent) for percent in re.findall(r"\((\d+) %\)", printed)) <= 100
 
 
 def test_a_dry_run_checks_the_request_and_writes_nothing(forget, tiny, tmp_path):

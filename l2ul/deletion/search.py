@@ -132,7 +132,8 @@ class Unlearner:
         needs = registry.get(self.method, self.forget.goal).needs
         images, labels = self.train_set.images, self.train_set.labels
         if "adv" in needs and "adv" not in self._inputs:
-            with self.show_progress("adversarial examples", ATTACK["num_adv_images"] * len(labels)) as advance:
+            total = ATTACK["num_adv_images"] * ATTACK["steps"] * len(labels)
+            with self.show_progress("adversarial examples", total) as advance:
                 self._inputs["adv"] = attack.adversarial_set(
                     self.model, images, labels, self.num_classes, seed=self.seed, progress=advance, **ATTACK
                 )
@@ -244,7 +245,7 @@ def _held_out_probe(unlearner: Unlearner, settings: Settings, budget: TimeBudget
     count = int(PROBE_SHARE * budget.left / max(seconds_per_step / passes * agreement.STEPS, 1e-9))
     count = min(MAX_EXAMPLES, max(MIN_EXAMPLES, count))
     images, num_classes = unlearner.forget.images, unlearner.num_classes
-    with unlearner.show_progress("examples for agreement", count) as advance:
+    with unlearner.show_progress("examples for agreement", count * agreement.STEPS) as advance:
         return agreement.held_out(
             unlearner.model, images, num_classes, count=count, seed=unlearner.seed, progress=advance
         )

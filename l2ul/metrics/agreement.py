@@ -62,7 +62,7 @@ def held_out(
     model     the original model
     images    D_f (k, 3, H, W), uint8 or float in [0,1], on the model's device
     count     number of examples
-    progress  called with the number of examples that are finished
+    progress  called with the number of examples times steps (STEPS) done since the last call
 
     The examples start from mixes because an example of an image of D_f depends on that image more than on others. The
     radius of the attack grows with the side of the images, so that the change of a pixel stays the same.
