@@ -12,6 +12,7 @@ LOGITS, PROBABILITIES = "logits", "probabilities"
 SMALLEST = 1e-30  # probabilities below this count as this: softmax rounds small ones to 0, which has no logarithm
 SUM_TOLERANCE = 5e-3  # of the sum of a row of probabilities, for 16-bit outputs
 BATCH = 64  # images on which outputs are judged
+WIDE = 100.0  # standard deviation of the noise on pixels that separates bounded outputs from small logits
 
 
 def log_probabilities(probabilities: Tensor) -> Tensor:
@@ -58,7 +59,8 @@ def adapt(classifier: nn.Module, pixels: Tensor) -> str:
     """
     classifier.outputs = LOGITS
     with eval_mode(classifier):
-        kind = output_kind(classifier(pixels[:BATCH]))
+        outputs = classifier(pixels[:BATCH])
+        kind = LOGITS if _is_unbounded(classifier, pixels[:BATCH], outputs) else output_kind(outputs)
     if kind == PROBABILITIES:
         few = pixels[:BATCH] if len(pixels) > 1 else pixels.repeat(2, 1, 1, 1)  # batch-norm needs two values
         if output_kind(copy.deepcopy(classifier).train()(few)) != kind:  # a copy: batch-norm updates its statistics
@@ -67,3 +69,15 @@ def adapt(classifier: nn.Module, pixels: Tensor) -> str:
             )
     classifier.outputs = kind
     return kind
+
+
+def _is_unbounded(classifier: nn.Module, pixels: Tensor, outputs: Tensor) -> bool:
+    """Return whether outputs that lie in [0,1] leave it for images of a far wider range, as logits may.
+
+    A classifier that is hardly trained can return logits between 0 and 1 for every image. A Sigmoid never leaves [0,1].
+    """
+    if not outputs.is_floating_point() or not outputs.any() or outputs.min() < 0 or outputs.max() > 1:
+        return False
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)).to(pixels)
+    wide = classifier(pixels + WIDE * noise).float()
+    return bool((wide.min() < -SUM_TOLERANCE) | (wide.max() > 1 + SUM_TOLERANCE))

@@ -112,3 +112,17 @@ def test_a_hugging_face_model_of_another_problem_is_refused(script, vit_folder, 
     words = ["--images", tmp_path / "in", "--output", tmp_path / "out"]
     code, _, err = script(main_forget.main, "--model", copy, *words)
     assert (code, problem in err, err.count("\n")) == (2, True, 1)
+
+
+def test_small_logits_of_an_untrained_net_are_no_sigmoid_outputs():
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+    with torch.no_grad():
+        classifier[1].weight.normal_(0, 1e-3, generator=torch.Generator().manual_seed(0))
+        classifier[1].bias.fill_(0.4)
+    pixels = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = classifier(pixels)
+    assert 0 < logits.min() < logits.max() < 1
+    assert outputs.adapt(classifier, pixels) == outputs.LOGITS
+    with pytest.raises(InputError, match="as a Sigmoid does"):
+        outputs.adapt(nn.Sequential(*classifier, nn.Sigmoid()), pixels)
