@@ -6,7 +6,6 @@ from pathlib import Path
 import re
 import statistics
 import subprocess
-import sys
 import tomllib
 
 from conftest import ROOT
@@ -298,19 +297,3 @@ def test_a_dry_run_of_the_comparison_trains_nothing_and_lists_the_runs_of_nets_t
     assert sorted(sum((found.method for found in given), [])) == sorted(registry.of_goal("misclassify"))
     assert [found.setting for found in given] == [{}, {}, {"augment": 2.0, "epochs": 2.0}]
     assert all(len(found.references) == 2 and found.retrained for found in given)
-
-
-def test_every_module_can_be_imported_first():
-    """Whichever module is imported first, all methods are registered in the same order."""
-    code = """
-import importlib, sys
-import l2ul, torch
-for module in ("methods.fixed_length_procedure", "methods.registry", "methods.baselines", "unlearn", "cli.options"):
-    for name in [name for name in sys.modules if name.split(".")[0] == "l2ul"]:
-        del sys.modules[name]
-    importlib.import_module(f"l2ul.{module}")
-    found = list(importlib.import_module("l2ul.methods.registry").METHODS)
-    assert found[0] == "before" and found[-1] == "amun", (module, found)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
