@@ -1,6 +1,7 @@
 """Check before any work that a model can be unlearned: its outputs, their repeatability and its gradients."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import copy
 
 import torch
@@ -176,12 +177,8 @@ def _random_state(device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _check_alone(model: nn.Module, pixels: Tensor, logits: Tensor) -> None:
-    try:
+    with _rejected("the model does not accept a batch of one image ({error})"):
         alone = logits_of(model(pixels[:1]))
-    except Exception as error:  # see _check_outputs
-        if is_out_of_memory(error):
-            raise
-        raise InputError(f"the model does not accept a batch of one image ({_first_line(error)})") from None
     if alone.shape != (1, logits.shape[1]):
         raise InputError(
             f"the model returns {_describe(alone)} for a batch of one image; expected a tensor of shape 1 x "
@@ -210,26 +207,18 @@ def _check_gradients(model: nn.Module, pixels: Tensor) -> None:
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not weights:
         raise InputError("no weight of the model requires a gradient, so none can be unlearned; use requires_grad_()")
-    try:
-        with torch.enable_grad():
-            logits = logits_of(model(pixels)).float()
-            if not logits.requires_grad:
-                raise InputError(
-                    "the logits of the model have no gradient; remove torch.no_grad, torch.inference_mode and "
-                    ".detach() from its forward"
-                )
-            # Different factors, so that the gradients of the logits do not cancel.
-            factors = torch.linspace(1, 2, logits.numel(), device=logits.device).view_as(logits)
-            loss = (logits * factors).sum()
-            of_pixels, *of_weights = torch.autograd.grad(loss, [pixels, *weights], allow_unused=True)
-    except InputError:
-        raise
-    except Exception as error:  # see _check_outputs
-        if is_out_of_memory(error):
-            raise
-        raise InputError(
-            f"the backward pass of the model fails ({_first_line(error)}); its forward must be differentiable"
-        ) from None
+    failure = "the backward pass of the model fails ({error}); its forward must be differentiable"
+    with _rejected(failure), torch.enable_grad():
+        logits = logits_of(model(pixels)).float()
+        if not logits.requires_grad:
+            raise InputError(
+                "the logits of the model have no gradient; remove torch.no_grad, torch.inference_mode and .detach() "
+                "from its forward"
+            )
+        # Different factors, so that the gradients of the logits do not cancel.
+        factors = torch.linspace(1, 2, logits.numel(), device=logits.device).view_as(logits)
+        loss = (logits * factors).sum()
+        of_pixels, *of_weights = torch.autograd.grad(loss, [pixels, *weights], allow_unused=True)
     if of_pixels is None or not of_pixels.any():
         raise InputError(
             "the gradient of the logits with respect to the pixels is zero, so no adversarial examples can be made; "
@@ -249,12 +238,22 @@ def _check_gradients(model: nn.Module, pixels: Tensor) -> None:
 
 
 def _check_copy(model: nn.Module) -> None:
-    try:
+    failure = (
+        "the model cannot be copied with copy.deepcopy ({error}); keep no tensors with a history in its attributes "
+        "(for weight_norm use torch.nn.utils.parametrizations)"
+    )
+    with _rejected(failure):
         copy.deepcopy(model)
-    except Exception as error:  # see _check_outputs
+
+
+@contextlib.contextmanager
+def _rejected(sentence: str) -> Iterator[None]:
+    """Turn an exception of the model, which may be the user's own, into an InputError; `{error}` is its first line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise InputError(
-            f"the model cannot be copied with copy.deepcopy ({_first_line(error)}); keep no tensors with a history in "
-            f"its attributes (for weight_norm use torch.nn.utils.parametrizations)"
-        ) from None
+        raise InputError(sentence.replace("{error}", _first_line(error))) from None
