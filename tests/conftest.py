@@ -45,6 +45,18 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(skip)
 
 
+@pytest.fixture(autouse=True)
+def _on_cpu(request, monkeypatch):
+    """Hide GPUs from every test without the mark `cuda`, and from the processes it starts.
+
+    The CPU computes the same numbers again, so that tests can compare results bit for bit.
+    """
+    if not request.node.get_closest_marker("cuda"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 class TinyNet(nn.Module):
     """Two convolutions with batch-norm, dropout and a linear head, for images (N, 3, 8, 8)."""
 

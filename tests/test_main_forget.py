@@ -25,7 +25,7 @@ class FullPrecision(torch.nn.Module):
     """Return float32 tensors for inputs of any type."""
 
     def forward(self, x):
-        return x * torch.ones(1, 3, 1, 1)
+        return x * torch.ones(1, 3, 1, 1, device=x.device)
 
 
 def full_precision():

@@ -135,7 +135,6 @@ def test_a_missing_file_is_reported_before_the_data_set_is_loaded(run, arguments
     assert complaint in err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
 def test_a_missing_gpu_is_one_sentence(run):
     code, _, err = run("--device", "cuda")
     assert (code, err.count("\n")) == (2, 1)

@@ -136,7 +136,7 @@ def _attack_auc(outputs: RunOutputs, logits: Callable[[str], Tensor]) -> float:
 
 def _relative_distance(model: nn.Module, origin: nn.Module) -> float:
     now, then = (
-        torch.cat([parameter.detach().double().flatten().cpu() for parameter in net.parameters()])
+        torch.cat([parameter.detach().cpu().double().flatten() for parameter in net.parameters()])
         for net in (model, origin)
     )
     return float((now - then).norm() / then.norm())

@@ -83,7 +83,12 @@ def _failed(pixels: Tensor, error: Exception) -> str:
     size, channels = " x ".join(map(str, pixels.shape[2:])), pixels.shape[1]
     why = _first_line(error)
     types = ("Half", "BFloat16", "Double", "dtype", "ByteTensor", "LongTensor")
-    hint = "; the passes are in float32, so forward must not convert to other types" if _has_any(why, types) else ""
+    if _has_any(why, types):
+        hint = "; the passes are in float32, so forward must not convert to other types"
+    elif "same device" in why:
+        hint = "; keep every tensor that forward uses as a parameter or buffer of the model, or use --device cpu"
+    else:
+        hint = ""
     return (
         f"the model does not accept images of {size} pixels and {channels} channel{'s' * (channels > 1)}, or returns "
         f"no logits ({why}){hint}"

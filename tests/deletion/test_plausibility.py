@@ -135,7 +135,7 @@ def test_outputs_that_hardly_depend_on_the_image_are_an_error_without_labels(for
 def several_net():
     net = tiny_net()
     levels = torch.tensor([3.0, 3, -4, -4, -4])
-    net.register_forward_hook(lambda net, inputs, output: levels + 0.1 * output.tanh())
+    net.register_forward_hook(lambda net, inputs, output: levels.to(output) + 0.1 * output.tanh())
     return net
 
 

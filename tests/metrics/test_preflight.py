@@ -43,6 +43,10 @@ class Uncopied(Net):
         self.numbers = (number for number in range(3))
 
 
+def mixes_devices(x):
+    raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!")
+
+
 def fails(x):
     raise KeyError("my own words")
 
@@ -95,6 +99,7 @@ NETS = {
     "depend on the other images of its batch": Net(after=lambda logits: logits - logits.mean(0)),
     r"does not accept images of 6 x 6 pixels and 3 channels.*\('my own words'\)": Net(before=fails),
     "forward must not convert to other types": Net(before=torch.Tensor.half),
+    "same device.*as a parameter or buffer": Net(before=mixes_devices),
     "cannot be copied": Uncopied(),
 }
 
