@@ -165,7 +165,7 @@ def test_the_search_ends_within_the_time_limit(tiny, script, tmp_path):
 def test_changed_copies_are_forgotten_with_also(forget, tmp_path):
     code, report, printed = forget("--also", "flipped")
     assert code == 0, printed
-    assert report["robustness"]["flipped"] == 6
+    assert report["robustness"]["mirrored"] == 6
     assert (
         "6 of 6 images are forgotten, also when flipped, 0 were not" in (tmp_path / "out" / "report.html").read_text()
     )
@@ -184,7 +184,7 @@ def test_changed_copies_count_and_the_model_is_unchanged_if_no_candidate_is_bett
     assert report["model"]["before"]["weights_sha256"] == report["model"]["after"]["weights_sha256"]
     assert "no settings forgot more images than the original model" in (tmp_path / "out" / "report.html").read_text()
     code, report, _ = forget("--also", "flipped", "--min-known", 0, output="done", images="half")
-    assert (code, report["robustness"]["flipped"]) == (0, len(places))
+    assert (code, report["robustness"]["mirrored"]) == (0, len(places))
     code, report, _ = forget("--min-known", 0, output="nothing", images="half")
     assert (code, report["trials"]) == (3, [])
 
@@ -192,8 +192,8 @@ def test_changed_copies_count_and_the_model_is_unchanged_if_no_candidate_is_bett
 def test_robustness_is_null_for_a_model_that_cannot_run_in_half_precision(forget, tiny, tmp_path):
     code, report, printed = forget(model=["--build", "test_main_forget:full_precision", *tiny[0][2:]])
     assert code == 0, printed
-    assert report["robustness"]["half precision"] is None
-    assert "half precision" not in report["images"][0]["survives"]
+    assert report["robustness"]["float16"] is None
+    assert "float16" not in report["images"][0]["survives"]
     assert "the model cannot run in this form" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -34,7 +34,7 @@ def measure(
     budget      of the whole command; relearning stops at CHECKS_SHARE of it
     """
     labels, after_logits = request.forget.labels, logits(after, request.images)
-    survives = robustness.still_forgotten(after, request.images, request.forget)
+    survives = robustness.as_used(after, request.forget).survives()
     deadline = budget.part(CHECKS_SHARE)
     with progress("relearning", relearn.MAX_STEPS) as advance:
 
@@ -51,7 +51,7 @@ def measure(
         "images": image_rows(request, after_logits, met.tolist(), recognised.tolist(), survives, back),
         "damage": [asdict(agreement.measure(after, probe)) for probe in unlearner.probes],
         "robustness": {
-            change: None if kept is None else int((kept.cpu() & forgotten).sum()) for change, kept in survives.items()
+            change: None if kept is None else int((kept & forgotten).sum()) for change, kept in survives.items()
         },
         "relearning": relearning if steps or None not in back else None,
         "membership": _membership(unlearner.model, request, after, after_logits, references) if references else None,

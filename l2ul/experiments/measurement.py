@@ -222,6 +222,7 @@ class Evaluator:
             retrained=reference_outputs(self.references.retrained) if self.references.retrained else None,
             references=tuple(map(reference_outputs, self.references.references)),
             workers=self.workers,
+            new_labels=run.forget.new_labels,
         )
 
     def _retrained(self) -> Predictions:

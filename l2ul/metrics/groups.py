@@ -5,11 +5,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from l2ul.common import seeds
 from l2ul.data import near_duplicates as duplicates
-from l2ul.metrics import accuracy, agreement, membership, relearn, retrain_gap
+from l2ul.data.images import as_pixels
+from l2ul.metrics import accuracy, agreement, membership, relearn, retrain_gap, robustness
 from l2ul.metrics.registry import GAPS, RunOutputs
+from l2ul.objective import Forget
 
 NUM_HELD_OUT, HELD_OUT_SEED = 512, 2**32 - 1  # examples of the group agreement; no run has this seed
+NUM_RECALIBRATION = 1024  # images of D_r
 PARTS = ("forget", "retain", "test")
 
 
@@ -123,6 +127,28 @@ def agreement_with_original(outputs: RunOutputs) -> dict[str, float]:
 
     probe = outputs.once("held-out examples", make)
     return {"metric_answers_kept": agreement.measure(outputs.model, probe).percent}
+
+
+def robustness_as_used(outputs: RunOutputs) -> dict[str, float]:
+    """Compute which part of D_f is forgotten as used, in percent, and the rate of each change.
+
+    See `robustness.as_used`. Batch-norm is recalibrated on images of D_r. The rate of a change of images is the share
+    of changed copies that are forgotten, that of a change of the model the share of images.
+    """
+    device = next(outputs.model.parameters()).device
+    new_labels = outputs.new_labels.to(device) if outputs.new_labels is not None else None
+    images = as_pixels(outputs.split("forget").pixels().to(device))
+    forget = Forget(images, outputs.labels["forget"].to(device), new_labels)
+    used = robustness.as_used(outputs.model, forget, outputs.once("images of D_r", lambda: _sample_of_retain(outputs)))
+    rates = {f"metric_forgotten_{change}": value for change, value in used.rates().items()}
+    return {"metric_forgotten_as_used": 100 * float(used.forgotten.double().mean()), **rates}
+
+
+def _sample_of_retain(outputs: RunOutputs) -> Tensor:
+    """Return images of D_r, drawn at random, on which batch-norm is recalibrated."""
+    retain = outputs.split("retain")
+    drawn = torch.randperm(len(retain), generator=seeds.generator(HELD_OUT_SEED, "recalibration"))
+    return retain.subset(drawn[:NUM_RECALIBRATION]).pixels()
 
 
 def _membership_attacks(outputs: RunOutputs, logits: Callable[[str], Tensor]) -> dict[str, dict[str, float]]:

@@ -56,6 +56,7 @@ class RunOutputs:
     retrained   outputs of the retrained model, if --retrained names one
     references  outputs of the models of --references
     workers     processes that decode images on disk
+    new_labels  (k,) int64, the classes that D_f is relabelled with; None if it is to be misclassified
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class RunOutputs:
     retrained: ReferenceOutputs | None = None
     references: tuple[ReferenceOutputs, ...] = ()
     workers: int = 0
+    new_labels: Tensor | None = None
 
 
 Metric = Callable[[RunOutputs], float]
@@ -157,6 +159,11 @@ EVALUATIONS = {  # by the name that --evaluate takes
         "agreement with the original model on held-out adversarial examples",
         "l2ul.metrics.groups:agreement_with_original",
         ("metric_answers_kept",),
+    ),
+    "robustness": EvaluationGroup(
+        "share of D_f that is forgotten as used: in changed copies, and with changed weights",
+        "l2ul.metrics.groups:robustness_as_used",
+        ("metric_forgotten_as_used", *(f"metric_forgotten_{change}" for change in columns.CHANGES)),
     ),
 }
 

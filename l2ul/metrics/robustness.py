@@ -1,18 +1,178 @@
-"""Robustness: whether images stay forgotten after small changes to the images or to the model's weights."""
+"""Robustness: whether images stay forgotten as they are used, after changes to the images or to the model.
+
+`as_used` is the only definition of "forgotten as used".
+"""
 
 from collections.abc import Iterator, Sequence
 import copy
-from io import BytesIO
+from dataclasses import dataclass
+import math
 
-from PIL import Image
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torchvision.transforms.v2 import functional as transforms
 
+from l2ul.common import seeds
 from l2ul.common.errors import Diverged
-from l2ul.data.images import as_pixels
+from l2ul.data.changes import KINDS, PROBABILITY, changed_copies, jpeg_file
+from l2ul.data.images import LARGE, as_pixels
+from l2ul.data.mixes import mixes
 from l2ul.metrics import accuracy
 from l2ul.objective import Forget
+
+COPIES, REQUIRED = 64, 0.95  # random copies of an image, and the share of them that has to be forgotten
+COPIES_OF_A_KIND = 8  # copies of an image with one kind of change alone, for its rate
+SEED = 2**32 - 1  # of the copies; no run has this seed, so no method trains on them
+CHUNK = {False: 1024, True: 64}  # copies at once; of large images
+NUM_MIXES, BATCH_SIZE = 512, 256  # images for recalibration, if there are no others
+WEIGHTS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": 8, "int4": 4}  # data type, or bits
+RECALIBRATED = "recalibrated"  # name of the recalibration of batch-norm among the changes of a model
+
+
+@dataclass(frozen=True)
+class AsUsed:
+    """How each of k images is forgotten. Tensors are on the CPU.
+
+    stored  (k,) bool: forgotten as it is stored
+    copies  (k,) share of the COPIES random copies that are forgotten
+    kinds   by kind of change, (k,) share of the copies with this change alone that are forgotten
+    models  by change of the model, (k,) bool: forgotten as it is stored by the changed model; None if the changed model
+            cannot run or its logits are not finite
+    """
+
+    stored: Tensor
+    copies: Tensor
+    kinds: dict[str, Tensor]
+    models: dict[str, Tensor | None]
+
+    @property
+    def forgotten(self) -> Tensor:
+        """Return which images (k,) bool are forgotten as used.
+
+        An image is forgotten as used if it is forgotten as it is stored, in at least 95 % of its random copies, and by
+        each changed model that can run.
+        """
+        result = self.stored & (self.copies >= REQUIRED)
+        for kept in self.models.values():
+            if kept is not None:
+                result = result & kept
+        return result
+
+    def survives(self) -> dict[str, Tensor | None]:
+        """Return, by change, which images (k,) bool stay forgotten under it; None for a model that cannot run.
+
+        An image stays forgotten under a change of the image if it is forgotten in at least 95 % of its copies.
+        """
+        return {name: share >= REQUIRED for name, share in self.kinds.items()} | self.models
+
+    def rates(self) -> dict[str, float]:
+        """Return, by change, the percentage of copies or images that are forgotten; nan for a model that cannot run."""
+        rates = {name: 100 * float(share.double().mean()) for name, share in self.kinds.items()}
+        return rates | {
+            name: math.nan if kept is None else 100 * float(kept.double().mean()) for name, kept in self.models.items()
+        }
+
+
+def as_used(model: nn.Module, forget: Forget, other_images: Tensor | None = None) -> AsUsed:
+    """Measure whether D_f is forgotten as stored and as used.
+
+    forget        D_f, on the model's device
+    other_images  (n, C, H, W) images that are not in D_f, on which batch-norm is recalibrated; by default mixes of D_f
+
+    The copies depend on the images alone, not on the method or its seed. JPEG compression is that of Pillow.
+    """
+    images = forget.images
+    if other_images is None:
+        other_images = mixes(images, NUM_MIXES, seeds.generator(SEED, "recalibration"))
+    changed = {name: changed_weights(model, form) for name, form in WEIGHTS.items()}
+    changed[RECALIBRATED] = recalibrated(model, other_images)
+    return AsUsed(
+        accuracy.forgotten(model, images, forget).cpu(),
+        _share_of_copies(model, forget, "as used", KINDS, COPIES, PROBABILITY),
+        {kind: _share_of_copies(model, forget, kind, (kind,), COPIES_OF_A_KIND, 1.0) for kind in KINDS},
+        {name: _forgotten_by(other, forget) for name, other in changed.items()},
+    )
+
+
+def _share_of_copies(
+    model: nn.Module, forget: Forget, purpose: str, kinds: Sequence[str], count: int, probability: float
+) -> Tensor:
+    """Return the share (k,) of `count` changed copies of each image that is forgotten, on the CPU."""
+    generator = seeds.generator(SEED, purpose)
+    order = torch.arange(len(forget)).repeat(count)
+    predictions = [
+        accuracy.predict(
+            model,
+            changed_copies(
+                forget.images[part.to(forget.images.device)],
+                generator,
+                kinds,
+                probability=probability,
+                codec=jpeg_file,
+            ),
+        )
+        for part in order.split(CHUNK[forget.images.shape[-1] > LARGE])
+    ]
+    predictions = torch.cat(predictions).view(count, -1).to(forget.labels.device)
+    return torch.stack([forget.is_forgotten(part) for part in predictions]).float().mean(0).cpu()
+
+
+def _forgotten_by(model: nn.Module, forget: Forget) -> Tensor | None:
+    try:
+        return accuracy.forgotten(model, forget.images, forget).cpu()
+    except (Diverged, RuntimeError):  # overflow in 16 bits, or 32-bit tensors that the forward pass creates
+        return None
+
+
+def changed_weights(model: nn.Module, form: torch.dtype | int) -> nn.Module:
+    """Return a copy with its weights in another format.
+
+    form  a floating-point type, in which the copy also computes; or the bits of integers, to which weight matrices are
+          rounded, with a scale for each row, which is an output channel
+    """
+    if isinstance(form, torch.dtype):
+        return _InType(copy.deepcopy(model).to(form), form)
+    rounded, largest = copy.deepcopy(model), 2 ** (form - 1) - 1
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            if parameter.ndim > 1:
+                scale = parameter.abs().amax(tuple(range(1, parameter.ndim)), keepdim=True).clamp_min(1e-12) / largest
+                parameter.copy_((parameter / scale).round() * scale)
+    return rounded
+
+
+class _InType(nn.Module):
+    """A model that computes in a floating-point type, with pixels and logits in float32."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model(pixels.to(self.dtype)).float()
+
+
+@torch.no_grad()
+def recalibrated(model: nn.Module, images: Tensor) -> nn.Module:
+    """Return a copy whose batch-norm statistics are those of the images, as after a forward pass in train mode.
+
+    images  (n, C, H, W), uint8 or float in [0,1]; no label is used. A model without batch-norm is copied as it is.
+    """
+    result, device = copy.deepcopy(model).eval(), next(model.parameters()).device
+    norms = [module for module in result.modules() if isinstance(module, BatchNorm) and module.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+        norm.momentum = None  # the mean over all batches
+    if norms:
+        for part in images.split(BATCH_SIZE):
+            result(as_pixels(part.to(device)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return result.eval()
+
 
 CROP = 7 / 8  # side of the crops, relative to the image
 QUALITIES = (75, 50)  # of JPEG
@@ -29,14 +189,8 @@ def changed_images(images: Tensor) -> Iterator[tuple[str, Tensor]]:
         name = "cropped to the middle" if top == "middle" else f"cropped to the {top} {left}"
         yield name, transforms.resized_crop(images, tops[top], lefts[left], high, wide, [height, width], antialias=True)
     for quality in QUALITIES:
-        coded = torch.stack([_as_jpeg(image, quality) for image in images.cpu()])
-        yield f"JPEG of quality {quality}", coded.to(images.device)
-
-
-def _as_jpeg(image: Tensor, quality: int) -> Tensor:
-    coded = BytesIO()
-    transforms.to_pil_image(image).save(coded, "jpeg", quality=quality)
-    return transforms.pil_to_tensor(Image.open(coded))
+        coded = jpeg_file(as_pixels(images), torch.full((len(images),), quality))
+        yield f"JPEG of quality {quality}", coded.mul(255).round().byte()
 
 
 def with_changed_images(images: Tensor, forget: Forget, kinds: Sequence[str]) -> Forget:
@@ -51,46 +205,3 @@ def with_changed_images(images: Tensor, forget: Forget, kinds: Sequence[str]) ->
     times = 1 + len(changed)
     new = forget.new_labels.repeat(times) if forget.new_labels is not None else None
     return Forget(torch.cat([forget.images, *map(as_pixels, changed)]), forget.labels.repeat(times), new)
-
-
-def in_half(model: nn.Module) -> nn.Module:
-    """Return a copy that stores weights and computes in half precision, as is common in deployment."""
-    return _Half(copy.deepcopy(model).half())
-
-
-class _Half(nn.Module):
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model(pixels.half()).float()
-
-
-@torch.no_grad()
-def in_int8(model: nn.Module) -> nn.Module:
-    """Return a copy whose weight matrices are rounded to int8: 255 levels per row, which is an output channel."""
-    rounded = copy.deepcopy(model)
-    for parameter in rounded.parameters():
-        if parameter.ndim > 1:
-            scale = parameter.flatten(1).abs().amax(1).clamp_min(1e-12) / 127  # (out,)
-            scale = scale.view(-1, *[1] * (parameter.ndim - 1))
-            parameter.copy_((parameter / scale).round() * scale)
-    return rounded
-
-
-def still_forgotten(model: nn.Module, images: Tensor, forget: Forget) -> dict[str, Tensor | None]:
-    """Return which images (k,) bool are still forgotten after each change, by its name.
-
-    images  D_f (k, 3, H, W) uint8, on the model's device; `forget` has their labels
-
-    The changes are those of `changed_images`, half precision and int8 weights. The value is None if the model cannot
-    run in half precision or its logits are not finite.
-    """
-    result = {name: accuracy.forgotten(model, changed, forget) for name, changed in changed_images(images)}
-    for name, other in (("half precision", in_half(model)), ("int8 weights", in_int8(model))):
-        try:
-            result[name] = accuracy.forgotten(other, images, forget)
-        except (Diverged, RuntimeError):  # overflow in 16 bits, or 32-bit tensors that the forward pass creates
-            result[name] = None
-    return result

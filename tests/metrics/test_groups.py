@@ -10,7 +10,7 @@ from l2ul import unlearn
 from l2ul.data import forget_set
 from l2ul.experiments import measurement
 from l2ul.metrics import accuracy as evaluate
-from l2ul.metrics import relearn
+from l2ul.metrics import columns, relearn
 import main_unlearn
 import models
 
@@ -169,3 +169,12 @@ def test_unusable_reference_models_are_rejected_in_one_sentence(script, few_digi
     assert "add --evaluate rmia" in refused("--references", some)
     told = refused("--evaluate", "distance", "--retrained", some)
     assert "add --evaluate retrained or --evaluate relearn" in told
+
+
+def test_forgotten_as_used_is_in_records_with_a_rate_for_each_change(unlearned, tmp_path):
+    records, _ = unlearned(tmp_path, "--unlearn-k", 2, "--method", "before", "--evaluate", "robustness")
+    record = records["before", None]
+    assert record["metric_forgotten_as_used"] == 0
+    rates = [record[f"metric_forgotten_{change}"] for change in columns.CHANGES]
+    assert all(0 <= rate <= 100 for rate in rates)
+    assert record["metric_forgotten_float16"] == 0

@@ -1,0 +1,93 @@
+"""What "forgotten as used" means: changed copies, weights of other formats, recalibrated batch-norm."""
+
+import pytest
+import torch
+from torch import nn
+
+from l2ul.data import changes
+from l2ul.metrics import columns, robustness
+from l2ul.objective import Forget
+
+
+class Brightness(nn.Module):
+    """Predict class 1 if the mean of the left half exceeds that of the right half, else class 0; 2 if both are dark."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, pixels):
+        left, right = pixels[..., :16].mean((1, 2, 3)), pixels[..., 16:].mean((1, 2, 3))
+        return self.weight * torch.stack([right, left, 0.05 + 0 * left], 1)
+
+
+@pytest.fixture
+def images():
+    images = torch.full((2, 3, 32, 32), 0.2)
+    images[0, ..., :16] = 0.8  # bright on the left
+    images[1] = 0.6
+    images[1, ..., 14:18] = 0.9  # symmetric
+    return images
+
+
+def test_names_of_changes_agree_with_the_columns():
+    assert tuple(columns.CHANGES) == (*changes.KINDS, *robustness.WEIGHTS, robustness.RECALIBRATED)
+
+
+def test_an_image_whose_mirror_image_is_recognised_is_not_forgotten_as_used(images):
+    forget = Forget(images, torch.tensor([0, 2]))
+    used = robustness.as_used(Brightness(), forget, images)
+    assert used.stored.tolist() == [True, True]
+    assert used.forgotten.tolist() == [False, True]
+    assert used.kinds["mirrored"].tolist() == [0, 1]
+    assert used.copies[0] < 0.8
+    assert used.copies[1] == 1
+    assert used.rates()["mirrored"] == 50
+    assert used.survives()["mirrored"].tolist() == [False, True]
+    again = robustness.as_used(Brightness(), forget, images)
+    assert torch.equal(used.copies, again.copies)
+
+
+def test_relabelled_images_are_forgotten_as_used_only_with_the_new_label(images):
+    used = robustness.as_used(Brightness(), Forget(images, torch.tensor([2, 2]), torch.tensor([1, 2])), images)
+    assert used.stored.tolist() == [True, False]
+    assert used.forgotten.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_weights_have_few_values_in_each_row(bits):
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(20, 7))
+    rounded = robustness.changed_weights(model, bits)
+    for before, after in zip(model.parameters(), rounded.parameters(), strict=True):
+        if before.ndim == 1:
+            assert torch.equal(before, after)
+            continue
+        for row, new in zip(before.flatten(1), after.flatten(1), strict=True):
+            step = row.abs().max() / (2 ** (bits - 1) - 1)
+            assert (row - new).abs().max() <= 0.501 * step
+            assert len(new.unique()) < 2**bits
+
+
+def test_a_model_that_cannot_run_in_16_bits_is_not_judged_there(images):
+    class Strict(Brightness):
+        def forward(self, pixels):
+            if pixels.dtype != torch.float32:
+                raise RuntimeError("expected scalar type Float")
+            return super().forward(pixels)
+
+    used = robustness.as_used(Strict(), Forget(images[1:], torch.tensor([2])), images)
+    assert used.models["float16"] is None
+    assert used.forgotten.tolist() == [True]
+    assert used.rates()["float16"] != used.rates()["float16"]  # nan
+
+
+def test_recalibration_replaces_the_statistics_of_batch_norm():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    images = torch.rand(600, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    result = robustness.recalibrated(model, images)
+    features = model[0](images)
+    assert torch.allclose(result[1].running_mean, features.mean((0, 2, 3)), atol=0.01)
+    assert torch.allclose(result[1].running_var, features.var((0, 2, 3)), rtol=0.05)
+    assert model[1].running_mean.abs().max() == 0
+    assert not result[1].training
+    assert result[1].momentum == model[1].momentum
