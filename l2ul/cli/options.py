@@ -246,12 +246,7 @@ def add_output(parser: Parser) -> None:
     group = parser.add_argument_group("results")
     records = "folder for results; records are written to its subfolder runs"
     add(group, "--result-dir", records, type=Path, default=Path("result_data"))
-    add(
-        group,
-        "--test-batch-size",
-        "images per batch when measuring (default: CPU 256; CUDA 2048, MPS 512, an eighth for large images)",
-        type=positive_int,
-    )
+    add_test_batch_size(group)
     add(
         group,
         "--retain-sample",
@@ -275,6 +270,11 @@ def add_output(parser: Parser) -> None:
     add(group, "--save-model", "save each unlearned model in the subfolder models", action="store_true")
     add(group, "--rerun", "repeat runs that have a record", action="store_true")
     add(group, "--dry-run", "check everything and list the runs, but do not start them", action="store_true")
+
+
+def add_test_batch_size(group: Group) -> None:
+    text = "images per batch when measuring (default: CPU 256; CUDA 2048, MPS 512, an eighth for large images)"
+    add(group, "--test-batch-size", text, type=positive_int)
 
 
 DEFAULTS_NOTE = """\

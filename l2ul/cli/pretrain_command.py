@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from l2ul.data.images import Split
 
-AFTER_STOP = "repeat the command with --resume to continue after the last finished epoch"
+AFTER_STOP = "repeat the command with --resume to continue after the last saved epoch"
 
 
 def main(
@@ -95,6 +95,13 @@ def add_training(parser: options.Parser) -> None:
     options.add(
         group, "--exclude-seed", "seed of these images: --seed of main_unlearn.py", type=nonnegative_int, default=0
     )
+    options.add(
+        group,
+        "--cuda-graph",
+        "run forward and backward passes as CUDA graphs, so that small networks do not wait for the launch of each "
+        "kernel; for one CUDA GPU and models that do not read from it",
+        action="store_true",
+    )
     group = parser.add_argument_group("output")
     options.add(group, "--output", "file for the weights (default: where main_unlearn.py looks for them)", type=Path)
     options.add(
@@ -103,11 +110,9 @@ def add_training(parser: options.Parser) -> None:
         "also write training curves for this tracker, next to the weights (default: none)",
         choices=choices.TRACKERS,
     )
-    options.add(
-        group, "--resume", "continue an interrupted training after its last finished epoch", action="store_true"
-    )
+    options.add(group, "--resume", "continue an interrupted training after its last saved epoch", action="store_true")
     options.add(group, "--rerun", "train again if the weights exist", action="store_true")
-    options.add(group, "--test-batch-size", "images per batch in evaluation", type=positive_int, default=256)
+    options.add_test_batch_size(group)
 
 
 def chosen_recipe(opts: argparse.Namespace, recipe: Recipe, by_grouping: Mapping[str, Mapping[str, float]]) -> Recipe:
@@ -123,7 +128,7 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
     from l2ul.common import distributed
     from l2ul.common.files import require_writable
     from l2ul.data import folder, forget_set
-    from l2ul.training import pretrain, tracker
+    from l2ul.training import cuda_graph, pretrain, tracker
     import models
     from models import checkpoint
 
@@ -133,6 +138,8 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
     with distributed.process_group():
         device = devices.choose_device(opts.device, opts.no_cuda, opts.threads)
         folder.check_decoder(opts.decoder, device)
+        if opts.cuda_graph:
+            cuda_graph.require_support(device)
         output = opts.output or checkpoint.candidates(options.data_label(opts), opts.model, opts.data_dir)[0]
         if output.suffix != ".safetensors":
             raise InputError(f"--output is {output}; expected a name that ends in .safetensors")
@@ -178,6 +185,7 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
                 resume=opts.resume,
                 test_batch_size=opts.test_batch_size,
                 workers=opts.workers,
+                graph=opts.cuda_graph,
                 on_epoch=report,
                 progress=advance,
             )

@@ -5,9 +5,11 @@ It trains the classifiers that are unlearned, and the retrained models, which ne
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import math
 from pathlib import Path
 import pickle
+import time
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +19,14 @@ from l2ul import Progress
 from l2ul.common import distributed, precision, seeds
 from l2ul.common.errors import Diverged, InputError
 from l2ul.common.files import atomic
-from l2ul.data.augment import crop, crop_positions
+from l2ul.data.augment import crop, draw_crops
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split, as_pixels
 from l2ul.metrics import accuracy
+from l2ul.training import cuda_graph
 from l2ul.training.recipe import Recipe
+
+SAVING = 1 / 20  # share of the time that is spent on saving the state, at most: epochs on a GPU may take a second
 
 
 def fit(
@@ -34,8 +39,9 @@ def fit(
     state_file: Path,
     identity: dict[str, object] | None = None,
     resume: bool = False,
-    test_batch_size: int = 256,
+    test_batch_size: int | None = None,
     workers: int = 0,
+    graph: bool = False,
     on_epoch: Callable[[dict[str, float]], object] | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, float]]:
@@ -48,42 +54,52 @@ def fit(
     train       training images; crops have the size of the held-out images, which may be smaller
     held_out    images whose accuracy is measured after each epoch
     seed        of the order of the images, augmentation and dropout
-    state_file  where the state of the training is saved after each epoch, atomically
+    state_file  where the state of the training is saved, atomically: after each epoch, or after some of them if saving
+                takes more than a twentieth of the time
     identity    what else decides the result (model, data set, excluded images), as plain values; stored in the state
     resume      continue from `state_file` if it exists; the final weights equal those of an uninterrupted run
     workers     processes that decode FolderImages
+    graph       run forward and backward passes as CUDA graphs, see `cuda_graph`
     on_epoch    called with the row of each epoch
     progress    called with the number of images of each step
 
     Under torchrun, each process trains on its share of the same batches with the same augmentation, and all end with
     equal weights. Dropout differs between processes.
 
-    Raises InputError if the state belongs to another training or the device does not support the precision, Diverged if
-    the loss is not finite.
+    Raises InputError if the state belongs to another training or the device does not support the precision or graphs,
+    Diverged if the loss is not finite.
     """
     device = train.labels.device
     precision.use(device, recipe.precision)
+    if graph:
+        cuda_graph.require_support(device)
     model.to(memory_format=torch.channels_last)
     optimizer = _optimizer(model, recipe)
     scheduler = _scheduler(optimizer, recipe, len(train))
     settings = dataclasses.asdict(recipe) | {"seed": seed} | (identity or {})
     state = distributed.broadcast(lambda: _load_state(state_file, settings)) if resume else None
     history, best = _restore(state, model, optimizer, scheduler) if state else ([], None)
-    trained = distributed.data_parallel(model)
+    set_gradients = functools.partial(_set_gradients, distributed.data_parallel(model), recipe)
+    if graph:
+        set_gradients = cuda_graph.GraphedPass(set_gradients, model.parameters())
+    started, saving = time.monotonic(), 0.0
     for epoch in range(len(history), recipe.epochs):
         generator = seeds.generator(seed, "pretrain", epoch)
         own_rank = (distributed.rank(),) if distributed.rank() else ()
         with seeds.fork_rng(device, seed, "dropout", epoch, *own_rank), distributed.shared_statistics(model):
             steps = _steps(train, held_out.side, recipe, generator, workers)
-            loss = _train_epoch(trained, steps, recipe, optimizer, scheduler, progress) / len(train)
+            model.train()
+            loss = _train_epoch(set_gradients, steps, recipe, optimizer, scheduler, progress) / len(train)
         if not math.isfinite(loss):
             raise Diverged("the training loss is not finite; use a smaller learning rate")
         predictions = accuracy.predict(model, held_out.images, batch_size=test_batch_size, workers=workers, shared=True)
         history.append({"epoch": epoch + 1, "loss": loss, "acc": accuracy.accuracy(predictions, held_out.labels)})
         if recipe.keep_best and history[-1]["acc"] > max((row["acc"] for row in history[:-1]), default=-1):
             best = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        if distributed.is_first():
+        before = time.monotonic()
+        if distributed.is_first() and saving <= SAVING * (before - started):
             _save_state(state_file, settings, model, optimizer, scheduler, history, best)
+            saving += time.monotonic() - before
         if on_epoch:
             on_epoch(history[-1])
     if recipe.keep_best:
@@ -93,10 +109,16 @@ def fit(
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    """Return the optimizer, in one kernel a step where torch has one for the weights.
+
+    That kernel needs gradients with the strides of the weights, which torch does not ensure for dimensions of size 1.
+    """
+    weights = list(model.parameters())
+    is_fused = weights[0].device.type == "cuda" and all(w.ndim <= 2 or 1 not in w.shape[:2] for w in weights)
+    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": is_fused or None}
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), **options)
-    return torch.optim.SGD(model.parameters(), momentum=recipe.momentum, **options)
+        return torch.optim.Adam(weights, **options)
+    return torch.optim.SGD(weights, momentum=recipe.momentum, **options)
 
 
 def _scheduler(
@@ -126,46 +148,59 @@ class _Step:
 
 
 def _steps(train: Split, crop_size: int, recipe: Recipe, generator: torch.Generator, workers: int) -> Iterator[_Step]:
-    """Yield the steps of one epoch. The random numbers for an image do not depend on the number of processes."""
+    """Yield the steps of one epoch. The random numbers for an image do not depend on the number of processes.
+
+    They are drawn on the CPU and copied to the device once, so that no step waits for a copy.
+    """
     device = train.labels.device
+    shape = train.images.shape[2:] if isinstance(train.images, Tensor) else (train.side, train.side)
     order = torch.randperm(len(train), generator=generator).split(recipe.batch_size)
     parts = [distributed.shard(len(batch)) for batch in order]
     shares = [part.stop - part.start for part in parts]
     parts = [part if share else slice(0, 1) for part, share in zip(parts, shares, strict=True)]
+    draws = [draw_crops(len(b), shape, recipe.crop_padding, recipe.flip, generator, crop_size) for b in order]
     own = [batch[part] for batch, part in zip(order, parts, strict=True)]
+    sizes = [len(indices) for indices in own]
+    indices = torch.cat(own).to(device)
+    crops = torch.cat([drawn[:, part] for drawn, part in zip(draws, parts, strict=True)], 1).to(device)
     if isinstance(train.images, FolderImages):
         loaded = train.images.loader(own, device, workers, torch.Generator())
     else:
-        loaded = (train.images[indices].to(device) for indices in own)
-    for batch, part, share, indices, images in zip(order, parts, shares, own, loaded, strict=True):
-        positions = crop_positions(len(batch), images.shape[2:], recipe.crop_padding, recipe.flip, generator, crop_size)
-        cropped = crop(images, recipe.crop_padding, *(position[part] for position in positions))
-        yield _Step(cropped, train.labels[indices], len(batch), share)
+        loaded = (train.images[some] for some in indices.split(sizes))
+    labels = train.labels[indices].split(sizes)
+    for batch, share, images, some, place in zip(order, shares, loaded, labels, crops.split(sizes, 1), strict=True):
+        yield _Step(crop(images, recipe.crop_padding, place, crop_size), some, len(batch), share)
+
+
+def _set_gradients(model: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor, weight: float) -> Tensor:
+    """Set the gradients of the mean loss times `weight`, and return that loss ()."""
+    with precision.autocast(images.device, recipe.precision):
+        logits = model(as_pixels(images))
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+    model.zero_grad()
+    (loss * weight).backward()
+    return loss.detach()
 
 
 def _train_epoch(
-    model: nn.Module,
+    set_gradients: cuda_graph.Pass,
     steps: Iterator[_Step],
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     progress: Progress | None,
 ) -> float:
-    """Take the steps; return the sum of the losses of all images."""
-    total = torch.zeros((), device=next(model.parameters()).device)
-    model.train()
+    """Take the steps; return the sum of the losses of all images. Nothing is read from the device before the end."""
+    weights = optimizer.param_groups[0]["params"]
+    total = torch.zeros((), device=weights[0].device)
     for step in steps:
-        with precision.autocast(total.device, recipe.precision):
-            logits = model(as_pixels(step.images))
-        loss = F.cross_entropy(logits.float(), step.labels, label_smoothing=recipe.label_smoothing)
-        optimizer.zero_grad()
         # data-parallel training averages over processes; with this factor, the result is the mean over the batch
-        (loss * (step.share * distributed.size() / step.batch_size)).backward()
+        loss = set_gradients(step.images, step.labels, step.share * distributed.size() / step.batch_size)
         if recipe.clip_value is not None:
-            nn.utils.clip_grad_value_(model.parameters(), recipe.clip_value)
+            nn.utils.clip_grad_value_(weights, recipe.clip_value)
         optimizer.step()
         scheduler.step()
-        total += loss.detach() * step.share
+        total += loss * step.share
         if progress:
             progress(step.batch_size)
     return distributed.all_reduce(total).item()

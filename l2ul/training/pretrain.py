@@ -32,8 +32,9 @@ def pretrain(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     resume: bool = False,
-    test_batch_size: int = 256,
+    test_batch_size: int | None = None,
     workers: int = 0,
+    graph: bool = False,
     on_epoch: Callable[[dict[str, float]], object] | None = None,
     progress: Progress | None = None,
 ) -> float:
@@ -75,6 +76,7 @@ def pretrain(
         resume=resume,
         test_batch_size=test_batch_size,
         workers=workers,
+        graph=graph,
         on_epoch=on_epoch,
         progress=progress,
     )

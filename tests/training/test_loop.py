@@ -1,32 +1,39 @@
-"""The training loop: resuming, bad states, precision and divergence."""
+"""The training loop: resuming, bad states, precision, divergence, CUDA graphs, and what its steps cost."""
 
+import collections
 import dataclasses
+import inspect
 
 from conftest import tiny_net
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from l2ul.common import choices, precision
+from l2ul.common import choices, precision, seeds
 from l2ul.common.errors import Diverged, InputError
+from l2ul.data.augment import augment
 from l2ul.data.images import Split
-from l2ul.training import loop
+from l2ul.training import cuda_graph, loop
 from l2ul.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=4, lr=0.05, batch_size=16, crop_padding=1, flip=True)
 
 
-def train(trained, state_file, epochs=None, recipe=RECIPE, resume=False, identity=None):
+@pytest.fixture(autouse=True)
+def save_each_epoch(monkeypatch):
+    monkeypatch.setattr(loop, "SAVING", 1.0)
+
+
+def train(trained, state_file, epochs=None, recipe=RECIPE, resume=False, identity=None, device="cpu", **options):
     _, images, labels = trained
-    model, split = tiny_net(5), Split(images, labels)
+    model, split = tiny_net(5).to(device), Split(images, labels).to(device)
 
     def stop(row):
         if row["epoch"] == epochs:
             raise KeyboardInterrupt
 
-    rows = loop.fit(
-        model, split, split, recipe, seed=0, state_file=state_file, identity=identity, resume=resume, on_epoch=stop
-    )
-    return model, rows
+    options |= {"state_file": state_file, "identity": identity, "resume": resume, "on_epoch": stop}
+    return model, loop.fit(model, split, split, recipe, seed=0, **options)
 
 
 @pytest.mark.parametrize("schedule", choices.SCHEDULES)
@@ -71,3 +78,111 @@ def test_bf16_needs_hardware_support_and_rounds_the_products(trained, tmp_path, 
 def test_training_stops_when_the_loss_is_not_finite(trained, tmp_path):
     with pytest.raises(Diverged, match="loss is not finite"):
         train(trained, tmp_path / "s.pt", recipe=dataclasses.replace(RECIPE, lr=1e30))
+
+
+def test_the_crops_of_an_epoch_are_those_of_its_batches(trained):
+    _, images, labels = trained
+    steps = list(loop._steps(Split(images, labels), 6, RECIPE, seeds.generator(3, "crops"), 0))
+    generator = seeds.generator(3, "crops")
+    order = torch.randperm(40, generator=generator).split(16)
+    assert [step.batch_size for step in steps] == [16, 16, 8]
+    for step, batch in zip(steps, order, strict=True):
+        assert torch.equal(step.images, augment(images[batch], 1, True, generator, 6))
+        assert torch.equal(step.labels, labels[batch])
+
+
+def test_an_epoch_reads_from_the_device_once(trained, tmp_path):
+    class Reads(TorchDispatchMode):
+        counts = collections.Counter()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.counts[func] += 1
+            return func(*args, **(kwargs or {}))
+
+    model, images, labels = trained
+    steps = loop._steps(Split(images, labels), 8, RECIPE, seeds.generator(3, "crops"), 0)
+    optimizer = loop._optimizer(model, RECIPE)
+    scheduler = loop._scheduler(optimizer, RECIPE, 40)
+    with Reads() as mode:
+        loop._train_epoch(
+            lambda *batch: loop._set_gradients(model, RECIPE, *batch), steps, RECIPE, optimizer, scheduler, None
+        )
+    assert mode.counts[torch.ops.aten.convolution.default] == 2 * 3
+    assert mode.counts[torch.ops.aten._local_scalar_dense.default] == 1
+
+
+def test_the_state_is_not_saved_more_often_than_a_share_of_the_time_allows(trained, tmp_path, monkeypatch):
+    now, saved = [0.0], []
+
+    def save(state_file, settings, model, optimizer, scheduler, history, best):
+        saved.append(len(history))
+        now[0] += 1
+
+    def predict(*arguments, **options):
+        now[0] += 8  # seconds of an epoch
+        return labels
+
+    labels = trained[2]
+    monkeypatch.setattr(loop, "SAVING", 1 / 20)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop, "_save_state", save)
+    monkeypatch.setattr(loop.accuracy, "predict", predict)
+    train(trained, tmp_path / "state.pt", recipe=dataclasses.replace(RECIPE, epochs=9))
+    assert saved == [1, 3, 5, 8]
+
+
+def test_replayed_passes_give_the_weights_of_passes_without_graphs(trained, tmp_path, monkeypatch):
+    """A graph is emulated by a function that runs the pass and writes into the memory of the capture."""
+    recorded = []
+
+    def record(compute):
+        parameters = inspect.getclosurevars(compute).nonlocals["self"]._parameters
+        gradients, loss = [torch.zeros_like(one) for one in parameters], torch.zeros(())
+
+        def replay():
+            recorded.append(1)
+            loss.copy_(compute())
+            for kept, parameter in zip(gradients, parameters, strict=True):
+                kept.copy_(parameter.grad)
+                parameter.grad = None
+
+        for kept, parameter in zip(gradients, parameters, strict=True):
+            parameter.grad = kept
+        return replay, loss
+
+    recipe = dataclasses.replace(RECIPE, epochs=6, clip_value=0.5)
+    plain, rows = train(trained, tmp_path / "plain.pt", recipe=recipe)
+    monkeypatch.setattr(cuda_graph, "require_support", lambda device: None)
+    monkeypatch.setattr(cuda_graph, "_beside", lambda compute: compute())
+    monkeypatch.setattr(cuda_graph, "_record", record)
+    graphed, same_rows = train(trained, tmp_path / "graphed.pt", recipe=recipe, graph=True)
+    assert len(recorded) == (6 * 2 - cuda_graph.WARM_UP) + (6 - cuda_graph.WARM_UP)  # batches of 16 and of 8
+    assert same_rows == rows
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), graphed.parameters(), strict=True))
+
+
+def test_graphs_need_one_cuda_gpu_and_a_model_that_does_not_read_from_it(trained, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="--cuda-graph needs a CUDA GPU; leave it out"):
+        train(trained, tmp_path / "s.pt", graph=True)
+    monkeypatch.setattr(cuda_graph.distributed, "size", lambda: 2)
+    with pytest.raises(InputError, match="--cuda-graph is for one GPU"):
+        cuda_graph.require_support(torch.device("cuda"))
+
+    def record(compute):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(cuda_graph, "_record", record)
+    monkeypatch.setattr(cuda_graph, "WARM_UP", 0)
+    with pytest.raises(InputError, match="cannot capture this model .CUDA error: .* capturing.; leave it out$"):
+        cuda_graph.GraphedPass(lambda *batch: batch, [])(torch.zeros(1), torch.zeros(1), 1.0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", choices.PRECISIONS)
+def test_training_with_real_graphs_equals_training_without(trained, tmp_path, precision):
+    recipe = dataclasses.replace(RECIPE, epochs=6, precision=precision)
+    plain, rows = train(trained, tmp_path / "plain.pt", recipe=recipe, device="cuda")
+    graphed, same = train(trained, tmp_path / "graphed.pt", recipe=recipe, device="cuda", graph=True)
+    assert [row["loss"] for row in same] == pytest.approx([row["loss"] for row in rows], rel=0.02)
+    for one, other in zip(plain.parameters(), graphed.parameters(), strict=True):
+        assert (one - other).abs().max() < 0.02
