@@ -198,10 +198,29 @@ class _Loop:
     def _step(self, terms: Terms) -> None:
         """Minimise the sum of the terms by one step. Without terms, the method has changed the weights itself."""
         if terms:
-            self.procedure.optimizer.zero_grad()
-            sum(terms.values()).backward()
+            self._backward(terms)
             self.procedure.optimizer.step()
             self.procedure.scheduler.step()
+
+    def _backward(self, terms: Terms) -> None:
+        """Set the gradients of the weights to those of the sum of the terms.
+
+        Autograd adds the gradients of two forward passes weight by weight. Those of separate terms are computed one
+        after the other here and added for all weights together, which a GPU does with a few kernels.
+        """
+        separate = [value for name, value in terms.items() if name in self.procedure.separate and value.requires_grad]
+        joint = [value for name, value in terms.items() if name not in self.procedure.separate]
+        total: dict[Tensor, Tensor] = {}
+        for loss in [*separate, sum(joint)] if joint else separate:
+            self.procedure.optimizer.zero_grad()
+            loss.backward()
+            parameters = [one for group in self.procedure.optimizer.param_groups for one in group["params"]]
+            new = {one: one.grad for one in parameters if one.grad is not None}
+            if both := [one for one in new if one in total]:
+                torch._foreach_add_([new[one] for one in both], [total[one] for one in both])
+            total |= new
+        for parameter, gradient in total.items():
+            parameter.grad = gradient
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return weights and buffers, also those that the model's `state_dict` leaves out."""
@@ -209,7 +228,7 @@ class _Loop:
 
     def state_dict(self) -> State:
         """Return all that decides the steps to come, and the curve so far."""
-        device = self.monitor.logits.device
+        device = next(self.model.parameters()).device
         return {
             "step": self.outcome.steps,
             "status": self.outcome.status,
@@ -231,11 +250,10 @@ class _Loop:
         self.outcome.seconds_before = state["seconds"]
         for name, tensor in self._tensors().items():
             tensor.copy_(state["model"][name])
-        device = next(self.model.parameters()).device
-        self.monitor.logits = state["logits"].to(device)
+        self.monitor.logits = state["logits"]
         self.procedure.optimizer.load_state_dict(state["optimizer"])
         self.procedure.scheduler.load_state_dict(state["scheduler"])
         self.procedure.load_state_dict(state["procedure"])
         torch.set_rng_state(state["generator"])  # last, as the procedure may draw from it
         if state["cuda_generator"] is not None:
-            torch.cuda.set_rng_state(state["cuda_generator"], device)
+            torch.cuda.set_rng_state(state["cuda_generator"], next(self.model.parameters()).device)

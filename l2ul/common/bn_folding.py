@@ -27,6 +27,14 @@ def folded(model: nn.Module, sample: Tensor) -> Iterator[None]:
         yield
 
 
+def fold(model: nn.Module, sample: Tensor) -> None:
+    """Replace each foldable pair of layers by one convolution for good, in a model whose weights no longer change.
+
+    sample  (n, 3, H, W) in [0,1], an input that the model accepts
+    """
+    _fuse(model, foldable(model, sample))
+
+
 def foldable(model: nn.Module, sample: Tensor) -> tuple[Pair, ...]:
     """Return the pairs of layers that can be folded without changing the logits.
 
@@ -66,14 +74,19 @@ def _folded(model: nn.Module, pairs: tuple[Pair, ...] | list[Pair]) -> Iterator[
     originals = {name: model.get_submodule(name) for pair in pairs for name in pair}
     with eval_mode(model):
         try:
-            with torch.no_grad():
-                for convolution, norm in pairs:
-                    model.set_submodule(convolution, fuse_conv_bn_eval(originals[convolution], originals[norm]))
-                    model.set_submodule(norm, nn.Identity())
+            _fuse(model, pairs)
             yield
         finally:
             for name, module in originals.items():
                 model.set_submodule(name, module)
+
+
+@torch.no_grad()
+def _fuse(model: nn.Module, pairs: tuple[Pair, ...] | list[Pair]) -> None:
+    for convolution, norm in pairs:
+        fused = fuse_conv_bn_eval(model.get_submodule(convolution), model.get_submodule(norm))
+        model.set_submodule(convolution, fused)
+        model.set_submodule(norm, nn.Identity())
 
 
 def _adjacent(model: nn.Module, pixels: Tensor) -> tuple[list[Pair], Tensor]:

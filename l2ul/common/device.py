@@ -4,6 +4,7 @@ import sys
 import time
 
 import torch
+from torch import Tensor
 
 from l2ul.common import distributed
 from l2ul.common.errors import InputError
@@ -45,6 +46,13 @@ def _own_gpu() -> torch.device:
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device. A copy from the CPU to a CUDA GPU uses pinned memory, so that the CPU goes on."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def clock(device: torch.device) -> float:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
+from l2ul.common.device import upload
 from l2ul.common.errors import InputError
 
 
@@ -16,7 +17,7 @@ def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator
     size       side of the square crop; None: the crop has the size of the images
     """
     crops = draw_crops(len(images), images.shape[2:], padding, flip, generator, size)
-    return crop(images, padding, crops.to(images.device), size)
+    return crop(images, padding, upload(crops, images.device), size)
 
 
 def draw_crops(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from l2ul.common.device import upload
 from l2ul.data.augment import augment
 
 MIXED = (0.3, 0.7)  # range of the weight of the first image in a blend
@@ -15,10 +16,11 @@ def mixes(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """
     first = torch.randint(len(images), (count,), generator=generator)
     if len(images) > 1:
-        second = images[(first + torch.randint(1, len(images), (count,), generator=generator)) % len(images)]
+        other = (first + torch.randint(1, len(images), (count,), generator=generator)) % len(images)
+        second = images[upload(other, images.device)]
     else:
         second = images.rot90(2, (2, 3)).expand(count, -1, -1, -1)
     low, high = MIXED
-    weight = low + (high - low) * torch.rand((count, 1, 1, 1), generator=generator).to(images.device)
-    blended = weight * images[first] + (1 - weight) * second
+    weight = low + (high - low) * upload(torch.rand((count, 1, 1, 1), generator=generator), images.device)
+    blended = weight * images[upload(first, images.device)] + (1 - weight) * second
     return augment(blended, images.shape[-1] // 8, True, generator).to(memory_format=torch.channels_last)

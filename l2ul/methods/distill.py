@@ -28,12 +28,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from l2ul import objective
 from l2ul.common import activations, seeds
-from l2ul.common.bn_folding import folded
+from l2ul.common.bn_folding import fold
+from l2ul.common.device import upload
 from l2ul.common.modes import frozen_copy
 from l2ul.data.mixes import mixes
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import Procedure
-from l2ul.methods.registry import Method, Step, Terms
+from l2ul.methods.registry import BUILT_IN, Method, Step, Terms
 from l2ul.methods.settings import Settings, override
 from l2ul.objective import Batch, Forget
 
@@ -71,19 +72,21 @@ class DistillProcedure(Procedure):
         self.scheduler = LambdaLR(self.optimizer, lambda step: one_cycle(step, settings.distill_steps))
         self.max_steps = settings.distill_cycles * settings.distill_steps
         self.stop_every = settings.distill_steps
+        self.separate = frozenset({"forget"} if method in BUILT_IN else ())
 
     def __next__(self) -> Terms:
         return self.method.terms(self.next_step())
 
     def next_step(self) -> Step:
         """Draw the images of D_f and the mixes of the next step."""
-        forget, settings, logits = self.forget, self.settings, self.monitor.logits
-        if not forget.is_forgotten(logits.argmax(1)).all():
+        forget, settings = self.forget, self.settings
+        measured, logits = self.monitor.forget, self.monitor.logits  # on the CPU
+        if not measured.is_forgotten(logits.argmax(1)).all():
             self.weight *= self.growth
-        losses = objective.margin_loss(logits, forget.target_labels, forget.goal, settings.distill_margin)
+        losses = objective.margin_loss(logits, measured.target_labels, forget.goal, settings.distill_margin)
         remaining = losses.nonzero().flatten()
         drawn = torch.randperm(len(remaining), generator=self.generator)[: settings.distill_forget]
-        chosen = remaining[drawn.to(remaining.device)]
+        chosen = upload(remaining[drawn], forget.images.device)
         mixed = mixes(forget.images, settings.distill_mixes, self.generator)
         return Step(
             self.model,
@@ -123,14 +126,15 @@ class Teacher:
         self.model = frozen_copy(model)
         self.layers = list(activations.layers(self.model, images[:1]))[1:]
         self.last = activations.last_spatial_module(self.model, images[:1])
+        fold(self.model, images)  # leaves the inputs of convolutions and linear layers as they are
         _, features = self.outputs(images[:VARIANCE_IMAGES])
-        self.variances = [layer.var(correction=0).item() or math.inf for layer in features]
+        variances = torch.stack([layer.var(correction=0) for layer in features]).tolist()
+        self.variances = [variance or math.inf for variance in variances]
 
     @torch.no_grad()
     def outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the logits (n, C) and the features of each layer of the original model."""
-        with folded(self.model, images):  # leaves the inputs of convolutions and linear layers as they are
-            return activations.logits_and_inputs(self.model, images, self.layers, self.last)
+        return activations.logits_and_inputs(self.model, images, self.layers, self.last)
 
     def gaps(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the KL divergence of logits and the feature gap between a model and the original, two scalars."""

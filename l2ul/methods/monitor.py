@@ -1,5 +1,6 @@
 """The forget-set monitor: predictions on D_f after a step, as a row of the curve."""
 
+from dataclasses import replace
 from functools import cached_property
 import itertools
 import math
@@ -16,20 +17,17 @@ BATCH_SIZE = 512  # images of D_f per forward pass
 class ForgetMonitor:
     """Measure a model on D_f in eval mode while it is being unlearned.
 
-    `logits` (k, C) are those of the last measurement, or of the model before the first step.
+    `logits` (k, C) are those of the last measurement, or of the model before the first step. They and the labels of
+    `forget` are on the CPU, so that what is decided by them needs no transfer of its own.
     """
 
     def __init__(self, model: nn.Module, forget: Forget):
-        self.model, self.forget = model, forget
+        new = None if forget.new_labels is None else forget.new_labels.cpu()
+        self.model, self.forget = model, replace(forget, labels=forget.labels.cpu(), new_labels=new)
 
     @cached_property
     def logits(self) -> Tensor:
-        return self._predict()
-
-    @property
-    def is_forgotten(self) -> Tensor:
-        """Which images (k,) bool were forgotten at the last measurement."""
-        return self.forget.is_forgotten(self.logits.argmax(1))
+        return self._predict().cpu()
 
     def measure(self, step: int, terms: Terms) -> tuple[dict[str, float], bool]:
         """Measure D_f after a step; return a row of the curve and whether all numbers are finite.
@@ -38,18 +36,20 @@ class ForgetMonitor:
         `forgotten` (percent of D_f that is forgotten). Both percentages are nan if the logits of D_f are not finite.
         Checked are the row, the weights and the buffers. All numbers move from the device in one transfer.
         """
-        self.logits = self._predict()
-        correct = (self.logits.argmax(1) == self.forget.labels).sum()
-        measured = [correct, self.is_forgotten.sum(), self.logits.isfinite().all(), _all_finite(self.model)]
-        *values, num_correct, num_forgotten, finite_logits, finite_model = torch.stack(
-            [value.detach().float().reshape(()) for value in (*terms.values(), *measured)]
-        ).tolist()
-        counts = {"acc_forget": num_correct, "forgotten": num_forgotten}
-        percent = {
-            name: 100 * count / len(self.forget) if finite_logits else math.nan for name, count in counts.items()
-        }
-        row = {"step": step, **dict(zip(terms, values, strict=True)), **percent}
+        logits = self._predict()
+        scalars = [value.detach() for value in terms.values()] + [_all_finite(self.model).float()]
+        numbers = torch.cat([*(scalar.reshape(1) for scalar in scalars), logits.flatten()]).cpu()
+        *values, finite_model = numbers[: len(scalars)].tolist()
+        self.logits = numbers[len(scalars) :].view(logits.shape)
+        row = {"step": step, **dict(zip(terms, values, strict=True)), **self._percentages(self.logits.argmax(1))}
+        if not self.logits.isfinite().all():
+            row |= {"acc_forget": math.nan, "forgotten": math.nan}
         return row, bool(finite_model) and math.isfinite(sum(row.values()))
+
+    def _percentages(self, predictions: Tensor) -> dict[str, float]:
+        correct, forgotten = predictions == self.forget.labels, self.forget.is_forgotten(predictions)
+        counts = {"acc_forget": correct, "forgotten": forgotten}
+        return {name: 100 * int(images.sum()) / len(self.forget) for name, images in counts.items()}
 
     @torch.no_grad()
     def _predict(self) -> Tensor:

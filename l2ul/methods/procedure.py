@@ -22,6 +22,7 @@ class Procedure(Iterator[Terms]):
     max_steps     steps until the loop gives up; None: until the iterator ends
     check_every   steps between two measurements of D_f
     stop_every    the loop stops after a multiple of this number of steps if D_f is forgotten; None: it never does
+    separate      names of the terms that share no forward pass with another term: their gradients are added at once
     final_status  status of the outcome if the loop runs to its end
     is_resumable  whether `state_dict` holds all that decides the steps to come
     """
@@ -31,6 +32,7 @@ class Procedure(Iterator[Terms]):
     max_steps: int | None = None
     check_every: int = 1
     stop_every: int | None = 1
+    separate: frozenset[str] = frozenset()
     final_status: str = CAP
     is_resumable: bool = True
 

@@ -123,7 +123,8 @@ def test_teacher_measures_gaps_of_layer_inputs_and_of_the_last_feature_map(train
     x = images[:5] / 255
     teacher = distill.Teacher(model, x)
     assert teacher.layers == ["features.3", "head"]
-    assert len(foldable(teacher.model, x)) == 2
+    assert len(foldable(model, x)) == 2
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in teacher.model.modules())
     assert teacher.last == "features.5"  # the last ReLU, before the features are flattened
     _, features = activations.logits_and_inputs(model, x, teacher.layers, teacher.last)
     with torch.no_grad():
@@ -173,7 +174,7 @@ def test_a_step_uses_the_remaining_images_and_weights_the_loss_by_their_number(t
 
     def procedure(logits):
         return distill.DistillProcedure(
-            registry.get("distill"), model, forget, settings, SimpleNamespace(logits=logits)
+            registry.get("distill"), model, forget, settings, SimpleNamespace(logits=logits, forget=forget)
         )
 
     steps = procedure(logits)
