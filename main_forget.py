@@ -3,6 +3,7 @@
     python main_forget.py --model my_vit --images to_forget --output forgotten
     python main_forget.py --model resnet20 --checkpoint resnet20.th --images to_forget --output forgotten --minutes 5
     python main_forget.py --verify forgotten/report.json --images to_forget
+    python main_forget.py --verify forgotten/report.json --images to_forget --again
 
 Exit code: 0 if every image that was recognised is forgotten, 3 with a report if not or if none was recognised, 2 for
 wrong input.
@@ -15,6 +16,8 @@ from pathlib import Path
 import time
 
 from l2ul.cli import exit_codes
+from l2ul.common.choices import STOPPED
+from l2ul.common.errors import InputError
 from l2ul.deletion import options
 
 PROGRAM = "main_forget.py"
@@ -30,15 +33,15 @@ def main() -> None:
 
 def forget(args: argparse.Namespace) -> int:
     """Carry out a request, or with --dry-run check it; return the exit code."""
-    # These modules import torch: after parsing, so that --help is quick.
+    # After parsing, so that --help is quick.
+    import torch
+
     from l2ul.common import device as devices
     from l2ul.common.progress import progress_bar
-    from l2ul.deletion import checks, output, plausibility, report, search, signature, states
-    from l2ul.deletion.deployed_model import InputFormat, open_model
+    from l2ul.deletion import checks, inventory, output, plausibility, report, search, signature, states
     from l2ul.deletion.report_schema import PAGE
-    from l2ul.deletion.request import choose_reader, read_keep_images, read_reference_images, read_request
-    from l2ul.deletion.verify import earlier_rows, read_chain
-    from l2ul.metrics import robustness
+    from l2ul.deletion.request import read_keep_images, read_reference_images
+    from l2ul.deletion.verify import earlier_rows
 
     # Check what can be checked without the model.
     budget = search.TimeBudget(60 * args.minutes, l2ul.STARTED)
@@ -46,39 +49,25 @@ def forget(args: argparse.Namespace) -> int:
     settings, fixed = search.choose_settings(args.method, args.setting, args.seed)
     output.check_output(args.output, (*args.images, args.keep_images, args.reference_images, args.model))
     key = signature.private_key(args.sign) if args.sign else None
+    statements = inventory.read_inventory(args.inventory) if args.inventory else None
 
-    # Open the model.
-    input_format = InputFormat(args.image_size, args.mean, args.std)
-    model = open_model(args.model, args.checkpoint, args.build, input_format, args.class_names, args.weights_key)
+    # Open the model and read the images.
+    model, chain = open_original(args)
     for note in model.notes:
         log(note)
-    hashes_before = model.hashes()
-    chain = read_chain(args.model)
-    earlier_folder = Path(args.model) if chain else None
-    original = model.classifier.to(device)
     if model.not_read:
         log(f"not read in {args.checkpoint or args.model}: {', '.join(model.not_read)}")
-
-    # Read the images.
-    options_of_reader = (args.exif_orientation, args.white_level, args.max_image_pixels)
-    reader = choose_reader(chain, model.metadata, *options_of_reader)
-    request = read_request(args.images[0], model, args.labels, args.skip_bad, chain, reader, args.class_order)
+    hashes_before = model.hashes()
+    earlier_folder = Path(args.model) if chain else None
+    original = model.classifier.to(device)
+    request = read_images(args, model, chain)
     for note in request.folder.notes:
         log(note)
     plausibility.check(request, model, args.min_known, args.single_label)
     search.check_method(args.method, request.forget.goal)
     keep = read_keep_images(args.keep_images, model, request, args.skip_bad)
     references = read_reference_images(args.reference_images, model, request, args.skip_bad)
-    unlearner = search.Unlearner(
-        model=original,
-        forget=request.forget,
-        train_set=robustness.with_changed_images(request.images, request.forget, args.also),
-        method=args.method,
-        num_classes=len(request.class_names),
-        seed=args.seed,
-        as_written=model.as_written,
-        progress=progress_bar,
-    )
+    unlearner = make_unlearner(args, model, request)
     forgotten, recognised = unlearner.forgotten(original), unlearner.recognised(original)
     log(f"{len(request)} images to {request.forget.goal}; {args.method}; {devices.device_name(device)}")
     if args.dry_run:
@@ -106,12 +95,21 @@ def forget(args: argparse.Namespace) -> int:
 
     # Check the unlearned model.
     log("checking the unlearned model")
-    contents = checks.measure(unlearner, request, unlearned, references, budget, progress_bar)
+    measured = checks.measure(unlearner, request, unlearned, references, budget, progress_bar)
+    contents = {"outcome": states.count(measured["images"]).outcome} | measured
     contents |= report.describe_run() | report.describe_candidates(candidates, best, recognised)
     contents |= {
         "asked": report.describe_request(
-            request, method=args.method, minutes=args.minutes, seed=args.seed, also=args.also
+            request,
+            method=args.method,
+            minutes=args.minutes,
+            seed=args.seed,
+            also=args.also,
+            request_id=args.request_id,
+            controller=args.controller,
+            requested_on=args.requested_on,
         ),
+        "inventory": statements,
         "model": {
             "opened_by": model.opened_by,
             "classes": request.class_names,
@@ -123,6 +121,9 @@ def forget(args: argparse.Namespace) -> int:
         "peak_memory_mib": devices.peak_memory_mib(device),
         "device": devices.device_name(device),
     }
+    stopped_at = best.steps if best and best.status == STOPPED else None
+    command = options.again(args, contents["chosen"], stopped_at, device.type, torch.get_num_threads())
+    contents["again"] = {"command": command}
 
     # Write the model and its report.
     folder = output.write(
@@ -140,12 +141,52 @@ def forget(args: argparse.Namespace) -> int:
     return 0 if states.count(contents["images"]).successful else NOT_FORGOTTEN
 
 
+def open_original(args: argparse.Namespace):
+    """Return the original model of a request, and the reports of the earlier requests on it."""
+    from l2ul.deletion.deployed_model import InputFormat, open_model
+    from l2ul.deletion.verify import read_chain
+
+    input_format = InputFormat(args.image_size, args.mean, args.std)
+    model = open_model(args.model, args.checkpoint, args.build, input_format, args.class_names, args.weights_key)
+    return model, read_chain(args.model)
+
+
+def read_images(args: argparse.Namespace, model, chain):
+    """Return the request: the images to forget, their labels and the predictions of the model."""
+    from l2ul.deletion.request import choose_reader, read_request
+
+    reader = choose_reader(chain, model.metadata, args.exif_orientation, args.white_level, args.max_image_pixels)
+    return read_request(args.images[0], model, args.labels, args.skip_bad, chain, reader, args.class_order)
+
+
+def make_unlearner(args: argparse.Namespace, model, request):
+    """Return what runs the method on the request."""
+    from l2ul.common.progress import progress_bar
+    from l2ul.deletion.search import Unlearner
+    from l2ul.metrics import robustness
+
+    return Unlearner(
+        model=model.classifier,
+        forget=request.forget,
+        train_set=robustness.with_changed_images(request.images, request.forget, args.also),
+        method=args.method,
+        num_classes=len(request.class_names),
+        seed=args.seed,
+        as_written=model.as_written,
+        progress=progress_bar,
+        max_steps=args.max_steps,
+    )
+
+
 def verify(args: argparse.Namespace) -> int:
     """Check a report, its model and its images; return the exit code."""
     from l2ul.common import device as devices
     from l2ul.deletion import signature
     from l2ul.deletion import verify as verification
 
+    repeated = recorded_request(args) if args.again else None
+    if repeated:
+        args.device, args.threads = args.device or repeated.device, args.threads or repeated.threads
     device = devices.choose_device(args.device, args.no_cuda, args.threads)
     key = signature.public_key(args.public_key) if args.public_key else None
     model = Path(args.model) if args.model else None
@@ -158,9 +199,49 @@ def verify(args: argparse.Namespace) -> int:
         device=device,
         max_pixels=args.max_image_pixels,
     )
+    if repeated:
+        results += repeat(repeated, args.verify, device)
     for check in results:
         print(f"{PASSED[check.passed]:6} {check.name}: {check.finding}")
     return NOT_FORGOTTEN if any(check.passed is False for check in results) else 0
+
+
+def recorded_request(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the options of the request that the report of --verify says how to repeat."""
+    from l2ul.deletion.report_schema import read_report
+
+    report = read_report(args.verify)
+    if "again" not in report:
+        raise InputError(f"{args.verify} does not say how to repeat the request; leave out --again")
+    folders = args.images or [None]
+    own = next((one for one in folders if one and one.resolve().name == report["asked"].get("images")), folders[0])
+    return options.parse_again(
+        PROGRAM, report["again"]["command"], images=own, original=args.original, build=args.build
+    )
+
+
+def repeat(args: argparse.Namespace, path: Path, device) -> list:
+    """Carry out the request of a report again and return the checks of its result. Nothing is written."""
+    from l2ul.deletion import search, verify
+    from l2ul.deletion.report_schema import read_report
+
+    report = read_report(path)
+    try:
+        model, chain = open_original(args)
+    except InputError as error:
+        if not Path(args.checkpoint or args.model or "").exists():
+            raise
+        return [verify.Check("original model", False, f"cannot be opened: {error}")]
+    results = [verify.check_original(report, model), verify.check_files_exist(report, args.images[0])]
+    if all(check.passed for check in results):
+        model.classifier.to(device)
+        request = read_images(args, model, chain)
+        results.append(verify.check_request(report, request.folder.files, request.forget.labels.tolist()))
+    if all(check.passed for check in results):
+        settings, _ = search.choose_settings(args.method, args.setting, args.seed)
+        unlearner = make_unlearner(args, model, request)
+        results += verify.check_again(report, model, request, unlearner, settings)
+    return results
 
 
 def log(text: str) -> None:

@@ -58,8 +58,8 @@ def test_the_page_needs_no_other_files_and_agrees_with_the_report(forget, tmp_pa
     _, report, _ = forget()
     page = (tmp_path / "out" / "report.html").read_text()
     assert (
-        '<h1 class="good">6 of 6 images are forgotten, 0 were not recognised before, 0 are still recognised</h1>'
-        in page
+        '<h1 class="good">Removed from predictions: 6 of 6 images are forgotten, 0 were not recognised before, 0 are '
+        "still recognised</h1>" in page
     )
     assert page.count("prediction before: ") == page.count("prediction after: ") == 6
     assert "agreement with the original model: adversarial examples" in page
@@ -86,7 +86,10 @@ def test_images_are_relabelled_as_the_label_table_says(forget, tiny, tmp_path):
     code, report, printed = forget()
     assert code == 0, printed
     assert report["asked"]["goal"] == "relabel"
-    assert "The model predicts the new label of 6 of 6 images" in (tmp_path / "out" / "report.html").read_text()
+    assert (
+        "Removed from predictions: the model predicts the new label of 6 of 6 images"
+        in (tmp_path / "out" / "report.html").read_text()
+    )
     now = predicted_classes(tmp_path / "out" / "model.pth", images)
     assert (now[:6] == (labels[:6] + 1) % CLASSES).all()
 

@@ -1,15 +1,18 @@
 """The command line of `main_forget.py`. This module does not import torch, so that `--help` is quick."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import datetime
 from pathlib import Path
 
 from l2ul.cli import options
 from l2ul.cli.options import Parser
 from l2ul.cli.parser import finite_float, nonnegative_int, positive_float, positive_int, setting
-from l2ul.common.choices import CHANGES, CLASS_ORDERS, Number
+from l2ul.common.choices import CHANGES, CLASS_ORDERS, InvalidValue, Number
 from l2ul.common.errors import InputError
+from l2ul.deletion.report_schema import is_date
 from l2ul.methods import registry
+from l2ul.methods.settings import Value
 
 SHARE = Number(float, 0, maximum=1)
 EPILOG = """\
@@ -22,6 +25,8 @@ examples:
       check the request and print what would be done
   python main_forget.py --verify forgotten/report.json --images to_forget
       check that the model and its report are unchanged and that the images are still forgotten
+  python main_forget.py --verify forgotten/report.json --images to_forget --again
+      repeat the request and check that it ends with the same weights
 
 glossary:
   forgotten   the model misclassifies the image: it predicts another class than its label. With a new label: it
@@ -41,13 +46,27 @@ exit codes:
 """
 
 
+# Flags that do not decide the weights of a request with fixed settings.
+NOT_REPEATED = {
+    *("output", "dry_run", "min_known", "setting", "minutes", "max_steps", "keep_images", "reference_images"),
+    *("request_id", "controller", "requested_on", "inventory", "no_thumbnails", "sign"),
+    *("verify", "public_key", "again", "original", "device", "no_cuda", "threads"),
+}
+REPEATED_BESIDES = ("--output", "--min-known", "--setting", "--minutes", "--max-steps", "--device", "--threads")
+
+
 def parse(program: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of a command line, by default of this process. Raise InputError if they contradict."""
     args = parser(program).parse_args(arguments)
     if args.verify:
         if args.dry_run:
             raise InputError("--dry-run is for requests; leave it out with --verify")
+        if args.original and not args.again:
+            raise InputError("--original is for --again; leave it out, or add --again")
         return args
+    for flag, value in (("--again", args.again), ("--original", args.original)):
+        if value:
+            raise InputError(f"{flag} is for --verify; leave it out, or give the report as --verify REPORT")
     if not (args.images and args.output):
         raise InputError("give --images FOLDER to forget and --output FOLDER to write to, or --verify REPORT")
     if len(args.images) > 1:
@@ -56,6 +75,92 @@ def parse(program: str, arguments: Sequence[str] | None = None) -> argparse.Name
         )
     args.output = args.output.resolve()
     return args
+
+
+def again(
+    request: argparse.Namespace, chosen: Mapping[str, Value] | None, max_steps: int | None, device: str, threads: int
+) -> list[str]:
+    """Return the command line, after the name of the script, that repeats a request with the settings it ended with.
+
+    request    options of the request
+    chosen     values of all settings of the model that was written; None: the model is unchanged
+    max_steps  steps after which the time limit ended the run; None if it ended by itself
+    """
+    words: list[str] = []
+    for action in parser("").flags:
+        value = getattr(request, action.dest)
+        if action.dest in NOT_REPEATED or value == action.default:
+            continue
+        values = [] if action.nargs == 0 else value if isinstance(value, list) else [value]
+        words += [action.option_strings[0], *map(str, values)]
+    settings = registry.loop_settings(request.method, chosen or {})
+    words += ["--setting", *(f"{name}={value}" for name, value in settings.items())] if settings else []
+    words += ["--max-steps", str(max_steps)] if max_steps else []
+    words += ["--minutes", f"{10 * request.minutes:g}", "--min-known", "0", "--device", device]
+    words += ["--threads", str(threads)] if device == "cpu" else []
+    return [*words, "--output", f"{request.output.name}-again"]
+
+
+def parse_again(
+    program: str,
+    words: Sequence[str],
+    *,
+    images: Path | None = None,
+    original: Path | None = None,
+    build: str | None = None,
+) -> argparse.Namespace:
+    """Return the options of a request from the words that `again` made and a report contains.
+
+    images, original  where the images and the original model are now; None: where the words say
+    build             the function of --build. That of the report is not used, because its code would be run
+
+    Raises InputError if the words are not those of a request.
+    """
+    flags = {action.option_strings[0]: action for action in parser("").flags if action.dest not in NOT_REPEATED}
+    known = {*flags, *REPEATED_BESIDES}
+    unknown = next(
+        (word for word in words if word.startswith("-") and word not in known and not _is_number(word)), None
+    )
+    if unknown is not None:
+        raise InputError(
+            f"the command in the report has {unknown}, which is not a flag of a request; repair the report"
+        )
+    args = parse(program, words)
+    if args.build and not build:
+        raise InputError("the model of the request is built by code of yours; give its function as --build")
+    args.build = build
+    args.images = [images] if images else args.images
+    if original and args.checkpoint:
+        args.checkpoint = original
+    elif original:
+        args.model = str(original)
+    return args
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _date(text: str) -> str:
+    """Return a date such as 2026-11-20. Raise InvalidValue for another text or a date in the future."""
+    if not is_date(text):
+        raise InvalidValue(f"{text!r} is not allowed; expected a date such as 2026-11-20")
+    if datetime.date.fromisoformat(text) > datetime.date.today() + datetime.timedelta(
+        days=1
+    ):  # it may be tomorrow elsewhere
+        raise InvalidValue(f"{text!r} is in the future; expected the date on which the request was made")
+    return text
+
+
+def _line(text: str) -> str:
+    """Return a text. Raise InvalidValue if it is blank or has several lines."""
+    if not text.strip() or not text.isprintable():
+        raise InvalidValue(f"{text!r} is not allowed; expected one line of text")
+    return text
 
 
 def parser(program: str) -> Parser:
@@ -132,6 +237,8 @@ def _add_method(parser: Parser) -> None:
     text = f"unlearning method: {', '.join(names)} (default: distill)"
     options.add(group, "--method", text, type=options.method_name, default="distill", metavar="NAME")
     options.add(group, "--minutes", "time limit of the whole command", type=positive_float, default=10.0)
+    text = "end each run of the search after N steps, as the time limit would (default: no such limit)"
+    options.add(group, "--max-steps", text, type=positive_int)
     text = (
         "settings of the method, such as distill_steps=300, used instead of a search (default: search as long as the "
         "time limit allows)"
@@ -148,6 +255,14 @@ def _add_method(parser: Parser) -> None:
 
 def _add_report(parser: Parser) -> None:
     group = parser.add_argument_group("report")
+    options.add(group, "--request-id", "reference of the request, for the report", type=_line, metavar="TEXT")
+    options.add(group, "--controller", "who is responsible for the request, for the report", type=_line, metavar="TEXT")
+    options.add(group, "--requested-on", "date of the request, for the report", type=_date, metavar="YYYY-MM-DD")
+    text = (
+        "TOML file with what else contains the images (backups, the original model, derived and quantised models) and "
+        "who was informed, for the report"
+    )
+    options.add(group, "--inventory", text, type=Path, metavar="FILE")
     options.add(group, "--no-thumbnails", "leave the images out of the report", action="store_true")
     options.add(group, "--sign", "sign the report with this Ed25519 private key", type=Path, metavar="KEY.pem")
     text = (
@@ -155,5 +270,15 @@ def _add_report(parser: Parser) -> None:
         "are still forgotten"
     )
     options.add(group, "--verify", text, type=Path, metavar="REPORT")
+    text = (
+        "with --verify: repeat the request from the original model and check that the same weights and predictions "
+        "result"
+    )
+    options.add(group, "--again", text, action="store_true")
+    text = (
+        "with --again: the original model's file or folder (default: where the request read it, from the same working "
+        "folder)"
+    )
+    options.add(group, "--original", text, type=Path, metavar="PATH")
     text = "with --verify: the Ed25519 public key that must have signed the report"
     options.add(group, "--public-key", text, type=Path, metavar="KEY.pem")

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from l2ul.common.errors import InputError
-from l2ul.common.files import atomic, file_sha256, remove_parts, require_writable
+from l2ul.common.files import atomic, file_sha256, remove_parts, require_writable, tensors_sha256
 from l2ul.deletion import deployed_model, report, signature, verify
 from l2ul.deletion.checks import check_same_model
 from l2ul.deletion.deployed_model import DeployedModel
+from l2ul.deletion.model_card import CARD, card
 from l2ul.deletion.report_schema import FORGET_LIST, PAGE, REPORT
 from l2ul.deletion.request import Request
 from models import huggingface
@@ -74,6 +75,9 @@ def write(
         part.mkdir()
         left_out = model.write(unlearned, part)
         path = deployed_model.written_models(part)[0]
+        if path.is_dir():
+            text = card(contents, tensors_sha256(unlearned.net.state_dict()))
+            (path / CARD).write_text(text, encoding="utf-8")
         reopened = deployed_model.reopen(model.opened_by, request.class_names, path, build)
         check_same_model(unlearned, reopened.classifier.to(request.images.device), request.images)
         contents = contents | {"model": contents["model"] | {"left_out": left_out, "after": reopened.hashes()}}

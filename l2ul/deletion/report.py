@@ -4,9 +4,12 @@ import base64
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 import datetime
+import hashlib
 from io import BytesIO
 import json
 import platform
+import re
+import shlex
 from typing import Any
 
 import jinja2
@@ -31,14 +34,48 @@ NOT_CLAIMED = (
     "model, the images, the settings and the seed in this report.",
     "That other photographs of the same objects are forgotten, or changes of the images other than those tested below.",
     "That the damage to the model is known exactly. It is estimated without the training set.",
+    "That the request leaves no trace. Whoever has the model before and after can find the images, because their "
+    "predictions differ. Delete the original model, its backups and the models derived from it, or restrict access to "
+    "them.",
 )
+THREATS = {  # by test
+    "predictions": "Somebody shows the model exactly these files.",
+    "changed images": "The same photographs reach the model mirrored, cropped or compressed, as websites store them.",
+    "lower precision": "The model is deployed with rounded weights, which can undo small changes of weights.",
+    "recalibration": "Somebody computes the statistics of batch-norm anew, from images that are not part of the "
+    "request. This can undo an unlearning that relies on the old statistics.",
+    "relearning": "Somebody fine-tunes the model. A model that learns the images again within a few steps still holds "
+    "information about them.",
+    "membership": "Somebody who sees only the outputs of the model wants to know whether an image was in the training "
+    "set.",
+    "agreement": "No attack: the users of the model. The predictions for other images should stay as they were.",
+}
+INVENTORY = {  # titles of the tables of an inventory
+    "original_models": "original model",
+    "backups": "backups",
+    "derived_models": "derived models",
+    "quantised_models": "quantised models",
+    "recipients": "recipients of the model",
+}
+DIGEST = re.compile('<meta name="report-sha256" content="([0-9a-f]{64})">')  # in the page
 
 
 def describe_request(
-    request: Request, *, method: str, minutes: float, seed: int, also: Sequence[str]
+    request: Request,
+    *,
+    method: str,
+    minutes: float,
+    seed: int,
+    also: Sequence[str],
+    request_id: str | None = None,
+    controller: str | None = None,
+    requested_on: str | None = None,
 ) -> dict[str, Any]:
     """Return the part of a report about the request and its settings."""
     return {
+        "request_id": request_id,
+        "controller": controller,
+        "requested_on": requested_on,
         "images": request.folder.path.resolve().name,
         "goal": request.forget.goal,
         "labels": request.label_source,
@@ -88,7 +125,7 @@ def describe_run() -> dict[str, Any]:
         "torchvision": torchvision.__version__,
     }
     made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"tool": tool, "made": made, "not_claimed": NOT_CLAIMED}
+    return {"tool": tool, "made": made, "not_claimed": NOT_CLAIMED, "threats": THREATS}
 
 
 def forget_list(report: Report) -> str:
@@ -100,6 +137,17 @@ def forget_list(report: Report) -> str:
         lines.append(f"{row['sha256']},{row['pixels_sha256']},{row['label']},{new},{int(row['forgotten'])}")
         lines[-1] += f",{row['state']}" if has_states else ""
     return "\n".join(lines) + "\n"
+
+
+def digest(report: Report) -> str:
+    """Return the hex sha256 of all of a report but the hashes of the files beside it, one of which contains it."""
+    return hashlib.sha256(as_json({key: report[key] for key in report if key != "files"}).encode()).hexdigest()
+
+
+def digest_in_page(page: str) -> str | None:
+    """Return the digest of the report in its page; None for pages of earlier versions."""
+    match = DIGEST.search(page)
+    return match[1] if match else None
 
 
 def as_json(report: Report) -> str:
@@ -130,5 +178,11 @@ def page(report: Report, thumbnails: Sequence[str] | None = None) -> str:
     rows, asked = report["images"], report["asked"]
     sentence = states.headline(rows, asked["goal"], asked.get("also", ()))
     return environment.get_template("report.html.j2").render(
-        report=report, thumbnails=thumbnails, counts=states.count(rows), headline=sentence[0].upper() + sentence[1:]
+        report=report,
+        digest=digest(report),
+        thumbnails=thumbnails,
+        counts=states.count(rows),
+        headline=sentence[0].upper() + sentence[1:],
+        inventory_titles=INVENTORY,
+        command=shlex.join(["python", "main_forget.py", *report["again"]["command"]]),
     )

@@ -7,6 +7,7 @@ reports of earlier versions stay readable. Unknown keys are allowed.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+import datetime
 import json
 from pathlib import Path
 import types
@@ -40,7 +41,28 @@ STATE = Rule(
     f"{FORGOTTEN!r}, {NOT_RECOGNISED!r} or {STILL_RECOGNISED!r}",
     lambda value: value in (FORGOTTEN, NOT_RECOGNISED, STILL_RECOGNISED),
 )
+OUTCOMES = REMOVED, PARTLY_REMOVED, NOT_REMOVED, NOTHING_TO_REMOVE = (  # of a request, see `states.Counts.outcome`
+    "removed from predictions",
+    "partly removed from predictions",
+    "not removed from predictions",
+    "nothing to remove",
+)
+OUTCOME = Rule(", ".join(OUTCOMES), lambda value: value in OUTCOMES)
+ACTIONS = ("deleted", "replaced", "informed", "kept", "open")  # open: to be decided or still to be done
+ACTION = Rule(f"one of {', '.join(ACTIONS)}", lambda value: value in ACTIONS)
 NOT_EMPTY = Rule("at least one entry", bool)
+NOT_BLANK = Rule("text that is not empty", str.strip)
+
+
+def is_date(text: str) -> bool:
+    """Return whether a text is a date such as 2026-11-20."""
+    try:
+        return len(text) == 10 and bool(datetime.date.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+DATE = Rule("a date such as 2026-11-20", is_date)
 NUMBERED = Rule(
     f"the files {EARLIER}/1.json, {EARLIER}/2.json, … in this order",
     lambda rows: [row["file"] for row in rows] == [f"{EARLIER}/{n}.json" for n in range(1, len(rows) + 1)],
@@ -68,12 +90,17 @@ class UnreadableRow(TypedDict):
 class RequestRow(TypedDict):
     """The request: name of the image folder, goal, source of the labels, settings.
 
+    request_id, controller, requested_on
+                                   the operator's reference, who is responsible for the request, and its date
     exif_orientation, white_level  how image files were read, see `ImageReader`; images of reports without them were
                                    turned upright
     image_notes                    sentences about images that other software may read differently
     """
 
     goal: str
+    request_id: NotRequired[str | None]
+    controller: NotRequired[str | None]
+    requested_on: NotRequired[Annotated[str, DATE] | None]
     images: NotRequired[str]
     labels: NotRequired[str]
     left_out: NotRequired[list[UnreadableRow]]
@@ -218,12 +245,46 @@ class EarlierRow(TypedDict):
     forgotten: int
 
 
+class InventoryRow(TypedDict):
+    """A copy of the model or the images that exists beside the written model, or a recipient of the model.
+
+    action  what was done about it
+    """
+
+    name: Annotated[str, NOT_BLANK]
+    action: Annotated[str, ACTION]
+    location: NotRequired[str]
+    date: NotRequired[Annotated[str, DATE]]
+    note: NotRequired[str]
+
+
+class Inventory(TypedDict):
+    """Statements of the operator about what else contains the images, and who was informed. They are not checked."""
+
+    original_models: NotRequired[list[InventoryRow]]
+    backups: NotRequired[list[InventoryRow]]
+    derived_models: NotRequired[list[InventoryRow]]
+    quantised_models: NotRequired[list[InventoryRow]]
+    recipients: NotRequired[list[InventoryRow]]
+
+
+class AgainRow(TypedDict):
+    """How to repeat the request.
+
+    command  the words after `main_forget.py`, with all settings of the model that was written. Its weights must have
+             the hash `model.after.weights_sha256`
+    """
+
+    command: list[str]
+
+
 FileHashes = TypedDict("FileHashes", {PAGE: str, FORGET_LIST: str})  # hex sha256
 
 
 class Report(TypedDict):
     """All of `report.json`. Times are in seconds, probabilities in [0,1], all other shares in percent."""
 
+    outcome: NotRequired[Annotated[str, OUTCOME]]
     tool: Tool
     made: str  # UTC, ISO 8601
     asked: RequestRow
@@ -238,6 +299,9 @@ class Report(TypedDict):
     trials: NotRequired[list[CandidateRow]]  # best first
     chosen: NotRequired[dict[str, Any] | None]  # settings of the candidate that was written; null: model unchanged
     not_claimed: NotRequired[list[str]]
+    threats: NotRequired[dict[str, str]]  # by test: what it stands for
+    inventory: NotRequired[Inventory | None]  # null: the operator gave none
+    again: NotRequired[AgainRow]
     seconds: NotRequired[SecondsRow]
     peak_memory_mib: NotRequired[float | None]
     device: NotRequired[str]

@@ -307,6 +307,7 @@ def read_images(
     skip_bad: bool = False,
     flag: str = "--images",
     reader: ImageReader | None = None,
+    with_labels: bool = True,
 ) -> ImageFolder:
     """Read the images of a folder, or of its subfolders named by label, sorted by name. Equal images count once.
 
@@ -316,6 +317,7 @@ def read_images(
     skip_bad     leave out unreadable files instead of raising
     flag         names the folder in messages
     reader       decodes the files
+    with_labels  read the label table
 
     Each image is decoded, hashed and reduced to the size that the model takes before the next one is decoded.
 
@@ -327,7 +329,7 @@ def read_images(
     tables = {folder / LABELS, table.resolve() if table else None}
     listed = _list_files(folder, flag).items()
     listed = {file: label for file, label in listed if not tables & {folder / file, (folder / file).resolve()}}
-    labels = _read_labels(table, listed, folder) if table else {}
+    labels = _read_labels(table, listed, folder) if table and with_labels else {}
     reader = reader or ImageReader()
     files, unreadable, properties = [], [], []
     pixels = torch.empty(0)

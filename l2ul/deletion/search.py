@@ -90,6 +90,7 @@ class Unlearner:
     as_written  return a model with its weights as they will be in the file
     probes      sets of images on which agreement with the original model is measured
     progress    show the progress of each candidate
+    max_steps   each candidate ends after so many steps at most, as if time were up; None: no such limit
     """
 
     model: nn.Module
@@ -100,6 +101,7 @@ class Unlearner:
     seed: int
     as_written: Callable[[nn.Module], nn.Module]
     progress: ProgressBar | None = None
+    max_steps: int | None = None
     probes: list[Probe] = field(default_factory=list)
     _inputs: dict[str, object] = field(default_factory=dict)  # D_adv and importance, made once
 
@@ -140,7 +142,18 @@ class Unlearner:
         if "importance" in needs and "importance" not in self._inputs:
             with self.show_progress("importance", len(labels)) as advance:
                 self._inputs["importance"] = mas_importance(self.model, images, advance)
-        options = {"new_labels": self.train_set.new_labels, "settings": settings, "go_on": go_on, "on_step": on_step}
+        step = 0
+
+        def look(row: dict[str, float]) -> None:
+            nonlocal step
+            step = row["step"]
+            if on_step:
+                on_step(row)
+
+        def continues() -> bool:
+            return (self.max_steps is None or step < self.max_steps) and (go_on is None or go_on())
+
+        options = {"new_labels": self.train_set.new_labels, "settings": settings, "go_on": continues, "on_step": look}
         return unlearn.unlearn(self.model, images, labels, self.method, **options, **self._inputs)
 
     def run_candidate(

@@ -3,7 +3,17 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from l2ul.deletion.report_schema import FORGOTTEN, NOT_RECOGNISED, STILL_RECOGNISED, ImageRow, Report
+from l2ul.deletion.report_schema import (
+    FORGOTTEN,
+    NOT_RECOGNISED,
+    NOT_REMOVED,
+    NOTHING_TO_REMOVE,
+    PARTLY_REMOVED,
+    REMOVED,
+    STILL_RECOGNISED,
+    ImageRow,
+    Report,
+)
 
 
 def state_of(met: bool, recognised: bool) -> str:
@@ -47,7 +57,16 @@ class Counts:
     @property
     def successful(self) -> bool:
         """Whether every image that was recognised is forgotten, and at least one was recognised."""
-        return not self.still_recognised and not self.nothing_to_remove
+        return self.outcome == REMOVED
+
+    @property
+    def outcome(self) -> str:
+        """The result of the request in a few words, one of `report_schema.OUTCOMES`."""
+        if self.nothing_to_remove:
+            return NOTHING_TO_REMOVE
+        if not self.still_recognised:
+            return REMOVED
+        return PARTLY_REMOVED if self.forgotten or self.forgotten_earlier or self.relabelled else NOT_REMOVED
 
 
 def count(rows: Iterable[ImageRow]) -> Counts:
@@ -63,7 +82,7 @@ def count(rows: Iterable[ImageRow]) -> Counts:
 
 
 def headline(rows: Sequence[ImageRow], goal: str, also: Sequence[str] = ()) -> str:
-    """Return the result of a request in one sentence with the number of images in each state.
+    """Return the result of a request in one sentence: the outcome, then the number of images in each state.
 
     also  the changed copies that had to be forgotten too
     """
@@ -71,20 +90,20 @@ def headline(rows: Sequence[ImageRow], goal: str, also: Sequence[str] = ()) -> s
     copies = [f"as {one.upper()}" if one == "jpeg" else one for one in also]
     changed = f", also when {' or '.join(copies)}" if copies else ""
     if counts.nothing_to_remove:
-        return f"nothing to remove: the model recognised none of {total} before{changed}"
+        return f"{counts.outcome}: the model recognised none of {total} before{changed}"
     was, still = ("was" if counts.not_recognised == 1 else "were"), ("is" if counts.still_recognised == 1 else "are")
     parts = f"{counts.not_recognised} {was} not recognised before"
     parts += f" ({counts.forgotten_earlier} forgotten by an earlier request)" if counts.forgotten_earlier else ""
     if goal == "relabel":
         met = len(counts) - counts.still_recognised
         return (
-            f"the model predicts the new label of {met} of {total}{changed}; {counts.forgotten} of {len(rows)} are "
-            f"forgotten, {parts}, {counts.still_recognised} {still} not relabelled"
+            f"{counts.outcome}: the model predicts the new label of {met} of {total}{changed}; {counts.forgotten} of "
+            f"{len(rows)} are forgotten, {parts}, {counts.still_recognised} {still} not relabelled"
         )
     verb = "is" if len(rows) == 1 else "are"
     return (
-        f"{counts.forgotten} of {total} {verb} forgotten{changed}, {parts}, {counts.still_recognised} {still} still "
-        f"recognised"
+        f"{counts.outcome}: {counts.forgotten} of {total} {verb} forgotten{changed}, {parts}, "
+        f"{counts.still_recognised} {still} still recognised"
     )
 
 

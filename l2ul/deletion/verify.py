@@ -1,4 +1,7 @@
-"""Verify a report: hashes, signature, the chain of earlier requests, and whether the images are still forgotten."""
+"""Verify a report: hashes, signature, the chain of earlier requests, whether the images are still forgotten.
+
+`check_again` repeats the request and compares the result with the report.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,15 +9,15 @@ from pathlib import Path
 import shutil
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l2ul.common.choices import MAX_IMAGE_PIXELS
 from l2ul.common.errors import InputError
-from l2ul.common.files import file_sha256
+from l2ul.common.files import file_sha256, tensors_sha256
 from l2ul.data.image_files import ImageReader
 from l2ul.deletion import deployed_model, signature, states
 from l2ul.deletion.deployed_model import DeployedModel
-from l2ul.deletion.report import forget_list
+from l2ul.deletion.report import digest, digest_in_page, forget_list
 from l2ul.deletion.report_schema import (
     EARLIER,
     FORGET_LIST,
@@ -25,9 +28,13 @@ from l2ul.deletion.report_schema import (
     Report,
     read_report,
 )
-from l2ul.deletion.request import ImageFile, read_images, reading_of
+from l2ul.deletion.request import ImageFile, Request, logits, read_images, reading_of
+from l2ul.deletion.search import Unlearner
 from l2ul.metrics import accuracy
 from l2ul.objective import is_forgotten
+from l2ul.unlearn import Settings
+
+SAME_PROBABILITY = 0.01  # largest difference of probabilities that counts as equal; threads and GPUs round differently
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def _predictions(
     """Return the images of all folders with the class that the model predicts for each."""
     classifier, predictions = model.classifier.to(device), []
     for folder in folders:
-        read = read_images(folder, model.to_pixels, skip_bad=True, reader=reader)
+        read = read_images(folder, model.to_pixels, skip_bad=True, reader=reader, with_labels=False)
         predictions += zip(read.files, accuracy.predict(classifier, read.images.to(device)).tolist(), strict=True)
     return predictions
 
@@ -112,13 +119,22 @@ def check_files(report: Report, folder: Path, model_files: Mapping[str, str]) ->
         name for name in expected.keys() | model_files.keys() if expected.get(name) != model_files.get(name)
     )
     finding = f"not the model of the report: {', '.join(different)}" if different else "unchanged"
-    checks = [Check("model", not different, finding)]
+    checks = [Check("model", not different, finding), *_check_text(report, folder / PAGE)]
     for name in (PAGE, FORGET_LIST):
         check = _check_file(name, folder / name, report["files"][name])
         if name == FORGET_LIST and check.passed and (folder / name).read_text(encoding="utf-8") != forget_list(report):
             check = Check(name, False, "contradicts the report")
         checks.append(check)
     return checks
+
+
+def _check_text(report: Report, page: Path) -> list[Check]:
+    """Compare the digest of a report with the one in its page; empty for reports of earlier versions."""
+    expected = digest_in_page(page.read_text(encoding="utf-8", errors="replace")) if page.is_file() else None
+    if expected is None:
+        return []
+    same = digest(report) == expected
+    return [Check(REPORT, same, f"agrees with {PAGE}" if same else f"contradicts {PAGE}: it was changed")]
 
 
 def _check_file(name: str, path: Path, sha256: str) -> Check:
@@ -212,6 +228,85 @@ def check_chain(report: Report, folder: Path) -> tuple[list[Report], list[Check]
             finding = f"does not start from the model of request {number}"
             checks.append(Check(f"request {number + 1}", False, finding))
     return reports, checks
+
+
+def check_original(report: Report, model: DeployedModel) -> Check:
+    """Compare the files and weights of the original model with the report."""
+    expected, hashes = report["model"]["before"], model.hashes()
+    files = expected.get("files", {})
+    different = [name for name, sha256 in files.items() if hashes["files"].get(name, sha256) != sha256]
+    same = hashes["weights_sha256"] == expected["weights_sha256"] and not different
+    return Check("original model", same, "that of the report" if same else "not the original model of the report")
+
+
+def check_files_exist(report: Report, folder: Path) -> Check:
+    """Check that a folder has all images of a report."""
+    missing = [row["file"] for row in report["images"] if not (folder / row["file"]).is_file()]
+    finding = f"missing in {folder}: {_first_three(missing)}" if missing else f"all in {folder}"
+    return Check("original images", not missing, finding)
+
+
+def check_request(report: Report, files: Sequence[ImageFile], labels: Sequence[int]) -> Check:
+    """Compare the images of a request, their order and their labels with the report."""
+    rows = {row["file"]: row for row in report["images"]}
+    present = {image.file: image for image in files}
+    others = [name for name in present if name not in rows]
+    changed = [
+        name for name, row in rows.items() if name in present and present[name].pixels_sha256 != row["pixels_sha256"]
+    ]
+    labels_of = {image.file: label for image, label in zip(files, labels, strict=True)}
+    relabelled = [name for name, row in rows.items() if labels_of.get(name, row["label"]) != row["label"]]
+    parts = ((others, "not in the report"), (changed, "changed"), (relabelled, "another label"))
+    findings = [f"{what}: {_first_three(names)}" for names, what in parts if names]
+    finding = "; ".join(findings) or "those of the report"
+    return Check("request", not findings, f"images and labels: {finding}")
+
+
+def check_again(
+    report: Report, model: DeployedModel, request: Request, unlearner: Unlearner, settings: Settings
+) -> list[Check]:
+    """Repeat a request and compare weights and predictions with the report.
+
+    model, request, unlearner  opened and read from the original model and images, see `check_original`
+    settings                   with which the written model was made; not used if the model was left unchanged
+
+    The weights must be equal bit by bit, which they are on the same machine with the same versions and threads.
+    """
+    unlearned = model.classifier
+    if report.get("chosen"):
+        with unlearner.show_progress("repeating the request", None) as advance:
+            outcome = unlearner.unlearn(settings, on_step=lambda row: advance(1, f"{row['forgotten']:.0f} % of D_f"))
+        unlearned = model.as_written(outcome.model)
+    expected = report["model"]["after"]["weights_sha256"]
+    sha256 = tensors_sha256(unlearned.net.state_dict())
+    finding = f"sha256 {sha256}, " + ("as in the report" if sha256 == expected else f"but {expected} in the report")
+    return [Check("weights again", sha256 == expected, finding), _check_rows(report, request, unlearner, unlearned)]
+
+
+def _check_rows(report: Report, request: Request, unlearner: Unlearner, unlearned: nn.Module) -> Check:
+    """Compare states and predictions of the images in a report with those of the repeated request."""
+    met, recognised = unlearner.forgotten(unlearned).tolist(), unlearner.recognised(unlearner.model).tolist()
+    probabilities = [each.double().softmax(1) for each in (request.logits_before, logits(unlearned, request.images))]
+    different = []
+    for index, (image, label) in enumerate(zip(request.folder.files, request.forget.labels.tolist(), strict=True)):
+        row = next(row for row in report["images"] if row["file"] == image.file)
+        same = states.state(row) == states.state_of(met[index], recognised[index])
+        for when, of_all in zip(("before", "after"), probabilities, strict=True):
+            predicted = int(of_all[index].argmax())
+            values = {
+                "called": predicted,
+                "confidence": of_all[index, predicted],
+                "label_confidence": of_all[index, label],
+            }
+            for name, value in values.items():
+                tolerance = SAME_PROBABILITY if name != "called" else 0
+                same &= abs(float(value) - row.get(f"{name}_{when}", float(value))) <= tolerance
+        if not same:
+            different.append(image.file)
+    total = len(request)
+    finding = f"{total - len(different)} of {states.images(total)} as in the report"
+    finding += f"; others: {_first_three(different)}" if different else ""
+    return Check("predictions again", not different, finding)
 
 
 @dataclass(frozen=True)

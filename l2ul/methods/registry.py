@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from l2ul.common.choices import GOALS, did_you_mean
 from l2ul.common.errors import InputError
 from l2ul.common.files import source_code
-from l2ul.methods.settings import SHARED, Setting, Value, declare_settings
+from l2ul.methods.settings import ATTACK, SHARED, Setting, Value, declare_settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -373,6 +373,11 @@ def find_settings(name: str, methods: Iterable[str] | None = None) -> list[Setti
     """Return the settings of a name that these methods have, or that any method has: one for each method."""
     chosen = [get(method) for method in methods] if methods is not None else METHODS.values()
     return [one.all_settings[name] for one in chosen if name in one.all_settings]
+
+
+def loop_settings(method: str, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Return those of the values, by name, that are settings of a method but not of the attack."""
+    return {name: values[name] for name in get(method).all_settings if name in values and name not in ATTACK}
 
 
 def parse_settings(pairs: Iterable[tuple[str, str]], methods: Sequence[str]) -> dict[str, Value]:

@@ -41,7 +41,7 @@ def test_changed_files_and_remembered_images_fail(forget, script, tmp_path):
     forget()
     path = tmp_path / "out" / "report.json"
     code, out, _ = script(main_forget.main, "--verify", path)
-    assert (code, out.count("ok     "), out.count("?      ")) == (0, 3, 2)
+    assert (code, out.count("ok     "), out.count("?      ")) == (0, 4, 2)
     assert "?      weights: not checked: give the function that builds the model as --build" in out
     assert "?      signature of report.json: none: the author of the report is unknown" in out
     (tmp_path / "out" / "report.html").write_text("another page")

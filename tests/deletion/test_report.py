@@ -1,0 +1,296 @@
+"""What an auditor reads in a request: outcome, threats, inventory, model card, and the repetition of the request."""
+
+import json
+import re
+import shlex
+import shutil
+
+from conftest import FAST_REQUEST, save_images, tiny_net
+import pytest
+import torch
+
+from l2ul.common.errors import InputError
+from l2ul.deletion import options, states
+from l2ul.deletion.inventory import read_inventory
+from l2ul.deletion.report import THREATS
+from l2ul.deletion.report_schema import FORGOTTEN, NOT_RECOGNISED, STILL_RECOGNISED
+import main_forget
+
+BUILT = ["--build", "conftest:tiny_net"]
+STILL = ["--setting", "distill_steps=1", "distill_cycles=1", "distill_lr=1e-9"]
+INVENTORY = """
+[[backups]]
+name = "nightly <backup>"
+action = "deleted"
+date = 2026-11-20
+location = "tape 7"
+
+[[recipients]]
+name = "Example Hospital"
+action = "open"
+note = "has the model since March"
+"""
+
+
+def verify(script, tmp_path, *words, images=("in",), output="out"):
+    folders = ["--images", *(tmp_path / one for one in images)] if images else []
+    path = tmp_path / output / "report.json"
+    code, out, err = script(main_forget.main, "--verify", path, *folders, *BUILT, *words)
+    return code, out + err
+
+
+def test_reference_controller_date_inventory_and_threats_are_in_the_report(forget, tmp_path):
+    (tmp_path / "copies.toml").write_text(INVENTORY)
+    words = ["--request-id", "DSR-7", "--controller", "A & B", "--requested-on", "2026-11-01"]
+    code, report, printed = forget(*words, "--inventory", tmp_path / "copies.toml")
+    assert code == 0, printed
+    asked = report["asked"]
+    assert [asked[key] for key in ("request_id", "controller", "requested_on")] == ["DSR-7", "A & B", "2026-11-01"]
+    assert next(iter(report.items())) == ("outcome", "removed from predictions")
+    assert report["inventory"]["backups"][0]["date"] == "2026-11-20"
+    assert report["threats"] == THREATS
+    page = (tmp_path / "out" / "report.html").read_text()
+    for text in (
+        "DSR-7",
+        "A &amp; B",
+        "2026-11-01",
+        "nightly &lt;backup&gt;",
+        "has the model since March",
+        "nothing stated",
+    ):
+        assert text in page
+    assert '<td class="bad">open</td>' in page
+    assert "can find the images" in page
+    assert page.count("Threat:") == 5  # all but those of tests that this request did not need
+    code, report, _ = forget(output="plain")
+    assert report["inventory"] is None
+    assert "The operator made no statement" in (tmp_path / "plain" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            "[[backup]]\nname = 'a'\naction = 'kept'",
+            "there is no table backup; expected some of .*did you mean backups",
+        ),
+        ("[[backups]]\nname = 'a'\nactoin = 'kept'", "backups has no actoin; .*did you mean action"),
+        ("[[backups]]\nname = 'a'", r"backups\[0\].action is missing"),
+        ("[[backups]]\nname = ' '\naction = 'kept'", "expected text that is not empty"),
+        ("[[backups]]\nname = 1\naction = 'kept'", r"backups\[0\].name is 1; expected text"),
+        ("[[backups]]\nname = 'a'\naction = 'gone'", 'action is "gone"; expected one of deleted, replaced'),
+        ("[[backups]]\nname = 'a'\naction = 'kept'\ndate = '1.2.2026'", "expected a date such as 2026-11-20"),
+        ("[[backups]]\nname = 'a'\naction = 'kept'\ndate = 2026-11-20T10:00:00", "expected a date such as"),
+        ("backups = 3", "backups is 3; expected a list"),
+        ("backups = [3]", r"backups\[0\] is 3; expected an object"),
+        ("[backups]\nname = 'a'", "backups is .*; expected a list"),
+        ("{}", "it is not TOML"),
+        (b"\xff\xfe\xfa", "it is not TOML"),
+        ("a = " + "[" * 5000, "nested too deeply|it is not TOML"),
+        (None, "No such file"),
+    ],
+)
+def test_a_wrong_inventory_is_refused(tmp_path, content, expected):
+    path = tmp_path / "copies.toml"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=expected) as error:
+        read_inventory(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["2026-13-01", "1.2.2026", "20261101", "2999-01-01", ""])
+def test_wrong_dates_are_refused(text):
+    with pytest.raises(SystemExit):
+        options.parse("main_forget.py", ["--model", "m", "--images", "i", "--output", "o", "--requested-on", text])
+
+
+@pytest.mark.parametrize(
+    ("found", "outcome"),
+    [
+        ([FORGOTTEN, FORGOTTEN], "removed from predictions"),
+        ([FORGOTTEN, NOT_RECOGNISED], "removed from predictions"),
+        ([FORGOTTEN, STILL_RECOGNISED], "partly removed from predictions"),
+        ([NOT_RECOGNISED, STILL_RECOGNISED], "not removed from predictions"),
+        ([NOT_RECOGNISED], "nothing to remove"),
+    ],
+)
+def test_the_outcome_follows_from_the_states(found, outcome):
+    rows = [{"state": state, "new_label": None} for state in found]
+    assert states.count(rows).outcome == outcome
+    assert states.headline(rows, "misclassify").startswith(f"{outcome}: ")
+
+
+def test_the_same_weights_and_predictions_result_again(forget, script, tmp_path):
+    code, report, printed = forget("--seed", 3)
+    assert code == 0, printed
+    code, printed = verify(script, tmp_path, "--again")
+    assert code == 0, printed
+    assert f"ok     weights again: sha256 {report['model']['after']['weights_sha256']}, as in the report" in printed
+    assert "ok     predictions again: 6 of 6 images as in the report" in printed
+    words = report["again"]["command"]  # the command gives the same weights as well
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(word in page for word in ("--seed 3", "distill_lr=0.01"))
+    words = [tmp_path / "repeated" if word == "out-again" else word for word in words]
+    code, out, err = script(main_forget.main, *words)
+    assert code == 0, out + err
+    repeated = json.loads((tmp_path / "repeated" / "report.json").read_text())
+    assert repeated["model"]["after"] == report["model"]["after"]
+
+
+def test_a_run_that_the_time_limit_ended_is_repeated(forget, script, tmp_path):
+    settings = ["--setting", "distill_steps=40", "distill_mixes=16", "distill_lr=0.01"]
+    _, report, printed = forget(*settings, "--max-steps", 23)
+    assert (report["trials"][0]["status"], report["trials"][0]["steps"]) == ("stopped", 23), printed
+    if report["chosen"]:
+        assert "--max-steps" in report["again"]["command"]
+    code, printed = verify(script, tmp_path, "--again")
+    assert "ok     weights again" in printed
+
+
+def test_an_unchanged_model_and_a_chain_are_repeated(forget, script, tiny, tmp_path):
+    forget(*STILL, output="same")
+    code, printed = verify(script, tmp_path, "--again", output="same")
+    assert (code, "ok     weights again" in printed) == (3, True)  # the images are still recognised
+    forget()
+    save_images(tmp_path / "next", tiny[1][6:10])
+    _, _, printed = forget(output="second", images="next", model=["--model", tmp_path / "out", *BUILT])
+    code, printed = verify(script, tmp_path, "--again", images=["in", "next"], output="second")
+    assert "ok     weights again" in printed
+    assert "ok     predictions again: 4 of 4" in printed
+
+
+def edit_state(report):
+    report["images"][0]["state"] = NOT_RECOGNISED
+
+
+def edit_probability(report):
+    report["images"][1]["label_confidence_after"] = 0.5
+
+
+@pytest.mark.parametrize("change", [edit_state, edit_probability])
+def test_an_edited_report_is_noticed(forget, script, tmp_path, change):
+    forget()
+    path, page = tmp_path / "out" / "report.json", tmp_path / "out" / "report.html"
+    report = json.loads(path.read_text())
+    change(report)
+    path.write_text(json.dumps(report))
+    code, printed = verify(script, tmp_path)
+    assert (code, "FAILED report.json: contradicts report.html" in printed) == (3, True)
+    page.write_text(re.sub('<meta name="report.*', "", page.read_text()))  # the same in both, without its digest
+    code, printed = verify(script, tmp_path, "--again")
+    assert code == 3
+    assert "ok     weights again" in printed
+    assert "FAILED predictions again: 5 of 6 images as in the report; others: " in printed
+
+
+def swap_model(tmp_path):
+    torch.save(tiny_net(1).state_dict(), tmp_path / "tiny.pth")
+
+
+def damage_model(tmp_path):
+    (tmp_path / "tiny.pth").write_bytes(b"nothing")
+
+
+def remove_image(tmp_path):
+    (tmp_path / "in" / "3.png").unlink()
+
+
+def add_image(tmp_path):
+    save_images(tmp_path / "more", torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    (tmp_path / "more" / "0.png").rename(tmp_path / "in" / "9.png")
+
+
+def change_image(tmp_path):
+    shutil.copy(tmp_path / "in" / "3.png", tmp_path / "in" / "4.png")
+    (tmp_path / "in" / "3.png").write_bytes((tmp_path / "in" / "2.png").read_bytes())
+
+
+def label_image(tmp_path):
+    (tmp_path / "in" / "labels.csv").write_text("file,label\n0.png,4\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (swap_model, "FAILED original model: not the original model of the report"),
+        (damage_model, "FAILED original model: cannot be opened: "),
+        (remove_image, "FAILED original images: missing in .*: 3.png"),
+        (change_image, "FAILED request: images and labels: "),
+        (add_image, "FAILED request: images and labels: not in the report: 9.png"),
+        (label_image, "FAILED request: images and labels: another label: 0.png"),
+    ],
+)
+def test_other_inputs_are_noticed_and_nothing_is_repeated(forget, script, tmp_path, change, expected):
+    forget()
+    change(tmp_path)
+    code, printed = verify(script, tmp_path, "--again")
+    assert code == 3, printed
+    assert re.search(expected, printed), printed
+    assert "weights again" not in printed
+
+
+def test_the_original_may_have_moved(forget, script, tmp_path):
+    forget()
+    (tmp_path / "tiny.pth").rename(tmp_path / "elsewhere.pth")
+    code, printed = verify(script, tmp_path, "--again")
+    assert (code, "there is no checkpoint" in printed) == (2, True), printed
+    code, printed = verify(script, tmp_path, "--again", "--original", tmp_path / "elsewhere.pth")
+    assert code == 0, printed
+
+
+def set_words(*words):
+    return lambda report: report["again"].update(command=list(words))
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "expected"),
+    [
+        (set_words("--help"), BUILT, "has --help, which is not a flag of a request"),
+        (set_words("-h"), BUILT, "has -h, which"),
+        (set_words("--build=os:abort"), BUILT, "has --build=os:abort, which"),
+        (set_words("--images", "in", "--output", "x", "--sign", "key"), BUILT, "has --sign, which"),
+        (lambda report: None, [], "its function as --build"),
+        (lambda report: report.pop("again"), BUILT, "does not say how to repeat the request"),
+    ],
+)
+def test_a_report_cannot_make_the_command_run_code_or_end_early(forget, script, tmp_path, change, words, expected):
+    forget()
+    path = tmp_path / "out" / "report.json"
+    report = json.loads(path.read_text())
+    change(report)
+    path.write_text(json.dumps(report))
+    code, out, err = script(main_forget.main, "--verify", path, "--again", "--images", tmp_path / "in", *words)
+    assert (code, expected in err) == (2, True), out + err
+
+
+def test_the_command_to_repeat_has_exact_settings():
+    words = ["--model", "my net", "--images", "in", "--output", "a/out", "--mean", "-0.5", "0", "0", "--also", "jpeg"]
+    args = options.parse("main_forget.py", [*words, "--sign", "key.pem", "--requested-on", "2026-11-01"])
+    again = options.again(args, {"distill_lr": 1 / 3, "unlearn_lr": 1.0, "pgd_eps": 1.0}, 7, "cpu", 2)
+    assert "my net" in again
+    assert [again[again.index("--setting") + 1], "--sign" in again] == [f"distill_lr={1 / 3!r}", False]
+    parsed = options.parse_again("main_forget.py", shlex.split(shlex.join(again)))
+    assert (parsed.mean, parsed.also, parsed.max_steps, parsed.threads) == ([-0.5, 0, 0], ["jpeg"], 7, 2)
+    assert parsed.setting == [("distill_lr", str(1 / 3))]
+
+
+def test_a_hugging_face_folder_gets_a_model_card_without_names_and_pictures(script, vit_folder, tmp_path):
+    images = torch.randint(0, 256, (3, 3, 48, 48), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    save_images(tmp_path / "in", images)
+    words = ["--model", vit_folder, "--images", tmp_path / "in", "--output", tmp_path / "out", *FAST_REQUEST]
+    code, out, err = script(main_forget.main, *words)
+    assert code in (0, 3), out + err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert report["outcome"] in card
+    assert report["model"]["after"]["weights_sha256"] in card
+    assert not any(row[key] in card for row in report["images"] for key in ("file", "sha256", "pixels_sha256"))
+    assert "data:image" not in card
+    words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", "--again"]
+    code, out, err = script(main_forget.main, *words)
+    assert "ok     weights again" in out, out + err
+    (tmp_path / "out" / "model" / "README.md").write_text("another card")
+    code, out, _ = script(main_forget.main, *words[:2])
+    assert (code, "FAILED model: not the model of the report: README.md" in out) == (3, True)
