@@ -63,6 +63,8 @@ def add_recipe(parser: options.Parser, recipe: Recipe, by_grouping: Mapping[str,
         values = [f"{grouping} {row[name]}" for grouping, row in by_grouping.items()] or [str(getattr(recipe, name))]
         options.add(group, flag, f"{text} (default: {', '.join(values)})", type=kind, default=None)
     options.add(group, "--batch-size", "images per step", type=positive_int, default=recipe.batch_size)
+    text = "side of a square at a random place of each training image that is set to black, in pixels; 0: none"
+    options.add(group, "--erase", text, type=nonnegative_int, default=recipe.erase)
     options.add(group, "--schedule", "learning-rate schedule", choices=choices.SCHEDULES, default=recipe.schedule)
     options.add(
         group,

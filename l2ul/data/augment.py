@@ -1,4 +1,4 @@
-"""Data augmentation: random crops and horizontal flips of batches, on the device of the images."""
+"""Data augmentation: random crops, flips and erased squares of batches, on the device of the images."""
 
 import torch
 from torch import Tensor
@@ -50,3 +50,18 @@ def crop(images: Tensor, padding: int, crops: Tensor, size: int | None = None) -
     padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)  # (n, H + 2p, W + 2p, 3)
     image = torch.arange(len(images), device=images.device)[:, None, None]
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def erase(images: Tensor, side: int, centers: Tensor) -> Tensor:
+    """Return the images (n, 3, H, W) with a square of `side` pixels of each set to black, as in Cutout.
+
+    centers  (2, n), row and column of the centre of each square, which may be partly outside the image
+
+    All tensors are on one device.
+    """
+    offsets = [
+        torch.arange(length, device=images.device) - center[:, None] + side // 2
+        for length, center in zip(images.shape[2:], centers, strict=True)
+    ]
+    rows, columns = ((offset >= 0) & (offset < side) for offset in offsets)
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)

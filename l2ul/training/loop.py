@@ -19,7 +19,7 @@ from l2ul import Progress
 from l2ul.common import distributed, precision, seeds
 from l2ul.common.errors import Diverged, InputError
 from l2ul.common.files import atomic
-from l2ul.data.augment import crop, draw_crops
+from l2ul.data.augment import crop, draw_crops, erase
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split, as_pixels
 from l2ul.metrics import accuracy
@@ -158,7 +158,12 @@ def _steps(train: Split, crop_size: int, recipe: Recipe, generator: torch.Genera
     parts = [distributed.shard(len(batch)) for batch in order]
     shares = [part.stop - part.start for part in parts]
     parts = [part if share else slice(0, 1) for part, share in zip(parts, shares, strict=True)]
-    draws = [draw_crops(len(b), shape, recipe.crop_padding, recipe.flip, generator, crop_size) for b in order]
+
+    def draw(count: int) -> Tensor:
+        crops = draw_crops(count, shape, recipe.crop_padding, recipe.flip, generator, crop_size)
+        return torch.cat([crops, torch.randint(crop_size, (2, count), generator=generator)]) if recipe.erase else crops
+
+    draws = [draw(len(batch)) for batch in order]
     own = [batch[part] for batch, part in zip(order, parts, strict=True)]
     sizes = [len(indices) for indices in own]
     indices = torch.cat(own).to(device)
@@ -169,7 +174,8 @@ def _steps(train: Split, crop_size: int, recipe: Recipe, generator: torch.Genera
         loaded = (train.images[some] for some in indices.split(sizes))
     labels = train.labels[indices].split(sizes)
     for batch, share, images, some, place in zip(order, shares, loaded, labels, crops.split(sizes, 1), strict=True):
-        yield _Step(crop(images, recipe.crop_padding, place, crop_size), some, len(batch), share)
+        cropped = crop(images, recipe.crop_padding, place[:3], crop_size)
+        yield _Step(erase(cropped, recipe.erase, place[3:]) if recipe.erase else cropped, some, len(batch), share)
 
 
 def _set_gradients(model: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor, weight: float) -> Tensor:

@@ -17,6 +17,7 @@ class Recipe:
     clip_value: float | None = None  # largest absolute value of a gradient component
     crop_padding: int = 4  # pixels of black border that are added before the random crop
     flip: bool = True  # random horizontal flips
+    erase: int = 0  # side of a square at a random place of each image that is set to black, in pixels
     label_smoothing: float = 0.0
     keep_best: bool = False  # end with the weights of the epoch with the highest held-out accuracy
     precision: str = "fp32"  # of forward and backward passes: one of `choices.PRECISIONS`

@@ -1,8 +1,8 @@
-"""Random crops and flips."""
+"""Random crops, flips and erased squares."""
 
 import torch
 
-from l2ul.data.augment import augment
+from l2ul.data.augment import augment, erase
 
 
 def test_each_image_has_a_crop_of_its_own_and_half_of_them_are_flipped():
@@ -26,3 +26,14 @@ def test_each_image_has_a_crop_of_its_own_and_half_of_them_are_flipped():
     assert len(positions) == 25
     same = augment(images[:3], 0, False, torch.Generator())
     assert torch.equal(same, images[:3])
+
+
+def test_a_square_of_each_image_is_black():
+    images = torch.full((3, 3, 6, 7), 9, dtype=torch.uint8)
+    erased = erase(images, 4, torch.tensor([[2, 0, 5], [3, 6, 0]]))
+    expected = images.clone()
+    expected[0, :, 0:4, 1:5] = 0
+    expected[1, :, 0:2, 4:7] = 0
+    expected[2, :, 3:6, 0:2] = 0
+    assert torch.equal(erased, expected)
+    assert (images == 9).all()

@@ -1,9 +1,10 @@
-"""Check and measure the project on a CUDA GPU. gpu_check.sh runs every part under its own time limit.
+"""Measure one thing on a CUDA GPU, in a process of its own. gpu.py runs these parts under time limits.
 
-    python benchmarks/gpu_check.py PART --device cuda --out FOLDER [--seconds N] [--tiny]
+    python benchmarks/gpu_measure.py PART --device cuda --out FOLDER [--seconds N] [--tiny]
 
-PART is env, parity, memory, decode, profile, graph, speed or together. Rows are printed as they are measured, so
-a part that is stopped keeps its rows. All rows are written to FOLDER/PART.json. --tiny: sizes for one minute on a CPU.
+PART is env, parity, request, memory, decode, profile, graph, speed or together. Rows are printed as they are measured
+and all rows are written to FOLDER/PART.json, so that a part that is stopped keeps its rows. An expected value stands in
+brackets. --tiny: sizes for seconds on a CPU.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import os
 from pathlib import Path
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import l2ul  # noqa: F401, I001  # first: it sets the environment before torch is imported
 
+from PIL import Image
+import released
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -263,6 +267,28 @@ def parity() -> None:
     check("D_adv on disk", disk)
 
 
+# ------------------------------------------------------------------------------------------------------------ request
+def request() -> None:
+    """Forget 8 digits with main_forget.py, and verify the report on the device and on the CPU."""
+    work, images = Path(tempfile.mkdtemp()), digits().train.images
+    for name, first, count in (("forget", 0, 8), ("keep", 100, 16)):
+        (work / name).mkdir()
+        for number, image in enumerate(images[first : first + count]):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(work / name / f"{number}.png")
+    few = ["distill_steps=4", "distill_mixes=8", "distill_cycles=1"] if OPTS.tiny else ["distill_mixes=32"]
+    weights = ["--model", "resnet20", "--checkpoint", "data/weights/digits_resnet20.safetensors"]
+    how = ["--keep-images", work / "keep", "--also", "flipped", "--output", work / "out", "--minutes", 1]
+    calls = {"forget": [*weights, *how, "--device", OPTS.device, "--setting", *few]}
+    calls |= {f"verify on {name}": ["--verify", work / "out" / "report.json", "--device", name] for name in SIDES}
+    for name, words in calls.items():
+        command = [sys.executable, "main_forget.py", "--images", work / "forget", *words, "--threads", 1]
+        started = time.perf_counter()
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        print(done.stdout, done.stderr, flush=True)
+        values = {"call": name, "exit_code (0, 3)": done.returncode, "seconds": time.perf_counter() - started}
+        row(**values, **({} if done.returncode in (0, 3) else {"FAILED": done.stderr.strip()[-200:]}))
+
+
 # ------------------------------------------------------------------------------------------------------------- memory
 def memory() -> None:
     """Run out of memory on purpose: the attack halves its batches. Then report the memory of attack and step."""
@@ -320,7 +346,6 @@ def sizes():
 def decode() -> None:
     """Measure images a second from disk, by worker processes and by nvJPEG. Workers start after CUDA is initialised."""
     import numpy as np
-    from PIL import Image
 
     folder, count = Path(tempfile.mkdtemp()), 64 if OPTS.tiny else 1536
     rng = np.random.default_rng(0)
@@ -551,15 +576,15 @@ def speed() -> None:
 
 
 def speed_of(net: nn.Module, name: str, side: int, count: int, precision: str) -> None:
-    """Rows of one net in one precision: rates, then the floor by memory layout with and without cuDNN's search."""
+    """Measure one net in one precision: rates of attack and evaluation, and the time of a step of adv_imp."""
     precisions.use(DEVICE, precision)
     iterations = 5 if name == "resnet18" and not OPTS.tiny else 2
     many = pixels(8, side).repeat(-(-count // 8), 1, 1, 1)[:count].contiguous()
     x = as_pixels(many)
     labels = torch.arange(count, device=DEVICE) % 10
 
-    def floor(layout=torch.channels_last) -> None:
-        z = x.contiguous(memory_format=layout)
+    def floor() -> None:
+        z = x
         with folded(net, x[:1]), frozen(net), precisions.autocast(DEVICE, precision):
             for _ in range(iterations):
                 z = z.detach().requires_grad_()
@@ -585,18 +610,27 @@ def speed_of(net: nn.Module, name: str, side: int, count: int, precision: str) -
             "adv_imp", step_inputs(name, side, k, keep), steps, k, keep, lambda r: marks.append(time.perf_counter())
         )
         rates["step_adv_imp_ms"] = 1e3 * statistics.median(b - a for a, b in itertools.pairwise(marks))
+    if precision == "fp32":
+        rates |= released_order(net, many, labels, side)
     row(**rates)
-    if DEVICE.type == "cuda" and side <= 64 and left() > 20:
-        variants = {}
-        for layout, layout_name in ((torch.contiguous_format, "nchw"), (torch.channels_last, "nhwc")):
-            net.to(memory_format=layout)
-            for search in (False, True):
-                torch.backends.cudnn.benchmark = search
-                key = f"{layout_name}{'_benchmark' if search else ''}"
-                variants[key] = count * iterations / timed(lambda layout=layout: floor(layout), 0.2, 4)
-        torch.backends.cudnn.benchmark = False
-        net.to(memory_format=torch.channels_last)
-        row(net=name, precision=precision, what="floor, examples a second by layout", **variants)
+
+
+def released_order(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, side: int) -> dict[str, float]:
+    """Return rates of the released scripts' order of work, in fp32; see released.py."""
+    k, keep, count = (4, 8, 2) if OPTS.tiny else (32, 256, 4) if side <= 64 else (16, 128, 2)
+    model, few = released.as_built(net), released.PilImages(images[:k], labels[:k])
+    size = {"eps": 4.0, "alpha": 0.1, "steps": count, "batch_size": 16, "device": DEVICE}
+    attack_seconds = timed(lambda: released.attack(model, few, 10, 1, **size), 0.2, 3)
+    adv, held = as_pixels(images[:keep]).cpu(), {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    sizes = {"batch_size": 32, "adv_batch_size": keep, "lr": 1e-12, "device": DEVICE}
+    steps = released.steps(model, few, (adv, labels[:keep].cpu()), held, **sizes)
+    step_seconds = timed(lambda: next(steps), 0.2, 3)
+    pixels_seconds = timed(lambda: released.accuracy(model, few, DEVICE, 128), 0.2, 3)
+    return {
+        "released_attack_examples_s": k * count / attack_seconds,
+        "released_step_adv_imp_ms": 1e3 * step_seconds,
+        "released_eval_images_s": k / pixels_seconds,
+    }
 
 
 def noise() -> None:
@@ -641,8 +675,6 @@ def alone() -> None:
 
 def together() -> None:
     """Measure several runs at once on one GPU, as with main_sweep.py --gpus-per-trial 0.25."""
-    import subprocess
-
     for count in (1, 2) if OPTS.tiny else (1, 2, 4, 8):
         words = [
             sys.executable,
@@ -660,7 +692,7 @@ def together() -> None:
         row(processes=count, steps_a_second=sum(rates), measured=len(rates))
 
 
-PARTS = {part.__name__: part for part in (env, parity, memory, decode, profile, graph, speed, together, alone)}
+PARTS = {part.__name__: part for part in (env, parity, request, memory, decode, profile, graph, speed, together, alone)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -671,9 +703,11 @@ if __name__ == "__main__":
     parser.add_argument("--tiny", action="store_true")
     OPTS = parser.parse_args()
     DEVICE = torch.device(OPTS.device)
+    SIDES = dict.fromkeys((OPTS.device, "cpu"))
     if OPTS.device == "cpu":
         torch.set_num_threads(1)
     if OPTS.out:
         OPTS.out.mkdir(parents=True, exist_ok=True)
     PARTS[OPTS.part]()
     print(f"-- {OPTS.part}: {time.perf_counter() - STARTED:.0f} s", flush=True)
+    sys.exit(any("FAILED" in one for one in ROWS))
