@@ -304,8 +304,8 @@ def unpack(source: Path, parts: Path, data: Path) -> bool:
     return complete
 
 
-def half_floats(source: Path, to: Path) -> None:
-    """Write weights as half floats; metadata and integers stay."""
+def half_floats(source: Path, to: Path) -> float:
+    """Write weights as half floats, with their metadata. Return the accuracy on D_test that the metadata states."""
     from safetensors import safe_open
     from safetensors.numpy import load_file, save_file
 
@@ -316,6 +316,7 @@ def half_floats(source: Path, to: Path) -> None:
         for name, value in load_file(source).items()
     }
     save_file(tensors, to, metadata)
+    return float(metadata["acc_test"])
 
 
 # --------------------------------------------------------------------------------------------------------------- check
@@ -454,93 +455,128 @@ PLANS = {
 }
 
 
+@dataclass(frozen=True)
+class Training:
+    """A call of a main_pretrain script.
+
+    options  of the recipe and of speed
+    epochs   passes over the training set
+    """
+
+    recipe: str
+    options: str
+    epochs: int
+
+
 def train(session: Session, seconds: float, plan: Plan) -> list[Task]:
-    """Train with all recipes of a plan, keep the model with the best accuracy on D_test as half floats."""
-    opts, end = session.opts, time.monotonic() + seconds
-    folder = opts.work / "train"
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"train_{plan.dataset}"
-    precision = ["--precision", "bf16"] if opts.device == "cuda" and "--precision" not in plan.common else []
-
-    def trainings(recipes: dict[str, tuple[str, int]], prefix: str, limit: float) -> list[Task]:
-        return [
-            Task(
-                f"{prefix}_{recipe}",
-                [
-                    *script(opts, plan.script, *plan.common.split(), *words.split(), *precision, "--epochs", epochs),
-                    *map(
-                        str,
-                        ("--data-dir", opts.data, "--output", folder / f"{plan.dataset}_{prefix}_{recipe}.safetensors"),
-                    ),
-                    *map(str, ("--rerun", "--test-batch-size", 2048, "--threads", opts.threads)),
-                ],
-                limit,
-            )
-            for recipe, (words, epochs) in recipes.items()
-        ]
-
-    chosen = {recipe: (words, opts.epochs or (1 if opts.tiny else 0)) for recipe, words in plan.recipes.items()}
-    tasks = []
-    if not all(epochs for _, epochs in chosen.values()):  # a few epochs of each, to know how many the time allows
-        probes = trainings({recipe: (words, 4) for recipe, (words, _) in chosen.items()}, "probe", 60)
-        tasks += session.run(name, probes, len(probes), seconds)
-        each = {recipe: epoch_seconds(session.log(name, probe)) for recipe, probe in zip(chosen, probes, strict=True)}
-        left = end - time.monotonic() - 35  # starting, and measuring the result
-        chosen = {
-            recipe: (words, max(2, min(plan.most_epochs, int(0.88 * left / each[recipe]))))
-            for recipe, (words, _) in chosen.items()
-            if each[recipe]
-        }
-        say(f"epochs: { {recipe: epochs for recipe, (_, epochs) in chosen.items()} }, seconds each: {each}")
-    tasks += session.run(name, trainings(chosen, "whole", seconds), len(chosen) or 1, end - time.monotonic() - 12)
-    measured = {}
-    for recipe in chosen:
-        whole = folder / f"{plan.dataset}_whole_{recipe}.safetensors"
-        if whole.exists():
-            measured[recipe] = whole.with_stem(f"{plan.dataset}_half_{recipe}")
-            half_floats(whole, measured[recipe])
-    measuring = [
-        Task(
-            f"measure_{recipe}",
-            script(
-                *(opts, "unlearn", "--dataset", plan.dataset, "--model", plan.model, *plan.common.split()),
-                *("--data-dir", opts.data, "--checkpoint", half, "--method", "before", "--unlearn-k", 16),
-                *(["--retain-sample", 64] if opts.tiny else []),
-                *results_in(opts, f"before_{plan.dataset}_{recipe}"),
-            ),
-            60,
-        )
-        for recipe, half in measured.items()
-    ]
-    tasks += session.run(name, measuring, len(measuring) or 1, max(20, end - time.monotonic()))
-    found = {}
-    for recipe in measured:
-        for path in (opts.work / f"before_{plan.dataset}_{recipe}" / "runs").glob("*.json"):
-            record = json.loads(path.read_text())
-            found[recipe] = {key: record[key] for key in ("acc_test", "acc_retain", "checkpoint_sha256")}
-            found[recipe] |= {"epochs": chosen[recipe][1], "options": " ".join((chosen[recipe][0], *precision))}
-            say(f"{plan.dataset} {recipe}: {found[recipe]}")
-    if found:
-        best = max(found, key=lambda recipe: found[recipe]["acc_test"])
+    """Train with all recipes of a plan at the same time, and keep the best model by D_test as half floats."""
+    opts, end, part = session.opts, time.monotonic() + seconds, f"train_{plan.dataset}"
+    (opts.work / "train").mkdir(parents=True, exist_ok=True)
+    (opts.work / "weights").mkdir(exist_ok=True)
+    if opts.epochs or opts.tiny:
+        tasks, trainings = [], [Training(name, words, opts.epochs or 1) for name, words in plan.recipes.items()]
+    else:
+        tasks, trainings = probe(session, seconds, plan, part, end)
+    whole = [training_task(opts, plan, training, "whole", seconds) for training in trainings]
+    tasks += session.run(part, whole, len(whole) or 1, end - time.monotonic() - 15)
+    halves = {}
+    for training in trainings:
+        trained = trained_file(opts, plan, training, "whole")
+        if trained.exists():
+            halves[training.recipe] = trained.with_stem(f"{trained.stem}_half")
+            acc_test = half_floats(trained, halves[training.recipe])
+            found = {"acc_test": acc_test, "epochs": training.epochs, "options": training.options}
+            with session.lock:
+                session.results.setdefault(f"trained_{plan.dataset}", {})[training.recipe] = found
+    if halves:
+        found = session.results[f"trained_{plan.dataset}"]
+        best = max(halves, key=lambda recipe: found[recipe]["acc_test"])
+        say(f"{plan.dataset}: {found}, best {best}")
         kept = opts.work / "weights" / plan.weights
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(measured[best], kept)
+        shutil.copyfile(halves[best], kept)
         with session.lock:
             digest = hashlib.sha256(kept.read_bytes()).hexdigest()
-            session.results.setdefault("weights", {})[plan.weights] = {"sha256": digest, "recipe": best, "all": found}
+            session.results.setdefault("weights", {})[plan.weights] = {"sha256": digest, "recipe": best}
         split(kept, session.out)
         session.save()
+    common = ["--dataset", plan.dataset, "--model", plan.model, *plan.common.split(), "--data-dir", opts.data]
+    common += ["--method", "before", "--unlearn-k", 16, *(["--retain-sample", 64] if opts.tiny else [])]
+    measuring = [  # that main_unlearn.py reads the half floats, and D_r
+        Task(
+            f"measure_{recipe}",
+            script(opts, "unlearn", *common, "--checkpoint", half, *results_in(opts, f"{part}_{recipe}")),
+            60,
+        )
+        for recipe, half in halves.items()
+    ]
+    tasks += session.run(part, measuring, len(measuring) or 1, max(25, end - time.monotonic()))
+    for recipe in halves:
+        for path in (opts.work / f"{part}_{recipe}" / "runs").glob("*.json"):
+            record = json.loads(path.read_text())
+            measured = {f"half_{key}": record[key] for key in ("acc_test", "acc_retain")}
+            session.results[f"trained_{plan.dataset}"][recipe] |= measured
+    say(f"{plan.dataset}: {session.results.get(f'trained_{plan.dataset}', 'no model was trained')}")
+    session.save()
     return tasks
+
+
+def training_task(opts: argparse.Namespace, plan: Plan, training: Training, kind: str, limit: float) -> Task:
+    words = script(opts, plan.script, *plan.common.split(), *training.options.split(), "--epochs", training.epochs)
+    words += ["--data-dir", str(opts.data), "--output", str(trained_file(opts, plan, training, kind)), "--rerun"]
+    words += ["--test-batch-size", "2048", "--threads", str(opts.threads)]
+    return Task(f"{kind}_{training.recipe}", words, limit)
+
+
+def trained_file(opts: argparse.Namespace, plan: Plan, training: Training, kind: str) -> Path:
+    return opts.work / "train" / f"{plan.dataset}_{kind}_{training.recipe}.safetensors"
+
+
+def probe(session: Session, seconds: float, plan: Plan, part: str, end: float) -> tuple[list[Task], list[Training]]:
+    """Train a few epochs of each recipe; return the tasks, and trainings with as many epochs as the time allows.
+
+    On a GPU the first recipe also runs without CUDA graphs. Without agreement of the losses, no graph is used.
+    """
+    opts, epochs = session.opts, 4
+    precision = " --precision bf16" if opts.device == "cuda" else ""
+    graph = " --cuda-graph" if opts.device == "cuda" else ""
+    first = next(iter(plan.recipes))
+    probes = [Training(name, f"{words}{precision}{graph}", epochs) for name, words in plan.recipes.items()]
+    if graph:
+        probes.append(Training("eager", f"{plan.recipes[first]}{precision}", epochs))
+    tasks = [training_task(opts, plan, training, "probe", 75) for training in probes]
+    session.run(part, tasks, len(tasks), seconds)
+    logs = {training.recipe: session.log(part, task) for training, task in zip(probes, tasks, strict=True)}
+    each = {recipe: epoch_seconds(log) for recipe, log in logs.items()}
+    losses = {recipe: last_loss(log) for recipe, log in logs.items()}
+    say(f"seconds an epoch {each}, losses {losses}")
+    with session.lock:
+        session.results[f"probes_{plan.dataset}"] = {"seconds_an_epoch": each, "loss": losses}
+    if graph and not (each[first] and losses["eager"] and abs(losses[first] / losses["eager"] - 1) < 0.25):
+        say("CUDA graphs failed or differ; training without them")
+        graph, each = "", dict.fromkeys(each, each["eager"])
+    left = end - time.monotonic() - 40  # start, and measure the result
+    return tasks, [
+        Training(name, f"{words}{precision}{graph}", max(2, min(plan.most_epochs, int(0.88 * left / each[name]))))
+        for name, words in plan.recipes.items()
+        if each[name]
+    ]
 
 
 def epoch_seconds(log: Path) -> float | None:
     """Return the seconds of an epoch without the first one, from the lines of a training; None if there are none."""
-    lines = re.findall(r"epoch (\d+)/\d+: .*?([\d,]+) images/s", log.read_text() if log.exists() else "")
+    text = log.read_text() if log.exists() else ""
+    lines = re.findall(r"epoch (\d+)/\d+: .*?([\d,]+) images/s", text)
     if len(lines) < 2:
         return None
     spent = [int(epoch) / float(rate.replace(",", "")) for epoch, rate in lines]  # seconds an image, times epochs
-    images = re.search(r"images: (\d+)", log.read_text())
+    images = re.search(r"^train (\d+) images", text, re.MULTILINE)
     return (spent[-1] - spent[0]) / (len(spent) - 1) * (int(images[1]) if images else 50_000)
+
+
+def last_loss(log: Path) -> float | None:
+    """Return the loss of the last epoch in the log of a training."""
+    losses = re.findall(r"epoch \d+/\d+: loss ([\d.]+)", log.read_text() if log.exists() else "")
+    return float(losses[-1]) if losses else None
 
 
 def jobs(session: Session, seconds: float, part: str, lines: Sequence[str], common: str) -> list[Task]:
