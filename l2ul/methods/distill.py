@@ -30,6 +30,7 @@ from l2ul import objective
 from l2ul.common import activations, seeds
 from l2ul.common.bn_folding import fold
 from l2ul.common.device import upload
+from l2ul.common.fused_optimizers import fused
 from l2ul.common.modes import frozen_copy
 from l2ul.data.mixes import mixes
 from l2ul.methods.monitor import ForgetMonitor
@@ -68,7 +69,7 @@ class DistillProcedure(Procedure):
         self.weight = 1.0  # w of the module's docstring
         self.growth = settings.distill_growth ** (1 / settings.distill_steps)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(parameters, settings.distill_lr, fused=True)
+        self.optimizer = fused(torch.optim.Adam, parameters, lr=settings.distill_lr)
         self.scheduler = LambdaLR(self.optimizer, lambda step: one_cycle(step, settings.distill_steps))
         self.max_steps = settings.distill_cycles * settings.distill_steps
         self.stop_every = settings.distill_steps

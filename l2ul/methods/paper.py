@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from l2ul import objective
 from l2ul.common import seeds
+from l2ul.common.fused_optimizers import fused
 from l2ul.data.images import Split
 from l2ul.importance import held_weights
 from l2ul.methods.procedure import EndlessBatches, Procedure
@@ -109,9 +110,8 @@ class PaperProcedure(Procedure):
         self.method, self.model, self.goal = method, model.train(settings.bn == "train"), forget.goal
         self.settings, self.own_values = settings, override(method.settings, settings.method_settings)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            parameters, settings.unlearn_lr, settings.momentum, weight_decay=settings.weight_decay, fused=True
-        )
+        options = {"lr": settings.unlearn_lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
+        self.optimizer = fused(torch.optim.SGD, parameters, **options)
         self.scheduler = ConstantLR(self.optimizer, factor=1.0)
         labelled = Split(forget.images, forget.target_labels)
         self.forget_batches = EndlessBatches(labelled, settings.batch_size, self._generator("forget batches"))

@@ -19,6 +19,7 @@ from l2ul import Progress
 from l2ul.common import distributed, precision, seeds
 from l2ul.common.errors import Diverged, InputError
 from l2ul.common.files import atomic
+from l2ul.common.fused_optimizers import fused
 from l2ul.data.augment import crop, draw_crops, erase
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split, as_pixels
@@ -109,16 +110,11 @@ def fit(
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the optimizer, in one kernel a step where torch has one for the weights.
-
-    That kernel needs gradients with the strides of the weights, which torch does not ensure for dimensions of size 1.
-    """
-    weights = list(model.parameters())
-    is_fused = weights[0].device.type == "cuda" and all(w.ndim <= 2 or 1 not in w.shape[:2] for w in weights)
-    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "fused": is_fused or None}
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(weights, **options)
-    return torch.optim.SGD(weights, momentum=recipe.momentum, **options)
+    weights, options = list(model.parameters()), {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.SGD
+    if kind is torch.optim.SGD:
+        options["momentum"] = recipe.momentum
+    return fused(kind, weights, **options) if weights[0].device.type == "cuda" else kind(weights, **options)
 
 
 def _scheduler(
