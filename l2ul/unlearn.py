@@ -19,7 +19,7 @@ from l2ul.common.choices import DIVERGED, DONE, FORGOTTEN, STOPPED
 from l2ul.data import storage
 from l2ul.data.images import Split, as_pixels
 from l2ul.importance import mas_importance
-from l2ul.methods import distill, fixed_length_procedure, paper, registry
+from l2ul.methods import distill, fixed_length_procedure, paper, registry, robust
 from l2ul.methods.checkpoint import Checkpoint, Guard, State, fingerprint, summary
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import Procedure
@@ -131,7 +131,8 @@ def unlearn(
             )
             procedure = fixed_length_procedure.FixedLengthProcedure(chosen.terms, context, settings.bn)
         elif "teacher" in chosen.needs:
-            procedure = distill.DistillProcedure(chosen, unlearned, forget, settings, monitor)
+            kind = robust.RobustProcedure if settings.robust else distill.DistillProcedure
+            procedure = kind(chosen, unlearned, forget, settings, monitor)
         else:
             inputs = {"retained": Split(*adv) if adv else retain, "importance": importance, "workers": workers}
             procedure = paper.PaperProcedure(chosen, unlearned, forget, settings, **inputs)
@@ -183,7 +184,7 @@ class _Loop:
                     may_stop = procedure.stop_every and outcome.steps % procedure.stop_every == 0
                     if not is_finite:
                         outcome.status = DIVERGED
-                    elif may_stop and row["forgotten"] == 100:
+                    elif may_stop and row["forgotten"] == 100 and procedure.may_stop():
                         outcome.status = FORGOTTEN
                 if has_ended and outcome.status == RUNNING:
                     outcome.status = procedure.final_status

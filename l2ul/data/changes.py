@@ -5,14 +5,18 @@ the images. The strength of each change is drawn on the CPU from a generator, so
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from io import BytesIO
 import math
+from typing import NamedTuple
 
 from PIL import Image
 import torch
 from torch import Tensor
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as transforms
+
+from l2ul.common.device import upload
 
 TRAINED = ("mirrored", "shifted", "cropped", "resized", "brightness", "noise", "jpeg")  # kinds that training draws from
 TESTED_ONLY = ("blurred", "distorted")  # kinds on which no method trains
@@ -56,7 +60,7 @@ def changed_copies(
         copies = _recoloured(copies, _drawn(len(images), probability, generator), generator)
     if "noise" in kinds:
         sigma = NOISE * torch.rand(len(images), generator=generator)
-        sigma = (sigma * _drawn(len(images), probability, generator)).to(images.device)[:, None, None, None]
+        sigma = upload(sigma * _drawn(len(images), probability, generator), images.device)[:, None, None, None]
         source = torch.Generator(images.device).manual_seed(_seed(generator))
         copies = copies + sigma * torch.randn(copies.shape, generator=source, device=images.device)
     copies = _rounded(copies)
@@ -65,7 +69,7 @@ def changed_copies(
         quality = torch.randint(low, high + 1, (len(images),), generator=generator)
         chosen = _drawn(len(images), probability, generator).nonzero().flatten()
         if len(chosen):
-            place = chosen.to(images.device)
+            place = upload(chosen, images.device)
             coded = (codec or jpeg_on_device)(copies[place], quality[chosen])
             copies = copies.index_copy(0, place, coded)
     return copies.contiguous(memory_format=torch.channels_last)
@@ -106,9 +110,9 @@ def _moved(images: Tensor, generator: torch.Generator, kinds: Sequence[str], pro
         return images
     rows = torch.stack([torch.stack([sign * scale, 0 * scale, shift[:, 0]], 1)], 1)
     rows = torch.cat([rows, torch.stack([0 * scale, scale, shift[:, 1]], 1)[:, None]], 1)
-    grid = F.affine_grid(rows.to(device), list(images.shape), align_corners=False)  # (n, H, W, 2)
+    grid = F.affine_grid(upload(rows, device), list(images.shape), align_corners=False)  # (n, H, W, 2)
     if points is not None:
-        field = F.interpolate(points.to(device), images.shape[2:], mode="bicubic", align_corners=True)
+        field = F.interpolate(upload(points, device), images.shape[2:], mode="bicubic", align_corners=True)
         grid = grid + field.permute(0, 2, 3, 1)
     return F.grid_sample(images.contiguous(), grid, mode="bilinear", align_corners=False)
 
@@ -122,7 +126,7 @@ def _blurred(images: Tensor, chosen: Tensor, generator: torch.Generator) -> Tens
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     kernel = torch.where(chosen[:, None], kernel / kernel.sum(1, keepdim=True), (offsets == 0).float())
     count, channels, height, width = images.shape
-    kernel = kernel.to(images.device).repeat_interleave(channels, 0)[:, None]  # (n C, 1, 2 radius + 1)
+    kernel = upload(kernel, images.device).repeat_interleave(channels, 0)[:, None]  # (n C, 1, 2 radius + 1)
     pad = min(radius, height - 1, width - 1)
     trimmed = kernel[..., radius - pad : radius + pad + 1]
     flat = F.pad(images, [pad] * 4, mode="reflect").reshape(1, count * channels, height + 2 * pad, width + 2 * pad)
@@ -136,7 +140,7 @@ def _resized(images: Tensor, chosen: Tensor, generator: torch.Generator) -> Tens
     scale = torch.randint(len(SCALES), (len(images),), generator=generator)
     height, width = images.shape[2:]
     for index, factor in enumerate(SCALES):
-        place = (chosen & (scale == index)).nonzero().flatten().to(images.device)
+        place = upload((chosen & (scale == index)).nonzero().flatten(), images.device)
         if len(place):
             size = [max(1, round(factor * side)) for side in (height, width)]
             other = F.interpolate(images[place], size, mode="bilinear", antialias=True)
@@ -150,7 +154,7 @@ def _recoloured(images: Tensor, chosen: Tensor, generator: torch.Generator) -> T
     factors = 1 + chosen[:, None] * torch.tensor([BRIGHTNESS, CONTRAST]) * (
         2 * torch.rand(len(images), 2, generator=generator) - 1
     )
-    brightness, contrast = factors.to(images.device)[:, :, None, None, None].unbind(1)
+    brightness, contrast = upload(factors, images.device)[:, :, None, None, None].unbind(1)
     images = images * brightness
     mean = images.mean((1, 2, 3), keepdim=True)
     return mean + contrast * (images - mean)
@@ -200,31 +204,50 @@ def jpeg_on_device(images: Tensor, quality: Tensor) -> Tensor:
     chroma is interpolated.
     """
     height, width = images.shape[2:]
-    unit = 16
+    unit, tables = 16, _tables(images.device)
     padded = F.pad(images * 255, (0, -width % unit, 0, -height % unit), mode="replicate") - 128
-    scale = torch.where(quality < 50, 5000 // quality, 200 - 2 * quality).to(images.device)[:, None, None]
+    scale = torch.where(quality < 50, 5000 // quality, 200 - 2 * quality)
+    scale = upload(scale, images.device)[:, None, None, None, None]
     if images.shape[1] == 1:
-        result = _quantised(padded[:, 0], LUMA, scale)[:, None]
+        result = _quantised(padded[:, 0], tables.luma * scale, tables.cosines)[:, None]
     else:
-        ycc = torch.einsum("ij,njhw->nihw", padded.new_tensor(TO_YCC), padded)
-        luma = _quantised(ycc[:, 0], LUMA, scale)
+        ycc = torch.einsum("ij,njhw->nihw", tables.to_ycc, padded)
+        luma = _quantised(ycc[:, 0], tables.luma * scale, tables.cosines)
         half = F.avg_pool2d(ycc[:, 1:], 2)
-        half = _quantised(half.flatten(0, 1), CHROMA, scale.repeat_interleave(2, 0)).view_as(half)
+        steps = (tables.chroma * scale).repeat_interleave(2, 0)
+        half = _quantised(half.flatten(0, 1), steps, tables.cosines).view_as(half)
         chroma = F.interpolate(half, padded.shape[2:], mode="bilinear")
-        result = torch.einsum("ij,njhw->nihw", padded.new_tensor(TO_RGB), torch.cat([luma[:, None], chroma], 1))
+        result = torch.einsum("ij,njhw->nihw", tables.to_rgb, torch.cat([luma[:, None], chroma], 1))
     return _rounded((result[:, :, :height, :width] + 128) / 255)
 
 
-def _quantised(planes: Tensor, table: Sequence[Sequence[int]], scale: Tensor) -> Tensor:
-    """Round the cosine transform of each block of 8 x 8 to multiples of a table.
+class _Tables(NamedTuple):
+    luma: Tensor
+    chroma: Tensor
+    to_ycc: Tensor
+    to_rgb: Tensor
+    cosines: Tensor
 
-    planes (n, H, W) with sides that are multiples of 8; scale (n, 1, 1) in percent of the table
-    """
-    count, height, width = planes.shape
-    steps = ((planes.new_tensor(table) * scale + 50) / 100).floor().clamp(1, 255)[:, None, None]  # (n, 1, 1, 8, 8)
-    k = torch.arange(8, device=planes.device, dtype=planes.dtype)
+
+@cache
+def _tables(device: torch.device) -> _Tables:
+    """Return the constants of the codec on a device, and the matrix (8, 8) of the cosine transform."""
+    k = torch.arange(8.0)
     cosines = torch.cos(math.pi / 8 * k[:, None] * (k + 0.5)) * 0.5
     cosines[0] *= math.sqrt(0.5)
+    constants = (torch.tensor(table) for table in (LUMA, CHROMA, TO_YCC, TO_RGB))
+    return _Tables(*(one.to(device) for one in (*constants, cosines)))
+
+
+def _quantised(planes: Tensor, steps: Tensor, cosines: Tensor) -> Tensor:
+    """Round the cosine transform of each block of 8 x 8 to multiples of steps.
+
+    planes   (n, H, W) with sides that are multiples of 8
+    steps    (n, 1, 1, 8, 8) in percent
+    cosines  the matrix (8, 8) of the transform
+    """
+    count, height, width = planes.shape
+    steps = ((steps + 50) / 100).floor().clamp(1, 255)
     blocks = planes.view(count, height // 8, 8, width // 8, 8).transpose(2, 3)
     coefficients = cosines @ blocks @ cosines.T
     coefficients = (coefficients / steps).round() * steps

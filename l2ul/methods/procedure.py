@@ -36,6 +36,10 @@ class Procedure(Iterator[Terms]):
     final_status: str = CAP
     is_resumable: bool = True
 
+    def may_stop(self) -> bool:
+        """Return whether the loop may stop after a step after which D_f is forgotten."""
+        return True
+
     def state_dict(self) -> dict[str, object]:
         """Return what decides the next steps beside model, optimizer and scheduler: tensors, numbers and dicts."""
         return {}

@@ -165,6 +165,42 @@ class Settings(_Declared):
     distill_margin: float = _declare(
         0.3, "margin by which another logit has to exceed that of the label on D_f", "teacher", unit="logits"
     )
+    robust: int = _declare(
+        0,
+        "1: forget D_f as it is used, in random changed copies, see methods.robust",
+        "teacher",
+        maximum=1,
+        in_id="if changed",
+    )
+    robust_pool: int = _declare(
+        256, "copies of D_f per step, of which the worst are trained on", "teacher", minimum=2, in_id="if changed"
+    )
+    robust_margin: float = _declare(
+        1.0, "margin on the copies in the second half of a cycle", "teacher", unit="logits", in_id="if changed"
+    )
+    robust_mixes: float = _declare(
+        0.5, "share of the stand-ins that is changed like the copies", "teacher", maximum=1, in_id="if changed"
+    )
+    robust_adversarial: float = _declare(
+        0.0,
+        "length of a step of half of the copies toward their own label",
+        "teacher",
+        unit="L2 norm over pixels in [0,1]",
+        in_id="if changed",
+    )
+    robust_bits: int = _declare(
+        0, "bits that weights are rounded to for the copies; 0: none", "teacher", maximum=16, in_id="if changed"
+    )
+    robust_norm: int = _declare(
+        0,
+        "1: at every second step, batch-norm takes the statistics of the batch for the copies",
+        "teacher",
+        maximum=1,
+        in_id="if changed",
+    )
+    robust_targets: float = _declare(
+        0.0, "weight of the original probabilities without the label, on the copies", "teacher", in_id="if changed"
+    )
     method_settings: Mapping[str, Value] = field(default_factory=dict)
     seed: int = 0
     first_position: int = 0

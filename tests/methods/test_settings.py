@@ -81,7 +81,7 @@ def test_the_settings_of_methods():
         "rawp": {"max_passes", "noise_growth", "precision"},
         "oracle": sgd | {"adv_batch_size"},
         "adv_imp": sgd | attack | {"reg_lamb"},
-        "distill": {name for name in SHARED if name.startswith("distill_")} | {"precision"},
+        "distill": {name for name in SHARED if name.startswith(("distill_", "robust"))} | {"precision"},
         "jit": {"bn", "precision", "epochs", "lr", "batch", "sigma", "copies"},
     }
     for name, settings in expected.items():

@@ -1,0 +1,93 @@
+"""`distill` with robust=1: copies of D_f, what decides that the loop may stop, and its effect on models."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from l2ul.methods import robust
+from l2ul.methods.monitor import ForgetMonitor
+from l2ul.methods.registry import get
+from l2ul.metrics import robustness
+from l2ul.objective import Forget
+from l2ul.unlearn import Settings, unlearn
+
+K = 3
+FAST = Settings(distill_steps=40, distill_mixes=8, distill_lr=3e-3, distill_forget=8, robust=1, robust_pool=16)
+
+
+@pytest.fixture
+def forget(trained):
+    _, images, labels = trained
+    return Forget(images[:K] / 255, labels[:K])
+
+
+def procedure(model, forget, settings):
+    return robust.RobustProcedure(get("distill"), model, forget, settings, ForgetMonitor(model, forget))
+
+
+def test_more_copies_are_forgotten_than_without(trained):
+    model, images, labels = trained
+    forget, copies = Forget(images[:K] / 255, labels[:K]), {}
+    for value in (0, 1):
+        outcome = unlearn(model, images[:K], labels[:K], "distill", settings=replace(FAST, robust=value))
+        copies[value] = float(robustness.as_used(outcome.model, forget).copies.mean())
+        assert outcome.status == "forgotten"
+    assert copies[1] > max(0.94, copies[0])
+
+
+def test_a_step_trains_on_the_worst_of_the_pool(trained, forget):
+    model = trained[0]
+    steps = procedure(model, forget, replace(FAST, distill_forget=4, robust_pool=30))
+    seen = []
+    steps._pool = lambda draw=steps._pool: seen.append(draw()) or seen[-1]
+    batch = steps.next_step().forget
+    images, labels = seen[0]
+    assert labels.bincount(minlength=2).sum() == 30
+    ahead = model(images).gather(1, labels[:, None])[:, 0] - model(images).scatter(1, labels[:, None], -1e9).amax(1)
+    used = model(batch.images).gather(1, batch.labels[:, None])[:, 0]
+    used = used - model(batch.images).scatter(1, batch.labels[:, None], -1e9).amax(1)
+    assert used.sort().values.tolist() == pytest.approx(ahead.topk(4).values.sort().values.tolist(), abs=1e-4)
+
+
+def test_the_weight_grows_while_copies_are_recognised_and_the_margin_until_half_of_the_cycle(trained, forget):
+    steps = procedure(trained[0], forget, replace(FAST, distill_steps=4, distill_growth=16.0, robust_margin=2.3))
+    taken = [steps.next_step() for _ in range(5)]
+    assert [float(step.forget_weight) for step in taken] == pytest.approx([2, 4, 8, 16, 32])
+    assert [step.margin for step in taken] == pytest.approx([0.3, 1.3, 2.3, 2.3, 0.3])
+
+
+def test_the_loop_may_stop_only_if_copies_are_forgotten(trained, forget):
+    model = trained[0]
+    assert not procedure(model, forget, FAST).may_stop()
+    wrong = Forget(forget.images, (forget.labels + 1) % 3)
+    with torch.no_grad():
+        model.head.bias[wrong.labels.unique()] -= 100.0
+    assert procedure(model, wrong, FAST).may_stop()
+
+
+@pytest.mark.parametrize(
+    "changed", [{"robust_bits": 4}, {"robust_norm": 1}, {"robust_targets": 1.0}, {"robust_adversarial": 0.3}]
+)
+def test_each_setting_runs_and_leaves_the_statistics_of_batch_norm(changed, trained):
+    model, images, labels = trained
+    settings = replace(FAST, distill_steps=4, distill_cycles=1, **changed)
+    outcomes = [unlearn(model, images[:K], labels[:K], "distill", settings=settings) for _ in range(2)]
+    before, *after = (one.state_dict() for one in (model, *(outcome.model for outcome in outcomes)))
+    assert all(torch.equal(after[0][name], after[1][name]) for name in before)
+    buffers = dict(model.named_buffers())
+    assert all(torch.equal(before[name], after[0][name]) for name in buffers)
+    assert not any(module.training for module in outcomes[0].model.modules())
+    plain = unlearn(model, images[:K], labels[:K], "distill", settings=replace(settings, **dict.fromkeys(changed, 0)))
+    assert not torch.equal(plain.model.head.weight, outcomes[0].model.head.weight)
+
+
+def test_gradients_pass_through_rounded_weights():
+    model = nn.Linear(6, 3)
+    images = torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+    logits = robust._Rounded(model, 4)(images)
+    expected = robustness.changed_weights(model, 4)(images)
+    assert torch.allclose(logits, expected, atol=1e-6)
+    logits.sum().backward()
+    assert torch.allclose(model.weight.grad, images.sum(0).expand(3, -1))
