@@ -80,7 +80,7 @@ def forget(args: argparse.Namespace) -> int:
 
     # Search settings that forget all images with the least damage.
     output.remove_interrupted(args.output)
-    candidates = []
+    candidates, early_end = [], []
     if not forgotten.all():
         candidates = search.find_candidates(
             unlearner,
@@ -89,13 +89,19 @@ def forget(args: argparse.Namespace) -> int:
             fixed=fixed,
             keep_images=keep,
             on_candidate=lambda candidate: log_candidate(candidate, recognised),
+            on_early_end=early_end.append,
         )
+    for sentence in early_end:
+        log(sentence)
     best = next((one for one in candidates[:1] if one.forgotten.sum() > forgotten.sum()), None)
     unlearned = model.as_written(best.model if best else original)
 
     # Check the unlearned model.
     log("checking the unlearned model")
-    measured = checks.measure(unlearner, request, unlearned, references, budget, progress_bar)
+    others = ("images to keep", keep) if keep is not None else None
+    if others is None and references:
+        others = ("reference images", references.images)
+    measured = checks.measure(unlearner, request, unlearned, references, budget, progress_bar, others)
     contents = {"outcome": states.count(measured["images"]).outcome} | measured
     contents |= report.describe_run() | report.describe_candidates(candidates, best, recognised)
     contents |= {
@@ -110,6 +116,7 @@ def forget(args: argparse.Namespace) -> int:
             requested_on=args.requested_on,
         ),
         "inventory": statements,
+        "search_end": next(iter(early_end), None),
         "model": {
             "opened_by": model.opened_by,
             "classes": request.class_names,

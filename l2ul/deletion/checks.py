@@ -13,7 +13,7 @@ from l2ul.deletion import states
 from l2ul.deletion.report_schema import FORGOTTEN, ImageRow
 from l2ul.deletion.request import Request, logits
 from l2ul.deletion.search import TimeBudget, Unlearner
-from l2ul.metrics import agreement, membership, relearn, robustness
+from l2ul.metrics import accuracy, agreement, membership, relearn, robustness
 
 CHECKS_SHARE = 0.95  # of the time: relearning stops then
 
@@ -25,16 +25,19 @@ def measure(
     references: Split | None,
     budget: TimeBudget,
     progress: ProgressBar,
+    others: tuple[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Return the measured parts of a report: images, damage, robustness, relearning, membership.
+    """Return the measured parts of a report: images, damage, robustness, recalibration, relearning, membership.
 
     unlearner   has the original model, and the probes of agreement
     after       the model as it will be written
     references  images that the model was not trained on, on its device, for membership inference
     budget      of the whole command; relearning stops at CHECKS_SHARE of it
+    others      images that are not in D_f, with a name, on which batch-norm is recalibrated; by default mixes of D_f
     """
+    others = others or ("mixes of the images of the request", robustness.stand_ins(request.forget.images))
     labels, after_logits = request.forget.labels, logits(after, request.images)
-    survives = robustness.as_used(after, request.forget).survives()
+    survives = robustness.as_used(after, request.forget, others[1]).survives()
     deadline = budget.part(CHECKS_SHARE)
     with progress("relearning", relearn.MAX_STEPS) as advance:
 
@@ -53,6 +56,7 @@ def measure(
         "robustness": {
             change: None if kept is None else int((kept & forgotten).sum()) for change, kept in survives.items()
         },
+        "recalibration": _recalibration(unlearner.model, after, request, *others),
         "relearning": relearning if steps or None not in back else None,
         "membership": _membership(unlearner.model, request, after, after_logits, references) if references else None,
     }
@@ -92,6 +96,25 @@ def image_rows(
         row["survives"] = {change: bool(kept[index]) for change, kept in survives.items() if kept is not None}
         rows.append(row)
     return rows
+
+
+def _recalibration(
+    original: nn.Module, after: nn.Module, request: Request, name: str, images: Tensor
+) -> dict[str, Any] | None:
+    """Measure whether D_f is recognised after batch-norm is recalibrated on images; None for a model without it."""
+    if not robustness.batch_norms(after):
+        return None
+    models = {
+        "before": after,
+        "after": robustness.recalibrated(after, images),
+        "original_after": robustness.recalibrated(original, images),
+    }
+    labels = request.forget.labels
+    shares = {
+        key: accuracy.accuracy(accuracy.predict(model, request.images, fold=False), labels)
+        for key, model in models.items()
+    }
+    return {"images": name, "count": len(images), **shares}
 
 
 def _membership(

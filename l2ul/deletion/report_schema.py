@@ -209,6 +209,21 @@ class RelearningRow(TypedDict):
     lr: float
 
 
+class RecalibrationRow(TypedDict):
+    """Percent of D_f predicted as its label when batch-norm is recalibrated on other images.
+
+    images, count   on which: their kind and number
+    before, after   of the unlearned model, before and after the recalibration
+    original_after  of the original model after it
+    """
+
+    images: str
+    count: int
+    before: float
+    after: float
+    original_after: float
+
+
 class MembershipRow(TypedDict):
     """Membership inference: number of reference images, then metrics by attack, in percent."""
 
@@ -294,9 +309,11 @@ class Report(TypedDict):
     earlier: Annotated[list[EarlierRow], NUMBERED]
     damage: NotRequired[list[AgreementRow]]
     robustness: NotRequired[dict[str, int | None]]  # images still forgotten by the name of the change
+    recalibration: NotRequired[RecalibrationRow | None]  # null: the model has no batch-norm
     relearning: NotRequired[RelearningRow | None]
     membership: NotRequired[MembershipRow | None]
     trials: NotRequired[list[CandidateRow]]  # best first
+    search_end: NotRequired[str | None]  # why the search ended before the time limit
     chosen: NotRequired[dict[str, Any] | None]  # settings of the candidate that was written; null: model unchanged
     not_claimed: NotRequired[list[str]]
     threats: NotRequired[dict[str, str]]  # by test: what it stands for

@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass, field, fields, replace
+import itertools
+import math
 import time
 
 import torch
@@ -224,6 +226,7 @@ def find_candidates(
     fixed: Mapping[str, float] | None = None,
     keep_images: Tensor | None = None,
     on_candidate: Callable[[Candidate], object] = lambda candidate: None,
+    on_early_end: Callable[[str], object] = lambda sentence: None,
 ) -> list[Candidate]:
     """Return candidates, best first. Adds the probes of agreement to `unlearner`.
 
@@ -232,6 +235,7 @@ def find_candidates(
     fixed         the settings that the user chose, part of `first`: then this is the only candidate
     keep_images   (n, 3, H, W) images that must keep their predictions: a further probe
     on_candidate  called with each candidate when it is finished
+    on_early_end  called with a sentence if the search ends before the time is up, see `search`
     """
     seconds_per_step = _measure_step(unlearner, first)
     unlearner.probes.append(_held_out_probe(unlearner, first, budget, seconds_per_step))
@@ -241,7 +245,7 @@ def find_candidates(
         candidate = unlearner.run_candidate(first, fixed, budget.part(SEARCH_SHARE))
         on_candidate(candidate)
         return [candidate]
-    return search(unlearner, first, budget.part(SEARCH_SHARE), seconds_per_step, on_candidate)
+    return search(unlearner, first, budget.part(SEARCH_SHARE), seconds_per_step, on_candidate, on_early_end)
 
 
 def _measure_step(unlearner: Unlearner, settings: Settings) -> float:
@@ -270,6 +274,7 @@ def search(
     budget: TimeBudget,
     seconds_per_step: float,
     on_candidate: Callable[[Candidate], object],
+    on_early_end: Callable[[str], object] = lambda sentence: None,
 ) -> list[Candidate]:
     """Run candidates while there is time; return them, best first and of equals the earlier one.
 
@@ -280,14 +285,23 @@ def search(
     forgotten all images, each is followed by one with a larger learning rate. After that, others are only started if
     they should end in time. If the first successful candidate had other settings than `first`, the search continues
     around those.
+
+    After the first success, settings are left out if they cannot be expected to be better than the best by more than
+    the uncertainty of its agreement (see `_expected_agreement`). If that ends the search, `on_early_end` is called.
     """
     candidates: list[Candidate] = []
+    left_out: list[Settings] = []
+    time_is_up = False
     queue = deque(_initial_queue(unlearner, first, budget.left, seconds_per_step))
     while queue:
         settings = queue.popleft()
         succeeded = any(candidate.forgotten.all() for candidate in candidates)
         late = succeeded and _expected_seconds(unlearner, settings, candidates) > budget.left
         if candidates and (budget.left <= 0 or late):
+            time_is_up = True
+            continue
+        if succeeded and _expected_agreement(settings, candidates) <= _convincing_agreement(candidates):
+            left_out.append(settings)
             continue
         reserve = 0.0 if succeeded else (1 - FIRST_SHARE) * budget.left
         candidates.append(unlearner.run_candidate(settings, _changed(first, settings), budget, reserve))
@@ -298,7 +312,50 @@ def search(
                 queue.appendleft(_enlarged(unlearner, settings, budget.left, candidates))
         elif not succeeded and settings != first:
             queue = deque(_around(unlearner, first, budget.left, candidates))
+    if left_out and not time_is_up:
+        on_early_end(_early_end(first, left_out, candidates))
     return sorted(candidates, key=lambda candidate: candidate.rank, reverse=True)  # stable
+
+
+def _successes(candidates: list[Candidate]) -> list[Candidate]:
+    return [candidate for candidate in candidates if candidate.forgotten.all() and candidate.kept]
+
+
+def _convincing_agreement(candidates: list[Candidate]) -> float:
+    """Return the highest agreement of a success plus its uncertainty, half the width of its 95 % interval."""
+    best = max(_successes(candidates), key=lambda candidate: candidate.rank)
+    return best.rank[1] + _uncertainty(best)
+
+
+def _uncertainty(candidate: Candidate) -> float:
+    return sum(kept.high - kept.low for kept in candidate.kept) / (2 * len(candidate.kept))
+
+
+def _expected_agreement(settings: Settings, candidates: list[Candidate]) -> float:
+    """Return the highest agreement in percent that can be expected of settings.
+
+    It is 100, unless two successes differ in one setting alone, in which these settings differ from the first of them
+    alone as well. Then it is extrapolated, linearly in the logarithm of that setting.
+    """
+    expected = []
+    for one, other in itertools.permutations(_successes(candidates), 2):
+        changed, varied = _changed(one.settings, settings), _changed(one.settings, other.settings)
+        if changed.keys() == varied.keys() and len(changed) == 1:
+            (name,) = changed
+            values = [getattr(each, name) for each in (one.settings, other.settings, settings)]
+            if all(isinstance(value, int | float) and value > 0 for value in values):
+                steps = math.log(values[2] / values[0]) / math.log(values[1] / values[0])
+                expected.append(one.rank[1] + steps * (other.rank[1] - one.rank[1]))
+    return min(100.0, max(expected, default=100.0))
+
+
+def _early_end(first: Settings, left_out: list[Settings], candidates: list[Candidate]) -> str:
+    best = max(_successes(candidates), key=lambda candidate: candidate.rank)
+    names = "; ".join(describe(_changed(first, one)) for one in left_out)
+    return (
+        f"the search ended before the time limit: {names} cannot be expected to raise the agreement of "
+        f"{best.rank[1]:.1f} % by more than its uncertainty of {_uncertainty(best):.1f} points"
+    )
 
 
 def _changed(first: Settings, settings: Settings) -> dict[str, float]:

@@ -84,7 +84,7 @@ def as_used(model: nn.Module, forget: Forget, other_images: Tensor | None = None
     """
     images = forget.images
     if other_images is None:
-        other_images = mixes(images, NUM_MIXES, seeds.generator(SEED, "recalibration"))
+        other_images = stand_ins(images)
     changed = {name: changed_weights(model, form) for name, form in WEIGHTS.items()}
     changed[RECALIBRATED] = recalibrated(model, other_images)
     return AsUsed(
@@ -153,6 +153,16 @@ class _InType(nn.Module):
         return self.model(pixels.to(self.dtype)).float()
 
 
+def stand_ins(images: Tensor) -> Tensor:
+    """Return mixes (n, C, H, W) of D_f on which batch-norm is recalibrated if there are no other images."""
+    return mixes(images, NUM_MIXES, seeds.generator(SEED, "recalibration"))
+
+
+def batch_norms(model: nn.Module) -> list[BatchNorm]:
+    """Return the layers of a model that have running statistics."""
+    return [module for module in model.modules() if isinstance(module, BatchNorm) and module.track_running_stats]
+
+
 @torch.no_grad()
 def recalibrated(model: nn.Module, images: Tensor) -> nn.Module:
     """Return a copy whose batch-norm statistics are those of the images, as after a forward pass in train mode.
@@ -160,7 +170,7 @@ def recalibrated(model: nn.Module, images: Tensor) -> nn.Module:
     images  (n, C, H, W), uint8 or float in [0,1]; no label is used. A model without batch-norm is copied as it is.
     """
     result, device = copy.deepcopy(model).eval(), next(model.parameters()).device
-    norms = [module for module in result.modules() if isinstance(module, BatchNorm) and module.track_running_stats]
+    norms = batch_norms(result)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

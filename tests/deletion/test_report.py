@@ -39,7 +39,7 @@ def verify(script, tmp_path, *words, images=("in",), output="out"):
     return code, out + err
 
 
-def test_reference_controller_date_inventory_and_threats_are_in_the_report(forget, tmp_path):
+def test_reference_controller_date_inventory_and_threats_are_in_the_report(forget, tiny, tmp_path):
     (tmp_path / "copies.toml").write_text(INVENTORY)
     words = ["--request-id", "DSR-7", "--controller", "A & B", "--requested-on", "2026-11-01"]
     code, report, printed = forget(*words, "--inventory", tmp_path / "copies.toml")
@@ -61,8 +61,13 @@ def test_reference_controller_date_inventory_and_threats_are_in_the_report(forge
         assert text in page
     assert '<td class="bad">open</td>' in page
     assert "can find the images" in page
-    assert page.count("Threat:") == 5  # all but those of tests that this request did not need
-    code, report, _ = forget(output="plain")
+    assert page.count("Threat:") == 6  # all but those of tests that this request did not need
+    row = report["recalibration"]
+    assert (row["images"], row["count"], row["before"]) == ("mixes of the images of the request", 512, 0)
+    assert f"{row['after']:.1f} % after its batch-norm statistics are computed anew from 512 mixes" in page
+    save_images(tmp_path / "keep", tiny[1][10:20])
+    code, report, _ = forget("--keep-images", tmp_path / "keep", output="plain")
+    assert (report["recalibration"]["images"], report["recalibration"]["count"]) == ("images to keep", 10)
     assert report["inventory"] is None
     assert "The operator made no statement" in (tmp_path / "plain" / "report.html").read_text()
 
@@ -288,6 +293,7 @@ def test_a_hugging_face_folder_gets_a_model_card_without_names_and_pictures(scri
     assert report["model"]["after"]["weights_sha256"] in card
     assert not any(row[key] in card for row in report["images"] for key in ("file", "sha256", "pixels_sha256"))
     assert "data:image" not in card
+    assert report["recalibration"] is None  # no batch-norm
     words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", "--again"]
     code, out, err = script(main_forget.main, *words)
     assert "ok     weights again" in out, out + err

@@ -11,6 +11,7 @@ from l2ul.metrics.agreement import Agreement
 from l2ul.unlearn import Settings
 
 OWN = Settings()
+UNCERTAINTY = 0.5  # of the agreement of a fake candidate, in percent
 
 
 @dataclass
@@ -35,7 +36,7 @@ class FakeUnlearner:
         status = "stopped" if seconds > 0 else "forgotten" if gone else "cap"
         done = torch.tensor([gone and seconds <= 0])
         self.run.append(settings)
-        kept = [Agreement("some", percent, 0, 100, 10)]
+        kept = [Agreement("some", percent, percent - UNCERTAINTY, percent + UNCERTAINTY, 10)]
         return search.Candidate(
             settings,
             changed,
@@ -52,19 +53,21 @@ class Clock:
     now = 0.0
 
 
-def run_search(monkeypatch, minutes, outcome, method="distill", cycles=1):
+def run_search(monkeypatch, minutes, outcome, method="distill", cycles=1, ended=None):
     clock = Clock()
     monkeypatch.setattr(search.time, "perf_counter", lambda: clock.now)
     unlearner = FakeUnlearner(outcome, clock, method, method == "distill", method == "jit", cycles)
     budget = search.TimeBudget(60 * minutes, 0.0)
-    candidates = search.search(unlearner, OWN, budget, 1.0, lambda candidate: None)
+    candidates = search.search(
+        unlearner, OWN, budget, 1.0, lambda candidate: None, (ended if ended is not None else []).append
+    )
     return unlearner.run, candidates, clock.now
 
 
 def test_the_methods_own_settings_come_first_and_the_best_agreement_is_chosen(monkeypatch):
     run, candidates, _ = run_search(monkeypatch, 60, lambda s: (True, 95.0 if s.distill_lr > OWN.distill_lr else 90.0))
     assert run[0] == OWN
-    assert len(candidates) == 1 + len(search.DISTILL)
+    assert len(candidates) == len(search.DISTILL)  # half of the learning rate is left out
     assert candidates[0].changed == {"distill_lr": 2 * OWN.distill_lr}
 
 
@@ -110,8 +113,40 @@ def test_forgetting_counts_before_agreement(monkeypatch):
 
 
 def test_gradient_methods_run_with_other_learning_rates(monkeypatch):
-    run, _, _ = run_search(monkeypatch, 60, lambda s: (True, 90.0), "adv_imp")
-    assert [s.unlearn_lr / OWN.unlearn_lr for s in run] == pytest.approx([1, 1 / 3, 3, 0.1])
+    run, _, _ = run_search(monkeypatch, 60, lambda s: (True, 90.0 - 1e3 * s.unlearn_lr), "adv_imp")
+    assert [s.unlearn_lr / OWN.unlearn_lr for s in run] == pytest.approx([1, 1 / 3, 0.1])
+    run, _, _ = run_search(monkeypatch, 60, lambda s: (True, 90.0 + 1e3 * s.unlearn_lr), "adv_imp")
+    assert [s.unlearn_lr / OWN.unlearn_lr for s in run] == pytest.approx([1, 1 / 3, 3])
+
+
+def test_a_setting_of_which_nothing_better_can_be_expected_is_left_out(monkeypatch):
+    ended = []
+    run, _, now = run_search(monkeypatch, 60, lambda s: (True, 90.0), ended=ended)
+    assert [s.distill_lr / OWN.distill_lr for s in run] == pytest.approx([1, 2, 1, 1])  # without half of it
+    assert now < 60 * 60 * search.SEARCH_SHARE
+    assert ended == [
+        "the search ended before the time limit: distill_lr 0.00015 cannot be expected to raise the agreement of "
+        "90.0 % by more than its uncertainty of 0.5 points"
+    ]
+
+
+def test_the_search_goes_on_where_the_trend_promises_more(monkeypatch):
+    ended = []
+    run, candidates, _ = run_search(monkeypatch, 60, lambda s: (True, 90.0 - 1e4 * s.distill_lr), ended=ended)
+    assert candidates[0].changed == {"distill_lr": OWN.distill_lr / 2}
+    assert (len(run), ended) == (1 + len(search.DISTILL), [])
+
+
+def test_the_search_ends_at_once_if_agreement_is_almost_complete(monkeypatch):
+    ended = []
+    run, _, _ = run_search(monkeypatch, 60, lambda s: (True, 99.6), ended=ended)
+    assert (run, len(ended)) == ([OWN], 1)
+
+
+def test_the_search_does_not_end_early_before_all_images_are_forgotten(monkeypatch):
+    ended = []
+    run, _, _ = run_search(monkeypatch, 60, lambda s: (False, 100.0), ended=ended)
+    assert (len(run) > 1 + search.MAX_ENLARGED, ended) == (True, [])
 
 
 def test_a_method_of_fixed_length_runs_once(monkeypatch):
