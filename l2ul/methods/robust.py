@@ -10,9 +10,9 @@ The loss is that of `l2ul.methods.distill` with another B and w:
 - The share `robust_mixes` of the stand-ins is changed like the copies, so that the model learns the images and not the
   changes.
 - `robust_adversarial`: half of B is moved by a step of this length toward its own label, as a copy of unknown kind.
-- `robust_bits`: B passes through weights that are rounded to so many bits, with the gradients of the exact weights.
-- `robust_norm=1`: at every second step, batch-norm takes the statistics of B and of mixes of D_f, as after a
-  recalibration.
+- `robust_bits`, `robust_norm=1`: B passes, in turn, through the model as it is, through weights that are rounded to so
+  many bits, with the gradients of the exact weights, and through the model with batch-norm statistics of B and of mixes
+  of D_f, as after a recalibration.
 - `robust_targets`: weight of KL(q ‖ p) on B, with q = p⁰ without the label. A class that p⁰ finds likely takes its
   place.
 
@@ -81,12 +81,12 @@ class RobustProcedure(DistillProcedure):
         batch = Batch(images[worst], labels[worst])
         if settings.robust_adversarial:
             batch = replace(batch, images=self._toward_label(batch))
-        model = self.model
-        if settings.robust_norm and self.steps % 2 == 0:
-            companions = mixes(self.forget.images, settings.distill_mixes, self.generator)
-            model = _WithBatchStatistics(self.model, companions)
-        elif settings.robust_bits:
-            model = _Rounded(self.model, settings.robust_bits)
+        forms = [lambda: self.model]  # of the model that B passes through, in turn
+        if settings.robust_bits:
+            forms.append(lambda: _Rounded(self.model, settings.robust_bits))
+        if settings.robust_norm:
+            forms.append(lambda: _WithBatchStatistics(self.model, self._companions()))
+        model = forms[self.steps % len(forms)]()
         return replace(step, model=model, forget=batch, margin=margin, forget_weight=self.weight)
 
     def _pool(self) -> tuple[Tensor, Tensor]:
@@ -98,6 +98,10 @@ class RobustProcedure(DistillProcedure):
         images, stored = self.forget.images[order], max(1, size // STORED)
         copies = changed_copies(images[stored:], generator)
         return torch.cat([images[:stored], copies]), self.forget.target_labels[order]
+
+    def _companions(self) -> Tensor:
+        """Draw mixes of D_f that share the statistics of batch-norm with B."""
+        return mixes(self.forget.images, self.settings.distill_mixes, self.generator)
 
     def _toward_label(self, batch: Batch) -> Tensor:
         """Move the second half of a batch by a step up the gradient of its margin loss."""

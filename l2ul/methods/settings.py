@@ -189,11 +189,11 @@ class Settings(_Declared):
         in_id="if changed",
     )
     robust_bits: int = _declare(
-        0, "bits that weights are rounded to for the copies; 0: none", "teacher", maximum=16, in_id="if changed"
+        0, "bits that weights are rounded to for some of the copies; 0: none", "teacher", maximum=16, in_id="if changed"
     )
     robust_norm: int = _declare(
         0,
-        "1: at every second step, batch-norm takes the statistics of the batch for the copies",
+        "1: batch-norm takes the statistics of the batch for some of the copies",
         "teacher",
         maximum=1,
         in_id="if changed",
