@@ -121,20 +121,18 @@ class _FeatureGap(torch.autograd.Function):
 
     @staticmethod
     def forward(context, original: list[Tensor], variances: list[float], *features: Tensor) -> Tensor:
-        context.roots = [
-            (len(features) * layer.numel() * variance) ** -0.5
-            for layer, variance in zip(features, variances, strict=True)
-        ]
-        scaled = torch._foreach_sub(features, original)
-        torch._foreach_mul_(scaled, context.roots)
-        context.save_for_backward(*scaled)
-        return torch.stack(torch._foreach_norm(scaled)).square().sum()
+        difference = torch._foreach_sub(features, original)
+        context.variances = variances
+        context.save_for_backward(*difference)
+        roots = [(one.numel() * variance) ** -0.5 for one, variance in zip(features, variances, strict=True)]
+        return torch.stack(torch._foreach_mul(torch._foreach_norm(difference), roots)).square().mean()
 
     @staticmethod
     @once_differentiable
     def backward(context, scale: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch._foreach_mul(context.saved_tensors, [2 * root for root in context.roots])
-        torch._foreach_mul_(gradients, scale)
+        difference, count = context.saved_tensors, len(context.variances)
+        gradients = torch._foreach_mul(difference, [2 / one.numel() for one in difference])
+        torch._foreach_mul_(gradients, torch._foreach_div([scale / count] * count, context.variances))
         return None, None, *gradients
 
 

@@ -16,6 +16,8 @@ from l2ul import METHOD_VERSION, objective
 from l2ul.attack import adversarial_set
 from l2ul.common import seeds
 from l2ul.common.choices import DIVERGED, DONE, FORGOTTEN, STOPPED
+from l2ul.common.errors import Diverged
+from l2ul.common.modes import counters_on_cpu
 from l2ul.data import storage
 from l2ul.data.images import Split, as_pixels
 from l2ul.importance import mas_importance
@@ -24,6 +26,7 @@ from l2ul.methods.checkpoint import Checkpoint, Guard, State, fingerprint, summa
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import Procedure
 from l2ul.methods.settings import AttackSettings, Settings, override
+from l2ul.metrics import accuracy
 from l2ul.objective import Terms
 
 RUNNING = "running"  # status of an outcome until the loop ends, then one of `choices.LOOP_STATUSES`
@@ -63,6 +66,7 @@ def unlearn(
     attack: AttackSettings | None = None,
     settings: Settings | None = None,
     workers: int = 0,
+    predict: Callable[[nn.Module], Tensor] | None = None,
     on_start: Callable[[int | None], object] | None = None,
     on_step: Callable[[dict[str, float]], object] | None = None,
     go_on: Callable[[], bool] | None = None,
@@ -83,6 +87,8 @@ def unlearn(
     attack      how D_adv is computed; by default with the settings of the paper's run scripts
     settings    of the loop; by default those of the paper's run scripts
     workers     processes that decode images of D_r that stay on disk
+    predict     returns a model's predictions of D_f (k,); the loop ends as "forgotten" only if D_f is forgotten in them
+                too. By default `metrics.accuracy.predict`, whose rounding is that of all measurements
     on_start    called before the first step with the largest number of steps, None if the method has a fixed length
     on_step     called with each row of the curve, which has `step` and `forgotten` (percent of D_f) for a progress line
     go_on       called after each row; the loop stops if it returns False
@@ -122,8 +128,9 @@ def unlearn(
     adv = adv if "adv" in chosen.needs else None
     retain = retain if "retain" in chosen.needs else None
     importance = importance if "importance" in chosen.needs else None
-    monitor = ForgetMonitor(unlearned, forget)
-    with seeds.fork_rng(labels.device, settings.seed, "dropout", settings.first_position):
+    monitor = ForgetMonitor(unlearned, forget, predict or (lambda model: accuracy.predict(model, images)))
+    is_random = seeds.fork_rng(labels.device, settings.seed, "dropout", settings.first_position)
+    with is_random, counters_on_cpu(unlearned):
         if chosen.is_fixed_length:
             own = override(chosen.settings, settings.method_settings)
             context = fixed_length_procedure.MethodContext(
@@ -185,7 +192,7 @@ class _Loop:
                     if not is_finite:
                         outcome.status = DIVERGED
                     elif may_stop and row["forgotten"] == 100 and procedure.may_stop():
-                        outcome.status = FORGOTTEN
+                        self._confirm(row)
                 if has_ended and outcome.status == RUNNING:
                     outcome.status = procedure.final_status
                 guard.step_ends()
@@ -195,6 +202,19 @@ class _Loop:
                         outcome.status = STOPPED
         self.model.eval()
         return outcome
+
+    def _confirm(self, row: dict[str, float]) -> None:
+        """Set the status if the last row is confirmed by the predictions that are measured after the loop.
+
+        Otherwise the row gets their percentages, and the loop goes on.
+        """
+        try:
+            row |= self.monitor.confirm()
+        except Diverged:
+            self.outcome.status = DIVERGED
+            return
+        if row["forgotten"] == 100:
+            self.outcome.status = FORGOTTEN
 
     def _step(self, terms: Terms) -> None:
         """Minimise the sum of the terms by one step. Without terms, the method has changed the weights itself."""

@@ -17,7 +17,7 @@ LAYERS = (
     {"scripts"},
 )
 SIDEWAYS = {
-    "unlearn": {"methods"},
+    "unlearn": {"methods", "metrics"},
     "deletion": {"cli"},
     "reporting": {"cli"},
     "sweeps": {"cli", "reporting"},

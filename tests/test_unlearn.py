@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector
 
 from l2ul import attack, importance, objective
-from l2ul.common.errors import InputError
+from l2ul.common.errors import Diverged, InputError
 from l2ul.data.forget_set import random_new_labels
 from l2ul.data.images import Split
 from l2ul.methods import paper, registry
@@ -256,3 +256,66 @@ def test_is_forgotten_compares_predictions_with_true_or_new_labels():
     images, new_labels = torch.zeros(3, 3, 1, 1), torch.tensor([1, 1, 2])
     assert objective.Forget(images, labels).is_forgotten(predictions).tolist() == [False, True, True]
     assert objective.Forget(images, labels, new_labels).is_forgotten(predictions).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("goal", ["misclassify", "relabel"])
+def test_loop_goes_on_until_the_predictions_measured_after_it_confirm_that_d_f_is_forgotten(inputs, goal):
+    new = random_new_labels(inputs["labels"], CLASSES, seed=0) if goal == "relabel" else None
+    options = {"method": "adv", "new_labels": new, "settings": Settings(**FAST)}
+    at_once = unlearn(**inputs, **options)
+    calls, unforgotten = [], inputs["labels"]
+
+    def predict_after_two_more(model):
+        calls.append(model)
+        return unforgotten if len(calls) <= 2 else predict(model, inputs["images"])
+
+    later = unlearn(**inputs, **options, predict=predict_after_two_more)
+    assert (at_once.status, later.status) == ("forgotten", "forgotten")
+    assert later.steps >= at_once.steps + 2
+    assert len(calls) >= 3
+    refused = later.curve[at_once.steps - 1]
+    assert (refused["acc_forget"], refused["forgotten"]) == (100.0, 0.0)
+    assert later.curve[: at_once.steps - 1] == at_once.curve[:-1]
+    few = replace(options["settings"], max_passes=at_once.steps)
+    never = unlearn(**inputs, **options | {"settings": few}, predict=lambda model: unforgotten)
+    assert never.status == "cap"
+
+
+def test_loop_ends_as_diverged_if_the_measured_logits_are_not_finite(inputs):
+    def fail(model):
+        raise Diverged("the logits of 1 of 3 images are not finite")
+
+    assert unlearn(method="adv", **inputs, settings=Settings(**FAST), predict=fail).status == "diverged"
+
+
+@pytest.mark.parametrize("bn", ["train", "eval"])
+@pytest.mark.parametrize("method", ["neggrad", "oracle", "adv", "adv_imp", "distill"])
+def test_gradients_of_separate_terms_add_up_to_those_of_the_loss(inputs, method, bn, monkeypatch):
+    inputs["model"].features[7].p = 0.0  # dropout draws in the order of the forward passes, which stays the same
+    steps = {"max_passes": 2, "distill_steps": 3, "distill_cycles": 1, "distill_mixes": 6, "distill_lr": 1e-4}
+    settings = Settings(**FAST | {"unlearn_lr": 1e-4}, bn=bn, reg_lamb=2.0, **steps)
+    ours = unlearn(method=method, **inputs, settings=settings)
+
+    def backward(loop, terms):
+        loop.procedure.optimizer.zero_grad()
+        sum(terms.values()).backward()
+
+    monkeypatch.setattr("l2ul.unlearn._Loop._backward", backward)
+    plain = unlearn(method=method, **inputs, settings=settings)
+    assert (ours.status, ours.steps) == (plain.status, plain.steps)
+    one, other = (parameters_to_vector(outcome.model.parameters()) for outcome in (ours, plain))
+    assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+    counts = [outcome.model.state_dict()["features.1.num_batches_tracked"] for outcome in (ours, plain)]
+    assert counts[0] == counts[1]
+
+
+def test_noise_has_the_numbers_of_the_generator_whatever_computes_it(inputs):
+    parameters = [parameter.detach().clone() for parameter in inputs["model"].parameters()]
+    noise = paper.WeightNoise(parameters, 0.1, torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    original = [parameter.clone() for parameter in parameters]
+    for draw in (1, 2):
+        noise()
+        for parameter, weights in zip(parameters, original, strict=True):
+            drawn = torch.randn(weights.shape, generator=generator)
+            assert torch.equal(parameter, weights + 0.1 * draw * weights.square().mean().sqrt() * drawn)

@@ -64,8 +64,17 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new measurement of the peak memory on a CUDA GPU. That of a process cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Return the peak memory so far in MiB: of torch on a CUDA GPU, otherwise of this process; None on Windows."""
+    """Return the peak memory in MiB, None on Windows.
+
+    On a CUDA GPU that of torch since `reset_peak_memory`, otherwise that of the process so far.
+    """
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     try:

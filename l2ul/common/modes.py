@@ -20,6 +20,20 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def counters_on_cpu(model: nn.Module) -> Iterator[None]:
+    """Keep the batch counters of batch-norms on the CPU inside the block, where counting starts no kernel of a GPU."""
+    counting = [module for module in model.modules() if getattr(module, "num_batches_tracked", None) is not None]
+    devices = [module.num_batches_tracked.device for module in counting]
+    for module in counting:
+        module.num_batches_tracked = module.num_batches_tracked.cpu()
+    try:
+        yield
+    finally:
+        for module, device in zip(counting, devices, strict=True):
+            module.num_batches_tracked = module.num_batches_tracked.to(device)
+
+
+@contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode and turn off gradients of its parameters inside the block.
 

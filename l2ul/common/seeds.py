@@ -17,9 +17,12 @@ def stream(seed: int, purpose: str, *counters: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key))
 
 
-def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
-    """Return the torch CPU generator for (seed, purpose, counters)."""
-    return torch.Generator().manual_seed(_torch_seed(seed, purpose, *counters))
+def generator(seed: int, purpose: str, *counters: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """Return the torch generator for (seed, purpose, counters), by default on the CPU.
+
+    A CUDA GPU draws other numbers than the CPU, but always the same.
+    """
+    return torch.Generator(device).manual_seed(_torch_seed(seed, purpose, *counters))
 
 
 @contextlib.contextmanager

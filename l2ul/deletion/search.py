@@ -156,6 +156,7 @@ class Unlearner:
             return (self.max_steps is None or step < self.max_steps) and (go_on is None or go_on())
 
         options = {"new_labels": self.train_set.new_labels, "settings": settings, "go_on": continues, "on_step": look}
+        options["predict"] = lambda model: accuracy.predict(model, images, fold=False)  # as `forgotten` measures
         return unlearn.unlearn(self.model, images, labels, self.method, **options, **self._inputs)
 
     def run_candidate(

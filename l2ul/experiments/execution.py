@@ -204,6 +204,7 @@ class Experiment:
         self, run: Run, model: nn.Module, adversarial: AdversarialSet | None, omega: Importance | None
     ) -> "RunResult":
         """Unlearn D_f of a run from `model` in the first process, and copy the result to the others."""
+        devices.reset_peak_memory(self.device)
         result = RunResult(unlearn.Outcome(model, "", 0))
         if distributed.is_first():
             inputs = {}
@@ -247,6 +248,7 @@ class Experiment:
                 new_labels=new.to(self.device) if new is not None else None,
                 settings=self.setup.loop_settings(run),
                 workers=self.evaluator.workers,
+                predict=lambda model: self.evaluator.predict_forget(run, model),
                 on_start=set_limit,
                 on_step=show,
                 checkpoint=self._checkpoint(run),

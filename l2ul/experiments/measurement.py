@@ -136,13 +136,23 @@ class Evaluator:
             train = train.subset(self.retain_sample)
         return {"retain_sample": train, "test": self.setup.images.test}
 
-    def _predict(self, model: nn.Module, split: Split, progress: Callable[[int], object] | None = None) -> Tensor:
+    def predict_forget(self, run: Run, model: nn.Module) -> Tensor:
+        """Predict D_f as `evaluate` does, but in one process."""
+        return self._predict(model, run.forget.split, shared=False)
+
+    def _predict(
+        self,
+        model: nn.Module,
+        split: Split,
+        progress: Callable[[int], object] | None = None,
+        shared: bool = True,
+    ) -> Tensor:
         return accuracy.predict(
             model,
             split.images,
             batch_size=self.batch_size,
             workers=self.workers,
-            shared=True,
+            shared=shared,
             progress=progress,
         )
 

@@ -172,7 +172,15 @@ SCHEMA: dict[str, Key] = {
                 "evaluate": "the accuracies",
             }.items()
         ),
-        Key("peak_memory_mib", COST, "number", "peak memory in MiB", null=True, required=True, least=0),
+        Key(
+            "peak_memory_mib",
+            COST,
+            "number",
+            "peak memory in MiB: on a GPU since the loop began, on a CPU of the process so far",
+            null=True,
+            required=True,
+            least=0,
+        ),
         Key("device", MACHINE, "text", "device", null=True, required=True),
         *_hyper_parameters(),
         Key("course", SETTING, "text", "settings of a method of fixed length, as NAME=VALUE", null=True),

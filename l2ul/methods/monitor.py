@@ -1,5 +1,6 @@
 """The forget-set monitor: predictions on D_f after a step, as a row of the curve."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 import itertools
@@ -17,13 +18,16 @@ BATCH_SIZE = 512  # images of D_f per forward pass
 class ForgetMonitor:
     """Measure a model on D_f in eval mode while it is being unlearned.
 
+    predict  returns the predicted classes (k,) of D_f of a model, as they are measured after the loop
+
     `logits` (k, C) are those of the last measurement, or of the model before the first step. They and the labels of
     `forget` are on the CPU, so that what is decided by them needs no transfer of its own.
     """
 
-    def __init__(self, model: nn.Module, forget: Forget):
+    def __init__(self, model: nn.Module, forget: Forget, predict: Callable[[nn.Module], Tensor]):
         new = None if forget.new_labels is None else forget.new_labels.cpu()
-        self.model, self.forget = model, replace(forget, labels=forget.labels.cpu(), new_labels=new)
+        self.forget = replace(forget, labels=forget.labels.cpu(), new_labels=new)
+        self.model, self.predict = model, predict
 
     @cached_property
     def logits(self) -> Tensor:
@@ -45,6 +49,13 @@ class ForgetMonitor:
         if not self.logits.isfinite().all():
             row |= {"acc_forget": math.nan, "forgotten": math.nan}
         return row, bool(finite_model) and math.isfinite(sum(row.values()))
+
+    def confirm(self) -> dict[str, float]:
+        """Return `acc_forget` and `forgotten` as measured after the loop, in which rounding differs.
+
+        Raises Diverged if a logit is not finite.
+        """
+        return self._percentages(self.predict(self.model).cpu())
 
     def _percentages(self, predictions: Tensor) -> dict[str, float]:
         correct, forgotten = predictions == self.forget.labels, self.forget.is_forgotten(predictions)

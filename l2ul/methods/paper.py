@@ -20,11 +20,12 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from l2ul import objective
 from l2ul.common import seeds
+from l2ul.common.device import upload
 from l2ul.common.fused_optimizers import fused
 from l2ul.data.images import Split
 from l2ul.importance import held_weights
 from l2ul.methods.procedure import EndlessBatches, Procedure
-from l2ul.methods.registry import Method, Step, Terms
+from l2ul.methods.registry import BUILT_IN, Method, Step, Terms
 from l2ul.methods.settings import Settings, override
 from l2ul.objective import Batch, Forget, forget_loss
 
@@ -113,6 +114,8 @@ class PaperProcedure(Procedure):
         options = {"lr": settings.unlearn_lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
         self.optimizer = fused(torch.optim.SGD, parameters, **options)
         self.scheduler = ConstantLR(self.optimizer, factor=1.0)
+        if method in BUILT_IN:  # in train mode each batch has a forward pass of its own
+            self.separate = frozenset({"forget", "importance"} if settings.bn == "train" else {"importance"})
         labelled = Split(forget.images, forget.target_labels)
         self.forget_batches = EndlessBatches(labelled, settings.batch_size, self._generator("forget batches"))
         self.retained_batches = None
@@ -121,13 +124,15 @@ class PaperProcedure(Procedure):
             self.retained_batches = EndlessBatches(retained, settings.adv_batch_size, generator, workers)
         self.noise = None
         if "noise" in method.needs:
-            self.noise = WeightNoise(parameters, settings.noise_growth, self._generator("noise"))
+            # on a CUDA GPU its own generator draws other numbers, in a fraction of the time
+            source = "cuda" if parameters[0].is_cuda else "cpu"
+            self.noise = WeightNoise(parameters, settings.noise_growth, self._generator("noise", source))
         self.penalty = Penalty(model, held_weights(importance)) if importance is not None else None
         batches_of_a_pass = 1 if self.noise else len(self.retained_batches or self.forget_batches)
         self.max_steps = settings.max_passes * batches_of_a_pass
 
-    def _generator(self, purpose: str) -> torch.Generator:
-        return seeds.generator(self.settings.seed, purpose, self.settings.first_position)
+    def _generator(self, purpose: str, device: str | torch.device = "cpu") -> torch.Generator:
+        return seeds.generator(self.settings.seed, purpose, self.settings.first_position, device=device)
 
     def __next__(self) -> Terms:
         forget = next(self.forget_batches)
@@ -172,23 +177,26 @@ class Penalty:
 class WeightNoise:
     """Gaussian noise on the original weights, with a standard deviation that grows by `growth` at each draw.
 
-    growth  in parts of the root mean square of a parameter tensor
+    growth     in parts of the root mean square of a parameter tensor
+    generator  on the CPU or on the device of the weights
     """
 
     def __init__(self, parameters: list[Tensor], growth: float, generator: torch.Generator):
         self.parameters, self.growth, self.generator = parameters, growth, generator
         self.reference = [parameter.detach().clone() for parameter in parameters]
-        self.rms = [weights.square().mean().sqrt() for weights in self.reference]
+        self.rms = torch.stack([weights.square().mean().sqrt() for weights in self.reference]).cpu()
         self.draws = 0
 
     @torch.no_grad()
     def __call__(self) -> None:
         """Set the weights to θ⁰ + growth · number of draws · rms(θ⁰) · fresh noise."""
         self.draws += 1
-        sigma = self.growth * self.draws
-        for parameter, weights, rms in zip(self.parameters, self.reference, self.rms, strict=True):
-            noise = torch.randn(weights.shape, generator=self.generator).to(weights.device)
-            parameter.copy_(weights + sigma * rms * noise)
+        source = self.generator.device
+        draws = [torch.randn(weights.shape, generator=self.generator, device=source) for weights in self.reference]
+        noise = [upload(draw, weights.device) for draw, weights in zip(draws, self.reference, strict=True)]
+        torch._foreach_mul_(noise, (self.growth * self.draws * self.rms).tolist())
+        torch._foreach_add_(noise, self.reference)
+        torch._foreach_copy_(self.parameters, noise)
 
     def state_dict(self) -> dict[str, object]:
         """Return the number of draws and the state of the generator."""

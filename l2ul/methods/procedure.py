@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from l2ul.common.choices import CAP
+from l2ul.common.device import upload
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split, as_pixels
 from l2ul.objective import Batch, Terms
@@ -97,10 +98,13 @@ def shuffled(split: Split, batch_size: int, generator: torch.Generator, workers:
     The last batch is smaller if the set is not a multiple of the batch size. A loader of images on disk draws a seed
     from torch's global generator at the first batch.
     """
-    order = torch.randperm(len(split), generator=generator).split(batch_size)[skip:]
+    device = split.labels.device
+    order = torch.randperm(len(split), generator=generator)
+    labels = split.labels[upload(order, device)].split(batch_size)[skip:]  # once a pass, so that no step waits for it
     if isinstance(split.images, FolderImages):
-        loaded = split.images.loader(order, split.labels.device, workers)
+        loaded = split.images.loader(order.split(batch_size)[skip:], device, workers)
     else:
-        loaded = (split.images[indices] for indices in order)
-    for indices, images in zip(order, loaded, strict=True):
-        yield Batch(as_pixels(images.to(split.labels.device)), split.labels[indices])
+        own_order = upload(order, split.images.device).split(batch_size)[skip:]
+        loaded = (upload(split.images[indices], device) for indices in own_order)
+    for images, some in zip(loaded, labels, strict=True):
+        yield Batch(as_pixels(images.to(device)), some)
