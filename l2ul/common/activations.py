@@ -55,16 +55,21 @@ def flat_features(output: Tensor) -> Tensor:
 
 
 def logits_and_inputs(
-    model: nn.Module, images: Tensor, names: list[str], last: str | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the logits of images (n, 3, H, W) and the pooled input of each named layer, in the order of the names.
+    model: nn.Module,
+    images: Tensor,
+    names: list[str],
+    last: str | None = None,
+    reduce: Callable[[str, Tensor], object] = lambda name, inputs: pooled(inputs),
+) -> tuple[Tensor, list]:
+    """Return the logits of images (n, 3, H, W) and the reduced input of each named layer, in the order of the names.
 
-    last  name of a module whose output, not pooled, is added to the end of the list; see `last_spatial_module`
+    last    name of a module whose output, not reduced, is added to the end of the list; see `last_spatial_module`
+    reduce  called with the name of a layer and its input; by default `pooled`
     """
-    features: dict[str | None, Tensor] = {}
+    features: dict[str | None, object] = {}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: features.update({name: pooled(inputs[0])})
+            lambda _, inputs, name=name: features.update({name: reduce(name, inputs[0])})
         )
         for name in names
     ]
@@ -97,6 +102,14 @@ def last_spatial_module(model: nn.Module, images: Tensor) -> str | None:
     with hooked(model, [name for name, _ in model.named_modules() if name], note):
         model(images)
     return spatial[-1] if spatial else None
+
+
+def run_names(model: nn.Module, names: Iterable[str], pixels: Tensor) -> list[str]:
+    """Return those of the names whose modules run, in the order of their calls; `pixels` as in `layers`."""
+    ran: dict[str, None] = {}
+    with hooked(model, names, lambda name, *_: ran.setdefault(name)):
+        model(pixels[:1])
+    return list(ran)
 
 
 def layers(model: nn.Module, pixels: Tensor) -> dict[str, int]:

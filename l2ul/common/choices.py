@@ -31,6 +31,10 @@ SCHEDULES = ("cosine", "onecycle")  # of the learning rate in training
 TRACKERS = ("tensorboard",)  # of training curves
 CHANGES = ("flipped", "cropped", "jpeg")  # kinds of changed copies that a deletion request can forget as well
 CLASS_ORDERS = ("string", "numeric")  # of the class names of a deletion request
+STAND_INS = (  # kinds of images that `distill` uses in place of D_r, see `methods.stand_ins`
+    *("mixes", "triples", "patches", "crops", "collages", "spectra"),
+    *("synthesised", "synthesised_mixes", "adversarial"),
+)
 AGE_GROUPINGS = {  # of UTKFace: upper bounds in years; the class of an age is the first bound above it
     "TNN": (10, 15, 20, 25, 30, 40, 50, 60, 120),
     "MFD": (20, 41, 120),
@@ -110,3 +114,27 @@ class OneOf:
     def expected(self) -> str:
         """List the names in words, as in "one of train, eval"."""
         return f"one of {', '.join(self.names)}" if len(self.names) > 1 else self.names[0]
+
+
+@dataclass(frozen=True)
+class SomeOf:
+    """A list of names, of which one or more are joined by +. Calling it checks that each part of a text is one."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
+        """Return the text. Raises InvalidValue if a part of it is not one of the names."""
+        return self.check(text)
+
+    def check(self, value: object) -> str:
+        """Return a value whose parts are names. Raises InvalidValue if it is not a text or a part is not a name."""
+        wrong = [part for part in str(value).split("+") if part not in self.names]
+        if wrong:
+            hint = did_you_mean(wrong[0], self.names)
+            raise InvalidValue(f"{value!r} is not allowed; expected {self.expected}{hint}")
+        return value
+
+    @property
+    def expected(self) -> str:
+        """List the names in words."""
+        return f"some of {', '.join(self.names)}, joined by +"

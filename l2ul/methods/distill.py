@@ -20,6 +20,8 @@ Adam follows a learning rate that rises to `distill_lr` and falls to nearly 0 in
 The loop stops at the end of a cycle if all of D_f is forgotten, and gives up after `distill_cycles` cycles.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
 import math
 
 import torch
@@ -32,11 +34,11 @@ from l2ul.common.bn_folding import fold
 from l2ul.common.device import upload
 from l2ul.common.fused_optimizers import fused
 from l2ul.common.modes import frozen_copy
-from l2ul.data.mixes import mixes
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import Procedure
 from l2ul.methods.registry import BUILT_IN, Method, Step, Terms
 from l2ul.methods.settings import Settings, override
+from l2ul.methods.stand_ins import StandIns
 from l2ul.objective import Batch, Forget
 
 VARIANCE_IMAGES = 256  # images of D_f, at most, that variances of features are computed on
@@ -59,20 +61,32 @@ class DistillProcedure(Procedure):
     model     θ⁰; moved in place
     settings  values of all settings
     monitor   gives the logits of D_f after the previous step
+    surrogate (n, 3, H, W) uint8 or float in [0,1], unlabelled images that stand for D_r; None: there are none
     """
 
-    def __init__(self, method: Method, model: nn.Module, forget: Forget, settings: Settings, monitor: ForgetMonitor):
+    def __init__(
+        self,
+        method: Method,
+        model: nn.Module,
+        forget: Forget,
+        settings: Settings,
+        monitor: ForgetMonitor,
+        surrogate: Tensor | None = None,
+    ):
         self.method, self.model, self.forget, self.settings = method, model.eval(), forget, settings
         self.own_values, self.monitor = override(method.settings, settings.method_settings), monitor
         self.teacher = Teacher(model, forget.images)
         self.generator = seeds.generator(settings.seed, "distill", settings.first_position)
+        self.stand_ins = StandIns(self.model, forget.images, settings, surrogate)
         self.weight = 1.0  # w of the module's docstring
-        self.growth = settings.distill_growth ** (1 / settings.distill_steps)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = fused(torch.optim.Adam, parameters, lr=settings.distill_lr)
-        self.scheduler = LambdaLR(self.optimizer, lambda step: one_cycle(step, settings.distill_steps))
-        self.max_steps = settings.distill_cycles * settings.distill_steps
-        self.stop_every = settings.distill_steps
+        length = settings.distill_steps + round(settings.distill_image_steps * len(forget))
+        self.growth = settings.distill_growth ** (1 / length)
+        groups = rates(model.parameters(), settings.distill_lr, settings.distill_relative_lr)
+        self.optimizer = fused(torch.optim.Adam, groups)
+        decay = settings.distill_decay
+        self.scheduler = LambdaLR(self.optimizer, lambda step: decay ** (step // length) * one_cycle(step, length))
+        self.max_steps = settings.distill_cycles * length
+        self.stop_every = length
         self.separate = frozenset({"forget"} if method in BUILT_IN else ())
 
     def __next__(self) -> Terms:
@@ -88,19 +102,22 @@ class DistillProcedure(Procedure):
         remaining = losses.nonzero().flatten()
         drawn = torch.randperm(len(remaining), generator=self.generator)[: settings.distill_forget]
         chosen = upload(remaining[drawn], forget.images.device)
-        mixed = mixes(forget.images, settings.distill_mixes, self.generator)
+        stand_ins = self.stand_ins.draw(self.generator)
         return Step(
             self.model,
             forget.goal,
             Batch(forget.images[chosen], forget.target_labels[chosen]),
-            teacher_gaps=lambda: self._weighted_gaps(mixed),
+            teacher_gaps=lambda: self._weighted_gaps(stand_ins),
             margin=settings.distill_margin,
             settings=self.own_values,
             forget_weight=self.weight * min(1.0, len(remaining) / settings.distill_forget),
         )
 
-    def _weighted_gaps(self, mixed: Tensor) -> tuple[Tensor, Tensor]:
-        logits_gap, features_gap = self.teacher.gaps(self.model, mixed)
+    def _weighted_gaps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        settings = self.settings
+        if settings.distill_ascent:
+            images = self.teacher.farther(self.model, images, settings.distill_ascent)
+        logits_gap, features_gap = self.teacher.gaps(self.model, images, settings.distill_confidence)
         return self.settings.distill_logits * logits_gap, self.settings.distill_features * features_gap
 
     def state_dict(self) -> dict[str, object]:
@@ -137,14 +154,49 @@ class Teacher:
         """Return the logits (n, C) and the features of each layer of the original model."""
         return activations.logits_and_inputs(self.model, images, self.layers, self.last)
 
-    def gaps(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the KL divergence of logits and the feature gap between a model and the original, two scalars."""
+    def gaps(self, model: nn.Module, images: Tensor, confidence: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return the KL divergence of logits and the feature gap between a model and the original, two scalars.
+
+        confidence  exponent of the weight of an image, which is the largest probability that the original model gives
+        """
         original_logits, original_features = self.outputs(images)
         logits, features = activations.logits_and_inputs(model, images, self.layers, self.last)
+        weights = None
+        if confidence:
+            weights = original_logits.softmax(1).amax(1) ** confidence
+            weights = weights / weights.mean()
+            features, original_features = (
+                [layer * weights.sqrt().view(-1, *[1] * (layer.ndim - 1)) for layer in layers]
+                for layers in (features, original_features)
+            )
         return (
-            objective.kl_divergence(logits, original_logits),
+            objective.kl_divergence(logits, original_logits, weights),
             objective.feature_gap(features, original_features, self.variances),
         )
+
+    def farther(self, model: nn.Module, images: Tensor, length: float) -> Tensor:
+        """Move images by a step up the gradient of KL(p⁰ ‖ p), whose L2 norm is `length`; where it is 0, they stay."""
+        start = images.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(objective.kl_divergence(model(start), self.model(start)), start)
+        norm = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True)
+        return (images + length * gradient / norm.clamp_min(1e-12)).clamp(0, 1)
+
+
+def rates(parameters: Iterable[nn.Parameter], lr: float, relative: float) -> list[dict[str, object]]:
+    """Return groups of parameters with the learning rate min(lr, relative · RMS / √n) of each; relative = 0: lr for all.
+
+    RMS is the root mean square of the tensor, n the number of inputs of an output: Adam moves each weight by about the
+    rate, which moves an output by up to √n · rate / RMS of its own size. Rates are rounded down to lr / 2^i, so that
+    tensors of nearly equal rates share a group.
+    """
+    groups = defaultdict(list)
+    for parameter in parameters:
+        if parameter.requires_grad:
+            inputs = parameter[0].numel() if parameter.ndim > 1 else 1
+            limit = relative * parameter.detach().square().mean().sqrt().item() / math.sqrt(inputs)
+            halvings = math.ceil(math.log2(lr / limit)) if 0 < limit < lr else 0
+            groups[halvings].append(parameter)
+    return [{"params": group, "lr": lr / 2**halvings} for halvings, group in sorted(groups.items())]
 
 
 def one_cycle(step: int, length: int) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 import math
 from typing import Any, Self
 
-from l2ul.common.choices import BN_MODES, DTYPES, PRECISIONS, InvalidValue, Number, OneOf
+from l2ul.common.choices import BN_MODES, DTYPES, PRECISIONS, STAND_INS, InvalidValue, Number, OneOf, SomeOf
 from l2ul.common.errors import InputError
 
 Value = int | float | str
@@ -31,6 +31,7 @@ class Setting:
     minimum   smallest number allowed; maximum: largest
     above     number that values have to exceed, in place of a minimum
     choices   the values allowed, of a setting whose values are texts
+    several   whether a text may be several of the choices, joined by +
     unit      of a number, for help and documentation
     used_by   traits of methods (see `registry.Method.traits`): a method with one of them uses the setting
     in_id     when a run's id depends on it: "always", "if used" by the method, or "if changed" from the default. The
@@ -44,6 +45,7 @@ class Setting:
     above: float | None = None
     maximum: float = math.inf
     choices: tuple[str, ...] = ()
+    several: bool = False
     unit: str = ""
     used_by: frozenset[str] = frozenset()
     in_id: str = "if used"
@@ -62,10 +64,10 @@ class Setting:
         return f"--{self.name.replace('_', '-')}"
 
     @property
-    def type(self) -> Number | OneOf:
+    def type(self) -> Number | OneOf | SomeOf:
         """Return what reads a value from text and checks it."""
         if self.choices:
-            return OneOf(self.choices)
+            return SomeOf(self.choices) if self.several else OneOf(self.choices)
         is_open = self.above is not None
         return Number(type(self.default), self.above if is_open else self.minimum, is_open, self.maximum)
 
@@ -156,9 +158,9 @@ class Settings(_Declared):
         3, "cycles at most; the run stops after a cycle if D_f is forgotten", "teacher", minimum=1
     )
     distill_forget: int = _declare(64, "images of D_f per step, of those not yet forgotten", "teacher", minimum=1)
-    distill_mixes: int = _declare(192, "mixes of D_f per step, used in place of D_r", "teacher", minimum=1)
-    distill_logits: float = _declare(10.0, "weight of the logit distillation on the mixes", "teacher")
-    distill_features: float = _declare(1000.0, "weight of the feature distillation on the mixes", "teacher")
+    distill_mixes: int = _declare(192, "stand-ins for D_r per step", "teacher", minimum=1)
+    distill_logits: float = _declare(10.0, "weight of the logit distillation on the stand-ins", "teacher")
+    distill_features: float = _declare(1000.0, "weight of the feature distillation on the stand-ins", "teacher")
     distill_growth: float = _declare(
         10.0, "growth factor of the forget loss over a cycle while D_f is not forgotten", "teacher", above=0
     )
@@ -200,6 +202,56 @@ class Settings(_Declared):
     )
     robust_targets: float = _declare(
         0.0, "weight of the original probabilities without the label, on the copies", "teacher", in_id="if changed"
+    )
+    distill_stand_ins: str = _declare(
+        "mixes",
+        "kinds of stand-ins for D_r, in equal parts. Made of D_f: mixes (blends of two images), triples (of three), "
+        "patches (of one image in another), crops (enlarged, rotated, with other colours), collages (of four crops), "
+        "spectra (phase of one image, amplitudes of two). Made of D_f and θ⁰: synthesised, synthesised_mixes (with "
+        "D_f), adversarial",
+        "teacher",
+        choices=STAND_INS,
+        several=True,
+        in_id="if changed",
+    )
+    distill_pool: int = _declare(
+        1024,
+        "stand-ins of a kind that θ⁰ takes part in, made before the loop",
+        "teacher",
+        minimum=1,
+        in_id="if changed",
+    )
+    distill_pool_steps: int = _declare(
+        150, "iterations that synthesise stand-ins", "teacher", minimum=1, in_id="if changed"
+    )
+    distill_surrogate: float = _declare(
+        1.0, "part of the stand-ins that --surrogate gives, if it is used", "teacher", maximum=1, in_id="if changed"
+    )
+    distill_confidence: float = _declare(
+        0.0,
+        "exponent of the weight of a stand-in, which is the largest probability that θ⁰ gives",
+        "teacher",
+        in_id="if changed",
+    )
+    distill_ascent: float = _declare(
+        0.0,
+        "length of a step that increases the differences from θ⁰ on the stand-ins, before they are reduced",
+        "teacher",
+        unit="L2 norm over pixels in [0,1]",
+        in_id="if changed",
+    )
+    distill_image_steps: float = _declare(
+        0.0, "steps that a cycle has more for each image of D_f", "teacher", in_id="if changed"
+    )
+    distill_relative_lr: float = _declare(
+        0.0,
+        "limit of the learning rate of a tensor, in root mean squares of its weights per square root of the inputs of "
+        "an output; 0: no limit",
+        "teacher",
+        in_id="if changed",
+    )
+    distill_decay: float = _declare(
+        1.0, "factor of the learning rate in each later cycle", "teacher", above=0, maximum=1, in_id="if changed"
     )
     method_settings: Mapping[str, Value] = field(default_factory=dict)
     seed: int = 0
