@@ -63,6 +63,7 @@ def unlearn(
     adv: tuple[Tensor, Tensor] | None = None,
     importance: dict[str, Tensor] | None = None,
     retain: Split | None = None,
+    surrogate: Tensor | None = None,
     attack: AttackSettings | None = None,
     settings: Settings | None = None,
     workers: int = 0,
@@ -84,6 +85,7 @@ def unlearn(
                 `attack.adversarial_set`)
     importance  Ω by parameter name; by default computed (see `importance.mas_importance`)
     retain      D_r, for the methods that need it
+    surrogate   (n, 3, H, W) uint8 or float in [0,1], unlabelled images that stand for D_r in methods with a teacher
     attack      how D_adv is computed; by default with the settings of the paper's run scripts
     settings    of the loop; by default those of the paper's run scripts
     workers     processes that decode images of D_r that stay on disk
@@ -139,7 +141,7 @@ def unlearn(
             procedure = fixed_length_procedure.FixedLengthProcedure(chosen.terms, context, settings.bn)
         elif "teacher" in chosen.needs:
             kind = robust.RobustProcedure if settings.robust else distill.DistillProcedure
-            procedure = kind(chosen, unlearned, forget, settings, monitor)
+            procedure = kind(chosen, unlearned, forget, settings, monitor, surrogate)
         else:
             inputs = {"retained": Split(*adv) if adv else retain, "importance": importance, "workers": workers}
             procedure = paper.PaperProcedure(chosen, unlearned, forget, settings, **inputs)
@@ -148,7 +150,7 @@ def unlearn(
             code = METHOD_VERSION, torch.__version__, labels.device.type, method, chosen.code_sha256(), settings
             # of D_adv only the targets: a GPU may compute examples and importance differently each time, so `summary`
             # compares them with a tolerance
-            inputs = model.state_dict(), images, labels, new_labels, adv[1] if adv else None, retain
+            inputs = model.state_dict(), images, labels, new_labels, adv[1] if adv else None, retain, surrogate
             if state := checkpoint.load(fingerprint(*code, *inputs), summary(adv, importance)):
                 loop.load_state_dict(state)
         else:

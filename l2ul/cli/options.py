@@ -29,6 +29,7 @@ from l2ul.metrics.registry import EVALUATIONS
 if TYPE_CHECKING:
     from l2ul.data.image_files import ImageReader
     from l2ul.data.images import Images
+    from l2ul.data.surrogate import Surrogate
 
 
 def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) -> None:
@@ -173,6 +174,14 @@ def add_attack(parser: Parser) -> None:
 
 def add_distill(parser: Parser) -> None:
     group = parser.add_argument_group("method distill")
+    add(
+        group,
+        "--surrogate",
+        "unlabelled images of the same kind as D_r that stand for it: a folder; test or validation, of the data set, "
+        "with or without a range of its images such as test:0-5000; or the name of another data set. D_test is "
+        "measured on the images that are not in it (default: stand-ins made of D_f)",
+        metavar="NAME",
+    )
     add_settings(group, [name for name, one in SHARED.items() if "teacher" in one.used_by])
 
 
@@ -377,6 +386,16 @@ def load_data(options: argparse.Namespace, whole_train: bool = False) -> "Images
         reader=image_reader(options),
         progress=progress_bar,
     )
+
+
+def load_surrogate(options: argparse.Namespace, images: "Images") -> "tuple[Surrogate, Images]":
+    """Return the set that --surrogate names, and the data set without it."""
+    from l2ul.data import surrogate  # imports torch
+
+    def load(name: str) -> "Images":
+        return load_data(argparse.Namespace(**vars(options) | {"dataset": name, "image_size": images.side}))
+
+    return surrogate.read(options.surrogate, images, load, image_reader(options))
 
 
 def data_label(options: argparse.Namespace) -> str:

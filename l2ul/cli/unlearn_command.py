@@ -17,6 +17,7 @@ from l2ul.common.errors import InputError
 from l2ul.common.files import remove_parts, require_writable
 from l2ul.data import forget_set
 from l2ul.data.images import Images, Split, as_pixels
+from l2ul.data.surrogate import Surrogate
 from l2ul.experiments import time_estimates
 from l2ul.experiments.execution import Experiment
 from l2ul.experiments.measurement import Evaluator
@@ -76,7 +77,7 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
             f"no weights of {opts.model} for {label}: looked for {', '.join(map(str, candidates))}; "
             f"train them with a main_pretrain script or name a file with --checkpoint"
         )
-    images = images or options.load_data(opts)
+    images, chosen = images or options.load_data(opts), None
     for note in images.notes:
         print(note)
     images = images.to(device)
@@ -88,12 +89,14 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
     if classifier.not_read:
         print(f"not read in {path or opts.model}: {', '.join(classifier.not_read)}")
     images = images.with_channels(classifier.channels)
+    if opts.surrogate:
+        chosen, images = options.load_surrogate(opts, images)
     preflight.check_fit(classifier, images.train.images, images.num_classes, opts.precision)
     sample = images.train.images[torch.arange(min(outputs.BATCH, len(images.train)))]
     if outputs.adapt(classifier, as_pixels(sample).to(device)) == outputs.PROBABILITIES:
         print("the model returns probabilities; their logarithms are used as logits")
     accuracy.check_trained_on(images, _metadata(classifier), classifier.source)
-    return make_setup(opts, images, classifier, Path(path).name if path else None)
+    return make_setup(opts, images, classifier, Path(path).name if path else None, chosen)
 
 
 def check_files(opts: argparse.Namespace) -> None:
@@ -111,8 +114,18 @@ def check_files(opts: argparse.Namespace) -> None:
         forget_set.open_folder(opts.forget_dir)
 
 
-def make_setup(opts: argparse.Namespace, images: Images, classifier: models.Classifier, weights: str | None) -> Setup:
-    """Return what the runs of a command share. `weights` is the name of the file that the model was read from."""
+def make_setup(
+    opts: argparse.Namespace,
+    images: Images,
+    classifier: models.Classifier,
+    weights: str | None,
+    chosen: Surrogate | None = None,
+) -> Setup:
+    """Return what the runs of a command share.
+
+    weights  name of the file that the model was read from
+    chosen   the set of --surrogate
+    """
     sample = opts.retain_sample
     return Setup(
         images,
@@ -121,6 +134,7 @@ def make_setup(opts: argparse.Namespace, images: Images, classifier: models.Clas
         options.hyper_parameters(opts),
         opts.result_dir,
         sample if sample and sample < len(images.train) else None,
+        chosen,
         {
             "checkpoint": weights,
             "forget_dir": opts.forget_dir.name if opts.forget_dir else None,

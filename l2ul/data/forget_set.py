@@ -200,7 +200,7 @@ def other_class(labels: Tensor, draws: Tensor) -> Tensor:
 def open_folder(folder: Path) -> ImageFolder:
     """Return the list of images of a folder that has a subfolder per class. Raises InputError if it has none."""
     try:
-        return ImageFolder(str(folder), is_valid_file=_is_image_name)
+        return ImageFolder(str(folder), is_valid_file=is_image_name)
     except OSError as error:
         raise InputError(
             f"--forget-dir {folder} does not hold images in a subfolder per class ({str(error).splitlines()[0]})"
@@ -226,18 +226,19 @@ def read_folder(folder: Path, images: Images, reader: ImageReader | None = None)
     files, train = [file for file, _ in image_folder.samples], images.train.images
     short_side = train.short_side if isinstance(train, FolderImages) else images.short_side or images.side
     folder_images = FolderImages(files, images.side, short_side, reader=reader).with_channels(images.channels)
-    _reject_own(folder_images, images)
+    reject_own(folder_images, images, "choose training images with --forget-file, and leave out test images")
     return Split(
         folder_images,
         torch.tensor([index[normal_form(image_folder.classes[target])] for target in image_folder.targets]),
     )
 
 
-def _is_image_name(file: str) -> bool:
+def is_image_name(file: str) -> bool:
+    """Return whether the suffix of a file is that of an image."""
     return Path(file).suffix.lower() in (*IMG_EXTENSIONS, *OTHER_SUFFIXES)
 
 
-def _reject_own(folder_images: FolderImages, images: Images) -> None:
+def reject_own(folder_images: FolderImages, images: Images, advice: str) -> None:
     """Raise InputError if an image is also in the training or test set, which are D_r and D_test."""
     for what, split in (("training", images.train), ("test", images.test)):
         if isinstance(split.images, FolderImages):
@@ -247,10 +248,7 @@ def _reject_own(folder_images: FolderImages, images: Images) -> None:
             own = {image.tobytes() for image in split.images.cpu().numpy()}
             same = [file for i, file in enumerate(folder_images.files) if folder_images[i].numpy().tobytes() in own]
         if same:
-            raise InputError(
-                f"{same[0]} is a {what} image of the data set; choose training images with --forget-file, and leave "
-                f"out test images"
-            )
+            raise InputError(f"{same[0]} is a {what} image of the data set; {advice}")
 
 
 def from_folder(images: Split, predictions: Tensor, goal: str, seed: int, folder: Path) -> ForgetSet:

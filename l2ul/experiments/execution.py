@@ -216,6 +216,8 @@ class Experiment:
                 inputs["importance"], result.seconds["importance"] = omega.values, omega.seconds
             if "retain" in run.method.needs:
                 inputs["retain"] = self.evaluator.retain_set(run)
+            if run.settings["surrogate"]:
+                inputs["surrogate"] = self.setup.surrogate.images.to(self.device)
             started = devices.clock(self.device)
             result.outcome = self._loop(run, model, inputs)
             seconds = devices.clock(self.device) - started

@@ -215,6 +215,15 @@ SCHEMA: dict[str, Key] = {
             least=1,
             flag=True,
         ),
+        Key(
+            "surrogate",
+            SETTING,
+            "text",
+            "unlabelled images that stand for D_r, as `--surrogate` names them; of a folder, its name",
+            null=True,
+            flag=True,
+        ),
+        Key("surrogate_sha256", PROVENANCE, "text", f"{_HASH} of these images", null=True),
         Key("method_version", SETTING, "integer", "version of the built-in methods", null=True),
         Key(
             "method_revision",

@@ -10,6 +10,7 @@ from l2ul import METHOD_VERSION
 from l2ul.common.errors import InputError
 from l2ul.data.forget_set import ForgetSet
 from l2ul.data.images import Images
+from l2ul.data.surrogate import Surrogate
 from l2ul.experiments import records
 from l2ul.methods import registry
 from l2ul.methods import settings as setting_values
@@ -19,7 +20,7 @@ from l2ul.methods.settings import SHARED, Settings
 # keep theirs. For settings, their declaration says the same, see `Setting.in_id`.
 LATER = (
     *("continual_size", "retain_sample", "age_grouping", "split_seed", "train_sha256", "method_code", "course"),
-    *("method_settings", "method_revision"),
+    *("method_settings", "method_revision", "surrogate", "surrogate_sha256"),
 )
 
 
@@ -73,6 +74,7 @@ class Setup:
     hyper          the value of every setting in `settings.SHARED`, and `method_settings`, a dictionary of settings that
                    methods declare themselves
     retain_sample  number of images of D_r that accuracies are measured on; None: all
+    surrogate      images that stand for D_r in the methods with a teacher
     described      further keys of every record, which decide no result
     model_suffix   suffix of the files of unlearned models
     """
@@ -83,6 +85,7 @@ class Setup:
     hyper: dict[str, object]
     result_dir: Path
     retain_sample: int | None = None
+    surrogate: Surrogate | None = None
     described: dict[str, object] = field(default_factory=dict)
     model_suffix: str = ".safetensors"
 
@@ -134,6 +137,7 @@ class Setup:
     ) -> dict[str, object]:
         used = method.all_settings
         own = setting_values.override(method.settings, self.hyper["method_settings"])
+        surrogate = self.surrogate if "teacher" in method.needs else None
         images, normalize = self.images, self.classifier.normalize
         statistics = {
             name: " ".join(f"{value:g}" for value in getattr(normalize, name).flatten().tolist())
@@ -159,6 +163,8 @@ class Setup:
             "method_revision": method.revision,
             "continual_size": step[1] if step else None,
             "retain_sample": self.retain_sample,
+            "surrogate": surrogate and surrogate.name,
+            "surrogate_sha256": surrogate and surrogate.sha256,
             **dict.fromkeys(("image_size", "age_grouping", "split_seed")),
             **images.settings,
             "train_sha256": images.train_sha256,

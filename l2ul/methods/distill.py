@@ -183,7 +183,9 @@ class Teacher:
 
 
 def rates(parameters: Iterable[nn.Parameter], lr: float, relative: float) -> list[dict[str, object]]:
-    """Return groups of parameters with the learning rate min(lr, relative · RMS / √n) of each; relative = 0: lr for all.
+    """Return groups of parameters with the learning rate min(lr, relative · RMS / √n) of each.
+
+    With relative = 0 all have the rate lr.
 
     RMS is the root mean square of the tensor, n the number of inputs of an output: Adam moves each weight by about the
     rate, which moves an output by up to √n · rate / RMS of its own size. Rates are rounded down to lr / 2^i, so that

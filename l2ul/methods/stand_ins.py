@@ -1,7 +1,7 @@
 """Stand-ins for D_r: the images on which `distill` keeps the outputs and features of the original model θ⁰.
 
-They are made of D_f (see `l2ul.data.mixes`), of D_f and θ⁰, or are unlabelled images that the user has, a surrogate set.
-Pools that need θ⁰ are made once, before the loop.
+They are made of D_f (see `l2ul.data.mixes`), of D_f and θ⁰, or are unlabelled images that the user has (see
+`l2ul.data.surrogate`). Pools that need θ⁰ are made once, before the loop.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ from l2ul.methods.settings import Settings
 Draw = Callable[[int, torch.Generator], Tensor]  # from a count and a CPU generator to images (count, 3, H, W)
 
 BATCH = 256  # images that are synthesised at once; their statistics are those of the batch
-SYNTHESIS_LR = 0.03  # highest rate of Adam on pixels in [0,1]
-STATISTICS, VARIATION = 10.0, 0.1  # weights of the statistics of features and of the total variation
+SYNTHESIS_LR = 0.01  # highest rate of Adam on pixels in [0,1]
+STATISTICS, VARIATION = 10.0, 1.0  # weights of the statistics of features and of the total variation
 EPS, ALPHA, ITERATIONS = 0.5, 0.1, 20  # of the attack on D_f
 MIXED_KINDS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
     "mixes": mixes.mixes,
@@ -87,7 +87,7 @@ def synthesised(model: nn.Module, images: Tensor, settings: Settings) -> Tensor:
     Yin et al., Dreaming to Distill (CVPR 2020, arXiv 1912.08795). A batch starts from `patches` of D_f, with a random
     class for each image, and minimises over the pixels
 
-        CE(model(x), class) + 10 · mean_l ( mean (μ_l - μ⁰_l)²/σ⁰_l² + mean (σ_l/σ⁰_l - 1)² ) + 0.1 · total variation
+        CE(model(x), class) + 10 · mean_l ( mean (μ_l - μ⁰_l)²/σ⁰_l² + mean (σ_l/σ⁰_l - 1)² ) + total variation
 
     with the channel means μ_l and deviations σ_l of the batch at each batch-norm and the running statistics μ⁰, σ⁰. A
     model without batch-norm has those of D_f at the inputs of its convolutions and linear layers in their place.

@@ -20,7 +20,7 @@ from l2ul.sweeps import trials
 from l2ul.sweeps.trials import Arguments, Record
 
 DATA_OPTIONS = ("dataset", "data_dir", "image_size", "age_grouping", "split_seed")  # what decides the data set
-MODEL_OPTIONS = (*DATA_OPTIONS, "model", "checkpoint", "weights_key", "mean", "std")
+MODEL_OPTIONS = (*DATA_OPTIONS, "model", "checkpoint", "weights_key", "mean", "std", "surrogate")
 DataSets = dict[tuple[str, ...], Images]  # by the values of DATA_OPTIONS
 
 
@@ -44,10 +44,12 @@ class Workbench:
         model, data_set = (tuple(str(getattr(opts, name)) for name in names) for names in (MODEL_OPTIONS, DATA_OPTIONS))
         if self._model != model:
             self._setup = unlearn_command.load_setup(opts, device, self.data_sets.get(data_set))
-            self.data_sets[data_set] = self._setup.images
+            if not opts.surrogate:  # which takes images out of the data set
+                self.data_sets[data_set] = self._setup.images
             self._model = model
         loaded = self._setup
-        return unlearn_command.make_setup(opts, loaded.images, loaded.classifier, loaded.described["checkpoint"])
+        weights = loaded.described["checkpoint"]
+        return unlearn_command.make_setup(opts, loaded.images, loaded.classifier, weights, loaded.surrogate)
 
     def plan(
         self, arguments: Arguments, trial_arguments: Arguments, settings_label: str = ""
