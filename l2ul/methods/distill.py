@@ -175,7 +175,7 @@ class Teacher:
         )
 
     def farther(self, model: nn.Module, images: Tensor, length: float) -> Tensor:
-        """Move images by a step up the gradient of KL(p⁰ ‖ p), whose L2 norm is `length`; where it is 0, they stay."""
+        """Move images by a step up the gradient of KL(p⁰ ‖ p), whose L2 norm is `length`."""
         start = images.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(objective.kl_divergence(model(start), self.model(start)), start)
         norm = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True)

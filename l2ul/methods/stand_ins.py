@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2ul import attack
 from l2ul.common import activations, seeds
+from l2ul.common.device import upload
 from l2ul.common.modes import frozen
 from l2ul.data import mixes
 from l2ul.data.augment import augment
@@ -40,7 +41,7 @@ MIXED_KINDS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
 class StandIns:
     """Draws the stand-ins of each step.
 
-    model      the original model, in eval mode
+    model      the original model, in eval mode; used here alone, for the pools
     images     (k, 3, H, W) float in [0,1], D_f
     settings   `distill_stand_ins` names the kinds, in equal parts of the `distill_mixes` images of a step
     surrogate  (n, 3, H, W) uint8 or float in [0,1], images of the same kind as D_r; they take the part
@@ -48,37 +49,24 @@ class StandIns:
     """
 
     def __init__(self, model: nn.Module, images: Tensor, settings: Settings, surrogate: Tensor | None = None):
-        self.model, self.images, self.settings, self.surrogate = model, images, settings, surrogate
-        self._pools: dict[str, Tensor] = {}
         kinds = settings.distill_stand_ins.split("+")
         natural = round(settings.distill_surrogate * settings.distill_mixes) if surrogate is not None else 0
         rest = settings.distill_mixes - natural
         sizes = [rest // len(kinds) + (place < rest % len(kinds)) for place in range(len(kinds))]
-        self._parts = [(self._draw_of(kind), size) for kind, size in zip(kinds, sizes, strict=True) if size]
-        self._parts += [(self._natural, natural)] if natural else []
+        used = {kind for kind, size in zip(kinds, sizes, strict=True) if size}
+        draws: dict[str, Draw] = {kind: partial(make, images) for kind, make in MIXED_KINDS.items()}
+        if used & {"synthesised", "synthesised_mixes"}:
+            pool = synthesised(model, images, settings)
+            draws |= {"synthesised": partial(_drawn, pool), "synthesised_mixes": partial(_blended, images, pool)}
+        if "adversarial" in used:
+            draws["adversarial"] = partial(_drawn, adversarial(model, images, settings))
+        self._parts = [(draws[kind], size) for kind, size in zip(kinds, sizes, strict=True) if size]
+        self._parts += [(partial(_drawn, surrogate), natural)] if natural else []
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """Return the stand-ins (n, 3, H, W) of the next step."""
         parts = [draw(size, generator) for draw, size in self._parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _draw_of(self, kind: str) -> Draw:
-        if kind in MIXED_KINDS:
-            return partial(MIXED_KINDS[kind], self.images)
-        if kind == "adversarial":
-            return partial(_shifted, self._pool("adversarial", adversarial))
-        pool = self._pool("synthesised", synthesised)
-        if kind == "synthesised":
-            return partial(_shifted, pool)
-        return partial(_blended, self.images, pool)
-
-    def _pool(self, name: str, make: Callable[[nn.Module, Tensor, Settings], Tensor]) -> Tensor:
-        if name not in self._pools:
-            self._pools[name] = make(self.model, self.images, self.settings)
-        return self._pools[name]
-
-    def _natural(self, count: int, generator: torch.Generator) -> Tensor:
-        return _shifted(self.surrogate, count, generator)
 
 
 def synthesised(model: nn.Module, images: Tensor, settings: Settings) -> Tensor:
@@ -105,7 +93,7 @@ def adversarial(model: nn.Module, images: Tensor, settings: Settings) -> Tensor:
     """Return `distill_pool` images near D_f that the model classifies as random other classes, by targeted L2-PGD."""
     generator, made = seeds.generator(settings.seed, "boundary", settings.first_position), []
     for size in _sizes(settings.distill_pool):
-        near = _shifted(images, size, generator)
+        near = _drawn(images, size, generator)
         with torch.no_grad():
             logits = model(near)
         draws = torch.randint(logits.shape[1] - 1, (size,), generator=generator).to(images.device)
@@ -185,14 +173,14 @@ def _sizes(count: int) -> list[int]:
     return [len(part) for part in torch.arange(count).tensor_split(-(-count // BATCH))]
 
 
-def _shifted(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _drawn(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw images, shifted and mirrored at random."""
-    chosen = torch.randint(len(images), (count,), generator=generator).to(images.device)
+    chosen = upload(torch.randint(len(images), (count,), generator=generator), images.device)
     return augment(as_pixels(images[chosen]), images.shape[-1] // 8, True, generator)
 
 
 def _blended(images: Tensor, others: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw blends of one of the images and one of the others, with weights from `mixes.MIXED`."""
     low, high = mixes.MIXED
-    weight = low + (high - low) * torch.rand((count, 1, 1, 1), generator=generator).to(images.device)
-    return weight * _shifted(images, count, generator) + (1 - weight) * _shifted(others, count, generator)
+    weight = low + (high - low) * upload(torch.rand((count, 1, 1, 1), generator=generator), images.device)
+    return weight * _drawn(images, count, generator) + (1 - weight) * _drawn(others, count, generator)

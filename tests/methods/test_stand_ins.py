@@ -1,0 +1,124 @@
+"""Stand-ins for D_r: images made of D_f and of the original model, and their use in a run."""
+
+from conftest import CLASSES
+import pytest
+import torch
+from torch import nn
+
+from l2ul.common.choices import STAND_INS
+from l2ul.data import mixes
+from l2ul.methods import distill, stand_ins
+from l2ul.methods.stand_ins import StandIns
+from l2ul.unlearn import Settings, unlearn
+
+FAST = {"distill_mixes": 9, "distill_pool": 6, "distill_pool_steps": 2}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("kind", STAND_INS)
+@pytest.mark.parametrize("k", [1, 3])
+def test_every_kind_gives_pixels_that_depend_on_the_generator_alone(trained, kind, k):
+    model, images, _ = trained
+    settings = Settings(distill_stand_ins=kind, **FAST)
+    drawn = [StandIns(model, images[:k] / 255, settings).draw(generator(seed)) for seed in (0, 0, 1)]
+    assert drawn[0].shape == (9, *images.shape[1:])
+    assert drawn[0].min() >= 0
+    assert drawn[0].max() <= 1
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_kinds_get_equal_parts_and_a_surrogate_set_its_part(trained):
+    model, images, _ = trained
+    dark, bright = torch.zeros(2, 3, 8, 8), torch.full((5, 3, 8, 8), 255, dtype=torch.uint8)
+    settings = Settings(distill_stand_ins="mixes+crops", distill_mixes=8, distill_surrogate=0.25)
+    drawn = StandIns(model, dark, settings, bright).draw(generator())
+    assert (drawn.amax((1, 2, 3)) == 1).tolist() == [False] * 6 + [True] * 2
+    alone = StandIns(model, dark, Settings(distill_mixes=4), bright).draw(generator())
+    assert (alone.amax((1, 2, 3)) == 1).all()
+
+
+def test_a_patch_and_a_collage_are_made_of_parts_of_the_images():
+    images = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 16, 16).contiguous()  # one red, one green, one blue
+    pasted = mixes.patches(images, 50, generator())
+    shares = pasted[:, :, 2:-2, 2:-2].mean((2, 3))
+    assert ((shares > 0).sum(1) == 2).all()
+    assert set(pasted.unique().tolist()) == {0.0, 1.0}
+    assert (mixes.collages(images, 50, generator()).amax((2, 3)) > 0).any(1).all()
+
+
+def test_synthesised_images_come_closer_to_the_statistics_of_the_model(trained):
+    model, images, _ = trained
+    pixels = images[:8] / 255
+    settings = Settings(distill_pool=16, distill_pool_steps=40)
+    statistics = stand_ins._Statistics(model, pixels)
+    start = mixes.patches(pixels, 16, generator())
+    made = stand_ins.synthesised(model, pixels, settings)
+    with torch.no_grad():
+        before, after = (statistics.gap(batch)[1].item() for batch in (start, made))
+    assert after < before
+
+
+def test_a_model_without_batch_norm_has_the_statistics_of_d_f():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, CLASSES)).eval()
+    images = torch.rand(4, 3, 8, 8, generator=generator())
+    statistics = stand_ins._Statistics(model, images)
+    assert list(statistics.moments) == ["0", "3"]
+    assert statistics.gap(images)[1].item() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_adversarial_images_are_near_d_f_and_of_other_classes(trained):
+    model, images, _ = trained
+    made = stand_ins.adversarial(model, images[:4] / 255, Settings(distill_pool=12))
+    assert made.shape[0] == 12
+    assert len(model(made).argmax(1).unique()) > 1
+
+
+def test_rates_follow_the_weights_and_the_inputs_of_an_output():
+    wide = nn.Parameter(torch.full((2, 100), 0.01))
+    narrow, bias = nn.Parameter(torch.full((2, 4), 1.0)), nn.Parameter(torch.zeros(2))
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    parameters = [wide, narrow, bias, frozen]
+    assert [group["lr"] for group in distill.rates(parameters, 1e-3, 0.0)] == [1e-3]
+    groups = distill.rates(parameters, 1e-3, 0.02)
+    rates = {id(one): group["lr"] for group in groups for one in group["params"]}
+    assert rates == {id(narrow): 1e-3, id(bias): 1e-3, id(wide): 1e-3 / 64}  # 0.02 · 0.01 / 10 = 2e-5
+
+
+def test_weights_of_images_change_the_gaps(trained):
+    model, images, _ = trained
+    teacher = distill.Teacher(model, images[:5] / 255)
+    with torch.no_grad():
+        model.head.bias[0] += 1.0
+    plain, weighted = (teacher.gaps(model, images[:5] / 255, power) for power in (0.0, 4.0))
+    assert plain[0].item() != weighted[0].item()
+    assert weighted[1].isfinite()
+
+
+def test_images_are_moved_to_where_the_models_differ_more(trained):
+    model, images, _ = trained
+    pixels = images[:5] / 255
+    teacher = distill.Teacher(model, pixels)
+    with torch.no_grad():
+        model.head.weight[0] *= 1.5
+    moved = teacher.farther(model, pixels, 0.1)
+    assert (moved - pixels).flatten(1).norm(dim=1).max() <= 0.1 + 1e-5
+    assert teacher.gaps(model, moved)[0] > teacher.gaps(model, pixels)[0]
+
+
+def test_later_cycles_are_longer_for_more_images_and_have_a_lower_rate(trained):
+    model, images, labels = trained
+    settings = Settings(distill_steps=2, distill_image_steps=0.5, distill_cycles=2, distill_lr=1e-9, distill_mixes=4)
+    outcome = unlearn(model, images[:4], labels[:4], "distill", settings=settings)
+    assert (outcome.status, outcome.steps) == ("cap", 8)
+
+
+def test_a_run_with_surrogate_images_forgets(trained):
+    model, images, labels = trained
+    settings = Settings(distill_steps=40, distill_mixes=16, distill_lr=3e-3, distill_forget=2)
+    outcome = unlearn(model, images[:4], labels[:4], "distill", settings=settings, surrogate=images[20:])
+    assert outcome.status == "forgotten"
