@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+import re
 import statistics
 import subprocess
 import sys
@@ -57,12 +58,25 @@ def left() -> float:
 
 
 def row(**values) -> None:
-    """Print a row and write all rows so far."""
+    """Print a row and write all rows so far. A value that its key does not expect is marked as FAILED."""
+    unexpected = [key for key, value in values.items() if not is_expected(key, value)]
+    values |= {"FAILED": f"unexpected {', '.join(unexpected)}"} if unexpected else {}
     ROWS.append(values)
     shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
     print("  ".join(shown), flush=True)
     if OPTS.out:
         (OPTS.out / f"{OPTS.part}.json").write_text(json.dumps(ROWS, indent=1, default=str) + "\n")
+
+
+def is_expected(key: str, value: object) -> bool:
+    """Return whether a value is what the brackets at the end of its key say: `pixels (<0.02)` or `code (0, 3)`."""
+    bracket = re.search(r"\(([<>]?)([^()]*)\)$", key)
+    if not bracket:
+        return True
+    sign, text = bracket.groups()
+    if sign:
+        return float(value) < float(text) if sign == "<" else float(value) > float(text)
+    return str(value) in text.split(", ")
 
 
 def clock() -> float:
@@ -213,7 +227,7 @@ def parity() -> None:
             made, targets = attack.adversarial_set(nets[DEVICE], x, y, 10, precision=precision, **how)
             precisions.use(DEVICE, "fp32")
             hits[precision] = 100 * float((accuracy.predict(nets[DEVICE], made) == targets.cpu()).double().mean())
-        return {f"hits_{name} (100)": value for name, value in hits.items()}
+        return {f"hits_{name} (>95)": value for name, value in hits.items()}
 
     def weights() -> dict:
         found = both(lambda net, x, y: importance.mas_importance(net, x))
@@ -286,7 +300,7 @@ def request() -> None:
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         print(done.stdout, done.stderr, flush=True)
         values = {"call": name, "exit_code (0, 3)": done.returncode, "seconds": time.perf_counter() - started}
-        row(**values, **({} if done.returncode in (0, 3) else {"FAILED": done.stderr.strip()[-200:]}))
+        row(**values, **({} if done.returncode in (0, 3) else {"error": done.stderr.strip()[-200:]}))
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
