@@ -37,6 +37,7 @@ def forget(args: argparse.Namespace) -> int:
     import torch
 
     from l2ul.common import device as devices
+    from l2ul.common import precision
     from l2ul.common.progress import progress_bar
     from l2ul.deletion import checks, inventory, output, plausibility, report, search, signature, states
     from l2ul.deletion.report_schema import PAGE
@@ -46,6 +47,7 @@ def forget(args: argparse.Namespace) -> int:
     # Check what can be checked without the model.
     budget = search.TimeBudget(60 * args.minutes, l2ul.STARTED)
     device = devices.choose_device(args.device, args.no_cuda, args.threads)
+    precision.use(device, "fp32")  # of all verdicts
     settings, fixed = search.choose_settings(args.method, args.setting, args.seed)
     output.check_output(args.output, (*args.images, args.keep_images, args.reference_images, args.model))
     key = signature.private_key(args.sign) if args.sign else None
@@ -67,7 +69,7 @@ def forget(args: argparse.Namespace) -> int:
     search.check_method(args.method, request.forget.goal)
     keep = read_keep_images(args.keep_images, model, request, args.skip_bad)
     references = read_reference_images(args.reference_images, model, request, args.skip_bad)
-    unlearner = make_unlearner(args, model, request)
+    unlearner = make_unlearner(args, model, request, precision.resolve(None, device))
     forgotten, recognised = unlearner.forgotten(original), unlearner.recognised(original)
     log(f"{len(request)} images to {request.forget.goal}; {args.method}; {devices.device_name(device)}")
     if args.dry_run:
@@ -127,6 +129,7 @@ def forget(args: argparse.Namespace) -> int:
         "seconds": {"total": round(budget.used, 1), "trials": round(sum(one.seconds for one in candidates), 1)},
         "peak_memory_mib": devices.peak_memory_mib(device),
         "device": devices.device_name(device),
+        "precision": {"search": unlearner.precision, "checks": "fp32"},
     }
     stopped_at = best.steps if best and best.status == STOPPED else None
     command = options.again(args, contents["chosen"], stopped_at, device.type, torch.get_num_threads())
@@ -166,8 +169,8 @@ def read_images(args: argparse.Namespace, model, chain):
     return read_request(args.images[0], model, args.labels, args.skip_bad, chain, reader, args.class_order)
 
 
-def make_unlearner(args: argparse.Namespace, model, request):
-    """Return what runs the method on the request."""
+def make_unlearner(args: argparse.Namespace, model, request, precision: str):
+    """Return what runs the method on the request, in this precision."""
     from l2ul.common.progress import progress_bar
     from l2ul.deletion.search import Unlearner
     from l2ul.metrics import robustness
@@ -182,12 +185,14 @@ def make_unlearner(args: argparse.Namespace, model, request):
         as_written=model.as_written,
         progress=progress_bar,
         max_steps=args.max_steps,
+        precision=precision,
     )
 
 
 def verify(args: argparse.Namespace) -> int:
     """Check a report, its model and its images; return the exit code."""
     from l2ul.common import device as devices
+    from l2ul.common import precision
     from l2ul.deletion import signature
     from l2ul.deletion import verify as verification
 
@@ -195,6 +200,7 @@ def verify(args: argparse.Namespace) -> int:
     if repeated:
         args.device, args.threads = args.device or repeated.device, args.threads or repeated.threads
     device = devices.choose_device(args.device, args.no_cuda, args.threads)
+    precision.use(device, "fp32")
     key = signature.public_key(args.public_key) if args.public_key else None
     model = Path(args.model) if args.model else None
     results = verification.verify(
@@ -246,7 +252,8 @@ def repeat(args: argparse.Namespace, path: Path, device) -> list:
         results.append(verify.check_request(report, request.folder.files, request.forget.labels.tolist()))
     if all(check.passed for check in results):
         settings, _ = search.choose_settings(args.method, args.setting, args.seed)
-        unlearner = make_unlearner(args, model, request)
+        precision = report.get("precision", {"search": "fp32"})["search"]
+        unlearner = make_unlearner(args, model, request, precision)
         results += verify.check_again(report, model, request, unlearner, settings)
     return results
 

@@ -30,12 +30,12 @@ def main() -> None:
         return
     # These modules import torch: after parsing, so that --help is quick.
     from l2ul.sweeps import ray_cluster
-    from l2ul.sweeps.sweep import SweepRunner
+    from l2ul.sweeps.sweep import SweepRunner, with_precision
     import main_tables
 
     if not sweep.opts.dry_run:
         ray_cluster.require_packages()
-    failed = SweepRunner(sweep, user_script(), lambda text: print(text, flush=True)).run()
+    failed = SweepRunner(with_precision(sweep), user_script(), lambda text: print(text, flush=True)).run()
     if sweep.opts.dry_run:
         return
     main_tables.make(main_tables.parse(["--result-dir", str(sweep.result_dir), "--figures", "1", "6"]))

@@ -29,7 +29,7 @@ def main() -> None:
 def run(opts: argparse.Namespace) -> None:
     """Do the runs that have no record yet, and print the table of all runs."""
     from l2ul.cli import unlearn_command as command
-    from l2ul.common import distributed, precision
+    from l2ul.common import distributed
     from l2ul.common.cache import Cache
     from l2ul.common.device import choose_device
     from l2ul.data import folder
@@ -37,7 +37,7 @@ def run(opts: argparse.Namespace) -> None:
 
     with distributed.process_group():
         device = choose_device(opts.device, opts.no_cuda, opts.threads)
-        precision.use(device, opts.precision)
+        command.use_precision(opts, device)
         folder.check_decoder(opts.decoder, device)
         cache = Cache()
         if distributed.is_first():

@@ -29,7 +29,7 @@ CIFAR10_ADV=${CIFAR10_ADV:-20}    # adversarial examples per image, CIFAR-10
 OTHER_ADV=${OTHER_ADV:-200}       # adversarial examples per image, CIFAR-100 and ImageNet
 LR=${LR:-1e-3}                    # learning rate of unlearning
 LAMBDA=${LAMBDA:-1.0}             # weight of the importance penalty
-PRECISION=${PRECISION:-fp32}      # faster on a CUDA GPU: tf32, or bf16 (attack only)
+PRECISION=${PRECISION:-}          # default: tf32 on a CUDA GPU, else fp32; bf16 makes the attack faster
 RETAIN_SAMPLE=${RETAIN_SAMPLE:-50000}  # training images of ImageNet to measure D_r on
 
 failed=0
@@ -51,7 +51,7 @@ run() {
     echo "== $name"
     # shellcheck disable=SC2086  # word splitting is intended
     $PYTHON main_unlearn.py --data-dir "$DATA" --result-dir "$RESULTS" --seed $SEEDS --pgd-eps "$EPS" \
-        --pgd-alpha "$ALPHA" --pgd-iter "$ITERATIONS" --unlearn-lr "$LR" --reg-lamb "$LAMBDA" --precision "$PRECISION" "$@" || {
+        --pgd-alpha "$ALPHA" --pgd-iter "$ITERATIONS" --unlearn-lr "$LR" --reg-lamb "$LAMBDA" ${PRECISION:+--precision "$PRECISION"} "$@" || {
         local code=$?
         case "$code" in 130 | 143) exit "$code" ;; esac  # stopped by Ctrl-C or SIGTERM
         echo "== $name was not run (exit code $code): $HINT" >&2

@@ -15,13 +15,13 @@ from l2ul import Progress
 from l2ul.common import precision as precisions
 from l2ul.common import seeds
 from l2ul.common.bn_folding import folded
-from l2ul.common.errors import is_out_of_memory
+from l2ul.common.memory import multiple_of_eight, smaller_batch
 from l2ul.common.modes import eval_mode, frozen
 from l2ul.data import images as image_sets
 from l2ul.data.forget_set import other_class
-from l2ul.data.images import as_pixels
+from l2ul.data.images import as_pixels, input_side
 
-MIN_BATCH = 16  # smallest batch of the attack; smaller batches are filled with copies, see `_multiple_of_eight`
+MIN_BATCH = 16  # smallest batch of the attack; smaller batches are filled with copies, see `multiple_of_eight`
 BATCH_SIZE = {"cpu": (128, 16), "mps": (512, 64), "cuda": (2048, 256)}  # by device type: (images up to 64 px, larger)
 
 
@@ -130,7 +130,7 @@ def adversarial_set(
     targets = random_targets(labels, num_classes, num_adv_images, seed, first_position)
     pixels = as_pixels(images)
     owners = torch.arange(len(images), device=images.device).repeat_interleave(num_adv_images)
-    size = _multiple_of_eight(batch_size or default_batch_size(images.device, images.shape[-1]))
+    size = multiple_of_eight(batch_size or default_batch_size(images.device, input_side(model, images.shape[-1])))
     examples = torch.empty((len(owners), *pixels.shape[1:]), device=images.device, memory_format=torch.channels_last)
     done = 0
     with folded(model, pixels) if fold else eval_mode(model):
@@ -148,23 +148,12 @@ def adversarial_set(
                 with precisions.autocast(images.device, precision):
                     examples[part] = pgd_l2(model, x, targets[filled], **options)[:count]
             except (RuntimeError, MemoryError) as error:
-                if size == 1 or not is_out_of_memory(error):
-                    raise
-                size = _multiple_of_eight(math.ceil(size / 2))
+                size = smaller_batch(size, error)
                 if on_halved:
                     on_halved(size)
                 continue
             done = part.stop
     return examples, targets
-
-
-def _multiple_of_eight(size: int) -> int:
-    """Return the size rounded down to a multiple of eight; sizes below eight stay as they are.
-
-    CPU kernels round results of a batch alike if its size is a multiple of eight, except size eight itself in
-    linear layers with AVX-512. With such sizes an example does not depend on how many examples are computed with it.
-    """
-    return size - size % 8 if size >= 8 else size
 
 
 def default_batch_size(device: torch.device, side: int) -> int:

@@ -12,6 +12,7 @@ from l2ul.common.modes import eval_mode
 from models.outputs import LOGITS, PROBABILITIES, log_probabilities
 
 PROBE_SIDE = 32  # pixels of the image with which `input_channels` reaches the first layer
+NO_VIEW = "view size is not compatible"  # torch's error where code calls `view` on a channels-last tensor
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
@@ -40,6 +41,8 @@ class Classifier(nn.Module):
     not_read    files of the model's folder and entries of its weights that were not read
     notes       sentences on what was read from the file beside the weights: the input normalisation
     outputs     what the network returns, see `models.outputs.adapt`: of probabilities, the logarithms are logits
+    contiguous  whether the network gets its inputs in the default memory format. It is set when its code turns out to
+                call `view` on tensors that are channels-last, the faster format, which is used otherwise
     """
 
     def __init__(self, name: str, num_classes: int, net: nn.Module, preprocess: nn.Module):
@@ -51,6 +54,7 @@ class Classifier(nn.Module):
         self.not_read: list[str] = []
         self.notes: list[str] = []
         self.outputs = LOGITS
+        self.contiguous = False
         self.preprocess = preprocess
         self.net = net
 
@@ -70,7 +74,16 @@ class Classifier(nn.Module):
         return self.preprocess(torch.zeros(1, self.channels, side, side, device=self.normalize.mean.device)).shape[-1]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        output = logits_of(self.net(self.preprocess(pixels)))
+        inputs = self.preprocess(pixels)
+        try:
+            output = logits_of(self.net(inputs.contiguous() if self.contiguous else inputs))
+        except RuntimeError as error:
+            if self.contiguous or NO_VIEW not in str(error):
+                raise
+            with torch.inference_mode(False):  # the weights may be trained later
+                self.net.to(memory_format=torch.contiguous_format)
+            self.contiguous = True
+            return self(pixels)
         return log_probabilities(output) if self.outputs == PROBABILITIES else output
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 import torchvision.transforms.v2.functional as transforms
 
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, is_out_of_memory
 from models.classifier import Normalize, check_weights, statistics
 
 PREFIX = "hf:"
@@ -163,6 +163,8 @@ def _read(name: str, from_pretrained, **options):
     try:
         return from_pretrained(place, trust_remote_code=False, **options)
     except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own exceptions
+        if is_out_of_memory(error):
+            raise
         if Path(place).is_dir():
             hint = "expected what save_pretrained writes: config.json, weights, preprocessor_config.json"
         else:

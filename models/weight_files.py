@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import safe_open
 import torch
 
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, is_out_of_memory
 
 SAFETENSORS, TORCH, TORCH_LEGACY = "safetensors", "torch", "torch, without zip"
 USE_WEIGHTS = "use the PyTorch weights that it was made from (a state_dict() of torch.save, or safetensors)"
@@ -118,6 +118,8 @@ def read(path: Path) -> tuple[object, dict[str, str] | None, str]:
     except InputError:
         raise
     except Exception as error:  # zipfile, pickle, torch and safetensors each raise their own for damaged files
+        if is_out_of_memory(error):
+            raise
         blocked = _blocked_type(error)
         if blocked:
             raise InputError(

@@ -65,17 +65,15 @@ def clean_exit(program: str, after_stop: str = CONTINUES, shared: bool = False) 
                 f"image does not give this model; choose a --batch-size that leaves no batch of one image, or unlearn "
                 f"with --bn eval",
             )
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, OSError) as error:
             if is_out_of_memory(error):
                 first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
                 _exit(1, f"{program}: out of memory ({first_line}); use smaller batches; {after_stop}")
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                _exit(1, f"{program}: the disk is full ({error.filename}); free some space; {after_stop}")
             if not _is_loss_of_another_process(error):
                 raise
             _exit(1, f"{program}: another process of this run was lost; {after_stop}")
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            _exit(1, f"{program}: the disk is full ({error.filename}); free some space; {after_stop}")
 
 
 @contextlib.contextmanager

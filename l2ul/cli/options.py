@@ -142,7 +142,14 @@ def add_machine(parser: Parser) -> None:
 
 def add_speed(parser: Parser) -> None:
     group = parser.add_argument_group("speed")
-    add_settings(group, ["precision"])
+    add(
+        group,
+        "--precision",
+        f"{SHARED['precision'].help}. auto: bf16 on a CUDA GPU; on a CPU the faster of bf16 and fp32, measured at the "
+        f"start (default: tf32 on a CUDA GPU, else fp32)",
+        choices=(choices.AUTO, *choices.PRECISIONS),
+        default=None,
+    )
     add(
         group,
         "--cache-dir",
@@ -431,7 +438,7 @@ def fill_defaults(options: argparse.Namespace) -> None:
         else:
             own[name] = value
     options.setting = own
-    for flag in COMMON_DEFAULTS:
+    for flag in COMMON_DEFAULTS.keys() - {"precision"}:  # whose default depends on the device
         listed = flag == "unlearn_k" and (options.forget_file or options.forget_dir)
         if getattr(options, flag, ...) is None and not listed:
             setattr(options, flag, default(options.dataset, flag))

@@ -18,9 +18,10 @@ from l2ul.common.progress import format_duration, progress_bar
 from l2ul.training.recipe import Recipe
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-    from l2ul.data.images import Split
+    from l2ul.data.images import Images, Split
 
 AFTER_STOP = "repeat the command with --resume to continue after the last saved epoch"
 
@@ -69,9 +70,12 @@ def add_recipe(parser: options.Parser, recipe: Recipe, by_grouping: Mapping[str,
     options.add(
         group,
         "--precision",
-        "precision of forward and backward passes; tf32 needs a CUDA GPU, bf16 a CUDA GPU or a CPU with AMX",
-        choices=choices.PRECISIONS,
-        default="fp32",
+        "precision of forward and backward passes; tf32 needs a CUDA GPU, bf16 a CUDA GPU, or a CPU with AMX or "
+        "AVX512-BF16. auto: bf16 on a CUDA GPU; on a CPU the faster of bf16 and fp32, measured at the start (default: "
+        "that of existing weights or of the training that --resume continues, else tf32 on a CUDA GPU and fp32 on "
+        "other devices)",
+        choices=(choices.AUTO, *choices.PRECISIONS),
+        default=None,
     )
 
 
@@ -151,6 +155,7 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
         excluded = excluded_indices(opts, images.train)
         if excluded is not None and not opts.output:
             output = pretrain.retrained_name(output, excluded)
+        recipe = dataclasses.replace(recipe, precision=choose_precision(opts, images, device, output))
         settings = pretrain.saved_settings(images, opts.model, recipe, opts.seed, excluded)
 
         def is_trained() -> bool:
@@ -192,6 +197,23 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
                 progress=advance,
             )
         print(f"D_test {acc_test:.2f} %: {output}")
+
+
+def choose_precision(opts: argparse.Namespace, images: "Images", device: "torch.device", output: Path) -> str:
+    """Return the precision to train in. Unless one is named, an existing training decides it."""
+    from l2ul.common import distributed, precision
+    from l2ul.training import pretrain
+
+    if opts.precision in (None, choices.AUTO):
+        known = distributed.broadcast(lambda: pretrain.saved_precision(output, opts.resume, opts.rerun))
+        if known:
+            return known
+    chosen = precision.resolve(opts.precision, device)
+    if chosen == choices.AUTO:
+        chosen, sentence = pretrain.fastest_precision(images, opts.model, opts.mean, opts.std)
+        print(sentence)
+    precision.use(device, chosen)
+    return chosen
 
 
 class EpochLines:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from l2ul import attack
 from l2ul.cli import options
-from l2ul.common import distributed
+from l2ul.common import distributed, precision
 from l2ul.common.cache import GIB, PREFIX, Cache
+from l2ul.common.choices import AUTO
 from l2ul.common.device import device_name
 from l2ul.common.errors import InputError
 from l2ul.common.files import remove_parts, require_writable
@@ -62,6 +63,15 @@ def open_cache(opts: argparse.Namespace, report: Callable[[str], object] = print
     return Cache(opts.cache_dir, int(opts.cache_gib * GIB))
 
 
+def use_precision(opts: argparse.Namespace, device: torch.device) -> None:
+    """Resolve --precision for the device, except where `load_setup` has to measure it, and use it.
+
+    Raises InputError if the device has no hardware for the precision.
+    """
+    opts.precision = precision.resolve(opts.precision, device)
+    precision.use(device, "fp32" if opts.precision == AUTO else opts.precision)
+
+
 def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | None = None) -> Setup:
     """Load the data set and the original model onto the device, and check that they fit each other.
 
@@ -91,7 +101,11 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
     images = images.with_channels(classifier.channels)
     if opts.surrogate:
         chosen, images = options.load_surrogate(opts, images)
-    preflight.check_fit(classifier, images.train.images, images.num_classes, opts.precision)
+    first = "fp32" if opts.precision == AUTO else opts.precision
+    preflight.check_fit(classifier, images.train.images, images.num_classes, first)
+    if opts.precision == AUTO:
+        opts.precision, sentence = preflight.fastest_precision(classifier, images.train.images, trains=False)
+        print(sentence)
     sample = images.train.images[torch.arange(min(outputs.BATCH, len(images.train)))]
     if outputs.adapt(classifier, as_pixels(sample).to(device)) == outputs.PROBABILITIES:
         print("the model returns probabilities; their logarithms are used as logits")

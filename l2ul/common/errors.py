@@ -1,9 +1,16 @@
 """Exceptions that end a run with one sentence, and how to recognise that memory ran out."""
 
-OUT_OF_MEMORY = (  # in the messages of torch on a CPU; of torch on MPS and CUDA; of cuBLAS
-    "can't allocate memory",
-    "out of memory",
-    "STATUS_ALLOC_FAILED",
+OUT_OF_MEMORY = (  # in messages, in lower case
+    "can't allocate memory",  # torch on a CPU
+    "not enough memory",  # torch on a CPU, on Windows
+    "cannot allocate memory",  # the operating system, for shared memory
+    "bad_alloc",  # C++
+    "out of memory",  # torch on MPS and CUDA
+    "status_alloc_failed",  # cuBLAS, cuDNN, cuSOLVER
+    "allocation_failed",  # cuDNN 9: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+    "cublas_status_not_initialized",  # no memory for the workspace of cuBLAS
+    "cudnn_status_not_initialized",
+    "unable to find an engine",  # of cuDNN, none of whose kernels fits into memory
 )
 
 
@@ -25,4 +32,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    message = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(words in message for words in OUT_OF_MEMORY)

@@ -1,9 +1,36 @@
 """Floating-point precision of the passes through a model: fp32, tf32 or bf16."""
 
-import torch
+from collections.abc import Iterator
+import contextlib
+import copy
+import time
 
-from l2ul.common.choices import PRECISIONS
+import torch
+from torch import Tensor, nn
+import torch.nn.functional as F
+
+from l2ul.common.bn_folding import folded
+from l2ul.common.choices import AUTO, PRECISIONS
 from l2ul.common.errors import InputError
+from l2ul.common.modes import frozen
+
+GAIN = 1.1  # bf16 has to be faster than fp32 by this factor
+MEASURED_SECONDS = 0.7  # at least, of steps in both precisions
+
+
+def resolve(precision: str | None, device: torch.device) -> str:
+    """Return the precision that --precision names on a device: one of `choices.PRECISIONS`, or "auto".
+
+    None, the default, is tf32 on a CUDA GPU and fp32 on other devices. "auto" is bf16 on a GPU with hardware for it,
+    and fp32 on devices without. It stays "auto" on a CPU with instructions for bf16, where `fastest` has to measure.
+    """
+    if precision is None:
+        return "tf32" if device.type == "cuda" else "fp32"
+    if precision != AUTO:
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return AUTO if device.type == "cpu" and has_bf16() else "fp32"
 
 
 def use(device: torch.device, precision: str) -> None:
@@ -16,21 +43,85 @@ def use(device: torch.device, precision: str) -> None:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    on_cpu = precision == "bf16" and device.type == "cpu" and has_amx()
+    on_cpu = precision == "bf16" and device.type == "cpu" and has_bf16()
     if precision != "fp32" and device.type != "cuda" and not on_cpu:
-        needed = "a CUDA GPU, or a CPU with AMX" if precision == "bf16" else "a CUDA GPU"
+        needed = "a CUDA GPU"
+        if precision == "bf16":
+            needed += ", or a CPU with AMX or AVX512-BF16"
         raise InputError(f"--precision {precision} needs {needed}; use --precision fp32 on this device")
-    # torch has an older and a newer interface; after the newer one is used, reading the older one raises an error
-    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    _set_flags(["ieee" if precision == "fp32" else "tf32"] * 3)
 
 
-def has_amx() -> bool:
-    """Return whether this CPU has AMX, the matrix units for bf16 (Intel, since Sapphire Rapids)."""
+@contextlib.contextmanager
+def temporarily(device: torch.device, precision: str) -> Iterator[None]:
+    """Use a precision inside the block, and the previous one afterwards; see `use`."""
+    before = [operation.fp32_precision for operation in _operations()]
+    use(device, precision)
+    try:
+        yield
+    finally:
+        _set_flags(before)
+
+
+def exactly() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which all passes are in fp32: for verdicts, which must not depend on the chosen precision."""
+    return temporarily(torch.device("cpu"), "fp32")
+
+
+def _operations() -> tuple[object, object, object]:
+    """Return the switches of torch for matrix products, convolutions and recurrent layers on a GPU."""
+    return torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+
+
+def _set_flags(values: list[str]) -> None:
+    # torch has an older and a newer interface, and reading the older one raises an error where the two disagree
+    torch.backends.cuda.matmul.allow_tf32 = values[0] == "tf32"
+    torch.backends.cudnn.allow_tf32 = values[1] == "tf32"
+    for operation, value in zip(_operations(), values, strict=True):
+        operation.fp32_precision = value
+
+
+def has_bf16() -> bool:
+    """Return whether this CPU has AMX or AVX512-BF16, as Intel's since Cooper Lake and AMD's since Zen 4."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older versions of torch
-    return bool(capabilities.get("amx_bf16"))
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return a context in which passes through a model are in bf16 if that is the precision, else in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def fastest(model: nn.Module, images: Tensor, *, trains: bool) -> tuple[str, dict[str, float]]:
+    """Measure a step of a model on a CPU in fp32 and in bf16; return the faster precision and the seconds of both.
+
+    images  (n, C, H, W) float in [0,1], a few inputs of the model, n ≥ 2
+    trains  whether a step computes the gradients of the weights in train mode, as in training; otherwise those of the
+            pixels, as in the attack
+
+    bf16 is faster where a network has many channels, and slower where it has few, on the same CPU. It has to be faster
+    by GAIN. The model itself is not changed.
+    """
+    net = copy.deepcopy(model).train(trains).requires_grad_(True)
+    times: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))  # dropout
+        if not trains:
+            stack.enter_context(folded(net, images))
+            stack.enter_context(frozen(net))
+        now = time.perf_counter()
+        while len(times["bf16"]) < 3 or sum(map(sum, times.values())) < MEASURED_SECONDS:
+            for precision, values in times.items():
+                _step(net, images, precision)
+                before, now = now, time.perf_counter()
+                values.append(now - before)
+    seconds = {precision: min(values) for precision, values in times.items()}  # the first step prepares kernels
+    return ("bf16" if seconds["fp32"] > GAIN * seconds["bf16"] else "fp32"), seconds
+
+
+def _step(net: nn.Module, images: Tensor, precision: str) -> None:
+    pixels = images.detach().requires_grad_(not net.training)
+    with autocast(images.device, precision):
+        logits = net(pixels)
+    loss = F.cross_entropy(logits.float(), torch.zeros(len(images), dtype=torch.int64))
+    torch.autograd.grad(loss, list(net.parameters()) if net.training else [pixels], allow_unused=True)

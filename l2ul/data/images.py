@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l2ul.common import distributed
 from l2ul.common.files import tensors_sha256
@@ -135,6 +135,15 @@ def as_pixels(images: Tensor) -> Tensor:
         return images.to(torch.float32, memory_format=torch.channels_last).div_(255)  # one copy, not three
     pixels = images.float() if images.dtype == torch.float16 else images
     return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def input_side(model: nn.Module, side: int) -> int:
+    """Return the side of a network's input for images of (side, side) pixels.
+
+    It is that of the method `input_side` of the model or of a module in it, as `models.Classifier` has, which may resize
+    images; of other models `side`.
+    """
+    return next((module.input_side(side) for module in model.modules() if hasattr(module, "input_side")), side)
 
 
 def default_batch_size(sizes: dict[str, tuple[int, int]], device: torch.device, side: int) -> int:

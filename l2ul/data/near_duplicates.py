@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
+from l2ul.common.precision import exactly
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import as_pixels, batches
 
@@ -15,6 +16,7 @@ THRESHOLD = 0.95  # pixel correlation from which on two images count as near-dup
 
 
 @torch.inference_mode()
+@exactly()
 def count_near_duplicates(
     forget: Tensor, retain: Tensor | FolderImages, device: torch.device, batch_size: int = 1024, workers: int = 0
 ) -> int:
@@ -27,7 +29,7 @@ def count_near_duplicates(
 
     Two images are near-duplicates if the correlation of their pixels, over all positions and channels, is at least
     THRESHOLD. Correlation ignores differences in brightness and contrast. An image of one colour has no correlation and
-    is no near-duplicate of any image.
+    is no near-duplicate of any image. Correlations are in fp32 on every device: TF32 would move them across THRESHOLD.
     """
     originals = torch.cat([_standardised(as_pixels(part.to(device))) for part in forget.split(batch_size)])
     mirrored = torch.cat([_standardised(as_pixels(part.to(device)).flip(3)) for part in forget.split(batch_size)])

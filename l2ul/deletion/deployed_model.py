@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, is_out_of_memory
 from l2ul.common.files import file_sha256, tensors_sha256
 from l2ul.common.text import read_text
 from l2ul.data.images import as_pixels
@@ -302,6 +302,7 @@ def _open_built(
     normalize = _normalize(net, input_format.mean or mean, input_format.std or std, f"the module that {build} returns")
     dtypes = checkpoints.dtypes(state, net) or checkpoints.dtypes(net.state_dict(), net)
     net = net.float().eval().requires_grad_(True)  # unlearning trains all weights
+    net = net.to(memory_format=torch.channels_last)
     classifier = Classifier(build, 0, net, nn.Sequential(normalize))
     to_pixels = _in_channels(_central_square(input_format.image_size), classifier)
     opened = DeployedModel(classifier, to_pixels, [], _opened_by(BUILT, input_format), path, dtypes)
@@ -354,6 +355,8 @@ def _build(build: str) -> nn.Module:
             f"--build {build} cannot be imported ({error}); run the command in the folder that contains it"
         ) from None
     except Exception as error:  # the user's code may raise anything
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"--build {build} failed ({type(error).__name__}: {error}); correct the function") from None
     finally:
         with contextlib.suppress(ValueError):

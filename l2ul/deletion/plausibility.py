@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, is_out_of_memory
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.request import Request, class_indices, logits, order_classes
 import models
@@ -228,7 +228,9 @@ def _try(alternative: Alternative, images: Tensor) -> Tensor | None:
     """Return the logits of an alternative; None if the model does not accept it or they are not finite."""
     try:
         outputs = alternative.compute(images)
-    except Exception:  # noqa: BLE001  # modules raise anything for inputs of another size
+    except Exception as error:  # modules raise anything for inputs of another size
+        if is_out_of_memory(error):
+            raise
         return None
     return outputs if outputs.isfinite().all() else None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import types
 from typing import Annotated, Any, NotRequired, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from l2ul.common.choices import EXIF_ORIENTATIONS
+from l2ul.common.choices import EXIF_ORIENTATIONS, PRECISIONS
 from l2ul.common.errors import InputError
 
 REPORT = "report.json"  # the report, in the folder of the unlearned model
@@ -31,6 +31,7 @@ class Rule:
 
 
 PIXELS = Rule("a whole number from 1 to 65536", lambda value: 1 <= value <= 65536)
+PRECISION = Rule(" or ".join(PRECISIONS), lambda value: value in PRECISIONS)
 READING = Rule(" or ".join(EXIF_ORIENTATIONS), lambda value: value in EXIF_ORIENTATIONS)
 POSITIVE = Rule("a number above 0", lambda value: value > 0)
 CLASS = Rule("the number of a class", lambda value: 0 <= value < 2**31)
@@ -232,6 +233,13 @@ class MembershipRow(TypedDict):
     after: dict[str, dict[str, float]]
 
 
+class PrecisionRow(TypedDict):
+    """Floating-point precision of the passes: of the search for settings, and of all that the report states."""
+
+    search: Annotated[str, PRECISION]
+    checks: str
+
+
 class CandidateRow(TypedDict):
     """A candidate of the search: settings that differ from the first candidate's, and what they achieved."""
 
@@ -322,6 +330,7 @@ class Report(TypedDict):
     seconds: NotRequired[SecondsRow]
     peak_memory_mib: NotRequired[float | None]
     device: NotRequired[str]
+    precision: NotRequired[PrecisionRow]
 
 
 def read_report(path: Path) -> Report:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from l2ul import ProgressBar, attack, unlearn
 from l2ul.common.errors import Diverged, InputError
+from l2ul.common.precision import temporarily
 from l2ul.importance import mas_importance
 from l2ul.methods import registry
 from l2ul.methods.settings import ATTACK as ATTACK_SETTINGS
@@ -93,6 +94,7 @@ class Unlearner:
     probes      sets of images on which agreement with the original model is measured
     progress    show the progress of each candidate
     max_steps   each candidate ends after so many steps at most, as if time were up; None: no such limit
+    precision   in which `unlearn` computes, on the device of the model
     """
 
     model: nn.Module
@@ -104,6 +106,7 @@ class Unlearner:
     as_written: Callable[[nn.Module], nn.Module]
     progress: ProgressBar | None = None
     max_steps: int | None = None
+    precision: str = "fp32"
     probes: list[Probe] = field(default_factory=list)
     _inputs: dict[str, object] = field(default_factory=dict)  # D_adv and importance, made once
 
@@ -126,13 +129,12 @@ class Unlearner:
         predictions = accuracy.predict(model, self.train_set.images, fold=False)
         return (predictions == self.train_set.labels.cpu()).view(-1, len(self.forget)).any(0)
 
-    def unlearn(
+    def _unlearn(
         self,
         settings: Settings,
-        go_on: Callable[[], bool] | None = None,
-        on_step: Callable[[dict[str, float]], object] | None = None,
+        go_on: Callable[[], bool] | None,
+        on_step: Callable[[dict[str, float]], object] | None,
     ) -> unlearn.Outcome:
-        """Unlearn with these settings. D_adv and the importance do not depend on them and are made once."""
         needs = registry.get(self.method, self.forget.goal).needs
         images, labels = self.train_set.images, self.train_set.labels
         if "adv" in needs and "adv" not in self._inputs:
@@ -158,6 +160,16 @@ class Unlearner:
         options = {"new_labels": self.train_set.new_labels, "settings": settings, "go_on": continues, "on_step": look}
         options["predict"] = lambda model: accuracy.predict(model, images, fold=False)  # as `forgotten` measures
         return unlearn.unlearn(self.model, images, labels, self.method, **options, **self._inputs)
+
+    def unlearn(
+        self,
+        settings: Settings,
+        go_on: Callable[[], bool] | None = None,
+        on_step: Callable[[dict[str, float]], object] | None = None,
+    ) -> unlearn.Outcome:
+        """Unlearn with these settings. D_adv and the importance do not depend on them and are made once."""
+        with temporarily(self.forget.labels.device, self.precision):
+            return self._unlearn(settings, go_on, on_step)
 
     def run_candidate(
         self, settings: Settings, changed: Mapping[str, float], budget: TimeBudget, reserve: float = 0.0

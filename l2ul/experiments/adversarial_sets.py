@@ -13,7 +13,9 @@ from l2ul.common import distributed
 from l2ul.common.cache import Cache, environment, fingerprint
 from l2ul.common.errors import Diverged
 from l2ul.common.files import tensors_sha256
+from l2ul.common.precision import exactly
 from l2ul.data import storage
+from l2ul.data.images import input_side
 from l2ul.methods.settings import AttackSettings
 from l2ul.metrics import accuracy
 
@@ -108,7 +110,7 @@ class Attack:
         targets = attack.random_targets(
             labels, self.num_classes, self.settings.num_adv_images, self.seed, first_position
         )
-        batch_size = self.batch_size or attack.default_batch_size(images.device, images.shape[-1])
+        batch_size = self.batch_size or attack.default_batch_size(images.device, input_side(model, images.shape[-1]))
         result, keys, missing = None, {}, {}
         if first:
             keys = dict(enumerate(self._keys(model, images, labels, first_position)))
@@ -202,7 +204,8 @@ class Attack:
             progress=progress,
         )
         stored = storage.as_stored(exact, storage.DTYPES[self.settings.dtype])
-        hits = accuracy.predict(model, stored, batch_size=self.test_batch_size) == targets.cpu()
+        with exactly():
+            hits = accuracy.predict(model, stored, batch_size=self.test_batch_size) == targets.cpu()
         parts = (values.split(self.settings.num_adv_images) for values in (stored, hits))
         for examples, hit in zip(*parts, strict=True):
             yield {"examples": examples.contiguous(), "hits": hit}

@@ -14,6 +14,7 @@ from l2ul.common import device as devices
 from l2ul.common import distributed, seeds
 from l2ul.common.cache import Cache, environment, fingerprint
 from l2ul.common.errors import InputError
+from l2ul.common.precision import exactly
 from l2ul.common.progress import progress_bar
 from l2ul.data.images import Split
 from l2ul.experiments.reference_models import ReferenceModel, ReferenceModels, forgotten_indices
@@ -156,8 +157,9 @@ class Evaluator:
             progress=progress,
         )
 
+    @exactly()
     def _predict_forget(self, run: Run, model: nn.Module) -> Classes:
-        """Predict D_f and, in a continual run, D_f of the earlier steps."""
+        """Predict D_f and, in a continual run, D_f of the earlier steps: in fp32, as it decides what is forgotten."""
         classes = {"forget": self._predict(model, run.forget.split)}
         return classes | ({"forget_earlier": self._predict(model, run.earlier.split)} if run.earlier else {})
 

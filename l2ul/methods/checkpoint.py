@@ -15,6 +15,7 @@ import time
 import torch
 from torch import Tensor
 
+from l2ul.common.errors import is_out_of_memory
 from l2ul.common.files import atomic
 from l2ul.data.images import Split
 
@@ -63,7 +64,9 @@ class Checkpoint:
             is_same = (state["format"], state["identity"]) == (FORMAT, identity)
             is_same = is_same and state["computed"].shape == computed.shape
             is_same = is_same and torch.allclose(state["computed"], computed, rtol=TOLERANCE, atol=1e-9)
-        except Exception:  # torch.load raises many types for a damaged file
+        except Exception as error:  # torch.load raises many types for a damaged file
+            if is_out_of_memory(error):
+                raise
             self.report(f"{self.path} is damaged; the run starts from its beginning")
             return None
         if not is_same:

@@ -289,8 +289,8 @@ class AttackSettings(_Declared):
     )
     precision: str = _declare(
         "fp32",
-        "floating-point precision. tf32 needs a CUDA GPU and applies to all passes; bf16 needs a CUDA GPU or a CPU "
-        "with AMX and applies to the attack",
+        "floating-point precision. tf32 needs a CUDA GPU and applies to all passes but those that decide which images "
+        "are forgotten; bf16 needs a CUDA GPU, or a CPU with AMX or AVX512-BF16, and applies to the attack",
         "training",
         choices=PRECISIONS,
         in_id="if changed",

@@ -9,11 +9,13 @@ from l2ul import Progress
 from l2ul.common import distributed
 from l2ul.common.bn_folding import folded
 from l2ul.common.errors import Diverged, InputError
+from l2ul.common.memory import smaller_batch
 from l2ul.common.modes import eval_mode
+from l2ul.common.precision import exactly
 from l2ul.data import images as image_sets
 from l2ul.data.folder import FolderImages
 from l2ul.data.image_files import ImageReader
-from l2ul.data.images import Images, as_pixels, batches
+from l2ul.data.images import Images, as_pixels, batches, input_side
 from l2ul.objective import Forget
 
 BATCH_SIZE = {"cpu": (256, 256), "mps": (512, 64), "cuda": (2048, 256)}  # images per batch; of large images
@@ -75,24 +77,32 @@ def logits(
     on_device  whether the logits stay on the model's device; by default they are on the CPU
 
     The other arguments are those of `predict`. With `shared`, only the batches of this process are computed. The model
-    is in eval mode and folded until the iterator is exhausted or closed.
+    is in eval mode and folded until the iterator is exhausted or closed. When memory runs out, batches are computed in
+    halves from then on.
     """
     device = next(model.parameters()).device
     sample = as_pixels(images[torch.tensor([0])])
     if batch_size is None:
-        batch_size = default_batch_size(device, sample.shape[-1])
+        batch_size = default_batch_size(device, input_side(model, sample.shape[-1]))
+    size = batch_size
     with folded(model, sample) if fold else eval_mode(model):
         for batch in batches(images, batch_size, device, workers, shared):
-            output = model(batch)
+            output = None
+            while output is None:
+                try:
+                    output = torch.cat([model(part) for part in batch.split(size)])
+                except (RuntimeError, MemoryError) as error:
+                    size = smaller_batch(min(size, len(batch)), error)
             yield output if on_device else output.cpu()
 
 
+@exactly()
 def forgotten(model: nn.Module, images: Tensor, forget: Forget) -> Tensor:
     """Return which images of D_f (k,) bool are forgotten, on the device of `forget`.
 
     images  (k, 3, H, W), the images of D_f or changed versions of them
 
-    Raises Diverged if a logit is not finite.
+    The passes are in fp32. Raises Diverged if a logit is not finite.
     """
     return forget.is_forgotten(predict(model, images, fold=False).to(forget.labels.device))
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from l2ul import Progress, attack
 from l2ul.common import seeds
+from l2ul.common.precision import exactly
 from l2ul.data.images import as_pixels
 from l2ul.data.mixes import mixes
 from l2ul.metrics import accuracy
@@ -77,11 +78,13 @@ def held_out(
     return make_probe("adversarial examples", model, examples)
 
 
+@exactly()
 def make_probe(name: str, model: nn.Module, images: Tensor) -> Probe:
     """Return a probe of these images with the predictions of the original model."""
     return Probe(name, images, accuracy.predict(model, images, fold=False))
 
 
+@exactly()
 def measure(model: nn.Module, probe: Probe) -> Agreement:
     """Measure a model's agreement with the original model on a probe: 100 percent for the original model itself.
 

@@ -7,15 +7,19 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from l2ul.common import distributed
+from l2ul.common import precision as precisions
 from l2ul.common.errors import InputError, is_out_of_memory
 from l2ul.common.modes import eval_mode
 from l2ul.common.precision import autocast
+from l2ul.data import images as image_sets
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import as_pixels
 from models.classifier import logits_of
 
 REPEATS = 6  # further passes of a model that draws random numbers in eval mode
 REPEATED = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-2}  # relative difference of logits between equal passes
+MEASURED, MEASURED_LARGE = 16, 4  # images on which speed is measured; of inputs larger than `image_sets.LARGE`
 ALONE = 0.05  # relative difference of the logits of an image alone and in a batch; kernels differ between batch sizes
 
 
@@ -56,6 +60,28 @@ def check_fit(model: nn.Module, images: Tensor | FolderImages, num_classes: int,
         raise InputError(
             f"the model has {classes} classes, but the data set has {num_classes}; use weights trained on this data set"
         )
+
+
+def fastest_precision(model: nn.Module, images: Tensor | FolderImages, *, trains: bool) -> tuple[str, str]:
+    """Return fp32 or bf16, whichever is faster for a model on a CPU, and a sentence about it, see `precision.fastest`.
+
+    images  (N, C, H, W), uint8 or float in [0,1], N ≥ 2; the first few are used
+
+    It is fp32 if `check_model` does not accept the model in bf16. Under torchrun the first process decides.
+    """
+
+    def measure() -> tuple[str, str]:
+        try:
+            check_model(model, images, "bf16")
+        except InputError as error:
+            return "fp32", f"--precision auto: fp32; in bf16 {error}"
+        few = images[torch.arange(min(len(images), MEASURED))]
+        few = few if image_sets.input_side(model, few.shape[-1]) <= image_sets.LARGE else few[:MEASURED_LARGE]
+        chosen, seconds = precisions.fastest(model, as_pixels(few), trains=trains)
+        rates = ", ".join(f"{name} {len(few) / value:,.0f}" for name, value in seconds.items())
+        return chosen, f"--precision auto: {chosen}; images a second, forward and backward: {rates}"
+
+    return distributed.broadcast(measure)
 
 
 def _check_outputs(model: nn.Module, pixels: Tensor) -> Tensor:

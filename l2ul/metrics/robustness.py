@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torchvision.transforms.v2 import functional as transforms
 
 from l2ul.common import seeds
-from l2ul.common.errors import Diverged
+from l2ul.common.errors import Diverged, is_out_of_memory
+from l2ul.common.precision import exactly
 from l2ul.data.changes import KINDS, PROBABILITY, changed_copies, jpeg_file
 from l2ul.data.images import LARGE, as_pixels
 from l2ul.data.mixes import mixes
@@ -74,6 +75,7 @@ class AsUsed:
         }
 
 
+@exactly()
 def as_used(model: nn.Module, forget: Forget, other_images: Tensor | None = None) -> AsUsed:
     """Measure whether D_f is forgotten as stored and as used.
 
@@ -121,8 +123,10 @@ def _share_of_copies(
 def _forgotten_by(model: nn.Module, forget: Forget) -> Tensor | None:
     try:
         return accuracy.forgotten(model, forget.images, forget).cpu()
-    except (Diverged, RuntimeError):  # overflow in 16 bits, or 32-bit tensors that the forward pass creates
-        return None
+    except (Diverged, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return None  # overflow in 16 bits, or 32-bit tensors that the forward pass creates
 
 
 def changed_weights(model: nn.Module, form: torch.dtype | int) -> nn.Module:

@@ -109,7 +109,9 @@ class Subject:
 
     @functools.cached_property
     def device(self) -> torch.device:
-        return devices.choose_device(self.options.device)
+        device = devices.choose_device(self.options.device)
+        precisions.use(device, "fp32")  # of all figures but the attack of figure 2
+        return device
 
     @functools.cached_property
     def images(self) -> Images:
@@ -234,9 +236,11 @@ def adversarial_examples(subject: Subject) -> Drawn:
     chosen = subject.images.train.subset(indices)
     pixels, labels = chosen.pixels().to(subject.device), chosen.labels.to(subject.device)
     precision = run.get("precision") or "fp32"
-    precisions.use(subject.device, precision)
     model, draws = subject.original(run), min(SHOWN_EXAMPLES, run["num_adv_images"])
-    with progress_bar("figure 2: attack", len(pixels) * draws * run["pgd_iter"]) as advance:
+    with (
+        precisions.temporarily(subject.device, precision),
+        progress_bar("figure 2: attack", len(pixels) * draws * run["pgd_iter"]) as advance,
+    ):
         made, targets = attack.adversarial_set(
             model,
             pixels,

@@ -9,6 +9,7 @@ from pathlib import Path
 from l2ul.cli import options, ranges, unlearn_options
 from l2ul.cli.parser import Parser, nonnegative_float, positive_float, positive_int, take_several
 from l2ul.cli.ranges import Interval
+from l2ul.common import choices
 from l2ul.common.errors import InputError
 
 PROGRAM = "main_sweep.py"
@@ -83,6 +84,10 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Sweep:
             shared += _arguments(name, values[0])
         else:
             axes[name] = values
+    if choices.AUTO in given.get("precision", ()):
+        raise InputError(
+            "--precision auto measures one model on one machine; a sweep takes one of " + ", ".join(choices.PRECISIONS)
+        )
     if "threads" not in given:  # the same for any number of trials at once, so that results do not depend on it
         shared += _arguments("threads", max(1, int(opts.cpus_per_trial)))
     if opts.search and "retain_sample" not in given:

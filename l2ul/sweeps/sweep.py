@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import os
 from pathlib import Path
 import shlex
 
+import torch
+
 from l2ul.cli import ranges, unlearn_options
+from l2ul.common import precision
 from l2ul.experiments import time_estimates
 from l2ul.sweeps import optuna_search, ray_cluster, trials
 from l2ul.sweeps.monitor import sweep_monitor
@@ -17,6 +20,20 @@ from l2ul.sweeps.trials import Record, Trial
 from l2ul.sweeps.worker import Workbench
 
 CODE_FOLDER = Path(__file__).resolve().parents[2]
+
+
+def with_precision(sweep: Sweep) -> Sweep:
+    """Return the sweep with the default of --precision on its workers' device as an argument.
+
+    The ids of runs depend on it, and this process, which plans them, may run on a machine without a GPU.
+    """
+    opts = unlearn_options.parse(sweep.shared)
+    if "precision" in sweep.axes or opts.precision:
+        return sweep
+    gpus = torch.cuda.is_available() if sweep.opts.gpus_per_trial is None else sweep.opts.gpus_per_trial > 0
+    on_gpu = opts.device == "cuda" or (opts.device is None and not opts.no_cuda and gpus)
+    chosen = precision.resolve(None, torch.device("cuda" if on_gpu else "cpu"))
+    return replace(sweep, shared=(*sweep.shared, "--precision", chosen))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Workbench:
         self, opts: argparse.Namespace, device: torch.device, cache: Cache | None = None
     ) -> tuple[Experiment, list[Run]]:
         """Return the runs of a command and the experiment that carries them out."""
+        opts.precision = precision.resolve(opts.precision, device)
         setup = self._load(opts, device)
         runs = unlearn_command.plan_runs(opts, setup)
         return unlearn_command.make_experiment(opts, setup, runs, device, cache or Cache()), runs
@@ -85,7 +86,7 @@ def run_trial(arguments: Arguments, shared_data_sets: Callable[[], DataSets]) ->
     """
     opts = unlearn_options.parse(arguments)
     device = devices.choose_device(opts.device, opts.no_cuda, opts.threads)
-    precision.use(device, opts.precision)
+    unlearn_command.use_precision(opts, device)
     if not WORKBENCH.data_sets:
         WORKBENCH.data_sets.update(shared_data_sets())
     experiment, runs = WORKBENCH.open(opts, device, unlearn_command.open_cache(opts))

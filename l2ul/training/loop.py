@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from l2ul import Progress
 from l2ul.common import distributed, precision, seeds
-from l2ul.common.errors import Diverged, InputError
+from l2ul.common.errors import Diverged, InputError, is_out_of_memory
 from l2ul.common.files import atomic
 from l2ul.common.fused_optimizers import fused
 from l2ul.data.augment import crop, draw_crops, erase
@@ -78,7 +78,7 @@ def fit(
     optimizer = _optimizer(model, recipe)
     scheduler = _scheduler(optimizer, recipe, len(train))
     settings = dataclasses.asdict(recipe) | {"seed": seed} | (identity or {})
-    state = distributed.broadcast(lambda: _load_state(state_file, settings)) if resume else None
+    state = distributed.broadcast(lambda: _state_to_resume(state_file, settings)) if resume else None
     history, best = _restore(state, model, optimizer, scheduler) if state else ([], None)
     set_gradients = functools.partial(_set_gradients, distributed.data_parallel(model), recipe)
     if graph:
@@ -221,19 +221,26 @@ def _save_state(state_file: Path, settings: dict[str, object], model, optimizer,
         torch.save(state, part)
 
 
-def _load_state(state_file: Path, settings: dict[str, object]) -> dict[str, object] | None:
-    """Return the state that `_save_state` wrote; None if there is no file."""
-    if not state_file.exists():
-        return None
-    try:
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise InputError(f"{state_file} is damaged ({type(error).__name__}); delete it to train from scratch") from None
-    if state.get("settings") != settings:
+def _state_to_resume(state_file: Path, settings: dict[str, object]) -> dict[str, object] | None:
+    """Return the state of a training with these settings; None if there is no file."""
+    state = read_state(state_file)
+    if state and state.get("settings") != settings:
         raise InputError(
             f"{state_file} is from another recipe, model or data set; use the same settings, or leave out --resume"
         )
     return state
+
+
+def read_state(state_file: Path) -> dict[str, object] | None:
+    """Return the state of a training in a file; None if there is no file. Raises InputError if it is damaged."""
+    if not state_file.exists():
+        return None
+    try:
+        return torch.load(state_file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{state_file} is damaged ({type(error).__name__}); delete it to train from scratch") from None
 
 
 def _restore(state: dict[str, object], model, optimizer, scheduler) -> tuple[list, dict | None]:

@@ -13,7 +13,7 @@ from l2ul.common import distributed, seeds
 from l2ul.common.errors import InputError
 from l2ul.data.image_files import ImageReader
 from l2ul.data.images import Images
-from l2ul.metrics import accuracy
+from l2ul.metrics import accuracy, preflight
 from l2ul.training import loop
 from l2ul.training.recipe import Recipe
 import models
@@ -99,6 +99,23 @@ def saved_settings(
     settings |= {"excluded": excluded.tolist()} if excluded is not None else {}
     settings |= {"train_sha256": images.train_sha256} if images.train_sha256 else {}
     return settings
+
+
+def saved_precision(output: Path, resume: bool, rerun: bool) -> str | None:
+    """Return the precision of the weights in `output` or of the training to resume; None if there is neither."""
+    if output.exists() and not rerun:
+        return checkpoint.metadata_value(checkpoint.read(output)[1], "precision")
+    state = loop.read_state(state_file(output)) if resume else None
+    return state.get("settings", {}).get("precision") if state else None
+
+
+def fastest_precision(
+    images: Images, model_name: str, mean: list[float] | None, std: list[float] | None
+) -> tuple[str, str]:
+    """Return the faster precision to train a new classifier in on a CPU, see `preflight.fastest_precision`."""
+    with torch.random.fork_rng(devices=[]):
+        classifier = models.build(model_name, images.num_classes, mean, std).to(memory_format=torch.channels_last)
+    return preflight.fastest_precision(classifier, images.test.images, trains=True)
 
 
 def check_settings(output: Path, settings: dict[str, object]) -> None:

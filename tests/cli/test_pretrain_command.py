@@ -10,6 +10,7 @@ from conftest import ROOT
 import pytest
 
 from l2ul.cli import pretrain_command
+from l2ul.common import precision
 from l2ul.data import datasets
 from l2ul.data.forget_set import choose_forget
 from l2ul.data.images import Split
@@ -117,3 +118,28 @@ def test_help_shows_examples_and_does_not_import_torch():
     assert "\nexamples:\n" in done.stdout
     assert "\n  python main_pretrain_digits_resnet20.py --rerun\n" in done.stdout
     assert done.stdout.endswith("False\n")
+
+
+def test_auto_measures_the_precision_and_an_existing_training_decides_it(pretrain, tmp_path, monkeypatch):
+    chosen = iter(["bf16", "fp32", "fp32"])
+    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    monkeypatch.setattr(precision, "fastest", lambda model, images, trains: (next(chosen), {"fp32": 2.0, "bf16": 1.0}))
+    code, out, err = pretrain("--precision", "auto")
+    assert code == 0, err
+    assert "--precision auto: bf16; images a second, forward and backward: fp32 8, bf16 16" in out
+    weights = tmp_path / "weights" / "digits_resnet20.safetensors"
+    assert checkpoint.read(weights)[1]["precision"] == '"bf16"'
+    for options in ([], ["--precision", "auto"]):
+        assert "exists; add --rerun" in pretrain(*options)[1]
+    assert "was trained with precision bf16, not fp32" in pretrain("--precision", "fp32")[2]
+    assert pretrain("--precision", "auto", "--rerun")[0] == 0
+    assert checkpoint.read(weights)[1]["precision"] == '"fp32"'
+
+
+def test_a_resumed_training_keeps_its_precision(pretrain, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_command.EpochLines, "line", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert pretrain("--precision", "bf16", "--epochs", 2)[0] == 130
+    assert pretrain("--precision", "auto", "--epochs", 2, "--resume")[0] == 0
+    assert checkpoint.read(tmp_path / "weights" / "digits_resnet20.safetensors")[1]["precision"] == '"bf16"'

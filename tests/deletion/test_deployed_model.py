@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import datetime
 import pathlib
 import warnings
@@ -13,10 +14,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_model, save_file, save_model
 import torch
+from torch import nn
 from torchvision.models import MobileNet_V3_Small_Weights
 
 from l2ul.common.errors import InputError
 from l2ul.deletion import deployed_model as deployed
+from l2ul.metrics import accuracy, preflight
 import models
 from models import checkpoint
 
@@ -462,3 +465,29 @@ def test_a_damaged_pickle_with_other_content_raises_input_error_or_is_read(tmp_p
         with contextlib.suppress(InputError):
             opened = deployed.open_model(None, path, "conftest:tiny_net")
             opened.write(opened.classifier, tmp_path / "out")
+
+
+def test_built_networks_are_channels_last():
+    opened = deployed.open_model(None, build="test_deployed_model:frozen_net")
+    assert opened.classifier.net.features[3].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Flattening(nn.Module):
+    """A network of the kind in PyTorch's tutorials, whose `view` needs the default memory format."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4 * 6 * 6, 5)
+
+    def forward(self, x):
+        return self.head(self.convolution(x).view(x.size(0), -1))
+
+
+def test_networks_that_call_view_get_their_inputs_in_the_default_memory_format():
+    classifier = deployed.open_model(None, build="test_deployed_model:Flattening").classifier
+    net, images = Flattening(), torch.randint(0, 256, (6, 3, 8, 8)).to(torch.uint8)
+    net.load_state_dict(classifier.net.state_dict())
+    expected = net(images / 255).argmax(1)
+    assert torch.equal(accuracy.predict(classifier, images), expected)
+    assert preflight.check_model(classifier, images) == 5  # gradients too
+    assert torch.equal(accuracy.predict(copy.deepcopy(classifier), images), expected)

@@ -64,10 +64,10 @@ def test_a_damaged_state_is_reported(trained, tmp_path):
 
 
 def test_bf16_needs_hardware_support_and_rounds_the_products(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(precision, "has_amx", lambda: False)
-    with pytest.raises(InputError, match="bf16 needs a CUDA GPU, or a CPU with AMX"):
+    monkeypatch.setattr(precision, "has_bf16", lambda: False)
+    with pytest.raises(InputError, match="bf16 needs a CUDA GPU, or a CPU with AMX or AVX512-BF16"):
         train(trained, tmp_path / "s.pt", recipe=dataclasses.replace(RECIPE, precision="bf16"))
-    monkeypatch.setattr(precision, "has_amx", lambda: True)
+    monkeypatch.setattr(precision, "has_bf16", lambda: True)
     _, exact = train(trained, tmp_path / "exact.pt")
     _, short = train(trained, tmp_path / "short.pt", recipe=dataclasses.replace(RECIPE, precision="bf16"))
     first, second = exact[0]["loss"], short[0]["loss"]
