@@ -140,8 +140,8 @@ def as_pixels(images: Tensor) -> Tensor:
 def input_side(model: nn.Module, side: int) -> int:
     """Return the side of a network's input for images of (side, side) pixels.
 
-    It is that of the method `input_side` of the model or of a module in it, as `models.Classifier` has, which may resize
-    images; of other models `side`.
+    It is what the method `input_side` of the model or of a module in it returns, such as that of `models.Classifier`,
+    which may resize images; for other models it is `side`.
     """
     return next((module.input_side(side) for module in model.modules() if hasattr(module, "input_side")), side)
 

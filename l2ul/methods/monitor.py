@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l2ul.common.modes import eval_mode
+from l2ul.common.precision import exactly
 from l2ul.objective import Forget, Terms
 
 BATCH_SIZE = 512  # images of D_f per forward pass
@@ -50,8 +51,9 @@ class ForgetMonitor:
             row |= {"acc_forget": math.nan, "forgotten": math.nan}
         return row, bool(finite_model) and math.isfinite(sum(row.values()))
 
+    @exactly()
     def confirm(self) -> dict[str, float]:
-        """Return `acc_forget` and `forgotten` as measured after the loop, in which rounding differs.
+        """Return `acc_forget` and `forgotten` as measured after the loop: in fp32, and with other rounding.
 
         Raises Diverged if a logit is not finite.
         """
