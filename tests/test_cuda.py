@@ -1,0 +1,331 @@
+"""The project on a CUDA GPU: every method, goal and group of metrics, requests, pretraining, and what CUDA refuses.
+
+On a machine without a GPU, `test_emulated_cuda.py` runs these tests on an emulated one.
+"""
+
+import sys
+
+from conftest import CLASSES, save_images
+from helpers import load_records
+import pytest
+import torch
+from torch import nn
+
+from l2ul import attack, importance, objective, unlearn
+from l2ul.cli import pretrain_command
+from l2ul.common import precision
+from l2ul.data import storage
+from l2ul.data.folder import FolderImages
+from l2ul.data.images import Split
+from l2ul.methods import registry
+from l2ul.methods.checkpoint import Checkpoint
+from l2ul.methods.settings import AttackSettings, Settings
+from l2ul.metrics import accuracy, groups, relearn
+from l2ul.metrics.registry import EVALUATIONS
+from l2ul.training.recipe import Recipe
+import main_forget
+import main_unlearn
+import models
+
+pytestmark = pytest.mark.cuda
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+ATTACK = {"num_adv_images": 2, "eps": 0.5, "alpha": 0.2, "steps": 2, "seed": 0}
+LOOP = {"batch_size": 2, "adv_batch_size": 3, "max_passes": 1, "bn": "eval"}
+LOOP |= {"distill_steps": 2, "distill_cycles": 1, "distill_mixes": 4}
+SHORT = {"epochs": 1, "batch": 16, "augment": 2, "iterations": 2, "copies": 2}  # of methods of fixed length
+CLOSE = {"rel": 1e-2, "abs": 1e-3}  # a GPU adds in another order
+RANDOM = {"bad_teaching"}  # draw from the generator of the device, whose numbers are not those of the CPU
+emulated_cuda = sys.modules.get("emulated_cuda")
+
+
+@pytest.fixture(autouse=True)
+def _exact():
+    """Compute in fp32, as the CPU does."""
+    precision.use(CUDA, "fp32")
+    yield
+    precision.use(CUDA, "fp32")
+
+
+def small_net(num_classes):
+    """Return a network for images of any size, with batch-norm and a convolution of 1 x 1 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, num_classes),
+    )
+
+
+@pytest.mark.parametrize("goal", ["misclassify", "relabel"])
+@pytest.mark.parametrize("method", registry.METHODS)
+def test_a_method_computes_what_it_computes_on_the_cpu(trained, method, goal):
+    if goal not in registry.METHODS[method].goals:
+        pytest.skip("the method has another goal")
+    model, images, labels = trained
+    own = {name: SHORT[name] for name in registry.METHODS[method].all_settings.keys() & SHORT.keys()}
+    curves = []
+    for device in (CPU, CUDA):
+        on_device = [tensor.to(device) for tensor in (images[:4], labels[:4], (labels[:4] + 1) % CLASSES)]
+        outcome = unlearn.unlearn(
+            model.to(device),
+            *on_device[:2],
+            method,
+            num_classes=CLASSES,
+            new_labels=on_device[2] if goal == "relabel" else None,
+            retain=Split(images[4:], labels[4:]).to(device),
+            attack=AttackSettings(num_adv_images=2, eps=0.5, alpha=0.2, iterations=2),
+            settings=Settings(**LOOP, method_settings=own),
+        )
+        assert outcome.status in ("cap", "forgotten", "done")
+        tensors = [*outcome.model.parameters(), *outcome.model.buffers()]
+        assert {tensor.device.type for tensor in tensors} == {device.type}
+        curves.append(outcome.curve)
+    assert [row["step"] for row in curves[0]] == [row["step"] for row in curves[1]]
+    if method not in RANDOM and curves[0]:
+        assert curves[1][0] == pytest.approx(curves[0][0], **CLOSE)
+
+
+def test_attack_importance_and_predictions_are_those_of_the_cpu(trained):
+    model, images, labels = trained
+    results = {}
+    for device in (CPU, CUDA):
+        net, some = model.to(device), images[:4].to(device)
+        adversarial, targets = attack.adversarial_set(net, some, labels[:4].to(device), CLASSES, **ATTACK)
+        omega = importance.mas_importance(net, some)
+        results[device] = adversarial.cpu(), targets.cpu(), *(values.cpu() for values in omega.values())
+        assert torch.equal(accuracy.predict(net, images.to(device)), labels)  # of a copy on the device
+        assert torch.equal(accuracy.predict(net, images), labels)  # of images that stay on the CPU
+    for on_cpu, on_cuda in zip(*results.values(), strict=True):
+        assert torch.allclose(on_cpu, on_cuda, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("chosen", precision.PRECISIONS)
+def test_examples_of_every_precision_are_finite(trained, chosen):
+    model, images, labels = (part.to(CUDA) for part in trained)
+    precision.use(CUDA, chosen)
+    examples, _ = attack.adversarial_set(model, images[:4], labels[:4], CLASSES, **ATTACK, precision=chosen)
+    assert examples.dtype == torch.float32
+    assert examples.isfinite().all()
+    assert (examples[::2] - images[:4] / 255).flatten(1).norm(dim=1).max() < ATTACK["eps"] + 1e-3
+
+
+def test_examples_on_disk_are_trained_on(trained, tmp_path, monkeypatch):
+    model, images, labels = (part.to(CUDA) for part in trained)
+    monkeypatch.setattr(storage, "_memory_limit", lambda device: 0)
+    examples = storage.empty_images((8, 3, 8, 8), torch.uint8, CUDA, tmp_path)
+    examples[:] = images[:8]
+    assert examples.device.type == "cpu"
+    options = {"adv": (examples, labels[:8]), "settings": Settings(**LOOP)}
+    outcome = unlearn.unlearn(model, images[:2], labels[:2], "adv", **options)
+    assert outcome.steps == 3
+
+
+def test_an_interrupted_loop_continues(trained, tmp_path):
+    model, images, labels = (part.to(CUDA) for part in trained)
+    for method in ("neggrad", "distill"):
+        arguments, state = (model, images[:4], labels[:4], method), tmp_path / f"{method}.pt"
+        options = {"settings": Settings(**LOOP | {"max_passes": 3, "distill_steps": 6})}
+        whole = unlearn.unlearn(*arguments, **options)
+
+        def stop(row):
+            if row["step"] == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            unlearn.unlearn(*arguments, **options, on_step=stop, checkpoint=Checkpoint(state))
+        assert state.exists()
+        outcome = unlearn.unlearn(*arguments, **options, checkpoint=Checkpoint(state))
+        assert (outcome.status, outcome.steps) == (whole.status, whole.steps)
+        assert outcome.curve[-1] == pytest.approx(whole.curve[-1], **CLOSE)
+
+
+def test_weights_that_are_not_channels_last_are_trained():
+    torch.manual_seed(0)
+    model, images, labels = small_net(3).eval().to(CUDA), torch.rand(4, 3, 8, 8, device=CUDA), torch.arange(4) % 3
+    for method in ("neggrad", "distill"):
+        outcome = unlearn.unlearn(model, images, labels.to(CUDA), method, settings=Settings(**LOOP))
+        assert outcome.steps
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(models, "OWN", dict(models.OWN))
+    models.register("small", small_net, mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def test_scripts_train_unlearn_and_measure(script, run, small, tmp_path, monkeypatch):
+    """Train a classifier and one without D_f, compute every group of metrics, and carry out a continual run."""
+    monkeypatch.setattr(relearn, "MAX_STEPS", 3)
+    monkeypatch.setattr(groups, "NUM_HELD_OUT", 16)
+
+    def pretrain(*arguments):
+        recipe = Recipe(epochs=2, lr=0.1, batch_size=16, crop_padding=2)
+        words = ["--data-dir", tmp_path, "--device", "cuda", *arguments]
+        code, _, err = script(lambda: pretrain_command.main("x.py", "Train.", "digits", "small", recipe), *words)
+        assert code == 0, err
+
+    pretrain()
+    pretrain("--exclude-k", 2, "--output", tmp_path / "retrained.safetensors")
+    network = ["--data-dir", tmp_path, "--model", "small", "--device", "cuda", "--no-cache"]
+    words = [*network, "--method", "adv_imp", "distill", "--save-model", "--evaluate", *EVALUATIONS]
+    retrained = ["--retrained", tmp_path / "retrained.safetensors", "--references", tmp_path / "retrained.safetensors"]
+    code, _, err = run(*words, *retrained)
+    assert code == 0, err
+    for record in load_records(tmp_path).values():
+        assert record["device"] == torch.cuda.get_device_name()
+        assert {name for group in EVALUATIONS.values() for name in group.names} <= record.keys()
+        assert record["peak_memory_mib"] > 0
+    code, _, err = run(*network, "--method", "adv", "--continual-step", 1)
+    assert code == 0, err
+    assert {record["continual_step"] for record in load_records(tmp_path).values()} == {None, 1, 2}
+
+
+@pytest.mark.parametrize("words", [[], ["--method", "adv_imp", "--setting", "unlearn_lr=0.01"]])
+def test_a_request_is_carried_out_and_verified(forget, script, tmp_path, words):
+    code, report, printed = forget("--device", "cuda", *words)
+    assert code == 0, printed
+    assert report["device"] == torch.cuda.get_device_name()
+    words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", "--device", "cuda"]
+    code, out, err = script(main_forget.main, *words, "--build", "conftest:tiny_net")
+    assert code == 0, out + err
+
+
+def test_images_in_folders_are_decoded_for_the_gpu(script, small, tmp_path, trained):
+    _, images, labels = trained
+    for part, count in (("train", 40), ("val", 10)):
+        save_images(tmp_path / "data" / "things" / part, images[:count], labels[:count])
+    models.save(models.build("small", CLASSES).eval(), tmp_path / "small.safetensors", {})
+    words = ["--dataset", "things", "--data-dir", tmp_path / "data", "--image-size", 8, "--model", "small"]
+    words += ["--checkpoint", tmp_path / "small.safetensors", "--result-dir", tmp_path, "--unlearn-k", 2]
+    words += ["--method", "oracle", "finetune", "--max-passes", 1, "--setting", "epochs=1"]
+    code, _, err = script(main_unlearn.main, *words, "--device", "cuda", "--no-cache")
+    assert code == 0, err
+
+
+def test_workers_decode_images_after_the_gpu_was_used(trained, tmp_path):
+    torch.zeros(1, device=CUDA)
+    files = sorted(str(path) for path in save_images(tmp_path / "images", trained[1][:6]).iterdir())
+    images = FolderImages(files, 8, short_side=8)
+    batches = list(images.loader([torch.tensor([0, 1]), torch.tensor([2, 5])], CUDA, workers=2))
+    assert [batch.device.type for batch in batches] == ["cuda", "cuda"]
+    assert torch.equal(torch.cat(batches).cpu(), images[torch.tensor([0, 1, 2, 5])])
+
+
+def test_what_cuda_refuses():
+    here, there = torch.ones(2, 3), torch.ones(2, 3, device=CUDA)
+    with pytest.raises(RuntimeError, match="same device"):
+        here + there
+    with pytest.raises(RuntimeError, match="same device"):
+        nn.functional.linear(there, torch.ones(1, 3))
+    with pytest.raises(TypeError, match="numpy"):
+        there.numpy()
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.rand(2, device=CUDA, generator=torch.Generator())
+    with pytest.raises(RuntimeError, match="indices should be"):
+        here[torch.tensor([0], device=CUDA)]
+    assert (there + torch.tensor(1.0)).sum() == 12
+    assert there[torch.tensor([1])].shape == (1, 3)
+    assert there.cpu().numpy().sum() == 6
+
+
+counts_kernels = pytest.mark.skipif(emulated_cuda is None, reason="the emulated device counts them")
+STEPS = {  # kernels and synchronisations at most, of ResNet-18, by method and mode of batch-norm
+    ("neggrad", "train"): (280, 3),
+    ("adv", "train"): (540, 5),
+    ("adv_imp", "train"): (610, 5),
+    ("adv_imp", "eval"): (350, 5),
+    ("distill", "eval"): (560, 1),
+}
+PASSES = {"attack": (125, 0), "importance": (175, 0)}  # of an iteration of PGD, and of an image
+
+
+@pytest.fixture
+def resnet18():
+    """Return a network, images and labels, of which none is ever forgotten."""
+    torch.manual_seed(0)
+    model = models.build("resnet18", 10).eval().to(CUDA).to(memory_format=torch.channels_last)
+    images = torch.randint(0, 256, (2, 3, 32, 32)).to(torch.uint8).to(CUDA)
+    return model, images, accuracy.predict(model, images, fold=False).to(CUDA)
+
+
+@counts_kernels
+@pytest.mark.parametrize(("method", "bn"), STEPS)
+def test_a_step_has_few_kernels_and_synchronisations(resnet18, method, bn, monkeypatch):
+    """The numbers do not depend on the number of images in a step."""
+    monkeypatch.setattr(objective.Forget, "is_forgotten", lambda self, predictions: predictions != predictions)
+    rates = {"unlearn_lr": 1e-12, "distill_lr": 1e-12}
+    settings = Settings(**LOOP | rates | {"bn": bn, "max_passes": 4, "distill_steps": 4})
+    adv = torch.rand(3, 3, 32, 32, device=CUDA), torch.arange(3, device=CUDA)
+    omega = importance.mas_importance(resnet18[0], resnet18[1][:1])
+    after = []
+    with emulated_cuda.counting() as counts:
+        on_step = lambda row: after.append((counts.copy(), row))  # noqa: E731
+        unlearn.unlearn(*resnet18, method, adv=adv, importance=omega, settings=settings, on_step=on_step)
+    step = after[3][0] - after[2][0]
+    kernels, synchronisations = STEPS[method, bn]
+    assert step.synchronisations.total() <= synchronisations, step.synchronisations
+    assert step.kernels.total() <= kernels, step.kernels.most_common(40)
+
+
+@counts_kernels
+def test_the_attack_and_the_importance_have_few_kernels_and_no_synchronisation(resnet18):
+    model, images, labels = resnet18
+
+    def count(compute, *arguments):
+        with emulated_cuda.counting() as counts:
+            compute(*arguments)
+        return counts
+
+    def attacked(steps):
+        attack.adversarial_set(model, images, labels, 10, **ATTACK | {"steps": steps})
+
+    attacked(1)  # finds the layers that can be folded
+    more = {
+        "attack": count(attacked, 2) - count(attacked, 1),
+        "importance": count(importance.mas_importance, model, images)
+        - count(importance.mas_importance, model, images[:1]),
+    }
+    for name, counts in more.items():
+        kernels, synchronisations = PASSES[name]
+        assert counts.synchronisations.total() <= synchronisations, counts.synchronisations
+        assert counts.kernels.total() <= kernels, counts.kernels.most_common(40)
+
+
+@counts_kernels
+def test_the_device_counts():
+    here, there = torch.ones(3), torch.ones(3, device=CUDA)
+    with emulated_cuda.counting() as counts:
+        (there + there).mul_(2)
+        there.view(3, 1)
+        torch.empty(2, device=CUDA)
+    assert (counts.kernels.total(), counts.synchronisations.total()) == (2, 0)
+    cases = (lambda: here.to(CUDA), there.cpu, there.sum().item, there.tolist, there.nonzero, lambda: there[[0, 1]])
+    for number, case in enumerate(cases):
+        with emulated_cuda.counting() as counts:
+            case()
+        assert counts.synchronisations.total() == 1, number
+    with emulated_cuda.counting() as counts:
+        here.to(CUDA, non_blocking=True)
+    assert (counts.kernels.total(), counts.synchronisations.total()) == (1, 0)
+
+
+@pytest.mark.skipif(emulated_cuda is None, reason="the emulated device can act as mps")
+def test_metrics_and_requests_use_no_float64_on_mps(forget, run, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(relearn, "MAX_STEPS", 3)
+    monkeypatch.setattr(groups, "NUM_HELD_OUT", 16)
+    torch.manual_seed(0)
+    models.save(models.build("small", 10).eval(), tmp_path / "small.safetensors", {})
+    reference = tmp_path / "reference.safetensors"
+    models.save(models.build("small", 10).eval(), reference, {})
+    with emulated_cuda.as_mps():
+        with pytest.raises(TypeError, match="float64"):
+            torch.ones(2, device="mps").double()
+        words = ["--model", "small", "--checkpoint", tmp_path / "small.safetensors", "--method", "adv_imp", "distill"]
+        words += ["--evaluate", *EVALUATIONS, "--retrained", reference, "--references", reference]
+        code, _, err = run(*words, "--device", "mps", "--no-cache")
+        assert code == 0, err
+        code, _, printed = forget("--device", "mps")
+        assert code == 0, printed
