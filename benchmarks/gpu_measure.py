@@ -324,6 +324,11 @@ def memory() -> None:
             row(check="predict in too little memory", result="it fitted")
         except Exception as error:
             row(check="predict in too little memory", error=type(error).__name__, recognised=is_out_of_memory(error))
+        try:
+            ended = steps_of("adv_imp", step_inputs("resnet18", 32, 64, 8192), 2, 64, 8192)
+            row(check="step in too little memory", status=ended.status, steps=ended.steps)
+        except Exception as error:
+            row(check="step in too little memory", error=type(error).__name__, recognised=is_out_of_memory(error))
         torch.cuda.set_per_process_memory_fraction(1.0)
         del net, x
         free()
@@ -358,9 +363,16 @@ def sizes():
 
 # ------------------------------------------------------------------------------------------------------------- decode
 def decode() -> None:
-    """Measure images a second from disk, by worker processes and by nvJPEG. Workers start after CUDA is initialised."""
+    """Measure images a second from disk, by worker processes and by nvJPEG. Workers start after CUDA is initialised.
+
+    At most 1,024 files are open, the usual limit of Linux.
+    """
+    import resource
+
     import numpy as np
 
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard) if hard > 0 else 1024, hard))
     folder, count = Path(tempfile.mkdtemp()), 64 if OPTS.tiny else 1536
     rng = np.random.default_rng(0)
     for number in range(16):
