@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import copy
 import time
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +76,9 @@ def _operations() -> tuple[object, object, object]:
 
 def _set_flags(values: list[str]) -> None:
     # torch has an older and a newer interface, and reading the older one raises an error where the two disagree
-    torch.backends.cuda.matmul.allow_tf32 = values[0] == "tf32"
-    torch.backends.cudnn.allow_tf32 = values[1] == "tf32"
+    with warnings.catch_warnings(action="ignore"):  # torch recommends the newer one
+        torch.backends.cuda.matmul.allow_tf32 = values[0] == "tf32"
+        torch.backends.cudnn.allow_tf32 = values[1] == "tf32"
     for operation, value in zip(_operations(), values, strict=True):
         operation.fp32_precision = value
 
