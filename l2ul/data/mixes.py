@@ -39,6 +39,11 @@ def triples(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return _shifted((upload(weights / weights.sum(0), images.device) * chosen).sum(0), generator)
 
 
+def copies(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Shift and mirror images at random."""
+    return _shifted(images[upload(torch.randint(len(images), (count,), generator=generator), images.device)], generator)
+
+
 def patches(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Paste a square of one image into another at the same place, and shift and mirror the result at random.
 

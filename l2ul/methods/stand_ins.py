@@ -31,6 +31,7 @@ EPS, ALPHA, ITERATIONS = 0.5, 0.1, 20  # of the attack on D_f
 MIXED_KINDS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
     "mixes": mixes.mixes,
     "triples": mixes.triples,
+    "copies": mixes.copies,
     "patches": mixes.patches,
     "crops": mixes.crops,
     "collages": mixes.collages,
