@@ -53,6 +53,8 @@ def run(opts: argparse.Namespace) -> None:
         if not opts.dry_run:
             experiment.add_metrics(to_measure)  # of runs on record that lack metrics of --evaluate
             experiment.carry_out(to_do)  # each run: attack → importance → unlearn → evaluate → record
+            for note in setup.images.decoding_notes():
+                print(note)
             if distributed.is_first():
                 print(records.table([run.files.read() for run in runs]).to_string(index=False))
                 print(f"records: {opts.result_dir / 'runs'}")

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterable
+import os
 from pathlib import Path
 import textwrap
 from typing import TYPE_CHECKING
@@ -58,7 +59,8 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
     )
     add(group, "--age-grouping", "classes of utkface", choices=tuple(choices.AGE_GROUPINGS), default="TNN")
     add(group, "--split-seed", "seed of the split of utkface", type=nonnegative_int, default=0)
-    add(group, "--workers", "processes that decode images of a folder", type=nonnegative_int, default=2)
+    text = "processes that decode images of a folder (default: the number of cores, at most 16)"
+    add(group, "--workers", text, type=nonnegative_int, default=default_workers())
     add(group, "--prefetch", "batches that each of them decodes ahead", type=positive_int, default=choices.PREFETCH)
     add(
         group,
@@ -82,6 +84,12 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
     )
     add(group, "--mean", mean, type=finite_float, nargs="+")
     add(group, "--std", "standard deviation of each input channel, likewise", type=positive_float, nargs="+")
+
+
+def default_workers() -> int:
+    """Return the default of --workers: the cores of this process, at most 16; under torchrun, its share of them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def add_image_files(group: Group, default: str = "") -> None:

@@ -196,6 +196,8 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
                 on_epoch=report,
                 progress=advance,
             )
+        for note in images.decoding_notes():
+            print(note)
         print(f"D_test {acc_test:.2f} %: {output}")
 
 

@@ -3,10 +3,14 @@
 from collections.abc import Iterator, Sequence
 import copy
 import hashlib
+from io import BytesIO
+import itertools
+import math
 import os
 from pathlib import Path
 import warnings
 
+from PIL import Image
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -16,14 +20,24 @@ from torchvision.transforms import v2
 from l2ul.common.choices import PREFETCH
 from l2ul.common.errors import InputError
 from l2ul.data.image_files import ImageReader, UnreadableImage, unreadable
+from l2ul.data.storage import DecodedImages
 
 READER_VERSION = 2  # part of the hashes by which caches find predictions; it grows when files give other pixels
 
 
 def check_decoder(decoder: str, device: torch.device) -> None:
-    """Raise InputError if the decoder does not work on the device."""
-    if decoder == "gpu" and device.type != "cuda":
+    """Raise InputError if the decoder does not work on the device, which is tried with one JPEG."""
+    if decoder != "gpu":
+        return
+    if device.type != "cuda":
         raise InputError("--decoder gpu needs a CUDA GPU; leave it out on this device")
+    jpeg = BytesIO()
+    Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
+    try:
+        _decode([_as_tensor(jpeg.getvalue())], device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--decoder gpu: nvJPEG cannot decode on this GPU ({reason}); leave it out") from None
 
 
 class FolderImages(Dataset):
@@ -39,6 +53,9 @@ class FolderImages(Dataset):
     decoder     `cpu` or `gpu`; with `gpu`, `loader` decodes with torchvision's nvJPEG, whose pixels differ slightly
                 from those of the CPU
     reader      decodes files on the CPU
+
+    Images that `loader` has decoded stay in memory on the device if all fit, so that later passes do not decode them
+    again. `refused` names the JPEGs that nvJPEG could not decode; the CPU did.
 
     Raises InputError when a file cannot be decoded.
     """
@@ -57,6 +74,8 @@ class FolderImages(Dataset):
         self.reader = reader or ImageReader()
         self.short_side = short_side or round(size * 8 / 7)
         self.channels = 3
+        self.refused: set[str] = set()  # the same object in all copies
+        self._decoded = DecodedImages(len(files))
         self.resize = v2.Compose([v2.Resize(self.short_side), v2.CenterCrop(size)])
         self.transform = v2.Compose([self.resize, v2.PILToTensor()])
 
@@ -67,12 +86,20 @@ class FolderImages(Dataset):
         """Return the images at `indices`, in that order."""
         subset = copy.copy(self)
         subset.files = [self.files[i] for i in indices.tolist()]
+        subset._decoded = self._decoded.part(indices)
         return subset
+
+    def with_decoder(self, decoder: str) -> "FolderImages":
+        """Return the images, decoded by `cpu` or `gpu`."""
+        new = copy.copy(self)
+        if decoder != self.decoder:
+            new.decoder, new._decoded = decoder, DecodedImages(len(self))
+        return new
 
     def with_channels(self, channels: int) -> "FolderImages":
         """Return the images in colour (3) or in grey (1), converted before they are resized."""
         new = copy.copy(self)
-        new.channels = channels
+        new.channels, new._decoded = channels, DecodedImages(len(self))
         grey = [v2.Grayscale()] if channels == 1 else []
         new.resize = v2.Compose([*grey, v2.Resize(self.short_side), v2.CenterCrop(self.size)])
         new.transform = v2.Compose([new.resize, v2.PILToTensor()])
@@ -107,24 +134,44 @@ class FolderImages(Dataset):
         workers: int = 0,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """Yield a batch uint8 (n, 3, size, size) on the device for each tensor of indices (n,) in `batches`.
+        """Yield a batch uint8 (n, C, size, size) on the device for each tensor of indices (n,) in `batches`.
 
         workers    processes that decode
         generator  for the seeds of the workers; None: torch's global generator
         """
+        torch.empty((), dtype=torch.int64).random_(generator=generator)  # as a DataLoader does, with and without memory
+        memory = self._decoded.memory((self.channels, self.size, self.size), device)
+        if memory is None:
+            yield from self._read(batches, device, workers)
+            return
+        pixels, is_decoded, places = memory
+        known = [bool(is_decoded[places[indices]].all()) for indices in batches]
+        new = [indices for indices, there in zip(batches, known, strict=True) if not there]
+        decoded = self._read(new, device, workers)
+        for indices, there in zip(batches, known, strict=True):
+            at = places[indices].to(device)
+            if not there:
+                pixels[at] = next(decoded)
+                is_decoded[places[indices]] = True
+            yield pixels[at]
+
+    def _read(self, batches: Sequence[Tensor], device: torch.device, workers: int) -> Iterator[Tensor]:
         encoded = self.decoder == "gpu"
+        workers = min(workers, len(batches))
         source = DataLoader(
             _Encoded(self) if encoded else self,
             batch_sampler=[indices.tolist() for indices in batches],
             num_workers=workers,
             prefetch_factor=self.prefetch if workers else None,
             pin_memory=device.type == "cuda" and not encoded,
-            collate_fn=list if encoded else None,
-            generator=generator,
+            collate_fn=_join if encoded else None,
+            generator=torch.Generator(),
         )
-        for batch in source:
+        for indices, batch in zip(batches, source, strict=True):
             if encoded:
-                yield torch.stack([self.resize(image.to(device)) for image in _decode_batch(batch, device)])
+                images, refused = _decode_batch(_separate(*batch), device)
+                self.refused.update(self.files[indices[position]] for position in refused)
+                yield torch.stack([self.resize(image.to(device)) for image in images])
             else:
                 yield batch.to(device, non_blocking=device.type == "cuda")
 
@@ -140,36 +187,60 @@ class _Encoded(Dataset):
         try:
             if reader.needs_cpu(file):
                 return v2.functional.pil_to_tensor(reader.read(file))
-            return torch.frombuffer(bytearray(Path(file).read_bytes()), dtype=torch.uint8)
+            return _as_tensor(Path(file).read_bytes())
         except (OSError, UnreadableImage) as error:
             raise unreadable(file, error) from None
 
 
-def _decode_batch(batch: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Return the pixels (3, H, W) uint8 of each item of `_Encoded`.
+def _as_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _join(images: list[Tensor]) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """Return the values of all tensors in one, and their shapes.
+
+    A worker process passes each tensor in a file of its own, and a process may open only so many.
+    """
+    return torch.cat([image.flatten() for image in images]), [tuple(image.shape) for image in images]
+
+
+def _separate(values: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Return the tensors of which `_join` made one."""
+    parts = values.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _decode_batch(batch: list[Tensor], device: torch.device) -> tuple[list[Tensor], list[int]]:
+    """Return the pixels (3, H, W) uint8 of each item of `_Encoded`, and the positions that nvJPEG could not decode.
 
     All JPEGs are decoded in one call. If that fails, they are decoded one by one, and the CPU decodes those that the
     GPU cannot.
     """
     positions = [position for position, image in enumerate(batch) if image.ndim == 1]
+    decoded, refused = list(batch), []
     if not positions:
-        return batch
-    decoded = list(batch)
+        return decoded, refused
     try:
         pixels = _decode([batch[position] for position in positions], device)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # does not say which image failed
-        pixels = [_decode_one(batch[position], device) for position in positions]
+        pixels, is_refused = zip(*(_decode_one(batch[position], device) for position in positions), strict=True)
+        refused = list(itertools.compress(positions, is_refused))
     for position, image in zip(positions, pixels, strict=True):
         decoded[position] = image
-    return decoded
+    return decoded, refused
 
 
-def _decode_one(image: Tensor, device: torch.device) -> Tensor:
+def _decode_one(image: Tensor, device: torch.device) -> tuple[Tensor, bool]:
+    """Return the pixels of a JPEG and whether the CPU decoded it because the device cannot."""
     try:
-        return _decode([image], device)[0]
+        return _decode([image], device)[0], False
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         try:
-            return _decode([image], torch.device("cpu"))[0]
+            return _decode([image], torch.device("cpu"))[0], True
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"an image of the folder is damaged ({reason}); replace or remove it") from None

@@ -50,7 +50,7 @@ class ForgetSet:
         """
         split = self.source.subset(self.positions)
         if isinstance(split.images, FolderImages):
-            split.images.decoder = "cpu"
+            return Split(split.images.with_decoder("cpu"), split.labels)
         return split
 
     @property

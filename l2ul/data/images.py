@@ -105,6 +105,18 @@ class Images:
         """The channels of the images."""
         return self.train.channels
 
+    @property
+    def refused(self) -> set[str]:
+        """The files that `--decoder gpu` left to the CPU so far, because nvJPEG cannot decode them."""
+        splits = (self.train, self.validation, self.test)
+        return set().union(*(s.images.refused for s in splits if s and isinstance(s.images, FolderImages)))
+
+    def decoding_notes(self) -> list[str]:
+        """Return a sentence about the files in `refused`, if there are any."""
+        if not self.refused:
+            return []
+        return [f"nvJPEG cannot decode {len(self.refused)} files such as {min(self.refused)}; the CPU decoded them"]
+
     def with_channels(self, channels: int) -> "Images":
         """Return the data set with its images converted from colour to grey (1) or grey to colour (3)."""
         validation = self.validation.with_channels(channels) if self.validation else None

@@ -90,6 +90,8 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Sweep:
         )
     if "threads" not in given:  # the same for any number of trials at once, so that results do not depend on it
         shared += _arguments("threads", max(1, int(opts.cpus_per_trial)))
+    if "workers" not in given:
+        shared += _arguments("workers", max(1, int(opts.cpus_per_trial)))
     if opts.search and "retain_sample" not in given:
         shared += _arguments("retain_sample", SEARCH_SAMPLE)
     if opts.source_free:

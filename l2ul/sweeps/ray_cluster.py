@@ -118,8 +118,12 @@ class Cluster:
 
         Yields at least every `seconds`, also if no trial ended. Ray retries a trial `RETRIES` times. Only a few trials
         are submitted ahead, whatever their number.
+
+        A worker with a GPU does one trial: Ray gives each task GPUs of its own, but a process keeps those that CUDA
+        found first. Without GPUs, workers keep data and model for the next trial.
         """
-        task = self.ray.remote(max_calls=0, max_retries=RETRIES, retry_exceptions=True, **self.per_trial)(call_worker)
+        options = {"max_calls": 1 if self.per_trial["num_gpus"] else 0, "max_retries": RETRIES, **self.per_trial}
+        task = self.ray.remote(retry_exceptions=True, **options)(call_worker)
         submitted: dict[object, Trial] = {}
         remaining = iter(trials)
         while True:

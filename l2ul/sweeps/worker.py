@@ -12,6 +12,7 @@ from l2ul.cli import unlearn_command, unlearn_options
 from l2ul.common import device as devices
 from l2ul.common import precision
 from l2ul.common.cache import Cache
+from l2ul.data import folder
 from l2ul.data.images import Images
 from l2ul.experiments import records
 from l2ul.experiments.execution import Experiment
@@ -87,6 +88,7 @@ def run_trial(arguments: Arguments, shared_data_sets: Callable[[], DataSets]) ->
     opts = unlearn_options.parse(arguments)
     device = devices.choose_device(opts.device, opts.no_cuda, opts.threads)
     unlearn_command.use_precision(opts, device)
+    folder.check_decoder(opts.decoder, device)
     if not WORKBENCH.data_sets:
         WORKBENCH.data_sets.update(shared_data_sets())
     experiment, runs = WORKBENCH.open(opts, device, unlearn_command.open_cache(opts))

@@ -1,14 +1,21 @@
 """Images on disk: worker processes and the GPU decode the same images."""
 
+import os
+from pathlib import Path
+import pickle
+
+from helpers import load_records
 import numpy as np
 from PIL import Image
 import pytest
 import torch
 
 from l2ul.common.errors import InputError
-from l2ul.data import datasets, folder, forget_set
+from l2ul.data import datasets, folder, forget_set, storage
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
+import main_unlearn
+import models
 
 CPU = torch.device("cpu")
 
@@ -64,7 +71,8 @@ def test_the_cpu_decodes_what_the_gpu_cannot(photos, monkeypatch):
     gpu_decode.refused = folder._Encoded(FolderImages(photos, 32))[1]
     monkeypatch.setattr(folder, "_decode", gpu_decode)
     batch = [folder._Encoded(FolderImages(photos, 32))[i] for i in (4, 0, 1)]
-    found = folder._decode_batch(batch, torch.device("meta"))  # stands for a GPU
+    found, refused = folder._decode_batch(batch, torch.device("meta"))  # stands for a GPU
+    assert refused == [2]
     assert calls == [(3, "meta"), (1, "meta"), (1, "meta"), (1, "meta"), (1, "cpu")]
     resize = FolderImages(photos, 32).resize
     assert torch.equal(torch.stack([resize(image) for image in found]), expected[0])
@@ -96,10 +104,104 @@ def test_subsets_keep_the_decoding_options_and_the_hash_depends_on_them(photos, 
     assert (found.train.images.prefetch, found.test.images.decoder) == (7, "gpu")
 
 
-def test_decoder_gpu_needs_a_gpu():
+def test_decoder_gpu_needs_a_gpu_with_a_working_nvjpeg(monkeypatch):
     folder.check_decoder("cpu", CPU)
     with pytest.raises(InputError, match="--decoder gpu needs a CUDA GPU"):
         folder.check_decoder("gpu", CPU)
+
+    def fail(images, device):
+        raise RuntimeError("nvjpegCreateSimple failed: 7\nmore")
+
+    monkeypatch.setattr(folder, "_decode", fail)
+    with pytest.raises(
+        InputError, match="nvJPEG cannot decode on this GPU .nvjpegCreateSimple failed: 7.; leave it out$"
+    ):
+        folder.check_decoder("gpu", torch.device("cuda"))
+
+
+def test_workers_pass_the_jpegs_of_a_batch_in_one_file(photos):
+    """A worker passes each tensor in a file of its own; more open files than the limit would end the pass."""
+    resource = pytest.importorskip("resource")
+    images = FolderImages(photos, 32, decoder="gpu")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 60, before[1]))
+    try:
+        batches = stream(images, workers=2, order=[[0, 1, 2, 3, 4] * 20] * 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert [len(batch) for batch in batches] == [100] * 4
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Count the files that are decoded."""
+    files, decode = [], folder.ImageReader.read
+    monkeypatch.setattr(folder.ImageReader, "read", lambda self, file: files.append(file) or decode(self, file))
+    return files
+
+
+def test_images_are_decoded_once_and_subsets_share_them(photos, read):
+    images = FolderImages(photos, 32)
+    with torch.inference_mode():
+        first = stream(images)
+    assert len(read) == 6  # one of them twice, as it is twice in a batch
+    later = stream(images, order=((0, 1, 2, 3, 4),))[0]
+    assert torch.equal(later[torch.tensor([4, 0, 1])], first[0])
+    some = images.subset(torch.tensor([4, 3]))
+    assert torch.equal(stream(some, order=((1, 0),))[0], later[torch.tensor([3, 4])])
+    assert len(read) == 6
+    assert torch.equal(stream(pickle.loads(pickle.dumps(some)), order=((1, 0),))[0], later[torch.tensor([3, 4])])
+    stream(images.with_channels(1))
+    assert len(read) == 6 + 2 + 6
+    stream(images.with_decoder("cpu"))
+    assert len(read) == 6 + 2 + 6
+    assert images.with_decoder("gpu")._decoded is not images._decoded
+
+
+def test_a_part_is_kept_if_all_do_not_fit(photos, read, monkeypatch):
+    monkeypatch.setattr(storage, "IN_MEMORY", 2 * 3 * 3 * 32 * 32)  # half of it: three images
+    images = FolderImages(photos, 32)
+    stream(images)
+    stream(images)
+    assert len(read) == 12
+    some = images.subset(torch.tensor([4, 3, 0]))
+    assert torch.equal(stream(some, order=((2, 1),))[0], stream(some, order=((2, 1),))[0])
+    assert len(read) == 14
+
+
+def test_random_numbers_do_not_depend_on_what_is_kept(photos):
+    images, drawn = FolderImages(photos, 32), []
+    for _ in range(2):
+        torch.manual_seed(3)
+        stream(images)
+        drawn.append(torch.rand(1))
+    assert drawn[0] == drawn[1]
+
+
+def test_a_record_says_which_jpegs_the_cpu_decoded(photos, script, tmp_path, monkeypatch):
+    for part, number in (("train", 0), ("train", 4), ("train", 1), ("val", 0)):
+        place = tmp_path / "set" / part / f"class {number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.jpg").write_bytes(Path(photos[number]).read_bytes())
+    decode, refused = folder._decode, folder._Encoded(FolderImages(photos, 32))[4]
+    calls = []
+
+    def gpu_decode(images, device):
+        calls.append(len(images) == 1 and torch.equal(images[0], refused))
+        if len(images) > 1 or (calls[-1] and sum(calls) % 2):  # the second call stands for the CPU
+            raise RuntimeError("nvjpegDecode failed: 4")
+        return decode(images, CPU)
+
+    monkeypatch.setattr(folder, "_decode", gpu_decode)
+    monkeypatch.setattr(folder, "check_decoder", lambda decoder, device: None)
+    data_set = ["--dataset", "set", "--data-dir", tmp_path, "--image-size", 32, "--workers", 0, "--model", "resnet20"]
+    models.save(models.build("resnet20", 2), tmp_path / "net.safetensors", {})
+    run = f"--checkpoint {tmp_path}/net.safetensors --method before --unlearn-k 1 --decoder gpu".split()
+    code, out, err = script(main_unlearn.main, *data_set, *run, "--result-dir", tmp_path)
+    assert code == 0, err
+    assert f"nvJPEG cannot decode 1 files such as {tmp_path}/set/train/class 0/4.jpg; the CPU decoded them" in out
+    (record,) = load_records(tmp_path).values()
+    assert record["decoder"] == "gpu, 1 files cpu"
 
 
 @pytest.mark.cuda

@@ -28,6 +28,10 @@ def behave(arguments, shared):
     tries = len(file.read_text().splitlines())
     if how == "kill" or (how == "kill twice" and tries < 3):
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "gpu":
+        with open(file, "a") as notes:
+            notes.write(f"{os.environ['CUDA_VISIBLE_DEVICES']} {ray.get_gpu_ids()}\n")
+        time.sleep(1)
     if how == "raise":
         raise RuntimeError("the reason is on the last line")
     return shared()["answer"]
@@ -53,6 +57,21 @@ def test_a_trial_that_dies_is_tried_three_times_and_others_continue(worker_funct
     assert errors[0] is errors[3] is errors[4] is None
     assert "died" in errors[1] or "crashed" in errors[1]
     assert errors[2].endswith("RuntimeError: the reason is on the last line")
+
+
+@pytest.mark.parametrize(("gpus", "at_once"), [(1, 2), (0.25, 8)])
+def test_each_trial_has_a_process_that_sees_the_gpu_of_the_trial(worker_function, tmp_path, monkeypatch, gpus, at_once):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    start = ray.init
+    monkeypatch.setattr(ray, "init", lambda **options: start(num_gpus=2, num_cpus=8, **options))  # emulated GPUs
+    trials = [Trial((str(tmp_path / f"{number}"), "gpu"), "", (), {}) for number in range(9)]
+    with ray_cluster.connect(worker_function, Resources(gpus=gpus)) as cluster:
+        assert cluster.slots() == at_once
+        cluster.share({"answer": 42})
+        assert [error for ended in cluster.run_trials(trials) for _, error in ended] == [None] * 9
+    seen = [(tmp_path / f"{number}").read_text().splitlines() for number in range(9)]
+    assert len({process for process, _ in seen}) == 9
+    assert {gpu for _, gpu in seen} == {"0 [0]", "1 [1]"}
 
 
 def command(folder, *arguments):

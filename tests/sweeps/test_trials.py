@@ -5,8 +5,10 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 import threading
 import time
+import types
 
 from conftest import FAST, ROOT
 from helpers import parse_sweep
@@ -14,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from l2ul.cli import ranges, unlearn_command, unlearn_options
+from l2ul.cli import options, ranges, unlearn_command, unlearn_options
 from l2ul.common.cache import Cache
 from l2ul.experiments import records
 from l2ul.experiments.time_estimates import TimeEstimates
-from l2ul.sweeps import monitor, worker
+from l2ul.sweeps import monitor, ray_cluster, worker
 from l2ul.sweeps import options as sweep_options
 from l2ul.sweeps.sweep import SweepRunner
 from l2ul.sweeps.trials import start_order
@@ -267,6 +269,22 @@ def test_settings_of_a_method_are_combined_too(tmp_path):
     assert opts.setting == {"epochs": 1, "lr": 0.1}
 
 
+def test_a_worker_with_a_gpu_does_one_trial_and_others_do_all(monkeypatch):
+    """A process keeps the GPU that CUDA found first, and Ray gives the next trial another one."""
+    options = []
+    fake = types.SimpleNamespace(
+        cluster_resources=lambda: {"CPU": 16.0, "GPU": 2.0},
+        remote=lambda **given: options.append(given) or (lambda function: function),
+    )
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    for gpus, slots, calls in ((None, 2, 1), (0.25, 8, 1), (0, 16, 0)):
+        cluster = ray_cluster.Cluster(None, ray_cluster.Resources(gpus=gpus))
+        assert cluster.slots() == slots
+        assert list(cluster.run_trials([])) == []
+        assert options[-1]["max_calls"] == calls
+    assert options[1]["num_gpus"] == 0.25
+
+
 def test_the_threads_of_a_trial_do_not_depend_on_what_runs_beside_it(tmp_path):
     def threads(*words):
         return unlearn_options.parse(parse_sweep(tmp_path, *words).arguments({})).threads
@@ -275,6 +293,21 @@ def test_the_threads_of_a_trial_do_not_depend_on_what_runs_beside_it(tmp_path):
     assert threads("--cpus-per-trial", 4, "--parallel", 8) == 4
     assert threads("--cpus-per-trial", 0.5) == 1
     assert threads("--cpus-per-trial", 4, "--threads", 2) == 2
+
+
+def test_the_workers_of_a_trial_are_its_cores_and_those_of_a_command_all(tmp_path, monkeypatch):
+    def workers(*words):
+        return unlearn_options.parse(parse_sweep(tmp_path, *words).arguments({})).workers
+
+    assert workers() == 1
+    assert workers("--cpus-per-trial", 4) == 4
+    assert workers("--cpus-per-trial", 4, "--workers", 2) == 2
+    monkeypatch.setattr(options.os, "sched_getaffinity", lambda process: range(6), raising=False)
+    assert options.default_workers() == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert options.default_workers() == 1
+    monkeypatch.setattr(options.os, "sched_getaffinity", lambda process: range(256))
+    assert options.default_workers() == 16
 
 
 def test_the_monitor_shows_counts_always_and_a_table_every_minute(run, tmp_path, monkeypatch):
