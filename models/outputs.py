@@ -71,6 +71,31 @@ def adapt(classifier: nn.Module, pixels: Tensor) -> str:
     return kind
 
 
+def check_single_label(logits: Tensor) -> None:
+    """Raise InputError if logits (n, C) look like those of a multi-label model."""
+    if is_multi_label(logits):
+        raise InputError(
+            "several classes have a sigmoid above 0.5 on most images, as in a multi-label model trained with binary "
+            "cross-entropy, whose largest logit is not its prediction; give a classifier of images with one label "
+            "each, or add --single-label if it is one"
+        )
+
+
+def is_multi_label(logits: Tensor) -> bool:
+    """Return whether logits (n, C) look like those of independent binary decisions, several of them positive.
+
+    On most images at least two classes have a sigmoid above 0.5, nearly all others one below 0.2, and softmax does not
+    decide between the first.
+    """
+    if logits.shape[1] < 4:
+        return False
+    positive = logits > 0
+    others = (~positive).sum(1)
+    clear = (logits.sigmoid() < 0.2).sum(1) >= 0.8 * others
+    several = (positive.sum(1) >= 2) & (others >= logits.shape[1] / 2)
+    return int((several & clear & (logits.softmax(1).amax(1) < 0.9)).sum()) > len(logits) / 2
+
+
 def _is_unbounded(classifier: nn.Module, pixels: Tensor, outputs: Tensor) -> bool:
     """Return whether outputs that lie in [0,1] leave it for images of a far wider range, as logits may.
 

@@ -3,6 +3,7 @@
 from conftest import FAST
 from helpers import write_folder
 import pytest
+from safetensors.torch import load_file
 import torch
 import torchvision
 
@@ -174,3 +175,15 @@ def test_interruption_full_memory_and_full_disk_are_one_sentence(run, tmp_path, 
         assert code == expected
         assert sentence in err
         assert err.strip().count("\n") == 0
+
+
+def test_outputs_of_a_multi_label_model_are_refused_without_single_label(run, tmp_path):
+    state = load_file("data/weights/digits_resnet20.safetensors")
+    (weight,) = [name for name, tensor in state.items() if tensor.ndim == 2]
+    state[weight] *= 0.01
+    state[weight.replace("weight", "bias")] = torch.tensor([3.0, 3.0] + [-4.0] * 8)
+    torch.save(state, tmp_path / "several.pt")
+    words = ["--checkpoint", tmp_path / "several.pt", "--method", "neggrad", "--dry-run"]
+    code, _, err = run(*words)
+    assert (code, err.count("\n"), "add --single-label if it is one" in err) == (2, 1, True)
+    assert run(*words, "--single-label")[0] == 0

@@ -139,6 +139,13 @@ def add_weights(parser: Parser) -> None:
         "which weights of a checkpoint with several, such as model_ema (default: the only ones that fit)",
         metavar="KEY",
     )
+    add_single_label(group)
+
+
+def add_single_label(group: Group) -> None:
+    """Add --single-label, which all scripts that open a classifier share."""
+    text = "accept a model whose outputs look like those of a multi-label model; the largest logit is its prediction"
+    add(group, "--single-label", text, action="store_true")
 
 
 def add_machine(parser: Parser) -> None:

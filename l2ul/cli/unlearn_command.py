@@ -107,8 +107,11 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
         opts.precision, sentence = preflight.fastest_precision(classifier, images.train.images, trains=False)
         print(sentence)
     sample = images.train.images[torch.arange(min(outputs.BATCH, len(images.train)))]
-    if outputs.adapt(classifier, as_pixels(sample).to(device)) == outputs.PROBABILITIES:
+    sample = as_pixels(sample).to(device)
+    if outputs.adapt(classifier, sample) == outputs.PROBABILITIES:
         print("the model returns probabilities; their logarithms are used as logits")
+    if not opts.single_label:
+        outputs.check_single_label(torch.cat(list(accuracy.logits(classifier, sample, fold=False))))
     accuracy.check_trained_on(images, _metadata(classifier), classifier.source)
     return make_setup(opts, images, classifier, Path(path).name if path else None, chosen)
 

@@ -225,8 +225,7 @@ def _add_request(parser: Parser) -> None:
         "model or labels are not those in use (default: 0.5; of up to 4 images all but one; 0: no check)"
     )
     options.add(group, "--min-known", text, type=SHARE, metavar="X")
-    text = "accept a model whose outputs look like those of a multi-label model; the largest logit is its prediction"
-    options.add(group, "--single-label", text, action="store_true")
+    options.add_single_label(group)
     text = "check the request, print what would be done and stop; nothing is written"
     options.add(group, "--dry-run", text, action="store_true")
 

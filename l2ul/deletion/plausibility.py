@@ -21,7 +21,7 @@ from l2ul.common.errors import InputError, is_out_of_memory
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.request import Request, class_indices, logits, order_classes
 import models
-from models import zoo
+from models import outputs, zoo
 from models.classifier import Classifier, Normalize
 
 MIN_KNOWN = 0.5  # default share of images that the model must predict as their labels
@@ -63,12 +63,8 @@ def check(request: Request, model: DeployedModel, min_known: float | None = None
     predictions of the model, only the outputs are checked.
     """
     before = request.logits_before.double()
-    if not single_label and is_multi_label(before):
-        raise InputError(
-            "several classes have a sigmoid above 0.5 on most images, as in a multi-label model trained with binary "
-            "cross-entropy, whose largest logit is not its prediction; give a classifier of images with one label "
-            "each, or add --single-label if it is one"
-        )
+    if not single_label:
+        outputs.check_single_label(before)
     if min_known == 0:
         return
     files = request.folder.files
@@ -81,6 +77,12 @@ def check(request: Request, model: DeployedModel, min_known: float | None = None
     known = int((labels == predictions).sum())
     one_class = _predicts_one_class(labels, predictions)
     if known >= _required(len(places), min_known) and not one_class:
+        better = _better_order(request, places, known)
+        if better:
+            raise InputError(
+                f"the model predicts the label of {known} of {len(places)} images, {better}; add --min-known 0 if the "
+                f"labels are right"
+            )
         return
     start = f"the model predicts the label of {known} of {len(places)} images"
     if one_class:
@@ -89,19 +91,18 @@ def check(request: Request, model: DeployedModel, min_known: float | None = None
     raise InputError(f"{start}, {_explanation(request, model, places, one_class)}")
 
 
-def is_multi_label(before: Tensor) -> bool:
-    """Return whether logits (n, C) look like those of independent binary decisions, several of them positive.
+def _better_order(request: Request, places: Sequence[int], known: int) -> str | None:
+    """Return the order of the classes with which most labels are predicted and clearly more than now; None if none.
 
-    On most images at least two classes have a sigmoid above 0.5, nearly all others one below 0.2, and softmax does not
-    decide between the first.
+    Some classes have the same number in both orders, so half of the labels may be right with the wrong order.
     """
-    if before.shape[1] < 4:
-        return False
-    positive = before > 0
-    others = (~positive).sum(1)
-    clear = (before.sigmoid() < 0.2).sum(1) >= 0.8 * others
-    several = (positive.sum(1) >= 2) & (others >= before.shape[1] / 2)
-    return int((several & clear & (before.softmax(1).amax(1) < 0.9)).sum()) > len(before) / 2
+    names = [request.folder.files[place].label for place in places]
+    predictions = request.logits_before[list(places)].argmax(1)
+    for words, flags, labels in _class_orders(names, request.class_names):
+        others = int((predictions == labels).sum())
+        if others >= CONVINCING * len(places) and others - known >= max(2, (1 - CONVINCING) * len(places)):
+            return _sentence(words, flags, others, len(places))
+    return None
 
 
 def _required(number: int, min_known: float | None) -> int:
@@ -151,8 +152,8 @@ def _explanation(request: Request, model: DeployedModel, places: Sequence[int], 
     sample = list(places[::step])
     names = [request.folder.files[place].label for place in sample]
     orders = [((), (), request.forget.labels.cpu()[sample]), *_class_orders(names, request.class_names)]
-    current = int((request.logits_before[sample].argmax(1) == orders[0][2]).sum())
-    needed = max(math.ceil(CONVINCING * len(sample)), current + 1)
+    known_now = int((request.logits_before[sample].argmax(1) == orders[0][2]).sum())
+    needed = max(math.ceil(CONVINCING * len(sample)), known_now + 1)
     images, deadline = request.images[sample], time.perf_counter() + SECONDS
     best: tuple[tuple[int, float], str] | None = None
     level = 0  # number of changes
@@ -160,10 +161,10 @@ def _explanation(request: Request, model: DeployedModel, places: Sequence[int], 
         if (best and number > level) or time.perf_counter() > deadline:
             break
         level = number
-        outputs = request.logits_before[sample] if not alternative.words else _try(alternative, images)
-        if outputs is None:
+        current = request.logits_before[sample] if not alternative.words else _try(alternative, images)
+        if current is None:
             continue
-        probabilities, predictions = outputs.double().softmax(1), outputs.argmax(1)
+        probabilities, predictions = current.double().softmax(1), current.argmax(1)
         for words, flags, labels in orders:
             known = int((predictions == labels).sum())
             rank = (known, float(probabilities.gather(1, labels[:, None]).mean()))
@@ -227,12 +228,12 @@ def _class_orders(
 def _try(alternative: Alternative, images: Tensor) -> Tensor | None:
     """Return the logits of an alternative; None if the model does not accept it or they are not finite."""
     try:
-        outputs = alternative.compute(images)
+        result = alternative.compute(images)
     except Exception as error:  # modules raise anything for inputs of another size
         if is_out_of_memory(error):
             raise
         return None
-    return outputs if outputs.isfinite().all() else None
+    return result if result.isfinite().all() else None
 
 
 def _alternatives(model: DeployedModel, images: Tensor) -> Iterator[tuple[int, Alternative]]:

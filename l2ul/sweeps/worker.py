@@ -21,7 +21,7 @@ from l2ul.sweeps import trials
 from l2ul.sweeps.trials import Arguments, Record
 
 DATA_OPTIONS = ("dataset", "data_dir", "image_size", "age_grouping", "split_seed")  # what decides the data set
-MODEL_OPTIONS = (*DATA_OPTIONS, "model", "checkpoint", "weights_key", "mean", "std", "surrogate")
+MODEL_OPTIONS = (*DATA_OPTIONS, "model", "checkpoint", "weights_key", "mean", "std", "single_label", "surrogate")
 DataSets = dict[tuple[str, ...], Images]  # by the values of DATA_OPTIONS
 
 

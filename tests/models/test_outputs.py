@@ -6,6 +6,7 @@ from conftest import CLASSES, tiny_net
 import pytest
 import torch
 from torch import nn
+import torch.nn.functional as F
 
 from l2ul.common.errors import InputError
 import main_forget
@@ -126,3 +127,13 @@ def test_small_logits_of_an_untrained_net_are_no_sigmoid_outputs():
     assert outputs.adapt(classifier, pixels) == outputs.LOGITS
     with pytest.raises(InputError, match="as a Sigmoid does"):
         outputs.adapt(nn.Sequential(*classifier, nn.Sigmoid()), pixels)
+
+
+def test_logits_of_single_label_models_do_not_look_like_several_labels():
+    generator = torch.Generator().manual_seed(0)
+    labels = F.one_hot(torch.arange(20) % 10, 10)
+    noise = torch.randn(20, 10, generator=generator)
+    for logits in (noise, 8 * labels + noise, 8 * labels - 4 + noise, 3 * labels + 2 + noise, 0.01 * noise):
+        assert not outputs.is_multi_label(logits.double())
+    both = labels + labels.roll(1, 1)
+    assert outputs.is_multi_label((7 * both - 4 + 0.3 * noise).double())
