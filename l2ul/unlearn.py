@@ -16,6 +16,7 @@ from l2ul import METHOD_VERSION, objective
 from l2ul.attack import adversarial_set
 from l2ul.common import seeds
 from l2ul.common.choices import DIVERGED, DONE, FORGOTTEN, STOPPED
+from l2ul.common.cuda_graphs import Graphed
 from l2ul.common.errors import Diverged
 from l2ul.common.modes import counters_on_cpu
 from l2ul.data import storage
@@ -72,6 +73,8 @@ def unlearn(
     on_step: Callable[[dict[str, float]], object] | None = None,
     go_on: Callable[[], bool] | None = None,
     checkpoint: Checkpoint | None = None,
+    cuda_graph: bool = False,
+    report: Callable[[str], object] = lambda sentence: None,
 ) -> Outcome:
     """Unlearn D_f with a method: attack and importance if the method needs them, then the loop.
 
@@ -98,6 +101,8 @@ def unlearn(
                 SIGINT or SIGTERM. A later call with the same arguments continues from it and returns the same weights,
                 curve and status as an uninterrupted call. A state of other settings or inputs is ignored. The file is
                 left to the caller to delete. Methods of fixed length write no state and start from their beginning.
+    cuda_graph  run forward and backward passes on a CUDA GPU as CUDA graphs, where the method allows it
+    report      called with a sentence if the model cannot be captured as a CUDA graph
 
     Returns the `Outcome`. Raises ValueError if an input that the method needs is missing, InputError if there is no
     such method or it does not support the goal.
@@ -132,7 +137,9 @@ def unlearn(
     importance = importance if "importance" in chosen.needs else None
     monitor = ForgetMonitor(unlearned, forget, predict or (lambda model: accuracy.predict(model, images)))
     is_random = seeds.fork_rng(labels.device, settings.seed, "dropout", settings.first_position)
-    with is_random, counters_on_cpu(unlearned):
+    cuda_graph = cuda_graph and labels.is_cuda
+    # counting on the CPU would not be part of a graph
+    with is_random, torch.cuda.device(labels.device) if cuda_graph else counters_on_cpu(unlearned):
         if chosen.is_fixed_length:
             own = override(chosen.settings, settings.method_settings)
             context = fixed_length_procedure.MethodContext(
@@ -146,6 +153,8 @@ def unlearn(
             inputs = {"retained": Split(*adv) if adv else retain, "importance": importance, "workers": workers}
             procedure = paper.PaperProcedure(chosen, unlearned, forget, settings, **inputs)
         loop = _Loop(unlearned, procedure, monitor)
+        if cuda_graph and procedure.has_draws:
+            loop.use_graphs(report)
         if checkpoint and procedure.is_resumable:
             code = METHOD_VERSION, torch.__version__, labels.device.type, method, chosen.code_sha256(), settings
             # of D_adv only the targets: a GPU may compute examples and importance differently each time, so `summary`
@@ -157,7 +166,10 @@ def unlearn(
             checkpoint = None
         if on_start:
             on_start(procedure.max_steps)
-        return loop.run(on_step or (lambda row: None), go_on or (lambda: True), checkpoint)
+        try:
+            return loop.run(on_step or (lambda row: None), go_on or (lambda: True), checkpoint)
+        finally:
+            loop.free()
 
 
 class _Loop:
@@ -166,6 +178,7 @@ class _Loop:
     def __init__(self, model: nn.Module, procedure: Procedure, monitor: ForgetMonitor):
         self.model, self.procedure, self.monitor = model, procedure, monitor
         self.outcome = Outcome(model, RUNNING, 0)
+        self.gradients: Graphed | None = None  # of the inputs of a step, see `use_graphs`
         self.started = time.perf_counter()
 
     def run(
@@ -179,10 +192,9 @@ class _Loop:
         with Guard(checkpoint, self.state_dict) as guard:
             while outcome.status == RUNNING:
                 guard.step_begins()
-                terms = None if outcome.steps == procedure.max_steps else next(procedure, None)
+                terms = None if outcome.steps == procedure.max_steps else self._step()
                 has_ended, row = terms is None, None
                 if not has_ended:
-                    self._step(terms)
                     outcome.steps += 1
                     last_terms = terms
                 is_measured_step = outcome.steps % procedure.check_every == 0
@@ -218,12 +230,42 @@ class _Loop:
         if row["forgotten"] == 100:
             self.outcome.status = FORGOTTEN
 
-    def _step(self, terms: Terms) -> None:
-        """Minimise the sum of the terms by one step. Without terms, the method has changed the weights itself."""
-        if terms:
+    def use_graphs(self, report: Callable[[str], object]) -> None:
+        """Run gradients and measurements as CUDA graphs."""
+        self.procedure.pads = True
+        self.gradients = Graphed(self._gradients, report)
+        self.monitor.graphed = Graphed(self.monitor.numbers, report)
+
+    def free(self) -> None:
+        """Free the graphs and gradients, which the weights and this loop refer to."""
+        self.gradients = self.monitor.graphed = None
+        self.procedure.optimizer.zero_grad()
+
+    def _step(self) -> Terms | None:
+        """Take a step and return the terms of its loss; None if the method has ended.
+
+        The loop minimises the sum of the terms. Without terms, the method has changed the weights itself.
+        """
+        if self.gradients:
+            terms, gradients = self.gradients(*self.procedure.draw())
+            for parameter, gradient in zip(self._parameters(), gradients, strict=True):
+                parameter.grad = gradient
+        elif terms := next(self.procedure, None):
             self._backward(terms)
+        if terms:
             self.procedure.optimizer.step()
             self.procedure.scheduler.step()
+        return terms
+
+    def _gradients(self, *inputs: Tensor | float) -> tuple[Terms, list[Tensor | None]]:
+        """Return the terms of the loss of a step on these inputs, and the gradients of their sum."""
+        terms = self.procedure.terms(*inputs)
+        self._backward(terms)
+        # without references to the graph of autograd, which belongs to the stream it was made on
+        return {name: value.detach() for name, value in terms.items()}, [one.grad for one in self._parameters()]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [one for group in self.procedure.optimizer.param_groups for one in group["params"]]
 
     def _backward(self, terms: Terms) -> None:
         """Set the gradients of the weights to those of the sum of the terms.
@@ -237,8 +279,7 @@ class _Loop:
         for loss in [*separate, sum(joint)] if joint else separate:
             self.procedure.optimizer.zero_grad()
             loss.backward()
-            parameters = [one for group in self.procedure.optimizer.param_groups for one in group["params"]]
-            new = {one: one.grad for one in parameters if one.grad is not None}
+            new = {one: one.grad for one in self._parameters() if one.grad is not None}
             if both := [one for one in new if one in total]:
                 torch._foreach_add_([new[one] for one in both], [total[one] for one in both])
             total |= new

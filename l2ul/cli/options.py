@@ -269,6 +269,14 @@ def add_unlearning(parser: Parser) -> None:
     )
     loop = [name for name, one in SHARED.items() if name not in ATTACK and "teacher" not in one.used_by]
     add_settings(group, loop)
+    add(
+        group,
+        "--cuda-graph",
+        "auto: on a CUDA GPU, run the steps of neggrad, correct, oracle, adv, adv_imp and distill as CUDA graphs, so "
+        "that small networks do not wait for the launch of each kernel",
+        choices=("auto", "off"),
+        default="off",
+    )
     parser.sections["methods"] = _methods_text()
     parser.sections["defaults"] = DEFAULTS_NOTE
 

@@ -213,6 +213,7 @@ def make_experiment(
         attack_batch_size=opts.attack_batch_size or attack.default_batch_size(device, side),
         scratch_dir=opts.result_dir / "scratch",
         cache=cache,
+        cuda_graph=opts.cuda_graph == "auto",
         on_record=on_record,
         report=report,
     )

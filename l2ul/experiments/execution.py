@@ -53,8 +53,10 @@ class Experiment:
     attack_batch_size  adversarial examples made at once
     scratch_dir        for adversarial sets that do not fit in memory
     cache              for adversarial examples
+    cuda_graph         whether the loop runs as CUDA graphs on a CUDA GPU, see `unlearn.unlearn`
     on_record          called with each record that was written
-    report             called with a sentence when a run continues from the state of an interrupted one
+    report             called with a sentence when a run continues from the state of an interrupted one, or cannot be
+                       captured as a CUDA graph
     """
 
     setup: Setup
@@ -65,6 +67,7 @@ class Experiment:
     attack_batch_size: int | None = None
     scratch_dir: Path = Path("result_data/scratch")
     cache: Cache = field(default_factory=Cache)
+    cuda_graph: bool = False
     on_record: Callable[[dict[str, object]], object] = lambda record: None
     report: Callable[[str], object] = lambda sentence: None
 
@@ -254,6 +257,8 @@ class Experiment:
                 on_start=set_limit,
                 on_step=show,
                 checkpoint=self._checkpoint(run),
+                cuda_graph=self.cuda_graph,
+                report=self.report,
                 **inputs,
             )
 

@@ -88,12 +88,21 @@ class DistillProcedure(Procedure):
         self.max_steps = settings.distill_cycles * length
         self.stop_every = length
         self.separate = frozenset({"forget"} if method in BUILT_IN else ())
+        self.has_draws = method in BUILT_IN and type(self) is DistillProcedure
 
     def __next__(self) -> Terms:
         return self.method.terms(self.next_step())
 
     def next_step(self) -> Step:
         """Draw the images of D_f and the mixes of the next step."""
+        return self._step(*self.draw())
+
+    def terms(self, *inputs: Tensor | float) -> Terms:
+        """Return the terms of the loss of a step."""
+        return self.method.terms(self._step(*inputs))
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Return images of D_f of the next step, their labels, its stand-ins, and the weight of the forget loss."""
         forget, settings = self.forget, self.settings
         measured, logits = self.monitor.forget, self.monitor.logits  # on the CPU
         if not measured.is_forgotten(logits.argmax(1)).all():
@@ -101,16 +110,24 @@ class DistillProcedure(Procedure):
         losses = objective.margin_loss(logits, measured.target_labels, forget.goal, settings.distill_margin)
         remaining = losses.nonzero().flatten()
         drawn = torch.randperm(len(remaining), generator=self.generator)[: settings.distill_forget]
-        chosen = upload(remaining[drawn], forget.images.device)
+        weight = self.weight * min(1.0, len(remaining) / settings.distill_forget)
+        chosen, size = remaining[drawn], min(settings.distill_forget, len(forget))
+        if self.pads:  # with images beyond the margin, whose loss is 0, so that only the mean has to be corrected
+            chosen = torch.cat([chosen, (losses == 0).nonzero().flatten()[: size - len(drawn)]])
+            weight *= size / max(1, len(drawn))
+        chosen = upload(chosen, forget.images.device)
         stand_ins = self.stand_ins.draw(self.generator)
+        return forget.images[chosen], forget.target_labels[chosen], stand_ins, weight
+
+    def _step(self, images: Tensor, labels: Tensor, stand_ins: Tensor, weight: float) -> Step:
         return Step(
             self.model,
-            forget.goal,
-            Batch(forget.images[chosen], forget.target_labels[chosen]),
+            self.forget.goal,
+            Batch(images, labels),
             teacher_gaps=lambda: self._weighted_gaps(stand_ins),
-            margin=settings.distill_margin,
+            margin=self.settings.distill_margin,
             settings=self.own_values,
-            forget_weight=self.weight * min(1.0, len(remaining) / settings.distill_forget),
+            forget_weight=weight,
         )
 
     def _weighted_gaps(self, images: Tensor) -> tuple[Tensor, Tensor]:

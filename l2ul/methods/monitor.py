@@ -29,6 +29,7 @@ class ForgetMonitor:
         new = None if forget.new_labels is None else forget.new_labels.cpu()
         self.forget = replace(forget, labels=forget.labels.cpu(), new_labels=new)
         self.model, self.predict = model, predict
+        self.graphed: Callable[[], Tensor] | None = None  # `numbers` as a CUDA graph
 
     @cached_property
     def logits(self) -> Tensor:
@@ -41,15 +42,18 @@ class ForgetMonitor:
         `forgotten` (percent of D_f that is forgotten). Both percentages are nan if the logits of D_f are not finite.
         Checked are the row, the weights and the buffers. All numbers move from the device in one transfer.
         """
-        logits = self._predict()
-        scalars = [value.detach() for value in terms.values()] + [_all_finite(self.model).float()]
-        numbers = torch.cat([*(scalar.reshape(1) for scalar in scalars), logits.flatten()]).cpu()
-        *values, finite_model = numbers[: len(scalars)].tolist()
-        self.logits = numbers[len(scalars) :].view(logits.shape)
+        parts = [*(value.detach().reshape(1) for value in terms.values()), (self.graphed or self.numbers)()]
+        numbers, count = torch.cat(parts).cpu(), len(terms) + 1
+        *values, finite_model = numbers[:count].tolist()
+        self.logits = numbers[count:].view(len(self.forget), -1)
         row = {"step": step, **dict(zip(terms, values, strict=True)), **self._percentages(self.logits.argmax(1))}
         if not self.logits.isfinite().all():
             row |= {"acc_forget": math.nan, "forgotten": math.nan}
         return row, bool(finite_model) and math.isfinite(sum(row.values()))
+
+    def numbers(self) -> Tensor:
+        """Return 1.0 if weights and buffers are finite, else 0.0, and then the logits of D_f."""
+        return torch.cat([_all_finite(self.model).float().reshape(1), self._predict().flatten()])
 
     @exactly()
     def confirm(self) -> dict[str, float]:

@@ -114,7 +114,9 @@ class PaperProcedure(Procedure):
         options = {"lr": settings.unlearn_lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
         self.optimizer = fused(torch.optim.SGD, parameters, **options)
         self.scheduler = ConstantLR(self.optimizer, factor=1.0)
-        if method in BUILT_IN:  # in train mode each batch has a forward pass of its own
+        if method in BUILT_IN:
+            self.has_draws = "noise" not in method.needs
+            # in train mode each batch has a forward pass of its own
             self.separate = frozenset({"forget", "importance"} if settings.bn == "train" else {"importance"})
         labelled = Split(forget.images, forget.target_labels)
         self.forget_batches = EndlessBatches(labelled, settings.batch_size, self._generator("forget batches"))
@@ -135,12 +137,21 @@ class PaperProcedure(Procedure):
         return seeds.generator(self.settings.seed, purpose, self.settings.first_position, device=device)
 
     def __next__(self) -> Terms:
+        return self.terms(*self.draw())
+
+    def draw(self) -> tuple[Tensor, ...]:
+        """Return images and labels of the next batch of D_f, and of that of D_adv or D_r if the method needs one."""
         forget = next(self.forget_batches)
         retained = next(self.retained_batches) if self.retained_batches else None
+        return forget.images, forget.labels, *((retained.images, retained.labels) if retained else ())
+
+    def terms(self, images: Tensor, labels: Tensor, *retained: Tensor) -> Terms:
+        """Return the terms of the loss of a step on these batches."""
+        retained = Batch(*retained) if retained else None
         step = Step(
             self.model,
             self.goal,
-            forget,
+            Batch(images, labels),
             adv=retained if "adv" in self.method.needs else None,
             retain=retained if "retain" in self.method.needs else None,
             penalty=self.penalty,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import itertools
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -26,6 +27,8 @@ class Procedure(Iterator[Terms]):
     separate      names of the terms that share no forward pass with another term: their gradients are added at once
     final_status  status of the outcome if the loop runs to its end
     is_resumable  whether `state_dict` holds all that decides the steps to come
+    has_draws     whether a step is `terms` of what `draw` returns, so that it can be captured as a CUDA graph
+    pads          set by the loop if steps are captured: inputs then have the same shapes at each step, where possible
     """
 
     optimizer: Optimizer
@@ -36,6 +39,16 @@ class Procedure(Iterator[Terms]):
     separate: frozenset[str] = frozenset()
     final_status: str = CAP
     is_resumable: bool = True
+    has_draws: bool = False
+    pads: bool = False
+
+    def draw(self) -> tuple[Tensor | float, ...]:
+        """Return the inputs of the next step: tensors on the device of the model, and numbers."""
+        raise NotImplementedError
+
+    def terms(self, *inputs: Tensor | float) -> Terms:
+        """Return the terms of the loss of a step, which depend on nothing but its inputs and the weights."""
+        raise NotImplementedError
 
     def may_stop(self) -> bool:
         """Return whether the loop may stop after a step after which D_f is forgotten."""

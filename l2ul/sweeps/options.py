@@ -15,7 +15,7 @@ from l2ul.common.errors import InputError
 PROGRAM = "main_sweep.py"
 SINGLE = (  # flags of main_unlearn.py that do not decide results, and retrained: one value each
     *("data_dir", "result_dir", "cache_dir", "cache_gib", "workers", "prefetch", "device", "threads"),
-    *("test_batch_size", "attack_batch_size", "retrained", "max_image_pixels"),
+    *("test_batch_size", "attack_batch_size", "cuda_graph", "retrained", "max_image_pixels"),
 )
 SPLIT = ("method", "unlearn_k", "seed")  # flags with several values, of which each trial has one
 LISTS = (*SPLIT, "evaluate", "references", "mean", "std")  # flags whose values belong to one command
