@@ -125,3 +125,30 @@ def test_the_time_of_an_epoch_leaves_out_the_first(gpu, tmp_path):
     log.write_text("epoch 1/3: loss 1, D_test 2 %, 5,000 images/s\nepoch 2/3: loss 1, D_test 2 %, 8,333 images/s\n")
     assert gpu.epoch_seconds(log) == pytest.approx(2.0, abs=0.01)
     assert gpu.epoch_seconds(tmp_path / "absent.txt") is None
+
+
+def test_training_takes_the_epochs_that_fit_and_keeps_the_best_model(gpu, session, monkeypatch):
+    """Replace training by a process that prints the lines of epochs and copies weights."""
+    weights = ROOT / "data" / "weights" / "digits_resnet20.safetensors"
+    seen = []
+
+    def task(opts, plan, training, kind, limit):
+        seen.append((kind, training))
+        rate = {"large": 50_000, "small": 25_000, "eager": 20_000}[training.recipe]
+        line = f"'epoch %d/4: loss 1.0000, D_test 50.00 %%, {rate:,} images/s' % epoch"
+        copy = f"import shutil; shutil.copy({str(weights)!r}, {str(gpu.trained_file(opts, plan, training, kind))!r})"
+        return python(gpu, f"{kind}_{training.recipe}", f"{copy}\nfor epoch in range(1, 5): print({line})")
+
+    monkeypatch.setattr(gpu, "training_task", task)
+    monkeypatch.setattr(gpu, "script", lambda opts, name, *words: [sys.executable, "-S", "-c", "pass"])
+    session.opts.device = "cuda"
+    tasks = gpu.train(session, 200.0, gpu.PLANS["cifar10"])
+    assert [task.status for task in tasks] == [gpu.OK] * 7  # three probes, two trainings, two measurements
+    whole = {training.recipe: training for kind, training in seen if kind == "whole"}
+    assert 120 < whole["large"].epochs <= 141  # 0.88 · (200 - 40) seconds, one second an epoch
+    assert whole["large"].epochs // 2 == whole["small"].epochs
+    assert all("--cuda-graph" in training.options for training in whole.values())
+    kept = session.results["weights"]["cifar10_resnet18.safetensors"]
+    gpu.join(session.out, session.out / "joined")
+    assert kept["recipe"] in whole
+    assert (session.out / "joined" / "cifar10_resnet18.safetensors").stat().st_size < 0.6 * weights.stat().st_size
