@@ -373,6 +373,8 @@ def check(session: Session, seconds: float) -> list[Task]:
         for precision in ("tf32", "bf16"):
             words = ["--method", "adv_imp", "distill", "--precision", precision, "--goal", "relabel", *fast]
             tasks.append(Task(f"digits_{precision}", script(opts, "unlearn", *digits, *words), 110))
+        words = [*results_in(opts, "check_graph"), "--method", "neggrad", "adv_imp", "distill", "--cuda-graph", "auto"]
+        tasks.append(Task("digits_graph", script(opts, "unlearn", *words), 110))
     tests = [*pytest, "-m", "not ray and not realdata and not cuda", "--tb=line", *workers]
     tasks.insert(1, Task("tests", [*tests, *(TESTS if not opts.tiny else ["tests/data/test_storage.py"])], 150))
     return session.run("check", tasks, opts.parallel, seconds)
@@ -600,8 +602,8 @@ def table(session: Session, seconds: float, plan: Plan) -> list[Task]:
     if not weights.exists():
         weights = opts.data / "weights" / plan.weights
     common = f"--dataset {plan.dataset} --model {plan.model} {plan.common} --checkpoint {shlex.quote(str(weights))}"
-    if opts.precision and opts.device == "cuda":
-        common += f" --precision {opts.precision}"
+    if opts.device == "cuda":
+        common += f" --precision {opts.precision} {opts.common}"
     return jobs(session, seconds, f"table_{plan.dataset}", plan.jobs, common)
 
 
@@ -754,7 +756,12 @@ def run(argv: Sequence[str]) -> int:
         metavar="FILE",
         help="of jobs: the options of one call of main_unlearn.py a line; # comments",
     )
-    add("--common", default="", metavar="OPTIONS", help="of jobs: options before those of every line")
+    add(
+        "--common",
+        default="",
+        metavar="OPTIONS",
+        help="of jobs and, on a GPU, tables: further options of every main_unlearn.py",
+    )
     opts = parser.parse_intermixed_args(argv)
     chosen = {}
     for word in opts.parts:

@@ -10,7 +10,6 @@ brackets. --tiny: sizes for seconds on a CPU.
 import argparse
 import collections
 import contextlib
-import copy
 import itertools
 import json
 import os
@@ -421,7 +420,7 @@ def never_forgotten():
         objective.Forget.is_forgotten = decide
 
 
-def steps_of(method: str, inputs, steps: int, k: int, keep: int, on_step=None, go_on=None):
+def steps_of(method: str, inputs, steps: int, k: int, keep: int, on_step=None, go_on=None, **options):
     net, images, labels, adv, omega = inputs
     settings = Settings(
         unlearn_lr=1e-12,
@@ -433,7 +432,7 @@ def steps_of(method: str, inputs, steps: int, k: int, keep: int, on_step=None, g
         distill_forget=64 if not OPTS.tiny else 4,
         distill_mixes=192 if not OPTS.tiny else 8,
     )
-    given = {"adv": adv} if method in ("adv", "adv_imp") else {}
+    given = options | ({"adv": adv} if method in ("adv", "adv_imp") else {})
     given |= {"importance": omega} if method == "adv_imp" else {}
     with never_forgotten():
         return unlearn.unlearn(net, images, labels, method, settings=settings, on_step=on_step, go_on=go_on, **given)
@@ -511,80 +510,40 @@ def report(what: str, precision: str, wall: float, steps: int, profiler) -> None
 
 # -------------------------------------------------------------------------------------------------------------- graph
 def graph() -> None:
-    """Time a step of adv in train mode with its evaluation of D_f, eagerly and replayed as one CUDA graph.
-
-    The graph shows what capturing the loop could gain. Its loss is compared with the eager one.
-    """
-    for name, side, k, keep in (
-        (("resnet20", 32, 4, 8),)
-        if OPTS.tiny
-        else (("resnet18", 32, 16, 256), ("resnet18", 32, 256, 256), ("resnet50_cifar100", 32, 64, 256))
-    ):
+    """Time the steps of the loop eagerly and as CUDA graphs, and compare the terms of their losses."""
+    large = (("resnet18", 32, 16, 256), ("resnet18", 32, 256, 256), ("resnet50_cifar100", 32, 64, 256))
+    for name, side, k, keep in (("resnet20", 32, 4, 8),) if OPTS.tiny else large:
         inputs = step_inputs(name, side, k, keep)
-        for precision in precisions.PRECISIONS if DEVICE.type == "cuda" else ("fp32",):
-            if left() < 15:
-                return
-            precisions.use(DEVICE, precision)
-            count, marks = (3, []) if OPTS.tiny else (25, [])
-            steps_of("adv", inputs, count, k, keep, lambda r, marks=marks: marks.append(time.perf_counter()))
-            loop = statistics.median(b - a for a, b in itertools.pairwise(marks)) if len(marks) > 2 else float("nan")
-            times = {"net": name, "k": k, "precision": precision, "loop_ms": 1e3 * loop}
-            try:
-                times |= captured(inputs, min(32, k), precision)
-            except Exception as error:
-                times["FAILED"] = f"{type(error).__name__}: {str(error)[:160]}"
-                if DEVICE.type == "cuda":
-                    torch.cuda.synchronize()
-            row(**times)
+        for precision in ("tf32", "fp32") if DEVICE.type == "cuda" else ("fp32",):
+            for method in ("adv_imp", "distill", "neggrad"):
+                if left() < 8:
+                    return
+                precisions.use(DEVICE, precision)
+                row(net=name, k=k, precision=precision, method=method, **eager_and_graph(method, inputs, k, keep))
         free()
 
 
-def captured(inputs, batch: int, precision: str) -> dict:
-    net, images, labels, (kept, targets), _ = inputs
-    model = copy.deepcopy(net).train()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-6, 0.9, weight_decay=1e-4, fused=True)
-    every = as_pixels(images)
-    forget, wanted = every[:batch].clone(), labels[:batch].clone()
-    share = batch / (batch + len(kept))
-
-    def step(look: bool = True):
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-            keep_loss = F.cross_entropy(model(kept), targets)
-            loss = (1 - share) * keep_loss - share * F.cross_entropy(model(forget), wanted)
-        loss.backward()
-        optimizer.step()
-        if not look:
-            return loss.detach()
-        with torch.no_grad(), eval_mode(model):
-            called = model(every).argmax(1)
-        return torch.stack([loss.detach().float(), (called == labels).sum().float()])
-
-    times = {"eager_ms": 1e3 * timed(step), "eager_no_look_ms": 1e3 * timed(lambda: step(False))}
-    if DEVICE.type != "cuda":
-        return times
-    for name, look in (("graph", True), ("graph_no_look", False)):
-        side_stream = torch.cuda.Stream()
-        side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):
-            for _ in range(3):
-                step(look)
-        torch.cuda.current_stream().wait_stream(side_stream)
-        optimizer.zero_grad(set_to_none=True)
-        made = torch.cuda.CUDAGraph()
-        started = clock()
-        with torch.cuda.graph(made):
-            out = step(look)
-        times[f"{name}_capture_ms"] = 1e3 * (clock() - started)
-        times[f"{name}_ms"] = 1e3 * timed(lambda made=made, out=out: (made.replay(), out.tolist()))
-        if look:  # compare the next replay with an eager step from the same weights
-            before = copy.deepcopy(model.state_dict())
-            made.replay()
-            replayed = out.tolist()
-            model.load_state_dict(before)
-            eager = step().tolist()
-            times["loss_differs"] = abs(replayed[0] - eager[0]) / max(1e-9, abs(eager[0]))
-    return times
+def eager_and_graph(method: str, inputs, k: int, keep: int) -> dict[str, object]:
+    times, rows, reports = {}, {}, []
+    for way, graphed in (("eager", False), ("graph", True)):
+        marks: list[float] = []
+        try:
+            outcome = steps_of(
+                *(method, inputs, 4 if OPTS.tiny else 30, k, keep, lambda r, marks=marks: marks.append(clock())),
+                **({"cuda_graph": True, "report": reports.append} if graphed else {}),
+            )
+        except Exception as error:
+            return times | {"FAILED": f"{way}: {type(error).__name__}: {str(error)[:160]}"}
+        spent = [after - before for before, after in itertools.pairwise(marks)]
+        times[f"{way}_ms"], rows[way] = 1e3 * statistics.median(spent[len(spent) // 3 :]), outcome.curve
+    differences = [
+        abs(a[key] - b[key]) / max(1e-3, abs(a[key]))
+        for a, b in zip(rows["eager"], rows["graph"], strict=True)
+        for key in a
+        if isinstance(a[key], float)
+    ]
+    times |= {"gain": times["eager_ms"] / times["graph_ms"], "terms_differ (<0.01)": max(differences, default=0.0)}
+    return times | ({"report": reports[0][:120]} if reports else {})
 
 
 # -------------------------------------------------------------------------------------------------------------- speed
