@@ -46,7 +46,7 @@ def forget(args: argparse.Namespace) -> int:
 
     # Check what can be checked without the model.
     budget = search.TimeBudget(60 * args.minutes, l2ul.STARTED)
-    device = devices.choose_device(args.device, args.no_cuda, args.threads)
+    device = devices.choose_device(args.device, args.no_cuda, args.threads, log)
     precision.use(device, "fp32")  # of all verdicts
     settings, fixed = search.choose_settings(args.method, args.setting, args.seed)
     output.check_output(args.output, (*args.images, args.keep_images, args.reference_images, args.model))

@@ -36,7 +36,7 @@ def run(opts: argparse.Namespace) -> None:
     from l2ul.experiments import records
 
     with distributed.process_group():
-        device = choose_device(opts.device, opts.no_cuda, opts.threads)
+        device = choose_device(opts.device, opts.no_cuda, opts.threads, print)
         command.use_precision(opts, device)
         folder.check_decoder(opts.decoder, device)
         cache = Cache()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from l2ul.common import device
 from l2ul.data import datasets
 from l2ul.data.images import Split
 from l2ul.deletion import search
@@ -135,6 +136,7 @@ def script(monkeypatch, capsys, tmp_path_factory):
     """
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(defaults, "CACHE_DIR", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(device, "other_processes", lambda: 0.0)
 
     def call(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])

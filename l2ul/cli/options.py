@@ -152,7 +152,8 @@ def add_machine(parser: Parser) -> None:
     group = parser.add_argument_group("machine")
     add(group, "--device", "device to compute on (default: the best available one)", choices=choices.DEVICES)
     add(group, "--no-cuda", "do not use a CUDA GPU", action="store_true")
-    add(group, "--threads", "number of CPU threads (default: as torch chooses)", type=positive_int)
+    text = "number of CPU threads (default: as torch chooses; fewer if other processes compute at the start)"
+    add(group, "--threads", text, type=positive_int)
 
 
 def add_speed(parser: Parser) -> None:

@@ -142,7 +142,7 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
     if opts.model.startswith("hf:"):
         raise InputError(f"--model is {opts.model}; Hugging Face models are trained with transformers, not here")
     with distributed.process_group():
-        device = devices.choose_device(opts.device, opts.no_cuda, opts.threads)
+        device = devices.choose_device(opts.device, opts.no_cuda, opts.threads, print)
         folder.check_decoder(opts.decoder, device)
         if opts.cuda_graph:
             cuda_graph.require_support(device)

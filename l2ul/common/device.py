@@ -1,5 +1,8 @@
 """The device that a script computes on: choice, clock, peak memory and name."""
 
+from collections.abc import Callable
+import os
+from pathlib import Path
 import sys
 import time
 
@@ -9,8 +12,15 @@ from torch import Tensor
 from l2ul.common import distributed
 from l2ul.common.errors import InputError
 
+SAMPLES, SAMPLE_SECONDS = 3, 0.05  # of the number of running processes
 
-def choose_device(name: str | None, no_cuda: bool = False, threads: int | None = None) -> torch.device:
+
+def choose_device(
+    name: str | None,
+    no_cuda: bool = False,
+    threads: int | None = None,
+    report: Callable[[str], object] | None = None,
+) -> torch.device:
     """Return the device that --device names, or without it the first available of CUDA, MPS and CPU.
 
     Under torchrun each process has its own GPU, or all processes use the CPU.
@@ -18,6 +28,8 @@ def choose_device(name: str | None, no_cuda: bool = False, threads: int | None =
     name     value of --device
     no_cuda  whether --no-cuda excludes CUDA GPUs
     threads  number of CPU threads to set; None keeps torch's default
+    report   called with a sentence if the CPU is busy. Without `threads` this process then uses fewer threads than
+             there are cores: threads that wait for a core make a step slower than one thread. None: threads stay
 
     Raises InputError if the device is not available.
     """
@@ -34,7 +46,42 @@ def choose_device(name: str | None, no_cuda: bool = False, threads: int | None =
         torch.set_num_threads(threads)
     if (name or available[0]) == "cuda" and distributed.size() > 1:
         return _own_gpu()
-    return torch.device(name or available[0])
+    device = torch.device(name or available[0])
+    if report and not threads and device.type == "cpu":
+        _leave_busy_cores(report)
+    return device
+
+
+def _leave_busy_cores(report: Callable[[str], object]) -> None:
+    """Use one thread for each core that no other process uses, and at least one, unless the user has chosen."""
+    if "OMP_NUM_THREADS" in os.environ or distributed.size() > 1:  # torchrun sets it
+        return
+    busy, usual = round(other_processes()), torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if busy else usual
+    threads = max(1, cores - busy)
+    if threads < usual:
+        torch.set_num_threads(threads)
+        report(
+            f"the machine is busy: about {busy} other processes compute on {cores} cores; using {threads} of "
+            f"{usual} threads (--threads chooses their number)"
+        )
+
+
+def other_processes() -> float:
+    """Return how many other processes compute, on Linux; 0 on other systems.
+
+    It is the load average of the last minute, but at most the number of processes that are running at present: the load
+    average also counts processes that have ended.
+    """
+    present = 0
+    for _ in range(SAMPLES):
+        try:
+            running = Path("/proc/loadavg").read_text().split()[3].split("/")[0]
+        except OSError:  # not Linux
+            return 0.0
+        present = max(present, int(running) - 1)  # without this process
+        time.sleep(SAMPLE_SECONDS)
+    return min(os.getloadavg()[0], present)
 
 
 def _own_gpu() -> torch.device:
