@@ -335,11 +335,11 @@ def _is_visible(value: object) -> bool:
 
 
 def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None) -> Tensor:
-    return Emulated(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
+    return _on_device(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
 
 
 def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None) -> Tensor:
-    return Emulated(torch.empty_strided(size, stride, dtype=dtype))
+    return _on_device(torch.empty_strided(size, stride, dtype=dtype))
 
 
 class Generator(torch.Generator):
@@ -386,7 +386,7 @@ def _install() -> torch.library.Library:
         "synchronize": nothing,
         "get_rng_state": _Backend.get_rng_state,
         "set_rng_state": _Backend.set_rng_state,
-        "is_bf16_supported": lambda *_: True,
+        "is_bf16_supported": lambda **_: True,
     }
     for name, function in replacements.items():
         setattr(torch.cuda, name, function)

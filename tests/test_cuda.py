@@ -88,6 +88,15 @@ def test_a_method_computes_what_it_computes_on_the_cpu(trained, method, goal):
         assert curves[1][0] == pytest.approx(curves[0][0], **CLOSE)
 
 
+def test_distill_forgets_changed_copies(trained):
+    model, images, labels = (part.to(CUDA) for part in trained)
+    robust = {"robust": 1, "robust_pool": 16, "robust_adversarial": 0.1, "robust_targets": 0.1}
+    for other in ({"robust_bits": 4}, {"robust_norm": 1}):
+        settings = Settings(**LOOP | robust | other)
+        outcome = unlearn.unlearn(model, images[:3], labels[:3], "distill", settings=settings)
+        assert outcome.status in ("cap", "forgotten")
+
+
 def test_attack_importance_and_predictions_are_those_of_the_cpu(trained):
     model, images, labels = trained
     results = {}
