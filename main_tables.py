@@ -6,6 +6,8 @@
     python main_tables.py --result-dir result_data/reference --output tables
     # of these runs, with a list of those that are missing
     python main_tables.py --method adv adv_imp --unlearn-k 16 64 --seed 0 1 2
+    # beside the committed records: are these numbers right?
+    python main_tables.py --expected
     # with two figures
     python main_tables.py --figures 1 6
 
@@ -14,13 +16,20 @@ The tables are written as Markdown, CSV and LaTeX. Rows are methods; columns are
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from l2ul.cli import exit_codes
 from l2ul.cli.parser import Parser, nonnegative_int, positive_int
 from l2ul.common.choices import DEVICES
+from l2ul.common.errors import InputError
 from l2ul.reporting import FIGURES
 
+if TYPE_CHECKING:
+    from l2ul.reporting.rows import Block
+    from l2ul.reporting.summary import Selection
+
 PROGRAM = "main_tables.py"
+REFERENCE = Path(__file__).resolve().parent / "result_data" / "reference"  # the committed records
 
 
 @exit_codes.clean_exit(PROGRAM)
@@ -35,6 +44,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--result-dir", type=Path, nargs="+", default=[Path("result_data")], metavar="PATH", help=folders)
     output = "folder for table.md, table.csv and table.tex (default: tables in the first --result-dir)"
     add("--output", type=Path, metavar="PATH", help=output)
+    expected = (
+        "compare with reference records of the same runs, and mark what lies outside their spread (without a folder: "
+        "with the committed records)"
+    )
+    add("--expected", type=Path, nargs="?", const=REFERENCE, metavar="FOLDER", help=expected)
     group = parser.add_argument_group("selection (default: all runs); selected runs without a record count as missing")
     add = group.add_argument
     add("--dataset", nargs="+", metavar="NAME", help="data sets")
@@ -63,12 +77,15 @@ def make(opts: argparse.Namespace) -> None:
     # imported here because these modules import torch, which takes longer than --help may
     from l2ul.reporting import missing, read_records, render, rows, summary
 
+    if opts.expected and not opts.expected.is_dir():
+        raise InputError(f"there is no folder {opts.expected}; name one with reference records with --expected FOLDER")
     records, problems = read_records.read(opts.result_dir)
     selection = summary.Selection(opts.method, opts.unlearn_k, opts.seed)
     blocks = summary.select(rows.blocks(records), opts.dataset, selection)
     numbers = summary.summarise(blocks, selection)
     sections = [
         render.markdown(numbers, blocks),
+        _expected(opts.expected, blocks, selection) if opts.expected else "",
         missing.section(blocks, selection),
         read_records.problem_section(problems),
     ]
@@ -84,6 +101,14 @@ def make(opts: argparse.Namespace) -> None:
         shown = [record for block in blocks for record in block.records if selection.has(record)]
         paths += draw(opts, shown, output)
     print("files:", *paths)
+
+
+def _expected(folder: Path, blocks: "list[Block]", selection: "Selection") -> str:
+    """Return the section that compares the records with those of a folder."""
+    from l2ul.reporting import expected, read_records
+
+    references, _ = read_records.read([folder])
+    return expected.section(expected.compare(blocks, references, selection))
 
 
 def write(text: dict[str, str], folder: Path) -> list[Path]:

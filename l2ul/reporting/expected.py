@@ -1,0 +1,194 @@
+"""Are my numbers right? Records beside reference records of the same runs with other seeds, and what lies outside."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+import json
+import math
+import statistics
+
+from scipy.stats import t as student
+
+from l2ul.experiments import records
+from l2ul.experiments.records import Record
+from l2ul.metrics import columns
+from l2ul.reporting import rows
+from l2ul.reporting.rows import Block
+from l2ul.reporting.summary import Selection
+
+CONFIDENCE = 0.95
+ROUNDING = 0.1  # percentage points by which rounding on other hardware may change any accuracy
+SUBJECT = (*rows.BLOCK, "continual_step", "method", "k")
+COLUMNS = ("acc_forget", "acc_relabel", "acc_retain", "acc_test")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs that differ in their seed only, and the reference runs that are most similar to them.
+
+    runs, references  their records; `references` is empty if there is none of this method, data set, model and k
+    differs           settings with other values in the reference runs: the values here and there
+    """
+
+    runs: list[Record]
+    references: list[Record]
+    differs: dict[str, tuple[object, object]]
+
+    @property
+    def endings(self) -> str:
+        """How runs ended that did not end as each reference run; "" if there is none."""
+        expected = {record["status"] for record in self.references}
+        other = Counter(record["status"] for record in self.runs if record["status"] not in expected)
+        return ", ".join(f"{count} of {len(self.runs)} {status}" for status, count in other.items())
+
+    def values(self, key: str) -> tuple[list[float], list[float]]:
+        """Return the values of a key in the runs and in the reference runs, in those that ended as each other did.
+
+        Runs that stopped at the cap are left out where any run of both sides was finished, as in the tables.
+        """
+        finished = [
+            [record for record in some if record["status"] not in records.NOT_FORGOTTEN]
+            for some in (self.runs, self.references)
+        ]
+        chosen = finished if all(finished) else (self.runs, self.references)
+        ours, theirs = ([record[key] for record in some if record.get(key) is not None] for some in chosen)
+        return ours, theirs
+
+    @property
+    def outside(self) -> list[str]:
+        """The columns in which the mean lies outside the interval, and how runs ended if not as expected."""
+        names = []
+        for key in COLUMNS:
+            ours, theirs = self.values(key)
+            between = interval(theirs, len(ours))
+            if between and not between[0] <= statistics.fmean(ours) <= between[1]:
+                names.append(columns.get(key).heading)
+        return names + ([self.endings] if self.endings else [])
+
+
+def interval(values: list[float], count: int) -> tuple[float, float] | None:
+    """Return the interval in which the mean of `count` further values lies with a probability of 95 %.
+
+    The values are accuracies in percent, taken as normally distributed. None for fewer than two, which have no spread.
+    """
+    if len(values) < 2 or not count:
+        return None
+    quantile = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    width = max(ROUNDING, quantile * statistics.stdev(values) * math.sqrt(1 / count + 1 / len(values)))
+    mean = statistics.fmean(values)
+    return max(0.0, mean - width), min(100.0, mean + width)
+
+
+def compare(blocks: Iterable[Block], references: Iterable[Record], selection: Selection) -> list[Comparison]:
+    """Return a comparison for each row of the blocks and each k, with the reference runs that are most similar.
+
+    The reference runs have the same goal, data set, model, method and k. Of these, the runs with the fewest other
+    settings are compared.
+    """
+    known = _by(references, lambda record: [record[name] for name in SUBJECT])
+    runs = [run for block in blocks for run in block.records if selection.has(run)]
+    made = []
+    for some in _by(runs, lambda run: [*(run[name] for name in SUBJECT), run["row"]]).values():
+        candidates = known.get(json.dumps([some[0][name] for name in SUBJECT]), [])
+        differences = [_differences(some[0], record) for record in candidates]
+        least = min(differences, key=len, default={})
+        made.append(
+            Comparison(some, [one for one, other in zip(candidates, differences, strict=True) if other == least], least)
+        )
+    return sorted(made, key=_order)
+
+
+def section(comparisons: list[Comparison]) -> str:
+    """Return a Markdown section with the comparisons."""
+    compared = [one for one in comparisons if one.references]
+    unknown = [one for one in comparisons if not one.references]
+    judged = [one for one in compared if len(one.references) > 1]
+    inside = sum(not one.outside for one in judged)
+    text = "## Expected: these runs beside the reference runs\n\n"
+    if compared:
+        shown = [key for key in COLUMNS if any(one.values(key)[0] for one in compared)]
+        heads = ["data, k", "method", *(columns.get(key).heading for key in shown), "runs, reference runs", ""]
+        lines = [heads, [":--"] * len(heads), *(_cells(one, shown) for one in compared)]
+        text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        text += (
+            f"\n- {inside} of {len(judged)} rows with several reference runs are within their spread.\n"
+            "- Each cell: mean of the runs, then the interval in which the mean of as many runs with other seeds lies "
+            f"with {100 * CONFIDENCE:.0f} % probability by the reference runs, at least ± {ROUNDING} for rounding. "
+            "**Bold**: outside.\n"
+        )
+    if len(judged) < len(compared):
+        text += "- One reference run has no spread: the cell has its value in place of the interval.\n"
+    if unknown:
+        text += f"- No reference run: {'; '.join(f'{_place(one)}, {_row(one)}' for one in unknown)}.\n"
+    return text
+
+
+def _by(some: Iterable[Record], key: Callable[[Record], list]) -> dict[str, list[Record]]:
+    groups = defaultdict(list)
+    for record in some:
+        groups[json.dumps(key(record))].append(record)
+    return groups
+
+
+def _settings(record: Record) -> Record:
+    """Return the settings of a run, with defaults where an older record lacks them; unknown ones are left out."""
+    values = rows.settings(record)
+    names = {*values, *(name for name, key in records.SCHEMA.items() if key.role == records.SETTING)}
+    defaults = {name: records.lookup(name).default_for(record["dataset"]) for name in names}
+    filled = {name: values.get(name) if values.get(name) is not None else defaults[name] for name in sorted(names)}
+    return {name: value for name, value in filled.items() if value is not None}
+
+
+def _differences(run: Record, reference: Record) -> dict[str, tuple[object, object]]:
+    """Return the settings that are known in both records and differ."""
+    ours, theirs = _settings(run), _settings(reference)
+    return {name: (ours[name], theirs[name]) for name in ours if name in theirs and ours[name] != theirs[name]}
+
+
+def _order(one: Comparison) -> tuple:
+    run = one.runs[0]
+    place = (run["dataset"], run["age_grouping"] or "", run["model"], run["goal"], run["continual_size"] or 0)
+    return (*place, run["k"], run["continual_step"] or 0, rows.place(run["method"]), run["row"])
+
+
+def _place(one: Comparison) -> str:
+    run = one.runs[0]
+    names = [f"{run['dataset']} {run['age_grouping'] or ''}".strip(), run["model"], f"k = {run['k']}"]
+    names += [f"step {run['continual_step']}"] if run["continual_step"] is not None else []
+    return ", ".join(names + (["relabel"] if run["goal"] == "relabel" else []))
+
+
+def _row(one: Comparison) -> str:
+    return one.runs[0]["row"].replace("|", "\\|").replace("*", "\\*")
+
+
+def _cells(one: Comparison, shown: list[str]) -> list[str]:
+    """Return the cells of a line of the table."""
+    verdict = [f"**outside: {', '.join(one.outside)}**"] if one.outside else []
+    if not verdict and len(one.references) > 1:
+        verdict = ["within"]
+    if not one.outside and not one.values(COLUMNS[0])[0]:
+        verdict.append(", ".join(sorted({run["status"] for run in one.runs})))
+    differs = ", ".join(_difference(name, *values) for name, values in one.differs.items())
+    verdict += [f"reference runs differ: {differs}"] if differs else []
+    counts = f"{len(one.runs)}, {len(one.references)}"
+    return [_place(one), _row(one), *(_cell(one, key) for key in shown), counts, "; ".join(verdict)]
+
+
+def _cell(one: Comparison, key: str) -> str:
+    ours, theirs = one.values(key)
+    if not ours or not theirs:
+        return "" if not ours else f"{statistics.fmean(ours):.2f}"
+    mean, between = f"{statistics.fmean(ours):.2f}", interval(theirs, len(ours))
+    if between is None:
+        return f"{mean} ({theirs[0]:.2f})"
+    text = f"{mean} ({between[0]:.2f} – {between[1]:.2f})"
+    return f"**{text}**" if columns.get(key).heading in one.outside else text
+
+
+def _difference(name: str, ours: object, theirs: object) -> str:
+    if name == "checkpoint_sha256":
+        return "weights"
+    if name == "listed":
+        return "choice of D_f"
+    return f"{name.rpartition('.')[2]} {theirs}, here {ours}"
