@@ -69,7 +69,7 @@ def forget(args: argparse.Namespace) -> int:
     search.check_method(args.method, request.forget.goal)
     keep = read_keep_images(args.keep_images, model, request, args.skip_bad)
     references = read_reference_images(args.reference_images, model, request, args.skip_bad)
-    unlearner = make_unlearner(args, model, request, precision.resolve(None, device))
+    unlearner = make_unlearner(args, model, request, settings, precision.resolve(None, device))
     forgotten, recognised = unlearner.forgotten(original), unlearner.recognised(original)
     log(f"{len(request)} images to {request.forget.goal}; {args.method}; {devices.device_name(device)}")
     if args.dry_run:
@@ -113,6 +113,7 @@ def forget(args: argparse.Namespace) -> int:
             minutes=args.minutes,
             seed=args.seed,
             also=args.also,
+            as_used=unlearner.as_used,
             request_id=args.request_id,
             controller=args.controller,
             requested_on=args.requested_on,
@@ -132,7 +133,9 @@ def forget(args: argparse.Namespace) -> int:
         "precision": {"search": unlearner.precision, "checks": "fp32"},
     }
     stopped_at = best.steps if best and best.status == STOPPED else None
-    command = options.again(args, contents["chosen"], stopped_at, device.type, torch.get_num_threads())
+    command = options.again(
+        args, contents["chosen"] or {"robust": settings.robust}, stopped_at, device.type, torch.get_num_threads()
+    )
     contents["again"] = {"command": command}
 
     # Write the model and its report.
@@ -147,7 +150,8 @@ def forget(args: argparse.Namespace) -> int:
         with_thumbnails=not args.no_thumbnails,
         key=key,
     )
-    log(f"{states.headline(contents['images'], request.forget.goal, args.also)}: {folder / PAGE}")
+    headline = states.headline(contents["images"], request.forget.goal, args.also, contents["asked"]["counted"])
+    log(f"{headline}: {folder / PAGE}")
     return 0 if states.count(contents["images"]).successful else NOT_FORGOTTEN
 
 
@@ -169,7 +173,7 @@ def read_images(args: argparse.Namespace, model, chain):
     return read_request(args.images[0], model, args.labels, args.skip_bad, chain, reader, args.class_order)
 
 
-def make_unlearner(args: argparse.Namespace, model, request, precision: str):
+def make_unlearner(args: argparse.Namespace, model, request, settings, precision: str):
     """Return what runs the method on the request, in this precision."""
     from l2ul.common.progress import progress_bar
     from l2ul.deletion.search import Unlearner
@@ -184,6 +188,7 @@ def make_unlearner(args: argparse.Namespace, model, request, precision: str):
         seed=args.seed,
         as_written=model.as_written,
         progress=progress_bar,
+        as_used=bool(settings.robust),
         max_steps=args.max_steps,
         precision=precision,
     )
@@ -253,7 +258,7 @@ def repeat(args: argparse.Namespace, path: Path, device) -> list:
     if all(check.passed for check in results):
         settings, _ = search.choose_settings(args.method, args.setting, args.seed)
         precision = report.get("precision", {"search": "fp32"})["search"]
-        unlearner = make_unlearner(args, model, request, precision)
+        unlearner = make_unlearner(args, model, request, settings, precision)
         results += verify.check_again(report, model, request, unlearner, settings)
     return results
 

@@ -57,9 +57,9 @@ def test_images_are_forgotten_and_the_model_is_written_in_its_own_form(forget, t
 def test_the_page_needs_no_other_files_and_agrees_with_the_report(forget, tmp_path):
     _, report, _ = forget()
     page = (tmp_path / "out" / "report.html").read_text()
+    used = sum(row["forgotten_as_used"] for row in report["images"])
     assert (
-        '<h1 class="good">Removed from predictions: 6 of 6 images are forgotten, 0 were not recognised before, 0 are '
-        "still recognised</h1>" in page
+        f"predictions: 6 of 6 images are forgotten as stored ({used} as used), 0 were not recognised before, 0" in page
     )
     assert page.count("prediction before: ") == page.count("prediction after: ") == 6
     assert "agreement with the original model: adversarial examples" in page
@@ -112,7 +112,7 @@ def test_nothing_is_done_if_the_model_misclassifies_all_images_already(forget, s
     assert "nothing to remove: the model recognised none of 3 images before" in printed
     assert "Nothing to remove: the model" in (tmp_path / "out" / "report.html").read_text()
     code, out, _ = script(main_forget.main, *verify_words(tmp_path, "wrong"))
-    assert "?      images of request 1: 0 of 0 images forgotten; 3 not recognised before: " in out
+    assert "?      images of request 1: 0 of 0 images forgotten as stored; 3 not recognised before: " in out
 
 
 def test_images_that_were_not_recognised_before_never_count_as_forgotten(forget, script, tiny, tmp_path):
@@ -127,17 +127,21 @@ def test_images_that_were_not_recognised_before_never_count_as_forgotten(forget,
     assert states == expected
     assert report["trials"][0]["forgotten"] == 4
     assert "4 of 4 forgotten, " in printed
-    assert "4 of 6 images are forgotten, 2 were not recognised before, 0 are still recognised" in printed
+    assert re.search(
+        r"4 of 6 images are forgotten as stored \(\d as used\), 2 were not recognised before, 0 are", printed
+    )
     lines = (tmp_path / "out" / "forget_list.csv").read_text().splitlines()
     assert lines[0].endswith(",forgotten,state")
     assert sum(line.endswith(",0,not recognised before") for line in lines) == 2
     code, out, _ = script(main_forget.main, *verify_words(tmp_path, "part"))
     assert code == 0, out
-    assert "ok     images of request 1: 4 of 4 images forgotten; 2 not recognised before: " in out
+    assert "ok     images of request 1: 4 of 4 images forgotten as stored; 2 not recognised before: " in out
     still = ["--setting", "distill_steps=1", "distill_cycles=1", "distill_lr=1e-9"]
     code, report, printed = forget(*still, images="part", output="still")
     assert code == 3
-    assert "0 of 6 images are forgotten, 2 were not recognised before, 4 are still recognised" in printed
+    assert re.search(
+        r"0 of 6 images are forgotten as .* \(0 as .*\), 2 were not recognised before, 4 are still recog", printed
+    )
     assert set(report["robustness"].values()) == {0}
 
 
@@ -165,13 +169,36 @@ def test_the_search_ends_within_the_time_limit(tiny, script, tmp_path):
     assert all(re.search(r"agreement [\d.]+ % \(images to keep\), \d+ s$", line) for line in lines)
 
 
+def test_images_are_forgotten_as_used_by_default(forget, tmp_path):
+    steps = ["--setting", "distill_steps=80", "distill_mixes=16", "distill_lr=0.01", "robust_pool=64"]
+    code, report, printed = forget(*steps)
+    rows = report["images"]
+    assert report["asked"]["counted"] == "as used"
+    assert report["chosen"]["robust"] == 1
+    assert all(row["forgotten"] == row["forgotten_as_used"] for row in rows)
+    assert sum(row["forgotten_as_stored"] for row in rows) >= sum(row["forgotten"] for row in rows) > 0
+    assert all(row["copies_forgotten"] >= 0.95 for row in rows if row["forgotten"])
+    assert (code == 0) == all(row["forgotten"] for row in rows), printed
+    page = (tmp_path / "out" / "report.html").read_text()
+    number = sum(row["forgotten"] for row in rows)
+    assert re.search(rf"{number} of 6 images are forgotten as used \(6 as stored\), 0 were not recognised before", page)
+
+
+def test_an_image_whose_copies_are_recognised_is_still_recognised(forget):
+    code, report, printed = forget("--setting", "distill_steps=2", "distill_cycles=3", "distill_lr=0.02")
+    rows = report["images"]
+    short = [row for row in rows if row["copies_forgotten"] < 0.95]
+    assert short, printed
+    assert all(row["state"] == "still recognised" for row in short)
+    assert code == 3
+
+
 def test_changed_copies_are_forgotten_with_also(forget, tmp_path):
     code, report, printed = forget("--also", "flipped")
     assert code == 0, printed
     assert report["robustness"]["mirrored"] == 6
-    assert (
-        "6 of 6 images are forgotten, also when flipped, 0 were not" in (tmp_path / "out" / "report.html").read_text()
-    )
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert re.search(r"6 of 6 images are forgotten as stored \(\d as used\), also when flipped, 0 were not", page)
 
 
 def test_changed_copies_count_and_the_model_is_unchanged_if_no_candidate_is_better(forget, script, tiny, tmp_path):

@@ -1,6 +1,6 @@
 """Measure what a deletion request achieved: predictions, robustness, relearning, membership inference, damage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -37,7 +37,7 @@ def measure(
     """
     others = others or ("mixes of the images of the request", robustness.stand_ins(request.forget.images))
     labels, after_logits = request.forget.labels, logits(after, request.images)
-    survives = robustness.as_used(after, request.forget, others[1]).survives()
+    used = robustness.as_used(after, request.forget)
     deadline = budget.part(CHECKS_SHARE)
     with progress("relearning", relearn.MAX_STEPS) as advance:
 
@@ -47,14 +47,22 @@ def measure(
 
         back, steps = relearn.steps_to_relearn_each(after, request.images, labels, go_on)
     relearning = {"steps": steps, "lr": relearn.LEARNING_RATE}
-    met, recognised = unlearner.forgotten(after), unlearner.recognised(unlearner.model)
+    met, recognised = unlearner.forgotten(after, used), unlearner.recognised(unlearner.model)
     forgotten = met & recognised
     relearning["back"] = sum(step is not None for step, one in zip(back, forgotten.tolist(), strict=True) if one)
     return {
-        "images": image_rows(request, after_logits, met.tolist(), recognised.tolist(), survives, back),
+        "images": image_rows(
+            request,
+            after_logits,
+            met.tolist(),
+            unlearner.forgotten_as_stored(after).tolist(),
+            recognised.tolist(),
+            used,
+            back,
+        ),
         "damage": [asdict(agreement.measure(after, probe)) for probe in unlearner.probes],
         "robustness": {
-            change: None if kept is None else int((kept & forgotten).sum()) for change, kept in survives.items()
+            change: None if kept is None else int((kept & forgotten).sum()) for change, kept in used.survives().items()
         },
         "recalibration": _recalibration(unlearner.model, after, request, *others),
         "relearning": relearning if steps or None not in back else None,
@@ -66,21 +74,23 @@ def image_rows(
     request: Request,
     logits_after: Tensor,
     met: Sequence[bool],
+    stored: Sequence[bool],
     recognised: Sequence[bool],
-    survives: Mapping[str, Tensor | None],
+    used: robustness.AsUsed,
     back: Sequence[int | None],
 ) -> list[ImageRow]:
     """Return the row of each image in a report.
 
     logits_after  (k, C) on the CPU
-    met           whether the request is fulfilled for each image, including changed copies
+    met           whether the request is fulfilled for each image, as the request counts
+    stored        whether it is fulfilled for the image as it is stored and the copies of --also
     recognised    whether the original model recognised each image or one of these copies
-    survives      (k,) bool by change: whether each image is still forgotten under it; None: the model cannot run so
+    used          how the images are forgotten as used
     back          fine-tuning steps until each image is predicted as its label again; None: it was not
     """
     labels, new_labels = request.forget.labels.tolist(), request.forget.new_labels
     new = [None] * len(request) if new_labels is None else new_labels.tolist()
-    rows = []
+    rows, survives = [], used.survives()
     for index, image in enumerate(request.folder.files):
         row = asdict(image) | {"label": labels[index], "new_label": new[index]}
         for when, of_all in (("before", request.logits_before), ("after", logits_after)):
@@ -92,6 +102,9 @@ def image_rows(
         row["was_called"] = row["called_before"] == labels[index]
         row["state"] = states.state_of(met[index], recognised[index])
         row["forgotten"], row["back_after"] = row["state"] == FORGOTTEN, back[index]
+        row["forgotten_as_stored"] = stored[index]
+        row["forgotten_as_used"] = stored[index] and bool(used.forgotten[index])
+        row["copies_forgotten"] = float(used.copies[index])
         row["forgotten_earlier"] = index in request.forgotten_earlier
         row["survives"] = {change: bool(kept[index]) for change, kept in survives.items() if kept is not None}
         rows.append(row)

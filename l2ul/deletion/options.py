@@ -38,7 +38,8 @@ glossary:
               counts as forgotten
 
 exit codes:
-  0         every image that was recognised is forgotten; with --verify: no check failed
+  0         every image that was recognised is forgotten, as used unless --setting robust=0; with --verify: no check
+            failed
   1         out of memory or disk space
   2         wrong input
   3         an image is still recognised, or none was recognised before; with --verify: a check failed

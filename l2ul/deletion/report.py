@@ -21,7 +21,7 @@ import torchvision.transforms.v2.functional as transforms
 
 import l2ul
 from l2ul.deletion import states
-from l2ul.deletion.report_schema import Report
+from l2ul.deletion.report_schema import AS_STORED, AS_USED, Report
 from l2ul.deletion.request import Request
 from l2ul.deletion.search import Candidate
 
@@ -67,11 +67,15 @@ def describe_request(
     minutes: float,
     seed: int,
     also: Sequence[str],
+    as_used: bool,
     request_id: str | None = None,
     controller: str | None = None,
     requested_on: str | None = None,
 ) -> dict[str, Any]:
-    """Return the part of a report about the request and its settings."""
+    """Return the part of a report about the request and its settings.
+
+    as_used  whether images count as forgotten only if they are so as used
+    """
     return {
         "request_id": request_id,
         "controller": controller,
@@ -84,6 +88,7 @@ def describe_request(
         "minutes": minutes,
         "seed": seed,
         "also": list(also),
+        "counted": AS_USED if as_used else AS_STORED,
         **request.folder.reader.options,
         "image_notes": request.folder.notes,
     }
@@ -176,7 +181,7 @@ def page(report: Report, thumbnails: Sequence[str] | None = None) -> str:
         lstrip_blocks=True,
     )
     rows, asked = report["images"], report["asked"]
-    sentence = states.headline(rows, asked["goal"], asked.get("also", ()))
+    sentence = states.headline(rows, asked["goal"], asked.get("also", ()), asked.get("counted"))
     return environment.get_template("report.html.j2").render(
         report=report,
         digest=digest(report),

@@ -21,6 +21,8 @@ PAGE, FORGET_LIST = "report.html", "forget_list.csv"  # files beside report.json
 FORGOTTEN, NOT_RECOGNISED, STILL_RECOGNISED = "forgotten", "not recognised before", "still recognised"  # of images
 EARLIER = "earlier"  # folder beside report.json with the reports of earlier requests: 1.json, 2.json, …
 
+AS_USED, AS_STORED = "as used", "as stored"  # what counts as forgotten in a request
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -51,6 +53,7 @@ OUTCOMES = REMOVED, PARTLY_REMOVED, NOT_REMOVED, NOTHING_TO_REMOVE = (  # of a r
 OUTCOME = Rule(", ".join(OUTCOMES), lambda value: value in OUTCOMES)
 ACTIONS = ("deleted", "replaced", "informed", "kept", "open")  # open: to be decided or still to be done
 ACTION = Rule(f"one of {', '.join(ACTIONS)}", lambda value: value in ACTIONS)
+COUNTED = Rule(f"{AS_USED!r} or {AS_STORED!r}", lambda value: value in (AS_USED, AS_STORED))
 NOT_EMPTY = Rule("at least one entry", bool)
 NOT_BLANK = Rule("text that is not empty", str.strip)
 
@@ -95,6 +98,7 @@ class RequestRow(TypedDict):
                                    the operator's reference, who is responsible for the request, and its date
     exif_orientation, white_level  how image files were read, see `ImageReader`; images of reports without them were
                                    turned upright
+    counted                        whether images count as forgotten as they are stored, or only if also as used
     image_notes                    sentences about images that other software may read differently
     """
 
@@ -109,6 +113,7 @@ class RequestRow(TypedDict):
     minutes: NotRequired[float]
     seed: NotRequired[int]
     also: NotRequired[list[str]]
+    counted: NotRequired[Annotated[str, COUNTED]]
     exif_orientation: NotRequired[Annotated[str, READING]]
     white_level: NotRequired[Annotated[float, POSITIVE] | None]
     image_notes: NotRequired[list[str]]
@@ -167,6 +172,9 @@ class ImageRow(TypedDict):
                            to be forgotten too, and the request is fulfilled; "not recognised before": it did not;
                            "still recognised": the request is not fulfilled
     forgotten              whether the state is "forgotten"; in reports without states, whether the request is fulfilled
+    forgotten_as_stored    whether the request is fulfilled for the image as it is stored, including copies of --also
+    forgotten_as_used      whether it is also fulfilled as the image is used, see `metrics.robustness`
+    copies_forgotten       share of the random changed copies for which it is fulfilled
     forgotten_earlier      whether an earlier request made the image forgotten
     back_after             fine-tuning steps until the model predicts `label` again; null: it did not
     survives               by the name of a change: whether the image is still forgotten under it
@@ -187,6 +195,9 @@ class ImageRow(TypedDict):
     label_confidence_after: NotRequired[float]
     was_called: NotRequired[bool]
     state: NotRequired[Annotated[str, STATE]]
+    forgotten_as_stored: NotRequired[bool]
+    forgotten_as_used: NotRequired[bool]
+    copies_forgotten: NotRequired[float]
     forgotten_earlier: NotRequired[bool]
     back_after: NotRequired[int | None]
     survives: NotRequired[dict[str, bool]]

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 import itertools
 import math
 import time
@@ -18,8 +19,9 @@ from l2ul.importance import mas_importance
 from l2ul.methods import registry
 from l2ul.methods.settings import ATTACK as ATTACK_SETTINGS
 from l2ul.methods.settings import SHARED, Value
-from l2ul.metrics import accuracy, agreement
+from l2ul.metrics import accuracy, agreement, robustness
 from l2ul.metrics.agreement import Agreement, Probe
+from l2ul.metrics.robustness import AsUsed
 from l2ul.objective import Forget
 from l2ul.unlearn import Settings
 
@@ -93,6 +95,7 @@ class Unlearner:
     as_written  return a model with its weights as they will be in the file
     probes      sets of images on which agreement with the original model is measured
     progress    show the progress of each candidate
+    as_used     whether an image counts as forgotten only if it is so as used, see `robustness.as_used`
     max_steps   each candidate ends after so many steps at most, as if time were up; None: no such limit
     precision   in which `unlearn` computes, on the device of the model
     """
@@ -105,6 +108,7 @@ class Unlearner:
     seed: int
     as_written: Callable[[nn.Module], nn.Module]
     progress: ProgressBar | None = None
+    as_used: bool = False
     max_steps: int | None = None
     precision: str = "fp32"
     probes: list[Probe] = field(default_factory=list)
@@ -119,10 +123,28 @@ class Unlearner:
         """Whether the method runs as published, with settings of its own instead of those of the loop."""
         return registry.get(self.method).is_fixed_length
 
-    def forgotten(self, model: nn.Module) -> Tensor:
-        """Return which images (k,) bool a model has forgotten, as they are and in each changed copy, on the CPU."""
+    def forgotten(self, model: nn.Module, used: AsUsed | None = None) -> Tensor:
+        """Return which images (k,) bool count as forgotten by a model, on the CPU.
+
+        used  how D_f is forgotten as used, if it is known
+
+        They are forgotten as they are and in each changed copy of `train_set`. With `as_used`, those that the original
+        model recognised are also forgotten as used.
+        """
+        forgotten = self.forgotten_as_stored(model)
+        if self.as_used:
+            used = used or robustness.as_used(model, self.forget, with_kinds=False)
+            forgotten = forgotten & (used.forgotten | ~self._recognised_before)
+        return forgotten
+
+    def forgotten_as_stored(self, model: nn.Module) -> Tensor:
+        """Return which images (k,) bool a model has forgotten, as they are and in each copy of `train_set`."""
         forgotten = accuracy.forgotten(model, self.train_set.images, self.train_set)
         return forgotten.view(-1, len(self.forget)).all(0).cpu()
+
+    @cached_property
+    def _recognised_before(self) -> Tensor:
+        return self.recognised(self.model)
 
     def recognised(self, model: nn.Module) -> Tensor:
         """Return which images (k,) bool a model predicts as their label, as they are or as a changed copy."""
@@ -214,6 +236,9 @@ def choose_settings(method: str, chosen: Sequence[tuple[str, str]], seed: int) -
 
     chosen  names and values as text; they replace the defaults
 
+    Methods with the setting robust forget images as they are used, unless it is set to 0. This setting alone leaves the
+    search free.
+
     Raises InputError for a method that cannot carry out a request, or a setting or value that it does not allow.
     """
     check_method(method)
@@ -222,7 +247,9 @@ def choose_settings(method: str, chosen: Sequence[tuple[str, str]], seed: int) -
         raise InputError(f"setting {name} cannot be changed here: deletion requests use a fixed attack; leave it out")
     loop = {name: value for name, value in fixed.items() if name in SHARED}
     own = {name: value for name, value in fixed.items() if name not in SHARED}
-    return replace(Settings(bn="eval", seed=seed), **loop, method_settings=own), fixed
+    loop = {"robust": int("robust" in registry.get(method).all_settings)} | loop
+    fixed.pop("robust", None)
+    return Settings(bn="eval", seed=seed, **loop, method_settings=own), fixed
 
 
 def describe(changed: Mapping[str, Value]) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from l2ul.deletion.report_schema import (
+    AS_STORED,
+    AS_USED,
     FORGOTTEN,
     NOT_RECOGNISED,
     NOT_REMOVED,
@@ -38,6 +40,8 @@ class Counts:
     """The number of images in each state, and of those not recognised before, how many an earlier request forgot.
 
     relabelled  images that had neither their label nor their new label before, and have their new label now
+    as_stored   of the recognised images, those that are forgotten as they are stored; None in reports without it
+    as_used     likewise, those that are forgotten as they are used
     """
 
     forgotten: int
@@ -45,6 +49,8 @@ class Counts:
     still_recognised: int
     forgotten_earlier: int = 0
     relabelled: int = 0
+    as_stored: int | None = None
+    as_used: int | None = None
 
     def __len__(self) -> int:
         return self.forgotten + self.not_recognised + self.still_recognised
@@ -78,15 +84,26 @@ def count(rows: Iterable[ImageRow]) -> Counts:
         *(states.count(one) for one in (FORGOTTEN, NOT_RECOGNISED, STILL_RECOGNISED)),
         sum(row.get("forgotten_earlier", False) for row in unrecognised),
         sum(row["new_label"] is not None and row.get("called_before") != row["new_label"] for row in unrecognised),
+        *(_number(rows, states, key) for key in ("forgotten_as_stored", "forgotten_as_used")),
     )
 
 
-def headline(rows: Sequence[ImageRow], goal: str, also: Sequence[str] = ()) -> str:
+def _number(rows: Sequence[ImageRow], states: Sequence[str], key: str) -> int | None:
+    """Return how many of the recognised images have a property; None if a row does not say."""
+    if not all(key in row for row in rows):
+        return None
+    return sum(row[key] for row, one in zip(rows, states, strict=True) if one != NOT_RECOGNISED)
+
+
+def headline(rows: Sequence[ImageRow], goal: str, also: Sequence[str] = (), counted: str | None = None) -> str:
     """Return the result of a request in one sentence: the outcome, then the number of images in each state.
 
-    also  the changed copies that had to be forgotten too
+    also     the changed copies that had to be forgotten too
+    counted  what counts as forgotten: "as used" or "as stored"; None in reports of earlier versions
     """
     counts, total = count(rows), images(len(rows))
+    others = {AS_USED: f" ({counts.as_stored} as stored)", AS_STORED: f" ({counts.as_used} as used)"}
+    how = f" {counted}{others[counted]}" if counted else ""
     copies = [f"as {one.upper()}" if one == "jpeg" else one for one in also]
     changed = f", also when {' or '.join(copies)}" if copies else ""
     if counts.nothing_to_remove:
@@ -98,11 +115,11 @@ def headline(rows: Sequence[ImageRow], goal: str, also: Sequence[str] = ()) -> s
         met = len(counts) - counts.still_recognised
         return (
             f"{counts.outcome}: the model predicts the new label of {met} of {total}{changed}; {counts.forgotten} of "
-            f"{len(rows)} are forgotten, {parts}, {counts.still_recognised} {still} not relabelled"
+            f"{len(rows)} are forgotten{how}, {parts}, {counts.still_recognised} {still} not relabelled"
         )
     verb = "is" if len(rows) == 1 else "are"
     return (
-        f"{counts.outcome}: {counts.forgotten} of {total} {verb} forgotten{changed}, {parts}, "
+        f"{counts.outcome}: {counts.forgotten} of {total} {verb} forgotten{how}{changed}, {parts}, "
         f"{counts.still_recognised} {still} still recognised"
     )
 

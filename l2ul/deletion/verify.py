@@ -380,7 +380,7 @@ def _check_request(number: int, required: list[Requirement], predicted: Mapping[
             failed.append(one.file)
     unrecognised = [one.file for one in current if not one.recognised]
     done = [one.file for one in current if one.recognised and one.file not in {*failed, *missing}]
-    finding = f"{len(done)} of {len(current) - len(unrecognised)} images forgotten"
+    finding = f"{len(done)} of {len(current) - len(unrecognised)} images forgotten as stored"
     finding += f"; {len(unrecognised)} not recognised before: {_first_three(unrecognised)}" if unrecognised else ""
     finding += f"; not forgotten: {_first_three(failed)}" if failed else ""
     finding += f"; not in the given folders: {_first_three(missing)}" if missing else ""

@@ -76,11 +76,13 @@ class AsUsed:
 
 
 @exactly()
-def as_used(model: nn.Module, forget: Forget, other_images: Tensor | None = None) -> AsUsed:
+def as_used(model: nn.Module, forget: Forget, other_images: Tensor | None = None, *, with_kinds: bool = True) -> AsUsed:
     """Measure whether D_f is forgotten as stored and as used.
 
     forget        D_f, on the model's device
     other_images  (n, C, H, W) images that are not in D_f, on which batch-norm is recalibrated; by default mixes of D_f
+
+    with_kinds    whether each kind of change is measured alone as well
 
     The copies depend on the images alone, not on the method or its seed. JPEG compression is that of Pillow.
     """
@@ -92,7 +94,10 @@ def as_used(model: nn.Module, forget: Forget, other_images: Tensor | None = None
     return AsUsed(
         accuracy.forgotten(model, images, forget).cpu(),
         _share_of_copies(model, forget, "as used", KINDS, COPIES, PROBABILITY),
-        {kind: _share_of_copies(model, forget, kind, (kind,), COPIES_OF_A_KIND, 1.0) for kind in KINDS},
+        {
+            kind: _share_of_copies(model, forget, kind, (kind,), COPIES_OF_A_KIND, 1.0)
+            for kind in (KINDS if with_kinds else ())
+        },
         {name: _forgotten_by(other, forget) for name, other in changed.items()},
     )
 

@@ -28,7 +28,7 @@ def test_a_chain_of_requests_is_kept_and_the_images_of_all_are_checked(forget, s
     code, out, _ = script(main_forget.main, "--verify", report_path, *folders, *BUILT)
     row = next(line for line in out.splitlines() if "images of request 1" in line)
     still = (predicted_classes(tmp_path / "second" / "model.pth", tiny[1][:6]) != tiny[2][:6]).sum()
-    assert f"{still} of 6 images forgotten" in row
+    assert f"{still} of 6 images forgotten as stored" in row
     assert (code == 0) == (still == 6)
     assert "ok     images of request 2: 4 of 4" in out
     earlier = tmp_path / "second" / "earlier" / "1.json"
@@ -52,7 +52,7 @@ def test_changed_files_and_remembered_images_fail(forget, script, tmp_path):
     torch.save(torch.load(tmp_path / "tiny.pth", weights_only=True), tmp_path / "out" / "model.pth")
     code, out, _ = script(main_forget.main, "--verify", path, "--images", tmp_path / "in", *BUILT)
     assert code == 3
-    assert "FAILED images of request 1: 0 of 6 images forgotten; not forgotten: 0.png, 1.png, 2.png, …" in out
+    assert "FAILED images of request 1: 0 of 6 images forgotten as stored; not forgotten: 0.png, 1.png, 2.png, …" in out
 
 
 def test_signed_reports(forget, script, tmp_path, monkeypatch):
@@ -183,7 +183,7 @@ def test_an_image_of_an_earlier_request_keeps_its_first_label(forget, script, ti
     code, out, _ = script(main_forget.main, *words)
     assert code == 0
     for number in (1, 2):
-        assert f"ok     images of request {number}: 6 of 6 images forgotten" in out
+        assert f"ok     images of request {number}: 6 of 6 images forgotten as stored" in out
 
 
 def test_a_broken_chain_is_an_error_before_the_search(forget, tmp_path):
