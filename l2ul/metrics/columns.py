@@ -246,6 +246,40 @@ for _column in (
         Column(f"metric_forgotten_{change}", change, f"share of {what} that are forgotten, in percent", better="up")
         for change, what in CHANGES.items()
     ),
+    Column(
+        "metric_recalibrated_forget",
+        "D_f, recalibrated",
+        "accuracy on D_f after a batch-norm recalibration on 1,024 images of D_r, in percent",
+        better="down",
+        latex="$D_f$, recalibrated",
+    ),
+    Column(
+        "metric_recalibrated_test",
+        "D_test, recalibrated",
+        "accuracy on D_test after the same recalibration, in percent",
+        better="up",
+        latex=r"$D_\mathrm{test}$, recalibrated",
+    ),
+    Column(
+        "metric_near_test",
+        "agreement near D_f",
+        "share of the test images nearest to D_f, of the same classes, for which the predictions of unlearned and "
+        "original model agree, in percent",
+        better="up",
+    ),
+    Column(
+        "metric_near_noise",
+        "agreement on noisy D_f",
+        "share of copies of D_f with Gaussian noise of 0.05 for which the predictions of unlearned and original model "
+        "agree, in percent",
+    ),
+    Column(
+        "metric_tuned_forget",
+        "D_f, fine-tuned",
+        "accuracy on D_f after 100 steps of fine-tuning on images of D_r, in percent",
+        better="down",
+        latex="$D_f$, fine-tuned",
+    ),
 ):
     register(_column)
 

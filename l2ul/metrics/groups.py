@@ -4,16 +4,18 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+import torch.nn.functional as F
 
-from l2ul.common import seeds
+from l2ul.common import activations, seeds
 from l2ul.data import near_duplicates as duplicates
-from l2ul.data.images import as_pixels
+from l2ul.data.images import as_pixels, batches
 from l2ul.metrics import accuracy, agreement, membership, relearn, retrain_gap, robustness
 from l2ul.metrics.registry import GAPS, RunOutputs
 from l2ul.objective import Forget
 
 NUM_HELD_OUT, HELD_OUT_SEED = 512, 2**32 - 1  # examples of the group agreement; no run has this seed
-NUM_RECALIBRATION = 1024  # images of D_r
+NUM_SAMPLED = 1024  # images of D_r, on which batch-norm is recalibrated and the model fine-tuned
+NUM_NEAREST, NEAR_NOISE, NOISY_COPIES = 10, 0.05, 8  # of the group overforgetting
 PARTS = ("forget", "retain", "test")
 
 
@@ -139,16 +141,84 @@ def robustness_as_used(outputs: RunOutputs) -> dict[str, float]:
     new_labels = outputs.new_labels.to(device) if outputs.new_labels is not None else None
     images = as_pixels(outputs.split("forget").pixels().to(device))
     forget = Forget(images, outputs.labels["forget"].to(device), new_labels)
-    used = robustness.as_used(outputs.model, forget, outputs.once("images of D_r", lambda: _sample_of_retain(outputs)))
+    others, _ = outputs.once("images of D_r", lambda: _sample_of_retain(outputs))
+    used = robustness.as_used(outputs.model, forget, others)
     rates = {f"metric_forgotten_{change}": value for change, value in used.rates().items()}
     return {"metric_forgotten_as_used": 100 * float(used.forgotten.double().mean()), **rates}
 
 
-def _sample_of_retain(outputs: RunOutputs) -> Tensor:
-    """Return images of D_r, drawn at random, on which batch-norm is recalibrated."""
+def recalibration(outputs: RunOutputs) -> dict[str, float]:
+    """Compute the accuracy on D_f and D_test after batch-norm is recalibrated on images of D_r, in percent.
+
+    An unlearning that relies on the old statistics is undone by new ones. See `robustness.recalibrated`.
+    """
+    images, _ = outputs.once("images of D_r", lambda: _sample_of_retain(outputs))
+    model = robustness.recalibrated(outputs.model, images)
+    return {
+        f"metric_recalibrated_{part}": accuracy.accuracy(
+            accuracy.predict(model, outputs.split(part).images, workers=outputs.workers), outputs.labels[part]
+        )
+        for part in ("forget", "test")
+    }
+
+
+def overforgetting(outputs: RunOutputs) -> dict[str, float]:
+    """Compute the agreement with the original model on images near D_f, in percent: 100 for `before`.
+
+    metric_near_test   on the NUM_NEAREST test images of the same class that are nearest to each image of D_f, by the
+                       cosine similarity of the original model's features before its last layer
+    metric_near_noise  on D_f with Gaussian noise of a standard deviation of NEAR_NOISE, NOISY_COPIES of each image
+    """
+    near = outputs.once("nearest test images", lambda: _nearest_test_images(outputs))
+    device = next(outputs.model.parameters()).device
+    generator = seeds.generator(HELD_OUT_SEED, "near noise")
+    pixels = as_pixels(outputs.split("forget").pixels().cpu()).repeat(NOISY_COPIES, 1, 1, 1)
+    noisy = (pixels + NEAR_NOISE * torch.randn(pixels.shape, generator=generator)).clamp(0, 1).to(device)
+    same = accuracy.predict(outputs.model, noisy) == accuracy.predict(outputs.original, noisy)
+    kept = outputs.after["test"][near] == outputs.before["test"][near]
+    return {
+        name: 100 * float(part.double().mean())
+        for name, part in (("metric_near_test", kept), ("metric_near_noise", same))
+    }
+
+
+@torch.no_grad()
+def _nearest_test_images(outputs: RunOutputs) -> Tensor:
+    """Return the indices of the test images nearest to D_f, each once."""
+    model, device = outputs.original, next(outputs.original.parameters()).device
+    last = list(activations.layers(model, as_pixels(outputs.split("forget").pixels()[:1].to(device))))[-1:]
+
+    def features(part: str) -> Tensor:
+        images = outputs.split(part).images
+        size = accuracy.default_batch_size(device, outputs.split(part).side)
+        loaded = batches(images, size, device, outputs.workers)
+        return torch.cat(
+            [F.normalize(activations.logits_and_inputs(model, one, last)[1][0].flatten(1)) for one in loaded]
+        )
+
+    similarity = (features("forget") @ features("test").T).cpu()
+    similarity[outputs.labels["forget"][:, None] != outputs.labels["test"]] = -2.0
+    nearest = similarity.topk(min(NUM_NEAREST, similarity.shape[1]))
+    return nearest.indices[nearest.values > -2.0].unique()
+
+
+def fine_tuning(outputs: RunOutputs) -> dict[str, float]:
+    """Compute the accuracy on D_f after a short fine-tuning on images of D_r, in percent.
+
+    See `relearn.recognised_after_tuning`. Information about D_f that is hidden, and not removed, comes back.
+    """
+    device = next(outputs.model.parameters()).device
+    images, labels = (one.to(device) for one in outputs.once("images of D_r", lambda: _sample_of_retain(outputs)))
+    forget = outputs.split("forget").pixels().to(device), outputs.labels["forget"].to(device)
+    return {"metric_tuned_forget": relearn.recognised_after_tuning(outputs.model, *forget, images, labels)}
+
+
+def _sample_of_retain(outputs: RunOutputs) -> tuple[Tensor, Tensor]:
+    """Return images of D_r, drawn at random, and their labels."""
     retain = outputs.split("retain")
     drawn = torch.randperm(len(retain), generator=seeds.generator(HELD_OUT_SEED, "recalibration"))
-    return retain.subset(drawn[:NUM_RECALIBRATION]).pixels()
+    sample = retain.subset(drawn[:NUM_SAMPLED])
+    return sample.pixels(), sample.labels
 
 
 def _membership_attacks(outputs: RunOutputs, logits: Callable[[str], Tensor]) -> dict[str, dict[str, float]]:

@@ -165,6 +165,21 @@ EVALUATIONS = {  # by the name that --evaluate takes
         "l2ul.metrics.groups:robustness_as_used",
         ("metric_forgotten_as_used", *(f"metric_forgotten_{change}" for change in columns.CHANGES)),
     ),
+    "recalibration": EvaluationGroup(
+        "accuracy on D_f and D_test after batch-norm is recalibrated on images of D_r",
+        "l2ul.metrics.groups:recalibration",
+        ("metric_recalibrated_forget", "metric_recalibrated_test"),
+    ),
+    "overforgetting": EvaluationGroup(
+        "agreement with the original model on images near D_f: similar test images, and D_f with noise",
+        "l2ul.metrics.groups:overforgetting",
+        ("metric_near_test", "metric_near_noise"),
+    ),
+    "finetuning": EvaluationGroup(
+        "accuracy on D_f after a short fine-tuning on images of D_r",
+        "l2ul.metrics.groups:fine_tuning",
+        ("metric_tuned_forget",),
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import copy
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from l2ul.data.images import as_pixels
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9  # of SGD without weight decay; small, so that the number of steps separates models
 BATCH_SIZE = 64  # images of D_f per step, at most
 MAX_STEPS = 500
+OTHER_STEPS = 100  # of fine-tuning on images that are not in D_f
 
 
 def steps_to_relearn(model: nn.Module, images: Tensor, labels: Tensor, accuracy: float) -> int:
@@ -25,7 +27,7 @@ def steps_to_relearn(model: nn.Module, images: Tensor, labels: Tensor, accuracy:
     Returns 0 if the model has that accuracy already, and MAX_STEPS, meaning "that many or more", if it is not reached
     within MAX_STEPS - 1 steps. The model itself is not changed.
     """
-    for step, predictions in enumerate(_fine_tuning(model, images, labels)):
+    for step, predictions in enumerate(itertools.islice(_fine_tuning(model, images, labels, images), MAX_STEPS)):
         if 100 * int((predictions == labels).sum()) / len(labels) >= accuracy:
             return step
     return MAX_STEPS
@@ -43,7 +45,7 @@ def steps_to_relearn_each(
     MAX_STEPS - 1.
     """
     relearned: list[int | None] = [None] * len(labels)
-    for step, predictions in enumerate(_fine_tuning(model, images, labels)):  # noqa: B007  # returned below
+    for step, predictions in enumerate(itertools.islice(_fine_tuning(model, images, labels, images), MAX_STEPS)):  # noqa: B007  # returned below
         for position in (predictions == labels).nonzero().flatten().tolist():
             if relearned[position] is None:
                 relearned[position] = step
@@ -52,25 +54,37 @@ def steps_to_relearn_each(
     return relearned, step
 
 
-def _fine_tuning(model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
-    """Fine-tune a copy of the model on D_f; yield its predictions (k,) before the first and after each step.
+def recognised_after_tuning(model: nn.Module, images: Tensor, labels: Tensor, others: Tensor, targets: Tensor) -> float:
+    """Return the percentage of D_f that is predicted as its label after OTHER_STEPS of fine-tuning on other images.
+
+    images, labels   D_f, as for `steps_to_relearn`
+    others, targets  (n, 3, H, W) images that are not in D_f, on the same device, and their labels (n,)
+
+    Fine-tuning on other images brings back what was hidden and not removed. The model itself is not changed.
+    """
+    predictions = next(itertools.islice(_fine_tuning(model, others, targets, images), OTHER_STEPS, None))
+    return 100 * int((predictions == labels).sum()) / len(labels)
+
+
+def _fine_tuning(model: nn.Module, images: Tensor, labels: Tensor, predicted: Tensor) -> Iterator[Tensor]:
+    """Fine-tune a copy of the model on images; yield its predictions of others before and after each step, endlessly.
 
     The model is in eval mode, so that batch-norm is frozen and dropout is off. The loss is cross-entropy on batches
-    whose order depends on k alone, so that models are compared on the same batches.
+    whose order depends on their number alone, so that models are compared on the same batches.
     """
-    tuned, pixels = copy.deepcopy(model).eval(), as_pixels(images)
+    tuned, pixels, predicted = copy.deepcopy(model).eval(), as_pixels(images), as_pixels(predicted)
     order = seeds.generator(0, "relearn")
     parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, LEARNING_RATE, MOMENTUM)
     batches: list[Tensor] = []
-    yield _predict(tuned, pixels)
-    for _ in range(MAX_STEPS - 1):
+    yield _predict(tuned, predicted)
+    while True:
         batches = batches or list(torch.randperm(len(labels), generator=order).split(BATCH_SIZE))
         batch = batches.pop(0)
         optimizer.zero_grad()
         F.cross_entropy(tuned(pixels[batch]), labels[batch]).backward()
         optimizer.step()
-        yield _predict(tuned, pixels)
+        yield _predict(tuned, predicted)
 
 
 @torch.no_grad()

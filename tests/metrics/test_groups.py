@@ -1,6 +1,7 @@
 """Groups of metrics in records: comparison with reference models, and metrics added to finished runs."""
 
 import json
+from types import SimpleNamespace
 
 from conftest import FAST, ROOT
 import pytest
@@ -8,9 +9,10 @@ import torch
 
 from l2ul import unlearn
 from l2ul.data import forget_set
+from l2ul.data.images import Split
 from l2ul.experiments import measurement
 from l2ul.metrics import accuracy as evaluate
-from l2ul.metrics import columns, relearn
+from l2ul.metrics import columns, groups, relearn
 import main_unlearn
 import models
 
@@ -40,6 +42,7 @@ def net(tmp_path):
 def unlearned(script, few_digits, monkeypatch):
     """Call main_unlearn.py with a result folder; return its records by method and step, and its output."""
     monkeypatch.setattr(relearn, "MAX_STEPS", 6)
+    monkeypatch.setattr(relearn, "OTHER_STEPS", 5)
 
     def call(folder, *arguments):
         code, out, err = script(main_unlearn.main, "--result-dir", folder, *FAST, *arguments)
@@ -178,3 +181,31 @@ def test_forgotten_as_used_is_in_records_with_a_rate_for_each_change(unlearned, 
     rates = [record[f"metric_forgotten_{change}"] for change in columns.CHANGES]
     assert all(0 <= rate <= 100 for rate in rates)
     assert record["metric_forgotten_float16"] == 0
+
+
+def test_recalibration_overforgetting_and_fine_tuning_of_the_original_and_an_unlearned_model(unlearned, tmp_path):
+    records, _ = unlearned(tmp_path, *RUN, "--evaluate", "recalibration", "overforgetting", "finetuning")
+    before, after = records["before", None], records["distill", None]
+    assert (before["metric_near_test"], before["metric_near_noise"]) == (100, 100)
+    assert before["metric_recalibrated_test"] > 60
+    assert before["metric_tuned_forget"] == 100
+    assert 0 <= after["metric_near_test"] <= 100
+    assert 0 <= after["metric_near_noise"] < 100
+    assert 0 <= after["metric_recalibrated_forget"] <= 100
+    assert 0 <= after["metric_tuned_forget"] <= 100
+
+
+def test_the_nearest_test_images_are_of_the_same_class(few_digits):
+    model = models.load("resnet20", 10, CHECKPOINT)
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(40, 3, 8, 8, generator=generator), torch.arange(40) % 10
+    forget, test = Split(images[:2], labels[:2]), Split(images[2:], labels[2:])
+    test.images[0] = 1 - images[1]  # of class 2
+    test.images[9], test.images[8] = images[1], images[0]  # of classes 1 and 0
+    splits = {"forget": forget, "test": test}
+    outputs = SimpleNamespace(
+        original=model, split=splits.get, labels={name: split.labels for name, split in splits.items()}, workers=0
+    )
+    nearest = groups._nearest_test_images(outputs)
+    assert {8, 9} <= set(nearest.tolist())
+    assert set(test.labels[nearest].tolist()) == {0, 1}
