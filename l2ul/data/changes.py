@@ -1,6 +1,6 @@
 """Random changed copies of images, as images reach a deployed model: cropped, resized, compressed and so on.
 
-A copy is the image after some of `TRAINED` and `TESTED_ONLY`, in this order. All kinds are vectorised on the device of
+A copy is the image after some of these changes. All kinds are vectorised on the device of
 the images. The strength of each change is drawn on the CPU from a generator, so that it does not depend on the device.
 """
 
@@ -18,13 +18,16 @@ from torchvision.transforms.v2 import functional as transforms
 
 from l2ul.common.device import upload
 
-TRAINED = ("mirrored", "shifted", "cropped", "resized", "brightness", "noise", "jpeg")  # kinds that training draws from
+TESTED = ("mirrored", "shifted", "cropped", "resized", "brightness", "noise", "jpeg")  # of images in use
 TESTED_ONLY = ("blurred", "distorted")  # kinds on which no method trains
-KINDS = (*TRAINED, *TESTED_ONLY)
+TURNED = "turned"  # the kind on which methods train only
+TRAINED = (*TESTED, TURNED)
+KINDS = (*TESTED, *TESTED_ONLY)
 PROBABILITY = 1 / 3  # of each kind to be in a copy
 
 SHIFT, CROP = 0.15, 0.15  # largest shift, and largest part of a side that a crop removes, relative to the side
 SCALES = (0.625, 0.75, 0.875, 1.25, 1.5, 2.0)  # sides to which images are resized and back, relative to the side
+ANGLE = 10.0  # largest turn, in degrees
 BRIGHTNESS, CONTRAST = 0.1, 0.1  # largest relative change
 NOISE = 0.03  # largest standard deviation, for pixels in [0,1]
 QUALITY = (40, 95)  # of JPEG
@@ -41,6 +44,7 @@ def changed_copies(
     kinds: Sequence[str] = TRAINED,
     *,
     probability: float = PROBABILITY,
+    strength: float = 1.0,
     codec: Codec | None = None,
 ) -> Tensor:
     """Return a changed copy of each image, (n, C, H, W) float in [0,1] with 256 levels.
@@ -49,17 +53,18 @@ def changed_copies(
     generator    a CPU generator; draws which changes a copy has, and how strong they are
     kinds        names of KINDS
     probability  of each kind to be in a copy, independently of the others
+    strength     factor of the largest shift, crop, turn, change of brightness and noise
     codec        compresses and decompresses as JPEG; by default `jpeg_on_device`
     """
-    copies = _moved(images, generator, kinds, probability)
+    copies = _moved(images, generator, kinds, probability, strength)
     if "blurred" in kinds:
         copies = _blurred(copies, _drawn(len(images), probability, generator), generator)
     if "resized" in kinds:
         copies = _resized(copies, _drawn(len(images), probability, generator), generator)
     if "brightness" in kinds:
-        copies = _recoloured(copies, _drawn(len(images), probability, generator), generator)
+        copies = _recoloured(copies, _drawn(len(images), probability, generator), generator, strength)
     if "noise" in kinds:
-        sigma = NOISE * torch.rand(len(images), generator=generator)
+        sigma = strength * NOISE * torch.rand(len(images), generator=generator)
         sigma = upload(sigma * _drawn(len(images), probability, generator), images.device)[:, None, None, None]
         source = torch.Generator(images.device).manual_seed(_seed(generator))
         copies = copies + sigma * torch.randn(copies.shape, generator=source, device=images.device)
@@ -88,28 +93,35 @@ def _rounded(images: Tensor) -> Tensor:
     return images.clamp(0, 1).mul(255).round().div(255)
 
 
-def _moved(images: Tensor, generator: torch.Generator, kinds: Sequence[str], probability: float) -> Tensor:
-    """Mirror, shift, crop and distort, by one interpolation. What a shift uncovers is black."""
+def _moved(
+    images: Tensor, generator: torch.Generator, kinds: Sequence[str], probability: float, strength: float
+) -> Tensor:
+    """Mirror, turn, shift, crop and distort, by one interpolation. What is uncovered is black."""
     count, device = len(images), images.device
     scale, shift = torch.ones(count), torch.zeros(count, 2)  # of the window that is cut out, in units of half a side
     sign = torch.ones(count)
     if "mirrored" in kinds:
         sign = 1 - 2 * _drawn(count, probability, generator).float()
     if "cropped" in kinds:
-        part = CROP * torch.rand(count, generator=generator) * _drawn(count, probability, generator)
+        part = strength * CROP * torch.rand(count, generator=generator) * _drawn(count, probability, generator)
         scale = 1 - part
         shift = shift + part[:, None] * (2 * torch.rand(count, 2, generator=generator) - 1)
     if "shifted" in kinds:
         drawn = _drawn(count, probability, generator)[:, None]
-        shift = shift + drawn * 2 * SHIFT * (2 * torch.rand(count, 2, generator=generator) - 1)
+        shift = shift + drawn * 2 * strength * SHIFT * (2 * torch.rand(count, 2, generator=generator) - 1)
+    angle = torch.zeros(count)
+    if TURNED in kinds:
+        drawn = _drawn(count, probability, generator)
+        angle = drawn * strength * math.radians(ANGLE) * (2 * torch.rand(count, generator=generator) - 1)
     points = None
     if "distorted" in kinds:
         drawn = _drawn(count, probability, generator)[:, None, None, None]
         points = drawn * 2 * DISTORTION * (2 * torch.rand(count, 2, KNOTS, KNOTS, generator=generator) - 1)
-    if points is None and not {"mirrored", "cropped", "shifted"} & set(kinds):
+    if points is None and not {"mirrored", "cropped", "shifted", TURNED} & set(kinds):
         return images
-    rows = torch.stack([torch.stack([sign * scale, 0 * scale, shift[:, 0]], 1)], 1)
-    rows = torch.cat([rows, torch.stack([0 * scale, scale, shift[:, 1]], 1)[:, None]], 1)
+    cosine, sine = scale * angle.cos(), scale * angle.sin()
+    entries = [sign * cosine, -sine, shift[:, 0], sign * sine, cosine, shift[:, 1]]
+    rows = torch.stack(entries, 1).view(count, 2, 3)
     grid = F.affine_grid(upload(rows, device), list(images.shape), align_corners=False)  # (n, H, W, 2)
     if points is not None:
         field = F.interpolate(upload(points, device), images.shape[2:], mode="bicubic", align_corners=True)
@@ -149,9 +161,9 @@ def _resized(images: Tensor, chosen: Tensor, generator: torch.Generator) -> Tens
     return images
 
 
-def _recoloured(images: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
+def _recoloured(images: Tensor, chosen: Tensor, generator: torch.Generator, strength: float) -> Tensor:
     """Change brightness, then contrast about the mean of the image."""
-    factors = 1 + chosen[:, None] * torch.tensor([BRIGHTNESS, CONTRAST]) * (
+    factors = 1 + chosen[:, None] * strength * torch.tensor([BRIGHTNESS, CONTRAST]) * (
         2 * torch.rand(len(images), 2, generator=generator) - 1
     )
     brightness, contrast = upload(factors, images.device)[:, :, None, None, None].unbind(1)

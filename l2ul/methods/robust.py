@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from l2ul import objective
 from l2ul.common import seeds
 from l2ul.common.device import upload
-from l2ul.data.changes import changed_copies
+from l2ul.data.changes import TESTED, TRAINED, changed_copies
 from l2ul.data.mixes import mixes
 from l2ul.methods.distill import DistillProcedure
 from l2ul.methods.registry import Step, Terms
@@ -96,8 +96,14 @@ class RobustProcedure(DistillProcedure):
         order = torch.cat([torch.randperm(len(self.forget), generator=generator) for _ in range(passes)])[:size]
         order = upload(order, device)
         images, stored = self.forget.images[order], max(1, size // STORED)
-        copies = changed_copies(images[stored:], generator)
+        copies = self._changed(images[stored:], generator)
         return torch.cat([images[:stored], copies]), self.forget.target_labels[order]
+
+    def _changed(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        settings = self.settings
+        kinds = TRAINED if settings.robust_turns else TESTED
+        options = {"probability": settings.robust_probability, "strength": settings.robust_strength}
+        return changed_copies(images, generator, kinds, **options)
 
     def _companions(self) -> Tensor:
         """Draw mixes of D_f that share the statistics of batch-norm with B."""
@@ -116,7 +122,7 @@ class RobustProcedure(DistillProcedure):
     def _weighted_gaps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         changed = round(self.settings.robust_mixes * len(images))
         if changed:
-            images = torch.cat([changed_copies(images[:changed], self.generator), images[changed:]])
+            images = torch.cat([self._changed(images[:changed], self.generator), images[changed:]])
         return super()._weighted_gaps(images)
 
     @torch.no_grad()
@@ -127,7 +133,7 @@ class RobustProcedure(DistillProcedure):
         forgotten = []
         for part in order.split(CHUNK):
             part = upload(part, self.forget.images.device)
-            predictions = self.model(changed_copies(self.forget.images[part], generator)).argmax(1)
+            predictions = self.model(changed_copies(self.forget.images[part], generator, TESTED)).argmax(1)
             labels = self.forget.target_labels[part]
             forgotten.append(objective.is_forgotten(predictions, labels, self.forget.goal))
         share = torch.cat(forgotten).view(CHECKED, -1).float().mean(0)

@@ -177,6 +177,15 @@ class Settings(_Declared):
     robust_pool: int = _declare(
         256, "copies of D_f per step, of which the worst are trained on", "teacher", minimum=2, in_id="if changed"
     )
+    robust_strength: float = _declare(
+        1.0, "strength of the changes in training, relative to those in use", "teacher", above=0, in_id="if changed"
+    )
+    robust_turns: int = _declare(
+        0, "1: copies are also turned by up to 10 degrees", "teacher", maximum=1, in_id="if changed"
+    )
+    robust_probability: float = _declare(
+        1 / 3, "probability of each change to be in a copy", "teacher", maximum=1, in_id="if changed"
+    )
     robust_margin: float = _declare(
         1.0, "margin on the copies in the second half of a cycle", "teacher", unit="logits", in_id="if changed"
     )

@@ -17,7 +17,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("kind", changes.KINDS)
+@pytest.mark.parametrize("kind", [*changes.KINDS, changes.TURNED])
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 17, 23)])
 def test_each_kind_changes_images_a_little_and_reproducibly(kind, shape, images):
     images = torch.nn.functional.interpolate(images[:, : shape[0]], shape[1:])

@@ -176,10 +176,7 @@ def test_an_image_of_an_earlier_request_keeps_its_first_label(forget, script, ti
     assert (code, report["trials"]) == (0, [])  # the images are forgotten already
     assert {(row["state"], row["forgotten_earlier"]) for row in report["images"]} == {("not recognised before", True)}
     page = (tmp_path / "second" / "report.html").read_text()
-    assert (
-        "0 of 6 images are forgotten as stored (0 as used), 6 were not recognised before (6 forgotten by an earlier request)"
-        in page
-    )
+    assert "0 of 6 images are forgotten as stored (0 as used), 6 were not recognised before (6 forgotten by" in page
     assert [row["label"] for row in report["images"]] == tiny[2][:6].tolist()
     assert report["asked"]["labels"] == "predictions of the model; for 6 images the label of an earlier request"
     words = ["--verify", tmp_path / "second" / "report.json", "--images", tmp_path / "in", *BUILT]

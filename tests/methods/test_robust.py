@@ -24,7 +24,7 @@ def forget(trained):
 
 
 def procedure(model, forget, settings):
-    return robust.RobustProcedure(get("distill"), model, forget, settings, ForgetMonitor(model, forget))
+    return robust.RobustProcedure(get("distill"), model, forget, settings, ForgetMonitor(model, forget, None))
 
 
 def test_more_copies_are_forgotten_than_without(trained):
@@ -68,7 +68,8 @@ def test_the_loop_may_stop_only_if_copies_are_forgotten(trained, forget):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"robust_bits": 4}, {"robust_norm": 1}, {"robust_targets": 1.0}, {"robust_adversarial": 0.3}]
+    "changed",
+    [{"robust_bits": 4}, {"robust_norm": 1}, {"robust_targets": 1.0}, {"robust_adversarial": 0.3}, {"robust_turns": 1}],
 )
 def test_each_setting_runs_and_leaves_the_statistics_of_batch_norm(changed, trained):
     model, images, labels = trained
