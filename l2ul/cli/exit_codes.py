@@ -6,6 +6,7 @@
 | 1 | out of memory, disk full, loss not finite, another process of a torchrun was lost |
 | 2 | bad input |
 | 130 | stopped by Ctrl-C (SIGINT) |
+| 141 | the command that reads the output has ended, such as `head` |
 | 143 | stopped by SIGTERM, which SLURM and Docker send |
 
 This module imports torch only where it needs it, so that `--help` answers at once.
@@ -71,6 +72,8 @@ def clean_exit(program: str, after_stop: str = CONTINUES, shared: bool = False) 
                 _exit(1, f"{program}: out of memory ({first_line}); use smaller batches; {after_stop}")
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 _exit(1, f"{program}: the disk is full ({error.filename}); free some space; {after_stop}")
+            if isinstance(error, BrokenPipeError) and _has_lost_its_reader():
+                raise SystemExit(141) from None
             if not _is_loss_of_another_process(error):
                 raise
             _exit(1, f"{program}: another process of this run was lost; {after_stop}")
@@ -117,6 +120,16 @@ def _require_one_process() -> None:
         raise InputError(
             "torchrun started this script in several processes, but it uses one; start it without torchrun"
         )
+
+
+def _has_lost_its_reader() -> bool:
+    """Return whether nothing reads standard output any more. If so, what is left to print is dropped."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _is_loss_of_another_process(error: BaseException) -> bool:

@@ -3,7 +3,10 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 
+from conftest import ROOT
 import pytest
 
 from l2ul.cli import exit_codes
@@ -110,3 +113,15 @@ def test_torchrun_may_start_only_scripts_that_share_their_work(capsys, monkeypat
         assert capsys.readouterr().err.count("start it without torchrun\n") == sentences
     with exit_codes.clean_exit("script.py", shared=True):
         pass
+
+
+def test_the_end_of_the_reader_of_the_output_ends_a_script_without_a_traceback():
+    code = (
+        "from l2ul.cli import exit_codes\nwith exit_codes.clean_exit('x'):\n for n in range(9**6): print(n, flush=True)"
+    )
+    script = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert script.stdout.readline() == b"0\n"
+    script.stdout.close()
+    assert script.stderr.read() == b""
+    script.stderr.close()
+    assert script.wait(60) == 141
