@@ -153,7 +153,7 @@ def unlearn(
             inputs = {"retained": Split(*adv) if adv else retain, "importance": importance, "workers": workers}
             procedure = paper.PaperProcedure(chosen, unlearned, forget, settings, **inputs)
         loop = _Loop(unlearned, procedure, monitor)
-        if cuda_graph and procedure.has_draws:
+        if cuda_graph and procedure.is_graphable:
             loop.use_graphs(report)
         if checkpoint and procedure.is_resumable:
             code = METHOD_VERSION, torch.__version__, labels.device.type, method, chosen.code_sha256(), settings
@@ -178,7 +178,7 @@ class _Loop:
     def __init__(self, model: nn.Module, procedure: Procedure, monitor: ForgetMonitor):
         self.model, self.procedure, self.monitor = model, procedure, monitor
         self.outcome = Outcome(model, RUNNING, 0)
-        self.gradients: Graphed | None = None  # of the inputs of a step, see `use_graphs`
+        self.graphed: Graphed | None = None  # `_gradients` as a CUDA graph, see `use_graphs`
         self.started = time.perf_counter()
 
     def run(
@@ -233,12 +233,12 @@ class _Loop:
     def use_graphs(self, report: Callable[[str], object]) -> None:
         """Run gradients and measurements as CUDA graphs."""
         self.procedure.pads = True
-        self.gradients = Graphed(self._gradients, report)
+        self.graphed = Graphed(self._gradients, report)
         self.monitor.graphed = Graphed(self.monitor.numbers, report)
 
     def free(self) -> None:
         """Free the graphs and gradients, which the weights and this loop refer to."""
-        self.gradients = self.monitor.graphed = None
+        self.graphed = self.monitor.graphed = None
         self.procedure.optimizer.zero_grad()
 
     def _step(self) -> Terms | None:
@@ -246,15 +246,25 @@ class _Loop:
 
         The loop minimises the sum of the terms. Without terms, the method has changed the weights itself.
         """
-        if self.gradients:
-            terms, gradients = self.gradients(*self.procedure.draw())
-            for parameter, gradient in zip(self._parameters(), gradients, strict=True):
-                parameter.grad = gradient
+        if self.procedure.has_draws:
+            terms = self._repeatable_terms(self.procedure.draw())
         elif terms := next(self.procedure, None):
             self._backward(terms)
         if terms:
             self.procedure.optimizer.step()
             self.procedure.scheduler.step()
+        return terms
+
+    def _repeatable_terms(self, inputs: tuple[Tensor | float, ...]) -> Terms:
+        """Set the gradients of a step on these inputs and return its terms, in smaller parts if memory runs out."""
+        while True:
+            try:
+                terms, gradients = (self.graphed or self._gradients)(*inputs)
+                break
+            except (RuntimeError, MemoryError) as error:
+                self.procedure.use_smaller_parts(inputs, error)
+        for parameter, gradient in zip(self._parameters(), gradients, strict=True):
+            parameter.grad = gradient
         return terms
 
     def _gradients(self, *inputs: Tensor | float) -> tuple[Terms, list[Tensor | None]]:

@@ -319,3 +319,46 @@ def test_noise_has_the_numbers_of_the_generator_whatever_computes_it(inputs):
         for parameter, weights in zip(parameters, original, strict=True):
             drawn = torch.randn(weights.shape, generator=generator)
             assert torch.equal(parameter, weights + 0.1 * draw * weights.square().mean().sqrt() * drawn)
+
+
+class ShortOfMemory(nn.Module):
+    """A model that has no memory for more than `limit` images at a time. `refused` counts the calls of all copies."""
+
+    refused = 0
+
+    def __init__(self, model, limit):
+        super().__init__()
+        self.model, self.limit = model, limit
+
+    def forward(self, images):
+        if len(images) > self.limit:
+            ShortOfMemory.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.model(images)
+
+
+@pytest.mark.parametrize("method", ["neggrad", "oracle", "adv", "adv_imp", "distill"])
+def test_a_step_without_memory_for_its_batches_is_repeated_in_parts_with_the_same_result(inputs, method):
+    steps = {"max_passes": 2, "distill_steps": 3, "distill_cycles": 1, "distill_mixes": 16, "distill_lr": 1e-4}
+    settings = Settings(batch_size=K, adv_batch_size=16, unlearn_lr=1e-4, reg_lamb=2.0, bn="eval", **steps)
+    inputs["importance"] = {f"model.{name}": omega for name, omega in inputs["importance"].items()}
+    before = ShortOfMemory.refused
+    limits = 1000, 2 if method == "neggrad" else 8
+    models = (ShortOfMemory(inputs["model"], limit) for limit in limits)
+    whole, parts = (unlearn(method=method, **inputs | {"model": model}, settings=settings) for model in models)
+    assert ShortOfMemory.refused > before
+    assert (parts.status, parts.steps) == (whole.status, whole.steps)
+    for one, other in zip(whole.curve, parts.curve, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+    one, other = (parameters_to_vector(outcome.model.parameters()) for outcome in (whole, parts))
+    assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_stay_whole_where_parts_would_give_another_result(inputs):
+    inputs["importance"] = None
+    short = ShortOfMemory(inputs["model"], 8)
+    with pytest.raises(torch.OutOfMemoryError):  # statistics of batch-norm are those of the batch
+        unlearn(method="adv", **inputs | {"model": short}, settings=Settings(batch_size=K, adv_batch_size=16))
+    settings = Settings(distill_mixes=16, distill_confidence=1.0)
+    with pytest.raises(torch.OutOfMemoryError):
+        unlearn(method="distill", **inputs | {"model": short}, settings=settings)

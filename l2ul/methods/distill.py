@@ -27,6 +27,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
 
 from l2ul import objective
 from l2ul.common import activations, seeds
@@ -35,7 +36,7 @@ from l2ul.common.device import upload
 from l2ul.common.fused_optimizers import fused
 from l2ul.common.modes import frozen_copy
 from l2ul.methods.monitor import ForgetMonitor
-from l2ul.methods.procedure import Procedure
+from l2ul.methods.procedure import InParts, Procedure, smaller_parts
 from l2ul.methods.registry import BUILT_IN, Method, Step, Terms
 from l2ul.methods.settings import Settings, override
 from l2ul.methods.stand_ins import StandIns
@@ -88,7 +89,8 @@ class DistillProcedure(Procedure):
         self.max_steps = settings.distill_cycles * length
         self.stop_every = length
         self.separate = frozenset({"forget"} if method in BUILT_IN else ())
-        self.has_draws = method in BUILT_IN and type(self) is DistillProcedure
+        self.has_draws = self.is_graphable = method in BUILT_IN and type(self) is DistillProcedure
+        self.part_size: int | None = None
 
     def __next__(self) -> Terms:
         return self.method.terms(self.next_step())
@@ -121,7 +123,7 @@ class DistillProcedure(Procedure):
 
     def _step(self, images: Tensor, labels: Tensor, stand_ins: Tensor, weight: float) -> Step:
         return Step(
-            self.model,
+            InParts(self.model, self.part_size) if self.part_size else self.model,
             self.forget.goal,
             Batch(images, labels),
             teacher_gaps=lambda: self._weighted_gaps(stand_ins),
@@ -131,11 +133,24 @@ class DistillProcedure(Procedure):
         )
 
     def _weighted_gaps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        settings = self.settings
+        settings, parts = self.settings, images.split(self.part_size or len(images))
         if settings.distill_ascent:
-            images = self.teacher.farther(self.model, images, settings.distill_ascent)
-        logits_gap, features_gap = self.teacher.gaps(self.model, images, settings.distill_confidence)
-        return self.settings.distill_logits * logits_gap, self.settings.distill_features * features_gap
+            parts = [self.teacher.farther(self.model, part, settings.distill_ascent) for part in parts]
+        if len(parts) == 1:
+            logits_gap, features_gap = self.teacher.gaps(self.model, *parts, settings.distill_confidence)
+        else:
+            gaps = [checkpoint(self.teacher.gaps, self.model, part, use_reentrant=False) for part in parts]
+            shares = [len(part) / len(images) for part in parts]
+            logits_gap, features_gap = (
+                sum(share * gap for share, gap in zip(shares, values, strict=True))
+                for values in zip(*gaps, strict=True)
+            )
+        return settings.distill_logits * logits_gap, settings.distill_features * features_gap
+
+    def use_smaller_parts(self, inputs: tuple[Tensor | float, ...], error: BaseException) -> None:
+        if self.settings.distill_confidence:  # its weights depend on the whole batch
+            raise error
+        self.part_size = smaller_parts(self.model, self.part_size, inputs, error)
 
     def state_dict(self) -> dict[str, object]:
         """Return the weight of the forget loss and the state of the generator."""

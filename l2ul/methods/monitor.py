@@ -9,11 +9,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from l2ul.common.memory import smaller_batch
 from l2ul.common.modes import eval_mode
 from l2ul.common.precision import exactly
 from l2ul.objective import Forget, Terms
 
-BATCH_SIZE = 512  # images of D_f per forward pass
+BATCH_SIZE = 512  # images of D_f per forward pass, as long as memory is sufficient
 
 
 class ForgetMonitor:
@@ -29,6 +30,7 @@ class ForgetMonitor:
         new = None if forget.new_labels is None else forget.new_labels.cpu()
         self.forget = replace(forget, labels=forget.labels.cpu(), new_labels=new)
         self.model, self.predict = model, predict
+        self.batch_size = BATCH_SIZE
         self.graphed: Callable[[], Tensor] | None = None  # `numbers` as a CUDA graph
 
     @cached_property
@@ -71,7 +73,11 @@ class ForgetMonitor:
     @torch.no_grad()
     def _predict(self) -> Tensor:
         with eval_mode(self.model):  # batch-norms stay unfolded: folding at each step costs more than it saves
-            return torch.cat([self.model(part) for part in self.forget.images.split(BATCH_SIZE)])
+            while True:
+                try:
+                    return torch.cat([self.model(part) for part in self.forget.images.split(self.batch_size)])
+                except (RuntimeError, MemoryError) as error:
+                    self.batch_size = smaller_batch(min(self.batch_size, len(self.forget)), error)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from l2ul.common.device import upload
 from l2ul.common.fused_optimizers import fused
 from l2ul.data.images import Split
 from l2ul.importance import held_weights
-from l2ul.methods.procedure import EndlessBatches, Procedure
+from l2ul.methods.procedure import EndlessBatches, InParts, Procedure, smaller_parts
 from l2ul.methods.registry import BUILT_IN, Method, Step, Terms
 from l2ul.methods.settings import Settings, override
 from l2ul.objective import Batch, Forget, forget_loss
@@ -114,8 +114,9 @@ class PaperProcedure(Procedure):
         options = {"lr": settings.unlearn_lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
         self.optimizer = fused(torch.optim.SGD, parameters, **options)
         self.scheduler = ConstantLR(self.optimizer, factor=1.0)
+        self.part_size: int | None = None
         if method in BUILT_IN:
-            self.has_draws = "noise" not in method.needs
+            self.has_draws = self.is_graphable = "noise" not in method.needs
             # in train mode each batch has a forward pass of its own
             self.separate = frozenset({"forget", "importance"} if settings.bn == "train" else {"importance"})
         labelled = Split(forget.images, forget.target_labels)
@@ -149,7 +150,7 @@ class PaperProcedure(Procedure):
         """Return the terms of the loss of a step on these batches."""
         retained = Batch(*retained) if retained else None
         step = Step(
-            self.model,
+            InParts(self.model, self.part_size) if self.part_size else self.model,
             self.goal,
             Batch(images, labels),
             adv=retained if "adv" in self.method.needs else None,
@@ -160,6 +161,9 @@ class PaperProcedure(Procedure):
             settings=self.own_values,
         )
         return self.method.terms(step)
+
+    def use_smaller_parts(self, inputs: tuple[Tensor | float, ...], error: BaseException) -> None:
+        self.part_size = smaller_parts(self.model, self.part_size, inputs, error)
 
     def state_dict(self) -> dict[str, object]:
         """Return the states of the batches and of the noise."""

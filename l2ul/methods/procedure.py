@@ -4,12 +4,15 @@ from collections.abc import Iterator
 import itertools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.checkpoint import checkpoint
 
 from l2ul.common.choices import CAP
 from l2ul.common.device import upload
+from l2ul.common.memory import smaller_batch
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split, as_pixels
 from l2ul.objective import Batch, Terms
@@ -27,7 +30,8 @@ class Procedure(Iterator[Terms]):
     separate      names of the terms that share no forward pass with another term: their gradients are added at once
     final_status  status of the outcome if the loop runs to its end
     is_resumable  whether `state_dict` holds all that decides the steps to come
-    has_draws     whether a step is `terms` of what `draw` returns, so that it can be captured as a CUDA graph
+    has_draws     whether a step is `terms` of what `draw` returns, so that the loop can repeat it
+    is_graphable  whether `terms` can be captured as a CUDA graph
     pads          set by the loop if steps are captured: inputs then have the same shapes at each step, where possible
     """
 
@@ -40,6 +44,7 @@ class Procedure(Iterator[Terms]):
     final_status: str = CAP
     is_resumable: bool = True
     has_draws: bool = False
+    is_graphable: bool = False
     pads: bool = False
 
     def draw(self) -> tuple[Tensor | float, ...]:
@@ -49,6 +54,14 @@ class Procedure(Iterator[Terms]):
     def terms(self, *inputs: Tensor | float) -> Terms:
         """Return the terms of the loss of a step, which depend on nothing but its inputs and the weights."""
         raise NotImplementedError
+
+    def use_smaller_parts(self, inputs: tuple[Tensor | float, ...], error: BaseException) -> None:
+        """Compute later steps in smaller parts of their batches, after an error of a step with these inputs.
+
+        The terms and gradients are the same up to rounding. Raises the error if it is not about memory or the result
+        would be another one.
+        """
+        raise error
 
     def may_stop(self) -> bool:
         """Return whether the loop may stop after a step after which D_f is forgotten."""
@@ -121,3 +134,35 @@ def shuffled(split: Split, batch_size: int, generator: torch.Generator, workers:
         loaded = (upload(split.images[indices], device) for indices in own_order)
     for images, some in zip(loaded, labels, strict=True):
         yield Batch(as_pixels(images.to(device)), some)
+
+
+class InParts:
+    """Call a model on one part of a batch after the other, which the backward pass does again.
+
+    Only the activations of one part are in memory at a time. The model must treat each image on its own.
+
+    size  images of a part
+    """
+
+    def __init__(self, model: nn.Module, size: int):
+        self.model, self.size = model, size
+
+    @property
+    def training(self) -> bool:
+        return self.model.training
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if len(images) <= self.size:
+            return self.model(images)
+        options = {"use_reentrant": False, "preserve_rng_state": self.training}  # dropout draws the same numbers again
+        return torch.cat([checkpoint(self.model, part, **options) for part in images.split(self.size)])
+
+
+def smaller_parts(model: nn.Module, size: int | None, inputs: tuple[Tensor | float, ...], error: BaseException) -> int:
+    """Return a smaller number of images per part than `size`, None for whole batches, after an error of a step.
+
+    Raises the error if it is not about memory, or the model does not treat each image on its own.
+    """
+    if any(isinstance(module, BatchNorm) and module.training for module in model.modules()):
+        raise error
+    return smaller_batch(size or max(len(one) for one in inputs if isinstance(one, Tensor)), error)
