@@ -41,7 +41,7 @@ def forget(args: argparse.Namespace) -> int:
     from l2ul.common.progress import progress_bar
     from l2ul.deletion import checks, inventory, output, plausibility, report, search, signature, states
     from l2ul.deletion.report_schema import PAGE
-    from l2ul.deletion.request import read_keep_images, read_reference_images
+    from l2ul.deletion.request import read_reference_images, read_unlabelled
     from l2ul.deletion.verify import earlier_rows
 
     # Check what can be checked without the model.
@@ -49,7 +49,8 @@ def forget(args: argparse.Namespace) -> int:
     device = devices.choose_device(args.device, args.no_cuda, args.threads, log)
     precision.use(device, "fp32")  # of all verdicts
     settings, fixed = search.choose_settings(args.method, args.setting, args.seed)
-    output.check_output(args.output, (*args.images, args.keep_images, args.reference_images, args.model))
+    others = (args.keep_images, args.reference_images, args.surrogate)
+    output.check_output(args.output, (*args.images, *others, args.model))
     key = signature.private_key(args.sign) if args.sign else None
     statements = inventory.read_inventory(args.inventory) if args.inventory else None
 
@@ -67,9 +68,10 @@ def forget(args: argparse.Namespace) -> int:
         log(note)
     plausibility.check(request, model, args.min_known, args.single_label)
     search.check_method(args.method, request.forget.goal)
-    keep = read_keep_images(args.keep_images, model, request, args.skip_bad)
+    keep = read_unlabelled(args.keep_images, "--keep-images", model, request, args.skip_bad)
+    surrogate = read_unlabelled(args.surrogate, "--surrogate", model, request, args.skip_bad)
     references = read_reference_images(args.reference_images, model, request, args.skip_bad)
-    unlearner = make_unlearner(args, model, request, settings, precision.resolve(None, device))
+    unlearner = make_unlearner(args, model, request, settings, precision.resolve(None, device), surrogate)
     forgotten, recognised = unlearner.forgotten(original), unlearner.recognised(original)
     log(f"{len(request)} images to {request.forget.goal}; {args.method}; {devices.device_name(device)}")
     if args.dry_run:
@@ -117,6 +119,7 @@ def forget(args: argparse.Namespace) -> int:
             request_id=args.request_id,
             controller=args.controller,
             requested_on=args.requested_on,
+            surrogate=(args.surrogate, surrogate) if args.surrogate else None,
         ),
         "inventory": statements,
         "search_end": next(iter(early_end), None),
@@ -173,8 +176,8 @@ def read_images(args: argparse.Namespace, model, chain):
     return read_request(args.images[0], model, args.labels, args.skip_bad, chain, reader, args.class_order)
 
 
-def make_unlearner(args: argparse.Namespace, model, request, settings, precision: str):
-    """Return what runs the method on the request, in this precision."""
+def make_unlearner(args: argparse.Namespace, model, request, settings, precision: str, surrogate=None):
+    """Return what runs the method on the request, in this precision and with these images of --surrogate."""
     from l2ul.common.progress import progress_bar
     from l2ul.deletion.search import Unlearner
     from l2ul.metrics import robustness
@@ -191,6 +194,7 @@ def make_unlearner(args: argparse.Namespace, model, request, settings, precision
         as_used=bool(settings.robust),
         max_steps=args.max_steps,
         precision=precision,
+        surrogate=surrogate,
     )
 
 
@@ -241,7 +245,9 @@ def recorded_request(args: argparse.Namespace) -> argparse.Namespace:
 def repeat(args: argparse.Namespace, path: Path, device) -> list:
     """Carry out the request of a report again and return the checks of its result. Nothing is written."""
     from l2ul.deletion import search, verify
+    from l2ul.deletion.report import describe_surrogate
     from l2ul.deletion.report_schema import read_report
+    from l2ul.deletion.request import read_unlabelled
 
     report = read_report(path)
     try:
@@ -258,7 +264,14 @@ def repeat(args: argparse.Namespace, path: Path, device) -> list:
     if all(check.passed for check in results):
         settings, _ = search.choose_settings(args.method, args.setting, args.seed)
         precision = report.get("precision", {"search": "fp32"})["search"]
-        unlearner = make_unlearner(args, model, request, settings, precision)
+        surrogate = read_unlabelled(args.surrogate, "--surrogate", model, request, args.skip_bad)
+        unlearner = make_unlearner(args, model, request, settings, precision, surrogate)
+        if surrogate is not None:
+            row, recorded = describe_surrogate(args.surrogate, surrogate), report["asked"].get("surrogate") or {}
+            same = row["sha256"] == recorded.get("sha256")
+            finding = f"{row['images']} in {row['folder']} are {'those' if same else 'not those'} of the request"
+            results.append(verify.Check("images of --surrogate", same, finding))
+    if all(check.passed for check in results):
         results += verify.check_again(report, model, request, unlearner, settings)
     return results
 

@@ -212,6 +212,8 @@ CASES = [
     (full_output, f"{TINY} {REST}", "exists already; give a new folder"),
     (None, f"{TINY} --images {{}}/in --output {{}}/in/out", "which must stay unchanged"),
     (also_kept, f"{TINY} {REST} --keep-images {{}}/keep", "is also an image to forget"),
+    (also_kept, f"{TINY} {REST} --surrogate {{}}/keep", "of --surrogate is also an image to forget"),
+    (None, f"{TINY} {REST} --surrogate {{}}/in --method neggrad", "is for methods with a teacher"),
     (names, f"{TINY} {REST} --class-names {{}}/names.txt", "has 5 classes, but 2 class names are given"),
     (None, f"{TINY} {REST} --method oracle", "trains on the retain set"),
     (None, f"{TINY} {REST} --method nothing", "unknown method 'nothing'"),

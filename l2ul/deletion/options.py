@@ -74,6 +74,8 @@ def parse(program: str, arguments: Sequence[str] | None = None) -> argparse.Name
         raise InputError(
             f"--images names {len(args.images)} folders; give one folder per request (only --verify takes several)"
         )
+    if args.surrogate and "teacher" not in registry.get(args.method).needs:
+        raise InputError(f"--surrogate is for methods with a teacher such as distill, not {args.method}; leave it out")
     args.output = args.output.resolve()
     return args
 
@@ -246,6 +248,11 @@ def _add_method(parser: Parser) -> None:
     options.add(group, "--setting", text, type=setting, nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     text = "forget changed copies of the images too, at the price of more damage (default: none)"
     options.add(group, "--also", text, nargs="+", choices=CHANGES, default=[])
+    text = (
+        "folder of unlabelled images of the same kind that stand for the training images, for methods with a teacher "
+        "such as distill (default: stand-ins made of the images to forget)"
+    )
+    options.add(group, "--surrogate", text, type=Path, metavar="FOLDER")
     text = "folder of images that must keep their predictions; the search takes agreement on them into account"
     options.add(group, "--keep-images", text, type=Path, metavar="FOLDER")
     text = "folder of images that the model was not trained on, for measuring membership inference"

@@ -7,6 +7,7 @@ import datetime
 import hashlib
 from io import BytesIO
 import json
+from pathlib import Path
 import platform
 import re
 import shlex
@@ -20,6 +21,7 @@ from torchvision.transforms import InterpolationMode
 import torchvision.transforms.v2.functional as transforms
 
 import l2ul
+from l2ul.common.files import tensors_sha256
 from l2ul.deletion import states
 from l2ul.deletion.report_schema import AS_STORED, AS_USED, Report
 from l2ul.deletion.request import Request
@@ -71,10 +73,12 @@ def describe_request(
     request_id: str | None = None,
     controller: str | None = None,
     requested_on: str | None = None,
+    surrogate: tuple[Path, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Return the part of a report about the request and its settings.
 
-    as_used  whether images count as forgotten only if they are so as used
+    as_used    whether images count as forgotten only if they are so as used
+    surrogate  folder and images of --surrogate
     """
     return {
         "request_id": request_id,
@@ -89,9 +93,16 @@ def describe_request(
         "seed": seed,
         "also": list(also),
         "counted": AS_USED if as_used else AS_STORED,
+        "surrogate": describe_surrogate(*surrogate) if surrogate else None,
         **request.folder.reader.options,
         "image_notes": request.folder.notes,
     }
+
+
+def describe_surrogate(folder: Path, images: Tensor) -> dict[str, Any]:
+    """Return the part of a report about the images (n, 3, H, W) of --surrogate."""
+    digest = tensors_sha256({"images": images})
+    return {"folder": folder.resolve().name, "images": len(images), "sha256": digest}
 
 
 def describe_candidates(

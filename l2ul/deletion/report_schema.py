@@ -91,6 +91,14 @@ class UnreadableRow(TypedDict):
     why: str
 
 
+class SurrogateRow(TypedDict):
+    """The images of --surrogate: name of the folder, their number, and a hash of their pixels in order."""
+
+    folder: str
+    images: int
+    sha256: str
+
+
 class RequestRow(TypedDict):
     """The request: name of the image folder, goal, source of the labels, settings.
 
@@ -114,6 +122,7 @@ class RequestRow(TypedDict):
     seed: NotRequired[int]
     also: NotRequired[list[str]]
     counted: NotRequired[Annotated[str, COUNTED]]
+    surrogate: NotRequired[SurrogateRow | None]
     exif_orientation: NotRequired[Annotated[str, READING]]
     white_level: NotRequired[Annotated[float, POSITIVE] | None]
     image_notes: NotRequired[list[str]]

@@ -226,14 +226,16 @@ def labels_of_earlier_requests(
     return [None if label == target else label for label, target in zip(labels, new, strict=True)]
 
 
-def read_keep_images(folder: Path | None, model: DeployedModel, request: Request, skip_bad: bool) -> Tensor | None:
-    """Return images (n, 3, H, W) uint8 that must keep their predictions, on the model's device; None for no folder.
+def read_unlabelled(
+    folder: Path | None, flag: str, model: DeployedModel, request: Request, skip_bad: bool
+) -> Tensor | None:
+    """Return the images (n, 3, H, W) uint8 of --keep-images or --surrogate on the model's device; None for no folder.
 
     Their labels are not read, so subfolders may have any names. Raises InputError as `_read_others` does.
     """
     if folder is None:
         return None
-    return _read_others(folder, "--keep-images", model, request, skip_bad).images.to(request.images.device)
+    return _read_others(folder, flag, model, request, skip_bad).images.to(request.images.device)
 
 
 def read_reference_images(folder: Path | None, model: DeployedModel, request: Request, skip_bad: bool) -> Split | None:

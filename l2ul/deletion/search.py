@@ -98,6 +98,7 @@ class Unlearner:
     as_used     whether an image counts as forgotten only if it is so as used, see `robustness.as_used`
     max_steps   each candidate ends after so many steps at most, as if time were up; None: no such limit
     precision   in which `unlearn` computes, on the device of the model
+    surrogate   (n, 3, H, W) unlabelled images that stand for D_r, see `unlearn.unlearn`
     """
 
     model: nn.Module
@@ -112,6 +113,7 @@ class Unlearner:
     max_steps: int | None = None
     precision: str = "fp32"
     probes: list[Probe] = field(default_factory=list)
+    surrogate: Tensor | None = None
     _inputs: dict[str, object] = field(default_factory=dict)  # D_adv and importance, made once
 
     @property
@@ -180,6 +182,7 @@ class Unlearner:
             return (self.max_steps is None or step < self.max_steps) and (go_on is None or go_on())
 
         options = {"new_labels": self.train_set.new_labels, "settings": settings, "go_on": continues, "on_step": look}
+        options["surrogate"] = self.surrogate
         options["predict"] = lambda model: accuracy.predict(model, images, fold=False)  # as `forgotten` measures
         return unlearn.unlearn(self.model, images, labels, self.method, **options, **self._inputs)
 

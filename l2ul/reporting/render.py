@@ -255,15 +255,21 @@ def _note_on_bold(rows: pd.DataFrame) -> list[str]:
     compared = [columns.get(name).heading for name in columns.ordered(rows["metric"]) if columns.get(name).compared]
     return [
         f"**Bold**: the best value of a column ({', '.join(compared)}), among rows that forgot all of D_f in every "
-        f"run and do not train on D_r. `before` and published numbers are not compared."
+        f"run and do not train on D_r{_and_surrogates(rows)}. `before` and published numbers are not compared."
     ]
+
+
+def _and_surrogates(rows: pd.DataFrame) -> str:
+    return " or surrogate images" if (rows["needs"] == "D_f, surrogate").any() else ""
 
 
 def _notes_on_marks(rows: pd.DataFrame) -> list[str]:
     notes = _note_on_bold(rows)
-    trained = sorted(set(rows.loc[rows["needs_retain"], "method"]))
+    trained = sorted(set(rows.loc[rows["needs"] == "D_f, D_r", "method"]))
     if trained:
         notes.append(f"Methods that train on D_r: {', '.join(f'`{name}`' for name in trained)}.")
+    if _and_surrogates(rows):
+        notes.append("surrogate=…: trained on unlabelled images too that are neither D_f nor D_r, as the brackets say.")
     if ((rows["n"] > 0) & (rows["n"] < rows["runs"])).any():
         notes.append("(2 of 3; 1 cap): the mean is over 2 of 3 runs; the brackets count how the other runs ended.")
     if rows["diverged"].any():

@@ -129,9 +129,16 @@ def _about(block: Block, runs: list[Record]) -> Record:
         "settings": json.dumps(first["differs"], sort_keys=True),
         "runs": len(runs),
         **{name: sum(run["status"] == status for run in runs) for status, name in SHORT.items()},
-        "needs_retain": bool(first["needs_retain"]),
+        "needs": _needs(first),
         "forgot": all(_forgot(run) for run in runs),
     }
+
+
+def _needs(run: Record) -> str:
+    """Return which images a method was run with."""
+    if run["method"] == "before":
+        return "none"
+    return "D_f, D_r" if run["needs_retain"] else "D_f, surrogate" if run.get("surrogate") else "D_f"
 
 
 def _statistics(runs: list[Record], metric: str) -> Record:
@@ -151,10 +158,10 @@ def _forgot(run: Record) -> bool:
 
 
 def _best(frame: pd.DataFrame) -> pd.Series:
-    """Return which means are the best of their column, among rows that forgot and did not train on D_r."""
+    """Return which means are the best of their column, among rows that forgot with the images of D_f alone."""
     shown = {name: columns.get(name) for name in frame["metric"].unique()}
     compared = frame["metric"].map(lambda name: shown[name].compared)
-    rival = compared & frame["forgot"] & ~frame["needs_retain"] & (frame["method"] != "before")
+    rival = compared & frame["forgot"] & (frame["needs"] == "D_f")
     sign = frame["metric"].map(lambda name: -1 if shown[name].better == "down" else 1)
     digits = frame["metric"].map(lambda name: shown[name].digits)
     printed = pd.Series([round(mean, n) for mean, n in zip(frame["mean"], digits, strict=True)], frame.index)
@@ -181,14 +188,14 @@ def _published(block: Block, numbers: list[Record]) -> list[Record]:
 
 def _without_runs(like: Record, method: str) -> Record:
     none = dict.fromkeys(("runs", *SHORT.values(), "n"), 0) | dict.fromkeys(("mean", "std", "mean_cap", "std_cap"))
-    return like | none | {"method": method, "row": method, "settings": "{}", "needs_retain": False, "forgot": False}
+    return like | none | {"method": method, "row": method, "settings": "{}", "needs": "D_f", "forgot": False}
 
 
 def to_csv(frame: pd.DataFrame) -> str:
     """Return the numbers as CSV. Unknown values are empty."""
     names = [
         *BLOCK,
-        *("continual_step", "k", "method", "row", "settings", "metric", "mean", "std", "n", "runs"),
+        *("continual_step", "k", "method", "row", "settings", "needs", "metric", "mean", "std", "n", "runs"),
         *SHORT.values(),
         *("mean_cap", "std_cap", "bold", "published", "published_source"),
     ]

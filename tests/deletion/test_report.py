@@ -143,6 +143,20 @@ def test_the_same_weights_and_predictions_result_again(forget, script, tmp_path)
     assert repeated["model"]["after"] == report["model"]["after"]
 
 
+def test_images_of_surrogate_are_named_and_needed_again(forget, script, tiny, tmp_path):
+    save_images(tmp_path / "week", tiny[1][10:20])
+    code, report, printed = forget("--surrogate", tmp_path / "week")
+    assert code == 0, printed
+    assert (report["asked"]["surrogate"]["folder"], report["asked"]["surrogate"]["images"]) == ("week", 10)
+    assert "10 unlabelled images in week" in (tmp_path / "out" / "report.html").read_text()
+    code, printed = verify(script, tmp_path, "--again")
+    assert code == 0, printed
+    assert "ok     images of --surrogate: 10 in week are those of the request" in printed
+    next((tmp_path / "week").iterdir()).unlink()
+    code, printed = verify(script, tmp_path, "--again")
+    assert (code, "FAILED images of --surrogate: 9 in week are not those" in printed) == (3, True)
+
+
 def test_a_run_that_the_time_limit_ended_is_repeated(forget, script, tmp_path):
     settings = ["--setting", "distill_steps=40", "distill_mixes=16", "distill_lr=0.01"]
     _, report, printed = forget(*settings, "--max-steps", 23)

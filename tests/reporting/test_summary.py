@@ -86,6 +86,21 @@ def test_other_settings_and_weights_are_rows_of_their_own(folder, tables):
     assert "## Missing" not in markdown  # rows with brackets are extras
 
 
+def test_rows_with_surrogate_images_are_named_and_not_compared(folder, tables, tmp_path):
+    folder(
+        {"method": "distill", "acc_test": 88.0},
+        {"method": "distill", "acc_test": 90.0, "surrogate": "test:0-500"},
+        {"method": "distill", "acc_test": 90.0, "surrogate": "test:0-500", "seed": 1},
+        {"method": "distill", "acc_test": 88.0, "seed": 1},
+    )
+    markdown = tables()
+    assert cells(markdown, "distill")[2] == "**88.00 ± 0.00**"
+    assert cells(markdown, "distill (surrogate=test:0-500)")[2] == "90.00 ± 0.00"
+    assert "do not train on D_r or surrogate images" in markdown
+    needs = dict(csv(tmp_path)[["row", "needs"]].drop_duplicates().itertuples(index=False))
+    assert needs == {"distill": "D_f", "distill (surrogate=test:0-500)": "D_f, surrogate"}
+
+
 def test_of_two_equally_frequent_settings_the_default_is_the_main_row(folder, tables):
     folder({"bn": "eval", "acc_test": 20.0}, {})
     assert cells(tables(), "adv (bn=eval)")[2] == "20.00"
