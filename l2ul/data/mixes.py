@@ -17,6 +17,8 @@ MIXED = (0.3, 0.7)  # range of the weight of the first image in a blend
 PATCH = (0.4, 0.75)  # range of the side of a patch, as a share of the image's side
 CROP = (0.5, 0.8)  # range of the side of a crop, likewise
 ROTATION = 15.0  # largest angle of a crop, in degrees
+HUE = (45.0, 315.0)  # range of the rotation of hues, in degrees
+CONTRAST = (0.6, 1.4)  # range of the factor of differences from the mean of an image
 GAIN = (0.75, 1.25)  # range of the factor of each colour channel of a crop
 SPLIT = (0.3, 0.7)  # range of the place where a collage is divided
 AMPLITUDE = (0.3, 0.9)  # range of the weight of the second image's amplitude in a mixed spectrum
@@ -42,6 +44,23 @@ def triples(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
 def copies(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Shift and mirror images at random."""
     return _shifted(images[upload(torch.randint(len(images), (count,), generator=generator), images.device)], generator)
+
+
+def recoloured(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Rotate the hue of an image by an angle from HUE and change its contrast, and shift and mirror it at random.
+
+    The rotation is about the grey axis of the colour space. Grey images (k, 1, H, W) only change their contrast.
+    """
+    chosen = images[upload(torch.randint(len(images), (count,), generator=generator), images.device)]
+    angle = torch.deg2rad(_uniform(HUE, (count,), generator))
+    contrast = _uniform(CONTRAST, (count, 1, 1, 1), generator)
+    if images.shape[1] == 3:
+        across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+        cosine, sine = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
+        rotation = cosine * torch.eye(3) + sine * across + (1 - cosine) / 3
+        chosen = torch.einsum("nij,njhw->nihw", upload(rotation, images.device), chosen)
+    mean = chosen.mean((1, 2, 3), keepdim=True)
+    return _shifted((mean + upload(contrast, images.device) * (chosen - mean)).clamp(0, 1), generator)
 
 
 def patches(images: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -215,9 +215,9 @@ class Settings(_Declared):
     distill_stand_ins: str = _declare(
         "mixes",
         "kinds of stand-ins for D_r, in equal parts. Made of D_f: mixes (blends of two images), triples (of three), "
-        "copies (shifted and mirrored), patches (of one image in another), crops (enlarged, rotated, with other "
-        "colours), collages (of four crops), spectra (phase of one image, amplitudes of two). Made of D_f and θ⁰: "
-        "synthesised, synthesised_mixes (with D_f), adversarial",
+        "copies (shifted and mirrored), recoloured (with other hues), patches (of one image in another), crops "
+        "(enlarged, rotated, with other colours), collages (of four crops), spectra (phase of one image, amplitudes "
+        "of two). Made of D_f and θ⁰: synthesised, synthesised_mixes (with D_f), adversarial",
         "teacher",
         choices=STAND_INS,
         several=True,

@@ -32,6 +32,7 @@ MIXED_KINDS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
     "mixes": mixes.mixes,
     "triples": mixes.triples,
     "copies": mixes.copies,
+    "recoloured": mixes.recoloured,
     "patches": mixes.patches,
     "crops": mixes.crops,
     "collages": mixes.collages,
