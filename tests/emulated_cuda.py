@@ -5,8 +5,9 @@ torch for the rest of the process, so it belongs in a process of its own, and be
 
 The device refuses what CUDA refuses: tensors of two devices in one operation (except CPU scalars and CPU indices),
 NumPy arrays of its tensors, and CPU generators for its tensors. With `as_mps()` it says `mps` and refuses float64.
-`counting()` counts kernels and host synchronisations, by the line of the project that causes them. It emulates neither
-pinned memory, autocast, limits of memory nor several GPUs.
+`counting()` counts kernels and host synchronisations, by the line of the project that causes them. A CUDA graph repeats
+operations on the memory of its capture, in which the host must not wait. Not emulated are pinned memory, streams,
+autocast, limits of memory and several GPUs.
 
 How it works: torch knows the device as PrivateUse1. `Emulated` is a tensor subclass whose `__torch_dispatch__` computes
 each operation on the values, and whose `device` is the CUDA device. `Devices` translates the name `cuda` in the
@@ -48,6 +49,7 @@ class Counts:
 
 _visible = torch.device("cuda", 0)  # the device that its tensors say they are on
 _counts: list[Counts] = []  # those of the `counting` blocks that are open
+_capture: "CUDAGraph | None" = None  # the graph that is being captured
 
 
 @contextlib.contextmanager
@@ -88,6 +90,8 @@ def _count_kernels(operation: object, number: int = 1) -> None:
 
 
 def _count_synchronisation(operation: object) -> None:
+    if _capture:
+        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({operation} at {_place()})")
     for counts in _counts:
         counts.synchronisations[f"{operation} {_place()}"] += 1
 
@@ -193,11 +197,32 @@ def _compute(function, args: tuple, kwargs: dict[str, object]) -> object:
         if not _is_internal(plain_kwargs["device"]):  # such as new_zeros of an emulated tensor on the CPU
             return function(*plain_args, **plain_kwargs)
         plain_kwargs["device"] = torch.device("cpu")
+    _count_kernels(function, _number_of_kernels(function, args))
+    written = _written(function, args, kwargs)
+    if _capture:
+        _capture.keep([*pytree.tree_map(_values, written), *(plain_args[3:5] if "batch_norm" in str(function) else ())])
     result = function(*plain_args, **plain_kwargs)
     if function is aten.convolution_backward.default and result[1] is not None:
         result = (result[0], _as_cudnn(result[1], plain_args[1]), result[2])
-    _count_kernels(function, _number_of_kernels(function, args))
-    return _same_objects(function, args, kwargs, pytree.tree_map(_wrapped, result))
+    if _capture:
+        _capture.record(function, plain_args, plain_kwargs, result)
+    result = pytree.tree_map(_wrapped, result)
+    for tensor in pytree.tree_leaves(written):
+        if isinstance(tensor, Emulated) and tensor.shape != tensor.values.shape:
+            raise NotImplementedError(f"{function} changes the shape of a tensor, which is not emulated")
+    returns = function._schema.returns
+    if written and len(returns) <= 1 and all(one.alias_info is not None for one in returns):
+        return written[0] if returns else None
+    return result
+
+
+def _written(function, args: tuple, kwargs: dict[str, object]) -> list[object]:
+    """Return the arguments that an operation changes in place, as its schema says."""
+    return [
+        args[place] if place < len(args) else kwargs.get(one.name)
+        for place, one in enumerate(function._schema.arguments)
+        if one.alias_info is not None and one.alias_info.is_write
+    ]
 
 
 def _as_cudnn(gradient: Tensor, inputs: Tensor) -> Tensor:
@@ -240,10 +265,15 @@ def _copy(function, args: tuple, kwargs: dict[str, object]) -> object:
         device = kwargs.pop("device", None)
         to_device = isinstance(source, Emulated) if device is None else _is_internal(device)
         result = function(_values(source), **kwargs)
+        if _capture:
+            _capture.record(function, (_values(source),), kwargs, result)
         result = _wrapped(result) if to_device else result
     else:
         target, source = args[:2] if function is aten.copy_.default else args[1::-1]
         to_device, is_blocking = isinstance(target, Emulated), not (args[2] if len(args) > 2 else False)
+        if _capture:
+            _capture.keep([_values(target)])
+            _capture.record(aten.copy_.default, (_values(target), _values(source)), {}, _values(target))
         _values(target).copy_(_values(source))
         result = target
     if _visible.type == "mps" and to_device and result.dtype == torch.float64:
@@ -262,23 +292,6 @@ def _number_of_kernels(function, args: tuple) -> int:
     if function is aten.convolution_backward.default:  # of inputs, and of weights
         return 2 if sum(args[-1]) > 1 else 1
     return 1
-
-
-def _same_objects(function, args: tuple, kwargs: dict[str, object], result: object) -> object:
-    """Return the result of an operation; of one in place, the tensors that it changed, which keep their shapes."""
-    arguments = function._schema.arguments
-    written = [
-        args[place] if place < len(args) else kwargs.get(one.name)
-        for place, one in enumerate(arguments)
-        if one.alias_info is not None and one.alias_info.is_write
-    ]
-    for tensor in pytree.tree_leaves(written):
-        if isinstance(tensor, Emulated) and tensor.shape != tensor.values.shape:
-            raise NotImplementedError(f"{function} changes the shape of a tensor, which is not emulated")
-    returns = function._schema.returns
-    if written and len(returns) <= 1 and all(one.alias_info is not None for one in returns):
-        return written[0] if returns else None
-    return result
 
 
 def _on_device(values: Tensor) -> Tensor:
@@ -320,7 +333,11 @@ class Devices(TorchFunctionMode):
             _count_synchronisation("copy to the device")
         if not function.__name__.startswith("empty"):
             _count_kernels(function.__name__)
-        return _on_device(function(*args, **kwargs | {"device": "cpu"}))
+        kwargs = kwargs | {"device": "cpu"}
+        values = function(*args, **kwargs)
+        if _capture:
+            _capture.record(function, args, kwargs, values)
+        return _on_device(values)
 
 
 def _as_index(index: object) -> object:
@@ -340,6 +357,47 @@ def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memor
 
 def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None) -> Tensor:
     return _on_device(torch.empty_strided(size, stride, dtype=dtype))
+
+
+class CUDAGraph:
+    """The operations of a capture, which change nothing until `replay` repeats them on the same memory."""
+
+    def __init__(self):
+        self._operations: list[tuple] = []
+        self._before: list[tuple[Tensor, Tensor]] = []  # tensors that operations change, and their values
+
+    def keep(self, tensors: list[object]) -> None:
+        """Remember the values of tensors that the next operation changes."""
+        leaves = [one for one in pytree.tree_leaves(tensors) if isinstance(one, Tensor)]
+        self._before += [(tensor, tensor.clone()) for tensor in leaves]
+
+    def record(self, *operation: object) -> None:
+        """Add an operation: function, arguments, keyword arguments and result."""
+        self._operations.append(operation)
+
+    @contextlib.contextmanager
+    def capture(self, **options: object) -> Iterator[None]:
+        global _capture
+        _capture = self
+        try:
+            yield
+        finally:
+            _capture = None
+            for tensor, values in reversed(self._before):
+                tensor.copy_(values)
+            self._before.clear()
+
+    def replay(self) -> None:
+        _count_kernels("graph")
+        for function, args, kwargs, result in self._operations:
+            new = function(*args, **kwargs)
+            for target, values in zip(pytree.tree_leaves(result), pytree.tree_leaves(new), strict=True):
+                if isinstance(target, Tensor) and target.data_ptr() != values.data_ptr():  # not a view or in place
+                    target.copy_(values)
+
+
+class _Stream:
+    def wait_stream(self, stream: "_Stream") -> None: ...
 
 
 class Generator(torch.Generator):
@@ -363,6 +421,13 @@ class _Backend(_DummyBackendModule):
         return [torch.bfloat16, torch.float16]
 
 
+def _inference_mode(mode: object = True) -> object:
+    """Turn gradients off: in inference mode itself, tensor subclasses do not support views."""
+    if callable(mode):
+        return torch.no_grad()(mode)
+    return torch.no_grad() if mode else contextlib.nullcontext()
+
+
 def _install() -> torch.library.Library:
     """Register the device and replace what asks for a GPU; return the library, which must stay alive."""
     _setup_privateuseone_for_python_backend(NAME, _Backend())
@@ -371,7 +436,7 @@ def _install() -> torch.library.Library:
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
     torch.autograd.set_multithreading_enabled(False)  # so that the line of a kernel of a backward pass is known
     torch.__future__.set_swap_module_params_on_conversion(True)  # model.to(device) keeps the parameters, as on CUDA
-    torch.inference_mode = torch.no_grad  # tensor subclasses do not support views in inference mode
+    torch.inference_mode = _inference_mode
     Tensor.pin_memory = lambda self, device=None: self
     nothing = lambda *_: None  # noqa: E731
     replacements = {
@@ -386,6 +451,14 @@ def _install() -> torch.library.Library:
         "synchronize": nothing,
         "get_rng_state": _Backend.get_rng_state,
         "set_rng_state": _Backend.set_rng_state,
+        "CUDAGraph": CUDAGraph,
+        "graph": CUDAGraph.capture,
+        "graph_pool_handle": lambda: (0, 0),
+        "Stream": _Stream,
+        "current_stream": _Stream,
+        "set_stream": nothing,
+        "stream": contextlib.nullcontext,
+        "device": contextlib.nullcontext,
         "is_bf16_supported": lambda **_: True,
     }
     for name, function in replacements.items():

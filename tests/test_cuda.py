@@ -241,17 +241,19 @@ def test_what_cuda_refuses():
 
 
 counts_kernels = pytest.mark.skipif(emulated_cuda is None, reason="the emulated device counts them")
-STEPS = {  # kernels and synchronisations at most, of ResNet-18, by method and mode of batch-norm
-    ("neggrad", "train"): (280, 3),
-    ("adv", "train"): (540, 5),
-    ("adv_imp", "train"): (610, 5),
-    ("adv_imp", "eval"): (350, 5),
-    ("distill", "eval"): (560, 1),
+STEPS = {  # most kernels of a step of ResNet-18, by method, mode of batch-norm and whether steps are CUDA graphs
+    ("neggrad", "train", False): 260,
+    ("adv", "train", False): 440,
+    ("adv_imp", "train", False): 450,
+    ("adv_imp", "eval", False): 290,
+    ("distill", "eval", False): 560,
+    ("adv_imp", "train", True): 20,
+    ("distill", "eval", True): 35,
 }
 PASSES = {"attack": (125, 0), "importance": (175, 0)}  # of an iteration of PGD, and of an image
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def resnet18():
     """Return a network, images and labels, of which none is ever forgotten."""
     torch.manual_seed(0)
@@ -261,22 +263,54 @@ def resnet18():
 
 
 @counts_kernels
-@pytest.mark.parametrize(("method", "bn"), STEPS)
-def test_a_step_has_few_kernels_and_synchronisations(resnet18, method, bn, monkeypatch):
+@pytest.mark.parametrize(("method", "bn", "graph"), STEPS)
+def test_a_step_has_few_kernels_and_one_synchronisation(resnet18, method, bn, graph, monkeypatch):
     """The numbers do not depend on the number of images in a step."""
     monkeypatch.setattr(objective.Forget, "is_forgotten", lambda self, predictions: predictions != predictions)
+    steps = 5 if graph else 2  # a graph replaces the passes from the fourth step on
     rates = {"unlearn_lr": 1e-12, "distill_lr": 1e-12}
-    settings = Settings(**LOOP | rates | {"bn": bn, "max_passes": 4, "distill_steps": 4})
+    settings = Settings(**LOOP | rates | {"bn": bn, "max_passes": steps, "distill_steps": steps})
     adv = torch.rand(3, 3, 32, 32, device=CUDA), torch.arange(3, device=CUDA)
     omega = importance.mas_importance(resnet18[0], resnet18[1][:1])
     after = []
     with emulated_cuda.counting() as counts:
         on_step = lambda row: after.append((counts.copy(), row))  # noqa: E731
-        unlearn.unlearn(*resnet18, method, adv=adv, importance=omega, settings=settings, on_step=on_step)
-    step = after[3][0] - after[2][0]
-    kernels, synchronisations = STEPS[method, bn]
-    assert step.synchronisations.total() <= synchronisations, step.synchronisations
-    assert step.kernels.total() <= kernels, step.kernels.most_common(40)
+        unlearn.unlearn(
+            *resnet18, method, adv=adv, importance=omega, settings=settings, on_step=on_step, cuda_graph=graph
+        )
+    step = after[-1][0] - after[-2][0]
+    assert step.synchronisations.total() <= 1, step.synchronisations
+    assert step.kernels.total() <= STEPS[method, bn, graph], step.kernels.most_common(40)
+
+
+@pytest.mark.parametrize("method", ["neggrad", "adv_imp", "distill"])
+def test_a_loop_of_cuda_graphs_ends_as_one_without(trained, method):
+    model, images, labels = (part.to(CUDA) for part in trained)
+    adv, sentences = (images[4:11], (labels[4:11] + 1) % CLASSES), []
+    settings = Settings(**LOOP | {"batch_size": 4, "max_passes": 8, "distill_steps": 12, "unlearn_lr": 1e-5})
+    options = {"adv": adv, "settings": settings, "report": sentences.append}
+    arguments = model, images[:4], labels[:4], method
+    outcomes = [unlearn.unlearn(*arguments, cuda_graph=graph, **options) for graph in (False, True)]
+    assert sentences == []
+    assert outcomes[0].steps == outcomes[1].steps >= 8
+    for eager, graphed in zip(outcomes[0].curve, outcomes[1].curve, strict=True):
+        assert graphed == pytest.approx(eager, **CLOSE)
+    for eager, graphed in zip(outcomes[0].model.parameters(), outcomes[1].model.parameters(), strict=True):
+        assert torch.allclose(eager, graphed, rtol=1e-2, atol=1e-4)
+
+
+def test_a_model_that_waits_for_the_gpu_runs_without_graphs(trained):
+    model, images, labels = (part.to(CUDA) for part in trained)
+    model.register_forward_hook(waits)
+    settings, sentences = Settings(**LOOP | {"max_passes": 6, "unlearn_lr": 1e-5}), []
+    options = {"settings": settings, "cuda_graph": True, "report": sentences.append}
+    outcome = unlearn.unlearn(model, images[:2], labels[:2], "neggrad", **options)
+    assert outcome.steps == 6
+    assert "steps run without CUDA graphs, as this model cannot be captured" in sentences[0]
+
+
+def waits(model, inputs, output):
+    assert output.sum().item() != 1
 
 
 @counts_kernels
@@ -332,7 +366,7 @@ def test_metrics_and_requests_use_no_float64_on_mps(forget, run, small, tmp_path
     with emulated_cuda.as_mps():
         with pytest.raises(TypeError, match="float64"):
             torch.ones(2, device="mps").double()
-        words = ["--model", "small", "--checkpoint", tmp_path / "small.safetensors", "--method", "adv_imp", "distill"]
+        words = ["--model", "small", "--checkpoint", tmp_path / "small.safetensors", "--method", "before"]
         words += ["--evaluate", *EVALUATIONS, "--retrained", reference, "--references", reference]
         code, _, err = run(*words, "--device", "mps", "--no-cache")
         assert code == 0, err
