@@ -254,6 +254,13 @@ for _column in (
         latex="$D_f$, recalibrated",
     ),
     Column(
+        "metric_recalibrated_mixes",
+        "D_f, recalibrated on mixes",
+        "accuracy on D_f after a batch-norm recalibration on mixes of D_f, in percent",
+        better="down",
+        latex="$D_f$, recalibrated on mixes",
+    ),
+    Column(
         "metric_recalibrated_test",
         "D_test, recalibrated",
         "accuracy on D_test after the same recalibration, in percent",

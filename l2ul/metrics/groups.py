@@ -151,15 +151,19 @@ def recalibration(outputs: RunOutputs) -> dict[str, float]:
     """Compute the accuracy on D_f and D_test after batch-norm is recalibrated on images of D_r, in percent.
 
     An unlearning that relies on the old statistics is undone by new ones. See `robustness.recalibrated`.
+    metric_recalibrated_mixes is the accuracy on D_f after a recalibration on mixes of D_f, which needs no other images.
     """
     images, _ = outputs.once("images of D_r", lambda: _sample_of_retain(outputs))
     model = robustness.recalibrated(outputs.model, images)
-    return {
-        f"metric_recalibrated_{part}": accuracy.accuracy(
-            accuracy.predict(model, outputs.split(part).images, workers=outputs.workers), outputs.labels[part]
-        )
-        for part in ("forget", "test")
+    pixels = as_pixels(outputs.split("forget").pixels().to(next(model.parameters()).device))
+    on_mixes = robustness.recalibrated(outputs.model, robustness.stand_ins(pixels))
+    predictions = {
+        "forget": accuracy.predict(model, pixels),
+        "mixes": accuracy.predict(on_mixes, pixels),
+        "test": accuracy.predict(model, outputs.split("test").images, workers=outputs.workers),
     }
+    labels = {"mixes": outputs.labels["forget"], **outputs.labels}
+    return {f"metric_recalibrated_{name}": accuracy.accuracy(one, labels[name]) for name, one in predictions.items()}
 
 
 def overforgetting(outputs: RunOutputs) -> dict[str, float]:

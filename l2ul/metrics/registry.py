@@ -168,7 +168,7 @@ EVALUATIONS = {  # by the name that --evaluate takes
     "recalibration": EvaluationGroup(
         "accuracy on D_f and D_test after batch-norm is recalibrated on images of D_r",
         "l2ul.metrics.groups:recalibration",
-        ("metric_recalibrated_forget", "metric_recalibrated_test"),
+        ("metric_recalibrated_forget", "metric_recalibrated_mixes", "metric_recalibrated_test"),
     ),
     "overforgetting": EvaluationGroup(
         "agreement with the original model on images near D_f: similar test images, and D_f with noise",
