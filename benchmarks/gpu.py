@@ -373,8 +373,8 @@ def check(session: Session, seconds: float) -> list[Task]:
         for precision in ("tf32", "bf16"):
             words = ["--method", "adv_imp", "distill", "--precision", precision, "--goal", "relabel", *fast]
             tasks.append(Task(f"digits_{precision}", script(opts, "unlearn", *digits, *words), 110))
-        words = [*results_in(opts, "check_graph"), "--method", "neggrad", "adv_imp", "distill", "--cuda-graph", "auto"]
-        tasks.append(Task("digits_graph", script(opts, "unlearn", *words), 110))
+        words = [*results_in(opts, "check_eager"), "--method", "neggrad", "adv_imp", "distill", "--cuda-graph", "off"]
+        tasks.append(Task("digits_eager", script(opts, "unlearn", *words), 110))
     tests = [*pytest, "-m", "not ray and not realdata and not cuda", "--tb=line", *workers]
     tasks.insert(1, Task("tests", [*tests, *(TESTS if not opts.tiny else ["tests/data/test_storage.py"])], 150))
     return session.run("check", tasks, opts.parallel, seconds)
@@ -537,11 +537,11 @@ def probe(session: Session, seconds: float, plan: Plan, part: str, end: float) -
     """
     opts, epochs = session.opts, 4
     precision = " --precision bf16" if opts.device == "cuda" else ""
-    graph = " --cuda-graph" if opts.device == "cuda" else ""
+    eager = " --cuda-graph off"
     first = next(iter(plan.recipes))
-    probes = [Training(name, f"{words}{precision}{graph}", epochs) for name, words in plan.recipes.items()]
-    if graph:
-        probes.append(Training("eager", f"{plan.recipes[first]}{precision}", epochs))
+    probes = [Training(name, f"{words}{precision}", epochs) for name, words in plan.recipes.items()]
+    if opts.device == "cuda":
+        probes.append(Training("eager", f"{plan.recipes[first]}{precision}{eager}", epochs))
     tasks = [training_task(opts, plan, training, "probe", 75) for training in probes]
     session.run(part, tasks, len(tasks), seconds)
     logs = {training.recipe: session.log(part, task) for training, task in zip(probes, tasks, strict=True)}
@@ -550,12 +550,13 @@ def probe(session: Session, seconds: float, plan: Plan, part: str, end: float) -
     say(f"seconds an epoch {each}, losses {losses}")
     with session.lock:
         session.results[f"probes_{plan.dataset}"] = {"seconds_an_epoch": each, "loss": losses}
-    if graph and not (each[first] and losses["eager"] and abs(losses[first] / losses["eager"] - 1) < 0.25):
+    graphs = ""
+    if "eager" in each and not (each[first] and losses["eager"] and abs(losses[first] / losses["eager"] - 1) < 0.25):
         say("CUDA graphs failed or differ; training without them")
-        graph, each = "", dict.fromkeys(each, each["eager"])
+        graphs, each = eager, dict.fromkeys(each, each["eager"])
     left = end - time.monotonic() - 40  # start, and measure the result
     return tasks, [
-        Training(name, f"{words}{precision}{graph}", max(2, min(plan.most_epochs, int(0.88 * left / each[name]))))
+        Training(name, f"{words}{precision}{graphs}", max(2, min(plan.most_epochs, int(0.88 * left / each[name]))))
         for name, words in plan.recipes.items()
         if each[name]
     ]
@@ -655,30 +656,15 @@ def mean_of(group: list[dict], key: str) -> str:
 
 # --------------------------------------------------------------------------------------------------------------- speed
 def speed(session: Session, seconds: float) -> list[Task]:
-    """Measure rates, steps, kernels and synchronisations, one process at a time."""
+    """Measure rates, steps, the table row of CIFAR-10, kernels and synchronisations, in one process."""
     opts = session.opts
-    ratio = [
-        PYTHON,
-        str(HERE / "speed.py"),
-        "--device",
-        opts.device,
-        "--output",
-        str(opts.work / "rows" / "ratio.json"),
-    ]
-    if opts.tiny:
-        sizes = "--dataset digits --model resnet20 --repeats 1 --cut 10000 --pairs 32 --iterations 1 --steps 1 "
-        sizes += "--step-k 2 --adv-batch-size 4 --eval-images 4 --workers-of-loader 0 --threads 1"
-    else:
-        sizes = f"--data-dir {shlex.quote(str(opts.data))} --repeats 3 --pairs 1024 --iterations 3 --steps 4 --cut 50"
-        sizes += " --eval-images 2000"
-        sizes += f" --precision {opts.precision}" if opts.device == "cuda" else ""
-        weights = [opts.weights, opts.work / "weights" / PLANS["cifar10"].weights]
-        sizes += "".join(f" --checkpoint {shlex.quote(str(path))}" for path in weights if path and path.exists())
-    ratio += shlex.split(sizes)
-    has_data = opts.tiny or (opts.data / "cifar-10-batches-py").exists()
-    tasks = [measure(opts, "speed", 60), measure(opts, "profile", 40)]
-    tasks += [Task("ratio", ratio, 90)] if has_data else []
-    return session.run("speed", tasks, 1, seconds)
+    task = measure(opts, "speed", seconds)
+    if opts.tiny or (opts.data / "cifar-10-batches-py").exists():
+        task.words += ["--data", str(opts.data)]
+    weights = [opts.weights, opts.work / "weights" / PLANS["cifar10"].weights]
+    if usable := [str(path) for path in weights if path and path.exists()]:
+        task.words += ["--weights", usable[0]]
+    return session.run("speed", [task], 1, seconds)
 
 
 def together(session: Session, seconds: float) -> list[Task]:
@@ -702,7 +688,7 @@ PARTS = {  # the function of each part, and its limit in seconds
     "check": (check, 120),
     "train": (lambda session, seconds: train(session, seconds, plan_of(session, "cifar10")), 240),
     "table": (lambda session, seconds: table(session, seconds, plan_of(session, "cifar10")), 280),
-    "speed": (speed, 120),
+    "speed": (speed, 60),
     "cifar100": (lambda session, seconds: both(session, seconds, plan_of(session, "cifar100")), 280),
     "utkface": (lambda session, seconds: both(session, seconds, plan_of(session, "utkface")), 200),
     "jobs": (

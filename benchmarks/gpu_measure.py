@@ -10,11 +10,13 @@ brackets. --tiny: sizes for seconds on a CPU.
 import argparse
 import collections
 import contextlib
+import copy
 import itertools
 import json
 import os
 from pathlib import Path
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -37,6 +39,7 @@ from l2ul.common import device as devices
 from l2ul.common import precision as precisions
 from l2ul.common.bn_folding import folded
 from l2ul.common.cache import Cache
+from l2ul.common.cuda_graphs import WARM_UP, Graphed
 from l2ul.common.errors import is_out_of_memory
 from l2ul.common.modes import eval_mode, frozen
 from l2ul.data import datasets, storage
@@ -207,12 +210,19 @@ def parity() -> None:
         }
 
     def attacks() -> dict:
-        how = {"num_adv_images": 4, "eps": 4.0, "alpha": 0.4, "steps": 5 if OPTS.tiny else 20, "seed": 0}
-        found = both(lambda net, x, y: attack.adversarial_set(net, x, y, 10, **how))
-        (a, t), (b, u) = found[cpu], found[DEVICE]
+        how = {"num_adv_images": 4, "eps": 4.0, "alpha": 0.4, "seed": 0}
+        # each iteration follows the direction of a gradient, which enlarges differences of rounding
+        few, many = (
+            both(lambda net, x, y, steps=steps: attack.adversarial_set(net, x, y, 10, steps=steps, **how))
+            for steps in (3, 5 if OPTS.tiny else 20)
+        )
+        (a, t), (b, u) = few[cpu], few[DEVICE]
+        hits = {d: 100 * float((accuracy.predict(nets[d], x) == y.cpu()).double().mean()) for d, (x, y) in many.items()}
         return {
             "targets_same (True)": bool(torch.equal(t, u.cpu())),
-            "pixels (<0.02)": float((a - b.cpu()).abs().max()),
+            "pixels after 3 iterations (<0.01)": float((a - b.cpu()).abs().max()),
+            "hits_differ (<2)": abs(hits[cpu] - hits[DEVICE]),
+            "pixels after all": float((many[cpu][0] - many[DEVICE][0].cpu()).abs().max()),
         }
 
     def attack_bf16() -> dict:
@@ -239,14 +249,14 @@ def parity() -> None:
     check("attack", attacks)
     check("attack in bf16, hits in fp32", attack_bf16)
     check("importance", weights)
-    for method in ("neggrad", "adv", "adv_imp", "distill", "rawp"):
+    for method in ("adv_imp", "distill", "neggrad", "rawp", "adv"):
 
         def loop(method=method) -> dict:
             settings = Settings(
                 unlearn_lr=1e-2,
                 adv_batch_size=32,
                 max_passes=200,
-                distill_steps=20 if OPTS.tiny else 100,
+                distill_steps=20 if OPTS.tiny else 40,
                 distill_mixes=32,
                 noise_growth=0.05,
             )
@@ -440,43 +450,58 @@ def steps_of(method: str, inputs, steps: int, k: int, keep: int, on_step=None, g
 
 def profile() -> None:
     """Count kernels, launches and synchronisations of a step of each method and of an iteration of the attack."""
-    k, keep, side, steps = (4, 8, 32, 4) if OPTS.tiny else (64, 256, 32, 12)
-    name = "resnet20" if OPTS.tiny else "resnet18"
-    inputs = step_inputs(name, side, k, keep)
+    methods = "adv_imp", "distill", "neggrad"
+    whats = [(f"step of {method}", graphed) for method in methods for graphed in (False, True)]
+    for precision in ("tf32", "fp32") if DEVICE.type == "cuda" else ("fp32",):
+        profiles(precision, [*whats, (ATTACKING, False)])
 
-    def attacking(on_step) -> None:
+
+ATTACKING = "iteration of the attack"
+
+
+def profiles(precision: str, whats: list[tuple[str, bool]]) -> None:
+    """Profile some of the steps after the sixth, of ResNet-18.
+
+    whats  `step of METHOD` or ATTACKING, and whether as CUDA graphs
+    """
+    k, keep, side, steps, warm = (4, 8, 32, 8, 5) if OPTS.tiny else (64, 256, 32, 14, 6)
+    inputs = step_inputs("resnet20" if OPTS.tiny else "resnet18", side, k, keep)
+    precisions.use(DEVICE, precision)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if DEVICE.type == "cuda" else []
+
+    def run(what: str, graphed: bool, on_step) -> None:
+        if what != ATTACKING:
+            steps_of(what.split()[-1], inputs, steps, k, keep, on_step, cuda_graph=graphed)
+            return
         how = {"num_adv_images": 2 if OPTS.tiny else 2048 // k, "eps": 4.0, "alpha": 0.1, "steps": steps, "seed": 0}
         attack.adversarial_set(inputs[0], inputs[1], inputs[2], 10, progress=on_step, **how)
 
-    parts = {
-        f"step of {method}": lambda on_step, method=method: steps_of(method, inputs, steps, k, keep, on_step)
-        for method in ("neggrad", "adv_imp", "distill")
-    }
-    parts["iteration of the attack"] = attacking
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    kinds += [torch.profiler.ProfilerActivity.CUDA] if DEVICE.type == "cuda" else []
-    for precision in ("fp32", "tf32") if DEVICE.type == "cuda" else ("fp32",):
-        precisions.use(DEVICE, precision)
-        for what, part in parts.items():
-            if left() < 8:
-                return
-            part(lambda *_: None)
-            marks: list[float] = []
-            part(lambda *_, marks=marks: marks.append(clock()))
-            wall = statistics.median(after - before for before, after in itertools.pairwise(marks))
-            profiler, seen = torch.profiler.profile(activities=kinds), []
+    for what, graphed in whats:
+        if left() < 4:
+            return
+        marks: list[float] = []
+        run(what, graphed, lambda *_, marks=marks: marks.append(clock()))
+        wall = statistics.median(after - before for before, after in itertools.pairwise(marks[warm - 1 :]))
+        profiler, seen = torch.profiler.profile(activities=kinds), []
 
-            def watch(*_, profiler=profiler, seen=seen) -> None:  # skip what comes before the second step
-                seen.append(1)
-                if len(seen) == 2:
-                    clock()
-                    profiler.start()
-                elif len(seen) == steps:
-                    clock()
-                    profiler.stop()
+        def watch(*_, profiler=profiler, seen=seen) -> None:
+            seen.append(1)
+            if len(seen) == warm:
+                clock()
+                profiler.start()
+            elif len(seen) == steps:
+                clock()
+                profiler.stop()
 
-            part(watch)
-            report(what, precision, wall, steps - 2, profiler)
+        run(what, graphed, watch)
+        report(f"{what}{' as CUDA graph' if graphed else ''}", precision, wall, steps - warm, profiler)
+
+
+RUNTIME_CALLS = (
+    *("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync"),
+    *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+)
 
 
 def report(what: str, precision: str, wall: float, steps: int, profiler) -> None:
@@ -488,9 +513,7 @@ def report(what: str, precision: str, wall: float, steps: int, profiler) -> None
             elif not event.name.startswith(("aten::", "ProfilerStep", "Optimizer", "autograd::")):
                 kernels[event.name][0] += 1
                 kernels[event.name][1] += event.time_range.elapsed_us()
-        elif event.name.startswith(
-            ("cudaLaunchKernel", "cudaStreamSynchronize", "cudaMemcpyAsync", "cudaDeviceSynchronize", "cuLaunchKernel")
-        ):
+        elif event.name.startswith(RUNTIME_CALLS):
             calls[event.name.split("Ex")[0]] += 1
         elif event.name in ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::copy_"):
             calls[event.name] += 1
@@ -511,25 +534,68 @@ def report(what: str, precision: str, wall: float, steps: int, profiler) -> None
 # -------------------------------------------------------------------------------------------------------------- graph
 def graph() -> None:
     """Time the steps of the loop eagerly and as CUDA graphs, and compare the terms of their losses."""
-    large = (("resnet18", 32, 16, 256), ("resnet18", 32, 256, 256), ("resnet50_cifar100", 32, 64, 256))
-    for name, side, k, keep in (("resnet20", 32, 4, 8),) if OPTS.tiny else large:
-        inputs = step_inputs(name, side, k, keep)
-        for precision in ("tf32", "fp32") if DEVICE.type == "cuda" else ("fp32",):
-            for method in ("adv_imp", "distill", "neggrad"):
-                if left() < 8:
-                    return
-                precisions.use(DEVICE, precision)
-                row(net=name, k=k, precision=precision, method=method, **eager_and_graph(method, inputs, k, keep))
-        free()
+    both = ("tf32", "fp32") if DEVICE.type == "cuda" else ("fp32",)
+    for precision in both:
+        for name, side, k, keep in SMALL_STEP if OPTS.tiny else STEPS[:3]:
+            step_rows(name, side, k, keep, precision)
 
 
-def eager_and_graph(method: str, inputs, k: int, keep: int) -> dict[str, object]:
+SMALL_STEP = (("resnet20", 32, 4, 8),)
+STEPS = (  # net, side, images of D_f and of D_adv a step
+    *(("resnet18", 32, 16, 256), ("resnet18", 32, 256, 256), ("resnet50_cifar100", 32, 64, 256)),
+    ("torchvision:vit_b_16", 224, 16, 128),
+)
+
+
+def step_rows(
+    name: str, side: int, k: int, keep: int, precision: str, methods=("adv_imp", "distill", "neggrad"), steps: int = 30
+) -> None:
+    """Time the steps of methods eagerly and as CUDA graphs, next to the passes alone (the floor)."""
+    inputs = step_inputs(name, side, k, keep)
+    precisions.use(DEVICE, precision)
+    for method in methods:
+        if left() < 5:
+            return
+        values = eager_and_graph(method, inputs, k, keep, 4 if OPTS.tiny else steps)
+        if "graph_ms" in values:
+            sizes = {"adv_imp": (min(k, 32), keep), "distill": (256,), "neggrad": (min(k, 32),)}[method]
+            values |= step_floor(inputs[0], side, (4,) if OPTS.tiny else sizes)
+            values["of_floor"] = values["floor_ms"] / min(values["eager_ms"], values["graph_ms"])
+        row(net=name, k=k, precision=precision, method=method, **values)
+    del inputs
+    free()
+
+
+def step_floor(net: nn.Module, side: int, sizes: tuple[int, ...]) -> dict[str, float]:
+    """Return the time of a forward and backward pass with gradients of the weights for each of some batches.
+
+    floor_ms is that of a CUDA graph on a GPU.
+    """
+    model = copy.deepcopy(net).train()
+    batches = [(as_pixels(pixels(size, side)), torch.arange(size, device=DEVICE) % 10) for size in sizes]
+
+    def passes() -> list[torch.Tensor | None]:
+        model.zero_grad()
+        for images, labels in batches:
+            F.cross_entropy(model(images), labels).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    eager = 1e3 * timed(passes, 0.1)
+    if DEVICE.type != "cuda":
+        return {"floor_ms": eager}
+    graphed = Graphed(passes, print)
+    for _ in range(WARM_UP + 1):
+        graphed()
+    return {"floor_eager_ms": eager, "floor_ms": 1e3 * timed(graphed, 0.1)}
+
+
+def eager_and_graph(method: str, inputs, k: int, keep: int, steps: int) -> dict[str, object]:
     times, rows, reports = {}, {}, []
     for way, graphed in (("eager", False), ("graph", True)):
         marks: list[float] = []
         try:
             outcome = steps_of(
-                *(method, inputs, 4 if OPTS.tiny else 30, k, keep, lambda r, marks=marks: marks.append(clock())),
+                *(method, inputs, steps, k, keep, lambda r, marks=marks: marks.append(clock())),
                 **({"cuda_graph": True, "report": reports.append} if graphed else {}),
             )
         except Exception as error:
@@ -548,56 +614,92 @@ def eager_and_graph(method: str, inputs, k: int, keep: int) -> dict[str, object]
 
 # -------------------------------------------------------------------------------------------------------------- speed
 def speed() -> None:
-    """Rates of the attack, of evaluation and of a step, next to forward and input gradients alone, by precision."""
-    for name, side, count in sizes():
+    """Measure what matters most first: rates against floors, steps, the table row, kernels; then larger networks."""
+    on_gpu = DEVICE.type == "cuda"
+    (first, *others), usual = sizes(), "tf32" if on_gpu else "fp32"
+    steps = SMALL_STEP if OPTS.tiny else STEPS
+    net = net_of(first[0])
+    for precision in ("bf16", "tf32", "fp32") if on_gpu else ("fp32",):
+        speed_of(net, *first, precision)
+    step_rows(*steps[0], usual)
+    if OPTS.data:
+        try:
+            ratio(usual)
+        except Exception as error:  # the other rows are still measured
+            row(what="table row", FAILED=f"{type(error).__name__}: {str(error)[:200]}")
+            traceback.print_exc(limit=-3)
+    whats = [("step of adv_imp", False), ("step of adv_imp", True), ("step of distill", False)]
+    profiles(usual, [*whats, (ATTACKING, False), ("step of distill", True)])
+    for one in steps[1:2]:
+        step_rows(*one, usual)
+    for name, side, count in others:
         net = net_of(name, 100 if "100" in name else 10)
-        for precision in precisions.PRECISIONS if DEVICE.type == "cuda" else ("fp32",):
-            if left() < 12:
-                return
-            speed_of(net, name, side, count, precision)
+        for precision in ("bf16", "tf32") if on_gpu else ("fp32",):
+            if left() > 6:
+                speed_of(net, name, side, count, precision)
         del net
         free()
-    noise()
+    for one in steps[2:]:
+        if left() > 8:
+            step_rows(*one, usual, ("adv_imp",), 12)
+    if left() > 5:
+        noise()
+    for name, side, count in sizes():
+        if left() > 6:
+            net = net_of(name, 100 if "100" in name else 10)
+            speed_of(net, name, side, count, "fp32", released=True)
 
 
-def speed_of(net: nn.Module, name: str, side: int, count: int, precision: str) -> None:
-    """Measure one net in one precision: rates of attack and evaluation, and the time of a step of adv_imp."""
+def speed_of(net: nn.Module, name: str, side: int, count: int, precision: str, *, released: bool = False) -> None:
+    """Measure rates of the attack, of forward and input gradients alone (the floor), and of evaluation.
+
+    released  also measure the released order of work
+    """
     precisions.use(DEVICE, precision)
-    iterations = 5 if name == "resnet18" and not OPTS.tiny else 2
+    iterations = 10 if name == "resnet18" and not OPTS.tiny else 3
     many = pixels(8, side).repeat(-(-count // 8), 1, 1, 1)[:count].contiguous()
     x = as_pixels(many)
-    labels = torch.arange(count, device=DEVICE) % 10
+    labels, start = torch.arange(count, device=DEVICE) % 10, torch.zeros_like(x)
 
     def floor() -> None:
         z = x
-        with folded(net, x[:1]), frozen(net), precisions.autocast(DEVICE, precision):
-            for _ in range(iterations):
-                z = z.detach().requires_grad_()
-                torch.autograd.grad(F.cross_entropy(net(z), labels, reduction="sum"), z)
+        for _ in range(iterations):
+            z = z.detach().requires_grad_()
+            torch.autograd.grad(F.cross_entropy(net(z), labels, reduction="sum"), z)
 
     def attacked() -> None:
-        start = torch.zeros_like(x)
-        with folded(net, x[:1]), precisions.autocast(DEVICE, precision):
-            attack.pgd_l2(net, many, labels, eps=4.0, alpha=0.1, steps=iterations, start=start)
+        attack.pgd_l2(net, many, labels, eps=4.0, alpha=0.1, steps=iterations, start=start)
 
     free()
-    rates: dict[str, object] = {"net": name, "precision": precision}
-    rates["attack_examples_s"] = count * iterations / timed(attacked)
-    rates["attack_gib"] = peak_gib()
-    rates["floor_examples_s"] = count * iterations / timed(floor)
+    rates: dict[str, object] = {"net": name, "precision": precision, "examples": count}
+    with folded(net, x[:1]), frozen(net), precisions.autocast(DEVICE, precision):
+        rates["attack_examples_s"] = count * iterations / timed(attacked)
+        rates["attack_gib"] = peak_gib()
+        rates["floor_examples_s"] = count * iterations / timed(floor)
     rates["of_floor"] = rates["attack_examples_s"] / rates["floor_examples_s"]
     rates["eval_images_s"] = count / timed(lambda: accuracy.predict(net, many, batch_size=count))
-    if not OPTS.tiny:
-        k, keep = (64, 256) if side <= 64 else (16, 128)
-        marks: list[float] = []
-        steps = 12 if side <= 64 else 5
-        steps_of(
-            "adv_imp", step_inputs(name, side, k, keep), steps, k, keep, lambda r: marks.append(time.perf_counter())
-        )
-        rates["step_adv_imp_ms"] = 1e3 * statistics.median(b - a for a, b in itertools.pairwise(marks))
-    if precision == "fp32":
+    if released:
         rates |= released_order(net, many, labels, side)
     row(**rates)
+
+
+def ratio(precision: str) -> None:
+    """Measure the parts of the table row of CIFAR-10 against the released order of work; see speed.py."""
+    import speed as against_released
+
+    words = ["--device", OPTS.device, "--precision", precision]
+    if OPTS.tiny:
+        words += shlex.split("--dataset digits --model resnet20 --repeats 1 --pairs 32 --iterations 1 --steps 1")
+        words += shlex.split("--step-k 2 --adv-batch-size 4 --eval-images 4 --workers-of-loader 0 --threads 1")
+    else:
+        words += ["--data-dir", str(OPTS.data), *(["--checkpoint", str(OPTS.weights)] if OPTS.weights else [])]
+        words += shlex.split(
+            "--repeats 2 --pairs 1024 --released-pairs 32 --iterations 20 --steps 4 --eval-images 6000"
+        )
+    opts = against_released.parse([*words, "--part", *against_released.ROW_PARTS])
+    bench, _, measured = against_released.measure(opts, DEVICE)
+    for one in measured:
+        row(trained=bench.trained, precision=precision, **one)
 
 
 def released_order(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, side: int) -> dict[str, float]:
@@ -688,6 +790,8 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--data", type=Path, help="of speed: --data-dir with CIFAR-10")
+    parser.add_argument("--weights", type=Path, help="of speed: the weights of ResNet-18")
     parser.add_argument("--tiny", action="store_true")
     OPTS = parser.parse_args()
     DEVICE = torch.device(OPTS.device)

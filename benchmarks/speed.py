@@ -34,7 +34,8 @@ from l2ul.cli.parser import Parser, nonnegative_int, positive_int
 SIZES = (16, 64, 128, 256)
 METHODS = ("neggrad", "adv", "adv_imp")
 REFERENCE = Path(__file__).resolve().parent.parent / "result_data" / "reference" / "cifar10_resnet20" / "runs"
-PARTS = ("attack", *(f"step {method}" for method in METHODS), "evaluation", "same examples again", "k = 16, cut down")
+ROW_PARTS = ("attack", *(f"step {method}" for method in METHODS), "evaluation")  # of which a table row consists
+PARTS = (*ROW_PARTS, "same examples again", "k = 16, cut down")
 ALL = 60_000  # images of D_r and D_test, measured once before all runs and after each; as released, twice a run
 
 
@@ -42,19 +43,7 @@ ALL = 60_000  # images of D_r and D_test, measured once before all runs and afte
 def main() -> None:
     opts = parse()
     device = device_module.choose_device(opts.device, opts.no_cuda, opts.threads)
-    precision.use(device, opts.precision)
-    bench, steps = Bench(opts, device), steps_on_record()
-    steps_of_16 = {method: steps[method, 16] for method in METHODS}
-    steppers = [lambda method=method: bench.step(method) for method in METHODS]
-    measurers = [bench.attack, *steppers, bench.evaluation, bench.again, lambda: bench.whole(steps_of_16, opts.cut)]
-    found = {}
-    for name, measure in zip(PARTS, measurers, strict=True):
-        if not opts.part or name in opts.part:
-            print(f"measuring: {name}", flush=True)
-            found[name] = measure()
-    rows = [summary(name, measured) for name, measured in found.items()]
-    if len(found) == len(PARTS):
-        rows += [table_row(found, steps, sizes) for sizes in ((16,), SIZES)]
+    bench, found, rows = measure(opts, device)
     told = {"device": device_module.device_name(device), "model": opts.model, "trained": bench.trained}
     told |= {
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -74,7 +63,25 @@ def main() -> None:
         print(f"{item['item']}: {item['ratio']:.2f} x{floor}")
 
 
-def parse() -> argparse.Namespace:
+def measure(opts: argparse.Namespace, device: torch.device) -> tuple[Bench, dict[str, Measured], list[dict]]:
+    """Measure the parts that the options name; return the nets and pixels, seconds by part, and a row an item."""
+    precision.use(device, opts.precision)
+    bench, steps = Bench(opts, device), steps_on_record()
+    steps_of_16 = {method: steps[method, 16] for method in METHODS}
+    steppers = [lambda method=method: bench.step(method) for method in METHODS]
+    measurers = [bench.attack, *steppers, bench.evaluation, bench.again, lambda: bench.whole(steps_of_16, opts.cut)]
+    found = {}
+    for name, part in zip(PARTS, measurers, strict=True):
+        if not opts.part or name in opts.part:
+            print(f"measuring: {name}", flush=True)
+            found[name] = part()
+    rows = [summary(name, measured) for name, measured in found.items()]
+    if set(ROW_PARTS) <= set(found):
+        rows += [table_row(found, steps, sizes) for sizes in ((16,), SIZES)]
+    return bench, found, rows
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__.split("\n")[0], prog="speed.py")
     options.add_data(parser, dataset="cifar10", model="resnet18")
     options.add_weights(parser)
@@ -84,8 +91,9 @@ def parse() -> argparse.Namespace:
     for flag, default, text in (
         ("--repeats", 5, "of each part"),
         ("--pairs", 128, "examples attacked a repeat, a multiple of 32"),
+        ("--released-pairs", 128, "of these, attacked a repeat in the released order, a multiple of 32"),
         ("--iterations", 2, "of the attack a repeat"),
-        ("--steps", 2, "of unlearning a repeat"),
+        ("--steps", 2, "of unlearning a repeat; ten times as many of ours on a GPU"),
         ("--step-k", 64, "images of D_f while steps are timed"),
         ("--adv-batch-size", 256, "images of D_adv a step"),
         ("--eval-images", 6000, "images measured a repeat"),
@@ -101,12 +109,13 @@ def parse() -> argparse.Namespace:
     group.add_argument("--part", nargs="+", metavar="NAME", help="only these parts, by the names that are printed")
     group.add_argument("--profile", action="store_true", help="also print where the time of attack and step goes")
     group.add_argument("--output", type=Path, default=Path("result_data/benchmarks/speed.json"), metavar="FILE")
-    opts = parser.parse_args()
+    opts = parser.parse_args(argv)
     unknown = sorted(set(opts.part or ()) - set(PARTS))
     if unknown:
         raise InputError(f"--part names {unknown[0]!r}; expected some of {', '.join(PARTS)}")
-    if opts.pairs % 32:
-        raise InputError(f"--pairs is {opts.pairs}; expected a multiple of 32")
+    for flag, count in (("--pairs", opts.pairs), ("--released-pairs", opts.released_pairs)):
+        if count % 32:
+            raise InputError(f"{flag} is {count}; expected a multiple of 32")
     require_writable(opts.output.parent)
     return opts
 
