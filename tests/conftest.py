@@ -34,10 +34,21 @@ FAST += ["--distill-steps", 2, "--distill-cycles", 1, "--distill-mixes", 4]
 FAST_REQUEST = ["--minutes", 1, "--setting", "robust=0", "distill_steps=40", "distill_mixes=16", "distill_lr=0.01"]
 
 
+def pytest_configure(config):
+    """Hide GPUs from torch unless the tests marked `cuda` are selected: -m cuda.
+
+    Autograd starts a thread for each GPU at the first backward pass, and refuses backward passes in processes that are
+    forked later, as some tests do.
+    """
+    selected = config.getoption("markexpr") or ""
+    if "cuda" not in selected or "not cuda" in selected:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items):
     missing = {
         "realdata": pytest.mark.skip(reason=f"no real data in {REALDATA}; name their folder in L2UL_REALDATA"),
-        "cuda": pytest.mark.skip(reason="no CUDA GPU"),
+        "cuda": pytest.mark.skip(reason="needs a CUDA GPU and the option -m cuda"),
     }
     there = {"realdata": REALDATA.is_dir(), "cuda": torch.cuda.is_available()}
     for item in items:

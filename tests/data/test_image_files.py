@@ -54,7 +54,11 @@ def test_pixels_equal_those_of_image_folder(tmp_path, mode):
     suffix = "tif" if mode in ("CMYK", "YCbCr") else "png"
     path = tmp_path / f"image.{suffix}"
     Image.fromarray(noise((10, 12, 3))).convert(mode).save(path)
-    assert np.array_equal(pixels(path), np.asarray(pil_loader(str(path))))
+    try:
+        expected = np.asarray(pil_loader(str(path)))
+    except OSError:
+        pytest.skip(f"this version of Pillow cannot read the {mode} file that it wrote")
+    assert np.array_equal(pixels(path), expected)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
