@@ -4,9 +4,9 @@
     python main_pretrain_cifar10_resnet18.py
     # with a shorter recipe
     python main_pretrain_cifar10_resnet18.py --schedule onecycle --lr 0.1 --epochs 30 --precision bf16
-    # the same on a GPU, where larger batches and CUDA graphs use it fully
+    # the same on a GPU, where larger batches use it fully
     python main_pretrain_cifar10_resnet18.py --schedule onecycle --lr 0.2 --epochs 60 --batch-size 512 \\
-        --precision bf16 --cuda-graph
+        --precision bf16
     # a reference model, trained without the images in forget.txt
     python main_pretrain_cifar10_resnet18.py --exclude forget.txt
     # on eight GPUs

@@ -5,6 +5,7 @@ finite. It is the same for all methods, which differ in their `Procedure` (see `
 """
 
 from collections.abc import Callable
+import contextlib
 import copy
 from dataclasses import dataclass, field
 import time
@@ -137,9 +138,7 @@ def unlearn(
     importance = importance if "importance" in chosen.needs else None
     monitor = ForgetMonitor(unlearned, forget, predict or (lambda model: accuracy.predict(model, images)))
     is_random = seeds.fork_rng(labels.device, settings.seed, "dropout", settings.first_position)
-    cuda_graph = cuda_graph and labels.is_cuda
-    # counting on the CPU would not be part of a graph
-    with is_random, torch.cuda.device(labels.device) if cuda_graph else counters_on_cpu(unlearned):
+    with is_random, contextlib.ExitStack() as stack:
         if chosen.is_fixed_length:
             own = override(chosen.settings, settings.method_settings)
             context = fixed_length_procedure.MethodContext(
@@ -153,8 +152,11 @@ def unlearn(
             inputs = {"retained": Split(*adv) if adv else retain, "importance": importance, "workers": workers}
             procedure = paper.PaperProcedure(chosen, unlearned, forget, settings, **inputs)
         loop = _Loop(unlearned, procedure, monitor)
-        if cuda_graph and procedure.is_graphable:
+        if cuda_graph and labels.is_cuda and procedure.is_graphable:
+            stack.enter_context(torch.cuda.device(labels.device))
             loop.use_graphs(report)
+        else:  # counting on the CPU would not be part of a graph
+            stack.enter_context(counters_on_cpu(unlearned))
         if checkpoint and procedure.is_resumable:
             code = METHOD_VERSION, torch.__version__, labels.device.type, method, chosen.code_sha256(), settings
             # of D_adv only the targets: a GPU may compute examples and importance differently each time, so `summary`

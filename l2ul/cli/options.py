@@ -270,14 +270,7 @@ def add_unlearning(parser: Parser) -> None:
     )
     loop = [name for name, one in SHARED.items() if name not in ATTACK and "teacher" not in one.used_by]
     add_settings(group, loop)
-    add(
-        group,
-        "--cuda-graph",
-        "auto: on a CUDA GPU, run the steps of neggrad, correct, oracle, adv, adv_imp and distill as CUDA graphs, so "
-        "that small networks do not wait for the launch of each kernel",
-        choices=("auto", "off"),
-        default="off",
-    )
+    add_cuda_graph(group, "the steps of neggrad, correct, oracle, adv, adv_imp and distill")
     parser.sections["methods"] = _methods_text()
     parser.sections["defaults"] = DEFAULTS_NOTE
 
@@ -310,6 +303,11 @@ def add_output(parser: Parser) -> None:
     add(group, "--save-model", "save each unlearned model in the subfolder models", action="store_true")
     add(group, "--rerun", "repeat runs that have a record", action="store_true")
     add(group, "--dry-run", "check everything and list the runs, but do not start them", action="store_true")
+
+
+def add_cuda_graph(group: Group, what: str) -> None:
+    text = f"auto: on a CUDA GPU, run {what} as CUDA graphs, so that small networks do not wait for the launch of each "
+    add(group, "--cuda-graph", f"{text}kernel (default: auto)", choices=("auto", "off"), default="auto")
 
 
 def add_test_batch_size(group: Group) -> None:

@@ -101,13 +101,7 @@ def add_training(parser: options.Parser) -> None:
     options.add(
         group, "--exclude-seed", "seed of these images: --seed of main_unlearn.py", type=nonnegative_int, default=0
     )
-    options.add(
-        group,
-        "--cuda-graph",
-        "run forward and backward passes as CUDA graphs, so that small networks do not wait for the launch of each "
-        "kernel; for one CUDA GPU and models that do not read from it",
-        action="store_true",
-    )
+    options.add_cuda_graph(group, "forward and backward passes, in one process,")
     group = parser.add_argument_group("output")
     options.add(group, "--output", "file for the weights (default: where main_unlearn.py looks for them)", type=Path)
     options.add(
@@ -134,7 +128,7 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
     from l2ul.common import distributed
     from l2ul.common.files import require_writable
     from l2ul.data import folder, forget_set
-    from l2ul.training import cuda_graph, pretrain, tracker
+    from l2ul.training import pretrain, tracker
     import models
     from models import checkpoint
 
@@ -144,8 +138,6 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
     with distributed.process_group():
         device = devices.choose_device(opts.device, opts.no_cuda, opts.threads, print)
         folder.check_decoder(opts.decoder, device)
-        if opts.cuda_graph:
-            cuda_graph.require_support(device)
         output = opts.output or checkpoint.candidates(options.data_label(opts), opts.model, opts.data_dir)[0]
         if output.suffix != ".safetensors":
             raise InputError(f"--output is {output}; expected a name that ends in .safetensors")
@@ -192,7 +184,8 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
                 resume=opts.resume,
                 test_batch_size=opts.test_batch_size,
                 workers=opts.workers,
-                graph=opts.cuda_graph,
+                graph=opts.cuda_graph == "auto",
+                report=print,
                 on_epoch=report,
                 progress=advance,
             )

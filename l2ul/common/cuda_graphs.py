@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
+import warnings
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Graphed:
 
     compute  takes tensors on the GPU and numbers, and returns a structure of tensors. It must not wait for the GPU nor
              read on the CPU what changes between two calls, other than its arguments
-    report   called with a sentence if a graph cannot be captured; all calls then run without one
+    report   called with a sentence if the function cannot be captured; all calls then run without a graph
     """
 
     def __init__(self, compute: Callable[..., Output], report: Callable[[str], object]):
@@ -45,11 +46,13 @@ class Graphed:
         shapes = tuple((one.shape, one.stride(), one.dtype) if isinstance(one, Tensor) else None for one in inputs)
         captured = self._captured.get(shapes)
         if captured is None:
-            self._calls[shapes] += 1
-            if self._calls[shapes] > WARM_UP and self.is_possible and len(self._captured) < LARGEST:
+            calls = self._calls[shapes]
+            if calls >= WARM_UP and self.is_possible and len(self._captured) < LARGEST:
                 captured = self._capture(inputs)
             if captured is None:
-                return self._run(inputs)
+                outputs = self._run_watched(inputs) if calls == WARM_UP - 1 else self._run(inputs)
+                self._calls[shapes] += 1  # a call that fails is repeated
+                return outputs
             self._captured[shapes] = captured
         for static, value in zip(captured.inputs, inputs, strict=True):
             static.copy_(value) if isinstance(value, Tensor) else static.fill_(value)
@@ -65,6 +68,27 @@ class Graphed:
         current.wait_stream(self._stream)
         return outputs
 
+    def _run_watched(self, inputs: tuple[Tensor | float, ...]) -> Output:
+        """Run, and capture nothing later if the function waits for the GPU.
+
+        A capture of such a function would fail, and leave torch's allocator in a state of capturing.
+        """
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                outputs = self._run(inputs)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        if self.is_possible and any("called a synchronizing CUDA operation" in str(one.message) for one in caught):
+            self._give_up("it waits for the GPU")
+        return outputs
+
+    def _give_up(self, reason: str) -> None:
+        self.is_possible = False
+        self.report(f"steps run without CUDA graphs, as this model cannot be captured ({reason})")
+
     def _capture(self, inputs: tuple[Tensor | float, ...]) -> _Captured | None:
         """Capture the function without running it; None if that is not possible."""
         device = next(one.device for one in inputs if isinstance(one, Tensor)) if inputs else "cuda"
@@ -76,8 +100,7 @@ class Graphed:
                 outputs = self.compute(*copies)
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # a capture that fails leaves its own stream current
-            self.is_possible = False
-            self.report(f"steps run without CUDA graphs, as this model cannot be captured ({_first_line(error)})")
+            self._give_up(_first_line(error))
             return None
         return _Captured(graph, copies, outputs)
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from l2ul import Progress
 from l2ul.common import distributed, precision, seeds
+from l2ul.common.cuda_graphs import Graphed
 from l2ul.common.errors import Diverged, InputError, is_out_of_memory
 from l2ul.common.files import atomic
 from l2ul.common.fused_optimizers import fused
@@ -24,7 +25,6 @@ from l2ul.data.augment import crop, draw_crops, erase
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split, as_pixels
 from l2ul.metrics import accuracy
-from l2ul.training import cuda_graph
 from l2ul.training.recipe import Recipe
 
 SAVING = 1 / 20  # share of the time that is spent on saving the state, at most: epochs on a GPU may take a second
@@ -43,6 +43,7 @@ def fit(
     test_batch_size: int | None = None,
     workers: int = 0,
     graph: bool = False,
+    report: Callable[[str], object] = lambda sentence: None,
     on_epoch: Callable[[dict[str, float]], object] | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, float]]:
@@ -60,29 +61,28 @@ def fit(
     identity    what else decides the result (model, data set, excluded images), as plain values; stored in the state
     resume      continue from `state_file` if it exists; the final weights equal those of an uninterrupted run
     workers     processes that decode FolderImages
-    graph       run forward and backward passes as CUDA graphs, see `cuda_graph`
+    graph       run forward and backward passes as CUDA graphs, in one process on a CUDA GPU
+    report      called with a sentence if the model cannot be captured as a CUDA graph
     on_epoch    called with the row of each epoch
     progress    called with the number of images of each step
 
     Under torchrun, each process trains on its share of the same batches with the same augmentation, and all end with
     equal weights. Dropout differs between processes.
 
-    Raises InputError if the state belongs to another training or the device does not support the precision or graphs,
+    Raises InputError if the state belongs to another training or the device does not support the precision,
     Diverged if the loss is not finite.
     """
     device = train.labels.device
     precision.use(device, recipe.precision)
-    if graph:
-        cuda_graph.require_support(device)
     model.to(memory_format=torch.channels_last)
     optimizer = _optimizer(model, recipe)
     scheduler = _scheduler(optimizer, recipe, len(train))
     settings = dataclasses.asdict(recipe) | {"seed": seed} | (identity or {})
     state = distributed.broadcast(lambda: _state_to_resume(state_file, settings)) if resume else None
     history, best = _restore(state, model, optimizer, scheduler) if state else ([], None)
-    set_gradients = functools.partial(_set_gradients, distributed.data_parallel(model), recipe)
-    if graph:
-        set_gradients = cuda_graph.GraphedPass(set_gradients, model.parameters())
+    gradients = functools.partial(_gradients, distributed.data_parallel(model), recipe)
+    if graph and device.type == "cuda" and distributed.size() == 1:
+        gradients = Graphed(gradients, report)
     started, saving = time.monotonic(), 0.0
     for epoch in range(len(history), recipe.epochs):
         generator = seeds.generator(seed, "pretrain", epoch)
@@ -90,7 +90,7 @@ def fit(
         with seeds.fork_rng(device, seed, "dropout", epoch, *own_rank), distributed.shared_statistics(model):
             steps = _steps(train, held_out.side, recipe, generator, workers)
             model.train()
-            loss = _train_epoch(set_gradients, steps, recipe, optimizer, scheduler, progress) / len(train)
+            loss = _train_epoch(gradients, steps, recipe, optimizer, scheduler, progress) / len(train)
         if not math.isfinite(loss):
             raise Diverged("the training loss is not finite; use a smaller learning rate")
         predictions = accuracy.predict(model, held_out.images, batch_size=test_batch_size, workers=workers, shared=True)
@@ -174,18 +174,20 @@ def _steps(train: Split, crop_size: int, recipe: Recipe, generator: torch.Genera
         yield _Step(erase(cropped, recipe.erase, place[3:]) if recipe.erase else cropped, some, len(batch), share)
 
 
-def _set_gradients(model: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor, weight: float) -> Tensor:
-    """Set the gradients of the mean loss times `weight`, and return that loss ()."""
+def _gradients(
+    model: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor, weight: float
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the mean loss () and the gradients of that loss times `weight`."""
     with precision.autocast(images.device, recipe.precision):
         logits = model(as_pixels(images))
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
     model.zero_grad()
     (loss * weight).backward()
-    return loss.detach()
+    return loss.detach(), [parameter.grad for parameter in model.parameters()]
 
 
 def _train_epoch(
-    set_gradients: cuda_graph.Pass,
+    gradients: Callable[[Tensor, Tensor, float], tuple[Tensor, list[Tensor | None]]],
     steps: Iterator[_Step],
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
@@ -197,7 +199,9 @@ def _train_epoch(
     total = torch.zeros((), device=weights[0].device)
     for step in steps:
         # data-parallel training averages over processes; with this factor, the result is the mean over the batch
-        loss = set_gradients(step.images, step.labels, step.share * distributed.size() / step.batch_size)
+        loss, new = gradients(step.images, step.labels, step.share * distributed.size() / step.batch_size)
+        for weight, gradient in zip(weights, new, strict=True):
+            weight.grad = gradient
         if recipe.clip_value is not None:
             nn.utils.clip_grad_value_(weights, recipe.clip_value)
         optimizer.step()

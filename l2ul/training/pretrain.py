@@ -35,6 +35,7 @@ def pretrain(
     test_batch_size: int | None = None,
     workers: int = 0,
     graph: bool = False,
+    report: Callable[[str], object] = lambda sentence: None,
     on_epoch: Callable[[dict[str, float]], object] | None = None,
     progress: Progress | None = None,
 ) -> float:
@@ -77,6 +78,7 @@ def pretrain(
         test_batch_size=test_batch_size,
         workers=workers,
         graph=graph,
+        report=report,
         on_epoch=on_epoch,
         progress=progress,
     )

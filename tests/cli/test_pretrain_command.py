@@ -96,7 +96,6 @@ def test_bad_input_is_one_sentence(pretrain, tmp_path):
         (["--exclude-k", 96], 2),
         (["--output", tmp_path / "net.pt"], 2),
         (["--model", "hf:somewhere"], 2),
-        (["--device", "cpu", "--cuda-graph"], 2),
         (["--lr", "1e30", "--rerun"], 1),
     ):
         code, _, err = pretrain(*arguments)
