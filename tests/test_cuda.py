@@ -20,7 +20,7 @@ from l2ul.data.images import Split
 from l2ul.methods import registry
 from l2ul.methods.checkpoint import Checkpoint
 from l2ul.methods.settings import AttackSettings, Settings
-from l2ul.metrics import accuracy, groups, relearn
+from l2ul.metrics import accuracy, groups, relearn, robustness
 from l2ul.metrics.registry import EVALUATIONS
 from l2ul.training.recipe import Recipe
 import main_forget
@@ -159,16 +159,38 @@ def test_weights_that_are_not_channels_last_are_trained():
         assert outcome.steps
 
 
+def test_a_vision_transformer_unlearns(vit_folder):
+    model = models.load(f"hf:{vit_folder}", 10)
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = accuracy.predict(model, images)
+    model = model.to(CUDA)
+    assert torch.equal(accuracy.predict(model, images.to(CUDA)), labels)
+    for method in ("adv_imp", "distill"):
+        options = {"num_classes": 10, "attack": AttackSettings(num_adv_images=2, iterations=2)}
+        arguments = model, images.to(CUDA), labels.to(CUDA), method
+        outcome = unlearn.unlearn(*arguments, **options, settings=Settings(**LOOP))
+        assert outcome.status in ("cap", "forgotten")
+
+
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(models, "OWN", dict(models.OWN))
     models.register("small", small_net, mean=[0.5] * 3, std=[0.5] * 3)
 
 
-def test_scripts_train_unlearn_and_measure(script, run, small, tmp_path, monkeypatch):
+@pytest.fixture
+def fast_metrics(monkeypatch):
+    """Reduce every group of metrics to a fraction of a second."""
+    small = {relearn: ("MAX_STEPS", "OTHER_STEPS"), groups: ("NUM_HELD_OUT", "NUM_SAMPLED", "NOISY_COPIES")}
+    small |= {robustness: ("COPIES", "COPIES_OF_A_KIND", "NUM_MIXES")}
+    for module, names in small.items():
+        for name in names:
+            monkeypatch.setattr(module, name, 4)
+
+
+@pytest.mark.usefixtures("fast_metrics")
+def test_scripts_train_unlearn_and_measure(script, run, small, tmp_path):
     """Train a classifier and one without D_f, compute every group of metrics, and carry out a continual run."""
-    monkeypatch.setattr(relearn, "MAX_STEPS", 3)
-    monkeypatch.setattr(groups, "NUM_HELD_OUT", 16)
 
     def pretrain(*arguments):
         recipe = Recipe(epochs=2, lr=0.1, batch_size=16, crop_padding=2)
@@ -179,7 +201,7 @@ def test_scripts_train_unlearn_and_measure(script, run, small, tmp_path, monkeyp
     pretrain()
     pretrain("--exclude-k", 2, "--output", tmp_path / "retrained.safetensors")
     network = ["--data-dir", tmp_path, "--model", "small", "--device", "cuda", "--no-cache"]
-    words = [*network, "--method", "adv_imp", "distill", "--save-model", "--evaluate", *EVALUATIONS]
+    words = [*network, "--method", "adv_imp", "--save-model", "--evaluate", *EVALUATIONS]
     retrained = ["--retrained", tmp_path / "retrained.safetensors", "--references", tmp_path / "retrained.safetensors"]
     code, _, err = run(*words, *retrained)
     assert code == 0, err
@@ -192,6 +214,7 @@ def test_scripts_train_unlearn_and_measure(script, run, small, tmp_path, monkeyp
     assert {record["continual_step"] for record in load_records(tmp_path).values()} == {None, 1, 2}
 
 
+@pytest.mark.usefixtures("fast_metrics")
 @pytest.mark.parametrize("words", [[], ["--method", "adv_imp", "--setting", "unlearn_lr=0.01"]])
 def test_a_request_is_carried_out_and_verified(forget, script, tmp_path, words):
     code, report, printed = forget("--device", "cuda", *words)
@@ -202,6 +225,7 @@ def test_a_request_is_carried_out_and_verified(forget, script, tmp_path, words):
     assert code == 0, out + err
 
 
+@pytest.mark.usefixtures("fast_metrics")
 def test_images_in_folders_are_decoded_for_the_gpu(script, small, tmp_path, trained):
     _, images, labels = trained
     for part, count in (("train", 40), ("val", 10)):
@@ -210,6 +234,7 @@ def test_images_in_folders_are_decoded_for_the_gpu(script, small, tmp_path, trai
     words = ["--dataset", "things", "--data-dir", tmp_path / "data", "--image-size", 8, "--model", "small"]
     words += ["--checkpoint", tmp_path / "small.safetensors", "--result-dir", tmp_path, "--unlearn-k", 2]
     words += ["--method", "oracle", "finetune", "--max-passes", 1, "--setting", "epochs=1"]
+    words += ["--evaluate", *(name for name, group in EVALUATIONS.items() if not group.compared_with)]
     code, _, err = script(main_unlearn.main, *words, "--device", "cuda", "--no-cache")
     assert code == 0, err
 
@@ -356,9 +381,8 @@ def test_the_device_counts():
 
 
 @pytest.mark.skipif(emulated_cuda is None, reason="the emulated device can act as mps")
-def test_metrics_and_requests_use_no_float64_on_mps(forget, run, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(relearn, "MAX_STEPS", 3)
-    monkeypatch.setattr(groups, "NUM_HELD_OUT", 16)
+@pytest.mark.usefixtures("fast_metrics")
+def test_metrics_and_requests_use_no_float64_on_mps(forget, run, small, tmp_path):
     torch.manual_seed(0)
     models.save(models.build("small", 10).eval(), tmp_path / "small.safetensors", {})
     reference = tmp_path / "reference.safetensors"
