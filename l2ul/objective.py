@@ -97,16 +97,12 @@ def margin_loss(logits: Tensor, labels: Tensor, goal: str, margin: float) -> Ten
     return F.relu(ahead + margin)
 
 
-def kl_divergence(logits: Tensor, original: Tensor, weights: Tensor | None = None) -> Tensor:
+def kl_divergence(logits: Tensor, original: Tensor) -> Tensor:
     """Compute KL(p⁰ ‖ p) = Σ_c p⁰_c (log p⁰_c - log p_c), a scalar: the mean over images, in nats.
 
     logits, original  (n, C), the logits of p (the model) and of p⁰ (the original model)
-    weights           (n,) of the images, with mean 1; None: equal weights
     """
-    logs = logits.log_softmax(1), original.log_softmax(1)
-    if weights is None:
-        return F.kl_div(*logs, log_target=True, reduction="batchmean")
-    return (weights * F.kl_div(*logs, log_target=True, reduction="none").sum(1)).mean()
+    return F.kl_div(logits.log_softmax(1), original.log_softmax(1), log_target=True, reduction="batchmean")
 
 
 def feature_gap(features: list[Tensor], original: list[Tensor], variances: list[float]) -> Tensor:

@@ -33,8 +33,7 @@ TRACKERS = ("tensorboard",)  # of training curves
 CHANGES = ("flipped", "cropped", "jpeg")  # kinds of changed copies that a deletion request can forget as well
 CLASS_ORDERS = ("string", "numeric")  # of the class names of a deletion request
 STAND_INS = (  # kinds of images that `distill` uses in place of D_r, see `methods.stand_ins`
-    *("mixes", "triples", "copies", "recoloured", "patches", "crops", "collages", "spectra"),
-    *("synthesised", "synthesised_mixes", "adversarial"),
+    *("mixes", "triples", "copies", "recoloured", "patches", "crops", "spectra", "synthesised"),
 )
 AGE_GROUPINGS = {  # of UTKFace: upper bounds in years; the class of an age is the first bound above it
     "TNN": (10, 15, 20, 25, 30, 40, 50, 60, 120),

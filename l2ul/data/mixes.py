@@ -1,4 +1,4 @@
-"""Images made of D_f, which `distill` uses in place of D_r: blends, patches, crops, collages and mixed spectra.
+"""Images made of D_f, which `distill` uses in place of D_r: blends, copies, patches, crops and mixed spectra.
 
 Each function takes `images` (k, 3, H, W) float in [0,1] and returns `count` new images (count, 3, H, W). The draws come
 from a CPU generator and do not depend on the device.
@@ -20,7 +20,6 @@ ROTATION = 15.0  # largest angle of a crop, in degrees
 HUE = (45.0, 315.0)  # range of the rotation of hues, in degrees
 CONTRAST = (0.6, 1.4)  # range of the factor of differences from the mean of an image
 GAIN = (0.75, 1.25)  # range of the factor of each colour channel of a crop
-SPLIT = (0.3, 0.7)  # range of the place where a collage is divided
 AMPLITUDE = (0.3, 0.9)  # range of the weight of the second image's amplitude in a mixed spectrum
 
 
@@ -95,17 +94,6 @@ def crops(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     part = F.grid_sample(chosen, grid, padding_mode="reflection", align_corners=False)
     gain = upload(_uniform(GAIN, (count, images.shape[1], 1, 1), generator), images.device)
     return (gain * part).clamp_(0, 1).contiguous(memory_format=torch.channels_last)
-
-
-def collages(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Divide an image into four parts at a random place and fill each from another one of four `crops`."""
-    upper_left, upper_right, lower_left, lower_right = crops(images, 4 * count, generator).chunk(4)
-    height, width = images.shape[2:]
-    split = _uniform(SPLIT, (2, count, 1), generator)
-    above = upload((torch.arange(height) < split[0] * height)[:, None, :, None], images.device)
-    left = upload((torch.arange(width) < split[1] * width)[:, None, None, :], images.device)
-    upper, lower = torch.where(left, upper_left, upper_right), torch.where(left, lower_left, lower_right)
-    return torch.where(above, upper, lower).contiguous(memory_format=torch.channels_last)
 
 
 def spectra(images: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -78,7 +78,7 @@ class Key:
     required  whether every record has the key
     least     smallest value allowed
     choices   all values allowed
-    default   value that applies to records without the key, and to commands without the flag
+    default   value that applies to commands without the flag, and to records without the key
     flag      whether main_unlearn.py has a flag with the name of the key
     """
 
@@ -105,6 +105,11 @@ class Key:
         """The values that `accepts` accepts, in words."""
         text = f"one of {', '.join(self.choices)}" if self.choices else TYPES[self.type][0]
         return f"{text}{'' if self.least is None else f' of at least {self.least:g}'}{' or null' if self.null else ''}"
+
+    def absent_for(self, dataset: str) -> object:
+        """Return the value that applies to records without the key, None where there is none."""
+        absent = SHARED[self.name].absent if self.name in SHARED else None
+        return self.default_for(dataset) if absent is None else absent
 
     def default_for(self, dataset: str) -> object:
         """Return the default for a data set, None where there is none."""

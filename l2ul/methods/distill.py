@@ -20,8 +20,6 @@ Adam follows a learning rate that rises to `distill_lr` and falls to nearly 0 in
 The loop stops at the end of a cycle if all of D_f is forgotten, and gives up after `distill_cycles` cycles.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable
 import math
 
 import torch
@@ -82,10 +80,9 @@ class DistillProcedure(Procedure):
         self.weight = 1.0  # w of the module's docstring
         length = settings.distill_steps + round(settings.distill_image_steps * len(forget))
         self.growth = settings.distill_growth ** (1 / length)
-        groups = rates(model.parameters(), settings.distill_lr, settings.distill_relative_lr)
-        self.optimizer = fused(torch.optim.Adam, groups)
-        decay = settings.distill_decay
-        self.scheduler = LambdaLR(self.optimizer, lambda step: decay ** (step // length) * one_cycle(step, length))
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = fused(torch.optim.Adam, parameters, lr=settings.distill_lr)
+        self.scheduler = LambdaLR(self.optimizer, lambda step: one_cycle(step, length))
         self.max_steps = settings.distill_cycles * length
         self.stop_every = length
         self.separate = frozenset({"forget"} if method in BUILT_IN else ())
@@ -137,7 +134,7 @@ class DistillProcedure(Procedure):
         if settings.distill_ascent:
             parts = [self.teacher.farther(self.model, part, settings.distill_ascent) for part in parts]
         if len(parts) == 1:
-            logits_gap, features_gap = self.teacher.gaps(self.model, *parts, settings.distill_confidence)
+            logits_gap, features_gap = self.teacher.gaps(self.model, *parts)
         else:
             gaps = [checkpoint(self.teacher.gaps, self.model, part, use_reentrant=False) for part in parts]
             shares = [len(part) / len(images) for part in parts]
@@ -148,8 +145,6 @@ class DistillProcedure(Procedure):
         return settings.distill_logits * logits_gap, settings.distill_features * features_gap
 
     def use_smaller_parts(self, inputs: tuple[Tensor | float, ...], error: BaseException) -> None:
-        if self.settings.distill_confidence:  # its weights depend on the whole batch
-            raise error
         self.part_size = smaller_parts(self.model, self.part_size, inputs, error)
 
     def state_dict(self) -> dict[str, object]:
@@ -186,23 +181,12 @@ class Teacher:
         """Return the logits (n, C) and the features of each layer of the original model."""
         return activations.logits_and_inputs(self.model, images, self.layers, self.last)
 
-    def gaps(self, model: nn.Module, images: Tensor, confidence: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Return the KL divergence of logits and the feature gap between a model and the original, two scalars.
-
-        confidence  exponent of the weight of an image, which is the largest probability that the original model gives
-        """
+    def gaps(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the KL divergence of logits and the feature gap between a model and the original, two scalars."""
         original_logits, original_features = self.outputs(images)
         logits, features = activations.logits_and_inputs(model, images, self.layers, self.last)
-        weights = None
-        if confidence:
-            weights = original_logits.softmax(1).amax(1) ** confidence
-            weights = weights / weights.mean()
-            features, original_features = (
-                [layer * weights.sqrt().view(-1, *[1] * (layer.ndim - 1)) for layer in layers]
-                for layers in (features, original_features)
-            )
         return (
-            objective.kl_divergence(logits, original_logits, weights),
+            objective.kl_divergence(logits, original_logits),
             objective.feature_gap(features, original_features, self.variances),
         )
 
@@ -212,25 +196,6 @@ class Teacher:
         (gradient,) = torch.autograd.grad(objective.kl_divergence(model(start), self.model(start)), start)
         norm = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True)
         return (images + length * gradient / norm.clamp_min(1e-12)).clamp(0, 1)
-
-
-def rates(parameters: Iterable[nn.Parameter], lr: float, relative: float) -> list[dict[str, object]]:
-    """Return groups of parameters with the learning rate min(lr, relative · RMS / √n) of each.
-
-    With relative = 0 all have the rate lr.
-
-    RMS is the root mean square of the tensor, n the number of inputs of an output: Adam moves each weight by about the
-    rate, which moves an output by up to √n · rate / RMS of its own size. Rates are rounded down to lr / 2^i, so that
-    tensors of nearly equal rates share a group.
-    """
-    groups = defaultdict(list)
-    for parameter in parameters:
-        if parameter.requires_grad:
-            inputs = parameter[0].numel() if parameter.ndim > 1 else 1
-            limit = relative * parameter.detach().square().mean().sqrt().item() / math.sqrt(inputs)
-            halvings = math.ceil(math.log2(lr / limit)) if 0 < limit < lr else 0
-            groups[halvings].append(parameter)
-    return [{"params": group, "lr": lr / 2**halvings} for halvings, group in sorted(groups.items())]
 
 
 def one_cycle(step: int, length: int) -> float:

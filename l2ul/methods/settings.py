@@ -36,6 +36,7 @@ class Setting:
     used_by   traits of methods (see `registry.Method.traits`): a method with one of them uses the setting
     in_id     when a run's id depends on it: "always", "if used" by the method, or "if changed" from the default. The
               last two are for settings that were added after the first records, whose ids must not change.
+    absent    value in records without the setting, which were written before it existed; None: the default
     """
 
     name: str
@@ -49,6 +50,7 @@ class Setting:
     unit: str = ""
     used_by: frozenset[str] = frozenset()
     in_id: str = "if used"
+    absent: Value | None = None
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -216,8 +218,8 @@ class Settings(_Declared):
         "mixes",
         "kinds of stand-ins for D_r, in equal parts. Made of D_f: mixes (blends of two images), triples (of three), "
         "copies (shifted and mirrored), recoloured (with other hues), patches (of one image in another), crops "
-        "(enlarged, rotated, with other colours), collages (of four crops), spectra (phase of one image, amplitudes "
-        "of two). Made of D_f and θ⁰: synthesised, synthesised_mixes (with D_f), adversarial",
+        "(enlarged, rotated, with other colours), spectra (phase of one image, amplitudes of two). Made of D_f and θ⁰: "
+        "synthesised",
         "teacher",
         choices=STAND_INS,
         several=True,
@@ -225,7 +227,7 @@ class Settings(_Declared):
     )
     distill_pool: int = _declare(
         1024,
-        "stand-ins of a kind that θ⁰ takes part in, made before the loop",
+        "synthesised stand-ins, made before the loop",
         "teacher",
         minimum=1,
         in_id="if changed",
@@ -236,12 +238,6 @@ class Settings(_Declared):
     distill_surrogate: float = _declare(
         1.0, "part of the stand-ins that --surrogate gives, if it is used", "teacher", maximum=1, in_id="if changed"
     )
-    distill_confidence: float = _declare(
-        0.0,
-        "exponent of the weight of a stand-in, which is the largest probability that θ⁰ gives",
-        "teacher",
-        in_id="if changed",
-    )
     distill_ascent: float = _declare(
         0.0,
         "length of a step that increases the differences from θ⁰ on the stand-ins, before they are reduced",
@@ -251,16 +247,6 @@ class Settings(_Declared):
     )
     distill_image_steps: float = _declare(
         0.0, "steps that a cycle has more for each image of D_f", "teacher", in_id="if changed"
-    )
-    distill_relative_lr: float = _declare(
-        0.0,
-        "limit of the learning rate of a tensor, in root mean squares of its weights per square root of the inputs of "
-        "an output; 0: no limit",
-        "teacher",
-        in_id="if changed",
-    )
-    distill_decay: float = _declare(
-        1.0, "factor of the learning rate in each later cycle", "teacher", above=0, maximum=1, in_id="if changed"
     )
     method_settings: Mapping[str, Value] = field(default_factory=dict)
     seed: int = 0

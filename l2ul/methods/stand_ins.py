@@ -1,7 +1,7 @@
 """Stand-ins for D_r: the images on which `distill` keeps the outputs and features of the original model θ⁰.
 
 They are made of D_f (see `l2ul.data.mixes`), of D_f and θ⁰, or are unlabelled images that the user has (see
-`l2ul.data.surrogate`). Pools that need θ⁰ are made once, before the loop.
+`l2ul.data.surrogate`). Synthesised images are made once, before the loop.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,11 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from l2ul import attack
 from l2ul.common import activations, seeds
 from l2ul.common.device import upload
 from l2ul.common.modes import frozen
 from l2ul.data import mixes
 from l2ul.data.augment import augment
-from l2ul.data.forget_set import other_class
 from l2ul.data.images import as_pixels
 from l2ul.methods.settings import Settings
 
@@ -27,7 +25,6 @@ Draw = Callable[[int, torch.Generator], Tensor]  # from a count and a CPU genera
 BATCH = 256  # images that are synthesised at once; their statistics are those of the batch
 SYNTHESIS_LR = 0.01  # highest rate of Adam on pixels in [0,1]
 STATISTICS, VARIATION = 10.0, 1.0  # weights of the statistics of features and of the total variation
-EPS, ALPHA, ITERATIONS = 0.5, 0.1, 20  # of the attack on D_f
 MIXED_KINDS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
     "mixes": mixes.mixes,
     "triples": mixes.triples,
@@ -35,7 +32,6 @@ MIXED_KINDS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
     "recoloured": mixes.recoloured,
     "patches": mixes.patches,
     "crops": mixes.crops,
-    "collages": mixes.collages,
     "spectra": mixes.spectra,
 }
 
@@ -43,7 +39,7 @@ MIXED_KINDS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
 class StandIns:
     """Draws the stand-ins of each step.
 
-    model      the original model, in eval mode; used here alone, for the pools
+    model      the original model, in eval mode; used here alone, to synthesise images
     images     (k, 3, H, W) float in [0,1], D_f
     settings   `distill_stand_ins` names the kinds, in equal parts of the `distill_mixes` images of a step
     surrogate  (n, 3, H, W) uint8 or float in [0,1], images of the same kind as D_r; they take the part
@@ -55,13 +51,9 @@ class StandIns:
         natural = round(settings.distill_surrogate * settings.distill_mixes) if surrogate is not None else 0
         rest = settings.distill_mixes - natural
         sizes = [rest // len(kinds) + (place < rest % len(kinds)) for place in range(len(kinds))]
-        used = {kind for kind, size in zip(kinds, sizes, strict=True) if size}
         draws: dict[str, Draw] = {kind: partial(make, images) for kind, make in MIXED_KINDS.items()}
-        if used & {"synthesised", "synthesised_mixes"}:
-            pool = synthesised(model, images, settings)
-            draws |= {"synthesised": partial(_drawn, pool), "synthesised_mixes": partial(_blended, images, pool)}
-        if "adversarial" in used:
-            draws["adversarial"] = partial(_drawn, adversarial(model, images, settings))
+        if "synthesised" in kinds and natural < settings.distill_mixes:
+            draws["synthesised"] = partial(_drawn, synthesised(model, images, settings))
         self._parts = [(draws[kind], size) for kind, size in zip(kinds, sizes, strict=True) if size]
         self._parts += [(partial(_drawn, surrogate), natural)] if natural else []
 
@@ -89,19 +81,6 @@ def synthesised(model: nn.Module, images: Tensor, settings: Settings) -> Tensor:
         for size in _sizes(settings.distill_pool)
     ]
     return torch.cat(pool)
-
-
-def adversarial(model: nn.Module, images: Tensor, settings: Settings) -> Tensor:
-    """Return `distill_pool` images near D_f that the model classifies as random other classes, by targeted L2-PGD."""
-    generator, made = seeds.generator(settings.seed, "boundary", settings.first_position), []
-    for size in _sizes(settings.distill_pool):
-        near = _drawn(images, size, generator)
-        with torch.no_grad():
-            logits = model(near)
-        draws = torch.randint(logits.shape[1] - 1, (size,), generator=generator).to(images.device)
-        targets = other_class(logits.argmax(1), draws)
-        made.append(attack.pgd_l2(model, near, targets, eps=EPS, alpha=ALPHA, steps=ITERATIONS, generator=generator))
-    return torch.cat(made)
 
 
 def _synthesise(
@@ -179,10 +158,3 @@ def _drawn(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw images, shifted and mirrored at random."""
     chosen = upload(torch.randint(len(images), (count,), generator=generator), images.device)
     return augment(as_pixels(images[chosen]), images.shape[-1] // 8, True, generator)
-
-
-def _blended(images: Tensor, others: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw blends of one of the images and one of the others, with weights from `mixes.MIXED`."""
-    low, high = mixes.MIXED
-    weight = low + (high - low) * upload(torch.rand((count, 1, 1, 1), generator=generator), images.device)
-    return weight * _drawn(images, count, generator) + (1 - weight) * _drawn(others, count, generator)

@@ -81,10 +81,11 @@ def _name_rows(block: Block) -> None:
             if value is not None:
                 users[name].add(record["method"])
     for name in sorted(users):
-        default = records.lookup(name).default_for(block.dataset)
-        if default is not None:
+        key = records.lookup(name)
+        default, absent = key.default_for(block.dataset), key.absent_for(block.dataset)
+        if absent is not None:
             for own in values:
-                own.setdefault(name, default)  # older records lack settings that were added later
+                own.setdefault(name, absent)  # older records lack settings that were added later
         used = [own.get(name) for record, own in pairs if record["method"] in users[name]]
         block.usual[name] = _most_frequent(used, default)
     for record, own in pairs:
