@@ -33,7 +33,7 @@ glossary:
               predicts the new label
   D_f         the images to forget
   agreement   share of images for which the unlearned model predicts the same class as the original model
-  distill     the method of this project: it keeps the outputs on mixes of D_f and needs no other images
+  distill     the method of this project: it keeps the outputs on images made of D_f and needs no others
   recognised  the model predicts the image as its label. An image that was not recognised before the request never
               counts as forgotten
 

@@ -1,7 +1,7 @@
-"""`distill`: forget D_f by a margin and keep the outputs and features of the original model on mixes of D_f.
+"""`distill`: forget D_f by a margin and keep the outputs and features of the original model on stand-ins for D_r.
 
 Our method; it needs no images but D_f. With θ the weights, θ⁰ the original weights, z logits, f features,
-p = softmax(z) and x̃ mixes of images of D_f (see `l2ul.data.mixes`), a step minimises
+p = softmax(z) and x̃ stand-ins for D_r, a step minimises
 
     L(θ) = w · s · mean_{x ∈ B} max(0, z_y(x) - max_{c≠y} z_c(x) + m)           "forget": margin loss on D_f
            + a · mean_x̃ KL(p⁰(x̃) ‖ p(x̃))                                        "logits"
@@ -12,6 +12,12 @@ p = softmax(z) and x̃ mixes of images of D_f (see `l2ul.data.mixes`), a step mi
 - s = min(1, |R| / distill_forget): a single remaining image weighs no more alone than in a full batch.
 - w starts at 1 and is multiplied by `distill_growth` ^ (1 / distill_steps) at each step before which an image is not
   forgotten, as in a penalty method. No fixed weight suits every model, as scales of logits differ.
+- The x̃ are `distill_mixes` images of the kinds in `distill_stand_ins`, in equal parts (see `l2ul.methods.stand_ins`):
+  by default blends of two and of three images of D_f, images with a patch of another or with the amplitudes of
+  another, in other hues, and enlarged parts. Varied images close to the classes of the model keep it in place on all
+  others: with blends of two images alone, a ResNet-18 lost five times as much (docs/trials.md). With a surrogate set,
+  the part `distill_surrogate` of the x̃ are its images. With `distill_ascent` = r > 0, each x̃ is first moved by r along
+  the gradient of KL(p⁰(x̃) ‖ p(x̃)), to where θ and θ⁰ differ more.
 - a = `distill_logits`, b = `distill_features`. The features f_l are the inputs of every convolution and linear layer
   but the first, and the last feature map before pooling. Var(f⁰_l) is taken over D_f.
 - The model is in eval mode, so running statistics of batch-norm stay and dropout is off.
@@ -44,7 +50,7 @@ VARIANCE_IMAGES = 256  # images of D_f, at most, that variances of features are 
 
 
 def distill(step: Step) -> Terms:
-    """Minimise a margin loss on D_f + distillation of θ⁰ on mixes of D_f (ours)."""
+    """Minimise a margin loss on D_f + distillation of θ⁰ on images made of D_f (ours)."""
     logits_gap, features_gap = step.teacher_gaps()
     terms = {"forget": logits_gap.new_zeros(()), "logits": logits_gap, "features": features_gap}
     if len(step.forget.labels):
@@ -93,7 +99,7 @@ class DistillProcedure(Procedure):
         return self.method.terms(self.next_step())
 
     def next_step(self) -> Step:
-        """Draw the images of D_f and the mixes of the next step."""
+        """Draw the images of D_f and the stand-ins of the next step."""
         return self._step(*self.draw())
 
     def terms(self, *inputs: Tensor | float) -> Terms:

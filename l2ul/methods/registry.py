@@ -26,7 +26,7 @@ NEEDS = {  # what a method may ask the loop for
     "importance": "the importance penalty ½ Σ Ω̄ (θ - θ⁰)²",
     "retain": "batches of D_r",
     "noise": "random noise on the weights, in place of SGD",
-    "teacher": "θ⁰ as a teacher on mixes of D_f, with the schedule of distill in place of SGD",
+    "teacher": "θ⁰ as a teacher on stand-ins for D_r, with the schedule of distill in place of SGD",
 }
 
 
@@ -40,7 +40,7 @@ class Step:
     penalty        returns the importance penalty ½ Σ Ω̄ (θ - θ⁰)², a scalar
     reg_lamb       weight λ of the penalty
     perturb        sets the weights to θ⁰ + noise, with more noise at each call
-    teacher_gaps   returns the weighted differences from θ⁰ on mixes of D_f: of logits and of features
+    teacher_gaps   returns the weighted differences from θ⁰ on stand-ins for D_r: of logits and of features
     margin         margin of the forget loss, in logits
     forget_weight  weight of the forget loss
     settings       values of the settings that the method declares itself
@@ -182,7 +182,11 @@ BUILT_IN = (
         "importance",
     ),
     _built_in(
-        "distill", "Minimise a margin loss on D_f + distillation of θ⁰ on mixes of D_f (ours)", "distill", "teacher"
+        "distill",
+        "Minimise a margin loss on D_f + distillation of θ⁰ on images made of D_f (ours)",
+        "distill",
+        "teacher",
+        version=2,  # 1: blends of two images of D_f alone stood for D_r
     ),
     # methods of others, of fixed length, with the settings of their papers
     _baseline(

@@ -215,7 +215,7 @@ class Settings(_Declared):
         0.0, "weight of the original probabilities without the label, on the copies", "teacher", in_id="if changed"
     )
     distill_stand_ins: str = _declare(
-        "mixes",
+        "mixes+triples+patches+spectra+recoloured+crops",
         "kinds of stand-ins for D_r, in equal parts. Made of D_f: mixes (blends of two images), triples (of three), "
         "copies (shifted and mirrored), recoloured (with other hues), patches (of one image in another), crops "
         "(enlarged, rotated, with other colours), spectra (phase of one image, amplitudes of two). Made of D_f and θ⁰: "
@@ -224,6 +224,7 @@ class Settings(_Declared):
         choices=STAND_INS,
         several=True,
         in_id="if changed",
+        absent="mixes",  # before version 2
     )
     distill_pool: int = _declare(
         1024,
