@@ -8,6 +8,7 @@ from collections.abc import Callable
 import contextlib
 import copy
 from dataclasses import dataclass, field
+import functools
 import time
 
 import torch
@@ -235,6 +236,7 @@ class _Loop:
     def use_graphs(self, report: Callable[[str], object]) -> None:
         """Run gradients and measurements as CUDA graphs."""
         self.procedure.pads = True
+        report = functools.cache(report)  # both say the same
         self.graphed = Graphed(self._gradients, report)
         self.monitor.graphed = Graphed(self.monitor.numbers, report)
 

@@ -20,6 +20,7 @@ import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 import sys
+import warnings
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ class Counts:
 _visible = torch.device("cuda", 0)  # the device that its tensors say they are on
 _counts: list[Counts] = []  # those of the `counting` blocks that are open
 _capture: "CUDAGraph | None" = None  # the graph that is being captured
+_sync_debug_mode = "default"  # "warn": warn of each synchronisation
 
 
 @contextlib.contextmanager
@@ -90,6 +92,8 @@ def _count_kernels(operation: object, number: int = 1) -> None:
 
 
 def _count_synchronisation(operation: object) -> None:
+    if _sync_debug_mode == "warn":
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
     if _capture:
         raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({operation} at {_place()})")
     for counts in _counts:
@@ -396,6 +400,11 @@ class CUDAGraph:
                     target.copy_(values)
 
 
+def _set_sync_debug_mode(mode: str) -> None:
+    global _sync_debug_mode
+    _sync_debug_mode = mode
+
+
 class _Stream:
     def wait_stream(self, stream: "_Stream") -> None: ...
 
@@ -459,6 +468,8 @@ def _install() -> torch.library.Library:
         "set_stream": nothing,
         "stream": contextlib.nullcontext,
         "device": contextlib.nullcontext,
+        "get_sync_debug_mode": lambda: _sync_debug_mode,
+        "set_sync_debug_mode": _set_sync_debug_mode,
         "is_bf16_supported": lambda **_: True,
     }
     for name, function in replacements.items():
