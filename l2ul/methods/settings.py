@@ -177,42 +177,26 @@ class Settings(_Declared):
         in_id="if changed",
     )
     robust_pool: int = _declare(
-        256, "copies of D_f per step, of which the worst are trained on", "teacher", minimum=2, in_id="if changed"
-    )
-    robust_strength: float = _declare(
-        1.0, "strength of the changes in training, relative to those in use", "teacher", above=0, in_id="if changed"
-    )
-    robust_turns: int = _declare(
-        0, "1: copies are also turned by up to 10 degrees", "teacher", maximum=1, in_id="if changed"
-    )
-    robust_probability: float = _declare(
-        1 / 3, "probability of each change to be in a copy", "teacher", maximum=1, in_id="if changed"
+        512, "copies of D_f per step, of which the worst are trained on", "teacher", minimum=2, in_id="if changed"
     )
     robust_margin: float = _declare(
         1.0, "margin on the copies in the second half of a cycle", "teacher", unit="logits", in_id="if changed"
     )
-    robust_mixes: float = _declare(
-        0.5, "share of the stand-ins that is changed like the copies", "teacher", maximum=1, in_id="if changed"
-    )
     robust_adversarial: float = _declare(
-        0.0,
+        0.15,
         "length of a step of half of the copies toward their own label",
         "teacher",
-        unit="L2 norm over pixels in [0,1]",
-        in_id="if changed",
-    )
-    robust_bits: int = _declare(
-        0, "bits that weights are rounded to for some of the copies; 0: none", "teacher", maximum=16, in_id="if changed"
-    )
-    robust_norm: int = _declare(
-        0,
-        "1: batch-norm takes the statistics of the batch for some of the copies",
-        "teacher",
-        maximum=1,
+        unit="L2 norm over pixels in [0,1], for images of 32 x 32",
         in_id="if changed",
     )
     robust_targets: float = _declare(
-        0.0, "weight of the original probabilities without the label, on the copies", "teacher", in_id="if changed"
+        1.0, "weight of the original probabilities without the label, on the copies", "teacher", in_id="if changed"
+    )
+    robust_mixes: float = _declare(
+        0.5, "share of the stand-ins that is changed like the copies", "teacher", maximum=1, in_id="if changed"
+    )
+    robust_cycle: float = _declare(
+        2.0, "length of a cycle, relative to that of robust=0", "teacher", above=0, in_id="if changed"
     )
     distill_stand_ins: str = _declare(
         "mixes+triples+patches+spectra+recoloured+crops",
