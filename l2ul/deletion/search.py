@@ -17,6 +17,7 @@ from l2ul.common.errors import Diverged, InputError
 from l2ul.common.precision import temporarily
 from l2ul.importance import mas_importance
 from l2ul.methods import registry
+from l2ul.methods.distill import cycle_length
 from l2ul.methods.settings import ATTACK as ATTACK_SETTINGS
 from l2ul.methods.settings import SHARED, Value
 from l2ul.metrics import accuracy, agreement, robustness
@@ -280,6 +281,9 @@ def find_candidates(
     on_candidate  called with each candidate when it is finished
     on_early_end  called with a sentence if the search ends before the time is up, see `search`
     """
+    if unlearner.uses_teacher:
+        length = cycle_length(first, len(unlearner.train_set))
+        first = replace(first, distill_steps=length, distill_image_steps=0.0)
     seconds_per_step = _measure_step(unlearner, first)
     unlearner.probes.append(_held_out_probe(unlearner, first, budget, seconds_per_step))
     if keep_images is not None:

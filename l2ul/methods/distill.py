@@ -10,8 +10,8 @@ p = softmax(z) and x̃ stand-ins for D_r, a step minimises
 - B holds at most `distill_forget` images, drawn from the images R that are not yet forgotten by the margin m
   (`distill_margin`). The sign of the difference of logits is reversed to relabel, with y the new class.
 - s = min(1, |R| / distill_forget): a single remaining image weighs no more alone than in a full batch.
-- w starts at 1 and is multiplied by `distill_growth` ^ (1 / distill_steps) at each step before which an image is not
-  forgotten, as in a penalty method. No fixed weight suits every model, as scales of logits differ.
+- w starts at 1 and is multiplied by `distill_growth` ^ (1 / steps of a cycle) at each step before which an image is
+  not forgotten, as in a penalty method. No fixed weight suits every model, as scales of logits differ.
 - The x̃ are `distill_mixes` images of the kinds in `distill_stand_ins`, in equal parts (see `l2ul.methods.stand_ins`):
   by default blends of two and of three images of D_f, images with a patch of another or with the amplitudes of
   another, in other hues, and enlarged parts. Varied images close to the classes of the model keep it in place on all
@@ -22,7 +22,8 @@ p = softmax(z) and x̃ stand-ins for D_r, a step minimises
   but the first, and the last feature map before pooling. Var(f⁰_l) is taken over D_f.
 - The model is in eval mode, so running statistics of batch-norm stay and dropout is off.
 
-Adam follows a learning rate that rises to `distill_lr` and falls to nearly 0 in each cycle of `distill_steps` steps.
+Adam follows a learning rate that rises to `distill_lr` and falls to nearly 0 in each cycle. A cycle has 120 steps and
+0.75 for each image of D_f, or `distill_steps`: the more images, the more steps to forget them gently.
 The loop stops at the end of a cycle if all of D_f is forgotten, and gives up after `distill_cycles` cycles.
 """
 
@@ -84,7 +85,7 @@ class DistillProcedure(Procedure):
         self.generator = seeds.generator(settings.seed, "distill", settings.first_position)
         self.stand_ins = StandIns(self.model, forget.images, settings, surrogate)
         self.weight = 1.0  # w of the module's docstring
-        length = settings.distill_steps + round(settings.distill_image_steps * len(forget))
+        length = cycle_length(settings, len(forget))
         self.growth = settings.distill_growth ** (1 / length)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = fused(torch.optim.Adam, parameters, lr=settings.distill_lr)
@@ -202,6 +203,12 @@ class Teacher:
         (gradient,) = torch.autograd.grad(objective.kl_divergence(model(start), self.model(start)), start)
         norm = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True)
         return (images + length * gradient / norm.clamp_min(1e-12)).clamp(0, 1)
+
+
+def cycle_length(settings: Settings, k: int) -> int:
+    """Return the steps of a cycle for k images."""
+    usual = 300 if settings.robust else 120 + round(0.75 * k)
+    return (settings.distill_steps or usual) + round(settings.distill_image_steps * k)
 
 
 def one_cycle(step: int, length: int) -> float:

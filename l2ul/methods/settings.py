@@ -155,7 +155,11 @@ class Settings(_Declared):
         unit="root mean square of the weight tensor",
     )
     distill_lr: float = _declare(3e-4, "highest learning rate of a cycle of Adam", "teacher", above=0)
-    distill_steps: int = _declare(300, "steps per cycle; the learning rate ends near 0", "teacher", minimum=1)
+    distill_steps: int = _declare(
+        0,
+        "steps per cycle; the learning rate ends near 0. 0: 120 and 0.75 for each image of D_f; with robust=1: 300",
+        "teacher",
+    )
     distill_cycles: int = _declare(
         3, "cycles at most; the run stops after a cycle if D_f is forgotten", "teacher", minimum=1
     )

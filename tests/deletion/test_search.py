@@ -10,7 +10,7 @@ from l2ul.deletion import search
 from l2ul.metrics.agreement import Agreement
 from l2ul.unlearn import Settings
 
-OWN = Settings()
+OWN = Settings(distill_steps=300)
 UNCERTAINTY = 0.5  # of the agreement of a fake candidate, in percent
 
 
