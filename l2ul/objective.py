@@ -32,7 +32,7 @@ class Batch:
 class Forget:
     """The forget set D_f.
 
-    images      (k, 3, H, W) float in [0,1]
+    images      (k, 3, H, W) float in [0,1]; many large ones as StoredImages, which are indexed like a tensor
     labels      (k,) int64, the true classes
     new_labels  (k,) int64, the classes to relabel the images with; None to have them misclassified
     """

@@ -22,7 +22,7 @@ from l2ul.common.cuda_graphs import Graphed
 from l2ul.common.errors import Diverged
 from l2ul.common.modes import counters_on_cpu
 from l2ul.data import storage
-from l2ul.data.images import Split, as_pixels
+from l2ul.data.images import Split, pixels_of
 from l2ul.importance import mas_importance
 from l2ul.methods import distill, fixed_length_procedure, paper, registry, robust
 from l2ul.methods.checkpoint import Checkpoint, Guard, State, fingerprint, summary
@@ -133,7 +133,7 @@ def unlearn(
     if not chosen.trains:
         return Outcome(unlearned, DONE, 0)
 
-    forget = objective.Forget(as_pixels(images), labels, new_labels)
+    forget = objective.Forget(pixels_of(images), labels, new_labels)
     adv = adv if "adv" in chosen.needs else None
     retain = retain if "retain" in chosen.needs else None
     importance = importance if "importance" in chosen.needs else None

@@ -377,10 +377,14 @@ def rewrite(source: Path, net: nn.Module, target: Path, weights_key: str | None 
     state, own = _at(content, choice.place), net.state_dict()
     part = {key: tensor for key, tensor in _state_at(content, choice.place).items() if key.startswith(choice.prefix)}
     names = _best(split_off_statistics(part, net)[0], own).own
+    owners: dict[int, int] = {}  # address of a weight of the network by that of the tensor in the file
     with torch.no_grad():  # some files have parameters instead of tensors
         for key, name in names.items():
-            if name in own:  # otherwise it is a step counter that the network has not
-                state[key].copy_(own[name])
+            if name not in own:  # a step counter that the network has not
+                continue
+            if owners.setdefault(state[key].data_ptr(), own[name].data_ptr()) != own[name].data_ptr():
+                state[key] = state[key].clone()  # equal weights that the file stores once, but that are not tied
+            state[key].copy_(own[name])
     left_out = _strip_other_tensors(content, choice.place, set(names))
     if metadata is not None:
         target.write_bytes(serialize(content, metadata))

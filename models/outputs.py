@@ -62,6 +62,12 @@ def adapt(classifier: nn.Module, pixels: Tensor) -> str:
         outputs = classifier(pixels[:BATCH])
         kind = LOGITS if _is_unbounded(classifier, pixels[:BATCH], outputs) else output_kind(outputs)
     if kind == PROBABILITIES:
+        if outputs.dtype in (torch.float16, torch.bfloat16):
+            name = str(outputs.dtype).removeprefix("torch.")
+            raise InputError(
+                f"the model returns probabilities in {name}, which round small ones to 0; return its logits, or "
+                f"convert them to float32 before the softmax"
+            )
         few = pixels[:BATCH] if len(pixels) > 1 else pixels.repeat(2, 1, 1, 1)  # batch-norm needs two values
         if output_kind(copy.deepcopy(classifier).train()(few)) != kind:  # a copy: batch-norm updates its statistics
             raise InputError(

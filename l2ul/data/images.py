@@ -11,6 +11,35 @@ from l2ul.common.files import tensors_sha256
 from l2ul.data.folder import FolderImages
 
 LARGE = 64  # pixels; images with a longer side have smaller default batches
+MAX_FLOATS = 2**26  # values; more than these stay uint8 in memory, see `pixels_of`
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Images (n, C, H, W) that take a quarter of the memory: uint8, converted to float pixels where they are used.
+
+    Indexing with anything but a whole number, and `split`, give tensors of float pixels in [0,1].
+    """
+
+    stored: Tensor
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, indices: Tensor | slice) -> Tensor:
+        return as_pixels(self.stored[indices])
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Yield all images in order, in batches."""
+        return map(as_pixels, self.stored.split(size))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.stored.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
 
 
 @dataclass(frozen=True)
@@ -158,6 +187,18 @@ def input_side(model: nn.Module, side: int) -> int:
     return next((module.input_side(side) for module in model.modules() if hasattr(module, "input_side")), side)
 
 
+def pixels_of(images: Tensor | StoredImages) -> Tensor | StoredImages:
+    """Return images as float pixels in [0,1]: a tensor, or StoredImages for uint8 images of more than MAX_FLOATS."""
+    if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.numel() <= MAX_FLOATS):
+        return as_pixels(images)
+    return images if isinstance(images, StoredImages) else StoredImages(images)
+
+
+def stored(images: Tensor | StoredImages) -> Tensor:
+    """Return the tensor of images: uint8 or float."""
+    return images.stored if isinstance(images, StoredImages) else images
+
+
 def default_batch_size(sizes: dict[str, tuple[int, int]], device: torch.device, side: int) -> int:
     """Return the default batch size for images of (side, side) pixels.
 
@@ -167,7 +208,7 @@ def default_batch_size(sizes: dict[str, tuple[int, int]], device: torch.device, 
 
 
 def batches(
-    images: Tensor | FolderImages,
+    images: Tensor | StoredImages | FolderImages,
     batch_size: int,
     device: torch.device,
     workers: int = 0,
@@ -181,8 +222,8 @@ def batches(
     """
     indices = torch.arange(len(images)).split(batch_size)
     share = distributed.shard(len(indices)) if shared else slice(None)
-    if isinstance(images, Tensor):
-        source = images.split(batch_size)[share]
+    if isinstance(images, Tensor | StoredImages):
+        source = stored(images).split(batch_size)[share]
     else:
         source = images.loader(indices[share], device, workers)
     for batch in source:

@@ -119,14 +119,14 @@ def _predicts_one_class(labels: Tensor, predictions: Tensor) -> bool:
 
 def _check_dependence(request: Request, before: Tensor) -> None:
     """Raise InputError if the outputs hardly depend on the image, though the images differ."""
-    pixels = request.images.float()
+    pixels = request.images[:MAX_IMAGES].float()
     if len(pixels) < 3 or pixels.std(0).mean() < VARIED * pixels.std():
         return
     spread, across = before.std(0).mean(), before.mean(0).std()
     if int(before.argmax(1).unique().numel()) == 1 and spread < CONSTANT * across:
         name = request.class_names[int(before[0].argmax())]
         raise InputError(
-            f"the model predicts {name} for all {len(pixels)} images, and its outputs hardly depend on the image; "
+            f"the model predicts {name} for all {len(request)} images, and its outputs hardly depend on the image; "
             f"likely causes are another input range or normalisation than in training (--mean, --std; --std 0.00392157 "
             f"0.00392157 0.00392157 for pixels from 0 to 255) or another image size (--image-size); name the labels by "
             f"folders to have alternatives tried, or add --min-known 0 to skip this check"

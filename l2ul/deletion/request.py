@@ -17,7 +17,7 @@ from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
 from l2ul.common.text import normal_form, read_text
 from l2ul.data.image_files import ImageReader, UnreadableImage
-from l2ul.data.images import Split, as_pixels
+from l2ul.data.images import Split, pixels_of
 from l2ul.deletion import states
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.report_schema import Report
@@ -173,7 +173,7 @@ def read_request(
     if new_labels is not None and (new_labels == labels).any():
         index = int((new_labels == labels).nonzero()[0])
         raise InputError(f"the new_label of {read.files[index].file} equals its label; give another class")
-    forget, gone = Forget(as_pixels(images), labels, new_labels), states.forgotten_images(earlier)
+    forget, gone = Forget(pixels_of(images), labels, new_labels), states.forgotten_images(earlier)
     places = frozenset(index for index, one in enumerate(read.files) if gone & {one.sha256, one.pixels_sha256})
     return Request(read, images, forget, class_names, before, earlier_labels, places)
 

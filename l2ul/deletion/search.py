@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from l2ul import ProgressBar, attack, unlearn
 from l2ul.common.errors import Diverged, InputError
 from l2ul.common.precision import temporarily
+from l2ul.data.images import stored
 from l2ul.importance import mas_importance
 from l2ul.methods import registry
 from l2ul.methods.distill import cycle_length
@@ -161,7 +162,7 @@ class Unlearner:
         on_step: Callable[[dict[str, float]], object] | None,
     ) -> unlearn.Outcome:
         needs = registry.get(self.method, self.forget.goal).needs
-        images, labels = self.train_set.images, self.train_set.labels
+        images, labels = stored(self.train_set.images), self.train_set.labels
         if "adv" in needs and "adv" not in self._inputs:
             total = ATTACK["num_adv_images"] * ATTACK["steps"] * len(labels)
             with self.show_progress("adversarial examples", total) as advance:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from l2ul.common.memory import smaller_batch
 from l2ul.common.modes import eval_mode
 from l2ul.common.precision import exactly
+from l2ul.data.images import LARGE
 from l2ul.objective import Forget, Terms
 
-BATCH_SIZE = 512  # images of D_f per forward pass, as long as memory is sufficient
+BATCH_SIZE, LARGE_BATCH = 512, 64  # images of D_f per forward pass, small and large ones, if memory is sufficient
 
 
 class ForgetMonitor:
@@ -30,7 +31,7 @@ class ForgetMonitor:
         new = None if forget.new_labels is None else forget.new_labels.cpu()
         self.forget = replace(forget, labels=forget.labels.cpu(), new_labels=new)
         self.model, self.predict = model, predict
-        self.batch_size = BATCH_SIZE
+        self.batch_size = LARGE_BATCH if forget.images.shape[-1] > LARGE else BATCH_SIZE
         self.graphed: Callable[[], Tensor] | None = None  # `numbers` as a CUDA graph
 
     @cached_property

@@ -18,7 +18,7 @@ from l2ul.data.image_files import ImageReader
 from l2ul.data.images import Images, as_pixels, batches, input_side
 from l2ul.objective import Forget
 
-BATCH_SIZE = {"cpu": (256, 256), "mps": (512, 64), "cuda": (2048, 256)}  # images per batch; of large images
+BATCH_SIZE = {"cpu": (256, 64), "mps": (512, 64), "cuda": (2048, 256)}  # images per batch; of large images
 
 
 def default_batch_size(device: torch.device, side: int) -> int:

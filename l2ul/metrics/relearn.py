@@ -9,11 +9,12 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from l2ul.common import seeds
-from l2ul.data.images import as_pixels
+from l2ul.data.images import LARGE, StoredImages, pixels_of
 
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9  # of SGD without weight decay; small, so that the number of steps separates models
 BATCH_SIZE = 64  # images of D_f per step, at most
 MAX_STEPS = 500
+PREDICTED, LARGE_BATCH = 512, 64  # images per forward pass, small and large ones
 OTHER_STEPS = 100  # of fine-tuning on images that are not in D_f
 
 
@@ -72,7 +73,7 @@ def _fine_tuning(model: nn.Module, images: Tensor, labels: Tensor, predicted: Te
     The model is in eval mode, so that batch-norm is frozen and dropout is off. The loss is cross-entropy on batches
     whose order depends on their number alone, so that models are compared on the same batches.
     """
-    tuned, pixels, predicted = copy.deepcopy(model).eval(), as_pixels(images), as_pixels(predicted)
+    tuned, pixels, predicted = copy.deepcopy(model).eval(), pixels_of(images), pixels_of(predicted)
     order = seeds.generator(0, "relearn")
     parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, LEARNING_RATE, MOMENTUM)
@@ -88,5 +89,6 @@ def _fine_tuning(model: nn.Module, images: Tensor, labels: Tensor, predicted: Te
 
 
 @torch.no_grad()
-def _predict(model: nn.Module, pixels: Tensor) -> Tensor:
-    return torch.cat([model(part).argmax(1) for part in pixels.split(512)])
+def _predict(model: nn.Module, pixels: Tensor | StoredImages) -> Tensor:
+    size = LARGE_BATCH if pixels.shape[-1] > LARGE else PREDICTED
+    return torch.cat([model(part).argmax(1) for part in pixels.split(size)])

@@ -17,7 +17,7 @@ from l2ul.common import seeds
 from l2ul.common.errors import Diverged, is_out_of_memory
 from l2ul.common.precision import exactly
 from l2ul.data.changes import KINDS, PROBABILITY, changed_copies, jpeg_file
-from l2ul.data.images import LARGE, as_pixels
+from l2ul.data.images import LARGE, as_pixels, pixels_of
 from l2ul.data.mixes import mixes
 from l2ul.metrics import accuracy
 from l2ul.objective import Forget
@@ -223,4 +223,4 @@ def with_changed_images(images: Tensor, forget: Forget, kinds: Sequence[str]) ->
     changed = [after for name, after in changed_images(images) if name.lower().startswith(tuple(kinds))]
     times = 1 + len(changed)
     new = forget.new_labels.repeat(times) if forget.new_labels is not None else None
-    return Forget(torch.cat([forget.images, *map(as_pixels, changed)]), forget.labels.repeat(times), new)
+    return Forget(pixels_of(torch.cat([images, *changed])), forget.labels.repeat(times), new)

@@ -441,6 +441,22 @@ def test_of_tied_weights_the_file_may_hold_one(tmp_path):
     assert torch.equal(again.again.weight, net.head.weight + 1)
 
 
+def twins():
+    return torch.nn.Sequential(tiny_net(), tiny_net())
+
+
+def test_equal_weights_that_the_file_stores_once_are_written_apart(tmp_path):
+    state = tiny_net().state_dict()
+    torch.save({f"{place}.{name}": tensor for place in "01" for name, tensor in state.items()}, tmp_path / "in.pt")
+    opened = deployed.open_model(None, tmp_path / "in.pt", "test_deployed_model:twins")
+    with torch.no_grad():
+        opened.classifier.net[0].head.weight.add_(1)
+    opened.write(opened.classifier, tmp_path)
+    written = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert torch.equal(written["0.head.weight"], state["head.weight"] + 1)
+    assert torch.equal(written["1.head.weight"], state["head.weight"])
+
+
 def test_a_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(InputError, match="which is a folder; name the file of weights in it"):
         deployed.open_model(None, tmp_path, "conftest:tiny_net")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from l2ul.common.errors import InputError
+from l2ul.data import images as image_sets
 from l2ul.deletion import options, states
 from l2ul.deletion.inventory import read_inventory
 from l2ul.deletion.report import THREATS
@@ -314,3 +315,13 @@ def test_a_hugging_face_folder_gets_a_model_card_without_names_and_pictures(scri
     (tmp_path / "out" / "model" / "README.md").write_text("another card")
     code, out, _ = script(main_forget.main, *words[:2])
     assert (code, "FAILED model: not the model of the report: README.md" in out) == (3, True)
+
+
+def test_a_request_of_images_that_stay_uint8_gives_the_same_weights(forget, monkeypatch):
+    also = ["--also", "flipped"]
+    code, report, printed = forget(*also)
+    monkeypatch.setattr(image_sets, "MAX_FLOATS", 0)
+    code, other, printed = forget(*also, output="stored")
+    assert code == 0, printed
+    assert other["model"]["after"]["weights_sha256"] == report["model"]["after"]["weights_sha256"]
+    assert other["images"] == report["images"]

@@ -77,6 +77,16 @@ def test_probabilities_in_eval_mode_only_are_refused():
         outputs.adapt(classifier(Only(1)), torch.rand(1, 3, 8, 8))
 
 
+class ToHalf(nn.Module):
+    def forward(self, x):
+        return x.half()
+
+
+def test_probabilities_in_half_precision_are_refused():
+    with pytest.raises(InputError, match="the model returns probabilities in float16, which round"):
+        outputs.adapt(classifier(nn.Softmax(1), ToHalf()), torch.rand(6, 3, 8, 8))
+
+
 @pytest.mark.usefixtures("fast_report")
 def test_a_net_that_ends_in_softmax_is_unlearned_and_written_with_its_softmax(trained, forget, tmp_path, script):
     state = {f"0.{name}": tensor for name, tensor in trained[0].state_dict().items()}
