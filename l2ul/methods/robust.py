@@ -13,8 +13,9 @@ The loss is that of `l2ul.methods.distill` with another B, w and s, and one more
 - The share `robust_mixes` of the stand-ins is changed like the copies, so that the model learns the images and not the
   changes. Stand-ins of the kinds NEAR, which are whole images of D_f, are not used.
 
-A cycle is `robust_cycle` times as long. The loop stops at the end of a cycle if at least REQUIRED of the images are
-forgotten in at least REQUIRED of CHECKED other copies, and gives up after `distill_cycles` cycles.
+A cycle is `robust_cycle` times as long, and a step has MORE_STAND_INS times as many stand-ins. The loop stops at the
+end of a cycle if at least REQUIRED of the images are forgotten in at least REQUIRED of CHECKED other copies, and gives
+up after `distill_cycles` cycles.
 """
 
 from dataclasses import replace
@@ -38,6 +39,7 @@ STORED = 8
 TOLERATED = 0.02
 REQUIRED, CHECKED = 0.95, 32
 CHUNK = 512  # copies that are checked at once
+MORE_STAND_INS = 2
 NEAR = ("copies", "recoloured")
 
 
@@ -54,11 +56,12 @@ class RobustProcedure(DistillProcedure):
         surrogate: Tensor | None = None,
     ):
         kinds = [kind for kind in settings.distill_stand_ins.split("+") if kind not in NEAR] or ["mixes"]
-        longer = {
+        changed = {
             "distill_steps": max(1, round(settings.distill_steps * settings.robust_cycle)),
             "distill_image_steps": settings.distill_image_steps * settings.robust_cycle,
+            "distill_mixes": MORE_STAND_INS * settings.distill_mixes,
         }
-        settings = replace(settings, distill_stand_ins="+".join(kinds), **longer)
+        settings = replace(settings, distill_stand_ins="+".join(kinds), **changed)
         super().__init__(method, model, forget, settings, monitor, surrogate)
         self.has_draws = self.is_graphable = method in BUILT_IN
         self.steps = 0
