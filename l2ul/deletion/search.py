@@ -136,7 +136,7 @@ class Unlearner:
         model recognised are also forgotten as used.
         """
         forgotten = self.forgotten_as_stored(model)
-        if self.as_used:
+        if self.as_used and (forgotten & self._recognised_before).any():
             used = used or robustness.as_used(model, self.forget, with_kinds=False)
             forgotten = forgotten & (used.forgotten | ~self._recognised_before)
         return forgotten
