@@ -262,9 +262,9 @@ STEPS = {  # most kernels of a step of ResNet-18, by method, mode of batch-norm 
     ("adv", "train", False): 440,
     ("adv_imp", "train", False): 450,
     ("adv_imp", "eval", False): 290,
-    ("distill", "eval", False): 560,
+    ("distill", "eval", False): 600,
     ("adv_imp", "train", True): 20,
-    ("distill", "eval", True): 35,
+    ("distill", "eval", True): 80,
 }
 PASSES = {"attack": (125, 0), "importance": (175, 0)}  # of an iteration of PGD, and of an image
 

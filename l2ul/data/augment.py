@@ -16,8 +16,7 @@ def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator
     generator  a CPU generator; the draws do not depend on the device
     size       side of the square crop; None: the crop has the size of the images
     """
-    crops = draw_crops(len(images), images.shape[2:], padding, flip, generator, size)
-    return crop(images, padding, upload(crops, images.device), size)
+    return crop(images, padding, draw_crops(len(images), images.shape[2:], padding, flip, generator, size), size)
 
 
 def draw_crops(
@@ -40,13 +39,14 @@ def draw_crops(
 def crop(images: Tensor, padding: int, crops: Tensor, size: int | None = None) -> Tensor:
     """Return the crop (n, 3, height, width) of each padded image (n, 3, H, W) at its place from `draw_crops` (3, n).
 
-    All tensors are on one device.
+    The indices of pixels are computed where `crops` are: on the CPU, a GPU has fewer kernels to launch.
     """
     height, width = (size, size) if size else images.shape[2:]
     top, left, flipped = crops[:, :, None]
-    forward = torch.arange(width, device=images.device)
-    rows = top + torch.arange(height, device=images.device)
+    forward = torch.arange(width, device=crops.device)
+    rows = top + torch.arange(height, device=crops.device)
     columns = left + torch.where(flipped > 0, width - 1 - forward, forward)
+    rows, columns = upload(torch.cat([rows, columns], 1), images.device).split([height, width], 1)
     padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)  # (n, H + 2p, W + 2p, 3)
     image = torch.arange(len(images), device=images.device)[:, None, None]
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
