@@ -97,7 +97,8 @@ def forget(args: argparse.Namespace) -> int:
         )
     for sentence in early_end:
         log(sentence)
-    best = next((one for one in candidates[:1] if one.forgotten.sum() > forgotten.sum()), None)
+    stored = unlearner.forgotten_as_stored(original)
+    best = next((one for one in candidates[:1] if one.is_better_than(stored, forgotten)), None)
     unlearned = model.as_written(best.model if best else original)
 
     # Check the unlearned model.

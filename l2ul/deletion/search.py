@@ -34,6 +34,7 @@ SEARCH_SHARE = 0.8  # of the time: the search ends then
 FIRST_SHARE = 0.6  # of the time left: the most that one candidate takes while none has forgotten all images
 PROBE_SHARE = 0.08  # of the time: for making the examples on which agreement is measured
 MIN_EXAMPLES, MAX_EXAMPLES = 64, 1024  # of that probe
+ENOUGH = 0.9  # of the images, forgotten as used: then the search goes on to less damage
 MAX_ENLARGED = 3  # times that the learning rate is raised while images are not forgotten
 # Factors of the method's own settings, for methods with ("distill") and without a teacher.
 LARGER_STEPS = {True: {"distill_lr": 3.0}, False: {"unlearn_lr": 3.0}}  # while images are not forgotten
@@ -70,6 +71,7 @@ class Candidate:
     forgotten  (k,) bool: forgotten as the request demands, with the weights as they would be written
     kept       agreement with the original model on each probe
     model      None if the run diverged
+    stored     (k,) bool: forgotten as they are stored; None: the same as `forgotten`
     """
 
     settings: Settings
@@ -81,10 +83,38 @@ class Candidate:
     kept: list[Agreement]
     model: nn.Module | None
 
+    stored: Tensor | None = None
+
     @property
-    def rank(self) -> tuple[int, float]:
-        """Larger is better: first the number of forgotten images, then agreement. A diverged run ranks last."""
-        return (int(self.forgotten.sum()), agreement.overall(self.kept)) if self.kept else (-1, 0.0)
+    def succeeded(self) -> bool:
+        """Whether enough images are forgotten: all as they are stored and, with robust=1, most as they are used."""
+        return self._counts == (len(self.forgotten), self._enough)
+
+    @property
+    def rank(self) -> tuple[int, int, float]:
+        """Larger is better: the number of images forgotten as stored, then as the request demands, then agreement.
+
+        More than enough images count no more than enough, because the last ones cost most. A diverged run ranks last.
+        """
+        return (*self._counts, self.agreement) if self.kept else (-1, -1, 0.0)
+
+    def is_better_than(self, stored: Tensor, forgotten: Tensor) -> bool:
+        """Return whether more images are forgotten than these, (k,) bool each: as stored, or as the request demands."""
+        before = replace(self, stored=stored, forgotten=forgotten)
+        return bool(self.kept) and self._counts > before._counts
+
+    @property
+    def agreement(self) -> float:
+        return agreement.overall(self.kept)
+
+    @property
+    def _enough(self) -> int:
+        return math.ceil(ENOUGH * len(self.forgotten)) if self.settings.robust else len(self.forgotten)
+
+    @property
+    def _counts(self) -> tuple[int, int]:
+        stored = self.forgotten if self.stored is None else self.stored
+        return int(stored.sum()), min(self._enough, int(self.forgotten.sum()))
 
 
 @dataclass
@@ -216,8 +246,9 @@ class Unlearner:
         if outcome.status != "diverged":
             written = self.as_written(outcome.model)
             try:
-                forgotten, kept = self.forgotten(written), [agreement.measure(written, probe) for probe in self.probes]
-                candidate = replace(candidate, forgotten=forgotten, kept=kept, model=outcome.model)
+                stored, forgotten = self.forgotten_as_stored(written), self.forgotten(written)
+                kept = [agreement.measure(written, probe) for probe in self.probes]
+                candidate = replace(candidate, stored=stored, forgotten=forgotten, kept=kept, model=outcome.model)
             except Diverged:
                 candidate = replace(candidate, status="diverged")
         return replace(candidate, seconds=time.perf_counter() - started)
@@ -343,7 +374,7 @@ def search(
     queue = deque(_initial_queue(unlearner, first, budget.left, seconds_per_step))
     while queue:
         settings = queue.popleft()
-        succeeded = any(candidate.forgotten.all() for candidate in candidates)
+        succeeded = any(candidate.succeeded for candidate in candidates)
         late = succeeded and _expected_seconds(unlearner, settings, candidates) > budget.left
         if candidates and (budget.left <= 0 or late):
             time_is_up = True
@@ -354,7 +385,7 @@ def search(
         reserve = 0.0 if succeeded else (1 - FIRST_SHARE) * budget.left
         candidates.append(unlearner.run_candidate(settings, _changed(first, settings), budget, reserve))
         on_candidate(candidates[-1])
-        if not succeeded and not candidates[-1].forgotten.all():
+        if not succeeded and not candidates[-1].succeeded:
             can_enlarge = len(candidates) <= MAX_ENLARGED and not unlearner.has_fixed_length
             if candidates[-1].status != "diverged" and can_enlarge:
                 queue.appendleft(_enlarged(unlearner, settings, budget.left, candidates))
@@ -366,13 +397,13 @@ def search(
 
 
 def _successes(candidates: list[Candidate]) -> list[Candidate]:
-    return [candidate for candidate in candidates if candidate.forgotten.all() and candidate.kept]
+    return [candidate for candidate in candidates if candidate.succeeded and candidate.kept]
 
 
 def _convincing_agreement(candidates: list[Candidate]) -> float:
     """Return the highest agreement of a success plus its uncertainty, half the width of its 95 % interval."""
     best = max(_successes(candidates), key=lambda candidate: candidate.rank)
-    return best.rank[1] + _uncertainty(best)
+    return best.agreement + _uncertainty(best)
 
 
 def _uncertainty(candidate: Candidate) -> float:
@@ -393,7 +424,7 @@ def _expected_agreement(settings: Settings, candidates: list[Candidate]) -> floa
             values = [getattr(each, name) for each in (one.settings, other.settings, settings)]
             if all(isinstance(value, int | float) and value > 0 for value in values):
                 steps = math.log(values[2] / values[0]) / math.log(values[1] / values[0])
-                expected.append(one.rank[1] + steps * (other.rank[1] - one.rank[1]))
+                expected.append(one.agreement + steps * (other.agreement - one.agreement))
     return min(100.0, max(expected, default=100.0))
 
 
@@ -402,7 +433,7 @@ def _early_end(first: Settings, left_out: list[Settings], candidates: list[Candi
     names = "; ".join(describe(_changed(first, one)) for one in left_out)
     return (
         f"the search ended before the time limit: {names} cannot be expected to raise the agreement of "
-        f"{best.rank[1]:.1f} % by more than its uncertainty of {_uncertainty(best):.1f} points"
+        f"{best.agreement:.1f} % by more than its uncertainty of {_uncertainty(best):.1f} points"
     )
 
 
@@ -437,9 +468,9 @@ def fit_to_time(settings: Settings, left: float, seconds_per_step: float) -> Set
     share = min(1.0, max(left, 0.0) / max(seconds_per_step * steps, 1e-9))
     mixes = max(MIN_BATCH, round(settings.distill_mixes * share))
     forget = max(MIN_BATCH, round(settings.distill_forget * share))
-    return replace(
-        settings, distill_steps=min(steps, settings.distill_steps), distill_mixes=mixes, distill_forget=forget
-    )
+    pool = max(4 * MIN_BATCH, round(settings.robust_pool * share))
+    sizes = {"distill_mixes": mixes, "distill_forget": forget} | ({"robust_pool": pool} if settings.robust else {})
+    return replace(settings, distill_steps=min(steps, settings.distill_steps), **sizes)
 
 
 def _factor(settings: Settings) -> float:
@@ -470,7 +501,7 @@ def _expected_seconds(unlearner: Unlearner, settings: Settings, candidates: list
 
 def _cycles(candidates: list[Candidate]) -> float:
     """Return the number of cycles of distill that the first successful candidate took."""
-    one = next((candidate for candidate in candidates if candidate.forgotten.all()), candidates[0])
+    one = next((candidate for candidate in candidates if candidate.succeeded), candidates[0])
     return max(1.0, one.steps / (one.settings.distill_steps * _factor(one.settings)))
 
 

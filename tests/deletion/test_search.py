@@ -197,3 +197,19 @@ def test_the_search_continues_around_the_first_success(monkeypatch, minutes):
 def test_gradient_methods_continue_around_the_first_success(monkeypatch):
     run, _, _ = run_search(monkeypatch, 60, lambda s: (s.unlearn_lr > 2 * OWN.unlearn_lr, 90.0), "adv_imp")
     assert [s.unlearn_lr / OWN.unlearn_lr for s in run] == pytest.approx([1, 3, 1.8, 6])
+
+
+def test_candidates_are_ranked_by_images_as_stored_then_by_enough_as_used_then_by_agreement():
+    def candidate(stored, used, percent, robust=1):
+        masks = [torch.arange(20) < number for number in (used, stored)]
+        kept = [Agreement("some", percent, percent, percent, 10)]
+        settings = Settings(robust=robust)
+        return search.Candidate(settings, {}, "cap", 1, 1.0, masks[0], kept, None, masks[1])
+
+    best = [candidate(20, 18, 95.0), candidate(20, 20, 90.0), candidate(20, 17, 99.0), candidate(19, 19, 99.0)]
+    assert sorted(best, key=lambda one: one.rank, reverse=True) == best
+    assert [one.succeeded for one in best] == [True, True, False, False]
+    assert not candidate(18, 18, 99.0, robust=0).succeeded
+    none = torch.zeros(20, dtype=torch.bool)
+    assert candidate(5, 0, 99.0).is_better_than(none, none)
+    assert not candidate(0, 0, 99.0).is_better_than(none, none)
