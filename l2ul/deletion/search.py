@@ -463,7 +463,8 @@ def _around(unlearner: Unlearner, first: Settings, left: float, candidates: list
 
 def fit_to_time(settings: Settings, left: float, seconds_per_step: float) -> Settings:
     """Return settings of distill with one cycle in `left` seconds: fewer steps, and then smaller batches."""
-    seconds_per_step *= _factor(settings)
+    if _factor(settings) > 1 and seconds_per_step * settings.distill_steps * _factor(settings) > left:
+        settings = replace(settings, robust_cycle=1.0)
     steps = max(MIN_STEPS, min(settings.distill_steps, int(left / max(seconds_per_step, 1e-9))))
     share = min(1.0, max(left, 0.0) / max(seconds_per_step * steps, 1e-9))
     mixes = max(MIN_BATCH, round(settings.distill_mixes * share))
