@@ -157,7 +157,7 @@ def test_the_search_ends_within_the_time_limit(tiny, script, tmp_path):
     code, out, _ = script(
         main_forget.main, *words, "--minutes", 0.15, "--reference-images", tmp_path / "keep" / "any name"
     )
-    assert time.perf_counter() - started < 0.15 * 60 + 15  # steps are slow on a busy machine
+    assert time.perf_counter() - started < 0.15 * 60 + 30  # steps are slow on a busy machine
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     ranks = [(one["forgotten"], sum(kept["percent"] for kept in one["kept"])) for one in report["trials"]]
     assert ranks == sorted(ranks, reverse=True)  # the first is chosen
