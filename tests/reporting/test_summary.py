@@ -10,6 +10,7 @@ import pytest
 import tabled
 from tabled import BEFORE, NONE, cells, csv
 
+from l2ul.methods.settings import SHARED
 from l2ul.reporting import published
 import main_tables
 
@@ -268,3 +269,11 @@ def test_older_records_have_the_default_of_a_later_setting(folder, tables):
     markdown = tables()
     assert cells(markdown, "adv")[2] == "**70.00 ± 0.00**"
     assert cells(markdown, "adv (adv_dtype=uint8)")[2] == "**70.00** (n=1)"
+
+
+def test_records_from_before_a_setting_have_the_value_of_that_time(folder, tables):
+    kinds = {1: "mixes", 2: "patches", 3: SHARED["distill_stand_ins"].default}
+    folder({"method": "distill"}, *({"method": "distill", "seed": n, "distill_stand_ins": kinds[n]} for n in kinds))
+    markdown = tables()
+    assert cells(markdown, "distill")[2] == "**70.00 ± 0.00**"  # those with mixes, which are most frequent
+    assert cells(markdown, "distill (distill_stand_ins=patches)")[2] == "**70.00** (n=1)"
