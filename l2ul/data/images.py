@@ -27,6 +27,8 @@ class StoredImages:
         return len(self.stored)
 
     def __getitem__(self, indices: Tensor | slice) -> Tensor:
+        if isinstance(indices, Tensor) and indices.ndim > 1:
+            return self[indices.flatten()].unflatten(0, indices.shape)
         return as_pixels(self.stored[indices])
 
     def split(self, size: int) -> Iterator[Tensor]:

@@ -17,7 +17,12 @@ def test_stored_images_are_indexed_and_split_like_float_pixels(monkeypatch):
     assert pixels_of(few) is few
     assert stored(few) is images
     assert (len(few), few.shape, few.device) == (5, images.shape, images.device)
-    for indices in (torch.tensor([3, 0, 3]), slice(1, 3), torch.tensor([], dtype=torch.int64)):
+    for indices in (
+        torch.tensor([3, 0, 3]),
+        torch.tensor([[3, 0], [1, 1]]),
+        slice(1, 3),
+        torch.tensor([], dtype=torch.int64),
+    ):
         assert torch.equal(few[indices], as_pixels(images)[indices])
     assert torch.equal(torch.cat(list(few.split(2))), as_pixels(images))
     assert torch.equal(pixels_of(images / 255), images / 255)  # floats stay floats
