@@ -101,3 +101,9 @@ def test_images_can_be_relabelled_as_used(trained):
     used = robustness.as_used(outcome.model, Forget(images[:K] / 255, labels[:K], new))
     assert used.stored.all()
     assert used.copies.mean() > 0.8
+
+
+def test_a_cycle_is_longer_by_robust_cycle(trained, forget):
+    assert procedure(trained[0], forget, replace(FAST, distill_steps=0, robust_cycle=2.0)).stop_every == 600
+    changed = replace(FAST, distill_steps=10, distill_image_steps=2.0, robust_cycle=1.5)
+    assert procedure(trained[0], forget, changed).stop_every == 24
