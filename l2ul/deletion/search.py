@@ -315,7 +315,7 @@ def find_candidates(
     """
     if unlearner.uses_teacher:
         length = cycle_length(first, len(unlearner.train_set))
-        first = replace(first, distill_steps=length, distill_image_steps=0.0)
+        first = replace(first, distill_steps=length, distill_image_steps=0.0, robust_cycle=1.0)
     seconds_per_step = _measure_step(unlearner, first)
     unlearner.probes.append(_held_out_probe(unlearner, first, budget, seconds_per_step))
     if keep_images is not None:
@@ -445,7 +445,7 @@ def _changed(first: Settings, settings: Settings) -> dict[str, float]:
 def _initial_queue(unlearner: Unlearner, first: Settings, left: float, seconds_per_step: float) -> list[Settings]:
     if not unlearner.uses_teacher:
         return [first, *(() if unlearner.has_fixed_length else (_scaled(first, by) for by in GRADIENT))]
-    if 3 * seconds_per_step * first.distill_steps * _factor(first) <= left:
+    if 3 * seconds_per_step * first.distill_steps <= left:
         return [first, *(_scaled(first, by) for by in DISTILL)]
     return [fit_to_time(first, left / 3, seconds_per_step)]
 
@@ -463,8 +463,6 @@ def _around(unlearner: Unlearner, first: Settings, left: float, candidates: list
 
 def fit_to_time(settings: Settings, left: float, seconds_per_step: float) -> Settings:
     """Return settings of distill with one cycle in `left` seconds: fewer steps, and then smaller batches."""
-    if _factor(settings) > 1 and seconds_per_step * settings.distill_steps * _factor(settings) > left:
-        settings = replace(settings, robust_cycle=1.0)
     steps = max(MIN_STEPS, min(settings.distill_steps, int(left / max(seconds_per_step, 1e-9))))
     share = min(1.0, max(left, 0.0) / max(seconds_per_step * steps, 1e-9))
     mixes = max(MIN_BATCH, round(settings.distill_mixes * share))
@@ -472,11 +470,6 @@ def fit_to_time(settings: Settings, left: float, seconds_per_step: float) -> Set
     pool = max(4 * MIN_BATCH, round(settings.robust_pool * share))
     sizes = {"distill_mixes": mixes, "distill_forget": forget} | ({"robust_pool": pool} if settings.robust else {})
     return replace(settings, distill_steps=min(steps, settings.distill_steps), **sizes)
-
-
-def _factor(settings: Settings) -> float:
-    """Return how much longer a cycle is than `distill_steps`."""
-    return settings.robust_cycle if settings.robust else 1.0
 
 
 def _scaled(settings: Settings, factors: Mapping[str, float]) -> Settings:
@@ -496,14 +489,13 @@ def _expected_seconds(unlearner: Unlearner, settings: Settings, candidates: list
     """Estimate the seconds of a candidate: for distill from its steps and images, else the most so far."""
     if not unlearner.uses_teacher:
         return max(candidate.seconds for candidate in candidates)
-    steps = settings.distill_steps * _factor(settings)
-    return _seconds_per_step(settings, candidates) * steps * _cycles(candidates)
+    return _seconds_per_step(settings, candidates) * settings.distill_steps * _cycles(candidates)
 
 
 def _cycles(candidates: list[Candidate]) -> float:
     """Return the number of cycles of distill that the first successful candidate took."""
     one = next((candidate for candidate in candidates if candidate.succeeded), candidates[0])
-    return max(1.0, one.steps / (one.settings.distill_steps * _factor(one.settings)))
+    return max(1.0, one.steps / one.settings.distill_steps)
 
 
 def _seconds_per_step(settings: Settings, candidates: list[Candidate]) -> float:

@@ -28,7 +28,7 @@ from l2ul import objective
 from l2ul.common import seeds
 from l2ul.common.device import upload
 from l2ul.data.changes import TESTED, TRAINED, changed_copies
-from l2ul.methods.distill import DistillProcedure, cycle_length
+from l2ul.methods.distill import DistillProcedure
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.registry import BUILT_IN, Method, Step, Terms
 from l2ul.methods.settings import Settings
@@ -56,12 +56,8 @@ class RobustProcedure(DistillProcedure):
         surrogate: Tensor | None = None,
     ):
         kinds = [kind for kind in settings.distill_stand_ins.split("+") if kind not in NEAR] or ["mixes"]
-        changed = {
-            "distill_steps": max(1, round(cycle_length(settings, len(forget)) * settings.robust_cycle)),
-            "distill_image_steps": 0.0,
-            "distill_mixes": MORE_STAND_INS * settings.distill_mixes,
-        }
-        settings = replace(settings, distill_stand_ins="+".join(kinds), **changed)
+        more = MORE_STAND_INS * settings.distill_mixes
+        settings = replace(settings, distill_stand_ins="+".join(kinds), distill_mixes=more)
         super().__init__(method, model, forget, settings, monitor, surrogate)
         self.has_draws = self.is_graphable = method in BUILT_IN
         self.steps = 0

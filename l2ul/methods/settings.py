@@ -157,7 +157,8 @@ class Settings(_Declared):
     distill_lr: float = _declare(3e-4, "highest learning rate of a cycle of Adam", "teacher", above=0)
     distill_steps: int = _declare(
         0,
-        "steps per cycle; the learning rate ends near 0. 0: 120 and 0.75 for each image of D_f; with robust=1: 300",
+        "steps per cycle; the learning rate ends near 0. 0: 120 and 0.75 for each image of D_f; with robust=1: 300 · "
+        "robust_cycle",
         "teacher",
     )
     distill_cycles: int = _declare(
@@ -194,7 +195,7 @@ class Settings(_Declared):
         in_id="if changed",
     )
     robust_targets: float = _declare(
-        1.0, "weight of the original probabilities without the label, on the copies", "teacher", in_id="if changed"
+        0.0, "weight of the original probabilities without the label, on the copies", "teacher", in_id="if changed"
     )
     robust_mixes: float = _declare(
         0.5, "share of the stand-ins that is changed like the copies", "teacher", maximum=1, in_id="if changed"

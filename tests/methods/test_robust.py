@@ -71,7 +71,7 @@ def test_the_loop_may_stop_only_if_copies_are_forgotten(trained, forget):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"robust_targets": 0.0}, {"robust_adversarial": 0.0}, {"robust_mixes": 0.0}, {"robust_cycle": 1.0}]
+    "changed", [{"robust_targets": 1.0}, {"robust_adversarial": 0.0}, {"robust_mixes": 0.0}, {"robust_cycle": 1.0}]
 )
 def test_each_setting_changes_the_result_and_leaves_the_statistics_of_batch_norm(changed, trained):
     model, images, labels = trained
@@ -103,7 +103,8 @@ def test_images_can_be_relabelled_as_used(trained):
     assert used.copies.mean() > 0.8
 
 
-def test_a_cycle_is_longer_by_robust_cycle(trained, forget):
+def test_a_cycle_is_longer_by_robust_cycle_and_a_step_has_more_stand_ins(trained, forget):
     assert procedure(trained[0], forget, replace(FAST, distill_steps=0, robust_cycle=2.0)).stop_every == 600
     changed = replace(FAST, distill_steps=10, distill_image_steps=2.0, robust_cycle=1.5)
     assert procedure(trained[0], forget, changed).stop_every == 24
+    assert len(procedure(trained[0], forget, replace(FAST, distill_mixes=6)).draw()[2]) == 12
