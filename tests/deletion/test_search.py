@@ -1,6 +1,6 @@
 """The search of settings: which candidates run in how much time, and which is chosen."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -25,9 +25,11 @@ class FakeUnlearner:
     has_fixed_length: bool = False
     cycles: float = 1  # of every candidate
     run: list = field(default_factory=list)
+    train_set: object = (None,) * 16
 
     def run_candidate(self, settings, changed, budget, reserve=0.0):
-        seconds = self.cycles * settings.distill_steps * (settings.distill_mixes + settings.distill_forget) / 256
+        images = settings.distill_mixes + settings.distill_forget
+        seconds = self.cycles * settings.distill_steps * images / 256 * (1 + settings.robust)
         gone, percent = self.outcome(settings)
         began = self.clock.now
         while seconds > 0 and budget.left > reserve:
@@ -53,13 +55,18 @@ class Clock:
     now = 0.0
 
 
-def run_search(monkeypatch, minutes, outcome, method="distill", cycles=1, ended=None):
+def run_search(monkeypatch, minutes, outcome, method="distill", cycles=1, ended=None, first=OWN):
     clock = Clock()
     monkeypatch.setattr(search.time, "perf_counter", lambda: clock.now)
     unlearner = FakeUnlearner(outcome, clock, method, method == "distill", method == "jit", cycles)
     budget = search.TimeBudget(60 * minutes, 0.0)
     candidates = search.search(
-        unlearner, OWN, budget, 1.0, lambda candidate: None, (ended if ended is not None else []).append
+        unlearner,
+        first,
+        budget,
+        1.0 + first.robust,
+        lambda candidate: None,
+        (ended if ended is not None else []).append,
     )
     return unlearner.run, candidates, clock.now
 
@@ -213,3 +220,16 @@ def test_candidates_are_ranked_by_images_as_stored_then_by_enough_as_used_then_b
     none = torch.zeros(20, dtype=torch.bool)
     assert candidate(5, 0, 99.0).is_better_than(none, none)
     assert not candidate(0, 0, 99.0).is_better_than(none, none)
+
+
+@pytest.mark.parametrize("minutes", [2, 60])
+def test_images_are_first_forgotten_as_stored_which_stays_if_nothing_better_is_reached(monkeypatch, minutes):
+    robust = replace(OWN, robust=1)
+    run, candidates, now = run_search(monkeypatch, minutes, lambda s: (not s.robust, 90.0), first=robust)
+    assert (run[0].robust, run[1].robust) == (0, 1)
+    assert run[0].distill_steps == (search.MIN_STEPS if minutes == 2 else 132)
+    assert candidates[0].settings.robust == 0
+    assert candidates[0].forgotten.all()
+    assert now <= 60 * minutes
+    _, candidates, _ = run_search(monkeypatch, 60, lambda s: (True, 95.0 if s.robust else 90.0), first=robust)
+    assert candidates[0].settings.robust == 1
