@@ -287,6 +287,8 @@ def log_candidate(candidate, recognised) -> None:
 
     agreement = ", ".join(f"agreement {kept.percent:.1f} % ({kept.name})" for kept in candidate.kept)
     forgotten = f"{int((candidate.forgotten & recognised).sum())} of {int(recognised.sum())} forgotten"
+    if candidate.stored is not None and not candidate.stored.equal(candidate.forgotten):
+        forgotten += f" as used, {int((candidate.stored & recognised).sum())} as stored"
     log(f"{describe(candidate.changed)}: {forgotten}, {agreement or candidate.status}, {candidate.seconds:.0f} s")
 
 

@@ -15,7 +15,8 @@ import torch
 
 from l2ul.common import progress
 from l2ul.common.files import file_sha256
-from l2ul.deletion import checks
+from l2ul.deletion import checks, search
+from l2ul.unlearn import Settings
 import main_forget
 
 pytestmark = pytest.mark.usefixtures("fast_report")
@@ -367,3 +368,18 @@ def test_help_has_examples_and_a_glossary_and_needs_no_torch():
     code = "import sys, main_forget; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        (None, "1 of 3 forgotten, stopped"),
+        ([True, True, False, True], "1 of 3 forgotten as used, 2 as stored, stopped"),
+    ],
+)
+def test_a_line_of_a_candidate_counts_recognised_images_as_used_and_as_stored(capsys, stored, expected):
+    used = torch.tensor([True, False, False, True])
+    stored = None if stored is None else torch.tensor(stored)
+    candidate = search.Candidate(Settings(), {"robust": 0}, "stopped", 3, 2.0, used, [], None, stored)
+    main_forget.log_candidate(candidate, torch.tensor([True, True, True, False]))
+    assert f"robust 0: {expected}, 2 s" in capsys.readouterr().out
