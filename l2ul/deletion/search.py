@@ -35,6 +35,7 @@ FIRST_SHARE = 0.6  # of the time left: the most that one candidate takes while n
 PROBE_SHARE = 0.08  # of the time: for making the examples on which agreement is measured
 MIN_EXAMPLES, MAX_EXAMPLES = 64, 1024  # of that probe
 ENOUGH = 0.9  # of the images, forgotten as used: then the search goes on to less damage
+WORTHWHILE = 0.5  # of the images, forgotten as used: fewer count as none, as they cost accuracy and fulfil no request
 MAX_ENLARGED = 3  # times that the learning rate is raised while images are not forgotten
 # Factors of the method's own settings, for methods with ("distill") and without a teacher.
 LARGER_STEPS = {True: {"distill_lr": 3.0}, False: {"unlearn_lr": 3.0}}  # while images are not forgotten
@@ -94,7 +95,8 @@ class Candidate:
     def rank(self) -> tuple[int, int, float]:
         """Larger is better: the number of images forgotten as stored, then as the request demands, then agreement.
 
-        More than enough images count no more than enough, because the last ones cost most. A diverged run ranks last.
+        More than enough images count no more than enough, because the last ones cost most. Fewer than half of the images
+        as used count as none. A diverged run ranks last.
         """
         return (*self._counts, self.agreement) if self.kept else (-1, -1, 0.0)
 
@@ -114,7 +116,8 @@ class Candidate:
     @property
     def _counts(self) -> tuple[int, int]:
         stored = self.forgotten if self.stored is None else self.stored
-        return int(stored.sum()), min(self._enough, int(self.forgotten.sum()))
+        used = int(self.forgotten.sum())
+        return int(stored.sum()), min(self._enough, used) if used >= WORTHWHILE * len(stored) else 0
 
 
 @dataclass

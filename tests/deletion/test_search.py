@@ -216,6 +216,7 @@ def test_candidates_are_ranked_by_images_as_stored_then_by_enough_as_used_then_b
     best = [candidate(20, 18, 95.0), candidate(20, 20, 90.0), candidate(20, 17, 99.0), candidate(19, 19, 99.0)]
     assert sorted(best, key=lambda one: one.rank, reverse=True) == best
     assert [one.succeeded for one in best] == [True, True, False, False]
+    assert candidate(20, 10, 60.0).rank > candidate(20, 0, 95.0).rank > candidate(20, 9, 60.0).rank
     assert not candidate(18, 18, 99.0, robust=0).succeeded
     none = torch.zeros(20, dtype=torch.bool)
     assert candidate(5, 0, 99.0).is_better_than(none, none)
