@@ -160,12 +160,15 @@ def test_the_search_ends_within_the_time_limit(tiny, script, tmp_path):
     )
     assert time.perf_counter() - started < 0.15 * 60 + 30  # steps are slow on a busy machine
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    ranks = [(one["forgotten"], sum(kept["percent"] for kept in one["kept"])) for one in report["trials"]]
+    trials = report["trials"]
+    ranks = [
+        (one["forgotten"] * (one["forgotten"] >= 3), sum(kept["percent"] for kept in one["kept"])) for one in trials
+    ]
     assert ranks == sorted(ranks, reverse=True)  # the first is chosen
-    assert (code == 0) == (ranks[0][0] == 6)
+    assert (code == 0) == (trials[0]["forgotten"] == 6)
     assert [probe["name"] for probe in report["damage"]] == ["adversarial examples", "images to keep"]
     assert report["membership"]["references"] == 10
-    lines = [line for line in out.splitlines() if re.match(r"\d\d:\d\d:\d\d  .*: \d of 6 forgotten, ", line)]
+    lines = [line for line in out.splitlines() if re.match(r"\d\d:\d\d:\d\d  .*: \d of 6 forgotten", line)]
     assert len(lines) == len(report["trials"])  # a line per candidate
     assert all(re.search(r"agreement [\d.]+ % \(images to keep\), \d+ s$", line) for line in lines)
 

@@ -95,8 +95,8 @@ class Candidate:
     def rank(self) -> tuple[int, int, float]:
         """Larger is better: the number of images forgotten as stored, then as the request demands, then agreement.
 
-        More than enough images count no more than enough, because the last ones cost most. Fewer than half of the images
-        as used count as none. A diverged run ranks last.
+        More than enough images count no more than enough, because the last ones cost most. Fewer than half of the
+        images as used count as none. A diverged run ranks last.
         """
         return (*self._counts, self.agreement) if self.kept else (-1, -1, 0.0)
 

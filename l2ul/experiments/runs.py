@@ -153,7 +153,10 @@ class Setup:
             "k": k,
             "seed": seed,
             "continual_step": step[0] if step else None,
-            **{name: self.hyper[name] if name in used else None for name in SHARED},
+            **{
+                name: self.hyper[name] if name in used and setting_values.has_effect(name, self.hyper) else None
+                for name in SHARED
+            },
             **(_of_fixed_length(own) if method.is_fixed_length else _of_own_flags(own)),
             **statistics,
             "num_train": len(images.train),

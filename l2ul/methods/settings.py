@@ -37,6 +37,7 @@ class Setting:
     in_id     when a run's id depends on it: "always", "if used" by the method, or "if changed" from the default. The
               last two are for settings that were added after the first records, whose ids must not change.
     absent    value in records without the setting, which were written before it existed; None: the default
+    only_with name of a setting without which (at 0) this one has no effect
     """
 
     name: str
@@ -51,6 +52,7 @@ class Setting:
     used_by: frozenset[str] = frozenset()
     in_id: str = "if used"
     absent: Value | None = None
+    only_with: str | None = None
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -182,10 +184,20 @@ class Settings(_Declared):
         in_id="if changed",
     )
     robust_pool: int = _declare(
-        512, "copies of D_f per step, of which the worst are trained on", "teacher", minimum=2, in_id="if changed"
+        512,
+        "copies of D_f per step, of which the worst are trained on",
+        "teacher",
+        minimum=2,
+        in_id="if changed",
+        only_with="robust",
     )
     robust_margin: float = _declare(
-        1.0, "margin on the copies in the second half of a cycle", "teacher", unit="logits", in_id="if changed"
+        1.0,
+        "margin on the copies in the second half of a cycle",
+        "teacher",
+        unit="logits",
+        in_id="if changed",
+        only_with="robust",
     )
     robust_adversarial: float = _declare(
         0.15,
@@ -193,15 +205,30 @@ class Settings(_Declared):
         "teacher",
         unit="L2 norm over pixels in [0,1], for images of 32 x 32",
         in_id="if changed",
+        only_with="robust",
     )
     robust_targets: float = _declare(
-        0.0, "weight of the original probabilities without the label, on the copies", "teacher", in_id="if changed"
+        0.0,
+        "weight of the original probabilities without the label, on the copies",
+        "teacher",
+        in_id="if changed",
+        only_with="robust",
     )
     robust_mixes: float = _declare(
-        0.5, "share of the stand-ins that is changed like the copies", "teacher", maximum=1, in_id="if changed"
+        0.5,
+        "share of the stand-ins that is changed like the copies",
+        "teacher",
+        maximum=1,
+        in_id="if changed",
+        only_with="robust",
     )
     robust_cycle: float = _declare(
-        2.0, "length of a cycle, relative to that of robust=0", "teacher", above=0, in_id="if changed"
+        2.0,
+        "length of a cycle, relative to that of robust=0",
+        "teacher",
+        above=0,
+        in_id="if changed",
+        only_with="robust",
     )
     distill_stand_ins: str = _declare(
         "mixes+triples+patches+spectra+recoloured+crops",
@@ -358,6 +385,12 @@ def _number(text: str) -> Value:
         return float(text)
     except ValueError:
         return text
+
+
+def has_effect(name: str, values: Mapping[str, object]) -> bool:
+    """Return whether a shared setting has an effect beside these values of the others."""
+    other = SHARED[name].only_with
+    return other is None or bool(values.get(other))
 
 
 def is_part_of_id(name: str, value: object) -> bool:

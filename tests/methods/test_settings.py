@@ -16,6 +16,7 @@ from l2ul.methods.settings import (
     Settings,
     declare_settings,
     from_text,
+    has_effect,
     override,
     to_text,
 )
@@ -66,7 +67,8 @@ def test_recorded_settings_are_those_that_the_method_uses():
         used = registry.get(record["method"]).all_settings
         for name in SHARED:
             if name in record:
-                assert (record[name] is not None) == (name in used), (path, name)
+                is_used = name in used and has_effect(name, record)
+                assert (record[name] is not None) == is_used, (path, name)
         if record.get("course"):
             own = registry.get(record["method"]).settings
             assert to_text(override(own, from_text(record["course"]))) == record["course"]
@@ -158,3 +160,9 @@ def test_the_table_for_the_documentation():
 
 def test_the_documentation_has_this_table():
     assert defaults.settings_table() in (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_settings_of_copies_have_no_effect_without_robust():
+    names = {name for name in SHARED if not has_effect(name, {"robust": 0})}
+    assert names == {name for name in SHARED if name.startswith("robust_")}
+    assert all(has_effect(name, {"robust": 1}) for name in SHARED)

@@ -140,7 +140,7 @@ def test_safetensors_of_other_software_are_loaded(tmp_path):
 
 
 def test_weights_are_found_where_pretraining_saves_them_and_in_the_released_layout(tmp_path):
-    assert checkpoint.find("cifar10", "resnet18", tmp_path) is None
+    assert checkpoint.find("cifar10", "resnet34", tmp_path) is None
     released = tmp_path / "cifar100_pretrained_models" / "resnet50.pt"
     released.parent.mkdir()
     released.touch()
@@ -149,8 +149,8 @@ def test_weights_are_found_where_pretraining_saves_them_and_in_the_released_layo
     ours.parent.mkdir()
     ours.touch()
     assert checkpoint.find("cifar100", "resnet50_cifar100", tmp_path) == ours
-    committed = checkpoint.find("digits", "resnet20", tmp_path)
-    assert committed.stat().st_size <= 2 * 2**20
+    for dataset, model, size in (("digits", "resnet20", 2), ("cifar10", "resnet18", 22)):
+        assert checkpoint.find(dataset, model, tmp_path).stat().st_size <= size * 2**20  # in the repository
 
 
 def test_saved_weights_are_loaded_again_and_by_other_software(tmp_path):
