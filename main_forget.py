@@ -72,7 +72,7 @@ def forget(args: argparse.Namespace) -> int:
     surrogate = read_unlabelled(args.surrogate, "--surrogate", model, request, args.skip_bad)
     references = read_reference_images(args.reference_images, model, request, args.skip_bad)
     unlearner = make_unlearner(args, model, request, settings, precision.resolve(None, device), surrogate)
-    forgotten, recognised = unlearner.forgotten(original), unlearner.recognised(original)
+    forgotten, recognised = unlearner.forgotten(original), unlearner.recognised
     log(f"{len(request)} images to {request.forget.goal}; {args.method}; {devices.device_name(device)}")
     if args.dry_run:
         print(*request.summary(), sep="\n")

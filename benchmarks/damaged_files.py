@@ -45,7 +45,7 @@ FORMATS = (
     *("progressive.jpg", "grey.png", "grey16.png", "palette.png", "alpha.png", "exif.jpg"),
 )
 FAST = ["--minutes", "1", "--threads", "1", "--device", "cpu", "--setting", "distill_steps=12", "distill_cycles=2"]
-FAST += ["distill_mixes=8", "distill_lr=0.01", "robust=0"]  # as stored: more images are called forgotten
+FAST += ["distill_mixes=8", "distill_lr=0.01", "robust=0"]  # as stored: more images count as forgotten
 
 
 def network() -> nn.Module:
@@ -72,12 +72,12 @@ def main() -> None:
         results = try_all(Path(folder), args.images, args.checkpoints, args.seed)
     for kind, outcomes in results["outcomes"].items():
         print(f"{kind}: {', '.join(f'{name} {count}' for name, count in outcomes.most_common())}")
-    print(f"images called forgotten: {results['forgotten']}; failures: {len(results['failures'])}")
+    print(f"images reported as forgotten: {results['forgotten']}; failures: {len(results['failures'])}")
     raise SystemExit(1 if results["failures"] else 0)
 
 
 def try_all(folder: Path, images: int, checkpoints: int, seed: int) -> dict:
-    """Return counts of the outcomes, the number of images called forgotten, and the failures as text."""
+    """Return counts of the outcomes, the number of images reported as forgotten, and the failures as text."""
     fewer = {search: {"MAX_EXAMPLES": 32}, relearn: {"MAX_STEPS": 5}}
     fewer |= {robustness: {"COPIES": 8, "COPIES_OF_A_KIND": 2}}  # what is fuzzed does not depend on them
     with contextlib.ExitStack() as stack:

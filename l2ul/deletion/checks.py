@@ -47,7 +47,8 @@ def measure(
 
         back, steps = relearn.steps_to_relearn_each(after, request.images, labels, go_on)
     relearning = {"steps": steps, "lr": relearn.LEARNING_RATE}
-    met, recognised = unlearner.forgotten(after, used), unlearner.recognised(unlearner.model)
+    stored, recognised = unlearner.forgotten_as_stored(after), unlearner.recognised
+    met = unlearner.forgotten(after, used, stored)
     forgotten = met & recognised
     relearning["back"] = sum(step is not None for step, one in zip(back, forgotten.tolist(), strict=True) if one)
     return {
@@ -55,7 +56,7 @@ def measure(
             request,
             after_logits,
             met.tolist(),
-            unlearner.forgotten_as_stored(after).tolist(),
+            stored.tolist(),
             recognised.tolist(),
             used,
             back,

@@ -160,18 +160,19 @@ class Unlearner:
         """Whether the method runs as published, with settings of its own instead of those of the loop."""
         return registry.get(self.method).is_fixed_length
 
-    def forgotten(self, model: nn.Module, used: AsUsed | None = None) -> Tensor:
+    def forgotten(self, model: nn.Module, used: AsUsed | None = None, stored: Tensor | None = None) -> Tensor:
         """Return which images (k,) bool count as forgotten by a model, on the CPU.
 
-        used  how D_f is forgotten as used, if it is known
+        used    how D_f is forgotten as used, if it is known
+        stored  the result of `forgotten_as_stored`, if it is known
 
         They are forgotten as they are and in each changed copy of `train_set`. With `as_used`, those that the original
         model recognised are also forgotten as used.
         """
-        forgotten = self.forgotten_as_stored(model)
-        if self.as_used and (forgotten & self._recognised_before).any():
+        forgotten = self.forgotten_as_stored(model) if stored is None else stored
+        if self.as_used and (forgotten & self.recognised).any():
             used = used or robustness.as_used(model, self.forget, with_kinds=False)
-            forgotten = forgotten & (used.forgotten | ~self._recognised_before)
+            forgotten = forgotten & (used.forgotten | ~self.recognised)
         return forgotten
 
     def forgotten_as_stored(self, model: nn.Module) -> Tensor:
@@ -180,12 +181,9 @@ class Unlearner:
         return forgotten.view(-1, len(self.forget)).all(0).cpu()
 
     @cached_property
-    def _recognised_before(self) -> Tensor:
-        return self.recognised(self.model)
-
-    def recognised(self, model: nn.Module) -> Tensor:
-        """Return which images (k,) bool a model predicts as their label, as they are or as a changed copy."""
-        predictions = accuracy.predict(model, self.train_set.images, fold=False)
+    def recognised(self) -> Tensor:
+        """Which images (k,) bool the original model predicts as their label, as they are or as a changed copy."""
+        predictions = accuracy.predict(self.model, self.train_set.images, fold=False)
         return (predictions == self.train_set.labels.cpu()).view(-1, len(self.forget)).any(0)
 
     def _unlearn(
@@ -249,7 +247,8 @@ class Unlearner:
         if outcome.status != "diverged":
             written = self.as_written(outcome.model)
             try:
-                stored, forgotten = self.forgotten_as_stored(written), self.forgotten(written)
+                stored = self.forgotten_as_stored(written)
+                forgotten = self.forgotten(written, stored=stored)
                 kept = [agreement.measure(written, probe) for probe in self.probes]
                 candidate = replace(candidate, stored=stored, forgotten=forgotten, kept=kept, model=outcome.model)
             except Diverged:

@@ -285,7 +285,7 @@ def check_again(
 
 def _check_rows(report: Report, request: Request, unlearner: Unlearner, unlearned: nn.Module) -> Check:
     """Compare states and predictions of the images in a report with those of the repeated request."""
-    met, recognised = unlearner.forgotten(unlearned).tolist(), unlearner.recognised(unlearner.model).tolist()
+    met, recognised = unlearner.forgotten(unlearned).tolist(), unlearner.recognised.tolist()
     probabilities = [each.double().softmax(1) for each in (request.logits_before, logits(unlearned, request.images))]
     different = []
     for index, (image, label) in enumerate(zip(request.folder.files, request.forget.labels.tolist(), strict=True)):
