@@ -49,7 +49,7 @@ from l2ul.experiments.adversarial_sets import Attack
 from l2ul.methods.paper import WeightNoise
 from l2ul.methods.settings import AttackSettings, Settings
 from l2ul.metrics import accuracy
-import models
+from l2ul import models
 
 STARTED = time.perf_counter()
 ROWS: list[dict] = []

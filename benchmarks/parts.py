@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
+from l2ul import models
 from l2ul.attack import adversarial_set
 from l2ul.cli import options
 from l2ul.common import device as device_module
@@ -25,9 +26,8 @@ from l2ul.experiments.adversarial_sets import Attack
 from l2ul.importance import mas_importance
 from l2ul.methods.settings import AttackSettings
 from l2ul.metrics import accuracy
+from l2ul.models import checkpoint
 from l2ul.unlearn import Settings, unlearn
-import models
-from models import checkpoint
 
 EPS, ALPHA, ITERATIONS, DRAWS, BATCH = 4.0, 0.1, 100, 20, 32  # the released settings for CIFAR-10
 LOADER_BATCH = 128  # of the released order's loader when it measures

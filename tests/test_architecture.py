@@ -29,7 +29,7 @@ MAY_PRINT = ("main_", "l2ul/cli/", "l2ul/common/progress.py", "benchmarks/")
 
 def sources() -> dict[str, Path]:
     """Return every module of the project by its dotted name."""
-    paths = [*(ROOT / "l2ul").rglob("*.py"), *(ROOT / "models").rglob("*.py"), *ROOT.glob("main_*.py")]
+    paths = [*(ROOT / "l2ul").rglob("*.py"), *ROOT.glob("main_*.py")]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
 
@@ -39,8 +39,6 @@ SOURCES = sources()
 def package(module: str) -> str:
     """Return the node of LAYERS that a module belongs to; "" for the package l2ul itself, which imports nothing."""
     first, _, rest = module.partition(".")
-    if first == "models":
-        return "models"
     return rest.partition(".")[0] if first == "l2ul" else "scripts"
 
 

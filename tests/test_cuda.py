@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from l2ul import attack, importance, objective, unlearn
+from l2ul import attack, importance, models, objective, unlearn
 from l2ul.cli import pretrain_command
 from l2ul.common import precision
 from l2ul.data import storage
@@ -25,7 +25,6 @@ from l2ul.metrics.registry import EVALUATIONS
 from l2ul.training.recipe import Recipe
 import main_forget
 import main_unlearn
-import models
 
 pytestmark = pytest.mark.cuda
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

@@ -9,15 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 import torchvision
 
+from l2ul import models
 from l2ul.common.errors import InputError
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Images, Split, to_grey
 from l2ul.deletion.deployed_model import InputFormat, open_model
 from l2ul.deletion.request import read_images
+from l2ul.models.classifier import input_channels
 import main_forget
 import main_unlearn
-import models
-from models.classifier import input_channels
 
 IMAGES = torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 LABELS = torch.arange(16) % 3

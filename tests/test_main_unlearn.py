@@ -10,14 +10,13 @@ import pytest
 import torch
 import torchvision
 
-from l2ul import attack
+from l2ul import attack, models
 from l2ul.cli import unlearn_options
 from l2ul.data import forget_set
 from l2ul.experiments import measurement, records
 from l2ul.methods import registry
 from l2ul.methods.settings import SHARED
 import main_unlearn
-import models
 
 
 def check_lines(lines, records):

@@ -13,11 +13,11 @@ from conftest import FAST, REALDATA, ROOT
 import pytest
 import torch
 
+from l2ul import models
 from l2ul.data import datasets
 from l2ul.experiments import records
 from l2ul.metrics import accuracy
 import main_unlearn
-import models
 
 
 def main_in_child(words):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from l2ul import models
 from l2ul.data import datasets
 from l2ul.methods import registry as methods_registry
 from l2ul.methods.settings import Setting
 from l2ul.metrics import columns
 from l2ul.metrics import registry as measuring_registry
-import models
 
 EXAMPLES = {
     re.match(r"# (my_\w+)\.py", block)[1]: block

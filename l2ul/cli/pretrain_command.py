@@ -124,13 +124,13 @@ def chosen_recipe(opts: argparse.Namespace, recipe: Recipe, by_grouping: Mapping
 
 def train(opts: argparse.Namespace, recipe: Recipe) -> None:
     """Train and save the model that the options describe, unless its weights exist."""
+    from l2ul import models
     from l2ul.common import device as devices
     from l2ul.common import distributed
     from l2ul.common.files import require_writable
     from l2ul.data import folder, forget_set
+    from l2ul.models import checkpoint
     from l2ul.training import pretrain, tracker
-    import models
-    from models import checkpoint
 
     models.check_name(opts.model)
     if opts.model.startswith("hf:"):

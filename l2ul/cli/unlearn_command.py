@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor
 
-from l2ul import attack
+from l2ul import attack, models
 from l2ul.cli import options
 from l2ul.common import distributed, precision
 from l2ul.common.cache import GIB, PREFIX, Cache
@@ -26,8 +26,7 @@ from l2ul.experiments.reference_models import ReferenceModel, ReferenceModels
 from l2ul.experiments.runs import Run, Setup
 from l2ul.metrics import accuracy, preflight
 from l2ul.metrics.registry import EVALUATIONS
-import models
-from models import checkpoint, outputs
+from l2ul.models import checkpoint, outputs
 
 ENDINGS = {  # what a status means
     "forgotten": "forgotten after {steps} steps",

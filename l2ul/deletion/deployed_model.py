@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from l2ul import models
 from l2ul.common.errors import InputError, is_out_of_memory
 from l2ul.common.files import file_sha256, tensors_sha256
 from l2ul.common.text import read_text
 from l2ul.data.images import as_pixels
 from l2ul.deletion.report_schema import REPORT, OpenedBy, WrittenModelHashes, read_report
-import models
-from models import checkpoint as checkpoints
-from models import huggingface, outputs, weight_files, zoo
-from models.classifier import Classifier, Normalize, check_weights, input_channels, statistics
+from l2ul.models import checkpoint as checkpoints
+from l2ul.models import huggingface, outputs, weight_files, zoo
+from l2ul.models.classifier import Classifier, Normalize, check_weights, input_channels, statistics
 
 BUILT = "build"  # `model` of OpenedBy for a module that --build names
 

@@ -16,7 +16,7 @@ from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.model_card import CARD, card
 from l2ul.deletion.report_schema import FORGET_LIST, PAGE, REPORT
 from l2ul.deletion.request import Request
-from models import huggingface
+from l2ul.models import huggingface
 
 INTERRUPTED_AGE = 3600  # seconds after which an unfinished folder is taken for that of a killed process
 

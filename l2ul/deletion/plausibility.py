@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
+from l2ul import models
 from l2ul.common.errors import InputError, is_out_of_memory
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.request import Request, class_indices, logits, order_classes
-import models
-from models import outputs, zoo
-from models.classifier import Classifier, Normalize
+from l2ul.models import outputs, zoo
+from l2ul.models.classifier import Classifier, Normalize
 
 MIN_KNOWN = 0.5  # default share of images that the model must predict as their labels
 FEW = 4  # up to this many images, all but one

@@ -15,7 +15,7 @@ from l2ul.common.precision import autocast
 from l2ul.data import images as image_sets
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import as_pixels
-from models.classifier import logits_of
+from l2ul.models.classifier import logits_of
 
 REPEATS = 6  # further passes of a model that draws random numbers in eval mode
 REPEATED = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-2}  # relative difference of logits between equal passes

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from l2ul import attack
+from l2ul import attack, models
 from l2ul.common import device as devices
 from l2ul.common import precision as precisions
 from l2ul.common.errors import InputError
@@ -26,9 +26,8 @@ from l2ul.data.image_files import ImageReader
 from l2ul.data.images import Images, as_pixels
 from l2ul.experiments.records import Record
 from l2ul.metrics import accuracy, features
+from l2ul.models import checkpoint
 from l2ul.reporting import FIGURES, figure_data, figures, rows
-import models
-from models import checkpoint
 
 Drawn = tuple[Figure, pd.DataFrame]  # a figure and the numbers that it shows
 Report = Callable[[str], object]

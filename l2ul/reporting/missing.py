@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 import shlex
 
+from l2ul import models
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.methods.registry import get, of_goal
 from l2ul.methods.settings import override, to_text
+from l2ul.models import checkpoint, zoo
 from l2ul.reporting.rows import Block, settings
 from l2ul.reporting.summary import Selection
-import models
-from models import checkpoint, zoo
 
 RESULT_DIR = "result_data"  # default of --result-dir
 

@@ -8,16 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from l2ul import Progress
+from l2ul import Progress, models
 from l2ul.common import distributed, seeds
 from l2ul.common.errors import InputError
 from l2ul.data.image_files import ImageReader
 from l2ul.data.images import Images
 from l2ul.metrics import accuracy, preflight
+from l2ul.models import checkpoint
 from l2ul.training import loop
 from l2ul.training.recipe import Recipe
-import models
-from models import checkpoint
 
 
 def pretrain(

@@ -14,8 +14,8 @@ from l2ul.common import precision
 from l2ul.data import datasets
 from l2ul.data.forget_set import choose_forget
 from l2ul.data.images import Split
+from l2ul.models import checkpoint
 from l2ul.training.recipe import Recipe
-from models import checkpoint
 
 
 def head(split, count):

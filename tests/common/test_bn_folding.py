@@ -8,10 +8,10 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from l2ul import models
 from l2ul.common import bn_folding
 from l2ul.common.bn_folding import KNOWN, foldable, folded
 from l2ul.metrics import accuracy
-import models
 
 
 def with_statistics(model: nn.Module, seed: int = 0) -> nn.Module:

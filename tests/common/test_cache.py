@@ -11,14 +11,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 import torch
 
-from l2ul import attack
+from l2ul import attack, models
 from l2ul.common.cache import Cache, fingerprint
 from l2ul.data import datasets
 from l2ul.data.images import as_pixels
 from l2ul.experiments import adversarial_sets
 from l2ul.experiments.adversarial_sets import Attack
 from l2ul.methods.settings import AttackSettings
-import models
 
 HOW = Attack(CLASSES, AttackSettings(4, eps=1.0, alpha=0.2, iterations=5), seed=3, batch_size=16)
 

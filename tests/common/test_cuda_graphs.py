@@ -6,11 +6,11 @@ import warnings
 import pytest
 import torch
 
+from l2ul import models
 from l2ul.common import cuda_graphs
 from l2ul.data.images import Split
 from l2ul.importance import mas_importance
 from l2ul.unlearn import Settings, unlearn
-import models
 
 CLASSES = 10
 

@@ -10,8 +10,8 @@ from l2ul.common.errors import is_out_of_memory
 from l2ul.common.memory import smaller_batch
 from l2ul.deletion import plausibility
 from l2ul.metrics import accuracy, robustness
+from l2ul.models.classifier import Classifier, Normalize
 from l2ul.objective import Forget
-from models.classifier import Classifier, Normalize
 
 MESSAGES = (
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",

@@ -10,12 +10,12 @@ from PIL import Image
 import pytest
 import torch
 
+from l2ul import models
 from l2ul.common.errors import InputError
 from l2ul.data import datasets, folder, forget_set, storage
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
 import main_unlearn
-import models
 
 CPU = torch.device("cpu")
 

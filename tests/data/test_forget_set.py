@@ -10,10 +10,9 @@ from PIL import Image
 import pytest
 import torch
 
-from l2ul import attack
+from l2ul import attack, models
 from l2ul.metrics import accuracy
 import main_unlearn
-import models
 
 
 def steps(records):

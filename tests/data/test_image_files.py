@@ -18,9 +18,9 @@ from l2ul.data.folder import FolderImages
 from l2ul.data.image_files import ImageReader, UnreadableImage
 from l2ul.deletion import deployed_model, options, request
 from l2ul.metrics import accuracy
+from l2ul.models import checkpoint
 from l2ul.training import pretrain
 import main_unlearn
-from models import checkpoint
 
 CPU = torch.device("cpu")
 OBEY = ImageReader(exif_orientation="obey")
@@ -314,7 +314,7 @@ def test_main_unlearn_warns_and_records_the_reading(tmp_path, script, capsys):
             for number in range(3):
                 save_turned(tmp_path / "set" / part / label / f"{number}.jpg", size=(32 + number, 32))
     net = tmp_path / "weights" / "set_resnet20.safetensors"
-    import models
+    from l2ul import models
 
     checkpoint.write(net, models.build("resnet20", 2).net, {"exif_orientation": "obey", "epochs": 1, "dataset": "set"})
     words = ["--dataset", "set", "--data-dir", tmp_path, "--model", "resnet20", "--image-size", 16, "--unlearn-k", 1]

@@ -12,10 +12,10 @@ import torch
 from l2ul.cli import pretrain_command
 from l2ul.common.errors import InputError
 from l2ul.data import datasets, utkface
+from l2ul.models import checkpoint
 from l2ul.training import loop, pretrain
 import main_pretrain_utkface_resnet18
 import main_unlearn
-from models import checkpoint
 
 ODD = ["39_1_20170116174525125.jpg.chip.jpg", "24_0_1_20170116220224657 .jpg.chip.jpg", "55_0_0_2017jpg.chip.jpg"]
 

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from torchvision.models import MobileNet_V3_Small_Weights
 
+from l2ul import models
 from l2ul.common.errors import InputError
 from l2ul.deletion import deployed_model as deployed
 from l2ul.metrics import accuracy, preflight
-import models
-from models import checkpoint
+from l2ul.models import checkpoint
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from l2ul import models
 from l2ul.deletion.request import order_classes
-import models
 
 COUNT = 12  # classes, so that their order as text is not their order as numbers
 

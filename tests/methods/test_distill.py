@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from l2ul import objective
+from l2ul import models, objective
 from l2ul.common import activations
 from l2ul.common.bn_folding import foldable
 from l2ul.data.mixes import mixes
 from l2ul.methods import distill, registry
 from l2ul.unlearn import Settings, unlearn
-import models
 
 K = 4
 FAST = Settings(distill_steps=40, distill_mixes=16, distill_lr=3e-3, distill_forget=2)

@@ -7,14 +7,13 @@ from conftest import FAST, ROOT
 import pytest
 import torch
 
-from l2ul import unlearn
+from l2ul import models, unlearn
 from l2ul.data import forget_set
 from l2ul.data.images import Split
 from l2ul.experiments import measurement
 from l2ul.metrics import accuracy as evaluate
 from l2ul.metrics import columns, groups, relearn
 import main_unlearn
-import models
 
 CHECKPOINT = ROOT / "data/weights/digits_resnet20.safetensors"
 RUN = ["--unlearn-k", 6, "--method", "before", "distill"]

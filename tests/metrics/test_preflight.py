@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from l2ul.common.errors import InputError
 from l2ul.metrics import preflight
-from models import checkpoint
-from models.classifier import Classifier, Normalize, check_weights
+from l2ul.models import checkpoint
+from l2ul.models.classifier import Classifier, Normalize, check_weights
 
 IMAGES = torch.randint(0, 256, (3, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 import torch
 from torch import nn
 
+from l2ul import models
 from l2ul.common.errors import InputError
 from l2ul.deletion.deployed_model import open_model
 from l2ul.methods import distill
+from l2ul.models import huggingface
 from l2ul.unlearn import Settings, unlearn
-import models
-from models import huggingface
 
 PROCESSORS = {
     "ViTImageProcessor": {"size": {"height": 48, "width": 32}, "image_mean": [0.5, 0.4, 0.3]},

@@ -1,6 +1,7 @@
 """Model families, their layer names and shapes; loading weights from files of every form, and bad files."""
 
 import hashlib
+import importlib
 import json
 import pickle
 
@@ -11,9 +12,9 @@ from safetensors.torch import load_file, save_file
 import torch
 import torchvision
 
+from l2ul import models
 from l2ul.common.errors import InputError
-import models
-from models import checkpoint, resnet_small, zoo
+from l2ul.models import checkpoint, resnet, resnet_small, zoo
 
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
@@ -313,3 +314,8 @@ def test_googlenet_uses_the_normalisation_it_was_trained_with(monkeypatch):
 def test_third_party_weights_are_loaded(name):
     classifier = models.load(name.split("-")[0], 10, REALDATA / "weights" / name)
     assert classifier.sha256.startswith(name.split("-")[1].split(".")[0])  # the file names contain the hash
+
+
+def test_top_level_name_is_the_same_package():
+    assert importlib.import_module("models") is models
+    assert importlib.import_module("models.resnet") is resnet

@@ -9,9 +9,9 @@ from torch import nn
 import torch.nn.functional as F
 
 from l2ul.common.errors import InputError
+from l2ul.models import huggingface, outputs
+from l2ul.models.classifier import Classifier, Normalize
 import main_forget
-from models import huggingface, outputs
-from models.classifier import Classifier, Normalize
 
 LOGITS = 5 * torch.randn(6, CLASSES, generator=torch.Generator().manual_seed(0))
 

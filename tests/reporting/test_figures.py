@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from l2ul import attack
+from l2ul import attack, models
 from l2ul.common import activations
 from l2ul.common.errors import InputError
 from l2ul.data import images as image_sets
 from l2ul.metrics import features
 from l2ul.reporting import FIGURES, figure_data, figure_set, figures, read_records, rows
-import models
 
 REFERENCE = ROOT / "result_data" / "reference" / "digits"
 SMALL = {"device": "cpu", "samples": 15}

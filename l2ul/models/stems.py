@@ -3,7 +3,7 @@
 from torch import nn
 import torchvision
 
-from models.resnet import MEAN, STD  # CIFAR-10
+from l2ul.models.resnet import MEAN, STD  # CIFAR-10
 
 NAMES = ("mobilenet_v2", "squeezenet1_1", "densenet121")
 

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from l2ul.common.errors import InputError
 from l2ul.common.modes import eval_mode
-from models.outputs import LOGITS, PROBABILITIES, log_probabilities
+from l2ul.models.outputs import LOGITS, PROBABILITIES, log_probabilities
 
 PROBE_SIDE = 32  # pixels of the image with which `input_channels` reaches the first layer
 NO_VIEW = "view size is not compatible"  # torch's error where code calls `view` on a channels-last tensor

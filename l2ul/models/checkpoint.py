@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from l2ul.common.errors import InputError
 from l2ul.common.files import atomic
-from models import weight_files
+from l2ul.models import weight_files
 
 USUAL = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "params", "weights")
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # inside of names
@@ -65,7 +65,7 @@ def candidates(dataset: str, model: str, data_dir: Path) -> list[Path]:
     Pretraining saves to the first. The second is in this repository, which has the weights for the digits. The others
     are in the layout of the released scripts.
     """
-    here = Path(__file__).resolve().parent.parent
+    here = Path(__file__).resolve().parents[2]
     file = Path("weights") / f"{dataset}_{model.replace(':', '_').replace('/', '_')}.safetensors"
     released = Path(f"{dataset}_pretrained_models") / f"{model.removesuffix('_cifar100')}.pt"
     return [Path(data_dir) / file, here / "data" / file, Path(data_dir) / released, here / released]

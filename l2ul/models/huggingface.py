@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 import torchvision.transforms.v2.functional as transforms
 
 from l2ul.common.errors import InputError, is_out_of_memory
-from models.classifier import Normalize, check_weights, statistics
+from l2ul.models.classifier import Normalize, check_weights, statistics
 
 PREFIX = "hf:"
 ADAPTER = "adapter_config.json"  # of peft

@@ -1,0 +1,308 @@
+"""Classifiers that take pixels in [0,1] and return logits: `build` an untrained one, `load` a trained one, `save` it.
+
+A model is one of this package (`OWN`), of torchvision (`torchvision:NAME`), of Hugging Face (`hf:NAME_OR_FOLDER`), or
+your own (`register`). This package knows nothing of unlearning.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from l2ul.common.errors import InputError
+from l2ul.common.files import atomic, file_sha256, tensors_sha256
+from l2ul.models import checkpoint as checkpoints
+from l2ul.models import huggingface, resnet, resnet_cifar100, resnet_small, stems, zoo
+from l2ul.models.classifier import (
+    Classifier,
+    Normalize,
+    check_weights,
+    first_colour_convolution,
+    input_channels,
+    make_grey,
+    statistics,
+)
+
+STATISTICS = "input normalisation"
+OWN = {name: family for family in (resnet, resnet_cifar100, resnet_small, stems) for name in family.NAMES}
+
+__all__ = ["OWN", "Classifier", "build", "check_name", "load", "load_saved", "register", "save", "saved_suffix"]
+
+
+def register(
+    name: str,
+    build: Callable[[int], nn.Module],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> None:
+    """Register a model of your own.
+
+    build      a function from the number of classes to a network that takes normalised images
+    mean, std  of the input normalisation, per channel: one value for a network that takes grey images. None: 0 and 1,
+               and the network takes grey images if it does not accept colour images
+    """
+    given = mean if mean is not None else std
+    OWN[name] = SimpleNamespace(
+        MEAN=mean if mean is not None else (0,) * len(given or "RGB"),
+        STD=std if std is not None else (1,) * len(given or "RGB"),
+        CHANNELS=len(given) if given else None,
+        build=lambda name, num_classes: build(num_classes),
+    )
+
+
+def check_name(name: str) -> None:
+    """Raise InputError unless `name` is in `OWN`, or torchvision:NAME or hf:NAME_OR_FOLDER."""
+    if name in OWN or name in zoo.names() or (name.startswith(huggingface.PREFIX) and name != huggingface.PREFIX):
+        return
+    near = zoo.PREFIX + name
+    hint = f"did you mean {near}? " if near in zoo.names() else ""
+    raise InputError(
+        f"unknown model {name!r}: {hint}expected one of {', '.join(OWN)}, torchvision:NAME or hf:NAME_OR_FOLDER"
+    )
+
+
+def require_checkpoint(name: str, checkpoint: str | Path) -> None:
+    """Raise InputError unless `checkpoint` is a file, or the name of pretrained weights of the torchvision model."""
+    if not has_weights(name, checkpoint):
+        checkpoints.require_file(Path(checkpoint))
+
+
+def has_weights(name: str, choice: str | Path) -> bool:
+    """Return whether `choice` is the name of pretrained weights of the torchvision model `name`."""
+    return name in zoo.names() and zoo.has_weights(name, str(choice))
+
+
+def build(
+    name: str,
+    num_classes: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Classifier:
+    """Return an untrained classifier.
+
+    name       a name in `OWN`, `torchvision:NAME` or `hf:NAME_OR_FOLDER`
+    mean, std  of the input normalisation, per channel; None: those of the model family
+    """
+    check_name(name)
+    if name.startswith(huggingface.PREFIX):
+        return _with_statistics(Classifier(name, num_classes, *huggingface.build(name, num_classes)), mean, std)
+    return _classifier(name, num_classes, _network(name, num_classes), mean, std)
+
+
+def _network(name: str, num_classes: int) -> nn.Module:
+    """Return an untrained network of this package, of torchvision or of the user."""
+    net = OWN.get(name, zoo).build(name, num_classes)
+    check_weights(net, f"the model {name}")
+    return net
+
+
+def _classifier(
+    name: str, num_classes: int, net: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Classifier:
+    """Return a network behind its normalisation; None: that of the model family."""
+    family = OWN.get(name, zoo)
+    channels = getattr(family, "CHANNELS", None) or input_channels(net)
+    pairs = ((family.MEAN, "--mean", mean), (family.STD, "--std", std))
+    values = [statistics(channels, default, (flag, chosen), what=name) for default, flag, chosen in pairs]
+    return Classifier(name, num_classes, net, nn.Sequential(Normalize(*values)))
+
+
+def load(
+    name: str,
+    num_classes: int,
+    checkpoint: str | Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    weights_key: str | None = None,
+) -> Classifier:
+    """Return a trained classifier in eval mode, in channels-last format, with `source` and `sha256` of its weights.
+
+    checkpoint  a file of weights (safetensors, or a pickle of tensors). For torchvision also the name of a set of
+                pretrained weights; None is the first set. `hf:` models need no file.
+    mean, std   of the input normalisation; None: those in the file, or else those of the model family
+    weights_key which weights of a file with several, such as `model_ema`, see `checkpoint.read`
+
+    Raises InputError if the weights are missing, damaged, unsafe to read or of another network.
+    """
+    check_name(name)
+    if checkpoint is None or has_weights(name, checkpoint):
+        classifier = _published(name, num_classes, checkpoint)
+    else:
+        classifier = _from_file(name, num_classes, Path(checkpoint), mean, std, weights_key)
+        if classifier.notes and mean is not None and std is not None:
+            classifier.notes = [note for note in classifier.notes if STATISTICS not in note]
+    classifier = _with_statistics(classifier, mean, std)
+    return classifier.eval().to(memory_format=torch.channels_last)
+
+
+def _published(name: str, num_classes: int, choice: str | None) -> Classifier:
+    if name in OWN:
+        raise InputError(f"{name} has no weights to download; name a file with --checkpoint")
+    if name.startswith(huggingface.PREFIX):
+        net, preprocess, not_read = huggingface.load(name, num_classes)
+        classifier = Classifier(name, num_classes, net, preprocess)
+        classifier.not_read = not_read
+        classifier.source = name
+    else:
+        state, source, mean, std = zoo.pretrained_state(name, num_classes, choice)
+        classifier = build(name, num_classes, mean, std)
+        _fill(classifier, state, source)
+        classifier.source = source
+    classifier.sha256 = tensors_sha256(classifier.net.state_dict())
+    return classifier
+
+
+def _from_file(
+    name: str,
+    num_classes: int,
+    path: Path,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    weights_key: str | None,
+) -> Classifier:
+    net = _network(name, num_classes)
+
+    def fitting(state: dict[str, Tensor]) -> list[str]:
+        _adapt_channels(net, state)
+        return checkpoints.fitting_prefixes(state, net)
+
+    everything, metadata = checkpoints.read(path, weights_key, fitting)
+    state, *layer = checkpoints.split_off_statistics(everything, net)
+    saved = [checkpoints.metadata_value(metadata, key) for key in ("mean", "std")]
+    of_file = [first or second for first, second in zip(layer, saved, strict=True)]
+    chosen = [flag if flag is not None else own for flag, own in zip((mean, std), of_file, strict=True)]
+    classifier = _classifier(name, num_classes, net, *chosen)
+    _fill(classifier, state, str(path))
+    classifier.notes = statistics_note(path, *layer)
+    classifier.not_read = checkpoints.outside(state, classifier.net)
+    classifier.source, classifier.sha256, classifier.metadata = str(path), file_sha256(path), metadata
+    if weights_key is not None:  # the file has several weights: its hash does not tell them apart
+        classifier.sha256 = tensors_sha256(classifier.net.state_dict())
+    return classifier
+
+
+def _adapt_channels(net: nn.Module, state: dict[str, Tensor]) -> None:
+    """Let the first convolution of a network take grey images if that of a file does."""
+    layer = first_colour_convolution(net)
+    if layer is None:
+        return
+    for names in checkpoints.correspondence(state, net.state_dict()):
+        shapes = [state[key].shape for key, own in names.own.items() if own == f"{layer}.weight"]
+        if any(len(shape) == 4 and shape[1] == 1 for shape in shapes):
+            make_grey(net)
+            return
+
+
+def statistics_note(path: Path, mean: Sequence[float] | None, std: Sequence[float] | None) -> list[str]:
+    """Return a sentence on the mean and std of a normalisation layer in a file, if there are any."""
+    if not (mean and std):
+        return []
+    first, second = (" ".join(f"{value:.4g}" for value in values) for values in (mean, std))
+    return [f"{path.name}: uses the {STATISTICS} in the file (mean {first}, std {second})"]
+
+
+def _fill(classifier: Classifier, state: dict[str, Tensor], source: str) -> None:
+    differences = checkpoints.load_into(classifier.net, state)
+    if differences:
+        model = f"{classifier.name} with {classifier.num_classes} classes"
+        raise InputError(f"{source} does not fit {model}: {differences}{_looks_like(state)}")
+
+
+def infer_num_classes(name: str, state: dict[str, Tensor], source: str) -> int:
+    """Return the number of classes of the weights in a file, given that they are of the model `name`.
+
+    name    a name in `OWN` or torchvision:NAME
+    source  name of the file, for the message
+
+    Raises InputError if they are of another model.
+    """
+    number = _num_classes(name, state)
+    if number is None:
+        raise InputError(f"{source} does not fit {name}: no classification layer in it{_looks_like(state)}")
+    return number
+
+
+def fitting_prefixes(name: str, state: dict[str, Tensor]) -> list[str]:
+    """Return the prefixes with which the model, for some number of classes, fits a state dict."""
+    weights, _, _ = checkpoints.split_statistics(state)
+    number = _num_classes(name, weights)
+    if number is None:
+        return []
+    with torch.device("meta"):
+        net = OWN.get(name, zoo).build(name, number)
+        _adapt_channels(net, state)
+    return checkpoints.fitting_prefixes(state, net)
+
+
+def _num_classes(name: str, state: dict[str, Tensor]) -> int | None:
+    return checkpoints.num_classes(state, functools.partial(OWN.get(name, zoo).build, name))
+
+
+def _looks_like(state: dict[str, Tensor]) -> str:
+    """Return a hint at the known network that shares most names and shapes with the file; empty if none is close."""
+    file = set(checkpoints.shapes(state).items())
+
+    def overlap(name: str) -> float:
+        with torch.device("meta"):
+            own = set(checkpoints.shapes(OWN.get(name, zoo).build(name, 2).state_dict()).items())
+        return len(file & own) / len(file | own)
+
+    shares = {name: overlap(name) for name in (*OWN, *zoo.COMMON)}
+    best = [name for name, share in shares.items() if share == max(shares.values()) > 0.5]
+    return f"; it looks like {' or '.join(best)} with {_num_classes(best[0], state)} classes" if best else ""
+
+
+def _with_statistics(classifier: Classifier, mean: Sequence[float] | None, std: Sequence[float] | None) -> Classifier:
+    normalize, channels = classifier.normalize, classifier.channels
+    for flag, buffer, values in (("--mean", normalize.mean, mean), ("--std", normalize.std, std)):
+        if values is not None:
+            numbers = statistics(channels, (), (flag, values), what=classifier.name)
+            buffer.copy_(torch.tensor(numbers).view_as(buffer))
+    return classifier
+
+
+def save(classifier: Classifier, path: Path, settings: dict[str, object]) -> None:
+    """Write the classifier as a safetensors file with the settings as metadata; a Hugging Face model as a folder.
+
+    The file uses the layer names of the network without its normalisation, so that other software can load it. The
+    metadata has mean and std.
+    """
+    if classifier.name.startswith(huggingface.PREFIX):
+        with atomic(path) as part:
+            statistics = decimals(classifier.normalize.mean), decimals(classifier.normalize.std)
+            huggingface.save(classifier.net, classifier.name, part, *statistics)
+        return
+    described = {
+        "model": classifier.name,
+        "num_classes": classifier.num_classes,
+        "mean": decimals(classifier.normalize.mean),
+        "std": decimals(classifier.normalize.std),
+    }
+    checkpoints.write(path, classifier.net, settings | described)
+
+
+def load_saved(path: Path, like: Classifier) -> Classifier:
+    """Return the classifier that `save` wrote to `path`.
+
+    like  a classifier of the same model
+    """
+    is_folder = like.name.startswith(huggingface.PREFIX)
+    name, file = (f"{huggingface.PREFIX}{path}", None) if is_folder else (like.name, path)
+    loaded = load(name, like.num_classes, file)
+    loaded.name, loaded.outputs = like.name, like.outputs  # the name is not the path of the saved folder
+    for ours, theirs in zip(loaded.normalize.buffers(), like.normalize.buffers(), strict=True):
+        ours.copy_(theirs)
+    return loaded
+
+
+def saved_suffix(classifier: Classifier) -> str:
+    """Return the suffix of the file that `save` writes; empty if it writes a folder."""
+    return "" if classifier.name.startswith(huggingface.PREFIX) else ".safetensors"
+
+
+def decimals(statistics: Tensor) -> list[float]:
+    """Return float32 numbers as the shortest decimals that convert back to them."""
+    return [float(str(value)) for value in statistics.flatten().cpu().numpy()]
