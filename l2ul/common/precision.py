@@ -44,13 +44,18 @@ def use(device: torch.device, precision: str) -> None:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    on_cpu = precision == "bf16" and device.type == "cpu" and has_bf16()
-    if precision != "fp32" and device.type != "cuda" and not on_cpu:
+    if not is_supported(device, precision):
         needed = "a CUDA GPU"
         if precision == "bf16":
             needed += ", or a CPU with AMX or AVX512-BF16"
         raise InputError(f"--precision {precision} needs {needed}; use --precision fp32 on this device")
     _set_flags(["ieee" if precision == "fp32" else "tf32"] * 3)
+
+
+def is_supported(device: torch.device, precision: str) -> bool:
+    """Return whether the device has hardware for the precision; see `use`."""
+    on_cpu = precision == "bf16" and device.type == "cpu" and has_bf16()
+    return precision == "fp32" or device.type == "cuda" or on_cpu
 
 
 @contextlib.contextmanager

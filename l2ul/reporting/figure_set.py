@@ -224,7 +224,8 @@ def adversarial_examples(subject: Subject) -> Drawn:
     """Draw figure 2.
 
     Targets and starts depend on seed, position in D_f and draw only. The examples shown are therefore the first ones of
-    the run's own D_adv, up to rounding that depends on the batch size.
+    the run's own D_adv, up to rounding that depends on the batch size and the device. If the device has no hardware for
+    the precision of the run, the examples are made in fp32.
     """
     run = subject.runs(
         lambda run: run.get("num_adv_images") and Path(run["forget_file"]).is_file(),
@@ -235,6 +236,12 @@ def adversarial_examples(subject: Subject) -> Drawn:
     chosen = subject.images.train.subset(indices)
     pixels, labels = chosen.pixels().to(subject.device), chosen.labels.to(subject.device)
     precision = run.get("precision") or "fp32"
+    if not precisions.is_supported(subject.device, precision):
+        subject.report(
+            f"{subject.name}: figure 2 is made in fp32, as {subject.device.type} does not compute in {precision}, the "
+            f"precision of the run"
+        )
+        precision = "fp32"
     model, draws = subject.original(run), min(SHOWN_EXAMPLES, run["num_adv_images"])
     with (
         precisions.temporarily(subject.device, precision),
@@ -258,7 +265,7 @@ def adversarial_examples(subject: Subject) -> Drawn:
     names, owners = np.array(subject.images.classes), torch.arange(len(pixels)).repeat_interleave(draws)
     images, examples = _array(pixels), _array(made)
     classes = {"index": indices[owners], "label": names[chosen.labels[owners]], "target": names[targets.cpu()]}
-    numbers = pd.DataFrame(classes | {"called": names[accuracy.predict(model, made)]})
+    numbers = pd.DataFrame(classes | {"prediction": names[accuracy.predict(model, made)]})
     numbers["norm"] = np.linalg.norm((examples - images[owners]).reshape(len(owners), -1), axis=1)
     title = f"{subject.title([run])}, ε = {run['pgd_eps']:g}: image, example → target, its enlarged δ"
     return figures.adversarial_examples(images, examples, numbers, title), numbers

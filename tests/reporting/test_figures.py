@@ -187,7 +187,7 @@ def test_confusion_matrices_count_images_and_merge_rare_classes():
     assert large.to_numpy().sum() == 60
     few = figure_data.confusion_matrices(np.array([5, 7]), {"adv": np.array([8, 9])}, names)["adv"]
     assert (list(few.index), list(few.columns)) == (["5", "7"], ["8", "9"])
-    assert figure_data.counts({"adv": few}).query("count > 0")[["label", "called"]].to_numpy().tolist() == [
+    assert figure_data.counts({"adv": few}).query("count > 0")[["label", "prediction"]].to_numpy().tolist() == [
         ["5", "8"],
         ["7", "9"],
     ]
@@ -297,3 +297,17 @@ def test_continual_runs_are_left_out(tmp_path):
         record = json.loads(path.read_text())
         (folder / f"{place}.json").write_text(json.dumps(record | {"continual_step": 1, "continual_size": 8}))
     assert draw([tmp_path], tmp_path) == []
+
+
+def test_examples_of_a_run_in_a_precision_that_the_device_lacks_are_made_in_fp32(run, tmp_path, capsys):
+    run("--method", "adv")
+    draw([tmp_path], tmp_path, [2])
+    (table,) = tmp_path.glob("*_2_*.csv")
+    expected = table.read_text()
+    for path in (tmp_path / "runs").glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"precision": "tf32"}))
+    capsys.readouterr()
+    draw([tmp_path], tmp_path, [2])
+    message = "figure 2 is made in fp32, as cpu does not compute in tf32, the precision of the run"
+    assert message in capsys.readouterr().out
+    assert table.read_text() == expected
