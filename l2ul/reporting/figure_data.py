@@ -165,7 +165,11 @@ def confusion_matrices(
 def counts(matrices: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Return the cells of `confusion_matrices`, one per row."""
     cells = [
-        matrix.rename_axis(index="label", columns="prediction").stack().rename("count").reset_index().assign(panel=panel)
+        matrix.rename_axis(index="label", columns="prediction")
+        .stack()
+        .rename("count")
+        .reset_index()
+        .assign(panel=panel)
         for panel, matrix in matrices.items()
     ]
     return pd.concat(cells, ignore_index=True)
