@@ -10,6 +10,8 @@
     python main_tables.py --expected
     # with two figures
     python main_tables.py --figures 1 6
+    # with the curves of two runs
+    python main_tables.py --figures 7 --figure-runs 01cab948 191262d6
 
 The tables are written as Markdown, CSV and LaTeX. Rows are methods; columns are data set and model, k, and metric.
 """
@@ -63,10 +65,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     weights = "original weights for figures 2, 4 and 5 (default: the file that main_unlearn.py finds)"
     add("--checkpoint", metavar="FILE", help=weights)
     add("--device", choices=DEVICES, help="device for figures 2, 4 and 5 (default: the best available one)")
-    add("--figure-k", type=positive_int, metavar="K", help="size of the D_f shown (default: the largest)")
+    add(
+        "--figure-k",
+        type=positive_int,
+        metavar="K",
+        help="size of the D_f shown (default: the largest; figure 7: the smallest)",
+    )
     add("--figure-seed", type=nonnegative_int, metavar="N", help="seed of the D_f shown (default: the smallest)")
-    methods = "methods of figures 3 to 5 (default: up to four that have the inputs)"
+    methods = "methods of figures 3 to 5 (default: up to four that have the inputs) and 7 (default: all)"
     add("--figure-method", nargs="+", metavar="NAME", help=methods)
+    runs = (
+        "runs of figure 7: names of record files without .json, or their beginnings (default: of each method the first "
+        "seed)"
+    )
+    add("--figure-runs", nargs="+", metavar="ID", help=runs)
     samples = "images of D_r and of D_test in figures 4 and 5 (default: 500)"
     add("--figure-samples", type=positive_int, default=500, metavar="N", help=samples)
     return parser.parse_args(argv)
@@ -135,6 +147,7 @@ def draw(opts: argparse.Namespace, records: list[dict[str, object]], folder: Pat
         seed=opts.figure_seed,
         methods=opts.figure_method,
         samples=opts.figure_samples,
+        runs=opts.figure_runs,
     )
     return figure_set.draw(records, opts.figures or FIGURES, folder, inputs)
 

@@ -9,4 +9,5 @@ FIGURES = {  # number of a figure: what it shows, which is part of the names of 
     4: "layer_similarity",
     5: "feature_maps",
     6: "ablations",
+    7: "curves",
 }

@@ -1,10 +1,11 @@
 """Data of the figures: which runs they show, and tables made from records and from the predictions beside them."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 import json
 from pathlib import Path
 import zipfile
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -27,8 +28,11 @@ SWEPT = {  # settings whose effect figure 6 shows: label of the axis, and whethe
     "reg_lamb": ("weight of the penalty, λ", True),
     "unlearn_lr": ("learning rate", True),
 }
+CURVE_KEYS = ("run", "method", "k", "seed", "label", "step")  # columns of `curves` beside the measured ones
+PERCENTAGES = ("acc_forget", "forgotten")  # columns of a curve that are not terms of the loss
 MOST_CLASSES = 20  # in a matrix; the others are merged
 OTHER = "(other)"
+DAMAGED = (EOFError, zlib.error, AttributeError, RuntimeError)  # of np.load, beside ValueError
 
 
 def path_of(run: Record, suffix: str) -> Path:
@@ -66,6 +70,14 @@ def on_one_forget_set(runs: Iterable[Record], most: int | None = None) -> list[R
     known = sorted(by_method, key=place)
     kept = sorted(known, key=lambda name: PREFERRED.index(name) if name in PREFERRED else len(PREFERRED))[:most]
     return [by_method[name] for name in known if name in kept]
+
+
+def first_of_each_method(runs: Iterable[Record]) -> list[Record]:
+    """Return a run with usual settings for each method, in the order of the registry: smallest k, first seed."""
+    first = {}
+    for run in sorted(usual(runs), key=lambda run: (place(run["method"]), run["k"], run["seed"])):
+        first.setdefault(run["method"], run)
+    return list(first.values())
 
 
 def means(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -201,13 +213,69 @@ def coloured_classes(classes: np.ndarray, forget: np.ndarray, names: list[str]) 
     return np.array([names[c] if c in kept else "" for c in classes.tolist()], dtype=object)
 
 
-def predictions(path: Path) -> dict[str, np.ndarray]:
-    """Read the predicted classes in the .npz file of a run."""
+def predictions(path: Path, names: Container[str] | None = None) -> dict[str, np.ndarray]:
+    """Read the predicted classes in the .npz file of a run: the arrays (n,) with these names, None for all."""
     try:
         with np.load(path) as kept:
-            return {name: classes.astype(np.int64) for name, classes in kept.items()}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+            chosen = [name for name in kept if names is None or name in names]
+            return {name: kept[name].astype(np.int64).ravel() for name in chosen}
+    except (OSError, ValueError, zipfile.BadZipFile, *DAMAGED) as error:
         raise InputError(f"{path} is damaged ({error}); repeat its run with --rerun") from None
+
+
+def curve(path: Path) -> pd.DataFrame:
+    """Read the curve of a run from its .csv file: a column `step`, and one for each term and percentage.
+
+    Values that are not finite numbers are NaN. The table is empty for a run without steps.
+
+    Raises InputError if the file is absent or damaged.
+    """
+    try:
+        table = pd.read_csv(path).apply(pd.to_numeric, errors="coerce").astype(float)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not a table"
+        raise InputError(f"the curve {path} cannot be read: {reason}") from None
+    if "step" not in table:
+        raise InputError(f"the curve {path} has no column step; repeat its run with --rerun")
+    table = table.where(np.isfinite(table))
+    return table[table["step"].between(1, 2**53)].reset_index(drop=True)
+
+
+def thinned(table: pd.DataFrame, most: int) -> pd.DataFrame:
+    """Return at most `most` rows of a table at equal distances, with the first and the last one."""
+    if len(table) <= most:
+        return table
+    return table.iloc[np.linspace(0, len(table) - 1, most).round().astype(int)]
+
+
+def measured(table: pd.DataFrame) -> list[str]:
+    """Return the columns of `curves` with values: percentages of D_f, then terms of the loss."""
+    names = [name for name in table if name not in CURVE_KEYS and table[name].notna().any()]
+    return sorted(names, key=lambda name: name not in PERCENTAGES)
+
+
+def curves(runs: Iterable[Record]) -> pd.DataFrame:
+    """Return the curves of runs below each other, with the columns of CURVE_KEYS. `run` is the id of a run.
+
+    The label is the row of a run, with k and seed where these differ between the runs. `forgotten` is left out where it
+    is the rest of `acc_forget` to 100.
+
+    Raises InputError if a curve is absent or damaged, or none has a value.
+    """
+    runs, tables = list(runs), []
+    differ = [name for name in ("k", "seed") if len({run[name] for run in runs}) > 1]
+    for run in runs:
+        path, label = path_of(run, ".csv"), ", ".join([run["row"], *(f"{name} {run[name]}" for name in differ)])
+        about = {"run": path.stem, "label": label} | {name: run[name] for name in ("method", "k", "seed")}
+        tables.append(curve(path).assign(**about))
+    table = pd.concat(tables, ignore_index=True).astype({"step": int})
+    if not measured(table):
+        raise InputError("the runs took no steps; choose others with --figure-runs")
+    if {"acc_forget", "forgotten"} <= set(table) and (
+        table["acc_forget"] + table["forgotten"] - 100
+    ).abs().max() < 1e-6:
+        table = table.drop(columns="forgotten")
+    return table[[*CURVE_KEYS, *measured(table)]]
 
 
 def sample(among: Tensor, count: int, seed: int, purpose: str) -> Tensor:

@@ -1,11 +1,11 @@
 """Draw all figures of a data set, model and goal. Data and models are loaded when a figure needs them.
 
-Figures 1 and 6 need records alone. Figure 3 needs the predictions beside the records, and figures 2 to 5 the data set.
-Figures 4 and 5 need unlearned models that main_unlearn.py saved with --save-model.
+Figures 1 and 6 need records alone, figure 7 the curves beside them. Figure 3 needs the predictions beside the records,
+and figures 2 to 5 the data set. Figures 4 and 5 need unlearned models that main_unlearn.py saved with --save-model.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import functools
 import itertools
 from pathlib import Path
@@ -38,15 +38,18 @@ DATA_KEYS = ("image_size", "age_grouping", "split_seed")  # keys of a record tha
 
 @dataclass(frozen=True)
 class FigureOptions:
-    """Inputs of the figures, and the runs that figures 2 to 5 show.
+    """Inputs of the figures, and the runs that figures 2 to 5 and 7 show.
 
     data_dir    folder with data sets and weights
     checkpoint  original weights, by default the file that main_unlearn.py finds
     device      "cuda", "mps" or "cpu", by default the best available one
-    k           size of D_f, by default the largest recorded one
+    k           size of D_f, by default the largest recorded one (figure 7: the smallest of each method)
     seed        seed of D_f, by default the smallest recorded one
-    methods     methods of figures 3 to 5, by default up to MOST_METHODS for which the inputs exist
+    methods     methods of figures 3 to 5, by default up to MOST_METHODS for which the inputs exist, and of figure 7, by
+                default all
     samples     images of D_r and of D_test in figures 4 and 5
+    runs        runs of figure 7, in place of k, seed and methods: names of record files without .json, or their
+                beginnings
     """
 
     data_dir: Path = Path("data")
@@ -56,6 +59,11 @@ class FigureOptions:
     seed: int | None = None
     methods: list[str] | None = None
     samples: int = 500
+    runs: list[str] | None = None
+
+    def names(self, run: Record) -> bool:
+        """Return whether `runs` names a run."""
+        return any(figure_data.path_of(run, "").name.startswith(name) for name in self.runs or ())
 
 
 def draw(
@@ -78,6 +86,12 @@ def draw(
     records = [record for record in records if record["continual_step"] is None]
     if options.checkpoint and not any(models.has_weights(run["model"], options.checkpoint) for run in records):
         checkpoint.require_file(Path(options.checkpoint))
+    for name in options.runs or ():
+        if not any(replace(options, runs=[name]).names(run) for run in records):
+            raise InputError(
+                f"no record has a name that begins with {name!r}; expected the name of a selected record file, without "
+                f".json, of a run that is not continual"
+            )
     paths = []
     for block in rows.blocks(records):
         subject = Subject(options, block, report)
@@ -155,6 +169,11 @@ class Subject:
 
         Raises InputError if no run is usable.
         """
+        usable = self.usable(is_usable, needed, remedy)
+        return figure_data.on_one_forget_set(usable, None if self.options.methods else MOST_METHODS)
+
+    def usable(self, is_usable: Callable[[Record], bool], needed: str, remedy: str) -> list[Record]:
+        """Return all usable runs of the chosen k, seed and methods; see `runs`."""
         chosen = {"k": self.options.k, "seed": self.options.seed}
         methods = self.options.methods
         usable = [
@@ -168,7 +187,7 @@ class Subject:
         if not usable:
             words = [f"{key} {value}" for key, value in chosen.items() if value is not None] + (methods or [])
             raise InputError(f"no {needed} beside the records{' of ' if words else ''}{', '.join(words)}; {remedy}")
-        return figure_data.on_one_forget_set(usable, None if methods else MOST_METHODS)
+        return usable
 
     def runs_with_models(self) -> list[Record]:
         return self.runs(
@@ -337,6 +356,23 @@ def feature_maps(subject: Subject) -> Drawn:
     return figures.maps(table, images.classes, subject.title(runs)), table
 
 
+def curves(subject: Subject) -> Drawn:
+    """Draw figure 7."""
+    if subject.options.runs:
+        runs = [run for run in subject.block.records if subject.options.names(run)]
+        if not runs:
+            raise InputError("none of the runs of --figure-runs has this data set, model and goal")
+    else:
+        runs = figure_data.first_of_each_method(subject.usable(_has_curve, "curves", "run main_unlearn.py"))
+    table = figure_data.curves(runs)
+    return figures.curves(table, subject.title(runs)), table
+
+
+def _has_curve(run: Record) -> bool:
+    path = figure_data.path_of(run, ".csv")
+    return path.is_file() and len(figure_data.curve(path)) > 0
+
+
 DRAW: dict[int, Callable[[Subject], Drawn]] = {
     1: accuracy_against_k,
     2: adversarial_examples,
@@ -344,4 +380,5 @@ DRAW: dict[int, Callable[[Subject], Drawn]] = {
     4: layer_similarity,
     5: feature_maps,
     6: ablations,
+    7: curves,
 }

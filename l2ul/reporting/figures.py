@@ -1,5 +1,6 @@
 """Draw figures from tables and arrays, and save them as PNG, PDF and CSV. Nothing is loaded here."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 import functools
 from pathlib import Path
@@ -15,6 +16,7 @@ import pandas as pd
 from l2ul.common.files import atomic
 from l2ul.methods import registry
 from l2ul.metrics import columns
+from l2ul.reporting import figure_data
 from l2ul.reporting.figure_data import MEASURED, OTHER, PREFERRED, SWEPT
 from l2ul.reporting.rows import place as method_order
 
@@ -37,6 +39,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 CLASS_COLOURS = (*COLOURS[:6], "#F0E442", "#999999", "#7A4419", "#332288")  # without black, the edge colour of D_f
 MARKERS = "os^DvPX<>p"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+MOST_POINTS = 1000  # of a line in figure 7
 SPLITS = {split: columns.get(f"acc_{split}").latex for split in ("forget", "retain", "test")}
 
 
@@ -158,6 +161,56 @@ def ablations(table: pd.DataFrame, title: str) -> Figure:
         column[-1].set_xlabel(label)
     _legend(figure, table)
     return figure
+
+
+@_styled
+def curves(table: pd.DataFrame, title: str) -> Figure:
+    """Draw figure 7 from `figure_data.curves`: a panel for D_f and for each term of the loss, a line for each run."""
+    shown = figure_data.measured(table)
+    figure, panels, _ = _grid(len(shown), 2.1)
+    figure.suptitle(title, fontsize=8)
+    runs, lines, used = dict(list(table.groupby("run", sort=False))), {}, Counter()
+    for name, run in runs.items():
+        method = run["method"].iloc[0]
+        line = _line_style(method)
+        dash = DASHES[(DASHES.index(line["linestyle"]) + used[method]) % len(DASHES)]  # others for further runs
+        used[method] += 1
+        label = _plain(run["label"].iloc[0])
+        lines[name] = {"color": line["color"], "linestyle": dash, "linewidth": 0.9, "label": label}
+    steps = table.groupby("run")["step"].max()
+    for axes, column in zip(panels, shown, strict=True):
+        for name, run in runs.items():
+            drawn = figure_data.thinned(run[run[column].notna()], MOST_POINTS)
+            axes.plot(drawn["step"], drawn[column], **lines[name])
+        axes.set_xlabel("step")
+        if steps.max() > 10 * steps.min():
+            axes.set_xscale("log")
+        if column in figure_data.PERCENTAGES:
+            title = "accuracy on $D_f$" if column == "acc_forget" else column
+            axes.set(title=title, ylabel="%", ylim=(-3, 103))
+        else:
+            axes.set_title(f"loss term: {_plain(column)}")
+            _term_axis(axes, table[column])
+    handles = [Line2D([], [], **line) for line in lines.values()]
+    longest = max(len(line["label"]) for line in lines.values())
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), max(1, 100 // (longest + 8))))
+    return figure
+
+
+def _term_axis(axes: Axes, values: pd.Series) -> None:
+    """Set a logarithmic scale for a term whose size changes by more than two orders of magnitude."""
+    sizes = values[values != 0].abs()
+    if not len(sizes) or sizes.max() <= 100 * sizes.median():
+        axes.axhline(0, color="0.85", linewidth=0.6, zorder=0)
+    elif values.min() >= 0:
+        axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=float(sizes.median()), linscale=0.5)
+
+
+def _plain(text: str) -> str:
+    """Return a text that matplotlib does not read as a formula."""
+    return text.replace("$", r"\$")
 
 
 @_styled

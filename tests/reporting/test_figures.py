@@ -1,5 +1,6 @@
 """Test the figures: their numbers, their drawings, and figures that cannot be drawn."""
 
+import io
 import json
 
 from conftest import CLASSES, ROOT
@@ -194,6 +195,58 @@ def test_confusion_matrices_count_images_and_merge_rare_classes():
     assert figure_data.coloured_classes(np.array([5, 8]), np.array([5, 5, 7]), names).tolist() == ["5", ""]
 
 
+def with_curve(run, folder, text):
+    path = folder / f"{run['method']}{run['seed']}.txt"
+    path.with_suffix(".csv").write_text(text)
+    return run | {"forget_file": str(path)}
+
+
+def test_curves_of_several_runs_stand_below_each_other(tmp_path):
+    runs = [run for run in some_runs() if run["k"] == 16 and run["method"] in ("neggrad", "adv")]
+    text = "step,forget,acc_forget,forgotten\n1,-1.5,100.0,0.0\n2,inf,50.0,50.0\n3,,0.0,100.0\n"
+    table = figure_data.curves(with_curve(run, tmp_path, text) for run in runs)
+    assert list(table) == [*figure_data.CURVE_KEYS, "acc_forget", "forget"]  # forgotten is the rest to 100
+    assert list(table["label"].unique()) == ["neggrad, seed 0", "neggrad, seed 1", "adv, seed 0", "adv, seed 1"]
+    assert list(table["run"].unique()) == ["neggrad0", "neggrad1", "adv0", "adv1"]
+    assert table["step"].tolist() == [1, 2, 3] * 4
+    assert table["forget"].notna().tolist() == [True, False, False] * 4
+    relabelled = text.replace("3,,0.0,100.0", "3,0.5,0.0,50.0")
+    table = figure_data.curves([with_curve(runs[0], tmp_path, relabelled)])
+    assert figure_data.measured(table) == ["acc_forget", "forgotten", "forget"]
+    assert table["label"].tolist() == ["neggrad"] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot be read: it is not a table"),
+        ("\x00\xff", "cannot be read"),
+        ("a,b\n1,2\n", "has no column step"),
+        ("step\n", "the runs took no steps"),
+        ("step,forget\nx,1\n", "the runs took no steps"),
+    ],
+)
+def test_a_curve_that_is_damaged_or_empty_is_refused(tmp_path, text, message):
+    run = some_runs()[0]
+    (tmp_path / "before0.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=message):
+        figure_data.curves([run | {"forget_file": str(tmp_path / "before0.txt")}])
+
+
+def test_figure_7_shows_the_first_run_of_each_method_unless_runs_are_named():
+    first = figure_data.first_of_each_method(some_runs(copies=({"pgd_eps": 1.0, "k": 2},)))
+    shown = [(run["method"], run["k"], run["seed"], run["pgd_eps"]) for run in first]
+    assert shown == [("before", 16, 0, None), ("neggrad", 16, 0, None), ("adv", 16, 0, 4.0), ("adv_imp", 16, 0, 4.0)]
+
+
+def test_damaged_predictions_are_refused(tmp_path):
+    whole = next((REFERENCE / "runs").glob("*.npz")).read_bytes()
+    for place in range(0, len(whole), 97):
+        (tmp_path / "run.npz").write_bytes(whole[:place])
+        with pytest.raises(InputError, match="is damaged"):
+            figure_data.predictions(tmp_path / "run.npz")
+
+
 # drawing
 
 
@@ -225,13 +278,35 @@ def test_lines_show_means_and_open_markers_runs_at_the_cap():
     assert len(styles) == 3
 
 
+def test_a_line_for_each_run_and_a_panel_for_each_term():
+    rows = [
+        {"run": name, "method": method, "k": 16, "seed": 0, "label": f"{method}, $", "step": step}
+        | {"acc_forget": 100.0 / step, "adv$\\x": 10.0**-step, "only": 1.0 if name == "a" else np.nan}
+        for name, method in (("a", "adv"), ("b", "adv"), ("c", "yours"))
+        for step in range(1, 2 * figures.MOST_POINTS if name == "c" else 20)
+    ]
+    figure = figures.curves(pd.DataFrame(rows), "title")
+    left, middle, right = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == [
+        "accuracy on $D_f$",
+        r"loss term: adv\$\x",
+        "loss term: only",
+    ]
+    assert len({(line.get_color(), line.get_linestyle()) for line in left.lines}) == 3
+    assert [len(line.get_xdata()) for line in left.lines] == [19, 19, figures.MOST_POINTS]
+    assert left.lines[2].get_xdata()[-1] == 2 * figures.MOST_POINTS - 1
+    assert (left.get_xscale(), left.get_yscale(), middle.get_yscale()) == ("log", "linear", "log")
+    assert [len(line.get_xdata()) for line in right.lines[:3]] == [19, 0, 0]
+    figure.savefig(io.BytesIO())  # names are no formulas
+
+
 def test_figures_of_runs_with_saved_models(run, few_digits, tmp_path, capsys):
     code, _, err = run("--save-model", "--method", "before", "neggrad", "adv", "--pgd-eps", 1)
     assert code == 0, err
     made = draw([tmp_path], tmp_path / "pictures")
     assert {path.name for path in made} == {
         f"digits_resnet20_{number}_{FIGURES[number]}.{kind}"
-        for number in (1, 2, 3, 4, 5)
+        for number in (1, 2, 3, 4, 5, 7)
         for kind in ("png", "pdf", "csv")
     }
     assert all(path.stat().st_size for path in made)
@@ -263,7 +338,8 @@ def check_numbers(numbers, digits, folder):
 
 def test_figures_without_inputs_are_reported_and_the_others_drawn(tmp_path, few_digits, capsys):
     made = draw([REFERENCE], tmp_path)
-    assert {path.name.split("_")[2] for path in made} == {"1", "3"}  # the others need more digits than the fixture has
+    drawn = {path.name.split("_")[2] for path in made}
+    assert drawn == {"1", "3", "7"}  # the others need more digits than the fixture has
     printed = capsys.readouterr().out
     assert "figure 4 was left out: no saved models beside the records; run main_unlearn.py with --save-model" in printed
     assert (
@@ -278,6 +354,17 @@ def test_a_missing_checkpoint_is_refused_before_the_first_figure(tmp_path):
     with pytest.raises(InputError, match="there is no checkpoint none.safetensors"):
         draw([REFERENCE], tmp_path, checkpoint="none.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_figure_7_are_chosen_by_the_beginning_of_their_names(tmp_path, capsys):
+    names = {json.loads(path.read_text())["method"]: path.stem for path in (REFERENCE / "runs").glob("*.json")}
+    made = draw([REFERENCE], tmp_path, [7], runs=[names["adv"][:6], names["distill"]])
+    assert [path.name for path in made] == [f"digits_resnet20_7_curves.{kind}" for kind in ("png", "pdf", "csv")]
+    assert set(pd.read_csv(made[2])["run"]) == {names["adv"], names["distill"]}
+    with pytest.raises(InputError, match="no record has a name that begins with 'zz'"):
+        draw([REFERENCE], tmp_path, [7], runs=["zz"])
+    assert draw([REFERENCE], tmp_path, [7], runs=[names["before"]]) == []
+    assert "figure 7 was left out: the runs took no steps" in capsys.readouterr().out
 
 
 def test_weights_other_than_those_of_the_records_are_refused(run, tmp_path, capsys):
