@@ -90,7 +90,10 @@ def make(opts: argparse.Namespace) -> None:
     from l2ul.reporting import missing, read_records, render, rows, summary
 
     if opts.expected and not opts.expected.is_dir():
-        raise InputError(f"there is no folder {opts.expected}; name one with reference records with --expected FOLDER")
+        raise InputError(
+            f"there is no folder {opts.expected}; name one with reference records with --expected FOLDER, such as "
+            f"result_data/reference of a clone"
+        )
     records, problems = read_records.read(opts.result_dir)
     selection = summary.Selection(opts.method, opts.unlearn_k, opts.seed)
     blocks = summary.select(rows.blocks(records), opts.dataset, selection)

@@ -26,6 +26,7 @@ import main_unlearn
 
 ROOT = Path(__file__).resolve().parent.parent
 REALDATA = Path(os.environ.get("L2UL_REALDATA", ROOT.parent / "shared" / "data"))
+REFERENCE = ROOT / "result_data" / "reference"
 CLASSES = 5  # of the tiny network
 # options of main_unlearn.py with which a command takes about a second
 FAST = ["--unlearn-k", 2, "--num-adv-images", 3, "--pgd-iter", 2, "--max-passes", 2, "--batch-size", 2]
@@ -49,8 +50,9 @@ def pytest_collection_modifyitems(items):
     missing = {
         "realdata": pytest.mark.skip(reason=f"no real data in {REALDATA}; name their folder in L2UL_REALDATA"),
         "cuda": pytest.mark.skip(reason="needs a CUDA GPU and the option -m cuda"),
+        "reference": pytest.mark.skip(reason="needs the committed records, which a clone has and an sdist has not"),
     }
-    there = {"realdata": REALDATA.is_dir(), "cuda": torch.cuda.is_available()}
+    there = {"realdata": REALDATA.is_dir(), "cuda": torch.cuda.is_available(), "reference": REFERENCE.is_dir()}
     for item in items:
         for name, skip in missing.items():
             if item.get_closest_marker(name) and not there[name]:

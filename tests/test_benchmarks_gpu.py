@@ -115,6 +115,7 @@ def test_jobs_are_read_without_comments(gpu, tmp_path):
     assert gpu.read_jobs(tmp_path / "jobs.txt") == ["--seed 0", "--seed 1"]
 
 
+@pytest.mark.reference
 def test_records_are_summarised_by_method_settings_and_k(gpu):
     lines = gpu.summary_of_records(ROOT / "result_data" / "reference" / "digits" / "runs")
     assert any(line.startswith("distill") and "forgotten" in line for line in lines)

@@ -114,6 +114,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files_and_headings_that_exist(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)):
@@ -150,6 +151,7 @@ def shown(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("row", results_rows(), ids=lambda row: " ".join(row[:2]))
 def test_a_row_of_the_results_is_what_the_records_say(row):
     k, name, after, retained, tested, reported, time, count = row
@@ -178,6 +180,7 @@ def test_generated_pages_are_what_the_code_says():
         assert path.read_text() == text, f"{path.name} is out of date; run: python -m l2ul.cli.command_line_docs"
 
 
+@pytest.mark.reference
 def test_costs_of_the_main_command_in_the_readme_are_those_of_the_record():
     record = json.loads((ROOT / "result_data" / "reference" / "benchmarks" / "readme_commands.json").read_text())
     (row,) = [row for row in record["commands"] if row["command"] == "uv run main_unlearn.py"]

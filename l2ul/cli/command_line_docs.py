@@ -32,7 +32,10 @@ INTRODUCTION = f"""# Command line
 
 The flags of every script, as `--help` shows them. Every flag can be written with `_` instead of `-`. The scripts exit
 with 0 on success, 2 for invalid input, 1 if memory or disk space runs out or the loss is not finite, 130 after Ctrl-C
-and 143 after SIGTERM. `main_forget.py` also exits with 3, see [deletion requests](deletion-requests.md).
+and 143 after SIGTERM. `main_forget.py` also exits with 3, see [deletion requests](deletion-requests.md). `--version`
+shows the versions of L2UL and of the packages that decide results, the commit of the clone and the device.
+
+An installed L2UL has the scripts as subcommands: `l2ul unlearn` or `python -m l2ul unlearn` is `main_unlearn.py`.
 
 Groups of flags that a script shares with `{FIRST}` are listed there only.
 """
@@ -51,8 +54,8 @@ def help_text(script: str) -> str:
 
 
 def sections(script: str) -> list[str]:
-    """Return the paragraphs of a script's help, without the usage line, which repeats the flags, and -h."""
-    text = re.sub(r"\n  -h, --help .*", "", help_text(script))
+    """Return the paragraphs of a script's help, without the usage line, which repeats the flags, and what all have."""
+    text = re.sub(r"\n  (-h, --help|--version) .*", "", help_text(script))
     return [part for part in text.strip().split("\n\n") if not part.startswith("usage:") and part != "options:"]
 
 

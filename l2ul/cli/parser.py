@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 from l2ul.cli import ranges
+from l2ul.common import installation
 from l2ul.common.choices import InvalidValue, Number, did_you_mean
 
 WIDTH = 110  # columns of --help
@@ -30,11 +31,11 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser with the conventions of the scripts.
 
     Flags may be spelled with `_` in place of `-`. An error is one sentence and exit code 2, with a suggestion for a
-    mistyped flag. `--help` shows the examples of the script and a glossary.
+    mistyped flag. `--help` shows the examples of the script and a glossary, `--version` the versions of the software.
 
     doc       docstring of the script: indented paragraphs are shown as examples below the flags, others above them
     epilog    text below the flags, after the examples
-    flags     all flags but --help
+    flags     all flags but --help and --version
     sections  further sections of --help by their title, below the flags
     """
 
@@ -51,6 +52,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=WIDTH),
         )
+        super().add_argument("--version", action=_Version, help="show versions, commit and device, and exit")
         self._is_ready = True
         self.text, self.glossary = epilog.strip(), GLOSSARY if glossary else ""
 
@@ -90,6 +92,23 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class _Version(argparse.Action):
+    """Print the versions of the software and the device that scripts use by default, for reports of problems."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *parsed: object) -> None:
+        print("\n".join(f"{name} {version}" for name, version in installation.versions().items()))
+        try:
+            from l2ul.common import device  # imports torch
+
+            print(f"device {device.device_name(device.choose_device(None))}")
+        except Exception as error:  # a broken installation, for which the versions are needed most
+            print(f"device unknown: torch cannot be used ({type(error).__name__}: {error})")
+        parser.exit()
 
 
 class Group:

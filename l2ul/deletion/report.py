@@ -22,6 +22,7 @@ import torchvision.transforms.v2.functional as transforms
 
 import l2ul
 from l2ul.common.files import tensors_sha256
+from l2ul.common.installation import command
 from l2ul.deletion import states
 from l2ul.deletion.report_schema import AS_STORED, AS_USED, Report
 from l2ul.deletion.request import Request
@@ -200,5 +201,6 @@ def page(report: Report, thumbnails: Sequence[str] | None = None) -> str:
         counts=states.count(rows),
         headline=sentence[0].upper() + sentence[1:],
         inventory_titles=INVENTORY,
-        command=shlex.join(["python", "main_forget.py", *report["again"]["command"]]),
+        program=shlex.join(command("main_forget.py")),
+        command=shlex.join([*command("main_forget.py"), *report["again"]["command"]]),
     )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from l2ul.common.errors import InputError
 from l2ul.common.files import atomic
+from l2ul.common.installation import CLONE, SCRIPTS
 from l2ul.models import weight_files
 
 USUAL = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "params", "weights")
@@ -62,13 +63,13 @@ class Choice:
 def candidates(dataset: str, model: str, data_dir: Path) -> list[Path]:
     """Return the files in which weights for a data set and a model are looked for, in order.
 
-    Pretraining saves to the first. The second is in this repository, which has the weights for the digits. The others
-    are in the layout of the released scripts.
+    Pretraining saves to the first. The second comes with L2UL, which has the weights for the digits. The others are in
+    the layout of the released scripts.
     """
-    here = Path(__file__).resolve().parents[2]
     file = Path("weights") / f"{dataset}_{model.replace(':', '_').replace('/', '_')}.safetensors"
     released = Path(f"{dataset}_pretrained_models") / f"{model.removesuffix('_cifar100')}.pt"
-    return [Path(data_dir) / file, here / "data" / file, Path(data_dir) / released, here / released]
+    places = [Path(data_dir) / file, SCRIPTS / "data" / file, Path(data_dir) / released]
+    return places + ([CLONE / released] if CLONE else [])
 
 
 def find(dataset: str, model: str, data_dir: Path) -> Path | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import shlex
 
 from l2ul import models
+from l2ul.common.installation import command
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.methods.registry import get, of_goal
@@ -92,7 +93,7 @@ def commands(block: Block, missing: Iterable[Missing]) -> list[str]:
         by_size[flags, methods, tuple(seeds)].append(k)
     made = []
     for (flags, methods, seeds), sizes in by_size.items():
-        words = ["python", "main_unlearn.py", "--dataset", block.dataset, "--model", block.model, *flags]
+        words = [*command("main_unlearn.py"), "--dataset", block.dataset, "--model", block.model, *flags]
         words += ["--unlearn-k", *map(str, sizes), "--seed", *map(str, seeds), "--method", *methods]
         made.append(shlex.join(words))
     return made

@@ -36,7 +36,7 @@ class WorkerFunction:
 
     function     module and name, such as "l2ul.sweeps.worker:run_trial". Its arguments are those of the trial and a
                  function that returns what `Cluster.share` has stored
-    code_folder  folder of the scripts, at the same path on every node
+    code_folder  folder with the package l2ul, at the same path on every node
     working_dir  folder that relative paths refer to
     user_script  script of the user that registers methods, models, data sets or metrics; workers run it first
     """

@@ -10,7 +10,7 @@ import shlex
 import torch
 
 from l2ul.cli import ranges, unlearn_options
-from l2ul.common import precision
+from l2ul.common import installation, precision
 from l2ul.experiments import time_estimates
 from l2ul.sweeps import optuna_search, ray_cluster, trials
 from l2ul.sweeps.monitor import sweep_monitor
@@ -19,7 +19,7 @@ from l2ul.sweeps.optuna_search import Settings
 from l2ul.sweeps.trials import Record, Trial
 from l2ul.sweeps.worker import Workbench
 
-CODE_FOLDER = Path(__file__).resolve().parents[2]
+CODE_FOLDER = installation.PACKAGE.parent  # of the clone, or of installed packages
 
 
 def with_precision(sweep: Sweep) -> Sweep:
@@ -82,7 +82,7 @@ class SweepRunner:
         if known:
             settings, score = max(known, key=lambda pair: pair[1])
             result = f"retains {score:.2f} %" if score >= 0 else "does not forget all of D_f"
-            command = shlex.join(["python", unlearn_options.PROGRAM, *self.sweep.arguments(settings)])
+            command = shlex.join([*installation.command(unlearn_options.PROGRAM), *self.sweep.arguments(settings)])
             self.report(f"best of {len(known)}, {result}: {command}")
         return failed
 

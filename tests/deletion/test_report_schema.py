@@ -23,6 +23,7 @@ def test_committed_reports_fit_and_can_be_verified(path, tmp_path):
     assert not any(row.superseded for row in rows)
 
 
+@pytest.mark.reference
 def test_a_committed_report_can_start_a_chain(tmp_path):
     text = COMMITTED[0].read_text()
     (tmp_path / "report.json").write_text(text)
@@ -39,6 +40,7 @@ def test_a_committed_report_can_start_a_chain(tmp_path):
     assert verify.read_chain(second) == [*chain, later]
 
 
+@pytest.mark.reference
 def test_reports_without_optional_keys_fit():
     report = json.loads(COMMITTED[0].read_text())
     for key in ("damage", "robustness", "relearning", "membership", "trials", "chosen", "not_claimed", "seconds"):
@@ -56,6 +58,7 @@ def changed(keys, value):
     return change
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

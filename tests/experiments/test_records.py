@@ -123,6 +123,7 @@ def test_table_has_means_over_seeds_and_counts_runs_that_did_not_forget():
     assert (row["steps"], row["not forgotten"]) == (str(RECORD["steps"]), "0")
 
 
+@pytest.mark.reference
 def test_reference_records_follow_the_schema():
     paths = sorted((ROOT / "result_data" / "reference").glob("*/runs/*.json"))
     assert len(paths) >= 119

@@ -24,6 +24,7 @@ from l2ul.methods.settings import (
 RECORDS = sorted((ROOT / "result_data" / "reference").glob("**/runs/*.json"))
 
 
+@pytest.mark.reference
 def test_ids_of_committed_records_follow_from_their_settings():
     assert len(RECORDS) > 100
     subject = (

@@ -83,6 +83,7 @@ def test_a_selection_applies_and_the_tables_stay_the_same(folder, tables, tmp_pa
     assert "k = 64" not in both.split("## Expected")[1]
 
 
+@pytest.mark.reference
 def test_a_missing_folder_is_one_sentence_and_the_default_is_that_of_the_committed_records(script, tmp_path):
     code, _, err = script(main_tables.main, "--expected", tmp_path / "none")
     assert code == 2

@@ -336,6 +336,7 @@ def check_numbers(numbers, digits, folder):
     assert stars["class"].tolist() == [str(label) for label in labels.tolist()]
 
 
+@pytest.mark.reference
 def test_figures_without_inputs_are_reported_and_the_others_drawn(tmp_path, few_digits, capsys):
     made = draw([REFERENCE], tmp_path)
     drawn = {path.name.split("_")[2] for path in made}
@@ -350,6 +351,7 @@ def test_figures_without_inputs_are_reported_and_the_others_drawn(tmp_path, few_
     assert "figure 3 was left out: no predictions beside the records of k 99, adv;" in capsys.readouterr().out
 
 
+@pytest.mark.reference
 def test_a_missing_checkpoint_is_refused_before_the_first_figure(tmp_path):
     with pytest.raises(InputError, match="there is no checkpoint none.safetensors"):
         draw([REFERENCE], tmp_path, checkpoint="none.safetensors")
@@ -377,6 +379,7 @@ def test_weights_other_than_those_of_the_records_are_refused(run, tmp_path, caps
     assert "does not hold the original weights of the runs (SHA-256 000000000000…)" in capsys.readouterr().out
 
 
+@pytest.mark.reference
 def test_continual_runs_are_left_out(tmp_path):
     folder = tmp_path / "runs"
     folder.mkdir()

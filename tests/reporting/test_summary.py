@@ -211,6 +211,7 @@ def test_latex_and_csv_are_complete(folder, tables, tmp_path):
     assert not set(frame) & {"rank", "data", "forgot"}
 
 
+@pytest.mark.reference
 def test_the_reference_records_make_a_table(script, tmp_path):
     code, out, _ = script(main_tables.main, "--result-dir", "result_data/reference", "--output", tmp_path)
     assert code == 0
@@ -252,6 +253,7 @@ def numbers(markdown: str) -> list[list[str]]:
     return [row for row in rows if row[0] not in ("", "method") and not row[0].startswith(":--")]
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("name", ["cifar10_resnet20", "cifar10_resnet20_compare", "utkface"])
 def test_the_committed_tables_are_reproduced(script, tmp_path, name):
     folder = f"result_data/reference/{name}"

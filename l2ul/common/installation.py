@@ -1,0 +1,46 @@
+"""What is installed: the folder of the scripts, and the versions that decide results. Does not import torch."""
+
+import importlib.metadata
+from pathlib import Path
+import platform
+import subprocess
+
+import l2ul
+
+PACKAGE = Path(l2ul.__file__).resolve().parent
+CLONE = PACKAGE.parent if (PACKAGE.parent / "main_unlearn.py").is_file() else None  # None: installed from a wheel
+SCRIPTS = CLONE or PACKAGE / "scripts"  # folder of main_*.py, with the committed weights in data/weights
+PACKAGES = ("torch", "torchvision", "transformers")
+
+
+def command(script: str) -> list[str]:
+    """Return the first words of a command line that starts a script such as main_unlearn.py."""
+    return ["python", script] if CLONE else ["l2ul", script.removeprefix("main_").removesuffix(".py")]
+
+
+def commit() -> str | None:
+    """Return the commit of the clone, with `+` if files differ from it; None outside of a clone or without git."""
+    if CLONE is None or not (CLONE / ".git").exists():
+        return None
+    identity, changes = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    return None if identity is None else f"{identity}{'+' if changes else ''}"
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(CLONE), *words], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of L2UL, of Python and of `PACKAGES`, without importing them."""
+    own = commit()
+    found = {"L2UL": f"{l2ul.VERSION}{f' (commit {own})' if own else ''}", "Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
