@@ -35,10 +35,12 @@ def main() -> None:
 
     if not sweep.opts.dry_run:
         ray_cluster.require_packages()
-    failed = SweepRunner(with_precision(sweep), user_script(), lambda text: print(text, flush=True)).run()
+    runner = SweepRunner(with_precision(sweep), user_script(), lambda text: print(text, flush=True))
+    failed = runner.run()
     if sweep.opts.dry_run:
         return
-    main_tables.make(main_tables.parse(["--result-dir", str(sweep.result_dir), "--figures", "1", "6"]))
+    files = main_tables.make(main_tables.parse(["--result-dir", str(sweep.result_dir), "--figures", "1", "6"]))
+    runner.track([path for path in files if path.suffix == ".png"], failed)
     if failed:
         raise SystemExit(f"{PROGRAM}: {failed} trials failed; their records say why; the same command repeats them")
 

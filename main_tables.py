@@ -84,8 +84,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make(opts: argparse.Namespace) -> None:
-    """Write the tables and the selected figures, and print the tables as Markdown."""
+def make(opts: argparse.Namespace) -> list[Path]:
+    """Write the tables and the selected figures, and print the tables as Markdown. Return the files."""
     # imported here because these modules import torch, which takes longer than --help may
     from l2ul.reporting import missing, read_records, render, rows, summary
 
@@ -116,6 +116,7 @@ def make(opts: argparse.Namespace) -> None:
         shown = [record for block in blocks for record in block.records if selection.has(record)]
         paths += draw(opts, shown, output)
     print("files:", *paths)
+    return paths
 
 
 def _expected(folder: Path, blocks: "list[Block]", selection: "Selection") -> str:

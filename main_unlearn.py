@@ -43,10 +43,13 @@ def run(opts: argparse.Namespace) -> None:
         if distributed.is_first():
             command.open_result_folders(opts)
             cache = command.open_cache(opts)
+        trackers = command.open_trackers(opts, command.print_now)
 
         setup = command.load_setup(opts, device)  # data set and original model
         runs = command.plan_runs(opts, setup)  # seeds × k × methods
-        experiment = command.make_experiment(opts, setup, runs, device, cache, command.print_run, command.print_now)
+        experiment = command.make_experiment(
+            opts, setup, runs, device, cache, trackers, command.print_run, command.print_now
+        )
 
         to_do, to_measure = experiment.pending(runs, opts.rerun)
         command.announce(opts, device, runs, to_do, to_measure)

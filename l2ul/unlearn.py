@@ -97,7 +97,8 @@ def unlearn(
     predict     returns a model's predictions of D_f (k,); the loop ends as "forgotten" only if D_f is forgotten in them
                 too. By default `metrics.accuracy.predict`, whose rounding is that of all measurements
     on_start    called before the first step with the largest number of steps, None if the method has a fixed length
-    on_step     called with each row of the curve, which has `step` and `forgotten` (percent of D_f) for a progress line
+    on_step     called with each row of the curve, which has `step` and `forgotten` (percent of D_f) for a progress line;
+                first with the rows of an interrupted call that this one continues
     go_on       called after each row; the loop stops if it returns False
     checkpoint  a file in which the state of the loop is written every few minutes and on KeyboardInterrupt, SystemExit,
                 SIGINT or SIGTERM. A later call with the same arguments continues from it and returns the same weights,
@@ -169,8 +170,11 @@ def unlearn(
             checkpoint = None
         if on_start:
             on_start(procedure.max_steps)
+        on_step = on_step or (lambda row: None)
+        for row in loop.outcome.curve:
+            on_step(row)
         try:
-            return loop.run(on_step or (lambda row: None), go_on or (lambda: True), checkpoint)
+            return loop.run(on_step, go_on or (lambda: True), checkpoint)
         finally:
             loop.free()
 

@@ -10,6 +10,7 @@ from conftest import FAST, ROOT
 from helpers import without_costs
 import numpy as np
 import pytest
+from tracked import read_csv, read_tensorboard
 
 from l2ul import unlearn as unlearning
 from l2ul.cli import exit_codes
@@ -55,21 +56,29 @@ def test_after_sigterm_the_same_command_ends_with_the_results_of_an_uninterrupte
         words = ["--result-dir", tmp_path / folder, *FAST, "--method", method, *STEPS[method], *more]
         return script(main_unlearn.main, *words)
 
+    trackers = ["--tracker", "csv", "tensorboard"]
     assert run("uninterrupted")[0] == 0
     expected = contents(tmp_path / "uninterrupted")
     (record,) = (one for path, one in expected.items() if path.endswith(".json"))
     assert record["steps"] > 3
     with monkeypatch.context() as patch:
         sigterm_at(3, patch)
-        stopped, _, err = run("interrupted")
+        stopped, _, err = run("interrupted", *trackers)
     assert stopped == 143
     assert err.strip() == f"main_unlearn.py: stopped by SIGTERM; {exit_codes.CONTINUES}"
     (state,) = (tmp_path / "interrupted" / "runs").iterdir()
     assert state.name.endswith(".state.pt")
+    tracked = tmp_path / "interrupted" / "tracking"
+    assert read_csv(tracked)[2] is None
     assert "\nresume " in run("interrupted", "--dry-run")[1]
-    _, out, _ = run("interrupted")
+    _, out, _ = run("interrupted", *trackers)
     assert 3 <= int(re.search(r"continuing after step (\d+)", out)[1]) < record["steps"]
     assert contents(tmp_path / "interrupted") == expected
+    (curve,) = (tmp_path / "interrupted" / "runs").glob("*.csv")
+    assert (tracked / "csv" / curve.name).read_text() == curve.read_text()
+    rows, _, results = read_tensorboard(tracked)
+    assert [row["step"] for row in rows] == [row["step"] for row in read_csv(tracked)[0]]
+    assert results["steps"] == record["steps"]
 
 
 SIGTERM_IN_DISTILL = """

@@ -275,6 +275,12 @@ def add_unlearning(parser: Parser) -> None:
     parser.sections["defaults"] = DEFAULTS_NOTE
 
 
+def add_tracker(group: Group, place: str) -> None:
+    """Add --tracker. `place` says where its files are written."""
+    text = f"follow the curve, settings and result of each run with these trackers, in {place} (default: none)"
+    add(group, "--tracker", text, choices=choices.TRACKERS, nargs="+", default=[])
+
+
 def add_output(parser: Parser) -> None:
     group = parser.add_argument_group("results")
     records = "folder for results; records are written to its subfolder runs"
@@ -300,6 +306,7 @@ def add_output(parser: Parser) -> None:
     add(group, "--retrained", weights, type=Path, metavar="FILE")
     weights = "weights of several such models, for --evaluate rmia"
     add(group, "--references", weights, type=Path, nargs="+", metavar="FILE")
+    add_tracker(group, "the subfolder tracking")
     add(group, "--save-model", "save each unlearned model in the subfolder models", action="store_true")
     add(group, "--rerun", "repeat runs that have a record", action="store_true")
     add(group, "--dry-run", "check everything and list the runs, but do not start them", action="store_true")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from l2ul.cli import exit_codes, options
 from l2ul.cli.parser import nonnegative_float, nonnegative_int, positive_float, positive_int
-from l2ul.common import choices
+from l2ul.common import choices, tracking
 from l2ul.common.errors import InputError
 from l2ul.common.progress import format_duration, progress_bar
 from l2ul.training.recipe import Recipe
@@ -49,6 +49,7 @@ def main(
         add_training(parser)
         options.add_machine(parser)
         opts = parser.parse_args()
+        tracking.require_packages(opts.tracker)
         train(opts, chosen_recipe(opts, recipe, by_grouping or {}))
 
 
@@ -104,12 +105,7 @@ def add_training(parser: options.Parser) -> None:
     options.add_cuda_graph(group, "forward and backward passes, in one process,")
     group = parser.add_argument_group("output")
     options.add(group, "--output", "file for the weights (default: where main_unlearn.py looks for them)", type=Path)
-    options.add(
-        group,
-        "--tracker",
-        "also write training curves for this tracker, next to the weights (default: none)",
-        choices=choices.TRACKERS,
-    )
+    options.add_tracker(group, "the folder tracking next to the weights")
     options.add(group, "--resume", "continue an interrupted training after its last saved epoch", action="store_true")
     options.add(group, "--rerun", "train again if the weights exist", action="store_true")
     options.add_test_batch_size(group)
@@ -130,7 +126,8 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
     from l2ul.common.files import require_writable
     from l2ul.data import folder, forget_set
     from l2ul.models import checkpoint
-    from l2ul.training import pretrain, tracker
+    from l2ul.experiments import records
+    from l2ul.training import pretrain
 
     models.check_name(opts.model)
     if opts.model.startswith("hf:"):
@@ -143,6 +140,8 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
             raise InputError(f"--output is {output}; expected a name that ends in .safetensors")
         if opts.exclude:
             forget_set.read_integers(opts.exclude, "forget")  # before the data set is loaded
+        names = opts.tracker if distributed.is_first() else ()
+        trackers = tracking.Trackers(names, output.parent / "tracking", lambda sentence: print(sentence, flush=True))
         images = options.load_data(opts, whole_train=True)
         excluded = excluded_indices(opts, images.train)
         if excluded is not None and not opts.output:
@@ -163,14 +162,15 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
         for sentence in pretrain.describe_splits(images):
             print(sentence)
         num_train = len(images.train) - (len(excluded) if excluded is not None else 0)
-        track = tracker.open_tracker(opts.tracker if distributed.is_first() else None, output.with_suffix(""))
         lines = EpochLines(recipe.epochs, num_train, "validation" if images.validation else "D_test")
 
         def report(row: dict[str, float]) -> None:
-            track(row)
+            trackers.log(row)
             print(lines.line(row), flush=True)
 
-        with progress_bar("train", recipe.epochs * num_train) as advance:
+        shown = settings | {"weights": output.name} | ({} if excluded is None else {"excluded": len(excluded)})
+        trackers.start(records.run_id(settings | {"weights": output.name}), output.stem, shown)
+        with trackers, progress_bar("train", recipe.epochs * num_train) as advance:
             acc_test = pretrain.pretrain(
                 images,
                 opts.model,
@@ -187,8 +187,10 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
                 graph=opts.cuda_graph == "auto",
                 report=print,
                 on_epoch=report,
+                on_resume=lambda rows: [trackers.log(row) for row in rows],
                 progress=advance,
             )
+            trackers.finish({"acc_test": acc_test})
         for note in images.decoding_notes():
             print(note)
         print(f"D_test {acc_test:.2f} %: {output}")

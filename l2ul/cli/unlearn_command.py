@@ -16,6 +16,7 @@ from l2ul.common.choices import AUTO
 from l2ul.common.device import device_name
 from l2ul.common.errors import InputError
 from l2ul.common.files import remove_parts, require_writable
+from l2ul.common.tracking import Trackers
 from l2ul.data import forget_set
 from l2ul.data.images import Images, Split, as_pixels
 from l2ul.data.surrogate import Surrogate
@@ -60,6 +61,15 @@ def open_cache(opts: argparse.Namespace, report: Callable[[str], object] = print
         return Cache()
     remove_parts(opts.cache_dir, older_than=time.time() - ABANDONED, prefix=PREFIX)
     return Cache(opts.cache_dir, int(opts.cache_gib * GIB))
+
+
+def open_trackers(opts: argparse.Namespace, report: Callable[[str], object]) -> Trackers:
+    """Return the trackers of --tracker in the first process, and none in the others.
+
+    report  called with a sentence about a tracker that failed
+    """
+    names = opts.tracker if distributed.is_first() and not opts.dry_run else ()
+    return Trackers(names, opts.result_dir / "tracking", report)
 
 
 def use_precision(opts: argparse.Namespace, device: torch.device) -> None:
@@ -187,11 +197,13 @@ def make_experiment(
     runs: list[Run],
     device: torch.device,
     cache: Cache,
+    trackers: Trackers | None = None,
     on_record: Callable[[dict[str, object]], object] = lambda record: None,
     report: Callable[[str], object] = lambda sentence: None,
 ) -> Experiment:
     """Return what carries out and measures these runs, after a check that this is possible.
 
+    trackers   follow the runs
     on_record  called with the record of each run that was finished
     report     called with sentences about interrupted runs that are continued
     """
@@ -213,6 +225,7 @@ def make_experiment(
         scratch_dir=opts.result_dir / "scratch",
         cache=cache,
         cuda_graph=opts.cuda_graph == "auto",
+        trackers=trackers or Trackers(),
         on_record=on_record,
         report=report,
     )

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from l2ul.cli import options
+from l2ul.common import tracking
 from l2ul.common.errors import InputError
 from l2ul.metrics.registry import EVALUATIONS
 
@@ -27,6 +28,7 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> argparse.
         raise InputError(f"--unlearn-k is {min(opts.unlearn_k)}; expected 1 or more images to forget")
     _check_forget_set(opts)
     _check_evaluations(opts)
+    tracking.require_packages(opts.tracker)
     return opts
 
 

@@ -1,14 +1,15 @@
 """Write files atomically; hash files, tensors and source code."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
+import csv
 import hashlib
 import inspect
 import os
 from pathlib import Path
 import shutil
 import tempfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 import uuid
 
 from l2ul.common.errors import InputError
@@ -41,6 +42,13 @@ def atomic(path: Path, replace: bool = True) -> Iterator[Path]:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         part.unlink(missing_ok=True)
+
+
+def csv_writer(file: TextIO, names: Iterable[str]) -> Callable[[dict[str, float]], object]:
+    """Write the header of a curve; return a function that writes a row of it, with an empty cell for nan."""
+    writer = csv.DictWriter(file, list(names), extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    return lambda row: writer.writerow({name: "" if value != value else value for name, value in row.items()})
 
 
 def remove_parts(folder: Path, older_than: float, prefix: str = "") -> None:

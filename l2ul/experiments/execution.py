@@ -17,6 +17,7 @@ from l2ul.common import distributed
 from l2ul.common.cache import Cache
 from l2ul.common.errors import Diverged, InputError
 from l2ul.common.progress import progress_bar
+from l2ul.common.tracking import Trackers
 from l2ul.experiments import records
 from l2ul.experiments.adversarial_sets import AdversarialSet, Attack
 from l2ul.experiments.measurement import Evaluator
@@ -54,6 +55,7 @@ class Experiment:
     scratch_dir        for adversarial sets that do not fit in memory
     cache              for adversarial examples
     cuda_graph         whether the loop runs as CUDA graphs on a CUDA GPU, see `unlearn.unlearn`
+    trackers           follow the runs
     on_record          called with each record that was written
     report             called with a sentence when a run continues from the state of an interrupted one, or cannot be
                        captured as a CUDA graph
@@ -68,6 +70,7 @@ class Experiment:
     scratch_dir: Path = Path("result_data/scratch")
     cache: Cache = field(default_factory=Cache)
     cuda_graph: bool = False
+    trackers: Trackers = field(default_factory=Trackers)
     on_record: Callable[[dict[str, object]], object] = lambda record: None
     report: Callable[[str], object] = lambda sentence: None
 
@@ -91,11 +94,12 @@ class Experiment:
         """Carry out these runs in their order, and record each."""
         if runs:
             self.evaluator.original()  # first, so that what cannot be evaluated fails before the attack
-        for (_, is_step), group in groupby(runs, key=lambda run: (run.seed, run.is_step)):
-            if is_step:
-                self._carry_out_steps(list(group))
-            else:
-                self._carry_out_seed(list(group))
+        with self.trackers:
+            for (_, is_step), group in groupby(runs, key=lambda run: (run.seed, run.is_step)):
+                if is_step:
+                    self._carry_out_steps(list(group))
+                else:
+                    self._carry_out_seed(list(group))
 
     def add_metrics(self, runs: list[Run]) -> None:
         """Evaluate the kept models of these runs and add the metrics that their records lack."""
@@ -128,6 +132,7 @@ class Experiment:
             same_k = list(group)
             omega = self._importance(model, same_k)
             for run in same_k:
+                self._track(run)
                 self._finish(run, self._unlearn(run, model, adversarial, omega))
 
     def _carry_out_steps(self, runs: list[Run]) -> None:
@@ -138,14 +143,23 @@ class Experiment:
                 model = self.setup.classifier
             elif run.previous is not previous:
                 model = self._load(run.previous)
+            is_recorded = run not in runs
+            if not is_recorded:
+                self._track(run)
             result = self._step(run, model)
-            if run in runs:
+            if not is_recorded:
                 self._finish(run, result)
-            else:  # it is on record already, and only its model is needed
+            else:  # only its model is needed
                 self._keep(run, result)
                 if distributed.is_first():
                     self._checkpoint(run).delete()
             model, previous = (None if result.diverged else result.outcome.model), run
+
+    def _track(self, run: Run) -> None:
+        """Begin a run in the trackers."""
+        step = f" step {run.settings['continual_step']}" if run.is_step else ""
+        name = f"{run.method.name} k {run.k} seed {run.seed}{step}"
+        self.trackers.start(run.files.identity, name, run.settings | self.setup.described)
 
     def _with_missing_steps(self, runs: list[Run]) -> list[Run]:
         """Insert before each step the earlier steps of the run whose models it needs and that were not kept."""
@@ -245,6 +259,7 @@ class Experiment:
                 nonlocal done
                 advance(row["step"] - done, f"{row['forgotten']:.0f} % of D_f forgotten", limit)
                 done = row["step"]
+                self.trackers.log(row)
 
             return unlearn.unlearn(
                 model,
@@ -311,6 +326,7 @@ class Experiment:
         names = (run.earlier.names if run.earlier else []) + run.forget.names
         run.files.write(record, names, predictions, result.outcome.curve)
         self._checkpoint(run).delete()
+        self.trackers.finish(record)
         self.on_record(record)
 
     def _checkpoint(self, run: Run) -> Checkpoint:

@@ -8,7 +8,6 @@ docs/records-and-tables.md are derived from it. This module does not import torc
 from __future__ import annotations
 
 from collections.abc import Iterator
-import csv
 from dataclasses import dataclass
 import hashlib
 import json
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from l2ul.common.choices import CAP, DIVERGED, DONE, EXIF_ORIENTATIONS, FORGOTTEN, GOALS
-from l2ul.common.files import atomic
+from l2ul.common.files import atomic, csv_writer
 from l2ul.experiments import defaults
 from l2ul.methods.settings import SHARED
 from l2ul.metrics import columns
@@ -364,10 +363,9 @@ class RunFiles:
         with atomic(self.record.with_suffix(".npz")) as part, open(part, "wb") as file:
             np.savez_compressed(file, **{name: _small(classes) for name, classes in predictions.items()})
         with atomic(self.record.with_suffix(".csv")) as part, open(part, "w", newline="") as file:
-            names = list(curve[0]) if curve else ["step"]
-            writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({name: "" if value != value else value for name, value in row.items()} for row in curve)
+            write = csv_writer(file, curve[0] if curve else ["step"])
+            for row in curve:
+                write(row)
         self.rewrite(record)
 
     def rewrite(self, record: Record) -> None:

@@ -18,7 +18,7 @@ SINGLE = (  # flags of main_unlearn.py that do not decide results, and retrained
     *("test_batch_size", "attack_batch_size", "cuda_graph", "retrained", "max_image_pixels"),
 )
 SPLIT = ("method", "unlearn_k", "seed")  # flags with several values, of which each trial has one
-LISTS = (*SPLIT, "evaluate", "references", "mean", "std")  # flags whose values belong to one command
+LISTS = (*SPLIT, "evaluate", "references", "mean", "std", "tracker")  # flags whose values belong to one command
 OWN = ("search", "source_free", "address", "gpus_per_trial", "cpus_per_trial", "parallel", "slurm", "dry_run")
 VALUES = """\
 A flag with [... ...] takes one value, several values or, for numbers, a range. All combinations of the values are run.

@@ -1,6 +1,6 @@
 """A sweep: all combinations of settings, or a search for the best. Runs that are on record are not repeated."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 from dataclasses import dataclass, field, replace
 import os
@@ -9,15 +9,15 @@ import shlex
 
 import torch
 
-from l2ul.cli import ranges, unlearn_options
+from l2ul.cli import ranges, unlearn_command, unlearn_options
 from l2ul.common import installation, precision
-from l2ul.experiments import time_estimates
+from l2ul.experiments import records, time_estimates
 from l2ul.sweeps import optuna_search, ray_cluster, trials
 from l2ul.sweeps.monitor import sweep_monitor
 from l2ul.sweeps.options import Sweep
 from l2ul.sweeps.optuna_search import Settings
 from l2ul.sweeps.trials import Record, Trial
-from l2ul.sweeps.worker import Workbench
+from l2ul.sweeps.worker import TRACKER_FAILURES, Workbench
 
 CODE_FOLDER = installation.PACKAGE.parent  # of the clone, or of installed packages
 
@@ -103,6 +103,15 @@ class SweepRunner:
             optuna_search.run(cluster, search, count, on_result, monitor.update)
         return monitor.failed
 
+    def track(self, figures: Sequence[Path], failed: int) -> None:
+        """Add a run with the command, the number of failed trials and the figures (PNG files) to the trackers."""
+        opts = unlearn_options.parse(self.sweep.shared)
+        axes = {name: str(values) for name, values in self.sweep.axes.items()}
+        settings = {"command": shlex.join([*self.sweep.shared, *self.sweep.split]), **axes}
+        with unlearn_command.open_trackers(opts, self.report) as trackers:
+            trackers.start(records.run_id(settings), "sweep", settings)
+            trackers.finish({"failed": failed}, figures)
+
     def plan(self, chosen: Iterable[Settings]) -> tuple[list[Trial], list[Trial]]:
         """Return the trials of settings and those of them that are not finished.
 
@@ -157,10 +166,18 @@ class SweepRunner:
 
     @contextlib.contextmanager
     def _cluster(self, function: str) -> Iterator[ray_cluster.Cluster]:
-        """Connect to a cluster whose workers call a function of `l2ul.sweeps.worker`, and share the data sets."""
+        """Connect to a cluster whose workers call a function of `l2ul.sweeps.worker`, and share the data sets.
+
+        Reports at the end which trackers failed in trials.
+        """
+        failures = self.sweep.result_dir / TRACKER_FAILURES
+        failures.unlink(missing_ok=True)
         worker = ray_cluster.WorkerFunction(f"l2ul.sweeps.worker:{function}", CODE_FOLDER, Path.cwd(), self.user_script)
         opts = self.sweep.opts
         resources = ray_cluster.Resources(opts.cpus_per_trial, opts.gpus_per_trial, opts.parallel)
         with ray_cluster.connect(worker, resources, opts.address) as cluster:
             cluster.share(self.workbench.data_sets)
             yield cluster
+        if failures.exists():
+            for sentence in dict.fromkeys(failures.read_text().splitlines()):
+                self.report(sentence)

@@ -5,6 +5,7 @@ import l2ul  # noqa: F401  # isort: skip  # first: it sets the environment befor
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from l2ul.cli import unlearn_command, unlearn_options
 from l2ul.common import device as devices
 from l2ul.common import precision
 from l2ul.common.cache import Cache
+from l2ul.common.tracking import Trackers
 from l2ul.data import folder
 from l2ul.data.images import Images
 from l2ul.experiments import records
@@ -22,6 +24,7 @@ from l2ul.sweeps.trials import Arguments, Record
 
 DATA_OPTIONS = ("dataset", "data_dir", "image_size", "age_grouping", "split_seed")  # what decides the data set
 MODEL_OPTIONS = (*DATA_OPTIONS, "model", "checkpoint", "weights_key", "mean", "std", "single_label", "surrogate")
+TRACKER_FAILURES = Path("tracking", "failures.txt")  # in --result-dir: sentences, one per line
 DataSets = dict[tuple[str, ...], Images]  # by the values of DATA_OPTIONS
 
 
@@ -34,13 +37,17 @@ class Workbench:
     _setup: Setup | None = None
 
     def open(
-        self, opts: argparse.Namespace, device: torch.device, cache: Cache | None = None
+        self,
+        opts: argparse.Namespace,
+        device: torch.device,
+        cache: Cache | None = None,
+        trackers: Trackers | None = None,
     ) -> tuple[Experiment, list[Run]]:
         """Return the runs of a command and the experiment that carries them out."""
         opts.precision = precision.resolve(opts.precision, device)
         setup = self._load(opts, device)
         runs = unlearn_command.plan_runs(opts, setup)
-        return unlearn_command.make_experiment(opts, setup, runs, device, cache or Cache()), runs
+        return unlearn_command.make_experiment(opts, setup, runs, device, cache or Cache(), trackers), runs
 
     def _load(self, opts: argparse.Namespace, device: torch.device) -> Setup:
         model, data_set = (tuple(str(getattr(opts, name)) for name in names) for names in (MODEL_OPTIONS, DATA_OPTIONS))
@@ -91,7 +98,13 @@ def run_trial(arguments: Arguments, shared_data_sets: Callable[[], DataSets]) ->
     folder.check_decoder(opts.decoder, device)
     if not WORKBENCH.data_sets:
         WORKBENCH.data_sets.update(shared_data_sets())
-    experiment, runs = WORKBENCH.open(opts, device, unlearn_command.open_cache(opts))
+
+    def note_failure(sentence: str) -> None:
+        with open(opts.result_dir / TRACKER_FAILURES, "a") as file:
+            file.write(f"{sentence}\n")
+
+    trackers = unlearn_command.open_trackers(opts, note_failure)
+    experiment, runs = WORKBENCH.open(opts, device, unlearn_command.open_cache(opts), trackers)
     to_do, to_measure = experiment.pending(runs, opts.rerun)
     experiment.add_metrics(to_measure)
     experiment.carry_out(to_do)

@@ -45,12 +45,13 @@ def fit(
     graph: bool = False,
     report: Callable[[str], object] = lambda sentence: None,
     on_epoch: Callable[[dict[str, float]], object] | None = None,
+    on_resume: Callable[[list[dict[str, float]]], object] | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, float]]:
     """Train the model in place and leave it in eval mode. Return one row per epoch.
 
-    Each row has the keys `epoch` (from 1), `loss` (mean over the training images) and `acc` (accuracy on the held-out
-    images, in percent).
+    Each row has the keys `epoch` (from 1), `loss` (mean over the training images), `acc` (accuracy on the held-out
+    images, in percent) and `lr` (learning rate of the first step).
 
     model       takes pixels in [0,1], returns logits; on the device of the labels
     train       training images; crops have the size of the held-out images, which may be smaller
@@ -64,6 +65,7 @@ def fit(
     graph       run forward and backward passes as CUDA graphs, in one process on a CUDA GPU
     report      called with a sentence if the model cannot be captured as a CUDA graph
     on_epoch    called with the row of each epoch
+    on_resume   called with the rows of the epochs before, if the training is resumed
     progress    called with the number of images of each step
 
     Under torchrun, each process trains on its share of the same batches with the same augmentation, and all end with
@@ -80,6 +82,8 @@ def fit(
     settings = dataclasses.asdict(recipe) | {"seed": seed} | (identity or {})
     state = distributed.broadcast(lambda: _state_to_resume(state_file, settings)) if resume else None
     history, best = _restore(state, model, optimizer, scheduler) if state else ([], None)
+    if on_resume and history:
+        on_resume(history)
     gradients = functools.partial(_gradients, distributed.data_parallel(model), recipe)
     if graph and device.type == "cuda" and distributed.size() == 1:
         gradients = Graphed(gradients, report)
@@ -90,11 +94,13 @@ def fit(
         with seeds.fork_rng(device, seed, "dropout", epoch, *own_rank), distributed.shared_statistics(model):
             steps = _steps(train, held_out.side, recipe, generator, workers)
             model.train()
+            lr = float(scheduler.get_last_lr()[0])
             loss = _train_epoch(gradients, steps, recipe, optimizer, scheduler, progress) / len(train)
         if not math.isfinite(loss):
             raise Diverged("the training loss is not finite; use a smaller learning rate")
         predictions = accuracy.predict(model, held_out.images, batch_size=test_batch_size, workers=workers, shared=True)
-        history.append({"epoch": epoch + 1, "loss": loss, "acc": accuracy.accuracy(predictions, held_out.labels)})
+        acc = accuracy.accuracy(predictions, held_out.labels)
+        history.append({"epoch": epoch + 1, "loss": loss, "acc": acc, "lr": lr})
         if recipe.keep_best and history[-1]["acc"] > max((row["acc"] for row in history[:-1]), default=-1):
             best = {name: value.detach().clone() for name, value in model.state_dict().items()}
         before = time.monotonic()

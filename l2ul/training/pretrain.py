@@ -36,6 +36,7 @@ def pretrain(
     graph: bool = False,
     report: Callable[[str], object] = lambda sentence: None,
     on_epoch: Callable[[dict[str, float]], object] | None = None,
+    on_resume: Callable[[list[dict[str, float]]], object] | None = None,
     progress: Progress | None = None,
 ) -> float:
     """Train a new classifier, save it to `output` and return its accuracy on the test images, in percent.
@@ -79,6 +80,7 @@ def pretrain(
         graph=graph,
         report=report,
         on_epoch=on_epoch,
+        on_resume=on_resume,
         progress=progress,
     )
     predictions = accuracy.predict(

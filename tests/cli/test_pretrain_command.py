@@ -8,6 +8,7 @@ import sys
 
 from conftest import ROOT
 import pytest
+from tracked import read_csv
 
 from l2ul.cli import pretrain_command
 from l2ul.common import precision
@@ -74,6 +75,33 @@ def test_each_epoch_has_a_line_with_rate_and_time_left(pretrain):
     first, second, _ = out.splitlines()
     assert re.fullmatch(r"epoch 1/2: loss [\d.]+, D_test [\d.]+ %, [\d,]+ images/s, about [\d.]+ (s|min|h) left", first)
     assert re.fullmatch(r"epoch 2/2: loss [\d.]+, D_test [\d.]+ %, [\d,]+ images/s", second)
+
+
+def test_the_curve_of_an_interrupted_training_goes_on_when_it_is_resumed(pretrain, tmp_path, monkeypatch):
+    def stop_after_two(self, row):
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+        return "line"
+
+    words = ["--epochs", 3, "--seed", 1, "--schedule", "cosine", "--tracker", "csv"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_command.EpochLines, "line", stop_after_two)
+        assert pretrain(*words)[0] == 130
+    tracked = tmp_path / "weights" / "tracking"
+    curve, _, record = read_csv(tracked)
+    assert (len(curve), record) == (2, None)
+    monkeypatch.setattr(pretrain_command.EpochLines, "line", lambda self, row: "line")
+    code, _, err = pretrain(*words, "--resume")
+    assert code == 0, err
+    continued, settings, record = read_csv(tracked)
+    assert [row["epoch"] for row in continued] == [1, 2, 3]
+    assert continued[:2] == curve
+    assert [row["lr"] for row in continued] == pytest.approx([0.1, 0.075, 0.025])
+    assert (settings["seed"], settings["weights"]) == (1, "digits_resnet20.safetensors")
+    assert record.keys() == {"acc_test"}
+    assert pretrain("--rerun", "--exclude-k", 3, "--tracker", "csv")[0] == 0
+    (other,) = (path for path in (tracked / "csv").glob("*.json") if '"excluded": 3' in path.read_text())
+    assert '"weights": "digits_resnet20_without_3_' in other.read_text()
 
 
 def test_rate_and_time_left_are_means_over_the_epochs_of_this_process(monkeypatch):

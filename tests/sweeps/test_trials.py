@@ -1,5 +1,6 @@
 """Sweeps without Ray: which trials there are, that they equal runs of main_unlearn.py, and what is printed."""
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -12,11 +13,14 @@ import types
 
 from conftest import FAST, ROOT
 from helpers import parse_sweep
+from matplotlib import pyplot
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 import torch
 
 from l2ul.cli import options, ranges, unlearn_command, unlearn_options
+from l2ul.common import tracking
 from l2ul.common.cache import Cache
 from l2ul.experiments import records
 from l2ul.experiments.time_estimates import TimeEstimates
@@ -283,6 +287,31 @@ def test_a_worker_with_a_gpu_does_one_trial_and_others_do_all(monkeypatch):
         assert list(cluster.run_trials([])) == []
         assert options[-1]["max_calls"] == calls
     assert options[1]["num_gpus"] == 0.25
+
+
+def test_trials_are_tracked_and_their_failures_and_figures_reach_the_sweep(tmp_path, few_digits, monkeypatch):
+    sweep = parse_sweep(tmp_path, "--method", "neggrad", "--unlearn-lr", 0.01, 0.02, "--tracker", "csv", "tensorboard")
+    assert sweep.shared.count("--tracker") == 1
+    monkeypatch.setattr(tracking.TensorBoard, "log", lambda self, row: row["no such key"])
+    said = []
+    runner = SweepRunner(sweep, report=said.append)
+    planned, pending = runner.plan(ranges.product(sweep.axes))
+    assert len(pending) == 2
+    cluster = types.SimpleNamespace(share=lambda value: None)
+    monkeypatch.setattr(ray_cluster, "connect", lambda *arguments: contextlib.nullcontext(cluster))
+    with runner._cluster("run_trial"):
+        for trial in pending:
+            worker.run_trial(trial.arguments, dict)
+    assert said == ["--tracker tensorboard failed ('no such key'); the command goes on without it"]
+    curves = tmp_path / "tracking" / "csv"
+    assert {path.stem for path in curves.glob("*.csv")} == {trial.identity for trial in planned}
+    for trial in planned:
+        name = f"{trial.identity}.csv"
+        assert (curves / name).read_text() == (tmp_path / "runs" / name).read_text()
+    pyplot.imsave(tmp_path / "figure.png", [[0, 1]])
+    runner.track([tmp_path / "figure.png"], failed=0)
+    (run,) = (tmp_path / "tracking" / "tensorboard").glob("sweep_*")
+    assert EventAccumulator(str(run)).Reload().Tags()["images"] == ["figure"]
 
 
 def test_the_threads_of_a_trial_do_not_depend_on_what_runs_beside_it(tmp_path):
