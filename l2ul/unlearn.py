@@ -97,8 +97,8 @@ def unlearn(
     predict     returns a model's predictions of D_f (k,); the loop ends as "forgotten" only if D_f is forgotten in them
                 too. By default `metrics.accuracy.predict`, whose rounding is that of all measurements
     on_start    called before the first step with the largest number of steps, None if the method has a fixed length
-    on_step     called with each row of the curve, which has `step` and `forgotten` (percent of D_f) for a progress line;
-                first with the rows of an interrupted call that this one continues
+    on_step     called with each row of the curve, which has `step` and `forgotten` (percent of D_f) for a progress
+                line, first with those of an interrupted call that this one continues
     go_on       called after each row; the loop stops if it returns False
     checkpoint  a file in which the state of the loop is written every few minutes and on KeyboardInterrupt, SystemExit,
                 SIGINT or SIGTERM. A later call with the same arguments continues from it and returns the same weights,

@@ -125,8 +125,8 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
     from l2ul.common import distributed
     from l2ul.common.files import require_writable
     from l2ul.data import folder, forget_set
-    from l2ul.models import checkpoint
     from l2ul.experiments import records
+    from l2ul.models import checkpoint
     from l2ul.training import pretrain
 
     models.check_name(opts.model)

@@ -1,4 +1,4 @@
-"""What every other package uses: errors, files, random streams, the cache, the device, progress, processes, precision.
+"""What every other package uses: errors, files, seeds, the cache, the device, precision, progress, trackers, processes.
 
 Modules here import nothing else of this project.
 """

@@ -52,7 +52,7 @@ class Csv:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.summary, self.settings, self.write = self.folder / f"{identity}.json", settings, None
         self.summary.unlink(missing_ok=True)
-        self.file = open(self.folder / f"{identity}.csv", "w", newline="", buffering=1)
+        self.file = open(self.folder / f"{identity}.csv", "w", newline="", buffering=1)  # noqa: SIM115
 
     def log(self, row: Row) -> None:
         self.write = self.write or csv_writer(self.file, row)
@@ -87,7 +87,7 @@ class TensorBoard:
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
         path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-        self.writer, self.settings, self.step = self.Writer(open(path, "wb", buffering=0)), settings, 0
+        self.writer, self.settings, self.step = self.Writer(open(path, "wb", buffering=0)), settings, 0  # noqa: SIM115
         self._write(file_version="brain.Event:2")
         self._write(summary=self.torch.text("settings", _markdown(settings)))
 
