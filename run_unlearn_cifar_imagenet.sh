@@ -4,13 +4,14 @@
 #     bash run_unlearn_cifar_imagenet.sh
 #     bash run_unlearn_cifar_imagenet.sh --dry-run
 #     WHAT="cifar10 continual" SEEDS="0" K="16" bash run_unlearn_cifar_imagenet.sh --save-model
+#     WHAT="mnist fashion_mnist" bash run_unlearn_cifar_imagenet.sh     # not part of the paper: only when named
 # The settings are those of the released scripts. If D_test (accuracy on the test set) falls too far, search EPS in
 # 1.0-5.0 or LR in 1e-4-1e-3. Published and measured values: docs/reproducing.md.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 PYTHON=${PYTHON:-"uv run"}        # e.g. PYTHON=python in a conda environment
-DATA=${DATA:-data}                # contains cifar-10-batches-py, cifar-100-python, imagenet/train, imagenet/val, weights
+DATA=${DATA:-data}                # contains cifar-10-batches-py, cifar-100-python, imagenet/train, imagenet/val, MNIST, weights
 RESULTS=${RESULTS:-result_data}
 WHAT=${WHAT:-"cifar10 cifar100 vit imagenet relabel continual nets imagenet-a"}  # experiments to run
 SEEDS=${SEEDS:-"0 1 2 3 4"}
@@ -35,9 +36,9 @@ RETAIN_SAMPLE=${RETAIN_SAMPLE:-50000}  # training images of ImageNet to measure 
 failed=0
 for word in $WHAT; do
     case "$word" in
-        cifar10 | cifar100 | vit | imagenet | relabel | continual | nets | imagenet-a) ;;
+        cifar10 | cifar100 | vit | imagenet | relabel | continual | nets | imagenet-a | mnist | fashion_mnist) ;;
         *)
-            echo "WHAT names $word; expected one or more of cifar10 cifar100 vit imagenet relabel continual nets imagenet-a" >&2
+            echo "WHAT names $word; expected one or more of cifar10 cifar100 vit imagenet relabel continual nets imagenet-a mnist fashion_mnist" >&2
             exit 2
             ;;
     esac
@@ -94,6 +95,11 @@ run() {
     HINT="put the folders of ImageNet-A into $DATA/imagenet-a, and ImageNet-1k as above"
     run imagenet-a "ImageNet-A, ResNet-50, corrected" "${imagenet[@]}" --forget-dir "$DATA/imagenet-a" \
         --goal relabel --unlearn-k $K --method $RELABEL_METHODS "$@"
+
+    for data in mnist fashion_mnist; do
+        HINT="train its weights with: $PYTHON main_pretrain_mnist_lenet.py --dataset $data"
+        run "$data" "$data, LeNet" --dataset "$data" --model lenet --unlearn-k $K --method $METHODS "$@"
+    done
 }
 
 case " $* " in *" --dry-run "*) exit "$failed" ;; esac

@@ -24,6 +24,7 @@ SCRIPTS = {  # script: its introduction on the page
     "main_pretrain_cifar10_resnet18.py": "Train a classifier on CIFAR-10, or a model without chosen images.",
     "main_pretrain_cifar100_resnet50.py": "Train a classifier on CIFAR-100.",
     "main_pretrain_utkface_resnet18.py": "Train a classifier of age groups on UTKFace.",
+    "main_pretrain_mnist_lenet.py": "Train a classifier on MNIST or Fashion-MNIST.",
     "main_pretrain_digits_resnet20.py": "Train the committed classifier of digits.",
 }
 INTRODUCTION = f"""# Command line

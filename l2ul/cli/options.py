@@ -38,14 +38,17 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
     add(
         group,
         "--dataset",
-        "digits, cifar10, cifar100, utkface, imagenet, or a folder in --data-dir that contains train and val",
+        "digits, cifar10, cifar100, mnist, fashion_mnist, utkface, imagenet, hf:NAME_OR_FOLDER, or a folder in "
+        "--data-dir that contains train and val. hf:NAME is a data set of the Hugging Face hub, hf:NAME:CONFIGURATION "
+        "one of several in it, hf:FOLDER what save_to_disk of datasets wrote",
         default=dataset,
         metavar="NAME",
     )
     add(
         group,
         "--data-dir",
-        "folder with cifar-10-batches-py, cifar-100-python, utkface, imagenet/train and imagenet/val, and weights",
+        "folder with cifar-10-batches-py, cifar-100-python, MNIST, FashionMNIST, utkface, imagenet/train and "
+        "imagenet/val, and weights",
         type=Path,
         default=Path("data"),
         metavar="FOLDER",
@@ -53,10 +56,17 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
     add(
         group,
         "--image-size",
-        "side of the square crop of images in a folder, in pixels (default: 224); for utkface the side before cropping "
-        "to 15/16 of it (default: 128)",
+        "side of the square crop of images in a folder, in pixels (default: 224; for hf: only if the images are not "
+        "squares of one size); for utkface the side before cropping to 15/16 of it (default: 128)",
         type=positive_int,
     )
+    for flag, text, kind in (
+        ("--image-column", "column of images of hf: (default: the only one, or image)", "NAME"),
+        ("--label-column", "column of labels of hf: (default: the only one, or label)", "NAME"),
+        ("--train-split", "training set of hf:, a split or a part such as train[:80%] (default: train)", "SPLIT"),
+        ("--test-split", "test set of hf:, likewise (default: test, or validation without one)", "SPLIT"),
+    ):
+        add(group, flag, text, metavar=kind)
     add(group, "--age-grouping", "classes of utkface", choices=tuple(choices.AGE_GROUPINGS), default="TNN")
     add(group, "--split-seed", "seed of the split of utkface", type=nonnegative_int, default=0)
     text = "processes that decode images of a folder (default: the number of cores, at most 16)"
@@ -74,7 +84,7 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
         group,
         "--model",
         "resnet18|34|50, the same with _nopool or _cifar100, resnet20|32|44|56, mobilenet_v2, squeezenet1_1, "
-        "densenet121, torchvision:NAME or hf:NAME_OR_FOLDER",
+        "densenet121, lenet, torchvision:NAME or hf:NAME_OR_FOLDER",
         metavar="NAME",
         **({"default": model} if model else {}),
     )
@@ -421,6 +431,10 @@ def load_data(options: argparse.Namespace, whole_train: bool = False) -> "Images
         decoder=options.decoder,
         reader=image_reader(options),
         progress=progress_bar,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        train_split=options.train_split,
+        test_split=options.test_split,
     )
 
 
@@ -429,13 +443,18 @@ def load_surrogate(options: argparse.Namespace, images: "Images") -> "tuple[Surr
     from l2ul.data import surrogate  # imports torch
 
     def load(name: str) -> "Images":
-        return load_data(argparse.Namespace(**vars(options) | {"dataset": name, "image_size": images.side}))
+        table = dict.fromkeys(("image_column", "label_column", "train_split", "test_split"))
+        return load_data(argparse.Namespace(**vars(options) | {"dataset": name, "image_size": images.side} | table))
 
     return surrogate.read(options.surrogate, images, load, image_reader(options))
 
 
 def data_label(options: argparse.Namespace) -> str:
     """Return the name of the data set in the name of a file of weights: for utkface with its grouping."""
+    if options.dataset.startswith("hf:"):
+        from l2ul.data import huggingface  # imports torch
+
+        return huggingface.record_name(options.dataset, options.data_dir)
     return f"{options.dataset}_{options.age_grouping}" if options.dataset == "utkface" else options.dataset
 
 

@@ -1,4 +1,4 @@
-"""Load a data set by name: digits, CIFAR, UTKFace or a folder of images. Register new ones with `dataset`."""
+"""Load a data set by name: digits, CIFAR, MNIST, UTKFace, Hugging Face, a folder. Register new ones with `dataset`."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -14,7 +14,7 @@ from l2ul import ProgressBar
 from l2ul.common import distributed
 from l2ul.common.errors import InputError
 from l2ul.common.text import normal_form
-from l2ul.data import utkface
+from l2ul.data import huggingface, utkface
 from l2ul.data.folder import PREFETCH, FolderImages
 from l2ul.data.image_files import OTHER_SUFFIXES, ImageReader
 from l2ul.data.images import Images, Split
@@ -39,35 +39,50 @@ def load(
     decoder: str = "cpu",
     reader: ImageReader | None = None,
     progress: ProgressBar | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    train_split: str | None = None,
+    test_split: str | None = None,
 ) -> Images:
     """Return a data set.
 
-    name               `digits`, `cifar10`, `cifar100`, `utkface`, a name registered with `dataset`, or a folder
+    name               `digits`, `cifar10`, `cifar100`, `mnist`, `fashion_mnist`, `utkface`, a name registered with
+                       `dataset`, `hf:NAME_OR_FOLDER`, or a folder
     data_dir           the folder that holds the data set
-    image_size         side of the square images of a folder (default 224) or of UTKFace (default 128)
+    image_size         side of the square images of a folder (default 224), of UTKFace (default 128) or of `hf:`
     age_grouping, split_seed, whole_train, workers, progress   of UTKFace, see `utkface.load`
-    download           whether a missing CIFAR data set is downloaded
-    prefetch, decoder  of a folder, see `folder.FolderImages`
-    reader             decodes the files of a folder or of UTKFace
+    download           whether a missing data set of torchvision is downloaded
+    prefetch, decoder  of images on disk, see `folder.FolderImages`
+    reader             decodes image files
+    image_column, label_column, train_split, test_split   of `hf:`, see `huggingface.load`
 
     A folder `<data_dir>/<name>` has the subfolders `train` and `val` (or `test`), and these have a subfolder per class.
     The classes of `imagenet` are the 1,000 of ImageNet-1k, even if some of their folders are absent.
 
     Raises InputError if there is no such data set, or it is incomplete and cannot be downloaded.
     """
-    options = {"image_size": image_size, "age_grouping": age_grouping, "split_seed": split_seed}
-    options |= {"whole_train": whole_train, "workers": workers, "download": download, "progress": progress}
-    options |= {"prefetch": prefetch, "decoder": decoder, "reader": reader or ImageReader()}
+    data_dir = Path(data_dir)
+    reading = {"prefetch": prefetch, "decoder": decoder, "reader": reader or ImageReader()}
+    table = {"image_column": image_column, "label_column": label_column}
+    table |= {"train_split": train_split, "test_split": test_split}
+    if name.startswith(huggingface.PREFIX):
+        decoding = {"image_size": image_size, "workers": workers, "progress": progress, **reading}
+        return huggingface.load(name, data_dir, **table, **decoding)
+    given = next((flag for flag, value in table.items() if value is not None), None)
+    if given:
+        raise InputError(f"--{given.replace('_', '-')} is for --dataset hf:NAME_OR_FOLDER, not {name}; leave it out")
     if name in LOADERS:
-        return LOADERS[name](Path(data_dir), **options)
-    reading = {name: options[name] for name in ("prefetch", "decoder", "reader")}
-    return _image_folder(name, Path(data_dir) / name, image_size or 224, **reading)
+        options = {"image_size": image_size, "age_grouping": age_grouping, "split_seed": split_seed}
+        options |= {"whole_train": whole_train, "workers": workers, "download": download, "progress": progress}
+        return LOADERS[name](data_dir, **options, **reading)
+    return _image_folder(name, data_dir / name, image_size or 224, **reading)
 
 
 def dataset(name: str) -> Callable[[Loader], Loader]:
     """Register the decorated function as the loader of the data set `name`.
 
-    The function is called with the data folder and, by keyword, the other arguments of `load`. It returns Images.
+    The function is called with the data folder and, by keyword, the other arguments of `load` but those of `hf:`. It
+    returns Images.
     """
 
     def register(loader: Loader) -> Loader:
@@ -90,6 +105,16 @@ def _load_cifar10(data_dir: Path, *, download: bool, **options) -> Images:
 @dataset("cifar100")
 def _load_cifar100(data_dir: Path, *, download: bool, **options) -> Images:
     return _cifar("cifar100", torchvision_datasets.CIFAR100, data_dir, download)
+
+
+@dataset("mnist")
+def _load_mnist(data_dir: Path, *, download: bool, **options) -> Images:
+    return _mnist("mnist", torchvision_datasets.MNIST, data_dir, download)
+
+
+@dataset("fashion_mnist")
+def _load_fashion_mnist(data_dir: Path, *, download: bool, **options) -> Images:
+    return _mnist("fashion_mnist", torchvision_datasets.FashionMNIST, data_dir, download)
 
 
 @dataset("utkface")
@@ -115,20 +140,43 @@ def _digits() -> Images:
 
 
 def _cifar(name: str, kind: type[torchvision_datasets.CIFAR10], data_dir: Path, download: bool) -> Images:
-    folder = data_dir / kind.base_folder
-    try:
-        with _socket_timeout(), distributed.local_first():
-            parts = [kind(str(data_dir), train=train, download=download) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"{name} is not complete in {folder} and could not be downloaded ({str(error).splitlines()[0]}); "
-            f"put its official python version there, or name the folder that holds it with --data-dir"
-        ) from None
-    train, test = (
+    parts = _of_torchvision(name, kind, data_dir, data_dir / kind.base_folder, "its official python version", download)
+    splits = [
         Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in parts
-    )
-    return Images(name, len(parts[0].classes), parts[0].classes, train, test)
+    ]
+    return Images(name, len(parts[0].classes), parts[0].classes, *splits)
+
+
+def _mnist(name: str, kind: type[torchvision_datasets.MNIST], data_dir: Path, download: bool) -> Images:
+    folder = data_dir / kind.__name__ / "raw"
+    parts = _of_torchvision(name, kind, data_dir, folder, "its four files in the IDX format", download)
+    for part in parts:
+        shape, labels = tuple(part.data.shape), part.targets
+        if len(shape) != 3 or not 0 < shape[0] == len(labels) or shape[1] != shape[2] or labels.max() >= 10:
+            raise InputError(
+                f"{name} in {folder} has images of the shape {shape} and {len(labels)} labels; expected square images "
+                f"(N, 28, 28) and N labels from 0 to 9: delete the folder, so that it is downloaded again"
+            )
+    return Images(name, 10, kind.classes, *(Split(part.data[:, None], part.targets) for part in parts))
+
+
+def _of_torchvision(
+    name: str, kind: type, data_dir: Path, folder: Path, content: str, download: bool
+) -> tuple[torchvision_datasets.VisionDataset, ...]:
+    """Return the training and the test set of a data set of torchvision, downloaded if they are missing.
+
+    folder, content  where torchvision expects it, and what this is called
+    """
+    try:
+        with _socket_timeout(), distributed.local_first():
+            return tuple(kind(str(data_dir), train=train, download=download) for train in (True, False))
+    except (OSError, RuntimeError, EOFError, TypeError, ValueError, LookupError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), "damaged files")  # an AssertionError has no message
+        raise InputError(
+            f"{name} is not complete in {folder} and could not be downloaded ({reason}); put {content} there, or name "
+            f"the folder that holds it with --data-dir"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -145,8 +193,8 @@ def _socket_timeout(seconds: float = 30) -> Iterator[None]:
 def _image_folder(name: str, folder: Path, size: int, *, reader: ImageReader, **reading) -> Images:
     if not (folder / "train").is_dir():
         raise InputError(
-            f"there is no data set {name!r}: expected {', '.join(LOADERS)}, or the name of a folder with the "
-            f"subfolders train and val, but {folder / 'train'} does not exist"
+            f"there is no data set {name!r}: expected {', '.join(LOADERS)}, hf:NAME, or the name of a folder with "
+            f"the subfolders train and val, but {folder / 'train'} does not exist"
         )
     held_out = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), folder / "val")
     train, test = _read_image_folder(folder / "train"), _read_image_folder(held_out)

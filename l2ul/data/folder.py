@@ -1,13 +1,12 @@
 """Images in a folder on disk, decoded when they are needed: by worker processes, or by the GPU."""
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import copy
 import hashlib
 from io import BytesIO
 import itertools
 import math
-import os
-from pathlib import Path
 import warnings
 
 from PIL import Image
@@ -17,9 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import io
 from torchvision.transforms import v2
 
+from l2ul import ProgressBar
 from l2ul.common.choices import PREFETCH
 from l2ul.common.errors import InputError
-from l2ul.data.image_files import ImageReader, UnreadableImage, unreadable
+from l2ul.data.image_files import ImageFile, ImageReader, UnreadableImage, read_bytes, unreadable, version
 from l2ul.data.storage import DecodedImages
 
 READER_VERSION = 2  # part of the hashes by which caches find predictions; it grows when files give other pixels
@@ -45,7 +45,7 @@ class FolderImages(Dataset):
 
     C is `channels`: 3, or 1 after `with_channels(1)`.
 
-    files       paths of the images
+    files       paths of the images, or files inside of a larger file
     size        side of the centre crop, in pixels
     short_side  length to which the short side is resized before the crop; None: 8/7 of `size`, as is usual for
                 evaluation on ImageNet (256 for 224)
@@ -62,7 +62,7 @@ class FolderImages(Dataset):
 
     def __init__(
         self,
-        files: list[str],
+        files: list[ImageFile],
         size: int,
         short_side: int | None = None,
         *,
@@ -105,6 +105,22 @@ class FolderImages(Dataset):
         new.transform = v2.Compose([new.resize, v2.PILToTensor()])
         return new
 
+    def in_memory(self, workers: int = 0, progress: ProgressBar | None = None) -> Tensor:
+        """Decode all images to uint8 (N, C, size, size).
+
+        workers   processes that decode
+        progress  shows how many images are decoded
+        """
+        pixels = torch.empty(len(self), self.channels, self.size, self.size, dtype=torch.uint8)
+        done = 0
+        with progress("read images", len(self)) if progress else contextlib.nullcontext() as advance:
+            for batch in DataLoader(self, 64, num_workers=workers):
+                pixels[done : done + len(batch)] = batch
+                done += len(batch)
+                if advance:
+                    advance(len(batch))
+        return pixels
+
     def sha256(self) -> str:
         """Return a hash of the names, sizes and modification times of the files, and of how they are decoded."""
         how = [READER_VERSION, self.decoder, *(f"{name}={value}" for name, value in self.reader.settings.items())]
@@ -112,11 +128,7 @@ class FolderImages(Dataset):
         if self.channels == 1:
             digest.update(b" grey")
         for file in self.files:
-            try:
-                status = os.stat(file)
-            except OSError as error:
-                raise unreadable(file, error.strerror) from None
-            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
+            digest.update(f"{file} {version(file)}".encode())
         return digest.hexdigest()
 
     def __getitem__(self, index: int | Tensor) -> Tensor:
@@ -170,7 +182,7 @@ class FolderImages(Dataset):
         for indices, batch in zip(batches, source, strict=True):
             if encoded:
                 images, refused = _decode_batch(_separate(*batch), device)
-                self.refused.update(self.files[indices[position]] for position in refused)
+                self.refused.update(str(self.files[indices[position]]) for position in refused)
                 yield torch.stack([self.resize(image.to(device)) for image in images])
             else:
                 yield batch.to(device, non_blocking=device.type == "cuda")
@@ -187,8 +199,8 @@ class _Encoded(Dataset):
         try:
             if reader.needs_cpu(file):
                 return v2.functional.pil_to_tensor(reader.read(file))
-            return _as_tensor(Path(file).read_bytes())
-        except (OSError, UnreadableImage) as error:
+            return _as_tensor(read_bytes(file))
+        except UnreadableImage as error:
             raise unreadable(file, error) from None
 
 

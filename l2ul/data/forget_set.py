@@ -16,7 +16,7 @@ from l2ul.common import seeds
 from l2ul.common.errors import InputError
 from l2ul.common.text import normal_form, read_text
 from l2ul.data.folder import FolderImages
-from l2ul.data.image_files import OTHER_SUFFIXES, ImageReader
+from l2ul.data.image_files import OTHER_SUFFIXES, EmbeddedFile, ImageReader
 from l2ul.data.images import Images, Split
 
 
@@ -141,8 +141,9 @@ def read_forget(path: Path, num_images: int, files: Sequence[str] = ()) -> Tenso
 
 
 def files_of(split: Split) -> Sequence[str]:
-    """Return the files of the images, if they are on disk."""
-    return split.images.files if isinstance(split.images, FolderImages) else ()
+    """Return the files of the images, if each image is a file of its own."""
+    files = split.images.files if isinstance(split.images, FolderImages) else []
+    return [] if files and isinstance(files[0], EmbeddedFile) else files
 
 
 def _index_by_name(files: Sequence[str]) -> Callable[[str], int]:
@@ -242,7 +243,7 @@ def reject_own(folder_images: FolderImages, images: Images, advice: str) -> None
     """Raise InputError if an image is also in the training or test set, which are D_r and D_test."""
     for what, split in (("training", images.train), ("test", images.test)):
         if isinstance(split.images, FolderImages):
-            own = {Path(file).resolve() for file in split.images.files}
+            own = {Path(file).resolve() for file in files_of(split)}
             same = [file for file in folder_images.files if Path(file).resolve() in own]
         else:
             own = {image.tobytes() for image in split.images.cpu().numpy()}

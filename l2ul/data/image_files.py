@@ -16,9 +16,12 @@ White depends on the type of the file and on `white_level`, never on the values 
 0 to white are refused.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 from dataclasses import dataclass
+from io import BytesIO
+import os
 from pathlib import Path
 import re
 import warnings
@@ -54,6 +57,42 @@ class UnreadableImage(Exception):
 
 class TooManyPixels(UnreadableImage):
     """The image has more pixels than the reader allows."""
+
+
+class EmbeddedFile(ABC):
+    """An image file inside a larger file, such as a table. Its `str` is its name, with slashes as in a path."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def read_bytes(self) -> bytes:
+        """Return the content. Raise UnreadableImage if there is none."""
+
+    @abstractmethod
+    def version(self) -> str:
+        """Return a text that changes when the content may have changed."""
+
+
+ImageFile = str | Path | EmbeddedFile
+
+
+def read_bytes(file: ImageFile) -> bytes:
+    """Return the content of an image file. Raise UnreadableImage if it cannot be read."""
+    try:
+        return (file if isinstance(file, EmbeddedFile) else Path(file)).read_bytes()
+    except OSError as error:
+        raise UnreadableImage(error.strerror) from None
+
+
+def version(file: ImageFile) -> str:
+    """Return a text that changes when the content of an image file may have changed."""
+    if isinstance(file, EmbeddedFile):
+        return file.version()
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        raise unreadable(file, error.strerror) from None
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -95,11 +134,11 @@ class ImageReader:
         defaults = ImageReader().options
         return {name: value for name, value in self.options.items() if value != defaults[name]}
 
-    def read(self, path: str | Path) -> Image.Image:
+    def read(self, path: ImageFile) -> Image.Image:
         """Return the RGB image in a file. Raise UnreadableImage if it cannot be read."""
         return self.read_with_properties(path)[0]
 
-    def read_with_properties(self, path: str | Path) -> tuple[Image.Image, ImageProperties]:
+    def read_with_properties(self, path: ImageFile) -> tuple[Image.Image, ImageProperties]:
         """Return the RGB image in a file and its properties. Raise UnreadableImage if it cannot be read."""
         with self._open(path) as opened:
             is_deep = _has_deep_channels(opened)
@@ -117,13 +156,13 @@ class ImageReader:
                 image = image.transpose(UPRIGHT[orientation])
             return image, properties
 
-    def needs_cpu(self, path: str | Path) -> bool:
+    def needs_cpu(self, path: ImageFile) -> bool:
         """Return whether a decoder of JPEG files gives other pixels than this reader. Reads the header only."""
         with self._open(path) as image:
             is_turned = self.exif_orientation == "obey" and _orientation(image) in UPRIGHT
             return image.format != "JPEG" or image.mode not in ("RGB", "L") or is_turned
 
-    def examine(self, files: Sequence[str | Path]) -> list[str]:
+    def examine(self, files: Sequence[ImageFile]) -> list[str]:
         """Return the sentences of `notes` about image files, from their headers.
 
         Of more than EXAMINED files, as many are examined, evenly spread. Of images with more than 8 bits a channel, at
@@ -150,6 +189,23 @@ class ImageReader:
                 raise unreadable(file, error) from None
             properties.append((_short(file), ImageProperties(1, measured.peak, measured.white, measured.is_colour)))
         return self.notes(properties, min(len(files), EXAMINED))
+
+    def common_side(self, files: Sequence[ImageFile]) -> int | None:
+        """Return the side of square images that all have one size; None if sizes differ.
+
+        Reads headers, of more than EXAMINED files as many, evenly spread. Files that cannot be read are left to `read`.
+        """
+        side = None
+        for file in _spread(files, EXAMINED):
+            try:
+                with self._open(file) as image:
+                    width, height = image.size
+            except UnreadableImage:
+                continue
+            if width != height or side not in (None, width):
+                return None
+            side = width
+        return side
 
     def notes(self, properties: Iterable[tuple[str, ImageProperties]], total: int) -> list[str]:
         """Return sentences about images that other software may read differently or that are nearly black.
@@ -191,7 +247,7 @@ class ImageReader:
         return sentences
 
     @contextlib.contextmanager
-    def _open(self, path: str | Path) -> Iterator[Image.Image]:
+    def _open(self, path: ImageFile) -> Iterator[Image.Image]:
         """Yield the opened image, whose pixels are not decoded yet. Raise UnreadableImage for every error inside."""
         limit = Image.MAX_IMAGE_PIXELS
         try:
@@ -243,17 +299,18 @@ class ImageReader:
         return Image.fromarray(levels), peak, white
 
 
-def unreadable(file: str | Path, reason: object) -> InputError:
+def unreadable(file: ImageFile, reason: object) -> InputError:
     """Return the error for an image file that a data set needs and that cannot be read."""
     return InputError(f"cannot read the image {file} ({reason}); replace or remove it")
 
 
-def _identify(path: str | Path) -> Image.Image:
+def _identify(file: ImageFile) -> Image.Image:
     """Open an image; one in the HEIC format with the package pillow-heif."""
+    source = BytesIO(file.read_bytes()) if isinstance(file, EmbeddedFile) else file
     try:
-        return Image.open(path)
+        return Image.open(source)
     except Image.UnidentifiedImageError:
-        if not _is_heic(path):
+        if not _is_heic(source):
             raise
     try:
         import pillow_heif
@@ -262,11 +319,12 @@ def _identify(path: str | Path) -> Image.Image:
             "a HEIC image, which needs the package pillow-heif: uv run --extra heic, or pip install pillow-heif"
         ) from None
     pillow_heif.register_heif_opener()
-    return Image.open(path)
+    return Image.open(source)
 
 
-def _is_heic(path: str | Path) -> bool:
-    with open(path, "rb") as file:
+def _is_heic(source: str | Path | BytesIO) -> bool:
+    with contextlib.nullcontext(source) if isinstance(source, BytesIO) else open(source, "rb") as file:
+        file.seek(0)
         start = file.read(64)
     brands = {start[place : place + 4] for place in range(8, min(len(start), int.from_bytes(start[:4])), 4)}
     return start[4:8] == b"ftyp" and bool(brands & HEVC_BRANDS)
@@ -317,8 +375,8 @@ def _spread(files: Sequence, count: int) -> Sequence:
     return [files[index * len(files) // count] for index in range(count)]
 
 
-def _short(file: str | Path) -> str:
-    return "/".join(Path(file).parts[-2:])
+def _short(file: ImageFile) -> str:
+    return "/".join(Path(str(file)).parts[-2:])
 
 
 def _first_three(names: list[str]) -> str:

@@ -1,14 +1,12 @@
 """UTKFace: read ages from file names, group them into classes, and split the images for pretraining and unlearning."""
 
 from bisect import bisect_right
-import contextlib
 import hashlib
 from pathlib import Path
 import re
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
 from l2ul import ProgressBar
@@ -53,7 +51,8 @@ def load(
     notes += tuple(f"UTKFace: {note}" for note in reader.examine(files))
     parts = split_files([file.name for file in files], split_seed)
     labels = torch.tensor([age_class(_age(file.name), grouping) for file in files])
-    pixels = _decode(files, image_size, workers, progress, reader)
+    images = FolderImages([str(file) for file in files], image_size, image_size, reader=reader)
+    pixels = images.in_memory(workers, progress)
     crop = round(image_size * CROP)
     sides = (image_size if whole_train else crop, crop, crop)
     train, validation, test = (
@@ -124,16 +123,3 @@ def _age(name: str) -> int | None:
     """Return the age in years at the start of a file name, which malformed names have too; None if there is none."""
     match = re.match(r"(\d{1,3})_", name)
     return int(match[1]) if match else None
-
-
-def _decode(files: list[Path], size: int, workers: int, progress: ProgressBar | None, reader: ImageReader) -> Tensor:
-    images = FolderImages([str(file) for file in files], size, size, reader=reader)
-    pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    done = 0
-    with progress("read images", len(files)) if progress else contextlib.nullcontext() as advance:
-        for batch in DataLoader(images, 64, num_workers=workers):
-            pixels[done : done + len(batch)] = batch
-            done += len(batch)
-            if advance:
-                advance(len(batch))
-    return pixels

@@ -13,7 +13,8 @@ COMMON_DEFAULTS = {
     **{name: setting.default for name, setting in SHARED.items()},
 }
 # Values that differ for a data set. They are those of the paper's released run scripts (github.com/csm9493/L2UL), with
-# two exceptions of ours: all of digits, chosen so that every method takes seconds, and adv_dtype of imagenet.
+# exceptions of ours: all of digits, chosen so that every method takes seconds, the models of MNIST and Fashion-MNIST,
+# which the paper does not use, and adv_dtype of imagenet.
 DEFAULTS = {
     "digits": {
         "model": "resnet20",
@@ -28,6 +29,8 @@ DEFAULTS = {
     },
     "cifar10": {"model": "resnet18"},
     "cifar100": {"model": "resnet50_cifar100", "num_adv_images": 200, "max_passes": 100},
+    "mnist": {"model": "lenet"},
+    "fashion_mnist": {"model": "lenet"},
     "utkface": {
         "model": "resnet18_cifar100",
         "unlearn_k": [16, 32, 64, 128, 256],

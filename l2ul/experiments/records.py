@@ -196,6 +196,15 @@ SCHEMA: dict[str, Key] = {
         Key("image_size", SETTING, "integer", "side of the input images in pixels", null=True, least=1, flag=True),
         Key("age_grouping", SUBJECT, "text", "age groups of UTKFace", null=True),
         Key("split_seed", SETTING, "integer", "seed of the split of UTKFace", null=True, least=0, default=0, flag=True),
+        *(
+            Key(name, SETTING, "text", f"{doc} of a data set `hf:…`", null=True, flag=True)
+            for name, doc in {
+                "image_column": "column of images",
+                "label_column": "column of labels",
+                "train_split": "split of training images",
+                "test_split": "split of test images",
+            }.items()
+        ),
         Key("decoder", SETTING, "text", "decoder of images on disk", default="cpu", flag=True),
         Key(
             "exif_orientation",

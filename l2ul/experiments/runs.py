@@ -21,6 +21,7 @@ from l2ul.methods.settings import SHARED, Settings
 LATER = (
     *("continual_size", "retain_sample", "age_grouping", "split_seed", "train_sha256", "method_code", "course"),
     *("method_settings", "method_revision", "surrogate", "surrogate_sha256"),
+    *("image_column", "label_column", "train_split", "test_split"),
 )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from l2ul.common.errors import InputError
 from l2ul.common.files import atomic, file_sha256, tensors_sha256
 from l2ul.models import checkpoint as checkpoints
-from l2ul.models import huggingface, resnet, resnet_cifar100, resnet_small, stems, zoo
+from l2ul.models import huggingface, lenet, resnet, resnet_cifar100, resnet_small, stems, zoo
 from l2ul.models.classifier import (
     Classifier,
     Normalize,
@@ -27,7 +27,7 @@ from l2ul.models.classifier import (
 )
 
 STATISTICS = "input normalisation"
-OWN = {name: family for family in (resnet, resnet_cifar100, resnet_small, stems) for name in family.NAMES}
+OWN = {name: family for family in (resnet, resnet_cifar100, resnet_small, stems, lenet) for name in family.NAMES}
 
 __all__ = ["OWN", "Classifier", "build", "check_name", "load", "load_saved", "register", "save", "saved_suffix"]
 

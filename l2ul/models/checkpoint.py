@@ -66,7 +66,8 @@ def candidates(dataset: str, model: str, data_dir: Path) -> list[Path]:
     Pretraining saves to the first. The second comes with L2UL, which has the weights for the digits. The others are in
     the layout of the released scripts.
     """
-    file = Path("weights") / f"{dataset}_{model.replace(':', '_').replace('/', '_')}.safetensors"
+    words = [word.replace(":", "_").replace("/", "_") if ":" in word else word for word in (dataset, model)]
+    file = Path("weights") / f"{'_'.join(words)}.safetensors"
     released = Path(f"{dataset}_pretrained_models") / f"{model.removesuffix('_cifar100')}.pt"
     places = [Path(data_dir) / file, SCRIPTS / "data" / file, Path(data_dir) / released]
     return places + ([CLONE / released] if CLONE else [])

@@ -33,7 +33,9 @@ Drawn = tuple[Figure, pd.DataFrame]  # a figure and the numbers that it shows
 Report = Callable[[str], object]
 MOST_METHODS = 4  # in figures 3 to 5, unless methods are named
 SHOWN_IMAGES, SHOWN_EXAMPLES = 4, 3  # of figure 2
-DATA_KEYS = ("image_size", "age_grouping", "split_seed")  # keys of a record that its data set is loaded with
+DATA_KEYS = (  # keys of a record that its data set is loaded with
+    *("image_size", "age_grouping", "split_seed", "image_column", "label_column", "train_split", "test_split"),
+)
 
 
 @dataclass(frozen=True)

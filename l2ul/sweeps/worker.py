@@ -22,7 +22,10 @@ from l2ul.experiments.runs import Run, Setup
 from l2ul.sweeps import trials
 from l2ul.sweeps.trials import Arguments, Record
 
-DATA_OPTIONS = ("dataset", "data_dir", "image_size", "age_grouping", "split_seed")  # what decides the data set
+DATA_OPTIONS = (  # what decides the data set
+    *("dataset", "data_dir", "image_size", "age_grouping", "split_seed"),
+    *("image_column", "label_column", "train_split", "test_split", "exif_orientation", "white_level"),
+)
 MODEL_OPTIONS = (*DATA_OPTIONS, "model", "checkpoint", "weights_key", "mean", "std", "single_label", "surrogate")
 TRACKER_FAILURES = Path("tracking", "failures.txt")  # in --result-dir: sentences, one per line
 DataSets = dict[tuple[str, ...], Images]  # by the values of DATA_OPTIONS

@@ -55,9 +55,9 @@ def pretrain(
         images = dataclasses.replace(
             images, train=images.train.subset(accuracy.complement(excluded, len(images.train)))
         )
-    images = images.to(device)
     with seeds.fork_rng(device, seed, "first weights"):
         classifier = models.build(model_name, images.num_classes, mean, std).to(device)
+    images = images.with_channels(classifier.channels).to(device)
     identity = {
         "model": model_name,
         "dataset": images.name,
@@ -118,7 +118,7 @@ def fastest_precision(
     """Return the faster precision to train a new classifier in on a CPU, see `preflight.fastest_precision`."""
     with torch.random.fork_rng(devices=[]):
         classifier = models.build(model_name, images.num_classes, mean, std).to(memory_format=torch.channels_last)
-    return preflight.fastest_precision(classifier, images.test.images, trains=True)
+    return preflight.fastest_precision(classifier, images.with_channels(classifier.channels).test.images, trains=True)
 
 
 def check_settings(output: Path, settings: dict[str, object]) -> None:

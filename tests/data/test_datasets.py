@@ -1,15 +1,18 @@
 """Data sets: digits, the official CIFAR files, image folders, pixel values."""
 
 import csv
+from functools import partial
+import gzip
 import hashlib
-import pickle
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import threading
 
 from conftest import REALDATA
-from helpers import write_folder
+from helpers import write_cifar, write_folder
 import numpy as np
 import pytest
 import torch
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST
 
 from l2ul.common.errors import InputError
 from l2ul.data import datasets
@@ -24,27 +27,6 @@ def test_digits_have_the_expected_sizes_and_pixel_values():
     assert images.train.images.max() == 255
     assert torch.equal(images.train.images[:, 0], images.train.images[:, 2])
     assert set(images.test.labels.tolist()) == set(range(10))
-
-
-def write_cifar(root, kind, monkeypatch, count=4):
-    """A folder in CIFAR's official python format, with its own check sums."""
-    folder = root / kind.base_folder
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    pixels, sums = {}, {}
-    key = "labels" if kind is CIFAR10 else "fine_labels"
-    for name, _ in [*kind.train_list, *kind.test_list]:
-        pixels[name] = generator.integers(0, 256, (count, 3072), dtype=np.uint8)
-        content = pickle.dumps({"data": pixels[name], key: list(range(count))})
-        (folder / name).write_bytes(content)
-        sums[name] = hashlib.md5(content).hexdigest()
-    meta = pickle.dumps({kind.meta["key"]: [f"class {i}" for i in range(10)]})
-    (folder / kind.meta["filename"]).write_bytes(meta)
-    for attribute in ("train_list", "test_list"):
-        listed = [[name, sums[name]] for name, _ in getattr(kind, attribute)]
-        monkeypatch.setattr(kind, attribute, listed)
-    monkeypatch.setitem(kind.meta, "md5", hashlib.md5(meta).hexdigest())
-    return folder, pixels
 
 
 @pytest.mark.parametrize(("name", "kind"), [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
@@ -68,6 +50,60 @@ def test_a_failed_download_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "download", offline)
     with pytest.raises(InputError, match="could not be downloaded .no route to host"):
         datasets.load("cifar10", tmp_path)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """Serve a folder as the mirror of MNIST and Fashion-MNIST, with eight random images each, and return the folder."""
+    generator = np.random.default_rng(0)
+    serve = partial(QuietHandler, directory=str(tmp_path / "mirror"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), serve)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for kind in (MNIST, FashionMNIST):
+        folder = tmp_path / "mirror" / kind.__name__
+        folder.mkdir(parents=True)
+        resources = []
+        for name, _ in kind.resources:
+            shape = (8, 28, 28) if "images" in name else (8,)
+            values = generator.integers(0, 256 if "images" in name else 10, shape, dtype=np.uint8)
+            header = np.array([0x0800 + len(shape), *shape], dtype=">i4")
+            (folder / name).write_bytes(gzip.compress(header.tobytes() + values.tobytes()))
+            resources.append((name, hashlib.md5((folder / name).read_bytes()).hexdigest()))
+        monkeypatch.setattr(kind, "resources", resources)
+        monkeypatch.setattr(kind, "mirrors", [f"http://127.0.0.1:{server.server_port}/{kind.__name__}/"])
+    yield tmp_path / "mirror"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mnist", MNIST), ("fashion_mnist", FashionMNIST)])
+def test_one_channel_images_are_downloaded_and_read_and_damaged_files_reported(tmp_path, mirror, name, kind):
+    images = datasets.load(name, tmp_path)
+    content = gzip.decompress((mirror / kind.__name__ / "t10k-images-idx3-ubyte.gz").read_bytes())
+    assert images.test.images.numpy().tobytes() == content[16:]
+    assert (images.train.images.shape, images.train.images.dtype) == ((8, 1, 28, 28), torch.uint8)
+    assert (images.channels, images.num_classes, images.classes) == (1, 10, kind.classes)
+    assert images.train.labels.dtype == torch.int64
+    raw = tmp_path / kind.__name__ / "raw"
+    good = {file: (raw / file).read_bytes() for file in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")}
+    damages = [("train-images-idx3-ubyte", slice(200)), ("train-images-idx3-ubyte", slice(0))]
+    damages += [("train-labels-idx1-ubyte", slice(12)), ("train-labels-idx1-ubyte", slice(3))]
+    for file, part in damages:
+        (raw / file).write_bytes(good[file][part])
+        with pytest.raises(InputError, match=rf"^{name} (is not complete )?in .*raw .*folder"):
+            datasets.load(name, tmp_path, download=False)
+        (raw / file).write_bytes(good[file])
+
+
+def test_a_missing_one_channel_data_set_without_a_network_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:1/"])
+    with pytest.raises(InputError, match="mnist is not complete in .*MNIST/raw and could not be downloaded"):
+        datasets.load("mnist", tmp_path)
 
 
 def test_images_of_a_folder_are_decoded_on_demand(tmp_path):
