@@ -241,6 +241,13 @@ def test_shell_script_does_what_is_asked_for_alone(tmp_path):
     assert ["hf:" in line for line in calls] == [True, False]
 
 
+def test_shell_script_runs_mnist_only_when_it_is_named(tmp_path):
+    done, calls = shell("run_unlearn_cifar_imagenet.sh", tmp_path, WHAT="mnist fashion_mnist", SEEDS="0")
+    assert done.returncode == 0
+    given = [options_of(line) for line in calls]
+    assert [(one.dataset, one.model) for one in given] == [("mnist", "lenet"), ("fashion_mnist", "lenet")]
+
+
 def test_shell_script_knows_no_other_experiment(tmp_path):
     (tmp_path / "calls").touch()
     done, calls = shell("run_unlearn_cifar_imagenet.sh", tmp_path, WHAT="cifra10")

@@ -12,13 +12,14 @@ import time
 import types
 
 from conftest import FAST, ROOT
-from helpers import parse_sweep
+from helpers import parse_sweep, write_folder
 from matplotlib import pyplot
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 import torch
 
+from l2ul import models
 from l2ul.cli import options, ranges, unlearn_command, unlearn_options
 from l2ul.common import tracking
 from l2ul.common.cache import Cache
@@ -132,6 +133,15 @@ def test_a_process_loads_data_and_model_once(tmp_path, few_digits, monkeypatch):
     monkeypatch.setattr(unlearn_command, "load_setup", lambda *given: loads.append(1) or true_load(*given))
     planned, _ = plan(tmp_path, *GRID)
     assert (len(planned), len(loads)) == (16, 1)
+
+
+def test_a_process_reads_images_again_for_other_options_of_the_reader(tmp_path):
+    write_folder(tmp_path / "data" / "insects")
+    torch.save(models.build("resnet20", 2).net.state_dict(), tmp_path / "net.pt")
+    words = ["--dataset", "insects", "--data-dir", tmp_path / "data", "--image-size", 32, "--model", "resnet20"]
+    words += ["--checkpoint", tmp_path / "net.pt", "--method", "neggrad", "--exif-orientation", "ignore", "obey"]
+    planned, _ = plan(tmp_path, *words)
+    assert [trial.settings.get("exif_orientation") for trial in planned] == [None, "obey"]
 
 
 def test_trials_that_share_a_d_adv_start_after_the_one_with_the_largest_k(tmp_path, few_digits):
