@@ -166,7 +166,7 @@ def make_setup(
             "forget_dir": opts.forget_dir.name if opts.forget_dir else None,
             **({"decoder": opts.decoder} if opts.decoder != "cpu" else {}),
         },
-        models.saved_suffix(classifier),
+        models.saved_suffix(classifier.name),
     )
 
 

@@ -1,6 +1,6 @@
 """Write files atomically; hash files, tensors and source code."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 import contextlib
 import csv
 import hashlib
@@ -67,6 +67,11 @@ def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def other_files(folder: Path, names: Collection[str]) -> list[str]:
+    """Return the names of all files and subfolders (with a final /) in a folder but `names`, sorted."""
+    return sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name not in names)
 
 
 def tensors_sha256(tensors: "dict[str, Tensor]") -> str:

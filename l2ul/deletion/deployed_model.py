@@ -22,7 +22,7 @@ from l2ul.common.text import read_text
 from l2ul.data.images import as_pixels
 from l2ul.deletion.report_schema import REPORT, OpenedBy, WrittenModelHashes, read_report
 from l2ul.models import checkpoint as checkpoints
-from l2ul.models import huggingface, outputs, weight_files, zoo
+from l2ul.models import huggingface, outputs, timm_models, weight_files, zoo
 from l2ul.models.classifier import Classifier, Normalize, check_weights, input_channels, statistics
 
 BUILT = "build"  # `model` of OpenedBy for a module that --build names
@@ -99,16 +99,24 @@ class DeployedModel:
         return rounded
 
     def write(self, classifier: Classifier, folder: Path) -> list[str]:
-        """Write a classifier to `folder` in the form of this model: `model.*`, or for Hugging Face a folder `model`.
+        """Write a classifier to `folder` in the form of this model: `model.*`, or a folder `model` of its library.
 
         Returns the names of the entries of a checkpoint that were left out: see `checkpoint.rewrite`.
         """
+        normalize = classifier.normalize
+        statistics = models.decimals(normalize.mean), models.decimals(normalize.std)
         if self.opened_by["model"] == huggingface.PREFIX:
             net = copy.deepcopy(classifier.net).cpu().to(next(iter(self.dtypes.values()), torch.float32))
-            normalize = classifier.normalize
-            statistics = [models.decimals(normalize.mean), models.decimals(normalize.std)]
             huggingface.save(net, classifier.name, folder / "model", *statistics)
             return []
+        if self.opened_by["model"] == timm_models.PREFIX:
+            if self.path is None:
+                timm_models.save(classifier.net, classifier.name, folder / "model", *statistics)
+                return []
+            (folder / "model").mkdir()
+            timm_models.save_config(classifier.net, self.path, folder / "model", *statistics)
+            weights = timm_models.weights_file(self.path)
+            return checkpoints.rewrite(weights, classifier.net, folder / "model" / weights.name, self.weights_key)
         if self.path:
             suffix = ".pth.tar" if self.path.name.endswith(".pth.tar") else self.path.suffix
             return checkpoints.rewrite(self.path, classifier.net, folder / f"model{suffix}", self.weights_key)
@@ -179,8 +187,13 @@ def _open(
         _refuse_flags(unused, f"{model}, the output of an earlier request, which defines it")
         return open_output(path, build)
     if path.is_dir():
-        model = f"{huggingface.PREFIX}{model}"
+        model = f"{timm_models.PREFIX if timm_models.is_folder(path) else huggingface.PREFIX}{model}"
     models.check_name(model)
+    if model.startswith(timm_models.PREFIX):
+        if timm_models.source(model).folder:
+            _refuse_flags({"--checkpoint": checkpoint}, f"{model}, which contains its weights")
+        if not checkpoint:
+            return _open_timm(model, input_format, weights_key)
     if model.startswith(huggingface.PREFIX):
         _refuse_flags({"--weights-key": weights_key}, f"{model}, which contains its weights")
         return _open_huggingface(model, checkpoint, input_format)
@@ -220,6 +233,8 @@ def reopen(opened_by: OpenedBy, class_names: list[str], path: Path, build: str |
         _refuse_flags({"--build": build}, f"the model {path}, a {model}")
     if model == huggingface.PREFIX:
         opened = _open_huggingface(f"{model}{path}", None, input_format)
+    elif model == timm_models.PREFIX:
+        opened = _open_timm(f"{model}{path}", input_format)
     elif model == BUILT:
         if build is None:
             raise InputError(f"the model {path} needs code of your own; give the function that builds it as --build")
@@ -253,10 +268,29 @@ def _open_huggingface(model: str, checkpoint: str | Path | None, input_format: I
     )
 
 
+def _open_timm(model: str, input_format: InputFormat, weights_key: str | None = None) -> DeployedModel:
+    """Open a model of timm with its own weights: those of a folder, of the hub or that timm downloads."""
+    path, dtypes = timm_models.source(model).folder, {}
+    if path is None:
+        _refuse_flags({"--weights-key": weights_key}, f"the published weights of {model}")
+    num_classes = timm_models.num_classes(model)
+    loaded = models.load(model, num_classes, None, input_format.mean, input_format.std, weights_key)
+    if path:
+        fits = functools.partial(checkpoints.fitting_prefixes, net=loaded.net)
+        state, _ = checkpoints.read(timm_models.weights_file(path), weights_key, fits)
+        dtypes = checkpoints.dtypes(state, loaded.net)
+    size = input_format.image_size
+    to_pixels = _in_channels(_central_square(size) if size else timm_models.transform(loaded.net), loaded)
+    class_names, opened_by = timm_models.class_names(model, loaded.net), _opened_by(timm_models.PREFIX, input_format)
+    opened = DeployedModel(_without_resizing(loaded), to_pixels, class_names, opened_by, path, dtypes)
+    opened.not_read, opened.weights_key = loaded.not_read, weights_key
+    return opened
+
+
 def _open_named(
     model: str, checkpoint: str | Path | None, input_format: InputFormat, weights_key: str | None = None
 ) -> DeployedModel:
-    """Open one of our architectures or of torchvision's."""
+    """Open one of our architectures, of torchvision's, or of timm's with a file of weights."""
     is_zoo = model.startswith(zoo.PREFIX)
     choice = str(checkpoint) if checkpoint and is_zoo and zoo.has_weights(model, str(checkpoint)) else None
     pretrained = zoo.pretrained_weights(model, choice) if is_zoo and (choice or checkpoint is None) else None
@@ -271,8 +305,12 @@ def _open_named(
         state, _ = checkpoints.read(path, weights_key, functools.partial(models.fitting_prefixes, model))
         num_classes = models.infer_num_classes(model, state, str(path))
     loaded = models.load(model, num_classes, checkpoint, input_format.mean, input_format.std, weights_key)
-    own_size = is_zoo and not input_format.image_size
-    to_pixels = zoo.transform(model, choice) if own_size else _central_square(input_format.image_size)
+    if is_zoo and not input_format.image_size:
+        to_pixels = zoo.transform(model, choice)
+    elif model.startswith(timm_models.PREFIX) and not input_format.image_size:
+        to_pixels = timm_models.transform(loaded.net)
+    else:
+        to_pixels = _central_square(input_format.image_size)
     to_pixels = _in_channels(to_pixels, loaded)
     mean, std = models.decimals(loaded.normalize.mean), models.decimals(loaded.normalize.std)
     opened_by = _opened_by(model, InputFormat(input_format.image_size, mean, std))

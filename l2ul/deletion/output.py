@@ -16,7 +16,7 @@ from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.model_card import CARD, card
 from l2ul.deletion.report_schema import FORGET_LIST, PAGE, REPORT
 from l2ul.deletion.request import Request
-from l2ul.models import huggingface
+from l2ul.models import huggingface, timm_models
 
 INTERRUPTED_AGE = 3600  # seconds after which an unfinished folder is taken for that of a killed process
 
@@ -35,7 +35,8 @@ def check_output(output: Path, inputs: Iterable[Path | str | None]) -> None:
     except OSError as error:  # such as a name that is too long
         raise InputError(f"cannot write to --output {output} ({error.strerror}); give another folder") from None
     for path in inputs:
-        if path and output.is_relative_to(Path(str(path).removeprefix(huggingface.PREFIX)).resolve()):
+        place = str(path or "").removeprefix(huggingface.PREFIX).removeprefix(timm_models.PREFIX)
+        if place and output.is_relative_to(Path(place.removeprefix(timm_models.FOLDER)).resolve()):
             raise InputError(f"--output {output} is inside {path}, which must stay unchanged; give another folder")
     require_writable(next(parent for parent in output.parents if parent.exists()))
 

@@ -129,7 +129,7 @@ class RequestRow(TypedDict):
 
 
 class OpenedBy(TypedDict):
-    """Arguments that open the model again. `model` is a name, `hf:` for a folder, or `build` for --build.
+    """Arguments that open the model again. `model` is a name, `hf:` or `timm:` for a folder, or `build` for --build.
 
     outputs  "probabilities" if the model returns them: their logarithms are the logits of the report
     """

@@ -1,7 +1,7 @@
 """Classifiers that take pixels in [0,1] and return logits: `build` an untrained one, `load` a trained one, `save` it.
 
-A model is one of this package (`OWN`), of torchvision (`torchvision:NAME`), of Hugging Face (`hf:NAME_OR_FOLDER`), or
-your own (`register`). This package knows nothing of unlearning.
+A model is one of this package (`OWN`), of torchvision (`torchvision:NAME`), of timm (`timm:NAME_OR_FOLDER`), of Hugging
+Face (`hf:NAME_OR_FOLDER`), or your own (`register`). This package knows nothing of unlearning.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from l2ul.common.errors import InputError
 from l2ul.common.files import atomic, file_sha256, tensors_sha256
 from l2ul.models import checkpoint as checkpoints
-from l2ul.models import huggingface, lenet, resnet, resnet_cifar100, resnet_small, stems, zoo
+from l2ul.models import huggingface, lenet, resnet, resnet_cifar100, resnet_small, stems, timm_models, zoo
 from l2ul.models.classifier import (
     Classifier,
     Normalize,
@@ -26,7 +26,7 @@ from l2ul.models.classifier import (
     statistics,
 )
 
-STATISTICS = "input normalisation"
+STATISTICS, SUFFIX = "input normalisation", ".safetensors"
 OWN = {name: family for family in (resnet, resnet_cifar100, resnet_small, stems, lenet) for name in family.NAMES}
 
 __all__ = ["OWN", "Classifier", "build", "check_name", "load", "load_saved", "register", "save", "saved_suffix"]
@@ -54,13 +54,17 @@ def register(
 
 
 def check_name(name: str) -> None:
-    """Raise InputError unless `name` is in `OWN`, or torchvision:NAME or hf:NAME_OR_FOLDER."""
+    """Raise InputError unless `name` is in `OWN`, or torchvision:NAME, timm:NAME_OR_FOLDER or hf:NAME_OR_FOLDER."""
+    if name.startswith(timm_models.PREFIX):
+        timm_models.source(name)
+        return
     if name in OWN or name in zoo.names() or (name.startswith(huggingface.PREFIX) and name != huggingface.PREFIX):
         return
     near = zoo.PREFIX + name
     hint = f"did you mean {near}? " if near in zoo.names() else ""
     raise InputError(
-        f"unknown model {name!r}: {hint}expected one of {', '.join(OWN)}, torchvision:NAME or hf:NAME_OR_FOLDER"
+        f"unknown model {name!r}: {hint}expected one of {', '.join(OWN)}, torchvision:NAME, timm:NAME_OR_FOLDER or "
+        f"hf:NAME_OR_FOLDER"
     )
 
 
@@ -83,7 +87,7 @@ def build(
 ) -> Classifier:
     """Return an untrained classifier.
 
-    name       a name in `OWN`, `torchvision:NAME` or `hf:NAME_OR_FOLDER`
+    name       a name in `OWN`, `torchvision:NAME`, `timm:NAME_OR_FOLDER` or `hf:NAME_OR_FOLDER`
     mean, std  of the input normalisation, per channel; None: those of the model family
     """
     check_name(name)
@@ -92,9 +96,14 @@ def build(
     return _classifier(name, num_classes, _network(name, num_classes), mean, std)
 
 
+def _family(name: str):
+    """Return what builds the networks of this package, of timm, of torchvision or of the user by name."""
+    return OWN.get(name) or (timm_models if name.startswith(timm_models.PREFIX) else zoo)
+
+
 def _network(name: str, num_classes: int) -> nn.Module:
-    """Return an untrained network of this package, of torchvision or of the user."""
-    net = OWN.get(name, zoo).build(name, num_classes)
+    """Return an untrained network of this package, of timm, of torchvision or of the user."""
+    net = _family(name).build(name, num_classes)
     check_weights(net, f"the model {name}")
     return net
 
@@ -102,12 +111,16 @@ def _network(name: str, num_classes: int) -> nn.Module:
 def _classifier(
     name: str, num_classes: int, net: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> Classifier:
-    """Return a network behind its normalisation; None: that of the model family."""
-    family = OWN.get(name, zoo)
+    """Return a network behind its normalisation; None: that of the model family. timm has a resize and crop before."""
+    family = _family(name)
+    if family is timm_models:
+        resize, default_mean, default_std = timm_models.data_layers(name, net)
+    else:
+        resize, default_mean, default_std = [], family.MEAN, family.STD
     channels = getattr(family, "CHANNELS", None) or input_channels(net)
-    pairs = ((family.MEAN, "--mean", mean), (family.STD, "--std", std))
+    pairs = ((default_mean, "--mean", mean), (default_std, "--std", std))
     values = [statistics(channels, default, (flag, chosen), what=name) for default, flag, chosen in pairs]
-    return Classifier(name, num_classes, net, nn.Sequential(Normalize(*values)))
+    return Classifier(name, num_classes, net, nn.Sequential(*resize, Normalize(*values)))
 
 
 def load(
@@ -121,19 +134,25 @@ def load(
     """Return a trained classifier in eval mode, in channels-last format, with `source` and `sha256` of its weights.
 
     checkpoint  a file of weights (safetensors, or a pickle of tensors). For torchvision also the name of a set of
-                pretrained weights; None is the first set. `hf:` models need no file.
+                pretrained weights; None is the first set. `hf:` and `timm:` models need no file.
     mean, std   of the input normalisation; None: those in the file, or else those of the model family
     weights_key which weights of a file with several, such as `model_ema`, see `checkpoint.read`
 
     Raises InputError if the weights are missing, damaged, unsafe to read or of another network.
     """
     check_name(name)
+    folder = timm_models.source(name).folder if _family(name) is timm_models and checkpoint is None else None
+    if folder:
+        timm_models.check_num_classes(name, num_classes)
+        checkpoint = timm_models.weights_file(folder)
     if checkpoint is None or has_weights(name, checkpoint):
         classifier = _published(name, num_classes, checkpoint)
     else:
         classifier = _from_file(name, num_classes, Path(checkpoint), mean, std, weights_key)
         if classifier.notes and mean is not None and std is not None:
             classifier.notes = [note for note in classifier.notes if STATISTICS not in note]
+    if folder:
+        classifier.not_read = [*timm_models.unread_files(folder), *(f"{key} (weights)" for key in classifier.not_read)]
     classifier = _with_statistics(classifier, mean, std)
     return classifier.eval().to(memory_format=torch.channels_last)
 
@@ -145,6 +164,9 @@ def _published(name: str, num_classes: int, choice: str | None) -> Classifier:
         net, preprocess, not_read = huggingface.load(name, num_classes)
         classifier = Classifier(name, num_classes, net, preprocess)
         classifier.not_read = not_read
+        classifier.source = name
+    elif name.startswith(timm_models.PREFIX):
+        classifier = _classifier(name, num_classes, timm_models.load(name, num_classes), None, None)
         classifier.source = name
     else:
         state, source, mean, std = zoo.pretrained_state(name, num_classes, choice)
@@ -214,7 +236,7 @@ def _fill(classifier: Classifier, state: dict[str, Tensor], source: str) -> None
 def infer_num_classes(name: str, state: dict[str, Tensor], source: str) -> int:
     """Return the number of classes of the weights in a file, given that they are of the model `name`.
 
-    name    a name in `OWN` or torchvision:NAME
+    name    a name in `OWN`, torchvision:NAME or timm:NAME
     source  name of the file, for the message
 
     Raises InputError if they are of another model.
@@ -232,13 +254,13 @@ def fitting_prefixes(name: str, state: dict[str, Tensor]) -> list[str]:
     if number is None:
         return []
     with torch.device("meta"):
-        net = OWN.get(name, zoo).build(name, number)
+        net = _family(name).build(name, number)
         _adapt_channels(net, state)
     return checkpoints.fitting_prefixes(state, net)
 
 
 def _num_classes(name: str, state: dict[str, Tensor]) -> int | None:
-    return checkpoints.num_classes(state, functools.partial(OWN.get(name, zoo).build, name))
+    return checkpoints.num_classes(state, functools.partial(_family(name).build, name))
 
 
 def _looks_like(state: dict[str, Tensor]) -> str:
@@ -265,32 +287,30 @@ def _with_statistics(classifier: Classifier, mean: Sequence[float] | None, std: 
 
 
 def save(classifier: Classifier, path: Path, settings: dict[str, object]) -> None:
-    """Write the classifier as a safetensors file with the settings as metadata; a Hugging Face model as a folder.
+    """Write the classifier as a safetensors file with the settings as metadata, or as the folder that its library reads.
+
+    path  ends with .safetensors for a file; `saved_suffix` is the form of each model
 
     The file uses the layer names of the network without its normalisation, so that other software can load it. The
-    metadata has mean and std.
+    metadata has mean and std. Folders have no settings.
     """
-    if classifier.name.startswith(huggingface.PREFIX):
+    mean, std = decimals(classifier.normalize.mean), decimals(classifier.normalize.std)
+    folder_format = _folder_format(classifier.name)
+    if folder_format and Path(path).suffix != SUFFIX:
         with atomic(path) as part:
-            statistics = decimals(classifier.normalize.mean), decimals(classifier.normalize.std)
-            huggingface.save(classifier.net, classifier.name, part, *statistics)
+            folder_format.save(classifier.net, classifier.name, part, mean, std)
         return
-    described = {
-        "model": classifier.name,
-        "num_classes": classifier.num_classes,
-        "mean": decimals(classifier.normalize.mean),
-        "std": decimals(classifier.normalize.std),
-    }
+    described = {"model": classifier.name, "num_classes": classifier.num_classes, "mean": mean, "std": std}
     checkpoints.write(path, classifier.net, settings | described)
 
 
 def load_saved(path: Path, like: Classifier) -> Classifier:
-    """Return the classifier that `save` wrote to `path`.
+    """Return the classifier that `save` wrote to `path`, in the form of its `saved_suffix`.
 
     like  a classifier of the same model
     """
-    is_folder = like.name.startswith(huggingface.PREFIX)
-    name, file = (f"{huggingface.PREFIX}{path}", None) if is_folder else (like.name, path)
+    folder_format = _folder_format(like.name)
+    name, file = (f"{folder_format.PREFIX}{path}", None) if folder_format else (like.name, path)
     loaded = load(name, like.num_classes, file)
     loaded.name, loaded.outputs = like.name, like.outputs  # the name is not the path of the saved folder
     for ours, theirs in zip(loaded.normalize.buffers(), like.normalize.buffers(), strict=True):
@@ -298,9 +318,14 @@ def load_saved(path: Path, like: Classifier) -> Classifier:
     return loaded
 
 
-def saved_suffix(classifier: Classifier) -> str:
-    """Return the suffix of the file that `save` writes; empty if it writes a folder."""
-    return "" if classifier.name.startswith(huggingface.PREFIX) else ".safetensors"
+def saved_suffix(name: str) -> str:
+    """Return the suffix of the file in which an unlearned model is saved; empty for a folder."""
+    return "" if _folder_format(name) else SUFFIX
+
+
+def _folder_format(name: str):
+    """Return the library that saves a model as a folder, for models of Hugging Face and timm; else None."""
+    return next((library for library in (huggingface, timm_models) if name.startswith(library.PREFIX)), None)
 
 
 def decimals(statistics: Tensor) -> list[float]:

@@ -164,6 +164,8 @@ def make_grey(net: nn.Module) -> None:
     sizes = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
     new = nn.Conv2d(1, old.out_channels, bias=old.bias is not None, **sizes)
     net.set_submodule(name, new)
+    if hasattr(net, "in_chans"):  # timm derives the input of a network from it
+        net.in_chans = 1
     if getattr(net, "transform_input", False):  # torchvision's Inception nets would select colours
         net.transform_input = False
 

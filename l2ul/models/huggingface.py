@@ -11,10 +11,11 @@ from PIL.Image import Image
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
-import torchvision.transforms.v2.functional as transforms
 
 from l2ul.common.errors import InputError, is_out_of_memory
+from l2ul.common.files import other_files
 from l2ul.models.classifier import Normalize, check_weights, statistics
+from l2ul.models.preprocessing import CenterCrop, Resize, agree, smooth_image
 
 PREFIX = "hf:"
 ADAPTER = "adapter_config.json"  # of peft
@@ -38,45 +39,13 @@ INTERPOLATION = {  # PIL's filter numbers, as processors store them
 }
 
 
-class Resize(nn.Module):
-    """Resize pixels (N, 3, H, W), differentiably.
-
-    size  [height, width], or the length of the short side
-    """
-
-    def __init__(self, size: list[int] | int, interpolation: InterpolationMode):
-        super().__init__()
-        self.size, self.interpolation = size, interpolation
-
-    def extra_repr(self) -> str:
-        return f"{self.size}, {self.interpolation.value}"
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        resized = transforms.resize(pixels, self.size, self.interpolation, antialias=True)
-        return resized.clamp(0, 1)  # bicubic interpolation overshoots; the processor's 8-bit pixels cannot
-
-
-class CenterCrop(nn.Module):
-    """Return the centre `size` = [height, width] of pixels (N, 3, H, W)."""
-
-    def __init__(self, size: list[int]):
-        super().__init__()
-        self.size = size
-
-    def extra_repr(self) -> str:
-        return str(self.size)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return transforms.center_crop(pixels, self.size)
-
-
 def configuration(name: str):
     """Return the configuration in the folder or on the hub, with `num_labels`, `id2label` and `dtype`."""
     from transformers import AutoConfig
 
     config = _read(name, AutoConfig.from_pretrained)
     if config.model_type == "timm_wrapper":
-        raise InputError(_timm_message(name, config.to_dict()))
+        raise InputError(_timm_message(name))
     return config
 
 
@@ -181,7 +150,7 @@ def _check_folder(folder: Path) -> None:
     if "model_type" in config:
         return
     if isinstance(config.get("architecture"), str):
-        raise InputError(_timm_message(str(folder), config))
+        raise InputError(_timm_message(str(folder)))
     for file, library in OTHER_LIBRARIES.items():
         if (folder / file).exists():
             raise InputError(
@@ -229,29 +198,16 @@ def _adapter_message(place: str, adapter: dict) -> str:
     )
 
 
-def _timm_message(place: str, config: dict) -> str:
-    """Return the sentence that refuses a model folder of timm, with the way to open it."""
-    cfg = config.get("pretrained_cfg")
-    cfg = cfg if isinstance(cfg, dict) else {}
-    architecture, classes = _plain(config["architecture"]) or "NAME", config.get("num_classes")
-    values = {"image-size": _numbers(cfg.get("input_size"))[-1:]}
-    values |= {name: _numbers(cfg.get(name)) for name in ("mean", "std")}
-    flags = "".join(f" --{name} {' '.join(numbers)}" for name, numbers in values.items() if numbers)
-    number = f", num_classes={classes}" if isinstance(classes, int) else ""
-    return (
-        f"{place} is a model folder of timm ({architecture}), not of transformers; give --build a function that "
-        f"returns timm.create_model('{architecture}'{number}), with --checkpoint {place}/model.safetensors{flags}"
-    )
+def _timm_message(name: str) -> str:
+    """Return the sentence that refuses a model of timm, with the name under which it opens."""
+    place = name.removeprefix(PREFIX)
+    source = "" if Path(place).is_dir() else "hf_hub:"
+    return f"{place} is a model of timm, not of transformers; give --model timm:{source}{place}"
 
 
 def _plain(value: object) -> str | None:
     """Return a name or path from a file if it can stand in a command as it is; else None."""
     return value if isinstance(value, str) and re.fullmatch(r"[\w./][\w./-]*", value) else None
-
-
-def _numbers(values: object) -> list[str]:
-    is_list = isinstance(values, list) and all(isinstance(value, int | float) for value in values)
-    return [f"{value:g}" for value in values] if is_list else []
 
 
 def unread_files(folder: Path) -> list[str]:
@@ -263,8 +219,7 @@ def unread_files(folder: Path) -> list[str]:
         return []
     weights = next((name for name in WEIGHTS if (folder / name).is_file()), "")
     parts = _read_json(folder / weights).get("weight_map", {}) if weights.endswith(".index.json") else {}
-    read = {"config.json", *PROCESSORS, weights, *(parts.values() if isinstance(parts, dict) else ())}
-    return sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name not in read)
+    return other_files(folder, {"config.json", *PROCESSORS, weights, *(parts.values() if isinstance(parts, dict) else ())})
 
 
 def _quiet() -> None:
@@ -306,16 +261,9 @@ def _preprocess(name: str, channels: int = 3) -> nn.Sequential:
 
 def _check_layers(name: str, processor, preprocess: nn.Sequential, channels: int) -> None:
     """Raise InputError unless layers and processor agree on a smooth image: some processors have further steps."""
-    ramp = torch.linspace(0, 1, 64)
-    image = torch.stack([ramp.expand(64, 64), ramp.expand(64, 64).T, (1 - ramp).expand(64, 64)])
-    image = image[:channels]
-    pixels = (image * 255).round().to(torch.uint8)
-    expected = processor(pixels, return_tensors="pt")["pixel_values"]
-    actual = preprocess(pixels[None] / 255)
-    if actual.shape == expected.shape:
-        levels = (actual - expected).abs() * preprocess[-1].std * 255
-        if levels.max() <= 4:  # the processor rounds to 8 bits after each pass of its resize
-            return
+    pixels = smooth_image(channels)
+    if agree(preprocess, pixels, processor(pixels, return_tensors="pt")["pixel_values"]):
+        return
     raise InputError(
         f"the processor of {name} ({type(processor).__name__}) does more than resize, centre crop and normalise, "
         f"so its model cannot be used with pixels in [0,1]; name a model with a plain processor"

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from l2ul import models
 from l2ul.common import seeds
 from l2ul.common.errors import InputError
 from l2ul.experiments import records
@@ -41,10 +42,9 @@ def path_of(run: Record, suffix: str) -> Path:
 
 
 def saved_model(run: Record) -> Path:
-    """Return the path that main_unlearn.py --save-model uses: a file, or a folder for a Hugging Face model."""
+    """Return the path that main_unlearn.py --save-model uses: a file, or a folder for a model of Hugging Face or timm."""
     record = path_of(run, ".json")
-    suffix = "" if run["model"].startswith("hf:") else ".safetensors"
-    return records.RunFiles(record.parent.parent, record.stem, suffix).model
+    return records.RunFiles(record.parent.parent, record.stem, models.saved_suffix(run["model"])).model
 
 
 def usual(runs: Iterable[Record]) -> list[Record]:

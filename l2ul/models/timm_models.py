@@ -1,0 +1,355 @@
+"""Image classifiers of timm, by name, hub name or local folder, with their data config as differentiable layers."""
+
+import ast
+from collections.abc import Callable
+import copy
+from dataclasses import dataclass, field
+import difflib
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+
+from PIL.Image import Image
+from safetensors.torch import save_file
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import to_pil_image
+
+from l2ul.common.errors import InputError, is_out_of_memory
+from l2ul.common.files import other_files
+from l2ul.common.modes import eval_mode
+from l2ul.common.text import read_text
+from l2ul.models.classifier import Normalize, check_weights, logits_of
+from l2ul.models.preprocessing import CenterCrop, Resize, agree, smooth_image
+
+PREFIX = "timm:"
+HUB, FOLDER = "hf-hub:", "local-dir:"  # before the names that timm.create_model takes
+CONFIG = "config.json"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")  # timm reads the first
+LARGEST = 4096  # pixels of a side
+INTERPOLATION = {mode.value: mode for mode in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)}
+CROP_MODES = ("center", "squash", "border")
+DATA_ARGUMENTS = {  # arguments after a name that belong to the data config, not to the network
+    "img_size": ("a whole number of pixels", lambda value: type(value) is int and 0 < value <= LARGEST),
+    "crop_pct": ("a number above 0", lambda value: isinstance(value, int | float) and 0 < value <= 2),
+    "crop_mode": (f"one of {', '.join(CROP_MODES)}", lambda value: value in CROP_MODES),
+    "interpolation": (f"one of {', '.join(INTERPOLATION)}", lambda value: value in INTERPOLATION),
+}
+RESERVED = {  # arguments of timm.create_model that are set here
+    *("num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"),
+    *("features_only", "scriptable", "exportable", "no_jit", "device", "dtype", "model_name", "pretrained_model_args"),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a name `timm:…` stands for.
+
+    model      as timm.create_model takes it: an architecture with or without a tag, or with HUB or FOLDER before it
+    arguments  for the network
+    data       for the data config
+    """
+
+    model: str
+    arguments: dict[str, object] = field(default_factory=dict)
+    data: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder; None for another source."""
+        return Path(self.model.removeprefix(FOLDER)) if self.model.startswith(FOLDER) else None
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether a folder has a config.json as timm writes it. timm need not be installed."""
+    try:
+        config = json.loads(read_text(path / CONFIG))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and isinstance(config.get("architecture"), str)
+
+
+def source(name: str) -> Source:
+    """Return what a name stands for. Raises InputError if timm has no such model, or is not installed.
+
+    name  timm:NAME, timm:hf_hub:NAME or timm:FOLDER. After a NAME there may be arguments: timm:NAME,KEY=VALUE,…
+    """
+    timm = _timm()
+    text = name.removeprefix(PREFIX)
+    folder = text.removeprefix(FOLDER)
+    if folder != text or (text and Path(text).is_dir() and not timm.is_model(text)):
+        _check_folder(timm, Path(folder))
+        return Source(FOLDER + folder)
+    model, *pairs = text.split(",")
+    if model.startswith((HUB, "hf_hub:")):
+        model = HUB + model.partition(":")[2]
+    else:
+        _check_architecture(timm, model)
+    arguments = dict(_argument(name, pair) for pair in pairs)
+    data = {key: value for key, value in arguments.items() if key in DATA_ARGUMENTS}
+    return Source(model, {key: value for key, value in arguments.items() if key not in data}, data)
+
+
+def _timm() -> ModuleType:
+    """Return the package. Raises InputError if it is not installed."""
+    try:
+        import timm
+    except ImportError:
+        raise InputError(
+            "a model of timm needs the package timm; install it (uv run --extra timm …, or pip install timm)"
+        ) from None
+    return timm
+
+
+def _check_architecture(timm: ModuleType, model: str) -> None:
+    architecture, _, tag = model.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), 1)
+        hint = f"did you mean {PREFIX}{near[0]}? " if near else ""
+        raise InputError(
+            f"unknown model {PREFIX + model!r}: {hint}expected the name of a model of timm, hf_hub:NAME or a folder "
+            f"that timm wrote"
+        )
+    tags = timm.models.get_arch_pretrained_cfgs(architecture)
+    if tag and model not in tags:
+        known = ", ".join(one.partition(".")[2] for one in tags) or "none"
+        raise InputError(f"unknown weights {tag!r} of {PREFIX}{architecture}; timm has: {known}")
+
+
+def _argument(name: str, pair: str) -> tuple[str, object]:
+    """Return key and value of KEY=VALUE; the value is a number, True, False or a word."""
+    key, equals, text = pair.partition("=")
+    if not (key.isidentifier() and equals and text):
+        raise InputError(f"{pair!r} in {name} is not valid; expected KEY=VALUE, such as img_size=32")
+    if key in RESERVED:
+        raise InputError(f"{key} in {name} cannot be set; leave it out")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = text
+    value = value if isinstance(value, bool | int | float) else text
+    expected, is_valid = DATA_ARGUMENTS.get(key, ("", lambda value: True))
+    if not is_valid(value):
+        raise InputError(f"{key}={text} in {name} is not valid; expected {expected}")
+    return key, value
+
+
+def _check_folder(timm: ModuleType, folder: Path) -> None:
+    """Raise InputError unless a folder has a config.json that names an architecture of timm."""
+    try:
+        config = json.loads(read_text(folder / CONFIG))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is no JSON" if isinstance(error, ValueError | RecursionError) else error.strerror
+        raise InputError(
+            f"cannot read {folder / CONFIG} ({reason}); expected a folder that save_for_hf or push_to_hf_hub of timm "
+            f"wrote"
+        ) from None
+    architecture = config.get("architecture") if isinstance(config, dict) else None
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        what = f"the architecture {architecture!r}, which timm {timm.__version__} does not have"
+        raise InputError(
+            f"{folder / CONFIG} names {what if architecture else 'no architecture'}; expected a folder that "
+            f"save_for_hf or push_to_hf_hub of timm wrote"
+        )
+
+
+def weights_file(folder: Path) -> Path:
+    """Return the file of weights in a folder that timm reads. Raises InputError if there is none."""
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder} has no file of weights; expected one of {', '.join(WEIGHTS)}")
+    return path
+
+
+def unread_files(folder: Path) -> list[str]:
+    """Return the files and subfolders (with a final /) of a folder that opening the model does not read."""
+    return other_files(folder, {CONFIG, weights_file(folder).name})
+
+
+def build(name: str, num_classes: int | None = None) -> nn.Module:
+    """Return the untrained network. `num_classes`: None for those of the name, as `net.num_classes` says."""
+    return _create(name, num_classes, pretrained=False)
+
+
+def num_classes(name: str) -> int:
+    """Return the number of classes of the trained model. Raises InputError if it has no classifier."""
+    with torch.device("meta"):
+        number = getattr(build(name), "num_classes", 0)
+    if not number:
+        raise InputError(
+            f"{name} has no classifier (0 classes); name a model with one, or a file of weights for it with --checkpoint"
+        )
+    return number
+
+
+def check_num_classes(name: str, expected: int) -> None:
+    """Raise InputError unless the trained model has the expected number of classes."""
+    number = num_classes(name)
+    if number != expected:
+        raise InputError(
+            f"{name} has {number} classes, but the data set has {expected}; name a file of weights for it with "
+            f"--checkpoint"
+        )
+
+
+def load(name: str, num_classes: int) -> nn.Module:
+    """Return the network with timm's pretrained weights, or those of the hub."""
+    check_num_classes(name, num_classes)
+    model = source(name).model
+    if not model.startswith(HUB) and not _timm().models.is_model_pretrained(model):
+        raise InputError(f"timm has no weights for {name}; name a file of weights for it with --checkpoint")
+    return _create(name, num_classes, pretrained=True)
+
+
+def _create(name: str, num_classes: int | None, pretrained: bool) -> nn.Module:
+    """Call timm.create_model, which reads pickles of weights as tensors only."""
+    timm, chosen = _timm(), source(name)
+    try:
+        size = {"img_size": chosen.data.get("img_size")}
+        arguments = timm.models.resolve_model_input_args(chosen.model, size, **chosen.arguments)
+        _check_config(name, arguments)
+        arguments |= {} if num_classes is None else {"num_classes": num_classes}
+        net = timm.create_model(**arguments, pretrained=pretrained)
+    except InputError:
+        raise
+    except Exception as error:  # timm, huggingface_hub, torch and safetensors each raise their own exceptions
+        if is_out_of_memory(error):
+            raise
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if chosen.model.startswith(HUB) or pretrained:
+            reason = "it could not be downloaded, or timm does not accept it"
+        else:
+            reason = f"timm does not accept its {CONFIG if chosen.folder else 'arguments'}"
+        raise InputError(f"cannot load {name}: {reason} ({first.strip()[:160]})") from None
+    check_weights(net, name)
+    changes = {key: value for key, value in chosen.data.items() if key != "img_size"}
+    if "img_size" in chosen.data:
+        changes["input_size"] = (net.pretrained_cfg["input_size"][0], *[chosen.data["img_size"]] * 2)
+    net.pretrained_cfg = net.default_cfg = {**net.pretrained_cfg, **changes}
+    return net.float()
+
+
+def _check_config(name: str, arguments: dict) -> None:
+    """Raise InputError for sizes, statistics or crops in a config.json that no image can have."""
+    config = arguments["pretrained_cfg"]
+    size = _list(config.get("input_size", (3, 224, 224)))
+    if len(size) != 3 or not all(map(_is_side, [*size, *_list(arguments.get("img_size") or ())])):
+        raise InputError(
+            f"{name} has images of size {arguments.get('img_size') or size} in its {CONFIG}; expected channels, height "
+            f"and width, from 1 to {LARGEST}"
+        )
+    for key, is_valid in (("mean", math.isfinite), ("std", lambda value: math.isfinite(value) and value > 0)):
+        values = config.get(key)
+        if values is not None and not all(isinstance(one, int | float) and is_valid(one) for one in _list(values)):
+            raise InputError(f"{name} has {key} {values} in its {CONFIG}; expected one number per channel")
+    for key, (expected, is_valid) in DATA_ARGUMENTS.items():
+        if key in config and not is_valid(config[key]):
+            raise InputError(f"{name} has {key} {config[key]!r}; expected {expected}")
+
+
+def _is_side(value: object) -> bool:
+    return DATA_ARGUMENTS["img_size"][1](value)
+
+
+def _list(values: object) -> list:
+    return list(values) if isinstance(values, list | tuple) else [values]
+
+
+def data_layers(name: str, net: nn.Module) -> tuple[list[nn.Module], tuple[float, ...], tuple[float, ...]]:
+    """Return timm's resize and crop as layers that take pixels in [0,1] of any size, and its mean and std.
+
+    Raises InputError if layers cannot express timm's transform, or if the network does not classify its images.
+    """
+    config = _data_config(net)
+    (channels, *size), part = config["input_size"], config["crop_pct"]
+    if channels not in (1, 3):
+        raise InputError(f"{name} takes images of {channels} channels; expected 1 (grey) or 3 (colour)")
+    scaled = [math.floor(side / part) for side in size]
+    resize = Resize(
+        scaled if config["crop_mode"] == "squash" else scaled[0], INTERPOLATION[config["interpolation"]]
+    )
+    statistics = [tuple(config[key]) for key in ("mean", "std")]
+    preprocess = nn.Sequential(resize, CenterCrop(size), Normalize(*statistics))
+    pixels = smooth_image(channels, 80, 64)
+    expected = _timm().data.create_transform(**config)(to_pil_image(pixels))
+    if not agree(preprocess, pixels, expected[None]):
+        raise InputError(
+            f"the transform of {name} does more than resize, centre crop and normalise (crop_mode "
+            f"{config['crop_mode']}, input_size {size[0]}x{size[1]}), so its model cannot be used with pixels in "
+            f"[0,1]; choose a model with crop_mode center or squash and square images"
+        )
+    _check_logits(name, net, preprocess(pixels[None] / 255))
+    return list(preprocess[:-1]), *statistics
+
+
+def _data_config(net: nn.Module) -> dict:
+    """Return timm's data config of a network, and store it in the network, which timm then takes it from."""
+    config = _timm().data.resolve_input_data_config(net)
+    net.pretrained_cfg = net.default_cfg = {**net.pretrained_cfg, **config}
+    return config
+
+
+def _check_logits(name: str, net: nn.Module, inputs: Tensor) -> None:
+    """Raise InputError unless the network returns logits for inputs (1, C, H, W)."""
+    try:
+        with torch.inference_mode(), eval_mode(net):
+            shape = tuple(logits_of(net(inputs)).shape)
+    except Exception as error:  # layers raise anything at a size that they do not take
+        if is_out_of_memory(error):
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        size = "x".join(map(str, inputs.shape[1:]))
+        raise InputError(
+            f"{name} cannot classify images of {size} ({first[:160]}); name a classifier that takes images"
+        ) from None
+    if shape != (1, net.num_classes):
+        raise InputError(f"{name} returns {shape} for an image, not {net.num_classes} logits; name a classifier")
+
+
+def transform(net: nn.Module) -> Callable[[Image], Tensor]:
+    """Return timm's resize and crop as a function from images to uint8 pixels (C, H, W)."""
+    return _timm().data.create_transform(**_data_config(net), normalize=False)
+
+
+def class_names(name: str, net: nn.Module) -> list[str]:
+    """Return the names of the classes: those in the config, or ImageNet's of timm's own weights; else empty."""
+    names = net.pretrained_cfg.get("label_names")
+    if isinstance(names, dict):
+        names = [names.get(str(index), names.get(index)) for index in range(net.num_classes)]
+    if names is None and not source(name).model.startswith((HUB, FOLDER)):
+        data = _timm().data
+        subset = data.infer_imagenet_subset(net)
+        names = data.ImageNetInfo(subset).label_names() if subset else None
+    is_complete = isinstance(names, list | tuple) and len(names) == net.num_classes
+    return list(names) if is_complete and all(isinstance(one, str) for one in names) else []
+
+
+def save(net: nn.Module, name: str, folder: Path, mean: list[float], std: list[float]) -> None:
+    """Write the network as timm's save_for_hf does, so that plain timm code loads it.
+
+    mean, std  normalisation with which the network was used; the config gets them
+
+    A model that came from a folder keeps the config.json of that folder.
+    """
+    original = source(name).folder
+    net = copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format)
+    folder.mkdir(exist_ok=True)
+    if original:
+        save_config(net, original, folder, mean, std)
+        save_file(net.state_dict(), folder / WEIGHTS[0], {"format": "pt"})
+    else:
+        net.pretrained_cfg = {**net.pretrained_cfg, "mean": mean, "std": std}
+        _timm().models.save_for_hf(net, folder, safe_serialization=True)
+
+
+def save_config(net: nn.Module, original: Path, folder: Path, mean: list[float], std: list[float]) -> None:
+    """Copy config.json from the folder of a model, with another normalisation if it was used with another."""
+    own = _data_config(net)
+    text = (original / CONFIG).read_bytes()
+    if not all(torch.equal(torch.tensor(own[key]), torch.tensor(used)) for key, used in (("mean", mean), ("std", std))):
+        config = json.loads(read_text(original / CONFIG))
+        config.get("pretrained_cfg", config).update(mean=mean, std=std)
+        text = json.dumps(config, indent=2).encode()
+    (folder / CONFIG).write_bytes(text)
