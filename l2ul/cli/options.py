@@ -84,7 +84,7 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
         group,
         "--model",
         "resnet18|34|50, the same with _nopool or _cifar100, resnet20|32|44|56, mobilenet_v2, squeezenet1_1, "
-        "densenet121, lenet, torchvision:NAME or hf:NAME_OR_FOLDER",
+        "densenet121, lenet, torchvision:NAME, timm:NAME_OR_FOLDER or hf:NAME_OR_FOLDER",
         metavar="NAME",
         **({"default": model} if model else {}),
     )

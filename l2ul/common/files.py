@@ -71,7 +71,8 @@ def file_sha256(path: Path) -> str:
 
 def other_files(folder: Path, names: Collection[str]) -> list[str]:
     """Return the names of all files and subfolders (with a final /) in a folder but `names`, sorted."""
-    return sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir() if path.name not in names)
+    others = [path for path in folder.iterdir() if path.name not in names]
+    return sorted(f"{path.name}/" if path.is_dir() else path.name for path in others)
 
 
 def tensors_sha256(tensors: "dict[str, Tensor]") -> str:

@@ -1,4 +1,4 @@
-"""Write the model card of a model in the form of save_pretrained or of timm: what was forgotten in numbers, never which images."""
+"""Write the model card of a model in a folder of its library: what was forgotten in numbers, never which images."""
 
 import jinja2
 

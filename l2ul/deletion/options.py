@@ -178,8 +178,8 @@ def parser(program: str) -> Parser:
 def _add_model(parser: Parser) -> None:
     group = parser.add_argument_group("model (--model or --build is required)")
     text = (
-        "hf:NAME; a folder that save_pretrained wrote; torchvision:NAME; an architecture of this project, such as "
-        "resnet20; or the --output folder of an earlier request"
+        "hf:NAME; timm:NAME; torchvision:NAME; a folder that save_pretrained of transformers or save_for_hf of timm "
+        "wrote; an architecture of this project, such as resnet20; or the --output folder of an earlier request"
     )
     options.add(group, "--model", text, metavar="MODEL", default=None)
     text = "file of weights; for torchvision:NAME also the name of one of its pretrained weights"

@@ -287,7 +287,7 @@ def _with_statistics(classifier: Classifier, mean: Sequence[float] | None, std: 
 
 
 def save(classifier: Classifier, path: Path, settings: dict[str, object]) -> None:
-    """Write the classifier as a safetensors file with the settings as metadata, or as the folder that its library reads.
+    """Write the classifier as a safetensors file with the settings as metadata, or as a folder of its library.
 
     path  ends with .safetensors for a file; `saved_suffix` is the form of each model
 

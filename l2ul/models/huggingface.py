@@ -219,7 +219,8 @@ def unread_files(folder: Path) -> list[str]:
         return []
     weights = next((name for name in WEIGHTS if (folder / name).is_file()), "")
     parts = _read_json(folder / weights).get("weight_map", {}) if weights.endswith(".index.json") else {}
-    return other_files(folder, {"config.json", *PROCESSORS, weights, *(parts.values() if isinstance(parts, dict) else ())})
+    parts = parts.values() if isinstance(parts, dict) else ()
+    return other_files(folder, {"config.json", *PROCESSORS, weights, *parts})
 
 
 def _quiet() -> None:

@@ -179,7 +179,7 @@ def num_classes(name: str) -> int:
         number = getattr(build(name), "num_classes", 0)
     if not number:
         raise InputError(
-            f"{name} has no classifier (0 classes); name a model with one, or a file of weights for it with --checkpoint"
+            f"{name} has no classifier (0 classes); name another model, or a file of weights with --checkpoint"
         )
     return number
 
@@ -267,9 +267,7 @@ def data_layers(name: str, net: nn.Module) -> tuple[list[nn.Module], tuple[float
     if channels not in (1, 3):
         raise InputError(f"{name} takes images of {channels} channels; expected 1 (grey) or 3 (colour)")
     scaled = [math.floor(side / part) for side in size]
-    resize = Resize(
-        scaled if config["crop_mode"] == "squash" else scaled[0], INTERPOLATION[config["interpolation"]]
-    )
+    resize = Resize(scaled if config["crop_mode"] == "squash" else scaled[0], INTERPOLATION[config["interpolation"]])
     statistics = [tuple(config[key]) for key in ("mean", "std")]
     preprocess = nn.Sequential(resize, CenterCrop(size), Normalize(*statistics))
     pixels = smooth_image(channels, 80, 64)

@@ -42,7 +42,7 @@ def path_of(run: Record, suffix: str) -> Path:
 
 
 def saved_model(run: Record) -> Path:
-    """Return the path that main_unlearn.py --save-model uses: a file, or a folder for a model of Hugging Face or timm."""
+    """Return the path that main_unlearn.py --save-model uses: a file, or a folder for Hugging Face and timm."""
     record = path_of(run, ".json")
     return records.RunFiles(record.parent.parent, record.stem, models.saved_suffix(run["model"])).model
 
