@@ -171,7 +171,7 @@ def record_name(name: str, data_dir: Path) -> str:
     folder, configuration = _find(name, Path(data_dir))
     if folder is None:
         return name
-    return f"{PREFIX}{folder.resolve().name}" + (f":{configuration}" if configuration else "")
+    return f"{PREFIX}{Path(os.path.abspath(folder)).name}" + (f":{configuration}" if configuration else "")
 
 
 def _find(name: str, data_dir: Path) -> tuple[Path | None, str | None]:
@@ -180,7 +180,7 @@ def _find(name: str, data_dir: Path) -> tuple[Path | None, str | None]:
     start, colon, end = place.rpartition(":")
     for text, configuration in ((place, None), (start, end)) if colon else ((place, None),):
         for folder in (Path(text), data_dir / text):
-            if text and folder.is_dir():
+            if text and os.path.isdir(folder):  # False for a name that no folder can have
                 return folder, configuration
     return None, end if colon else None
 
@@ -250,16 +250,18 @@ def _part(splits: "Mapping[str, Dataset]", shown: str, what: str, spec: str | No
         spec = next((name for name in usual if name in splits), None)
         if spec is None:
             raise InputError(f"{shown} has no split {' or '.join(usual[:2])}, {names}; {advice}")
-    try:
-        (place,) = ReadInstruction.from_spec(spec).to_absolute({name: len(rows) for name, rows in splits.items()})
-    except (ValueError, AssertionError):
-        raise InputError(f"{flag} is {spec}, but {shown} has no such split, {names}; {advice}") from None
-    rows = splits[place.splitname]
-    if place.to <= place.from_:
+    if spec in splits:
+        part = Part(spec, splits[spec], spec, 0, len(splits[spec]))
+    else:
+        try:
+            (place,) = ReadInstruction.from_spec(spec).to_absolute({name: len(rows) for name, rows in splits.items()})
+        except (ValueError, AssertionError):
+            raise InputError(f"{flag} is {spec}, but {shown} has no such split, {names}; {advice}") from None
+        rows = splits[place.splitname].select(range(place.from_, place.to))
+        part = Part(spec, rows, place.splitname, place.from_, place.to)
+    if not len(part.rows):
         raise InputError(f"the split {spec} of {shown} is empty, {names}; {advice}")
-    if (place.from_, place.to) != (0, len(rows)):
-        rows = rows.select(range(place.from_, place.to))
-    return Part(spec, rows, place.splitname, place.from_, place.to)
+    return part
 
 
 def _image_column(features: Mapping[str, object], shown: str, chosen: str | None) -> str:
@@ -270,10 +272,10 @@ def _image_column(features: Mapping[str, object], shown: str, chosen: str | None
 
 
 def _label_column(features: Mapping[str, object], shown: str, chosen: str | None) -> str:
-    from datasets import ClassLabel
+    from datasets import ClassLabel, Value
 
     remedy = "expected ClassLabel or integers: class_encode_column(NAME) of datasets converts text"
-    kinds = [lambda kind: isinstance(kind, ClassLabel), lambda kind: "int" in getattr(kind, "dtype", "")]
+    kinds = [lambda kind: isinstance(kind, ClassLabel), lambda kind: isinstance(kind, Value) and "int" in kind.dtype]
     return _column(features, shown, "label", chosen, kinds, remedy)
 
 
@@ -322,12 +324,12 @@ def _labels(shown: str, train: Part, test: Part, column: str) -> tuple[list[str]
                 f"row {values.argmax()} of the split {part.spec} of {shown} has label {values.max()}; expected 0 to "
                 f"{len(classes) - 1}, {'its classes' if names else 'as in the training set'}"
             )
-    return classes, [torch.from_numpy(values) for values in labels]
+    return classes, [torch.tensor(values) for values in labels]
 
 
 def _column_labels(shown: str, part: Part, column: str) -> np.ndarray:
     values = part.rows.select_columns([column]).with_format("arrow")[:].column(0)
-    labels = values.fill_null(-1).to_numpy().astype(np.int64)
+    labels = values.cast("int64", safe=False).fill_null(-1).to_numpy()
     missing = (labels < 0).nonzero()[0]
     if len(missing):
         raise InputError(

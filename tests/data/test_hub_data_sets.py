@@ -1,6 +1,7 @@
 """Data sets of Hugging Face `datasets`: folders that save_to_disk wrote, and names of the hub without a network."""
 
 import json
+import pickle
 import sys
 
 from helpers import load_records, without_costs, write_cifar
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10
 
+from l2ul.cli import pretrain_command
 from l2ul.common.errors import InputError
 from l2ul.data import datasets as data_sets
-from l2ul.data import huggingface, storage
+from l2ul.data import folder, huggingface, storage
 from l2ul.data.folder import FolderImages
+from l2ul.data.forget_set import files_of
 from l2ul.data.images import batches
 from l2ul.models import checkpoint
 import main_pretrain_mnist_lenet
@@ -46,8 +49,8 @@ def save(folder, **splits):
     return f"hf:{folder}"
 
 
-def load(name, folder="nowhere", **options):
-    return data_sets.load(name, folder, **options)
+def load(name, data_dir="nowhere", **options):
+    return data_sets.load(name, data_dir, **options)
 
 
 def test_the_same_images_as_cifar10_give_the_same_records(script, tmp_path, monkeypatch):
@@ -103,6 +106,10 @@ def test_square_images_of_one_size_stay_as_they_are(tmp_path, monkeypatch):
         streamed = torch.cat(list(batches(large.train.images, 3, torch.device("cpu"), workers)))
         assert torch.equal(streamed, loaded.train.images / 255)
     assert torch.equal(large.train.subset(torch.tensor([3, 0])).pixels(), loaded.train.images[[3, 0]])
+    assert files_of(large.train) == []  # a forget file lists rows, not files
+    assert torch.equal(folder._Encoded(large.train.images)[1], loaded.train.images[1])
+    again = pickle.loads(pickle.dumps(large.train))  # as in another process
+    assert torch.equal(again.pixels(), loaded.train.images)
     digest = large.train.sha256()
     assert load(name).train.sha256() == digest
     save(tmp_path / "insects", train=table(images[2:]), test=table(images[4:]))
@@ -133,7 +140,6 @@ def test_images_with_a_file_beside_the_table_and_with_an_exif_orientation(tmp_pa
     rows = {"photo": [str(tmp_path / "photo.png")] * 2, "kind": [0, 1]}
     beside = datasets.Dataset.from_dict(rows, features)
     loaded = load(save(tmp_path / "copied", train=beside, test=beside))
-    (tmp_path / "parquet").mkdir()
     assert loaded.classes == ["0", "1"]
     assert np.array_equal(loaded.train.images[0].permute(1, 2, 0).numpy(), np.asarray(photo))
     assert "hf:copied/train: 2 of 2 images have an EXIF orientation (train/0, train/1)" in loaded.notes[0]
@@ -147,7 +153,7 @@ def test_images_with_a_file_beside_the_table_and_with_an_exif_orientation(tmp_pa
 
 
 def test_columns_and_splits_are_chosen_by_flags(tmp_path):
-    value = datasets.Value("int32")
+    value = datasets.Value("uint8")
     extra = {"mask": (datasets.Image(), [Image.fromarray(one) for one in pixels(6, seed=1)])}
     rows = table(pixels(6), label=LABEL, coarse=(value, [0, 0, 1, 1, 2, 2]), **extra)
     name = save(tmp_path / "set", train=rows)
@@ -163,6 +169,8 @@ def test_columns_and_splits_are_chosen_by_flags(tmp_path):
     assert mask.num_classes == 3
     with pytest.raises(InputError, match="have images in common"):
         load(name, train_split="train[:4]", test_split="train[3:]")
+    split = load(save(tmp_path / "named", **{"training-1": rows, "test": rows}), train_split="training-1")
+    assert len(split.train) == 6
     renamed = save(tmp_path / "renamed", train=rows.rename_column("image", "photo"), test=rows)
     with pytest.raises(InputError, match="has several columns of images, photo, mask; choose one with --image-column"):
         load(renamed)
@@ -194,6 +202,10 @@ WRONG = {  # a training set, and part of the sentence that refuses it
     "no labels": (lambda x: table(x, [None, None]), "2 labels in the split train of hf:set are missing"),
     "text": (lambda x: table(x, ["a", "b"], TEXT), r"no column of labels among image \(Image\), label \(string\); exp"),
     "nested": (struct, r"no column of labels among image \(Image\), nested \(dict\); .* flatten\(\) opens nested"),
+    "array": (
+        lambda x: table(x, [[[0, 1]], [[1, 0]]], datasets.Array2D((1, 2), "int64")),
+        r"no column of labels among image \(Image\), label \(Array2D\)",
+    ),
     "gaps": (lambda x: table(x, [0, 7], NUMBER), "label of hf:set are 0 to 7 with gaps; expected 0, 1"),
     "no image": (lambda x: without(x, 1), r"cannot read the image hf:set/train/1 \(the row has no image\)"),
     "damaged": (damaged, r"cannot read the image hf:set/train/1 \(damaged: .*\); replace or"),
@@ -257,6 +269,17 @@ def test_a_folder_without_splits_or_without_a_data_set_is_refused(tmp_path):
             load(name)
 
 
+def test_a_copy_of_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    images = pixels(6)
+    (tmp_path / "data" / "clone").mkdir(parents=True)
+    for split, part in (("train", slice(4)), ("test", slice(4, 6))):
+        table(images[part]).to_parquet(tmp_path / "data" / "clone" / f"{split}-00000-of-00001.parquet")
+    loaded = load("hf:clone", tmp_path / "data")
+    assert (loaded.name, loaded.classes) == ("hf:clone", ["ant", "bee"])
+    assert torch.equal(loaded.test.images, torch.from_numpy(images[4:]).permute(0, 3, 1, 2))
+
+
 def test_code_in_a_data_set_is_never_run(tmp_path, monkeypatch):
     (tmp_path / "evil").mkdir()
     (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -282,8 +305,11 @@ def test_names_of_the_hub(monkeypatch, tmp_path):
     file = checkpoint.candidates("hf:one/set:small", "resnet20", tmp_path)[0]
     assert file == tmp_path / "weights" / "hf_one_set_small_resnet20.safetensors"
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="cannot load the data set hf:one/set: there is no such folder, and it cannot"):
-        load("hf:one/set")
+    for name in ("one/set", "x" * 300):
+        with pytest.raises(
+            InputError, match=f"cannot load the data set hf:{name}: there is no such folder, and it can"
+        ):
+            load(f"hf:{name}")
 
 
 def test_a_missing_package_and_flags_of_other_data_sets_end_a_script_with_one_sentence(script, tmp_path, monkeypatch):
@@ -313,8 +339,6 @@ def test_a_lenet_is_trained_on_grey_images_of_a_table_and_unlearns(script, tmp_p
     recipe = main_pretrain_mnist_lenet.RECIPE
 
     def pretrain():
-        from l2ul.cli import pretrain_command
-
         pretrain_command.main("main_pretrain_mnist_lenet.py", "Train.", "mnist", "lenet", recipe)
 
     code, out, err = script(pretrain, *common, "--epochs", 12, "--batch-size", 4, "--precision", "fp32")
@@ -322,7 +346,7 @@ def test_a_lenet_is_trained_on_grey_images_of_a_table_and_unlearns(script, tmp_p
     weights = tmp_path / "weights" / "hf_grey_lenet.safetensors"
     assert f"D_test 100.00 %: {weights}" in out
     state, metadata = checkpoint.read(weights)
-    assert next(iter(state.values())).shape[1:] == (1, 5, 5) or state["0.weight"].shape == (6, 1, 5, 5)
+    assert state["0.weight"].shape == (6, 1, 5, 5)
     assert json.loads(metadata["dataset"]) == "hf:grey"
     run = ["--result-dir", tmp_path, "--unlearn-k", 2, "--method", "neggrad", "distill", "adv_imp", "--num-adv-images"]
     run += [2, "--pgd-iter", 2, "--max-passes", 5, "--distill-steps", 3, "--no-cache"]
