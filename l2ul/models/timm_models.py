@@ -146,6 +146,11 @@ def _check_folder(timm: ModuleType, folder: Path) -> None:
             f"cannot read {folder / CONFIG} ({reason}); expected a folder that save_for_hf or push_to_hf_hub of timm "
             f"wrote"
         ) from None
+    if isinstance(config, dict) and config.get("model_type"):
+        raise InputError(
+            f"{folder} is a model of timm that transformers wrote, which timm does not open; write it again with "
+            f"timm.models.save_for_hf(model.timm_model, FOLDER, safe_serialization=True)"
+        )
     architecture = config.get("architecture") if isinstance(config, dict) else None
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         what = f"the architecture {architecture!r}, which timm {timm.__version__} does not have"
@@ -218,11 +223,13 @@ def _create(name: str, num_classes: int | None, pretrained: bool) -> nn.Module:
         if is_out_of_memory(error):
             raise
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if chosen.model.startswith(HUB) or pretrained:
-            reason = "it could not be downloaded, or timm does not accept it"
-        else:
-            reason = f"timm does not accept its {CONFIG if chosen.folder else 'arguments'}"
-        raise InputError(f"cannot load {name}: {reason} ({first.strip()[:160]})") from None
+        problem, remedy = f"timm does not accept its {CONFIG if chosen.folder else 'arguments'}", ""
+        if chosen.model.startswith(HUB):
+            problem = f"it could not be downloaded, or timm does not accept its {CONFIG}"
+        elif pretrained:
+            problem = "its weights could not be downloaded"
+            remedy = "; download them elsewhere and name the file with --checkpoint"
+        raise InputError(f"cannot load {name}: {problem} ({first.strip()[:160]}){remedy}") from None
     check_weights(net, name)
     changes = {key: value for key, value in chosen.data.items() if key != "img_size"}
     if "img_size" in chosen.data:

@@ -218,6 +218,11 @@ def test_models_of_the_hub_and_published_weights(hub, saved, tmp_path):
     assert timm_models.class_names("timm:test_resnet", loaded.net)[0] == "n01440764"
     with pytest.raises(InputError, match="has 1000 classes, but the data set has 10"):
         models.load("timm:test_resnet", 10)
+    (hub[0] / "model.safetensors").unlink()
+    with pytest.raises(
+        InputError, match="weights could not be downloaded .*; download them elsewhere and name the file"
+    ):
+        models.load("timm:test_resnet", 1000)
 
 
 def pretrain():
@@ -278,6 +283,7 @@ def set_args(**values):
         (lambda folder: (folder / "config.json").unlink(), "cannot read .*config.json"),
         (lambda folder: change(folder, architecture="nothing"), "names the architecture 'nothing', which timm"),
         (lambda folder: change(folder, architecture=7), "names the architecture 7"),
+        (lambda folder: change(folder, model_type="timm_wrapper"), "that transformers wrote.*save_for_hf"),
         (lambda folder: change(folder, pretrained_cfg=[1]), "timm does not accept its config.json"),
         (lambda folder: change(folder, model_args=[1]), "timm does not accept its config.json"),
         (set_args(num_classes=7), "has 7 classes, but the data set has 10"),
