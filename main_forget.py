@@ -84,21 +84,19 @@ def forget(args: argparse.Namespace) -> int:
 
     # Search settings that forget all images with the least damage.
     output.remove_interrupted(args.output)
-    candidates, early_end = [], []
-    if not forgotten.all():
-        candidates = search.find_candidates(
-            unlearner,
-            settings,
-            budget,
-            fixed=fixed,
-            keep_images=keep,
-            on_candidate=lambda candidate: log_candidate(candidate, recognised),
-            on_early_end=early_end.append,
-        )
+    early_end: list[str] = []
+    candidates, best = search.find_best(
+        unlearner,
+        settings,
+        budget,
+        forgotten,
+        fixed=fixed,
+        keep_images=keep,
+        on_candidate=lambda candidate: log_candidate(candidate, recognised),
+        on_early_end=early_end.append,
+    )
     for sentence in early_end:
         log(sentence)
-    stored = unlearner.forgotten_as_stored(original)
-    best = next((one for one in candidates[:1] if one.is_better_than(stored, forgotten)), None)
     unlearned = model.as_written(best.model if best else original)
 
     # Check the unlearned model.

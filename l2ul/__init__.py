@@ -1,13 +1,15 @@
 """Learning to unlearn: make a trained image classifier forget single training images.
 
-`attack`, `importance`, `objective` and `unlearn` are the paper's method on tensors and modules. The subpackages add
-methods, data sets, metrics, experiments, tables, deletion requests and sweeps.
+`forget` makes a classifier forget images and checks the result. `attack`, `importance`, `objective` and `unlearn` are
+the paper's method on tensors and modules. The subpackages add methods, data sets, metrics, experiments, tables,
+deletion requests and sweeps.
 
 Importing this package sets environment variables that torch reads when it is imported, so scripts import it first.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from importlib import import_module
 import os
 import time
 
@@ -24,3 +26,15 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 VERSION = "0.1.0"  # as in pyproject.toml
 METHOD_VERSION = 1  # part of the id of every record; raise it if the same settings give another result
+LAZY = {"forget": "l2ul.deletion.forget"}  # functions of this package, by the module that is imported at the first use
+
+
+def __getattr__(name: str) -> object:
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(LAZY[name]), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *LAZY])

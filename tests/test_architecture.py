@@ -6,6 +6,8 @@ from pathlib import Path
 from conftest import ROOT
 import pytest
 
+import l2ul
+
 # A package imports packages of lower layers, itself, and what SIDEWAYS allows within its layer.
 LAYERS = (
     {"common"},
@@ -37,7 +39,10 @@ SOURCES = sources()
 
 
 def package(module: str) -> str:
-    """Return the node of LAYERS that a module belongs to; "" for the package l2ul itself, which imports nothing."""
+    """Return the node of LAYERS that a module belongs to; "" for the package l2ul itself, which imports nothing.
+
+    Its functions of `l2ul.LAZY` are imported at their first use.
+    """
     first, _, rest = module.partition(".")
     return rest.partition(".")[0] if first == "l2ul" else "scripts"
 
@@ -84,6 +89,11 @@ def test_no_module_imports_itself_through_others():
 
     for module in SOURCES:
         visit(module, ())
+
+
+def test_functions_of_the_package_are_named_by_the_module_that_defines_them():
+    assert {name: getattr(l2ul, name).__module__ for name in l2ul.LAZY} == l2ul.LAZY
+    assert not {name for name in l2ul.LAZY if f"l2ul.{name}" in SOURCES}  # importing it would replace the function
 
 
 def test_few_modules_lie_beside_the_packages():

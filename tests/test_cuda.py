@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import l2ul
 from l2ul import attack, importance, models, objective, unlearn
 from l2ul.cli import pretrain_command
 from l2ul.common import precision
@@ -213,6 +214,16 @@ def test_a_request_is_carried_out_and_verified(forget, script, tmp_path, words):
     words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", "--device", "cuda"]
     code, out, err = script(main_forget.main, *words, "--build", "conftest:tiny_net")
     assert code == 0, out + err
+
+
+@pytest.mark.usefixtures("fast_report")
+def test_a_module_forgets_images_in_memory(trained, recwarn):
+    model, images, labels = trained
+    short = {"distill_steps": 2, "distill_mixes": 4, "distill_cycles": 1, "surrogate": images[10:20]}
+    result = l2ul.forget(model.to(CUDA), images[:2].to(CUDA) / 255, labels[:2], keep_images=images[2:4], **short)
+    assert all(tensor.is_cuda for tensor in result.model.state_dict().values())
+    assert result.forgotten_as_stored.equal(result.predictions_after != labels[:2])
+    assert result.forgotten.equal(result.forgotten_as_used)
 
 
 @pytest.mark.usefixtures("fast_metrics")

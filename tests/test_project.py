@@ -47,7 +47,8 @@ def test_constraints_are_equal_in_both_places_and_cover_what_is_asked_for():
     pins = [line for line in lines if not line.startswith("#")]
     assert pins == PROJECT["tool"]["uv"]["constraint-dependencies"]
     extras = sum(PROJECT["project"]["optional-dependencies"].values(), [])
-    asked = PROJECT["project"]["dependencies"] + extras + PROJECT["dependency-groups"]["dev"]
+    groups = PROJECT["dependency-groups"]
+    asked = PROJECT["project"]["dependencies"] + extras + groups["dev"] + groups["notebooks"]
     assert [split(pin)[0] for pin in pins] == list(dict.fromkeys(split(line)[0] for line in asked))
 
 

@@ -1,7 +1,7 @@
 """Measure what a deletion request achieved: predictions, robustness, relearning, membership inference, damage."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,6 +16,34 @@ from l2ul.deletion.search import TimeBudget, Unlearner
 from l2ul.metrics import accuracy, agreement, membership, relearn, robustness
 
 CHECKS_SHARE = 0.95  # of the time: relearning stops then
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How an unlearned model fulfils a request. Tensors (k,) bool are on the CPU.
+
+    used        how the images are forgotten as used
+    stored      whether the request is fulfilled for each image as it is stored and for its copies of --also
+    met         whether it is fulfilled for each image as the request counts, see `Unlearner.forgotten`
+    recognised  whether the original model recognised each image or one of these copies
+    """
+
+    used: robustness.AsUsed
+    stored: Tensor
+    met: Tensor
+    recognised: Tensor
+
+    @property
+    def forgotten(self) -> Tensor:
+        """Return which images (k,) bool count as forgotten: only those that the original model recognised."""
+        return self.met & self.recognised
+
+
+def judge(unlearner: Unlearner, after: nn.Module, *, with_kinds: bool = True) -> Verdict:
+    """Measure how an unlearned model fulfils a request; `with_kinds` as in `robustness.as_used`."""
+    used = robustness.as_used(after, unlearner.forget, with_kinds=with_kinds)
+    stored = unlearner.forgotten_as_stored(after)
+    return Verdict(used, stored, unlearner.forgotten(after, used, stored), unlearner.recognised)
 
 
 def measure(
@@ -37,7 +65,7 @@ def measure(
     """
     others = others or ("mixes of the images of the request", robustness.stand_ins(request.forget.images))
     labels, after_logits = request.forget.labels, logits(after, request.images)
-    used = robustness.as_used(after, request.forget)
+    verdict = judge(unlearner, after)
     deadline = budget.part(CHECKS_SHARE)
     with progress("relearning", relearn.MAX_STEPS) as advance:
 
@@ -47,23 +75,14 @@ def measure(
 
         back, steps = relearn.steps_to_relearn_each(after, request.images, labels, go_on)
     relearning = {"steps": steps, "lr": relearn.LEARNING_RATE}
-    stored, recognised = unlearner.forgotten_as_stored(after), unlearner.recognised
-    met = unlearner.forgotten(after, used, stored)
-    forgotten = met & recognised
+    forgotten = verdict.forgotten
     relearning["back"] = sum(step is not None for step, one in zip(back, forgotten.tolist(), strict=True) if one)
     return {
-        "images": image_rows(
-            request,
-            after_logits,
-            met.tolist(),
-            stored.tolist(),
-            recognised.tolist(),
-            used,
-            back,
-        ),
+        "images": image_rows(request, after_logits, verdict, back),
         "damage": [asdict(agreement.measure(after, probe)) for probe in unlearner.probes],
         "robustness": {
-            change: None if kept is None else int((kept & forgotten).sum()) for change, kept in used.survives().items()
+            change: None if kept is None else int((kept & forgotten).sum())
+            for change, kept in verdict.used.survives().items()
         },
         "recalibration": _recalibration(unlearner.model, after, request, *others),
         "relearning": relearning if steps or None not in back else None,
@@ -71,27 +90,15 @@ def measure(
     }
 
 
-def image_rows(
-    request: Request,
-    logits_after: Tensor,
-    met: Sequence[bool],
-    stored: Sequence[bool],
-    recognised: Sequence[bool],
-    used: robustness.AsUsed,
-    back: Sequence[int | None],
-) -> list[ImageRow]:
+def image_rows(request: Request, logits_after: Tensor, verdict: Verdict, back: Sequence[int | None]) -> list[ImageRow]:
     """Return the row of each image in a report.
 
     logits_after  (k, C) on the CPU
-    met           whether the request is fulfilled for each image, as the request counts
-    stored        whether it is fulfilled for the image as it is stored and the copies of --also
-    recognised    whether the original model recognised each image or one of these copies
-    used          how the images are forgotten as used
     back          fine-tuning steps until each image is predicted as its label again; None: it was not
     """
     labels, new_labels = request.forget.labels.tolist(), request.forget.new_labels
     new = [None] * len(request) if new_labels is None else new_labels.tolist()
-    rows, survives = [], used.survives()
+    rows, used, survives = [], verdict.used, verdict.used.survives()
     for index, image in enumerate(request.folder.files):
         row = asdict(image) | {"label": labels[index], "new_label": new[index]}
         for when, of_all in (("before", request.logits_before), ("after", logits_after)):
@@ -101,10 +108,10 @@ def image_rows(
             row[f"confidence_{when}"] = float(probabilities[predicted])
             row[f"label_confidence_{when}"] = float(probabilities[labels[index]])
         row["was_called"] = row["called_before"] == labels[index]
-        row["state"] = states.state_of(met[index], recognised[index])
+        row["state"] = states.state_of(bool(verdict.met[index]), bool(verdict.recognised[index]))
         row["forgotten"], row["back_after"] = row["state"] == FORGOTTEN, back[index]
-        row["forgotten_as_stored"] = stored[index]
-        row["forgotten_as_used"] = stored[index] and bool(used.forgotten[index])
+        row["forgotten_as_stored"] = bool(verdict.stored[index])
+        row["forgotten_as_used"] = bool(verdict.stored[index] & used.forgotten[index])
         row["copies_forgotten"] = float(used.copies[index])
         row["forgotten_earlier"] = index in request.forgotten_earlier
         row["survives"] = {change: bool(kept[index]) for change, kept in survives.items() if kept is not None}

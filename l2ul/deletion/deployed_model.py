@@ -323,7 +323,7 @@ def _open_named(
 def _open_built(
     build: str, checkpoint: str | Path | None, input_format: InputFormat, weights_key: str | None = None
 ) -> DeployedModel:
-    net = _unwrapped(_build(build))
+    net = unwrapped(_build(build))
     path = Path(checkpoint) if checkpoint else None
     state, mean, std = {}, None, None
     _refuse_flags({"--weights-key": weights_key if path is None else None}, f"--build {build} without --checkpoint")
@@ -337,7 +337,9 @@ def _open_built(
             mean, std = None, None
     notes = models.statistics_note(path, mean, std) if path else []
     not_read = checkpoints.outside(state, net)
-    normalize = _normalize(net, input_format.mean or mean, input_format.std or std, f"the module that {build} returns")
+    normalize = normalization(
+        net, input_format.mean or mean, input_format.std or std, f"the module that {build} returns"
+    )
     dtypes = checkpoints.dtypes(state, net) or checkpoints.dtypes(net.state_dict(), net)
     net = net.float().eval().requires_grad_(True)  # unlearning trains all weights
     net = net.to(memory_format=torch.channels_last)
@@ -348,7 +350,7 @@ def _open_built(
     return opened
 
 
-def _normalize(net: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None, what: str) -> Normalize:
+def normalization(net: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None, what: str) -> Normalize:
     """Return the normalisation of a module of the user; by default 0 and 1. Their number of values decides its input.
 
     what  names the module in messages
@@ -361,7 +363,7 @@ def _normalize(net: nn.Module, mean: Sequence[float] | None, std: Sequence[float
     return Normalize(*(statistics(channels, default, (flag, values), what=what) for default, flag, values in pairs))
 
 
-def _unwrapped(net: nn.Module) -> nn.Module:
+def unwrapped(net: nn.Module) -> nn.Module:
     """Return the module inside of torch.compile and DataParallel, also where they wrap layers of it."""
     while True:
         children = dict(net.named_children())
@@ -372,7 +374,7 @@ def _unwrapped(net: nn.Module) -> nn.Module:
         else:
             break
     for name, child in children.items():
-        inner = _unwrapped(child)
+        inner = unwrapped(child)
         if inner is not child:
             setattr(net, name, inner)
     if net._compiled_call_impl is not None:  # of module.compile()
@@ -399,14 +401,22 @@ def _build(build: str) -> nn.Module:
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(os.getcwd())
-    if isinstance(net, torch.jit.ScriptModule) or not isinstance(net, nn.Module):
-        raise InputError(f"--build {build} returned a {type(net).__name__}; expected a torch.nn.Module")
-    if next(net.parameters(), None) is None and next(net.buffers(), None) is None:
-        raise InputError(f"--build {build} returned a module without weights; expected a classifier")
-    check_weights(net, f"the module that --build {build} returns")
-    if next(net.parameters(), None) is None:
-        raise InputError(f"--build {build} returned a module whose weights are no parameters; expected nn.Parameter")
+    check_module(net, f"the module that --build {build} returns")
     return net
+
+
+def check_module(net: object, what: str) -> None:
+    """Raise InputError unless an object of the user's is a module whose weights can be unlearned.
+
+    what  names it, as the start of messages
+    """
+    if isinstance(net, torch.jit.ScriptModule) or not isinstance(net, nn.Module):
+        raise InputError(f"{what} is a {type(net).__name__}; expected a torch.nn.Module")
+    if next(net.parameters(), None) is None and next(net.buffers(), None) is None:
+        raise InputError(f"{what} has no weights; expected a classifier")
+    check_weights(net, what)
+    if next(net.parameters(), None) is None:
+        raise InputError(f"{what} has weights that are no parameters; expected nn.Parameter")
 
 
 def _without_resizing(loaded: Classifier) -> Classifier:

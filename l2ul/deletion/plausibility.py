@@ -46,18 +46,25 @@ NORMALISATIONS = (  # description, mean, std
     ("pixels from 0 to 255 minus the mean of ImageNet", IMAGENET, (0.00392157,) * 3),
 )
 CHANGES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
-    ("inverted pixels (255 - x)", lambda images: 255 - images),
+    ("inverted pixels (255 - x)", lambda images: (255 if images.dtype == torch.uint8 else 1) - images),
     ("channels in the order BGR", lambda images: images.flip(1)),
 )
 SIZES = (28, 32, 64, 96, 128, 160, 192, 224, 256, 299, 384)
 
 
-def check(request: Request, model: DeployedModel, min_known: float | None = None, single_label: bool = False) -> None:
+def check(
+    request: Request,
+    model: DeployedModel,
+    min_known: float | None = None,
+    single_label: bool = False,
+    flags: Sequence[str] | None = None,
+) -> None:
     """Raise InputError if the labels of a request are not those of the model, or the model is degenerate.
 
     min_known     share of the labelled images that the model must predict as their labels; 0 turns the check off; None:
                   MIN_KNOWN, and of up to FEW images all but one
     single_label  do not check whether the outputs are those of a multi-label model
+    flags         names of the flags that the caller has, of those that messages name; None: all
 
     Images of earlier requests are not compared with their labels, because they should be forgotten. If the labels are
     predictions of the model, only the outputs are checked.
@@ -77,7 +84,7 @@ def check(request: Request, model: DeployedModel, min_known: float | None = None
     known = int((labels == predictions).sum())
     one_class = _predicts_one_class(labels, predictions)
     if known >= _required(len(places), min_known) and not one_class:
-        better = _better_order(request, places, known)
+        better = _better_order(request, places, known, flags)
         if better:
             raise InputError(
                 f"the model predicts the label of {known} of {len(places)} images, {better}; add --min-known 0 if the "
@@ -88,10 +95,10 @@ def check(request: Request, model: DeployedModel, min_known: float | None = None
     if one_class:
         name = request.class_names[int(predictions.mode().values)]
         start += f" and class {name} for nearly all"
-    raise InputError(f"{start}, {_explanation(request, model, places, one_class)}")
+    raise InputError(f"{start}, {_explanation(request, model, places, one_class, flags)}")
 
 
-def _better_order(request: Request, places: Sequence[int], known: int) -> str | None:
+def _better_order(request: Request, places: Sequence[int], known: int, available: Sequence[str] | None) -> str | None:
     """Return the order of the classes with which most labels are predicted and clearly more than now; None if none.
 
     Some classes have the same number in both orders, so half of the labels may be right with the wrong order.
@@ -101,7 +108,7 @@ def _better_order(request: Request, places: Sequence[int], known: int) -> str | 
     for words, flags, labels in _class_orders(names, request.class_names):
         others = int((predictions == labels).sum())
         if others >= CONVINCING * len(places) and others - known >= max(2, (1 - CONVINCING) * len(places)):
-            return _sentence(words, flags, others, len(places))
+            return _sentence(words, flags, others, len(places), available)
     return None
 
 
@@ -146,7 +153,13 @@ class Alternative:
     compute: Callable[[Tensor], Tensor]
 
 
-def _explanation(request: Request, model: DeployedModel, places: Sequence[int], one_class: bool) -> str:
+def _explanation(
+    request: Request,
+    model: DeployedModel,
+    places: Sequence[int],
+    one_class: bool,
+    available: Sequence[str] | None,
+) -> str:
     """Return the rest of the sentence: the alternative that makes the labels right, or the likely causes."""
     step = math.ceil(len(places) / MAX_IMAGES)
     sample = list(places[::step])
@@ -169,12 +182,15 @@ def _explanation(request: Request, model: DeployedModel, places: Sequence[int], 
             known = int((predictions == labels).sum())
             rank = (known, float(probabilities.gather(1, labels[:, None]).mean()))
             if known >= needed and (best is None or rank > best[0]):
-                best = rank, _sentence((*words, *alternative.words), (*flags, *alternative.flags), known, len(sample))
+                all_words, all_flags = (*words, *alternative.words), (*flags, *alternative.flags)
+                best = rank, _sentence(all_words, all_flags, known, len(sample), available)
     return best[1] if best else _causes(request, sample, one_class)
 
 
-def _sentence(words: Sequence[str], flags: Sequence[str], known: int, total: int) -> str:
-    flags = [flag for flag in flags if flag]
+def _sentence(
+    words: Sequence[str], flags: Sequence[str], known: int, total: int, available: Sequence[str] | None
+) -> str:
+    flags = [flag for flag in flags if flag and (available is None or flag.split()[0] in available)]
     missing = len(words) > len(flags)
     fix = f"add {' '.join(flags)}" if flags else ""
     if missing:

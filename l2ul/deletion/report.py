@@ -114,10 +114,8 @@ def describe_candidates(
     chosen      None if the model was left unchanged
     recognised  (k,) bool, which images the original model recognised: only these count as forgotten
     """
-    settings = asdict(chosen.settings) if chosen else {}
-    settings |= settings.pop("method_settings", {})
-    settings.pop("first_position", None)
-    return {"trials": [_candidate_row(candidate, recognised) for candidate in candidates], "chosen": settings or None}
+    chosen_values = chosen.values if chosen else None
+    return {"trials": [_candidate_row(candidate, recognised) for candidate in candidates], "chosen": chosen_values}
 
 
 def _candidate_row(candidate: Candidate, recognised: Tensor) -> dict[str, Any]:

@@ -83,7 +83,8 @@ class ImageFolder:
 class Request:
     """The images to forget, on the device of the model.
 
-    images             (k, 3, H, W) uint8; forget has the same images as floats, with labels and new labels
+    images             (k, 3, H, W) uint8, or float from `l2ul.forget`; forget has the same images as floats, with
+                       labels and new labels
     class_names        of the model
     logits_before      (k, C) of the original model, on the CPU
     earlier_labels     the label that each image had in an earlier request, or None
@@ -145,14 +146,24 @@ def read_request(
     """Read the images to forget and find the label of each.
 
     label_table, skip_bad, reader  see `read_images`
-    earlier                        reports of the earlier requests on this model, first to last
-    class_order                    "string" or "numeric", see `order_classes`; None: as the model or the user names them
+    earlier, class_order           see `make_request`
+    """
+    read = read_images(folder, model.to_pixels, label_table, skip_bad, reader=reader)
+    return make_request(read, model, earlier, class_order)
+
+
+def make_request(
+    read: ImageFolder, model: DeployedModel, earlier: Sequence[Report] = (), class_order: str | None = None
+) -> Request:
+    """Return the request to forget images that were read, with the label of each.
+
+    earlier      reports of the earlier requests on this model, first to last
+    class_order  "string" or "numeric", see `order_classes`; None: as the model or the user names them
 
     The label of an image is the one that the folder or the table gives. Without one, it is the label of an earlier
     request for the same image, or else the model's prediction. Sets what the model returns, logits or probabilities.
     Raises InputError if the model does not fit the images or a label is no class of the model.
     """
-    read = read_images(folder, model.to_pixels, label_table, skip_bad, reader=reader)
     images = read.images.to(next(model.classifier.parameters()).device)
     class_names = _check_class_names(model.class_names, preflight.check_model(model.classifier, images))
     class_names = order_classes(class_names, class_order) if class_order else class_names

@@ -3,11 +3,12 @@
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 import itertools
 import math
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,14 @@ class Candidate:
         """Return whether more images are forgotten than these, (k,) bool each: as stored, or as the request demands."""
         before = replace(self, stored=stored, forgotten=forgotten)
         return bool(self.kept) and self._counts > before._counts
+
+    @property
+    def values(self) -> dict[str, Value]:
+        """The values of all settings by name."""
+        values = asdict(self.settings)
+        values |= values.pop("method_settings")
+        values.pop("first_position")
+        return values
 
     @property
     def agreement(self) -> float:
@@ -327,6 +336,19 @@ def find_candidates(
         on_candidate(candidate)
         return [candidate]
     return search(unlearner, first, budget.part(SEARCH_SHARE), seconds_per_step, on_candidate, on_early_end)
+
+
+def find_best(
+    unlearner: Unlearner, first: Settings, budget: TimeBudget, forgotten: Tensor, **options: Any
+) -> tuple[list[Candidate], Candidate | None]:
+    """Return the candidates of `find_candidates`, best first, and the best if it is better than the original model.
+
+    forgotten  (k,) bool, the images that need no unlearning; if these are all, there are no candidates
+    options    see `find_candidates`
+    """
+    candidates = [] if forgotten.all() else find_candidates(unlearner, first, budget, **options)
+    stored = unlearner.forgotten_as_stored(unlearner.model)
+    return candidates, next((one for one in candidates[:1] if one.is_better_than(stored, forgotten)), None)
 
 
 def _measure_step(unlearner: Unlearner, settings: Settings) -> float:

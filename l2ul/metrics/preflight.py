@@ -49,7 +49,7 @@ def check_model(model: nn.Module, images: Tensor | FolderImages, precision: str 
             _check_gradients(model, pixels)
             with torch.no_grad():
                 model(pixels)  # some modules keep tensors of the last pass; with a history they cannot be copied
-    _check_copy(model)
+    copied(model)
     return logits.shape[1]
 
 
@@ -268,13 +268,14 @@ def _check_gradients(model: nn.Module, pixels: Tensor) -> None:
         )
 
 
-def _check_copy(model: nn.Module) -> None:
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model. Raise InputError if it cannot be copied."""
     failure = (
         "the model cannot be copied with copy.deepcopy ({error}); keep no tensors with a history in its attributes "
         "(for weight_norm use torch.nn.utils.parametrizations)"
     )
     with _rejected(failure):
-        copy.deepcopy(model)
+        return copy.deepcopy(model)
 
 
 @contextlib.contextmanager

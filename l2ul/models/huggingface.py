@@ -59,13 +59,17 @@ def transform(name: str) -> Callable[[Image], Tensor]:
     """Return the processor's resize and crop as a function from RGB images to uint8 pixels (3, H, W)."""
     from transformers import AutoImageProcessor
 
-    processor = _read(name, AutoImageProcessor.from_pretrained)
+    return resize_and_crop(_read(name, AutoImageProcessor.from_pretrained))
 
-    def resize_and_crop(image: Image) -> Tensor:
+
+def resize_and_crop(processor) -> Callable[[Image | Tensor], Tensor]:
+    """Return a processor's resize and crop as a function from RGB images to uint8 pixels (3, H, W)."""
+
+    def pixels_of(image: Image | Tensor) -> Tensor:
         pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
         return pixels.round().clamp(0, 255).to(torch.uint8)
 
-    return resize_and_crop
+    return pixels_of
 
 
 def build(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
@@ -85,7 +89,7 @@ def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module, list[str]]:
 
     config = configuration(name)
     _check_hub_adapter(name)
-    _check_problem_type(name)
+    check_problem_type(config, name)
     net, report = _read(
         name, AutoModelForImageClassification.from_pretrained, output_loading_info=True, dtype=torch.float32
     )
@@ -111,9 +115,9 @@ def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module, list[str]]:
     return net, _preprocess(name, channels(config)), [*files, *(f"{key} (weights)" for key in unused)]
 
 
-def _check_problem_type(name: str) -> None:
-    """Raise InputError if the configuration says that the network was trained for several labels, or for numbers."""
-    problem = configuration(name).problem_type
+def check_problem_type(config, name: str) -> None:
+    """Raise InputError if a configuration says that its network was trained for several labels, or for numbers."""
+    problem = config.problem_type
     if problem in (None, "single_label_classification"):
         return
     what = "a multi-label model" if problem == "multi_label_classification" else "a regression model"
@@ -232,10 +236,19 @@ def _quiet() -> None:
 
 
 def _preprocess(name: str, channels: int = 3) -> nn.Sequential:
-    """Return the processor's resize, crop and normalisation as layers that take pixels in [0,1] of any size."""
+    """Return the processor's layers, see `processor_layers`."""
     from transformers import AutoImageProcessor
 
-    processor = _read(name, AutoImageProcessor.from_pretrained)
+    return processor_layers(_read(name, AutoImageProcessor.from_pretrained), name, channels)
+
+
+def processor_layers(processor, name: str, channels: int = 3) -> nn.Sequential:
+    """Return a processor's resize, crop and normalisation as layers that take pixels in [0,1] of any size.
+
+    name  of the model, for messages
+
+    Raises InputError if the processor does more.
+    """
     layers: list[nn.Module] = []
     size = _sides(processor, "size") if getattr(processor, "do_resize", False) else None
     crop = _sides(processor, "crop_size") if getattr(processor, "do_center_crop", False) else None

@@ -1,0 +1,535 @@
+"""`l2ul.forget`: carry out a deletion request on a module and images in memory, as `main_forget.py` does on files."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from dataclasses import dataclass
+import hashlib
+import inspect
+from itertools import chain
+from pathlib import Path
+import re
+import time
+from typing import Any
+import warnings
+
+from PIL import Image
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as transforms
+
+from l2ul.common import precision
+from l2ul.common.choices import Number, did_you_mean
+from l2ul.common.errors import InputError
+from l2ul.common.progress import progress_bar
+from l2ul.data.image_files import ImageReader, UnreadableImage, unreadable
+from l2ul.deletion import checks, plausibility, search, states
+from l2ul.deletion.deployed_model import BUILT, DeployedModel, check_module, unwrapped
+from l2ul.deletion.report_schema import AS_STORED, AS_USED, REMOVED
+from l2ul.deletion.request import ImageFile, ImageFolder, Request, logits, make_request
+from l2ul.methods import registry
+from l2ul.methods.settings import Settings, Value
+from l2ul.metrics import agreement
+from l2ul.metrics.preflight import copied
+from l2ul.models import huggingface
+from l2ul.models.classifier import Classifier, Normalize, input_channels, statistics
+from l2ul.models.outputs import LOGITS
+
+TOLERANCE = 1e-6  # of the range of pixels: rounding
+DARK = 1.01 / 255  # pixels up to this are those of images that were divided by 255 once too often
+ImageSource = Tensor | Sequence[Image.Image | str | Path]
+# Libraries whose classifiers take normalised pixels, and where to find the normalisation.
+NORMALISED = {
+    "torchvision": "torchvision's own weights have mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)",
+    "timm": "see its pretrained_cfg",
+    "l2ul": "or pass the classifier that l2ul.models.load returns, which contains them",
+    "transformers": "or pass processor=AutoImageProcessor.from_pretrained(…)",
+    "peft": "or pass processor=AutoImageProcessor.from_pretrained(…)",
+}
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """An unlearned model and what was checked on it. Tensors are on the CPU, one entry for each of the k images.
+
+    model                the unlearned model: a copy of the original one, with its device, modes and memory format
+    outcome              "removed from predictions", "partly removed from predictions", "not removed from predictions"
+                         or "nothing to remove"
+    summary              outcome, numbers of images and agreement in one sentence
+    labels               (k,) int64: the labels that were passed, or the original model's predictions
+    recognised           (k,) bool: the original model predicts the label. Only these images can count as forgotten
+    forgotten            (k,) bool: forgotten as the settings demand, by default as used
+    forgotten_as_stored  (k,) bool: the unlearned model no longer predicts the label (or predicts the new label)
+    forgotten_as_used    (k,) bool: also in 95 % of 64 changed copies, with rounded weights and with recalibrated
+                         batch-norm, see `metrics.robustness.as_used`
+    predictions_before   (k,) int64, of the original model
+    predictions_after    (k,) int64, of the unlearned model
+    agreement            percent of other images, made of the images to forget, that both models classify alike
+    method, settings     what was run; no settings if the model is unchanged
+    steps, seconds       steps of the run that was chosen, and seconds of the whole call
+    """
+
+    model: nn.Module
+    outcome: str
+    summary: str
+    labels: Tensor
+    recognised: Tensor
+    forgotten: Tensor
+    forgotten_as_stored: Tensor
+    forgotten_as_used: Tensor
+    predictions_before: Tensor
+    predictions_after: Tensor
+    agreement: float
+    method: str
+    settings: Mapping[str, Value]
+    steps: int
+    seconds: float
+
+    @property
+    def successful(self) -> bool:
+        """Whether every image that was recognised is forgotten, and at least one was recognised."""
+        return self.outcome == REMOVED
+
+    def __str__(self) -> str:
+        return self.summary
+
+
+def forget(
+    model: nn.Module,
+    images: ImageSource,
+    labels: Sequence[int] | Tensor | None = None,
+    *,
+    new_labels: Sequence[int] | Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    processor: Any = None,
+    method: str = "distill",
+    minutes: float = 10.0,
+    keep_images: ImageSource | None = None,
+    surrogate: ImageSource | None = None,
+    min_known: float | None = None,
+    single_label: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+    **settings: Value | bool,
+) -> Forgotten:
+    """Make an image classifier forget images, and check the result.
+
+    model         maps pixels (n, C, H, W) in [0,1] to logits (n, classes), in float32; stays as it is. Weights with
+                  requires_grad=False are not trained
+    images        (k, C, H, W) uint8 or float in [0,1], C is 3 or 1; or a list of PIL images or file names of one size
+    labels        (k,) the classes to forget; None: the model's predictions. With labels, wrong preprocessing is noticed
+    new_labels    (k,) the classes to predict instead; None: any other class
+    mean, std     of the input normalisation, per channel, for a model that takes normalised pixels
+    processor     of a Hugging Face model, in place of mean and std: resizes, crops and normalises the images
+    method        one that needs no retain set, such as distill, adv or adv_imp
+    minutes       time limit: within it, settings with the least damage are searched
+    keep_images   images that must keep their predictions; the search takes agreement on them into account
+    surrogate     unlabelled images of the same kind that stand for the training images, for distill
+    min_known     share of the images that the model must predict as their labels; default: 0.5; of up to 4 all but one
+    single_label  do not check whether the model is a multi-label one
+    progress      show progress on standard error
+    settings      of the method, such as distill_lr=1e-3, in place of a search. robust=0: images count as forgotten as
+                  they are stored, which costs less accuracy; by default they must be forgotten as used
+
+    Warns if an image is not forgotten. Raises InputError for anything that cannot be unlearned as it is.
+
+    Example: `result = l2ul.forget(model, images, labels)`; then `print(result)` and use `result.model`.
+    """
+    started = time.perf_counter()
+    with _arguments_in_messages():
+        check_module(model, "model")
+        with _plain_torch(_device_of(model)) as device:
+            budget = search.TimeBudget(60 * _positive("minutes", minutes), started)
+            chosen, fixed = _read_settings(method, settings, seed)
+            if surrogate is not None and "teacher" not in registry.get(method).needs:
+                raise InputError(f"surrogate is for methods with a teacher such as distill, not {method}; leave it out")
+
+            # The original model and the request.
+            opened, reader = _open(model, images, mean, std, processor)
+            request = make_request(_read_folder(images, labels, new_labels, reader), opened)
+            if opened.classifier.outputs != LOGITS:
+                raise InputError(
+                    "the model returns probabilities, which sum to 1 over the classes; return logits, the output of "
+                    "its last linear layer, without the Softmax at the end"
+                )
+            plausibility.check(request, opened, min_known, single_label, flags=("--mean", "--std"))
+            search.check_method(method, request.forget.goal)
+            keep = _read_others("keep_images", keep_images, reader, request)
+            others = _read_others("surrogate", surrogate, reader, request)
+            unlearner = search.Unlearner(
+                model=opened.classifier,
+                forget=request.forget,
+                train_set=request.forget,
+                method=method,
+                num_classes=len(request.class_names),
+                seed=seed,
+                as_written=opened.as_written,
+                progress=progress_bar if progress else None,
+                as_used=bool(chosen.robust),
+                precision=precision.resolve(None, device),
+                surrogate=others,
+            )
+
+            # Search settings, and judge the model that is returned.
+            before = unlearner.forgotten(opened.classifier)
+            _, best = search.find_best(unlearner, chosen, budget, before, fixed=fixed, keep_images=keep)
+            unlearned = unwrapped(copied(model))
+            if best:
+                _copy_weights(best.model if isinstance(unlearned, Classifier) else best.model.net, unlearned)
+            result = _result(unlearner, request, unlearned, best, time.perf_counter() - started)
+    if not result.successful:
+        warnings.warn(result.summary, stacklevel=2)
+    return result
+
+
+def _result(
+    unlearner: search.Unlearner, request: Request, unlearned: nn.Module, best: search.Candidate | None, seconds: float
+) -> Forgotten:
+    """Judge an unlearned module."""
+    after = _with_preprocessing_of(unlearner.model, unlearned)
+    verdict = checks.judge(unlearner, after, with_kinds=False)
+    after_logits = logits(after, request.images)
+    rows = checks.image_rows(request, after_logits, verdict, [None] * len(request))
+    kept = agreement.overall([agreement.measure(after, one) for one in unlearner.probes]) if best else 100.0
+    summary = states.headline(rows, request.forget.goal, counted=AS_USED if unlearner.as_used else AS_STORED)
+    used = verdict.stored & verdict.used.forgotten
+    return Forgotten(
+        model=unlearned,
+        outcome=states.count(rows).outcome,
+        summary=f"{summary}; agreement with the original model {kept:.1f} %",
+        labels=request.forget.labels.cpu(),
+        recognised=verdict.recognised,
+        forgotten=verdict.forgotten,
+        forgotten_as_stored=verdict.stored & verdict.recognised,
+        forgotten_as_used=used & verdict.recognised,
+        predictions_before=request.logits_before.argmax(1),
+        predictions_after=after_logits.argmax(1),
+        agreement=kept,
+        method=unlearner.method,
+        settings=registry.loop_settings(unlearner.method, best.values) if best else {},
+        steps=best.steps if best else 0,
+        seconds=round(seconds, 1),
+    )
+
+
+# The model.
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model. Raise InputError unless it is one, and all weights are in float32."""
+    devices = {tensor.device for tensor in _tensors(model)}
+    if len(devices) > 1 or next(iter(devices)).type == "meta":
+        names = " and ".join(sorted(map(str, devices)))
+        raise InputError(f"the model has weights on {names}; move it to one device with model.to(device)")
+    types = {tensor.dtype for tensor in _tensors(model) if tensor.is_floating_point()} - {torch.float32}
+    if types:
+        name = str(types.pop()).removeprefix("torch.")
+        raise InputError(f"the model has weights in {name}; pass model.float(), and convert the unlearned model back")
+    return devices.pop()
+
+
+@contextlib.contextmanager
+def _plain_torch(device: torch.device) -> Iterator[torch.device]:
+    """Compute with gradients, in fp32 and without autocast inside the block, whatever surrounds it."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(precision.temporarily(device, "fp32"))
+        yield device
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
+def _copy_weights(source: nn.Module, target: nn.Module) -> None:
+    with torch.no_grad():
+        for new, own in zip(_tensors(source), _tensors(target), strict=True):
+            own.copy_(new)
+
+
+def _open(
+    model: nn.Module, images: object, mean: object, std: object, processor: Any
+) -> tuple[DeployedModel, "_PixelReader"]:
+    """Return a copy of the model behind its normalisation, and what reads images for it."""
+    net = unwrapped(copied(model))
+    if (mean is None) != (std is None):
+        raise InputError(f"{'std' if mean is None else 'mean'} is given alone; pass both mean and std")
+    if processor is not None and mean is not None:
+        raise InputError("processor and mean both define the normalisation; leave out mean and std")
+    if isinstance(net, Classifier):
+        if mean is not None or processor is not None:
+            raise InputError(
+                "a classifier of l2ul.models contains its normalisation; leave out mean, std and processor"
+            )
+        return _deployed(net), _PixelReader(net.channels)
+    config = getattr(net, "config", None)
+    if hasattr(config, "problem_type"):
+        huggingface.check_problem_type(config, "the model")
+    name, resize = type(net).__name__, None
+    if processor is not None:
+        if not hasattr(processor, "image_mean"):
+            raise InputError(f"processor is a {type(processor).__name__}; expected an image processor of transformers")
+        channels = huggingface.channels(config)
+        normalize = next(
+            layer for layer in huggingface.processor_layers(processor, name, channels) if isinstance(layer, Normalize)
+        )
+        resize = huggingface.resize_and_crop(processor)
+    else:
+        _check_normalised(net, mean)
+        values = [_numbers("mean", mean), _numbers("std", std)]
+        channels = images.shape[1] if isinstance(images, Tensor) and images.ndim == 4 else None
+        channels = channels or (len(values[0]) if mean is not None else input_channels(net))
+        pairs = zip(("mean", "std"), ((0.0,), (1.0,)), values, strict=True)
+        normalize = Normalize(*(statistics(channels, default, (key, own)) for key, default, own in pairs))
+    classifier = Classifier(name, 0, net.to(memory_format=torch.channels_last), nn.Sequential(normalize))
+    return _deployed(classifier.to(_device_of(model))), _PixelReader(channels, resize)
+
+
+def _deployed(classifier: Classifier) -> DeployedModel:
+    opened_by = {"model": BUILT, "image_size": None, "mean": None, "std": None}
+    return DeployedModel(classifier.eval(), lambda image: image, [], opened_by)
+
+
+def _with_preprocessing_of(original: Classifier, net: nn.Module) -> Classifier:
+    """Return a module behind the normalisation of the original model; the module itself if it is a Classifier."""
+    if isinstance(net, Classifier):
+        return net
+    return Classifier(original.name, 0, net, original.preprocess)
+
+
+def _check_normalised(net: nn.Module, mean: object) -> None:
+    """Raise InputError for a classifier of a library whose normalisation is not known."""
+    library = type(net).__module__.partition(".")[0]
+    if mean is None and library in NORMALISED:
+        raise InputError(
+            f"model is a {type(net).__name__} of {library}, which usually takes normalised pixels; pass the mean and "
+            f"std of its training ({NORMALISED[library]}), or mean=(0, 0, 0), std=(1, 1, 1) if it takes pixels in [0,1]"
+        )
+
+
+def _numbers(name: str, values: object) -> list[float] | None:
+    """Return finite numbers, of std above 0."""
+    if values is None:
+        return None
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise InputError(f"{name} is {values!r}; expected one number per channel, such as (0.5, 0.5, 0.5)") from None
+    if not all(abs(value) < float("inf") and (value > 0 or name == "mean") for value in numbers):
+        kind = "finite numbers" if name == "mean" else "numbers above 0"
+        raise InputError(f"{name} is {values!r}; expected {kind}")
+    return numbers
+
+
+# Images and labels.
+
+
+@dataclass(frozen=True)
+class _PixelReader:
+    """Read images as pixels of a model.
+
+    channels  of the images, 1 or 3
+    resize    from an RGB image to the uint8 pixels (C, H, W) that the model takes; None: images have their size
+    """
+
+    channels: int
+    resize: Any = None
+
+    def read(self, images: ImageSource, what: str) -> tuple[list[str], Tensor]:
+        """Return the name of each image and the pixels (n, C, H, W), uint8 or float32 in [0,1]; `what` is their name.
+
+        Raises InputError for everything else.
+        """
+        if isinstance(images, Tensor):
+            pixels = _checked_pixels(images, what)
+            if self.resize and pixels.dtype != torch.uint8:
+                raise InputError(f"{what} has float pixels; the processor takes 8-bit images: pass uint8")
+            names = [f"image {index} of {what}" for index in range(len(pixels))]
+            pixels = torch.stack([self.resize(one) for one in pixels]) if self.resize else pixels
+        elif isinstance(images, list | tuple) and all(isinstance(one, Image.Image | str | Path) for one in images):
+            if not images:
+                raise InputError(f"{what} contains no image; pass at least one")
+            names = [
+                f"image {index} of {what}" if isinstance(one, Image.Image) else str(one)
+                for index, one in enumerate(images)
+            ]
+            parts = [self._pixels(one, name) for one, name in zip(images, names, strict=True)]
+            odd = next((index for index, one in enumerate(parts) if one.shape != parts[0].shape), None)
+            if odd is not None:
+                sizes = [" x ".join(map(str, reversed(one.shape[1:]))) for one in (parts[0], parts[odd])]
+                raise InputError(
+                    f"{names[0]} has {sizes[0]} pixels, {names[odd]} has {sizes[1]}; resize all images to the size "
+                    f"that the model takes"
+                )
+            pixels = torch.stack(parts)
+        else:
+            raise InputError(
+                f"{what} is a {_type_of(images)}; expected a tensor (k, C, H, W), or a list of PIL images or file names"
+            )
+        if pixels.shape[1] != self.channels:
+            raise InputError(f"{what} has {_channels(pixels.shape[1])}, but the model takes {_channels(self.channels)}")
+        return names, pixels
+
+    def _pixels(self, image: Image.Image | str | Path, name: str) -> Tensor:
+        """Return the uint8 pixels (C, H, W) of an image or of an image file."""
+        if not isinstance(image, Image.Image):
+            try:
+                image = ImageReader().read(image)
+            except UnreadableImage as error:
+                raise unreadable(image, error) from None
+        if image.mode.startswith(("I", "F")):
+            raise InputError(f"{name} has more than 8 bits (mode {image.mode}); pass its file name, or convert it")
+        image = image.convert("RGB" if self.channels == 3 else "L")
+        return self.resize(image) if self.resize else transforms.pil_to_tensor(image)
+
+
+def _channels(count: int) -> str:
+    return f"{count} channel{'s' * (count != 1)}"
+
+
+def _type_of(value: object) -> str:
+    first = f" of {type(value[0]).__name__}" if isinstance(value, list | tuple) and value else ""
+    return f"{type(value).__name__}{first}"
+
+
+def _checked_pixels(images: Tensor, what: str) -> Tensor:
+    """Return a copy of images on the CPU, uint8 or float32. Raise InputError unless they are pixels (k, C, H, W)."""
+    shape = " x ".join(map(str, images.shape)) or "of a number"
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
+        hint = ""
+        if images.ndim == 3 and images.shape[0] in (1, 3):
+            hint = f": pass one image as {what}[None]"
+        elif images.ndim == 4 and images.shape[3] in (1, 3):
+            hint = f": pass {what}.permute(0, 3, 1, 2)"
+        raise InputError(
+            f"{what} has the shape {shape}; expected (k, C, H, W) with C of 3 or 1 and k of at least 1{hint}"
+        )
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        name = str(images.dtype).removeprefix("torch.")
+        raise InputError(f"{what} has the type {name}; expected uint8, or float in [0,1]")
+    pixels = images.detach().cpu().clone()
+    if pixels.dtype == torch.uint8:
+        if pixels.max() <= 1:
+            raise InputError(
+                f"{what} is uint8 with no value above 1, where white is 255; pass pixels in [0,1] as float"
+            )
+        return pixels
+    pixels = pixels.float()
+    if not pixels.isfinite().all():
+        index = int((~pixels.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise InputError(f"image {index} of {what} has values that are not finite; pass pixels in [0,1]")
+    low, high = float(pixels.min()), float(pixels.max())
+    if low < -TOLERANCE or high > 1 + TOLERANCE:
+        if low >= 0 and high > 2:
+            hint = "divide them by 255"
+        elif high - low > 2:
+            hint = "leave out the normalisation, and pass it as mean and std"
+        else:
+            hint = "clamp them, or leave out the normalisation and pass it as mean and std"
+        raise InputError(f"{what} has values from {low:.3g} to {high:.3g}; expected pixels in [0,1]: {hint}")
+    if high <= DARK:
+        raise InputError(f"{what} has no value above {high:.2g}, so all are black; divide by 255 only once")
+    return pixels.clamp(0, 1)
+
+
+def _read_folder(images: ImageSource, labels: object, new_labels: object, reader: _PixelReader) -> ImageFolder:
+    """Return the images to forget in the form of those of a folder, with their labels as text."""
+    names, pixels = reader.read(images, "images")
+    texts = [
+        _class_texts(what, values, len(names)) for what, values in (("labels", labels), ("new_labels", new_labels))
+    ]
+    files, first = [], {}
+    for name, image, *own in zip(names, pixels, *texts, strict=True):
+        digest = hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()
+        other = first.setdefault(digest, (name, own))
+        if other[1] != own:
+            raise InputError(f"{other[0]} and {name} are the same image with different labels; correct one of them")
+        files.append(ImageFile(name, digest, digest, *own))
+    return ImageFolder(Path(), files, pixels)
+
+
+def _class_texts(what: str, values: object, count: int) -> list[str | None]:
+    """Return class numbers as text; None for each image if there are none."""
+    if values is None:
+        return [None] * count
+    try:
+        numbers = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{what} is a {_type_of(values)}; expected {count} whole numbers") from None
+    if numbers.ndim == 2 and len(numbers) == count:
+        raise InputError(f"{what} has a row for each image; expected class numbers: pass {what}.argmax(1)")
+    if numbers.shape != (count,):
+        shape = " x ".join(map(str, numbers.shape)) or "of one number"
+        raise InputError(f"{what} has the shape {shape}; expected one class number for each of {count} images")
+    if numbers.dtype == torch.bool or numbers.is_floating_point() or numbers.is_complex():
+        name = str(numbers.dtype).removeprefix("torch.")
+        raise InputError(f"{what} has the type {name}; expected whole numbers, the classes from 0")
+    return [str(number) for number in numbers.tolist()]
+
+
+def _read_others(what: str, images: ImageSource | None, reader: _PixelReader, request: Request) -> Tensor | None:
+    """Return images that are not to be forgotten, on the model's device; None if there are none."""
+    if images is None:
+        return None
+    names, pixels = reader.read(images, what)
+    if pixels.shape[1:] != request.images.shape[1:]:
+        raise InputError(f"{what} and images differ in size; resize them to the same")
+    forgotten = {image.pixels_sha256 for image in request.folder.files}
+    for name, image in zip(names, pixels, strict=True):
+        if hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() in forgotten:
+            raise InputError(f"{name} is also an image to forget; leave it out")
+    return pixels.to(request.images.device)
+
+
+# Settings and messages.
+
+
+def _positive(name: str, value: object) -> float:
+    try:
+        return Number(float, 0, open=True).check(value)
+    except InputError:
+        raise InputError(f"{name} is {value!r}; expected a number above 0") from None
+
+
+def _read_settings(method: str, settings: Mapping[str, object], seed: object) -> tuple[Settings, dict[str, Value]]:
+    """Return the settings of the first candidate, and those that the caller chose."""
+    known = registry.get(method).all_settings
+    for name in settings.keys() - known.keys():
+        arguments = [one for one in inspect.signature(forget).parameters if one != "settings"]
+        hint = did_you_mean(name, [*arguments, *known]) or f"; its settings are {', '.join(known)}"
+        raise InputError(f"{name} is no argument of forget and no setting of method {method}{hint}")
+    if not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed is {seed!r}; expected a whole number of at least 0")
+    pairs = [(name, str(int(value) if isinstance(value, bool) else value)) for name, value in settings.items()]
+    return search.choose_settings(method, pairs, seed)
+
+
+@contextlib.contextmanager
+def _arguments_in_messages() -> Iterator[None]:
+    """Name arguments of `forget` instead of flags in the messages of InputErrors inside the block."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(in_python(str(error))) from None
+
+
+def in_python(sentence: str) -> str:
+    """Return a sentence for users of the scripts as one for callers of `forget`.
+
+    `--min-known 0` becomes `min_known=0`, `--mean 0.1 0.2 0.3` becomes `mean=(0.1, 0.2, 0.3)`. Flags without an
+    argument of that name are left out with the parentheses around them.
+    """
+    sentence = re.sub(r" \((?:--(?:image-size|model|class-order|class-names)(?:, )?)+\)", "", sentence)
+    own_module = "build this into a module of your own and give it as --build"
+    sentence = sentence.replace(own_module, "change the model, the images or the labels accordingly")
+    sentence = sentence.replace("name the labels by folders", "pass labels")
+    sentence = sentence.replace("or use --device cpu", "or move the model to the CPU")
+    sentence = sentence.replace("--single-label", "single_label=True")
+
+    def argument(match: re.Match[str]) -> str:
+        name, values = match[1].replace("-", "_"), match[2].split()
+        return f"{name}={values[0]}" if len(values) == 1 else f"{name}=({', '.join(values)})" if values else name
+
+    return re.sub(r"--([a-z]+(?:-[a-z]+)*)((?: -?\d[\d.e-]*)*)", argument, sentence)
