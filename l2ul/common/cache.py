@@ -21,6 +21,7 @@ from l2ul.common.files import atomic, source_code, tensors_sha256
 GIB = 2**30
 PREFIX, SUFFIX = "l2ul-", ".safetensors"  # of the cache's files; other files in the folder are left alone
 WELL_KNOWN = ("torch.", "torchvision.", "transformers.")  # libraries whose layers are identified by name and settings
+COMPLETE = ("torch.", "torchvision.", "l2ul.")  # libraries whose layers show all settings in their repr
 
 
 class Cache:
@@ -107,8 +108,26 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash of a model: its layers, its parameters and buffers, and the source code of custom layers."""
+    """Return a hash of a model: its layers, its parameters and buffers, source code and settings of custom layers.
+
+    Settings are attributes with plain values, such as the number of heads, which a layer may not show in its repr.
+    """
     kinds = {type(module) for module in model.modules()}
     custom = sorted(source_code(kind) for kind in kinds if not f"{kind.__module__}.".startswith(WELL_KNOWN))
-    layers = hashlib.sha256("\n".join([repr(model), *custom]).encode()).hexdigest()
+    settings = [_settings(module) for module in model.modules()]
+    layers = hashlib.sha256("\n".join([repr(model), *custom, *filter(None, settings)]).encode()).hexdigest()
     return layers[:32] + tensors_sha256(dict(model.named_parameters()) | dict(model.named_buffers()))
+
+
+def _settings(module: nn.Module) -> str:
+    """Return the attributes with plain values of a layer of the user or of another library; empty for ours."""
+    if f"{type(module).__module__}.".startswith(COMPLETE):
+        return ""
+    public = sorted(key for key in vars(module) if key != "training" and not key.startswith("_"))
+    return " ".join(f"{key}={vars(module)[key]!r}" for key in public if _is_plain(vars(module)[key]))
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)

@@ -187,7 +187,8 @@ def _open(
         _refuse_flags(unused, f"{model}, the output of an earlier request, which defines it")
         return open_output(path, build)
     if path.is_dir():
-        model = f"{timm_models.PREFIX if timm_models.is_folder(path) else huggingface.PREFIX}{model}"
+        is_timm = timm_models.is_folder(path)
+        model = f"{timm_models.PREFIX + timm_models.FOLDER if is_timm else huggingface.PREFIX}{model}"
     models.check_name(model)
     if model.startswith(timm_models.PREFIX):
         if timm_models.source(model).folder:

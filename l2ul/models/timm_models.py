@@ -179,9 +179,17 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
 
 
 def num_classes(name: str) -> int:
-    """Return the number of classes of the trained model. Raises InputError if it has no classifier."""
+    """Return the number of classes of the trained model, without building it.
+
+    Raises InputError if it has no classifier, or more weights than its file has bytes.
+    """
     with torch.device("meta"):
-        number = getattr(build(name), "num_classes", 0)
+        net = build(name)
+    folder = source(name).folder
+    size = sum(parameter.numel() for parameter in net.parameters())
+    if folder and size > weights_file(folder).stat().st_size:
+        raise InputError(f"{weights_file(folder)} does not fit {name}: it is too small for {size:,} weights")
+    number = getattr(net, "num_classes", 0)
     if not number:
         raise InputError(
             f"{name} has no classifier (0 classes); name another model, or a file of weights with --checkpoint"

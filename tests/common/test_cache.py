@@ -123,6 +123,26 @@ def test_fingerprints_of_own_models_depend_on_their_code(tmp_path, monkeypatch):
     assert fingerprint(one) != fingerprint(same_code)
 
 
+class Heads(torch.nn.Linear):
+    """A layer whose setting is not in its repr."""
+
+    def __init__(self, heads):
+        super().__init__(4, 4)
+        self.heads = heads
+
+    def forward(self, x):
+        return super().forward(x).unflatten(-1, (self.heads, -1)).softmax(-1).flatten(-2)
+
+
+def test_fingerprints_depend_on_settings_that_layers_do_not_show():
+    two, four = Heads(2), Heads(4)
+    four.load_state_dict(two.state_dict())
+    assert repr(two) == repr(four)
+    assert fingerprint(two) != fingerprint(four)
+    four.heads = 2
+    assert fingerprint(two) == fingerprint(four.eval())
+
+
 @pytest.mark.parametrize(("draws", "first", "then"), [(5, 3, 6), (1, 15, 16), (3, 1, 2), (20, 1, 4), (7, 2, 5)])
 def test_examples_do_not_depend_on_what_is_cached(tmp_path, draws, first, then):
     net = models.load("resnet20", 10, ROOT / "data" / "weights" / "digits_resnet20.safetensors")

@@ -169,6 +169,13 @@ def test_ways_to_name_a_folder(folder, name):
     assert open_model(name.format(folder)).opened_by["model"] == "timm:"
 
 
+def test_a_folder_with_the_name_of_an_architecture(folder, monkeypatch):
+    folder.rename(folder.with_name("resnet18"))
+    monkeypatch.chdir(folder.parent)
+    assert tuple(open_model("resnet18").class_names) == NAMES
+    assert models.load("timm:local-dir:resnet18", 10).num_classes == 10
+
+
 def test_a_folder_in_half_precision_with_pickled_weights_is_written_in_both(folder, tmp_path):
     state = {key: value.half() for key, value in load_file(folder / "model.safetensors").items()}
     (folder / "model.safetensors").unlink()
@@ -248,13 +255,14 @@ def other_weights(folder):
 
 
 def pickled(folder):
+    state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    torch.save({"state_dict": {}, "x": Runs()}, folder / "pytorch_model.bin")
+    torch.save({"state_dict": state, "x": Runs()}, folder / "pytorch_model.bin")
 
 
 def plain_pickle(folder):
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Runs()))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps([Runs(), bytes(10**6)]))
 
 
 def no_weights(folder):
@@ -287,6 +295,7 @@ def set_args(**values):
         (lambda folder: change(folder, pretrained_cfg=[1]), "timm does not accept its config.json"),
         (lambda folder: change(folder, model_args=[1]), "timm does not accept its config.json"),
         (set_args(num_classes=7), "has 7 classes, but the data set has 10"),
+        (set_args(num_classes=10**12), "is too small for"),
         (set_args(num_classes=0), "has no classifier .0 classes."),
         (set_args(img_size=48), "does not fit .*pos_embed"),
         (set_args(img_size=10**9), "images of size 1000000000"),
