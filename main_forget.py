@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 import time
 
-from l2ul.cli import exit_codes
+from l2ul.cli import exit_codes, push
 from l2ul.common.choices import STOPPED
 from l2ul.common.errors import InputError
 from l2ul.deletion import options
@@ -40,7 +40,7 @@ def forget(args: argparse.Namespace) -> int:
     from l2ul.common import precision
     from l2ul.common.progress import progress_bar
     from l2ul.deletion import checks, inventory, output, plausibility, report, search, signature, states
-    from l2ul.deletion.report_schema import PAGE
+    from l2ul.deletion.report_schema import PAGE, REPORT
     from l2ul.deletion.request import read_reference_images, read_unlabelled
     from l2ul.deletion.verify import earlier_rows
 
@@ -53,6 +53,7 @@ def forget(args: argparse.Namespace) -> int:
     output.check_output(args.output, (*args.images, *others, args.model))
     key = signature.private_key(args.sign) if args.sign else None
     statements = inventory.read_inventory(args.inventory) if args.inventory else None
+    repository = push.open_repository(args)
 
     # Open the model and read the images.
     model, chain = open_original(args)
@@ -154,7 +155,24 @@ def forget(args: argparse.Namespace) -> int:
     )
     headline = states.headline(contents["images"], request.forget.goal, args.also, contents["asked"]["counted"])
     log(f"{headline}: {folder / PAGE}")
-    return 0 if states.count(contents["images"]).successful else NOT_FORGOTTEN
+    successful = states.count(contents["images"]).successful
+    if repository:
+        upload(args, folder / REPORT, repository, None if successful else "an image is not forgotten")
+    return 0 if successful else NOT_FORGOTTEN
+
+
+def upload(args: argparse.Namespace, report: Path, repository, reason: str | None = None) -> None:
+    """Upload the model of a report for --push. With a reason not to, print it and the command that does it still."""
+    from l2ul.deletion.deployed_model import written_models
+    from l2ul.deletion.output import card_of
+
+    public = ["--push-public"] if args.push_public else []
+    again = push.command_line(PROGRAM, ["--verify", str(report), "--push", repository.name, *public])
+    if reason:
+        print(f"not uploaded: {reason}; this command uploads the model all the same: {again}")
+        return
+    model = Path(args.model) if args.verify and args.model else written_models(report.parent)[0]
+    push.push(PROGRAM, model, card_of(model), repository, again)
 
 
 def open_original(args: argparse.Namespace):
@@ -210,6 +228,7 @@ def verify(args: argparse.Namespace) -> int:
     device = devices.choose_device(args.device, args.no_cuda, args.threads)
     precision.use(device, "fp32")
     key = signature.public_key(args.public_key) if args.public_key else None
+    repository = push.open_repository(args)
     model = Path(args.model) if args.model else None
     results = verification.verify(
         args.verify,
@@ -224,7 +243,12 @@ def verify(args: argparse.Namespace) -> int:
         results += repeat(repeated, args.verify, device)
     for check in results:
         print(f"{PASSED[check.passed]:6} {check.name}: {check.finding}")
-    return NOT_FORGOTTEN if any(check.passed is False for check in results) else 0
+    failed = [check.name for check in results if check.passed is False]
+    if repository and failed:
+        print(f"not uploaded: {', '.join(failed)} failed")
+    elif repository:
+        upload(args, args.verify, repository)
+    return NOT_FORGOTTEN if failed else 0
 
 
 def recorded_request(args: argparse.Namespace) -> argparse.Namespace:

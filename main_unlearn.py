@@ -28,6 +28,7 @@ def main() -> None:
 
 def run(opts: argparse.Namespace) -> None:
     """Do the runs that have no record yet, and print the table of all runs."""
+    from l2ul.cli import push
     from l2ul.cli import unlearn_command as command
     from l2ul.common import distributed
     from l2ul.common.cache import Cache
@@ -40,7 +41,9 @@ def run(opts: argparse.Namespace) -> None:
         command.use_precision(opts, device)
         folder.check_decoder(opts.decoder, device)
         cache = Cache()
+        repository = None
         if distributed.is_first():
+            repository = push.open_repository(opts)  # of --push: before any work
             command.open_result_folders(opts)
             cache = command.open_cache(opts)
         trackers = command.open_trackers(opts, command.print_now)
@@ -61,6 +64,8 @@ def run(opts: argparse.Namespace) -> None:
             if distributed.is_first():
                 print(records.table([run.files.read() for run in runs]).to_string(index=False))
                 print(f"records: {opts.result_dir / 'runs'}")
+            if repository:
+                command.push_model(runs[0], repository)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,20 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+import sys
 import time
 
 import torch
 from torch import Tensor
 
 from l2ul import attack, models
-from l2ul.cli import options
+from l2ul.cli import options, push
+from l2ul.cli.unlearn_options import PROGRAM
 from l2ul.common import distributed, precision
 from l2ul.common.cache import GIB, PREFIX, Cache
 from l2ul.common.choices import AUTO
 from l2ul.common.device import device_name
-from l2ul.common.errors import InputError
+from l2ul.common.errors import Diverged, InputError
 from l2ul.common.files import remove_parts, require_writable
 from l2ul.common.tracking import Trackers
 from l2ul.data import forget_set
@@ -27,7 +29,7 @@ from l2ul.experiments.reference_models import ReferenceModel, ReferenceModels
 from l2ul.experiments.runs import Run, Setup
 from l2ul.metrics import accuracy, preflight
 from l2ul.metrics.registry import EVALUATIONS
-from l2ul.models import checkpoint, outputs
+from l2ul.models import checkpoint, hub, outputs
 
 ENDINGS = {  # what a status means
     "forgotten": "forgotten after {steps} steps",
@@ -254,6 +256,13 @@ def announce(
     if to_do:
         finished = time_estimates.read_records(opts.result_dir)
         print(time_estimates.sentence([run.settings for run in to_do], finished, source=str(opts.result_dir)))
+
+
+def push_model(run: Run, repository: hub.Repository) -> None:
+    """Upload the saved model of a run. The same command uploads it again, as the run is not repeated."""
+    if not run.files.model.exists():
+        raise Diverged(f"the run diverged, so there is no model to upload; see {run.files.record}")
+    push.push(PROGRAM, run.files.model, run.files.card, repository, push.command_line(PROGRAM, sys.argv[1:]))
 
 
 def print_run(record: dict[str, object]) -> None:

@@ -3,9 +3,10 @@
 import argparse
 from collections.abc import Sequence
 
-from l2ul.cli import options
+from l2ul.cli import options, push
 from l2ul.common import tracking
 from l2ul.common.errors import InputError
+from l2ul.methods import registry
 from l2ul.metrics.registry import EVALUATIONS
 
 PROGRAM = "main_unlearn.py"
@@ -22,6 +23,7 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> argparse.
     parser = options.Parser(description, prog=PROGRAM)
     for add in FLAG_GROUPS:
         add(parser)
+    push.add_push(parser.add_argument_group("upload"), "with --save-model and one method, k and seed")
     opts = parser.parse_args(argv)
     options.fill_defaults(opts)
     if opts.unlearn_k and min(opts.unlearn_k) < 1:
@@ -29,6 +31,7 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> argparse.
     _check_forget_set(opts)
     _check_evaluations(opts)
     tracking.require_packages(opts.tracker)
+    _check_push(opts)
     return opts
 
 
@@ -46,6 +49,23 @@ def _check_forget_set(opts: argparse.Namespace) -> None:
             f"--continual-step is {step} and --unlearn-k is {' '.join(map(str, opts.unlearn_k))}; "
             f"expected one multiple of the step, such as {4 * step}"
         )
+
+
+def _check_push(opts: argparse.Namespace) -> None:
+    """Raise InputError if --push is given for anything but the saved model of one run."""
+    if not opts.push:
+        return
+    if not opts.save_model:
+        raise InputError(f"--push {opts.push} uploads the unlearned model, which is not saved; add --save-model")
+    several = {"method": opts.method, "unlearn-k": opts.unlearn_k or (), "seed": opts.seed}
+    flag = next((flag for flag, values in several.items() if len(values) > 1), None)
+    if flag:
+        values = " ".join(map(str, several[flag]))
+        raise InputError(f"--push {opts.push} uploads one model, but --{flag} is {values}; give one of them")
+    if opts.continual_step:
+        raise InputError(f"--push {opts.push} uploads one model, but --continual-step makes several; leave out one")
+    if not registry.get(opts.method[0], opts.goal).trains:
+        raise InputError(f"--push {opts.push} uploads an unlearned model, but {opts.method[0]} makes none")
 
 
 def _check_evaluations(opts: argparse.Namespace) -> None:

@@ -1,27 +1,57 @@
-"""Write the model card of a model in a folder of its library: what was forgotten in numbers, never which images."""
+"""The model card of a request: what was forgotten in numbers, never which images."""
 
-import jinja2
+from pathlib import Path
 
 from l2ul.deletion import states
+from l2ul.deletion.deployed_model import BUILT
 from l2ul.deletion.report_schema import Report
+from l2ul.experiments.model_card import UNIFORM, Card, Table, library_of, method_sentence, opening
 from l2ul.methods import registry
 
-CARD = "README.md"  # in the folder of the model, where the Hugging Face Hub looks for it
 
+def of_report(report: Report, weights_sha256: str, path: Path) -> Card:
+    """Return the card of a model from its report, which may lack what is known only after the model was written.
 
-def card(report: Report, weights_sha256: str) -> str:
-    """Return the model card in Markdown, from a report and the hex sha256 of the unlearned weights."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("l2ul.deletion", "."),
-        autoescape=False,  # Markdown of numbers and of texts of this project
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("model_card.md.j2").render(
-        report=report,
-        counts=states.count(report["images"]),
-        weights_sha256=weights_sha256,
-        settings=registry.loop_settings(report["asked"]["method"], report["chosen"] or {}),
+    weights_sha256  of the unlearned weights, `UNIFORM`
+    path            of the file or folder of the model
+    """
+    counts, asked, tool = states.count(report["images"]), report["asked"], report["tool"]
+    relabel = asked["goal"] == "relabel"
+    rows = [
+        (
+            f"forgotten: the original model predicted their label, this one "
+            f"{'predicts their new label' if relabel else 'does not'}",
+            counts.forgotten,
+        ),
+        ("not recognised by the original model", counts.not_recognised),
+        ("still recognised", counts.still_recognised),
+    ]
+    rows += [
+        (f"earlier request of {row['made']}: forgotten at that time", f"{row['forgotten']} of {row['images']}")
+        for row in report["earlier"]
+    ]
+    damage = [
+        (f"{row['count']} {row['name']}", f"{row['percent']:.1f} %", f"{row['low']:.1f} to {row['high']:.1f} %")
+        for row in report["damage"]
+    ]
+    settings = registry.loop_settings(asked["method"], report["chosen"] or {})
+    chosen = method_sentence(asked["method"], asked["seed"], settings)
+    opened_by, num_classes = report["model"]["opened_by"], len(report["model"]["classes"])
+    model, statistics = opened_by["model"], (opened_by["mean"], opened_by["std"])
+    return Card(
+        title="Classifier after a deletion request",
+        introduction=f"This model was trained on images that it has to {'relabel' if relabel else 'forget'}. It is the "
+        f"result of a request with {tool['name']} {tool['version']}, carried out {report['made']}. The report of the "
+        f"request, which is not public, names the images by their hashes.",
+        outcome=counts.outcome,
+        tables=[Table(("images of the request", "number"), rows)]
+        + ([Table(("images", "agreement with the original model", "95 % interval"), damage)] if damage else []),
+        method=chosen if report["chosen"] else "The weights are those of the original model.",
+        hashes={
+            f"original, {UNIFORM}": report["model"]["before"]["weights_sha256"],
+            f"this model, {UNIFORM}": weights_sha256,
+        },
+        limits=report["not_claimed"],
+        opening="" if path.is_dir() or model == BUILT else opening(model, num_classes, path.name, *statistics),
+        library=library_of(model) if path.is_dir() else None,
     )

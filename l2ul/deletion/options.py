@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import datetime
 from pathlib import Path
 
-from l2ul.cli import options
+from l2ul.cli import options, push
 from l2ul.cli.options import Parser
 from l2ul.cli.parser import finite_float, nonnegative_int, positive_float, positive_int, setting
 from l2ul.common.choices import CHANGES, CLASS_ORDERS, InvalidValue, Number
@@ -27,6 +27,8 @@ examples:
       check that the model and its report are unchanged and that the images are still forgotten
   python main_forget.py --verify forgotten/report.json --images to_forget --again
       repeat the request and check that it ends with the same weights
+  python main_forget.py --verify forgotten/report.json --push my_vit
+      upload the unlearned model to the Hugging Face Hub if it is the one of the report
 
 glossary:
   forgotten   the model misclassifies the image: it predicts another class than its label. With a new label: it
@@ -40,7 +42,7 @@ glossary:
 exit codes:
   0         every image that was recognised is forgotten, as used unless --setting robust=0; with --verify: no check
             failed
-  1         out of memory or disk space
+  1         out of memory or disk space; or the upload of --push failed, and the output is on this machine
   2         wrong input
   3         an image is still recognised, or none was recognised before; with --verify: a check failed
   130, 143  stopped by Ctrl-C or SIGTERM; nothing was written
@@ -50,7 +52,7 @@ exit codes:
 # Flags that do not decide the weights of a request with fixed settings.
 NOT_REPEATED = {
     *("output", "dry_run", "min_known", "setting", "minutes", "max_steps", "keep_images", "reference_images"),
-    *("request_id", "controller", "requested_on", "inventory", "no_thumbnails", "sign"),
+    *("request_id", "controller", "requested_on", "inventory", "no_thumbnails", "sign", "push", "push_public"),
     *("verify", "public_key", "again", "original", "device", "no_cuda", "threads"),
 }
 REPEATED_BESIDES = ("--output", "--min-known", "--setting", "--minutes", "--max-steps", "--device", "--threads")
@@ -287,5 +289,6 @@ def _add_report(parser: Parser) -> None:
         "folder)"
     )
     options.add(group, "--original", text, type=Path, metavar="PATH")
+    push.add_push(group, "if every image that was recognised is forgotten, or with --verify if no check fails")
     text = "with --verify: the Ed25519 public key that must have signed the report"
     options.add(group, "--public-key", text, type=Path, metavar="KEY.pem")

@@ -13,9 +13,10 @@ from l2ul.common.files import atomic, file_sha256, remove_parts, require_writabl
 from l2ul.deletion import deployed_model, report, signature, verify
 from l2ul.deletion.checks import check_same_model
 from l2ul.deletion.deployed_model import DeployedModel
-from l2ul.deletion.model_card import CARD, card
+from l2ul.deletion.model_card import of_report
 from l2ul.deletion.report_schema import FORGET_LIST, PAGE, REPORT
 from l2ul.deletion.request import Request
+from l2ul.experiments.records import CARD
 from l2ul.models import huggingface, timm_models
 
 INTERRUPTED_AGE = 3600  # seconds after which an unfinished folder is taken for that of a killed process
@@ -58,7 +59,7 @@ def write(
     with_thumbnails: bool = True,
     key: object = None,
 ) -> Path:
-    """Write model, report, page, list of images and signature into one new folder; return the folder.
+    """Write model, model card, report, page, list of images and signature into one new folder; return the folder.
 
     output          the folder, or its name with a number if other software has created it by now
     unlearned       the model as written: see `DeployedModel.as_written`
@@ -76,9 +77,8 @@ def write(
         part.mkdir()
         left_out = model.write(unlearned, part)
         path = deployed_model.written_models(part)[0]
-        if path.is_dir():
-            text = card(contents, tensors_sha256(unlearned.net.state_dict()))
-            (path / CARD).write_text(text, encoding="utf-8")
+        card = of_report(contents, tensors_sha256(unlearned.net.state_dict()), path)
+        card_of(path).write_text(card.text(), encoding="utf-8")
         reopened = deployed_model.reopen(model.opened_by, request.class_names, path, build)
         check_same_model(unlearned, reopened.classifier.to(request.images.device), request.images)
         contents = contents | {"model": contents["model"] | {"left_out": left_out, "after": reopened.hashes()}}
@@ -92,6 +92,11 @@ def write(
         if key:
             signature.write_signature(part / REPORT, key)
     return output
+
+
+def card_of(model: Path) -> Path:
+    """Return the path of the model card: in the folder of a model, or beside its file."""
+    return (model if model.is_dir() else model.parent) / CARD
 
 
 def _is_free(path: Path) -> bool:

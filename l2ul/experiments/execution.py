@@ -16,9 +16,10 @@ from l2ul.common import device as devices
 from l2ul.common import distributed
 from l2ul.common.cache import Cache
 from l2ul.common.errors import Diverged, InputError
+from l2ul.common.files import atomic, tensors_sha256
 from l2ul.common.progress import progress_bar
 from l2ul.common.tracking import Trackers
-from l2ul.experiments import records
+from l2ul.experiments import model_card, records
 from l2ul.experiments.adversarial_sets import AdversarialSet, Attack
 from l2ul.experiments.measurement import Evaluator
 from l2ul.experiments.runs import Run, Setup
@@ -298,8 +299,12 @@ class Experiment:
             self._record(run, result, row, predictions)
 
     def _keep(self, run: Run, result: "RunResult") -> None:
-        if distributed.is_first() and (self.keep_models or run.is_step) and run.method.trains and not result.diverged:
+        if distributed.is_first() and self._keeps(run) and not result.diverged:
             self.save(result.outcome.model, run.files.model, run.settings)
+
+    def _keeps(self, run: Run) -> bool:
+        """Return whether the model of a run is kept, unless the run diverges."""
+        return (self.keep_models or run.is_step) and run.method.trains
 
     def _record(
         self, run: Run, result: "RunResult", row: dict[str, float | None], predictions: dict[str, Tensor]
@@ -323,6 +328,11 @@ class Experiment:
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
         }
+        if self._keeps(run) and not result.diverged:
+            digest = tensors_sha256(result.outcome.model.net.state_dict())
+            card = model_card.of_record(record, self.setup.images.num_classes, digest, run.files.model.is_dir())
+            with atomic(run.files.card) as part:
+                part.write_text(card.text(), encoding="utf-8")
         names = (run.earlier.names if run.earlier else []) + run.forget.names
         run.files.write(record, names, predictions, result.outcome.curve)
         self._checkpoint(run).delete()

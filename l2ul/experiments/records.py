@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, object]
 
+CARD = "README.md"  # the model card in the folder of a model, where the Hugging Face Hub looks for it
 FAILED = "failed"  # the run ended with an error
 STATUSES = (FORGOTTEN, CAP, DONE, DIVERGED, FAILED)
 
@@ -337,7 +338,8 @@ class RunFiles:
     """The files of a run: `runs/<id>.json`, `.txt`, `.npz` and `.csv`, and `models/<id>…`, in `result_dir`.
 
     The `.json` is the record, the `.txt` names the images of D_f, the `.npz` holds predicted classes before and after,
-    and the `.csv` holds the loss terms of each step.
+    and the `.csv` holds the loss terms of each step. A model that is kept has a model card: `models/<id>.md`, or
+    README.md in its folder.
     """
 
     def __init__(self, result_dir: Path, identity: str, model_suffix: str = ".safetensors"):
@@ -345,6 +347,7 @@ class RunFiles:
         self.record = Path(result_dir) / "runs" / f"{identity}.json"
         self.state = self.record.with_suffix(".state.pt")  # of an unfinished loop
         self.model = Path(result_dir) / "models" / f"{identity}{model_suffix}"
+        self.card = self.model.with_suffix(".md") if model_suffix else self.model / CARD
 
     def read(self) -> Record | None:
         """Return the record of the finished run, or None if it is absent, damaged, or of a run that failed."""

@@ -1,0 +1,147 @@
+"""Model cards of unlearned models: what was forgotten in numbers, never which images."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from l2ul import VERSION
+from l2ul.common.choices import CAP, DIVERGED, DONE, FORGOTTEN
+from l2ul.methods.settings import SHARED
+from l2ul.models import timm_models
+
+UNIFORM = "by names, types, shapes and values"  # how weights are hashed apart from their file
+LIBRARIES = {"hf": "transformers", "timm": "timm"}  # that open a folder, by the prefix of the model's name
+OUTCOMES = {  # of a run, by its status
+    FORGOTTEN: "all images are forgotten",
+    CAP: "not all images are forgotten: the limit of steps was reached",
+    DONE: "the steps of the method are done",
+    DIVERGED: "the run diverged",
+}
+LIMITS = (
+    "That the images no longer influence the weights. A model that was trained without them would still classify most "
+    "of them correctly, and the outputs of this one may reveal that these images were unlearned.",
+    "That changed copies of the images, or other images of the same objects, are forgotten.",
+    "That the unlearning leaves no trace. Whoever has the model before and after can find the images, because their "
+    "predictions differ.",
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a card: its headings and rows of cells."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[object]]
+
+
+@dataclass(frozen=True)
+class Card:
+    """The content of a model card.
+
+    library       name of the library that opens the model, as the hub knows it; None for a file of weights
+    introduction  what the model is, in sentences
+    outcome       the result in a few words
+    tables        counts and accuracies
+    method        the method and its settings, in a sentence
+    hashes        hex sha256 of weights, by what they are
+    opening       how the model is opened
+    limits        what is not claimed, in sentences
+    """
+
+    title: str
+    introduction: str
+    outcome: str
+    tables: Sequence[Table]
+    method: str
+    hashes: Mapping[str, str]
+    limits: Sequence[str]
+    opening: str = ""
+    library: str | None = None
+
+    def text(self) -> str:
+        """Return the card in Markdown."""
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("l2ul.experiments", "."),
+            autoescape=False,  # Markdown of numbers and of texts of this project
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+        return environment.get_template("model_card.md.j2").render(card=self)
+
+
+def method_sentence(method: str, seed: int, settings: Mapping[str, object]) -> str:
+    """Return the sentence on a method, its seed and the values of its settings."""
+    values = ", ".join(f"`{name}={value}`" for name, value in settings.items())
+    return f"`{method}` with seed {seed}{f': {values}' if values else ''}."
+
+
+def opening(model: str, num_classes: int, file: str, mean: object = None, std: object = None) -> str:
+    """Return how to open a file of weights of a network of this project or of torchvision."""
+    statistics = "".join(f", {name}={list(values)}" for name, values in (("mean", mean), ("std", std)) if values)
+    return (
+        "```python\nfrom l2ul import models\n\n"
+        f'model = models.load("{model}", {num_classes}, "{file}"{statistics})\n```\n\n'
+        "It takes pixels (n, channels, height, width) in [0,1] and returns logits."
+    )
+
+
+def library_of(model: str) -> str | None:
+    """Return the library that opens the folder of a model with this name."""
+    return LIBRARIES.get(model.partition(":")[0])
+
+
+def of_record(record: Mapping[str, object], num_classes: int, weights_sha256: str, is_folder: bool = False) -> Card:
+    """Return the card of the model of a run.
+
+    weights_sha256  of the unlearned weights, `UNIFORM`
+    is_folder       whether the model is a folder of another library, not a file of weights
+    """
+    relabel = record["goal"] == "relabel"
+    number = record.get("continual_size") or record["k"]  # accuracies of a step of a continual run are those of its D_f
+    rows = [("to relabel" if relabel else "to forget", number)]
+    if number != record["k"]:
+        rows.append(("of earlier steps", record["k"] - number))
+    for text, key in (
+        ("predicted as their label by the original model", "acc_forget_before"),
+        ("predicted as their label by this model", "acc_forget"),
+        ("predicted as their new label by this model", "acc_relabel"),
+    ):
+        if record.get(key) is not None:
+            rows.append((text, round(number * record[key] / 100)))
+    accuracies = [
+        (text, *(_percent(record[key]) for key in (f"{name}_before", name)))
+        for text, name in (("other training images", "acc_retain"), ("test images", "acc_test"))
+    ]
+    name = record["model"]
+    prefix, _, place = name.partition(":")
+    folder = Path(place.removeprefix(timm_models.FOLDER))
+    if library_of(name) and folder.is_dir():  # of this machine
+        name = f"{prefix}:{folder.name}"
+    settings = {key: record[key] for key in SHARED if record.get(key) is not None}
+    settings |= {key: record[key] for key in (record.get("method_settings") or "").split()}
+    settings |= dict(pair.split("=") for pair in (record.get("course") or "").split())
+    return Card(
+        title=f"{name} after unlearning images of {record['dataset']}",
+        introduction=f"This classifier, {name}, was trained on {record['dataset']} and had to "
+        f"{'relabel' if relabel else 'forget'} {number} of its training images. It is the result of a run with L2UL "
+        f"{VERSION}, which compares methods.",
+        outcome=OUTCOMES[record["status"]],
+        tables=[
+            Table(("images", "number"), rows),
+            Table(("accuracy", "original model", "this model"), accuracies),
+        ],
+        method=method_sentence(record["method"], record["seed"], settings),
+        hashes={"original, as main_unlearn.py records them": record["checkpoint_sha256"]}
+        | {f"this model, {UNIFORM}": weights_sha256},
+        limits=LIMITS,
+        opening="" if is_folder else opening(name, num_classes, "model.safetensors"),
+        library=library_of(name) if is_folder else None,
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"

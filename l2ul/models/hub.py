@@ -1,0 +1,111 @@
+"""Upload a model, its configuration and its card to the Hugging Face Hub, and nothing else of a folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from l2ul.common.errors import InputError
+from l2ul.models import huggingface, timm_models
+
+CARD = "README.md"  # name of the model card on the hub
+LOGIN = "run `hf auth login`, or set HF_TOKEN to a token with write permission"
+
+
+class UploadFailed(Exception):
+    """An upload failed. Nothing on this machine has changed."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository of models on the hub that this user may write to.
+
+    name    owner and name
+    public  whether it is created as a public one. A repository that exists stays what it is
+    files   names of the files in it; None if it does not exist yet
+    """
+
+    name: str
+    public: bool = False
+    files: tuple[str, ...] | None = None
+
+
+def open_repository(name: str, public: bool = False) -> Repository:
+    """Check name and login, and return the repository. Nothing is created.
+
+    name    NAME or OWNER/NAME
+    public  whether the repository may be public
+
+    Raises InputError if the user is not logged in or may not write, the name is not valid, or the repository is public
+    against `public`.
+    """
+    from huggingface_hub import HfApi, errors, get_token, utils
+
+    try:
+        utils.validate_repo_id(name)
+    except errors.HFValidationError:
+        raise InputError(
+            f"--push {name} is not a name on the Hugging Face Hub; expected NAME or OWNER/NAME with letters, digits, "
+            f"'-', '_' and '.'"
+        ) from None
+    if get_token() is None:
+        raise InputError(f"--push needs a login on the Hugging Face Hub; {LOGIN}")
+    api = HfApi()
+    try:
+        user = api.whoami()
+    except Exception as error:  # of huggingface_hub and of its HTTP client
+        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+        how = f"does not accept the login; {LOGIN}" if refused else "cannot be reached; leave out --push or try later"
+        raise InputError(f"the Hugging Face Hub {how} ({_first_line(error)})") from None
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise InputError(f"the token of the login on the Hugging Face Hub may only read; {LOGIN}")
+    owners = [user["name"], *(group["name"] for group in user.get("orgs", ()))]
+    owner, slash, _ = name.partition("/")
+    full = name if slash else f"{user['name']}/{name}"
+    if slash and owner not in owners:
+        raise InputError(f"--push {name}: {user['name']} may not write to {owner}; expected one of {', '.join(owners)}")
+    try:
+        found = api.repo_info(full)
+    except errors.RepositoryNotFoundError:
+        return Repository(full, public)
+    except Exception as error:
+        raise InputError(f"the Hugging Face Hub does not show {full} ({_first_line(error)}); try later") from None
+    if not found.private and not public:
+        raise InputError(
+            f"--push {full}: this repository exists and is public; choose another name, or add --push-public"
+        )
+    return Repository(full, public, tuple(file.rfilename for file in found.siblings or ()))
+
+
+def files_of(model: Path, card: Path) -> dict[str, Path]:
+    """Return the files to upload by their names on the hub: the model, its configuration and its card.
+
+    model  a file of weights, or the folder of a model, of which only what opening it reads is uploaded
+    """
+    if model.is_dir():
+        others = (timm_models if timm_models.is_folder(model) else huggingface).unread_files(model)
+        paths = {path.name: path for path in sorted(model.iterdir()) if path.is_file() and path.name not in others}
+    else:
+        paths = {f"model{''.join(model.suffixes)}": model}
+    return paths | ({CARD: card} if card.is_file() else {})  # requests of earlier versions have none beside a file
+
+
+def upload(files: Mapping[str, Path], repository: Repository) -> str:
+    """Upload files by their names on the hub as one commit, and return the address of the repository.
+
+    A repository that does not exist is created, private unless `repository.public`. Raises UploadFailed.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repository.name, private=not repository.public, exist_ok=True)
+        additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        api.create_commit(repository.name, additions, commit_message="Upload an unlearned model with L2UL")
+    except Exception as error:  # of huggingface_hub, of its HTTP client and of the file system
+        raise UploadFailed(_first_line(error)) from None
+    return str(address)
+
+
+def _first_line(error: Exception) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}{f': {line[:160]}' if line else ''}"

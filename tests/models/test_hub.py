@@ -1,0 +1,303 @@
+"""--push: what is uploaded to the Hugging Face Hub, checked against a server on this machine."""
+
+import base64
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import json
+import re
+import threading
+
+import pytest
+import torch
+
+from l2ul import models
+from l2ul.cli import push
+from l2ul.common.errors import InputError
+from l2ul.experiments import model_card
+from l2ul.models import hub
+import main_forget
+
+USER = {"type": "user", "name": "jo", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": "write"}}}
+
+
+class Hub:
+    """A stand-in for the hub.
+
+    repositories  whether it is private, and its files (content by name), by the name of a repository
+    requests      "METHOD path" of each request
+    refuse        requests whose path contains this text get the status 403
+    """
+
+    def __init__(self):
+        self.user, self.repositories, self.requests, self.refuse = USER, {}, [], None
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.answer(*fake.get(self.path))
+
+            def do_POST(self):
+                chunked = self.headers.get("Transfer-Encoding") == "chunked"
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.chunks() if chunked else self.rfile.read(length)
+                self.answer(*fake.post(self.path, body))
+
+            def chunks(self):
+                parts = []
+                while size := int(self.rfile.readline(), 16):
+                    parts.append(self.rfile.read(size))
+                    self.rfile.readline()
+                self.rfile.readline()
+                return b"".join(parts)
+
+            def answer(self, status, content):
+                fake.requests.append(f"{self.command} {self.path}")
+                if self.headers.get("Authorization") != "Bearer hf_test":
+                    status, content = 401, {"error": "Invalid credentials"}
+                if fake.refuse and fake.refuse in self.path:
+                    status, content = 403, {"error": "Forbidden: out of storage"}
+                text = json.dumps(content).encode()
+                self.send_response(status)
+                if status == 404:
+                    self.send_header("X-Error-Code", "RepoNotFound")
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            def log_message(self, *parts):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def get(self, path):
+        if path == "/api/whoami-v2":
+            return 200, self.user
+        name = path.removeprefix("/api/models/").split("?")[0]
+        if name not in self.repositories:
+            return 404, {"error": "Repository not found"}
+        private, files = self.repositories[name]
+        return 200, {"id": name, "private": private, "siblings": [{"rfilename": file} for file in files]}
+
+    def post(self, path, body):
+        if path == "/api/repos/create":
+            wish = json.loads(body)
+            name = f"{wish.get('organization') or self.user['name']}/{wish['name']}"
+            private = wish.get("private", wish.get("visibility") == "private")
+            if self.refuse != path:
+                self.repositories.setdefault(name, (private, {}))
+            return 200, {"url": f"{self.address}/{name}", "name": name, "id": name}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        name, _, action = re.match(r"/api/models/([^/]+/[^/]+)(/(preupload|commit))", path).groups()
+        if action == "preupload":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            answer = [{"path": file, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for file in files]
+            return 200, {"files": answer}
+        lines = [json.loads(line) for line in body.splitlines()]
+        if not (self.refuse and self.refuse in path):
+            for line in lines[1:]:
+                assert line["key"] == "file"
+                content = base64.b64decode(line["value"]["content"])
+                self.repositories[name][1][line["value"]["path"]] = content
+        return 200, {"commitUrl": f"{self.address}/{name}/commit/1", "commitOid": "1" * 40, "success": True}
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Return a `Hub` that huggingface_hub uses, with a login of the user jo."""
+    from huggingface_hub import constants
+
+    server = Hub()
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setenv("HF_ENDPOINT", server.address)  # read when huggingface_hub is imported, so also here:
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no_tokens"))
+    yield server
+    server.server.shutdown()
+
+
+def test_names_and_logins_that_cannot_work_are_refused(fake, monkeypatch):
+    fake.repositories["jo/public"] = (False, {})
+    for name, message in (
+        ("a/b/c", "a/b/c is not a name on the Hugging Face Hub; expected NAME or OWNER/NAME"),
+        ("other/model", "jo may not write to other; expected one of jo, lab"),
+        ("public", "jo/public: this repository exists and is public; choose another name, or add --push-public"),
+    ):
+        with pytest.raises(InputError, match=message):
+            hub.open_repository(name)
+    assert hub.open_repository("public", public=True).files == ()
+    assert hub.open_repository("lab/new") == hub.Repository("lab/new")
+    fake.user = USER | {"auth": {"accessToken": {"role": "read"}}}
+    with pytest.raises(InputError, match="may only read; run `hf auth login`"):
+        hub.open_repository("new")
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    with pytest.raises(InputError, match="does not accept the login; run `hf auth login`"):
+        hub.open_repository("new")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(InputError, match="needs a login on the Hugging Face Hub"):
+        hub.open_repository("new")
+    assert not any(request.startswith("POST") for request in fake.requests)
+
+
+def test_without_a_connection_nothing_starts(fake, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="cannot be reached; leave out --push or try later"):
+        hub.open_repository("new")
+
+
+def request(fake, forget, tmp_path, *words):
+    fake.requests.clear()
+    return forget("--push", "tiny", *words)
+
+
+def test_a_request_uploads_model_and_card_and_nothing_else(fake, forget, script, tmp_path):
+    code, _, printed = request(fake, forget, tmp_path, "--dry-run")
+    assert (code, fake.repositories) == (0, {}), printed
+    code, report, printed = request(fake, forget, tmp_path)
+    assert code == 0, printed
+    assert f"uploaded model.pth, README.md to {fake.address}/jo/tiny" in printed
+    private, files = fake.repositories["jo/tiny"]
+    assert private
+    assert files == {name: (tmp_path / "out" / name).read_bytes() for name in ("model.pth", "README.md")}
+    card = files["README.md"].decode()
+    assert report["model"]["after"]["weights_sha256"] in card
+    assert not any(row[key] in card for row in report["images"] for key in ("file", "sha256", "pixels_sha256"))
+
+
+def test_a_failed_upload_loses_nothing_and_can_be_repeated(fake, forget, script, tmp_path):
+    fake.refuse = "/commit/"
+    code, report, printed = request(fake, forget, tmp_path)
+    assert report["outcome"] == "removed from predictions"
+    assert code != 0
+    code, again = re.match(
+        r"main_forget.py: the upload to jo/tiny failed \(.*\); .* with: (python) (.*)$", code
+    ).groups()
+    words = again.split()
+    assert words[1:] == ["--verify", str(tmp_path / "out" / "report.json"), "--push", "jo/tiny"]
+    fake.refuse = None
+    code, out, err = script(main_forget.main, *words[1:])
+    assert code == 0, out + err
+    assert sorted(fake.repositories["jo/tiny"][1]) == ["README.md", "model.pth"]
+    (tmp_path / "out" / "model.pth").write_bytes(b"another model")
+    fake.requests.clear()
+    code, out, err = script(main_forget.main, *words[1:])
+    assert code == 3
+    assert "not uploaded: model failed" in out
+    assert not any("commit" in one for one in fake.requests)
+
+
+def test_a_model_that_still_recognises_an_image_is_not_uploaded(fake, forget, tmp_path):
+    words = ["--setting", "distill_steps=1", "distill_lr=1e-9", "robust=0"]
+    code, report, printed = request(fake, forget, tmp_path, *words)
+    assert (code, fake.repositories) == (3, {}), printed
+    assert "not uploaded: an image is not forgotten; this command uploads the model all the same: python " in printed
+
+
+def test_of_a_hugging_face_folder_only_what_transformers_reads_is_uploaded(fake, vit_folder, tmp_path):
+    folder = tmp_path / "model"
+    models.save(models.load(f"hf:{vit_folder}", 10), folder, {})
+    for name in ("report.html", "to_forget.csv", "optimizer.pt", "face.png"):
+        (folder / name).write_text("private")
+    (folder / "README.md").write_text("---\ntags:\n- machine-unlearning\n---\n")
+    files = hub.files_of(folder, folder / "README.md")
+    assert sorted(files) == ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    assert not any(str(vit_folder).encode() in path.read_bytes() for path in files.values())
+    fake.repositories["lab/vit"] = (True, {"pytorch_model.bin": b"", ".gitattributes": b""})
+    repository = hub.open_repository("lab/vit")
+    assert hub.upload(files, repository) == f"{fake.address}/lab/vit"
+    assert repository.files == ("pytorch_model.bin", ".gitattributes")
+    assert fake.repositories["lab/vit"][1].keys() >= files.keys()
+
+
+def test_a_run_uploads_its_saved_model_and_the_same_command_tries_again(fake, run, tmp_path):
+    words = ["--method", "neggrad", "--save-model", "--push", "lab/digits", "--push-public"]
+    fake.refuse = "/commit/"
+    code, out, err = run(*words)
+    assert "the upload to lab/digits failed" in str(code), out + err
+    (model,) = (tmp_path / "models").glob("*.safetensors")
+    fake.refuse = None
+    code, out, err = run(*words)
+    assert code == 0, out + err
+    assert "0 runs to do" in out
+    private, files = fake.repositories["lab/digits"]
+    assert not private
+    assert files == {"model.safetensors": model.read_bytes(), "README.md": model.with_suffix(".md").read_bytes()}
+    card, path = files["README.md"].decode(), tmp_path / "runs" / f"{model.stem}.json"
+    record = json.loads(path.read_text())
+    assert f"| predicted as their label by this model | {round(2 * record['acc_forget'] / 100)} |" in card
+    assert f"{record['acc_test']:.2f} %" in card
+    indices = (tmp_path / "runs" / f"{model.stem}.txt").read_text().split()
+    assert not any(re.search(rf"\b{index}\b", card.split("## Method")[0]) for index in indices if len(index) > 2)
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("model.safetensors", str(model))
+    scope = {}
+    exec(code, scope)
+    with torch.no_grad():
+        assert scope["model"](torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "neggrad"], "uploads the unlearned model, which is not saved; add --save-model"),
+        (["--method", "neggrad", "--save-model", "--seed", 0, 1], "uploads one model, but --seed is 0 1"),
+        (["--method", "neggrad", "adv", "--save-model"], "uploads one model, but --method is neggrad adv"),
+        (["--method", "before", "--save-model"], "before makes none"),
+    ],
+)
+def test_push_of_anything_but_one_saved_model_is_refused(fake, run, words, message):
+    code, _, err = run("--push", "digits", *words)
+    assert (code, message in err) == (2, True), err
+    assert not fake.requests
+
+
+def test_public_alone_is_refused(forget):
+    code, _, printed = forget("--push-public")
+    assert (code, "--push-public is for --push" in printed) == (2, True)
+
+
+def test_a_card_of_a_run_shows_no_path_of_a_local_model(vit_folder):
+    record = {
+        "goal": "relabel",
+        "k": 32,
+        "continual_size": 16,
+        "model": f"hf:{vit_folder}",
+        "dataset": "pets",
+        "acc_forget": 0.0,
+        "acc_forget_before": 100.0,
+        "acc_relabel": 75.0,
+        "acc_retain": 90.0,
+        "acc_test": None,
+        "acc_retain_before": 99.0,
+        "acc_test_before": 95.0,
+        "status": "cap",
+        "method": "distill",
+        "seed": 3,
+        "checkpoint_sha256": "a" * 64,
+        "unlearn_lr": None,
+        "distill_lr": 0.003,
+    }
+    text = model_card.of_record(record, 10, "b" * 64, is_folder=True).text()
+    assert str(vit_folder) not in text
+    assert text.startswith("---\nlibrary_name: transformers\n")
+    assert "| to relabel | 16 |\n| of earlier steps | 16 |" in text
+    assert "| predicted as their new label by this model | 12 |" in text
+    assert "`distill` with seed 3: `distill_lr=0.003`." in text
+    assert "| test images | 95.00 % | - |" in text
+
+
+def test_an_interrupted_upload_says_where_the_model_is(fake, monkeypatch, tmp_path, capsys):
+    def interrupt(files, repository):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "upload", interrupt)
+    (tmp_path / "model.pth").write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        push.push("main_forget.py", tmp_path / "model.pth", tmp_path / "none", hub.Repository("jo/tiny"), "again")
+    assert stop.value.code == 130
+    assert f"the model is in {tmp_path / 'model.pth'}; upload it again with: again" in capsys.readouterr().err
