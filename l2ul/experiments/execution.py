@@ -153,6 +153,7 @@ class Experiment:
             else:  # only its model is needed
                 self._keep(run, result)
                 if distributed.is_first():
+                    self._write_card(run, run.files.read(), result)
                     self._checkpoint(run).delete()
             model, previous = (None if result.diverged else result.outcome.model), run
 
@@ -328,16 +329,20 @@ class Experiment:
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
         }
-        if self._keeps(run) and not result.diverged:
-            digest = tensors_sha256(result.outcome.model.net.state_dict())
-            card = model_card.of_record(record, self.setup.images.num_classes, digest, run.files.model.is_dir())
-            with atomic(run.files.card) as part:
-                part.write_text(card.text(), encoding="utf-8")
+        self._write_card(run, record, result)
         names = (run.earlier.names if run.earlier else []) + run.forget.names
         run.files.write(record, names, predictions, result.outcome.curve)
         self._checkpoint(run).delete()
         self.trackers.finish(record)
         self.on_record(record)
+
+    def _write_card(self, run: Run, record: dict[str, object], result: "RunResult") -> None:
+        """Write the model card of a run's model if that is kept."""
+        if self._keeps(run) and not result.diverged:
+            digest = tensors_sha256(result.outcome.model.net.state_dict())
+            card = model_card.of_record(record, self.setup.images.num_classes, digest, run.files.model.is_dir())
+            with atomic(run.files.card) as part:
+                part.write_text(card.text(), encoding="utf-8")
 
     def _checkpoint(self, run: Run) -> Checkpoint:
         """Return the file that holds the state of the run's loop while it is not finished."""
