@@ -301,3 +301,15 @@ def test_an_interrupted_upload_says_where_the_model_is(fake, monkeypatch, tmp_pa
         push.push("main_forget.py", tmp_path / "model.pth", tmp_path / "none", hub.Repository("jo/tiny"), "again")
     assert stop.value.code == 130
     assert f"the model is in {tmp_path / 'model.pth'}; upload it again with: again" in capsys.readouterr().err
+
+
+def test_of_a_timm_folder_only_what_timm_reads_is_uploaded(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
+    for name in ("model.safetensors", "README.md", "report.json", "pytorch_model.bin"):
+        (tmp_path / name).touch()
+    assert sorted(hub.files_of(tmp_path, tmp_path / "README.md")) == ["README.md", "config.json", "model.safetensors"]
+    assert [model_card.library_of(name) for name in ("timm:resnet18", "hf:", "resnet20")] == [
+        "timm",
+        "transformers",
+        None,
+    ]
