@@ -122,10 +122,13 @@ class Wandb:
     """Log to Weights & Biases: offline, to `wandb/offline-run-…-<identity>`, unless WANDB_MODE says otherwise."""
 
     def __init__(self, folder: Path):
+        self.folder, self.mode = folder, os.environ.get("WANDB_MODE", "offline")
         os.environ.setdefault("WANDB_SILENT", "true")
+        if self.mode == "offline":  # otherwise wandb reports its own use to its server all the same
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        self.wandb, self.folder, self.mode = wandb, folder, os.environ.get("WANDB_MODE", "offline")
+        self.wandb = wandb
         if self.mode == "online" and not wandb.login(prompt=False):
             raise InputError(
                 "WANDB_MODE is online but you are not logged in to wandb; run wandb login, or unset WANDB_MODE"
@@ -178,7 +181,7 @@ class Trackio:
             for run in self.trackio.Api().runs(PROJECT):
                 if run.name == name:
                     run.delete()
-        with _without_output():
+        with _without_output(), _without_hub():
             self.run = self.trackio.init(PROJECT, name=name, config=settings, embed=False)
         self.step = 0
 
@@ -300,6 +303,22 @@ def _plain(values: Values) -> Values:
 def _markdown(values: Values) -> str:
     """Return a table in Markdown."""
     return "\n".join(["| name | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in values.items())])
+
+
+@contextlib.contextmanager
+def _without_hub():
+    """Keep Trackio from asking the Hugging Face Hub for the name of a user who is logged in, without a Space to log to.
+
+    The environment variable that does this is read before.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not os.environ.get("TRACKIO_SPACE_ID")
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager
