@@ -12,8 +12,11 @@
     python main_tables.py --figures 1 6
     # with the curves of two runs
     python main_tables.py --figures 7 --figure-runs 01cab948 191262d6
+    # all results on one page that opens offline in a browser
+    python main_tables.py --html
 
-The tables are written as Markdown, CSV and LaTeX. Rows are methods; columns are data set and model, k, and metric.
+The tables are written as Markdown, CSV and LaTeX, and with --html as a page. Rows are methods; columns are data set and
+model, k, and metric.
 """
 
 import argparse
@@ -27,10 +30,16 @@ from l2ul.common.errors import InputError
 from l2ul.reporting import FIGURES
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from l2ul.reporting.expected import Comparison
+    from l2ul.reporting.results_page import Sections
     from l2ul.reporting.rows import Block
     from l2ul.reporting.summary import Selection
 
 PROGRAM = "main_tables.py"
+PAGE = "results.html"
+PAGE_FIGURES = (1, 3, 6, 7)  # those that need no model
 REFERENCE = Path(__file__).resolve().parent / "result_data" / "reference"  # the committed records
 
 
@@ -44,13 +53,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     folders = "folders with a folder runs, in them or in their subfolders (default: result_data)"
     add("--result-dir", type=Path, nargs="+", default=[Path("result_data")], metavar="PATH", help=folders)
-    output = "folder for table.md, table.csv and table.tex (default: tables in the first --result-dir)"
+    output = f"folder for table.md, table.csv, table.tex and {PAGE} (default: tables in the first --result-dir)"
     add("--output", type=Path, metavar="PATH", help=output)
     expected = (
         "compare with reference records of the same runs, and mark what lies outside their spread (without a folder: "
         "with the committed records)"
     )
     add("--expected", type=Path, nargs="?", const=REFERENCE, metavar="FOLDER", help=expected)
+    page = (
+        f"write {PAGE} too: tables that can be sorted and filtered, figures, and each run's curve, settings and images "
+        f"(without --figures: figures {', '.join(map(str, PAGE_FIGURES))})"
+    )
+    add("--html", action="store_true", help=page)
+    add("--no-thumbnails", action="store_true", help="leave the images of D_f out of the page")
     group = parser.add_argument_group("selection (default: all runs); selected runs without a record count as missing")
     add = group.add_argument
     add("--dataset", nargs="+", metavar="NAME", help="data sets")
@@ -61,7 +76,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = group.add_argument
     names = "; ".join(f"{number}: {name.replace('_', ' ')}" for number, name in FIGURES.items())
     add("--figures", type=int, choices=sorted(FIGURES), nargs="*", metavar="N", help=names)
-    add("--data-dir", type=Path, default=Path("data"), metavar="FOLDER", help="data and weights for figures 2 to 5")
+    add(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        metavar="FOLDER",
+        help="data and weights for figures 2 to 5 and --html",
+    )
     weights = "original weights for figures 2, 4 and 5 (default: the file that main_unlearn.py finds)"
     add("--checkpoint", metavar="FILE", help=weights)
     add("--device", choices=DEVICES, help="device for figures 2, 4 and 5 (default: the best available one)")
@@ -87,7 +108,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def make(opts: argparse.Namespace) -> list[Path]:
     """Write the tables and the selected figures, and print the tables as Markdown. Return the files."""
     # imported here because these modules import torch, which takes longer than --help may
-    from l2ul.reporting import missing, read_records, render, rows, summary
+    from l2ul.reporting import expected, missing, read_records, render, rows, summary
 
     if opts.expected and not opts.expected.is_dir():
         raise InputError(
@@ -98,41 +119,66 @@ def make(opts: argparse.Namespace) -> list[Path]:
     selection = summary.Selection(opts.method, opts.unlearn_k, opts.seed)
     blocks = summary.select(rows.blocks(records), opts.dataset, selection)
     numbers = summary.summarise(blocks, selection)
+    comparisons = _compare(opts.expected, blocks, selection) if opts.expected else None
+    absent = missing.parts(blocks, selection)
     sections = [
         render.markdown(numbers, blocks),
-        _expected(opts.expected, blocks, selection) if opts.expected else "",
-        missing.section(blocks, selection),
+        expected.section(comparisons) if comparisons is not None else "",
+        missing.section(*absent),
         read_records.problem_section(problems),
     ]
     text = {
-        "md": "\n".join(filter(None, sections)),
-        "csv": summary.to_csv(numbers),
-        "tex": render.latex(numbers, blocks),
+        "table.md": "\n".join(filter(None, sections)),
+        "table.csv": summary.to_csv(numbers),
+        "table.tex": render.latex(numbers, blocks),
     }
-    print(text["md"])
+    print(text["table.md"])
     output = opts.output or opts.result_dir[0] / "tables"
     paths = write(text, output)
-    if opts.figures is not None:
+    if opts.figures is not None or opts.html:
         shown = [record for block in blocks for record in block.records if selection.has(record)]
         paths += draw(opts, shown, output)
+    if opts.html:
+        from l2ul.reporting.results_page import Sections
+
+        parts = Sections(comparisons, absent, problems)
+        paths += write({PAGE: make_page(opts, numbers, blocks, selection, parts, paths)}, output)
     print("files:", *paths)
     return paths
 
 
-def _expected(folder: Path, blocks: "list[Block]", selection: "Selection") -> str:
-    """Return the section that compares the records with those of a folder."""
+def _compare(folder: Path, blocks: "list[Block]", selection: "Selection") -> "list[Comparison]":
+    """Return the comparisons of the records with those of a folder."""
     from l2ul.reporting import expected, read_records
 
     references, _ = read_records.read([folder])
-    return expected.section(expected.compare(blocks, references, selection))
+    return expected.compare(blocks, references, selection)
+
+
+def make_page(
+    opts: argparse.Namespace,
+    numbers: "pd.DataFrame",
+    blocks: "list[Block]",
+    selection: "Selection",
+    sections: "Sections",
+    paths: list[Path],
+) -> str:
+    """Return the page of all results, with the figures that are among the files."""
+    from l2ul.common.progress import progress_bar
+    from l2ul.reporting import results_page, run_details
+
+    shown = results_page.runs(blocks, selection)
+    with progress_bar("page: runs", len(shown)) as advance:
+        details = run_details.details(shown, opts.data_dir, not opts.no_thumbnails, progress=advance)
+    return results_page.page(numbers, blocks, shown, details, results_page.pictures(blocks, paths), sections)
 
 
 def write(text: dict[str, str], folder: Path) -> list[Path]:
-    """Write the tables, one file for each suffix."""
+    """Write texts to files of a folder."""
     from l2ul.common.files import atomic, require_writable
 
     require_writable(folder)
-    paths = [folder / f"table.{suffix}" for suffix in text]
+    paths = [folder / name for name in text]
     for path, content in zip(paths, text.values(), strict=True):
         with atomic(path) as part:
             part.write_text(content, encoding="utf-8")
@@ -153,7 +199,8 @@ def draw(opts: argparse.Namespace, records: list[dict[str, object]], folder: Pat
         samples=opts.figure_samples,
         runs=opts.figure_runs,
     )
-    return figure_set.draw(records, opts.figures or FIGURES, folder, inputs)
+    usual = PAGE_FIGURES if opts.figures is None else FIGURES
+    return figure_set.draw(records, opts.figures or usual, folder, inputs)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """Write the report of a deletion request: as data, as a page that opens offline, and as a list of the images."""
 
-import base64
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 import datetime
 import hashlib
-from io import BytesIO
 import json
 from pathlib import Path
 import platform
@@ -13,16 +11,15 @@ import re
 import shlex
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 import torchvision
-from torchvision.transforms import InterpolationMode
-import torchvision.transforms.v2.functional as transforms
 
 import l2ul
+from l2ul.common import pages
 from l2ul.common.files import tensors_sha256
 from l2ul.common.installation import command
+from l2ul.data import thumbnails
 from l2ul.deletion import states
 from l2ul.deletion.report_schema import AS_STORED, AS_USED, Report
 from l2ul.deletion.request import Request
@@ -171,31 +168,20 @@ def as_json(report: Report) -> str:
 
 
 def thumbnail(image: Tensor) -> str:
-    """Return a small version of an image (3, H, W) uint8 as a data URL; images smaller than THUMBNAIL are enlarged."""
-    longer = max(image.shape[1:])
-    size = [max(1, round(side * THUMBNAIL / longer)) for side in image.shape[1:]]
-    mode = InterpolationMode.NEAREST if longer < THUMBNAIL else InterpolationMode.BILINEAR
-    resized = transforms.resize(image.cpu(), size, mode, antialias=True)
-    encoded = BytesIO()
-    transforms.to_pil_image(resized).save(encoded, "png")
-    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+    """Return a small version of an image (3, H, W) uint8 as a data URL."""
+    return thumbnails.data_url(image, THUMBNAIL)
 
 
-def page(report: Report, thumbnails: Sequence[str] | None = None) -> str:
-    """Return a report as one HTML page without external files. `thumbnails` are data URLs, one per image."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("l2ul.deletion", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def page(report: Report, pictures: Sequence[str] | None = None) -> str:
+    """Return a report as one HTML page without external files. `pictures` are data URLs, one per image."""
     rows, asked = report["images"], report["asked"]
     sentence = states.headline(rows, asked["goal"], asked.get("also", ()), asked.get("counted"))
-    return environment.get_template("report.html.j2").render(
+    return pages.render(
+        "l2ul.deletion",
+        "report.html.j2",
         report=report,
         digest=digest(report),
-        thumbnails=thumbnails,
+        thumbnails=pictures,
         counts=states.count(rows),
         headline=sentence[0].upper() + sentence[1:],
         inventory_titles=INVENTORY,

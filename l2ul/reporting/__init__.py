@@ -1,5 +1,5 @@
-"""From records to tables (Markdown, CSV, LaTeX) and figures. The modules of this package read files and compute nothing
-but statistics and figures; they take the records that `l2ul.experiments` wrote.
+"""From records to tables (Markdown, CSV, LaTeX), figures and a page of all results. The modules of this package read
+files and compute nothing but statistics and figures; they take the records that `l2ul.experiments` wrote.
 """
 
 FIGURES = {  # number of a figure: what it shows, which is part of the names of its files

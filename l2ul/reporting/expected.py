@@ -100,27 +100,40 @@ def compare(blocks: Iterable[Block], references: Iterable[Record], selection: Se
 
 def section(comparisons: list[Comparison]) -> str:
     """Return a Markdown section with the comparisons."""
+    heads, lines = table(comparisons)
+    rows = [heads, [":--"] * len(heads), *lines] if lines else []
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows) + ("\n" if rows else "")
+    listed = "".join(f"- {note}\n" for note in notes(comparisons))
+    return f"## Expected: these runs beside the reference runs\n\n{text}{listed}"
+
+
+def table(comparisons: list[Comparison]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and lines, in Markdown, of the runs that have reference runs."""
+    compared = [one for one in comparisons if one.references]
+    shown = [key for key in COLUMNS if any(one.values(key)[0] for one in compared)]
+    heads = ["data, k", "method", *(columns.get(key).heading for key in shown), "runs, reference runs", ""]
+    return heads, [_cells(one, shown) for one in compared]
+
+
+def notes(comparisons: list[Comparison]) -> list[str]:
+    """Return the notes below the table, in Markdown."""
     compared = [one for one in comparisons if one.references]
     unknown = [one for one in comparisons if not one.references]
     judged = [one for one in compared if len(one.references) > 1]
     inside = sum(not one.outside for one in judged)
-    text = "## Expected: these runs beside the reference runs\n\n"
+    made = []
     if compared:
-        shown = [key for key in COLUMNS if any(one.values(key)[0] for one in compared)]
-        heads = ["data, k", "method", *(columns.get(key).heading for key in shown), "runs, reference runs", ""]
-        lines = [heads, [":--"] * len(heads), *(_cells(one, shown) for one in compared)]
-        text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        text += (
-            f"\n- {inside} of {len(judged)} rows with several reference runs are within their spread.\n"
-            "- Each cell: mean of the runs, then the interval in which the mean of as many runs with other seeds lies "
+        made = [
+            f"{inside} of {len(judged)} rows with several reference runs are within their spread.",
+            "Each cell: mean of the runs, then the interval in which the mean of as many runs with other seeds lies "
             f"with {100 * CONFIDENCE:.0f} % probability by the reference runs, at least ± {ROUNDING} for rounding. "
-            "**Bold**: outside.\n"
-        )
+            "**Bold**: outside.",
+        ]
     if len(judged) < len(compared):
-        text += "- One reference run has no spread: the cell has its value in place of the interval.\n"
+        made.append("One reference run has no spread: the cell has its value in place of the interval.")
     if unknown:
-        text += f"- No reference run: {'; '.join(f'{_place(one)}, {_row(one)}' for one in unknown)}.\n"
-    return text
+        made.append(f"No reference run: {'; '.join(f'{_place(one)}, {_row(one)}' for one in unknown)}.")
+    return made
 
 
 def _by(some: Iterable[Record], key: Callable[[Record], list]) -> dict[str, list[Record]]:

@@ -103,8 +103,35 @@ def draw(
             except InputError as error:
                 report(f"{subject.name}: figure {number} was left out: {error}")
                 continue
-            paths += figures.save(figure, shown, Path(output_dir) / f"{subject.name}_{number}_{FIGURES[number]}")
+            paths += figures.save(figure, shown, Path(output_dir) / stem(block, number))
     return paths
+
+
+def load_images(run: Record, data_dir: Path) -> Images:
+    """Load the data set of a run, with the channels that its model takes.
+
+    Raises InputError if it is not in `data_dir`, or another one is.
+    """
+    chosen = {key: run[key] for key in DATA_KEYS if run.get(key) is not None}
+    reader = ImageReader(**{key: run[key] for key in ImageReader().options if run.get(key) is not None})
+    images = datasets.load(run["dataset"], data_dir, download=False, progress=progress_bar, reader=reader, **chosen)
+    if run.get("num_train") not in (None, len(images.train)):
+        raise InputError(
+            f"{run['dataset']} has {len(images.train)} training images, but the records are of a training set of "
+            f"{run['num_train']}; name the folder of that one with --data-dir"
+        )
+    return images.with_channels(len((run.get("mean") or "R G B").split()))
+
+
+def stem(block: rows.Block, number: int) -> str:
+    """Return the name of the files of a figure, without a suffix."""
+    return f"{subject_name(block)}_{number}_{FIGURES[number]}"
+
+
+def subject_name(block: rows.Block) -> str:
+    """Return the prefix of the names of the files of a block's figures."""
+    parts = [block.dataset, block.age_grouping, block.model, "relabel" if block.goal == "relabel" else None]
+    return "_".join(part.replace(":", "_").replace("/", "_") for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -118,9 +145,7 @@ class Subject:
     @property
     def name(self) -> str:
         """Prefix of the file names."""
-        block = self.block
-        parts = [block.dataset, block.age_grouping, block.model, "relabel" if block.goal == "relabel" else None]
-        return "_".join(part.replace(":", "_").replace("/", "_") for part in parts if part)
+        return subject_name(self.block)
 
     @functools.cached_property
     def device(self) -> torch.device:
@@ -131,18 +156,7 @@ class Subject:
     @functools.cached_property
     def images(self) -> Images:
         """The data set that the runs used."""
-        run = self.block.records[0]
-        chosen = {key: run[key] for key in DATA_KEYS if run.get(key) is not None}
-        reader = ImageReader(**{key: run[key] for key in ImageReader().options if run.get(key) is not None})
-        images = datasets.load(
-            run["dataset"], self.options.data_dir, download=False, progress=progress_bar, reader=reader, **chosen
-        )
-        if run.get("num_train") not in (None, len(images.train)):
-            raise InputError(
-                f"{run['dataset']} has {len(images.train)} training images, but the records are of a training set of "
-                f"{run['num_train']}; name the folder of that one with --data-dir"
-            )
-        return images.with_channels(len((run.get("mean") or "R G B").split()))  # as the model takes them
+        return load_images(self.block.records[0], self.options.data_dir)
 
     def original(self, run: Record) -> models.Classifier:
         """Load the original model of a run."""

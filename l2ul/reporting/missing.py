@@ -13,7 +13,7 @@ from l2ul.experiments.records import Record
 from l2ul.methods.registry import get, of_goal
 from l2ul.methods.settings import override, to_text
 from l2ul.models import checkpoint, zoo
-from l2ul.reporting.rows import Block, settings
+from l2ul.reporting.rows import Block
 from l2ul.reporting.summary import Selection
 
 RESULT_DIR = "result_data"  # default of --result-dir
@@ -28,8 +28,18 @@ class Missing:
     seed: int
 
 
-def section(blocks: Iterable[Block], selection: Selection) -> str:
-    """Return a Markdown section with every missing run and the commands for them; "" if none is missing."""
+def section(cells: list[str], lines: list[str], notes: list[str]) -> str:
+    """Return a Markdown section with the result of `parts`; "" if no run is missing."""
+    if not cells:
+        return ""
+    listed = "".join(f"- {line}\n" for line in cells)
+    below = "".join(f"\n{note}\n" for note in notes)
+    script = "".join(f"{line}\n" for line in lines)
+    return f"## Missing: no record yet\n\n{listed}\nThese commands make them:\n\n```bash\n{script}```\n{below}"
+
+
+def parts(blocks: Iterable[Block], selection: Selection) -> tuple[list[str], list[str], list[str]]:
+    """Return the lines that describe the missing runs, the commands for them, and notes on the commands."""
     cells, lines, notes = [], [], []
     for block in blocks:
         absent = find(block, selection)
@@ -37,12 +47,7 @@ def section(blocks: Iterable[Block], selection: Selection) -> str:
         cells += describe(block, absent)
         lines += needed
         notes += _note_on_weights(block, needed)
-    if not cells:
-        return ""
-    listed = "".join(f"- {line}\n" for line in cells)
-    below = "".join(f"\n{note}\n" for note in dict.fromkeys(notes))
-    script = "".join(f"{line}\n" for line in lines)
-    return f"## Missing: no record yet\n\n{listed}\nThese commands make them:\n\n```bash\n{script}```\n{below}"
+    return cells, lines, list(dict.fromkeys(notes))
 
 
 def find(block: Block, selection: Selection) -> list[Missing]:
@@ -111,10 +116,12 @@ def _note_on_weights(block: Block, lines: Iterable[str]) -> list[str]:
 
 def _flags(block: Block, run: Missing) -> tuple[str, ...]:
     """Return the flags of a run other than data set, model, k, seed and method."""
-    runs = [record for record in block.records if record["row"] == block.main_row(run.method)]
+    row = block.main_row(run.method)
+    runs = [record for record in block.records if record["row"] == row]
     values = block.usual | (runs[0]["differs"] if runs else {})
     # file of weights and result folder come from runs with the same weights, if there are any
-    alike = [record for record in block.records if _same_weights(record, values)] or block.records
+    weights = values.get("checkpoint_sha256")
+    alike = [record for record in block.records if record["checkpoint_sha256"] == weights] or block.records
     words = _weights(block, alike)
     words += ["--goal", block.goal] if block.goal != "misclassify" else []
     words += ["--continual-step", str(block.continual_size)] if block.continual_size else []
@@ -124,10 +131,6 @@ def _flags(block: Block, run: Missing) -> tuple[str, ...]:
         words += ["--forget-file", _forget_file(runs or block.records, run)]
     folder = min(record["result_dir"] for record in alike)
     return tuple(words + (["--result-dir", folder] if folder != RESULT_DIR else []))
-
-
-def _same_weights(record: Record, values: Record) -> bool:
-    return settings(record)["checkpoint_sha256"] == values.get("checkpoint_sha256")
 
 
 def _implied(block: Block) -> dict[str, set]:

@@ -69,6 +69,7 @@ def read_files(paths: Iterable[Path]) -> tuple[list[Record], list[str]]:
 def _load(path: Path) -> Record:
     try:
         record = json.loads(path.read_text(), parse_constant=_refuse)
+        json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair is no text that can be written
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})") from None
     except InputError:

@@ -54,6 +54,7 @@ def _markdown_text(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*")
 
 
+PLAIN = Style(str, lambda column: column.heading, "{}")
 MARKDOWN = Style(_markdown_text, lambda column: _markdown_text(column.heading), "**{}**")
 LATEX = Style(
     _latex_text,
@@ -81,7 +82,7 @@ def markdown(frame: pd.DataFrame, blocks: list[Block]) -> str:
         heads = [name if name not in groups[:at] else "" for at, name in enumerate(groups)]
         metrics = pd.DataFrame([[metric for *_, metric in cells.columns]], index=[""], columns=cells.columns)
         body = pd.concat([metrics, cells]).to_markdown(headers=["method", *heads], disable_numparse=True)
-        parts.append(f"## {title}\n\n{body}\n\n{_bullets(_accuracy_notes(rows, blocks))}")
+        parts.append(f"## {title}\n\n{body}\n\n{_bullets(accuracy_notes(rows, blocks))}")
     others = []
     for title, rows in _other_tables(frame):
         cells = _other_cells(rows, MARKDOWN)
@@ -96,7 +97,7 @@ def latex(frame: pd.DataFrame, blocks: list[Block]) -> str:
         return "% no record\n"
     parts = [r"% needs \usepackage{booktabs}; wide tables may need \resizebox of graphicx or a landscape page"]
     for title, rows in _accuracy_tables(frame):
-        parts.append(_float(title, _cells(rows, LATEX), _accuracy_notes(rows, blocks)))
+        parts.append(_float(title, _cells(rows, LATEX), accuracy_notes(rows, blocks)))
     for title, rows in _other_tables(frame):
         parts.append(_float(title, _other_cells(rows, LATEX), _other_notes(rows)))
     return "\n\n".join(parts) + "\n"
@@ -155,9 +156,9 @@ def _cells(rows: pd.DataFrame, style: Style) -> pd.DataFrame:
         group, k = (f"{size} per step", size) if row["continual"] else (f"k = {row['k']}", row["k"])
         heading = style.heading(columns.get(row["metric"]))
         column = (row["data"], k, places[row["metric"]]), (style.text(row["data"]), group, heading)
-        label = style.text(_line(row))
+        label = style.text(line(row))
         if row["runs"]:
-            cells[(*_line_order(row), False, label), column] = _cell(row, usual, style)
+            cells[(*_line_order(row), False, label), column] = cell(row, usual, style)
         if pd.notna(row["published"]):
             text = f"{row['published']:.2f}{' (derived)' if row['derived'] is True else ''}"
             cells[(*_line_order(row), True, f"{label}, published{style.published}"), column] = text
@@ -175,11 +176,12 @@ def _line_order(row: Record) -> tuple:
     return (*row_order(row), *step)
 
 
-def _line(row: Record) -> str:
+def line(row: Record) -> str:
+    """Return the name of a line of a table: its row, and the step of a continual run."""
     return row["row"] + (f", step {int(row['continual_step'])} (k = {row['k']})" if row["continual"] else "")
 
 
-def _cell(row: Record, usual: int, style: Style) -> str:
+def cell(row: Record, usual: int, style: Style) -> str:
     """Return a mean, with the number of runs where it is not the usual one, or how all runs ended."""
     bad = {name: row[name] for name in SHORT.values() if row[name]}
     counted = ", ".join(f"{count} {name}" for name, count in bad.items())
@@ -213,7 +215,7 @@ def _note_on_runs(rows: pd.DataFrame) -> str:
     return f"Each number is mean ± standard deviation over {usual} seeds unless it states another n."
 
 
-def _legends(rows: pd.DataFrame) -> list[str]:
+def legends(rows: pd.DataFrame) -> list[str]:
     """Return a note for each column. Columns with the same note share it."""
     by_note: dict[str, list[str]] = {}
     for name in columns.ordered(rows["metric"]):
@@ -225,15 +227,18 @@ def _has_empty_cells(rows: pd.DataFrame) -> bool:
     return bool((_cells(rows, MARKDOWN) == MARKDOWN.none).any(axis=None))
 
 
-def _accuracy_notes(rows: pd.DataFrame, blocks: list[Block]) -> list[str]:
-    """Return the notes that this table needs."""
-    notes = _legends(rows)
+def accuracy_notes(rows: pd.DataFrame, blocks: list[Block], on_runs: str | None = None) -> list[str]:
+    """Return the notes that a table of accuracies needs.
+
+    on_runs  note on the runs behind a number, for a table in which each k has a line of its own; None: for a grid
+    """
+    notes = legends(rows)
     if rows["continual"].iloc[0]:
         notes.append("The forget set arrives in several steps. In each row, D_f holds the images of that step.")
-    notes.append(_note_on_runs(rows))
+    notes.append(on_runs or _note_on_runs(rows))
     notes += _notes_on_marks(rows) + _notes_on_caps(rows, blocks) + _notes_on_samples(rows, blocks)
     notes += _notes_on_versions(rows, blocks)
-    if _has_empty_cells(rows):
+    if on_runs is None and _has_empty_cells(rows):
         notes.append("–: there is no record. Expected runs without a record are listed under Missing.")
     if (rows["row"] != rows["method"]).any():
         notes.append("Rows with brackets: the same method with other settings, which the brackets name.")
@@ -246,7 +251,7 @@ def _accuracy_notes(rows: pd.DataFrame, blocks: list[Block]) -> list[str]:
 
 def _other_notes(rows: pd.DataFrame) -> list[str]:
     none = " –: not measured." if _has_empty_cells(rows) else ""
-    return [*_legends(rows), f"{_note_on_runs(rows)}{none} Other marks are explained above.", *_note_on_bold(rows)]
+    return [*legends(rows), f"{_note_on_runs(rows)}{none} Other marks are explained above.", *_note_on_bold(rows)]
 
 
 def _note_on_bold(rows: pd.DataFrame) -> list[str]:

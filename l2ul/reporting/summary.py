@@ -129,12 +129,12 @@ def _about(block: Block, runs: list[Record]) -> Record:
         "settings": json.dumps(first["differs"], sort_keys=True),
         "runs": len(runs),
         **{name: sum(run["status"] == status for run in runs) for status, name in SHORT.items()},
-        "needs": _needs(first),
+        "needs": needs(first),
         "forgot": all(_forgot(run) for run in runs),
     }
 
 
-def _needs(run: Record) -> str:
+def needs(run: Record) -> str:
     """Return which images a method was run with."""
     if run["method"] == "before":
         return "none"
