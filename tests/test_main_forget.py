@@ -175,6 +175,7 @@ def test_the_search_ends_within_the_time_limit(tiny, script, tmp_path):
 
 def test_images_are_forgotten_as_used_by_default(forget, tmp_path):
     steps = ["--setting", "distill_steps=80", "distill_mixes=16", "distill_lr=0.01", "robust_pool=64"]
+    steps.append("robust_images=32")
     code, report, printed = forget(*steps)
     rows = report["images"]
     assert report["asked"]["counted"] == "as used"

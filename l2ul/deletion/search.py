@@ -37,6 +37,10 @@ PROBE_SHARE = 0.08  # of the time: for making the examples on which agreement is
 MIN_EXAMPLES, MAX_EXAMPLES = 64, 1024  # of that probe
 ENOUGH = 0.9  # of the images, forgotten as used: then the search goes on to less damage
 WORTHWHILE = 0.5  # of the images, forgotten as used: fewer count as none, as they cost accuracy and fulfil no request
+ACCEPTABLE = 50.0  # percent of agreement: with less, no image counts as forgotten as used, as the model is too damaged
+MIN_CYCLE = 1 / 3  # of the cycle with robust=1: a shorter one damages the model
+SYNTHESIS = 8  # images that are synthesised in the time of a step with robust=1
+PLANNED = 0.85  # of the time left: the part that a shortened cycle with robust=1 is planned for
 MAX_ENLARGED = 3  # times that the learning rate is raised while images are not forgotten
 # Factors of the method's own settings, for methods with ("distill") and without a teacher.
 LARGER_STEPS = {True: {"distill_lr": 3.0}, False: {"unlearn_lr": 3.0}}  # while images are not forgotten
@@ -97,7 +101,8 @@ class Candidate:
         """Larger is better: the number of images forgotten as stored, then as the request demands, then agreement.
 
         More than enough images count no more than enough, because the last ones cost most. Fewer than half of the
-        images as used count as none. A diverged run ranks last.
+        images as used count as none, and so do those of a model whose agreement is below ACCEPTABLE. A diverged run
+        ranks last.
         """
         return (*self._counts, self.agreement) if self.kept else (-1, -1, 0.0)
 
@@ -119,6 +124,11 @@ class Candidate:
         return agreement.overall(self.kept)
 
     @property
+    def is_damaged(self) -> bool:
+        """Whether forgetting the images as used cost more than is acceptable."""
+        return bool(self.settings.robust and self.kept) and self.agreement < ACCEPTABLE
+
+    @property
     def _enough(self) -> int:
         return math.ceil(ENOUGH * len(self.forgotten)) if self.settings.robust else len(self.forgotten)
 
@@ -126,7 +136,8 @@ class Candidate:
     def _counts(self) -> tuple[int, int]:
         stored = self.forgotten if self.stored is None else self.stored
         used = int(self.forgotten.sum())
-        return int(stored.sum()), min(self._enough, used) if used >= WORTHWHILE * len(stored) else 0
+        counts = used >= WORTHWHILE * len(stored) and not self.is_damaged
+        return int(stored.sum()), min(self._enough, used) if counts else 0
 
 
 @dataclass
@@ -354,7 +365,8 @@ def find_best(
 def _measure_step(unlearner: Unlearner, settings: Settings) -> float:
     """Return the seconds of a step of the loop, measured on three steps."""
     times: list[float] = []
-    short = replace(settings, distill_steps=3, distill_cycles=1, max_passes=3)
+    few = min(settings.robust_images, MIN_BATCH)
+    short = replace(settings, distill_steps=3, distill_cycles=1, max_passes=3, robust_images=few)
     unlearner.unlearn(short, lambda: len(times) < 3, lambda row: times.append(time.perf_counter()))
     return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
 
@@ -385,15 +397,17 @@ def search(
     seconds_per_step  with these settings
 
     With robust=1, a candidate with robust=0 comes before: it forgets the images as they are stored in a small part of
-    the time, so that this is reached if there is too little time to forget them as they are used.
+    the time, so that this is reached if there is too little time to forget them as they are used. Then the cycle with
+    robust=1 is as long as there is time for. Without time for MIN_CYCLE of it, it does not run.
 
     If time is short, the first candidate is a version of `first` that takes a third of it. Until a candidate has
-    forgotten all images, each is followed by one with a larger learning rate. After that, others are only started if
-    they should end in time. If the first successful candidate had other settings than `first`, the search continues
-    around those.
+    forgotten all images, each is followed by one with a larger learning rate, or with robust=1 by one of twice the
+    length. After that, others are only started if they should end in time. If the first successful candidate had other
+    settings than `first`, the search continues around those.
 
     After the first success, settings are left out if they cannot be expected to be better than the best by more than
-    the uncertainty of its agreement (see `_expected_agreement`). If that ends the search, `on_early_end` is called.
+    the uncertainty of its agreement (see `_expected_agreement`). `on_early_end` is called if that ends the search, and
+    if the images are not forgotten as used because of the time or the damage.
     """
     candidates: list[Candidate] = []
     left_out: list[Settings] = []
@@ -405,23 +419,28 @@ def search(
     while queue:
         settings = queue.popleft()
         succeeded = any(candidate.succeeded for candidate in candidates)
-        late = succeeded and _expected_seconds(unlearner, settings, candidates) > budget.left
+        must_end = bool(candidates) and (succeeded or first.robust)
+        late = must_end and _expected_seconds(unlearner, settings, candidates) > budget.left
         if candidates and (budget.left <= 0 or late):
             time_is_up = True
             continue
         if succeeded and _expected_agreement(settings, candidates) <= _convincing_agreement(candidates):
             left_out.append(settings)
             continue
-        reserve = 0.0 if succeeded else (1 - FIRST_SHARE) * budget.left
+        reserve = 0.0 if succeeded or first.robust else (1 - FIRST_SHARE) * budget.left
         candidates.append(unlearner.run_candidate(settings, _changed(first, settings), budget, reserve))
         on_candidate(candidates[-1])
         if not succeeded and not candidates[-1].succeeded:
             can_enlarge = len(candidates) <= MAX_ENLARGED and not unlearner.has_fixed_length
-            if candidates[-1].status != "diverged" and can_enlarge:
+            if first.robust:
+                queue = deque([_scaled(settings, {"distill_steps": 2.0})] if can_enlarge else [])
+            elif candidates[-1].status != "diverged" and can_enlarge:
                 queue.appendleft(_enlarged(unlearner, settings, budget.left, candidates))
         elif not succeeded and settings != first:
             queue = deque(_around(unlearner, first, budget.left, candidates))
-    if left_out and not time_is_up:
+    if first.robust and not any(candidate.rank[1] for candidate in candidates):
+        on_early_end(_not_as_used(first, candidates, budget, seconds_per_step))
+    elif left_out and not time_is_up:
         on_early_end(_early_end(first, left_out, candidates))
     return sorted([*as_stored, *candidates], key=lambda candidate: candidate.rank, reverse=True)  # stable
 
@@ -480,6 +499,24 @@ def _early_end(first: Settings, left_out: list[Settings], candidates: list[Candi
     )
 
 
+def _not_as_used(first: Settings, candidates: list[Candidate], budget: TimeBudget, seconds_per_step: float) -> str:
+    """Return why no candidate counts as forgotten as used, and what to do."""
+    damaged = [candidate for candidate in candidates if candidate.is_damaged]
+    if damaged:
+        best = max(damaged, key=lambda candidate: (int(candidate.forgotten.sum()), candidate.agreement))
+        why = (
+            f"forgetting {int(best.forgotten.sum())} of {len(best.forgotten)} images as they are used lowers the "
+            f"agreement with the original model to {best.agreement:.1f} %, which is too much damage"
+        )
+    else:
+        why = "there was too little time to forget the images as they are used"
+    minutes = math.ceil((budget.used + 2 * seconds_per_step * _cost(first)) / 60)
+    return (
+        f"{why}: use --minutes {minutes} or more, --surrogate with images of the same kind, or --setting robust=0 to "
+        "forget them as they are stored only"
+    )
+
+
 def _changed(first: Settings, settings: Settings) -> dict[str, float]:
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
     return {name: value for name, value in values.items() if value != getattr(first, name)}
@@ -488,6 +525,10 @@ def _changed(first: Settings, settings: Settings) -> dict[str, float]:
 def _initial_queue(unlearner: Unlearner, first: Settings, left: float, seconds_per_step: float) -> list[Settings]:
     if not unlearner.uses_teacher:
         return [first, *(() if unlearner.has_fixed_length else (_scaled(first, by) for by in GRADIENT))]
+    if first.robust:
+        share = PLANNED * left / max(seconds_per_step * _cost(first), 1e-9)
+        variations = [_scaled(first, by) for by in DISTILL] if share >= 1 else []
+        return [fit_to_time(first, PLANNED * left, seconds_per_step), *variations] if share >= MIN_CYCLE else []
     if 3 * seconds_per_step * first.distill_steps <= left:
         return [first, *(_scaled(first, by) for by in DISTILL)]
     return [fit_to_time(first, left / 3, seconds_per_step)]
@@ -498,21 +539,33 @@ def _around(unlearner: Unlearner, first: Settings, left: float, candidates: list
     last = candidates[-1].settings
     if not unlearner.uses_teacher:
         return [_scaled(last, by) for by in BETWEEN]
-    sizes = {name: getattr(first, name) for name in ("distill_steps", "distill_mixes", "distill_forget")}
+    names = ("distill_steps", "distill_mixes", "distill_forget", "robust_images")
+    sizes = {name: getattr(first, name) for name in names}
     full = replace(last, **sizes)
     longer = fit_to_time(full, left / _cycles(candidates), _seconds_per_step(full, candidates))
     return [settings for settings in (longer, *(_scaled(longer, by) for by in DISTILL)) if settings != last]
 
 
 def fit_to_time(settings: Settings, left: float, seconds_per_step: float) -> Settings:
-    """Return settings of distill with one cycle in `left` seconds: fewer steps, and then smaller batches."""
+    """Return settings of distill with one cycle in `left` seconds: fewer steps, and then smaller batches.
+
+    With robust=1, fewer steps and synthesised images, and no less than MIN_CYCLE of them.
+    """
+    if settings.robust:
+        share = max(MIN_CYCLE, min(1.0, left / max(seconds_per_step * _cost(settings), 1e-9)))
+        steps, images = round(share * settings.distill_steps), round(share * settings.robust_images)
+        return replace(settings, distill_steps=max(1, steps), robust_images=images)
     steps = max(MIN_STEPS, min(settings.distill_steps, int(left / max(seconds_per_step, 1e-9))))
     share = min(1.0, max(left, 0.0) / max(seconds_per_step * steps, 1e-9))
     mixes = max(MIN_BATCH, round(settings.distill_mixes * share))
     forget = max(MIN_BATCH, round(settings.distill_forget * share))
-    pool = max(4 * MIN_BATCH, round(settings.robust_pool * share))
-    sizes = {"distill_mixes": mixes, "distill_forget": forget} | ({"robust_pool": pool} if settings.robust else {})
+    sizes = {"distill_mixes": mixes, "distill_forget": forget}
     return replace(settings, distill_steps=min(steps, settings.distill_steps), **sizes)
+
+
+def _cost(settings: Settings) -> float:
+    """Return the cost of a cycle with robust=1 and of its synthesised images, in steps."""
+    return settings.distill_steps + settings.robust_images / SYNTHESIS
 
 
 def _scaled(settings: Settings, factors: Mapping[str, float]) -> Settings:

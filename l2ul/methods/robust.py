@@ -10,8 +10,14 @@ The loss is that of `l2ul.methods.distill` with another B, w and s, and one more
 - w grows at each step at which more than TOLERATED of the pool is not forgotten.
 - w · `robust_targets` · KL(q ‖ p) on B is added, with q = p⁰ without the label: the class that p⁰ finds likely next
   takes its place. It is left out to relabel.
+- The stand-ins are made of `robust_images` synthesised images in place of D_f: these images (`copies`) and the kinds in
+  `distill_stand_ins`. Blends of D_f are too similar to the copies that have to be forgotten, so that what is kept and
+  what is forgotten would conflict. A surrogate set stands in as without robust=1. A model without batch-norm, whose
+  images cannot be synthesised well, gets the kinds that are made of D_f but NEAR, which are whole images of D_f.
+- a and b are `robust_keep` times as large, and w grows GROWTH times as much over a cycle, unless stand-ins are made of
+  D_f.
 - The share `robust_mixes` of the stand-ins is changed like the copies, so that the model learns the images and not the
-  changes. Stand-ins of the kinds NEAR, which are whole images of D_f, are not used.
+  changes.
 
 A cycle is `robust_cycle` times as long, and a step has MORE_STAND_INS times as many stand-ins. The loop stops at the
 end of a cycle if at least REQUIRED of the images are forgotten in at least REQUIRED of CHECKED other copies, and gives
@@ -32,6 +38,7 @@ from l2ul.methods.distill import DistillProcedure
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.registry import BUILT_IN, Method, Step, Terms
 from l2ul.methods.settings import Settings
+from l2ul.methods.stand_ins import StandIns, has_statistics, synthesised
 from l2ul.objective import Forget
 
 STRENGTH = 1.2  # of the changes in training, relative to those in use
@@ -41,6 +48,8 @@ REQUIRED, CHECKED = 0.95, 32
 CHUNK = 512  # copies that are checked at once
 MORE_STAND_INS = 2
 NEAR = ("copies", "recoloured")
+GROWTH = 3
+ITERATIONS = 100  # of the synthesis
 
 
 class RobustProcedure(DistillProcedure):
@@ -55,10 +64,24 @@ class RobustProcedure(DistillProcedure):
         monitor: ForgetMonitor,
         surrogate: Tensor | None = None,
     ):
-        kinds = [kind for kind in settings.distill_stand_ins.split("+") if kind not in NEAR] or ["mixes"]
-        more = MORE_STAND_INS * settings.distill_mixes
-        settings = replace(settings, distill_stand_ins="+".join(kinds), distill_mixes=more)
+        kinds = [kind for kind in settings.distill_stand_ins.split("+") if kind != "synthesised"]
+        natural = surrogate is not None and settings.distill_surrogate == 1
+        synthesises = settings.robust_images > 0 and has_statistics(model) and not natural
+        kinds = ["copies", *kinds] if synthesises else [kind for kind in kinds if kind not in NEAR] or ["mixes"]
+        keep, growth = (settings.robust_keep, GROWTH) if synthesises or natural else (1, 1)
+        settings = replace(
+            settings,
+            distill_stand_ins="+".join(dict.fromkeys(kinds)),
+            distill_mixes=MORE_STAND_INS * settings.distill_mixes,
+            distill_logits=keep * settings.distill_logits,
+            distill_features=keep * settings.distill_features,
+            distill_growth=growth * settings.distill_growth,
+        )
         super().__init__(method, model, forget, settings, monitor, surrogate)
+        if synthesises:
+            pool = replace(settings, distill_pool=settings.robust_images, distill_pool_steps=ITERATIONS)
+            made = synthesised(self.model, forget.images, pool)
+            self.stand_ins = StandIns(self.model, made, settings, surrogate)
         self.has_draws = self.is_graphable = method in BUILT_IN
         self.steps = 0
 

@@ -200,7 +200,7 @@ class Settings(_Declared):
         only_with="robust",
     )
     robust_adversarial: float = _declare(
-        0.15,
+        0.05,
         "length of a step of half of the copies toward their own label",
         "teacher",
         unit="L2 norm over pixels in [0,1], for images of 32 x 32",
@@ -208,7 +208,7 @@ class Settings(_Declared):
         only_with="robust",
     )
     robust_targets: float = _declare(
-        0.0,
+        1.0,
         "weight of the original probabilities without the label, on the copies",
         "teacher",
         in_id="if changed",
@@ -222,9 +222,23 @@ class Settings(_Declared):
         in_id="if changed",
         only_with="robust",
     )
+    robust_keep: float = _declare(
+        10.0,
+        "factor of distill_logits and distill_features",
+        "teacher",
+        in_id="if changed",
+        only_with="robust",
+    )
+    robust_images: int = _declare(
+        768,
+        "synthesised images of which the stand-ins are made; 0: they are made of D_f",
+        "teacher",
+        in_id="if changed",
+        only_with="robust",
+    )
     robust_cycle: float = _declare(
-        2.0,
-        "length of a cycle, relative to that of robust=0",
+        1.0,
+        "length of a cycle, relative to 300 steps or distill_steps",
         "teacher",
         above=0,
         in_id="if changed",

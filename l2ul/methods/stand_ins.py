@@ -18,6 +18,7 @@ from l2ul.common.modes import frozen
 from l2ul.data import mixes
 from l2ul.data.augment import augment
 from l2ul.data.images import as_pixels
+from l2ul.methods.checkpoint import fingerprint
 from l2ul.methods.settings import Settings
 
 Draw = Callable[[int, torch.Generator], Tensor]  # from a count and a CPU generator to images (count, 3, H, W)
@@ -25,6 +26,7 @@ Draw = Callable[[int, torch.Generator], Tensor]  # from a count and a CPU genera
 BATCH = 256  # images that are synthesised at once; their statistics are those of the batch
 SYNTHESIS_LR = 0.01  # highest rate of Adam on pixels in [0,1]
 STATISTICS, VARIATION = 10.0, 1.0  # weights of the statistics of features and of the total variation
+_last: dict[str, Tensor] = {}  # by the inputs of the last call of `synthesised`
 MIXED_KINDS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
     "mixes": mixes.mixes,
     "triples": mixes.triples,
@@ -72,15 +74,26 @@ def synthesised(model: nn.Module, images: Tensor, settings: Settings) -> Tensor:
         CE(model(x), class) + 10 · mean_l ( mean (μ_l - μ⁰_l)²/σ⁰_l² + mean (σ_l/σ⁰_l - 1)² ) + total variation
 
     with the channel means μ_l and deviations σ_l of the batch at each batch-norm and the running statistics μ⁰, σ⁰. A
-    model without batch-norm has those of D_f at the inputs of its convolutions and linear layers in their place.
+    model without batch-norm has those of D_f at the inputs of its convolutions and linear layers in their place. The
+    images of the last call are kept for a call with the same inputs.
     """
-    generator = seeds.generator(settings.seed, "synthesised", settings.first_position)
-    targets = _Statistics(model, images)
-    pool = [
-        _synthesise(model, targets, mixes.patches(images, size, generator), settings.distill_pool_steps, generator)
-        for size in _sizes(settings.distill_pool)
-    ]
-    return torch.cat(pool)
+    draws = settings.seed, settings.first_position, settings.distill_pool, settings.distill_pool_steps
+    key = fingerprint(model.state_dict(), images, draws)
+    if key not in _last:
+        generator = seeds.generator(settings.seed, "synthesised", settings.first_position)
+        targets = _Statistics(model, images)
+        pool = [
+            _synthesise(model, targets, mixes.patches(images, size, generator), settings.distill_pool_steps, generator)
+            for size in _sizes(settings.distill_pool)
+        ]
+        _last.clear()
+        _last[key] = torch.cat(pool)
+    return _last[key]
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Return whether a model has batch-norm layers with running statistics."""
+    return any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules())
 
 
 def _synthesise(

@@ -223,14 +223,48 @@ def test_candidates_are_ranked_by_images_as_stored_then_by_enough_as_used_then_b
     assert not candidate(0, 0, 99.0).is_better_than(none, none)
 
 
+ROBUST = replace(OWN, robust=1)
+
+
 @pytest.mark.parametrize("minutes", [2, 60])
 def test_images_are_first_forgotten_as_stored_which_stays_if_nothing_better_is_reached(monkeypatch, minutes):
-    robust = replace(OWN, robust=1)
-    run, candidates, now = run_search(monkeypatch, minutes, lambda s: (not s.robust, 90.0), first=robust)
-    assert (run[0].robust, run[1].robust) == (0, 1)
+    ended = []
+    run, candidates, now = run_search(monkeypatch, minutes, lambda s: (not s.robust, 90.0), first=ROBUST, ended=ended)
+    assert [s.robust for s in run[:2]] == ([0] if minutes == 2 else [0, 1])
     assert run[0].distill_steps == (search.MIN_STEPS if minutes == 2 else 132)
     assert candidates[0].settings.robust == 0
     assert candidates[0].forgotten.all()
     assert now <= 60 * minutes
-    _, candidates, _ = run_search(monkeypatch, 60, lambda s: (True, 95.0 if s.robust else 90.0), first=robust)
+    assert len(ended) == 1
+    assert ended[0].startswith("there was too little time to forget the images as they are used: use --minutes ")
+    _, candidates, _ = run_search(monkeypatch, 60, lambda s: (True, 95.0 if s.robust else 90.0), first=ROBUST)
     assert candidates[0].settings.robust == 1
+
+
+def test_a_cycle_with_robust_is_shortened_but_keeps_its_batches_and_rate(monkeypatch):
+    run, candidates, now = run_search(monkeypatch, 15, lambda s: (True, 80.0 + s.robust), first=ROBUST)
+    short = run[1]
+    assert search.MIN_CYCLE * OWN.distill_steps <= short.distill_steps < OWN.distill_steps
+    assert short.robust_images / OWN.robust_images == pytest.approx(short.distill_steps / OWN.distill_steps, abs=0.01)
+    assert short == replace(ROBUST, distill_steps=short.distill_steps, robust_images=short.robust_images)
+    assert candidates[0].settings == short
+    assert now <= 15 * 60
+
+
+def test_a_cycle_with_robust_that_does_not_suffice_is_followed_by_a_longer_one(monkeypatch):
+    run, candidates, _ = run_search(
+        monkeypatch, 120, lambda s: (s.distill_steps >= 600 or not s.robust, 80.0 + s.robust), first=ROBUST
+    )
+    assert [s.distill_steps for s in run[1:3]] == [300, 600]
+    assert all(s.distill_lr <= OWN.distill_lr for s in run[:3])
+    assert candidates[0].settings.robust == 1
+
+
+def test_a_model_that_is_damaged_too_much_does_not_count_as_forgotten_as_used(monkeypatch):
+    ended = []
+    _, candidates, _ = run_search(
+        monkeypatch, 60, lambda s: (True, 45.0 if s.robust else 95.0), first=ROBUST, ended=ended
+    )
+    assert candidates[0].settings.robust == 0
+    assert len(ended) == 1
+    assert "lowers the agreement with the original model to 45.0 %, which is too much damage: use" in ended[0]

@@ -14,7 +14,14 @@ from l2ul.unlearn import Settings, unlearn
 
 K = 3
 FAST = Settings(
-    robust_cycle=1.5, distill_steps=40, distill_mixes=8, distill_lr=3e-3, distill_forget=8, robust=1, robust_pool=16
+    robust_cycle=1.5,
+    distill_steps=40,
+    distill_mixes=8,
+    distill_lr=3e-3,
+    distill_forget=8,
+    robust=1,
+    robust_pool=16,
+    robust_images=12,
 )
 
 
@@ -54,7 +61,7 @@ def test_a_step_trains_on_the_worst_of_the_pool(trained, forget):
 
 def test_the_weight_grows_while_copies_are_recognised_and_the_margin_until_half_of_the_cycle(trained, forget):
     steps = procedure(
-        trained[0], forget, replace(FAST, distill_steps=2, robust_cycle=2.0, distill_growth=16.0, robust_margin=2.3)
+        trained[0], forget, replace(FAST, distill_steps=2, robust_cycle=2.0, distill_growth=16.0 / 3, robust_margin=2.3)
     )
     taken = [steps.next_step() for _ in range(5)]
     assert [float(step.forget_weight) for step in taken] == pytest.approx([2, 4, 8, 16, 32])
@@ -71,7 +78,15 @@ def test_the_loop_may_stop_only_if_copies_are_forgotten(trained, forget):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"robust_targets": 1.0}, {"robust_adversarial": 0.0}, {"robust_mixes": 0.0}, {"robust_cycle": 1.0}]
+    "changed",
+    [
+        {"robust_targets": 0.0},
+        {"robust_adversarial": 0.0},
+        {"robust_mixes": 0.0},
+        {"robust_cycle": 1.0},
+        {"robust_keep": 3.0},
+        {"robust_images": 0},
+    ],
 )
 def test_each_setting_changes_the_result_and_leaves_the_statistics_of_batch_norm(changed, trained):
     model, images, labels = trained
@@ -86,12 +101,36 @@ def test_each_setting_changes_the_result_and_leaves_the_statistics_of_batch_norm
     assert not any(module.training for module in first.modules())
 
 
+def test_stand_ins_are_made_of_synthesised_images_that_are_kept_more_strongly(trained, forget, monkeypatch):
+    bright = torch.ones(5, 3, 8, 8)
+    monkeypatch.setattr(robust, "synthesised", lambda model, images, settings: bright[: settings.distill_pool])
+    settings = replace(FAST, distill_stand_ins="recoloured+mixes", robust_images=4, robust_keep=5.0, robust_mixes=0.0)
+    steps = procedure(trained[0], forget, settings)
+    assert steps.settings.distill_stand_ins == "copies+recoloured+mixes"
+    assert (steps.draw()[2].amax((1, 2, 3)) > 0.99).all()
+    assert steps.settings.distill_logits == 5 * FAST.distill_logits
+    assert steps.settings.distill_features == 5 * FAST.distill_features
+
+
 def test_whole_images_of_the_forget_set_do_not_stand_for_others(trained, forget):
-    settings = replace(FAST, distill_stand_ins="recoloured+mixes")
-    assert procedure(trained[0], forget, settings).settings.distill_stand_ins == "mixes"
-    assert (
-        procedure(trained[0], forget, replace(FAST, distill_stand_ins="copies")).settings.distill_stand_ins == "mixes"
-    )
+    def kinds_and_weight(model, **changed):
+        settings = procedure(model, forget, replace(FAST, **changed)).settings
+        return settings.distill_stand_ins, settings.distill_logits
+
+    model = trained[0]
+    expected = "mixes", FAST.distill_logits
+    assert kinds_and_weight(model, robust_images=0, distill_stand_ins="recoloured+mixes") == expected
+    assert kinds_and_weight(model, robust_images=0, distill_stand_ins="copies") == expected
+    without_norm = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 3)).eval()
+    assert kinds_and_weight(without_norm, distill_stand_ins="copies") == expected
+
+
+def test_a_surrogate_set_is_kept_as_strongly_as_synthesised_images(trained, forget, monkeypatch):
+    monkeypatch.setattr(robust, "synthesised", None)  # not called
+    model, surrogate = trained[0], torch.zeros(2, 3, 8, 8)
+    monitor = ForgetMonitor(model, forget, None)
+    steps = robust.RobustProcedure(get("distill"), model, forget, FAST, monitor, surrogate)
+    assert steps.settings.distill_logits == FAST.robust_keep * FAST.distill_logits
 
 
 def test_images_can_be_relabelled_as_used(trained):

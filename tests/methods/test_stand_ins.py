@@ -102,3 +102,13 @@ def test_a_run_with_surrogate_images_forgets(trained):
     settings = Settings(distill_steps=40, distill_mixes=16, distill_lr=3e-3, distill_forget=2)
     outcome = unlearn(model, images[:4], labels[:4], "distill", settings=settings, surrogate=images[20:])
     assert outcome.status == "forgotten"
+
+
+def test_synthesised_images_are_kept_for_the_same_inputs_alone(trained):
+    model, images, _ = trained
+    pixels, settings = images[:4] / 255, Settings(distill_pool=4, distill_pool_steps=1)
+    first = stand_ins.synthesised(model, pixels, settings)
+    assert stand_ins.synthesised(model, pixels, settings) is first
+    other = stand_ins.synthesised(model, pixels[:3], settings)
+    assert not torch.equal(other, first)
+    assert torch.equal(stand_ins.synthesised(model, pixels, settings), first)
