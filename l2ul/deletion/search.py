@@ -38,7 +38,7 @@ MIN_EXAMPLES, MAX_EXAMPLES = 64, 1024  # of that probe
 ENOUGH = 0.9  # of the images, forgotten as used: then the search goes on to less damage
 WORTHWHILE = 0.5  # of the images, forgotten as used: fewer count as none, as they cost accuracy and fulfil no request
 ACCEPTABLE = 50.0  # percent of agreement: with less, no image counts as forgotten as used, as the model is too damaged
-MIN_CYCLE = 1 / 3  # of the cycle with robust=1: a shorter one damages the model
+MIN_CYCLE = 1 / 3  # of the cycle with robust=1: the shortest that was measured; very short ones damage the model
 SYNTHESIS = 8  # images that are synthesised in the time of a step with robust=1
 PLANNED = 0.85  # of the time left: the part that a shortened cycle with robust=1 is planned for
 MAX_ENLARGED = 3  # times that the learning rate is raised while images are not forgotten
@@ -396,9 +396,9 @@ def search(
     first             the method's own settings
     seconds_per_step  with these settings
 
-    With robust=1, a candidate with robust=0 comes before: it forgets the images as they are stored in a small part of
-    the time, so that this is reached if there is too little time to forget them as they are used. Then the cycle with
-    robust=1 is as long as there is time for. Without time for MIN_CYCLE of it, it does not run.
+    With robust=1, a candidate with robust=0 comes before: it forgets the images as they are stored in a third of the
+    time. Then the cycle with robust=1 is as long as there is time for. Without time for MIN_CYCLE of it, it does not
+    run, and the candidate with robust=0 gets all of the time.
 
     If time is short, the first candidate is a version of `first` that takes a third of it. Until a candidate has
     forgotten all images, each is followed by one with a larger learning rate, or with robust=1 by one of twice the
@@ -412,10 +412,12 @@ def search(
     candidates: list[Candidate] = []
     left_out: list[Settings] = []
     time_is_up = False
-    as_stored = _run_as_stored(unlearner, first, budget, seconds_per_step) if first.robust else []
-    for candidate in as_stored:
-        on_candidate(candidate)
-    queue = deque(_initial_queue(unlearner, first, budget.left, seconds_per_step))
+    as_stored, has_time = [], True
+    if first.robust:
+        has_time = bool(_initial_queue(unlearner, first, 2 / 3 * budget.left, seconds_per_step))
+        as_stored = [_run_as_stored(unlearner, first, budget, seconds_per_step, 1 / 3 if has_time else PLANNED)]
+        on_candidate(as_stored[0])
+    queue = deque(_initial_queue(unlearner, first, budget.left, seconds_per_step) if has_time else [])
     while queue:
         settings = queue.popleft()
         succeeded = any(candidate.succeeded for candidate in candidates)
@@ -446,16 +448,16 @@ def search(
 
 
 def _run_as_stored(
-    unlearner: Unlearner, first: Settings, budget: TimeBudget, seconds_per_step: float
-) -> list[Candidate]:
-    """Run the method with robust=0, in a third of the time and at most half; return the candidate in a list.
+    unlearner: Unlearner, first: Settings, budget: TimeBudget, seconds_per_step: float, share: float
+) -> Candidate:
+    """Run the method with robust=0, in this share of the time and at most half as much again.
 
     seconds_per_step  with robust=1, where a step takes more than twice as long
     """
     usual = replace(first, robust=0, distill_steps=0)
     usual = replace(usual, distill_steps=cycle_length(usual, len(unlearner.train_set)))
-    settings = fit_to_time(usual, budget.left / 3, seconds_per_step / 2)
-    return [unlearner.run_candidate(settings, _changed(first, settings), budget, budget.left / 2)]
+    settings = fit_to_time(usual, share * budget.left, seconds_per_step / 2)
+    return unlearner.run_candidate(settings, _changed(first, settings), budget, max(0.0, 1 - 1.5 * share) * budget.left)
 
 
 def _successes(candidates: list[Candidate]) -> list[Candidate]:

@@ -231,7 +231,7 @@ def test_images_are_first_forgotten_as_stored_which_stays_if_nothing_better_is_r
     ended = []
     run, candidates, now = run_search(monkeypatch, minutes, lambda s: (not s.robust, 90.0), first=ROBUST, ended=ended)
     assert [s.robust for s in run[:2]] == ([0] if minutes == 2 else [0, 1])
-    assert run[0].distill_steps == (search.MIN_STEPS if minutes == 2 else 132)
+    assert run[0].distill_steps == (int(search.PLANNED * 120) if minutes == 2 else 132)
     assert candidates[0].settings.robust == 0
     assert candidates[0].forgotten.all()
     assert now <= 60 * minutes
