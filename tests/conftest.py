@@ -1,10 +1,14 @@
 """Shared fixtures: a tiny trained network, the place of the real data, and calls of the scripts."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # -n: each worker has one core
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import l2ul  # isort: skip  # first: it sets the environment before torch is imported
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 import sys
 import time
