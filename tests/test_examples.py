@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 import types
 
 from conftest import ROOT
@@ -97,8 +98,9 @@ class Notebook:
 
 
 @pytest.fixture
-def notebook(monkeypatch):
+def notebook(monkeypatch, tmp_path):
     monkeypatch.chdir(EXAMPLES)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("PYTHONPATH", "")
     backend = matplotlib.get_backend()
@@ -116,3 +118,11 @@ def test_quickstart(notebook):
     assert min(accuracies["before"][1:]) > 90
     assert accuracies["distill"][2] > 60
     assert names["outcome"].steps > 0
+
+
+def test_deletion_request(notebook):
+    names = notebook.run(EXAMPLES / "deletion_request.ipynb")
+    assert names["report"]["outcome"] == "removed from predictions"
+    assert (names["predictions"][:8] != names["labels"][:8]).all()
+    assert "srcdoc" in notebook.displayed[0]
+    assert "FAILED" not in notebook.output
