@@ -107,6 +107,12 @@ def test_every_package_says_what_belongs_there():
         assert len(docstring) > 40, path
 
 
+def test_the_method_knows_no_architectures():
+    own = {"attack", "importance", "objective", "unlearn", "methods"}
+    for module in (name for name in SOURCES if package(name) in own):
+        assert "models" not in map(package, imports(module)), module
+
+
 @pytest.mark.parametrize("module", [name for name in SOURCES if package(name) not in ("scripts", "__main__", "cli")])
 def test_library_functions_take_explicit_arguments_and_neither_print_nor_exit(module):
     path = SOURCES[module]
@@ -117,5 +123,7 @@ def test_library_functions_take_explicit_arguments_and_neither_print_nor_exit(mo
             assert node.arg not in ("args", "opts") or name == PARSES, f"{place} takes {node.arg}"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not name.startswith(MAY_PRINT):
             assert node.func.id not in ("print", "exit", "quit"), f"{place} calls {node.func.id}"
+        if isinstance(node, ast.Attribute) and path.name != "options.py":
+            assert node.attr not in ("parse_args", "add_argument", "argv"), f"{place} uses {node.attr}"
         if isinstance(node, ast.Raise) and node.exc is not None:
             assert "SystemExit" not in ast.dump(node.exc), f"{place} exits"

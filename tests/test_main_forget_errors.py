@@ -190,7 +190,7 @@ CASES = [
     (broken_zip, f"--build conftest:tiny_net --checkpoint {{}}/zip.pt {REST}", "is damaged or is no checkpoint"),
     (odd_name, f"{TINY} {REST}", "is not UTF-8; rename the file"),
     (table("file,label\n0.png,1,\n1.png,2,\n"), f"{TINY} {REST}", "cannot read the label table"),
-    (None, f"--build torch.nn:Identity {REST}", "a module without weights"),
+    (None, f"--build torch.nn:Identity {REST}", "has no weights; expected a classifier"),
     (None, f"--model resnet20 {TINY} {REST}", "give one of them"),
     (None, f"{TINY} --images {{}}/none --output {{}}/out", "is not a folder"),
     (empty_folder, f"{TINY} --images {{}}/empty --output {{}}/out", "contains no image"),

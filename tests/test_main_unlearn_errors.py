@@ -43,7 +43,7 @@ def test_without_a_writable_cache_the_runs_continue_and_a_line_says_so(run):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--dataset", "mnist"], "there is no data set 'mnist'"),
+        (["--dataset", "svhn"], "there is no data set 'svhn'"),
         (["--model", "resnet19"], "unknown model 'resnet19'"),
         (["--method", "adv", "sgd"], "unknown method 'sgd'; expected one of before, neggrad"),
         (["--method", "sgd"], "(see main_unlearn.py --help)"),
