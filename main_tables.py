@@ -136,11 +136,13 @@ def make(opts: argparse.Namespace) -> list[Path]:
     output = opts.output or opts.result_dir[0] / "tables"
     paths = write(text, output)
     if opts.figures is not None or opts.html:
+        print(f"drawing figures to {output}", flush=True)
         shown = [record for block in blocks for record in block.records if selection.has(record)]
         paths += draw(opts, shown, output)
     if opts.html:
         from l2ul.reporting.results_page import Sections
 
+        print(f"writing {output / PAGE}", flush=True)
         parts = Sections(comparisons, absent, problems)
         paths += write({PAGE: make_page(opts, numbers, blocks, selection, parts, paths)}, output)
     print("files:", *paths)

@@ -417,13 +417,24 @@ def test_the_examples_of_the_documentation_run(page, trained, vit_folder, tmp_pa
     monkeypatch.setattr(l2ul, "forget", functools.partial(l2ul.forget, **STORED))
     ran = 0
     for block in blocks(page):
-        if "my_method.py" in block or "a timm model" in block:
+        if any(text in block for text in ("my_method.py", "a timm model", "digits_resnet20")):
             continue
         for value in ("num_classes=10", "iterations=50", "max_passes=100"):
             block = block.replace(value, f"{value.split('=')[0]}={CLASSES}")
         exec(compile(block, page, "exec"), names)
         ran += 1
     assert ran == {"README.md": 1, "docs/python.md": 4}[page]
+
+
+def test_the_example_with_the_digits_runs_in_a_clone(monkeypatch, recwarn):
+    monkeypatch.chdir(ROOT)
+    (block,) = (block for block in blocks("docs/python.md") if "digits_resnet20" in block)
+    names = {}
+    exec(
+        compile(block.replace("distill_steps=100", "distill_steps=2, distill_cycles=1"), "docs/python.md", "exec"),
+        names,
+    )
+    assert names["result"].recognised.tolist() == [True] * 8
 
 
 def test_a_timm_model_with_the_normalisation_of_its_configuration(recwarn):
