@@ -95,6 +95,23 @@ def test_images_are_relabelled_as_the_label_table_says(forget, tiny, tmp_path):
     assert (now[:6] == (labels[:6] + 1) % CLASSES).all()
 
 
+def test_new_labels_of_images_that_were_not_recognised_are_no_success(forget, script, tiny, tmp_path):
+    labels = tiny[2][:6].tolist()
+    rows = [f"{number}.png,{(label + 1) % CLASSES},{(label + 2) % CLASSES}" for number, label in enumerate(labels)]
+    (tmp_path / "in" / "labels.csv").write_text("\n".join(["file,label,new_label", *rows]))
+    code, report, printed = forget("--min-known", 0)
+    assert (code, report["outcome"]) == (3, "nothing to remove"), printed
+    assert "the model recognised none of 6 images before; it predicts the new label of 6 now" in printed
+    path = tmp_path / "out" / "report.json"
+    words = ["--verify", path, "--images", tmp_path / "in", "--build", "conftest:tiny_net"]
+    code, out, err = script(main_forget.main, *words)
+    assert (code, "?      images of request 1: 0 of 0 images" in out) == (0, True), out + err
+    path.write_text(json.dumps(report | {"outcome": "removed from predictions"}))  # as earlier versions wrote it
+    code, out, err = script(main_forget.main, *words)
+    assert code == 3, out + err
+    assert "FAILED report.json: its outcome is 'removed from predictions', but" in out
+
+
 def test_exit_code_3_with_a_report_if_not_all_images_are_forgotten(forget):
     code, report, printed = forget("--setting", "distill_steps=1", "distill_cycles=1", "distill_lr=1e-9")
     assert code == 3

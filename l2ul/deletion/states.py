@@ -32,14 +32,16 @@ def state_of(met: bool, recognised: bool) -> str:
 
 def state(row: ImageRow) -> str:
     """Return the state of an image in a report of any version."""
-    return row.get("state") or state_of(row.get("forgotten", True), row.get("was_called", True))
+    if "state" in row:
+        return row["state"]
+    recognised = row.get("was_called", row.get("called_before", row["label"]) == row["label"])
+    return state_of(row.get("forgotten", True), recognised)
 
 
 @dataclass(frozen=True)
 class Counts:
     """The number of images in each state, and of those not recognised before, how many an earlier request forgot.
 
-    relabelled  images that had neither their label nor their new label before, and have their new label now
     as_stored   of the recognised images, those that are forgotten as they are stored; None in reports without it
     as_used     likewise, those that are forgotten as they are used
     """
@@ -48,7 +50,6 @@ class Counts:
     not_recognised: int
     still_recognised: int
     forgotten_earlier: int = 0
-    relabelled: int = 0
     as_stored: int | None = None
     as_used: int | None = None
 
@@ -57,8 +58,8 @@ class Counts:
 
     @property
     def nothing_to_remove(self) -> bool:
-        """Whether no image was recognised before this request or an earlier one, and none had to be relabelled."""
-        return not (self.forgotten or self.still_recognised or self.forgotten_earlier or self.relabelled)
+        """Whether no image was recognised before this request or an earlier one, relabelled or not."""
+        return not (self.forgotten or self.still_recognised or self.forgotten_earlier)
 
     @property
     def successful(self) -> bool:
@@ -72,7 +73,7 @@ class Counts:
             return NOTHING_TO_REMOVE
         if not self.still_recognised:
             return REMOVED
-        return PARTLY_REMOVED if self.forgotten or self.forgotten_earlier or self.relabelled else NOT_REMOVED
+        return PARTLY_REMOVED if self.forgotten or self.forgotten_earlier else NOT_REMOVED
 
 
 def count(rows: Iterable[ImageRow]) -> Counts:
@@ -83,7 +84,6 @@ def count(rows: Iterable[ImageRow]) -> Counts:
     return Counts(
         *(states.count(one) for one in (FORGOTTEN, NOT_RECOGNISED, STILL_RECOGNISED)),
         sum(row.get("forgotten_earlier", False) for row in unrecognised),
-        sum(row["new_label"] is not None and row.get("called_before") != row["new_label"] for row in unrecognised),
         *(_number(rows, states, key) for key in ("forgotten_as_stored", "forgotten_as_used")),
     )
 
@@ -107,7 +107,8 @@ def headline(rows: Sequence[ImageRow], goal: str, also: Sequence[str] = (), coun
     copies = [f"as {one.upper()}" if one == "jpeg" else one for one in also]
     changed = f", also when {' or '.join(copies)}" if copies else ""
     if counts.nothing_to_remove:
-        return f"{counts.outcome}: the model recognised none of {total} before{changed}"
+        relabelled = f"; it predicts the new label of {len(counts)} now" if goal == "relabel" else ""
+        return f"{counts.outcome}: the model recognised none of {total} before{changed}{relabelled}"
     was, still = ("was" if counts.not_recognised == 1 else "were"), ("is" if counts.still_recognised == 1 else "are")
     parts = f"{counts.not_recognised} {was} not recognised before"
     parts += f" ({counts.forgotten_earlier} forgotten by an earlier request)" if counts.forgotten_earlier else ""

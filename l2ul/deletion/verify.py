@@ -129,7 +129,14 @@ def check_files(report: Report, folder: Path, model_files: Mapping[str, str]) ->
 
 
 def _check_text(report: Report, page: Path) -> list[Check]:
-    """Compare the digest of a report with the one in its page; empty for reports of earlier versions."""
+    """Compare the outcome of a report with its images, and its digest with the one in its page.
+
+    Empty for reports of earlier versions, which have no digest.
+    """
+    counted = states.count(report["images"]).outcome
+    if report.get("outcome", counted) != counted:
+        finding = f"its outcome is {report['outcome']!r}, but by the states of its images it is {counted!r}"
+        return [Check(REPORT, False, finding)]
     expected = digest_in_page(page.read_text(encoding="utf-8", errors="replace")) if page.is_file() else None
     if expected is None:
         return []

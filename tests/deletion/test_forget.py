@@ -120,6 +120,17 @@ def test_nothing_to_remove_is_no_success(trained):
     assert (result.steps, result.settings, result.agreement) == (0, {}, 100.0)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_new_labels_of_images_that_were_not_recognised_are_no_success(trained, count):
+    model, images, labels = trained
+    wrong, new = (labels[:count] + 1) % CLASSES, (labels[:count] + 2) % CLASSES
+    with pytest.warns(UserWarning, match=f"nothing to remove: .* none of {count} images? before; it predicts the new"):
+        result = l2ul.forget(model, images[:count], wrong, new_labels=new, min_known=0, **STORED)
+    assert predictions(result.model, images[:count]).equal(new)
+    assert not result.forgotten.any()
+    assert not result.successful
+
+
 def test_without_labels_the_predictions_are_forgotten_and_float_images_work_as_well(trained):
     model, images, labels = trained
     result = l2ul.forget(model, images[:1].double() / 255, **STORED)

@@ -127,6 +127,35 @@ def test_the_outcome_follows_from_the_states(found, outcome):
     assert states.headline(rows, "misclassify").startswith(f"{outcome}: ")
 
 
+@pytest.mark.parametrize(
+    ("found", "earlier", "outcome"),
+    [
+        ([NOT_RECOGNISED] * 2, False, "nothing to remove"),
+        ([NOT_RECOGNISED] * 2, True, "removed from predictions"),
+        ([NOT_RECOGNISED, FORGOTTEN], False, "removed from predictions"),
+        ([NOT_RECOGNISED, STILL_RECOGNISED], False, "not removed from predictions"),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 2])  # another class than the label, or the new label
+def test_images_that_were_not_recognised_are_not_removed_by_a_new_label(found, earlier, outcome, before):
+    row = {"label": 1, "new_label": 2, "called_before": before, "forgotten_earlier": earlier}
+    counts = states.count([row | {"state": state} for state in found])
+    assert (counts.outcome, counts.successful) == (outcome, outcome == "removed from predictions")
+
+
+def test_the_headline_says_that_relabelled_images_were_not_recognised():
+    rows = [{"state": NOT_RECOGNISED, "label": 1, "new_label": 2, "called_before": 0}] * 3
+    assert states.headline(rows, "relabel", counted="as used") == (
+        "nothing to remove: the model recognised none of 3 images before; it predicts the new label of 3 now"
+    )
+
+
+def test_a_row_without_a_state_is_recognised_by_its_predicted_class():
+    row = {"label": 1, "new_label": None, "forgotten": True}
+    assert states.state(row | {"called_before": 0}) == NOT_RECOGNISED
+    assert states.state(row | {"called_before": 1}) == states.state(row) == FORGOTTEN
+
+
 def test_the_same_weights_and_predictions_result_again(forget, script, tmp_path):
     code, report, printed = forget("--seed", 3)
     assert code == 0, printed
