@@ -51,7 +51,7 @@ def load(
     data_dir           the folder that holds the data set
     image_size         side of the square images of a folder (default 224), of UTKFace (default 128) or of `hf:`
     age_grouping, split_seed, whole_train, workers, progress   of UTKFace, see `utkface.load`
-    download           whether a missing data set of torchvision is downloaded
+    download           whether a missing data set of torchvision or of the hub is downloaded
     prefetch, decoder  of images on disk, see `folder.FolderImages`
     reader             decodes image files
     image_column, label_column, train_split, test_split   of `hf:`, see `huggingface.load`
@@ -67,7 +67,7 @@ def load(
     table |= {"train_split": train_split, "test_split": test_split}
     if name.startswith(huggingface.PREFIX):
         decoding = {"image_size": image_size, "workers": workers, "progress": progress, **reading}
-        return huggingface.load(name, data_dir, **table, **decoding)
+        return huggingface.load(name, data_dir, download=download, **table, **decoding)
     given = next((flag for flag, value in table.items() if value is not None), None)
     if given:
         raise InputError(f"--{given.replace('_', '-')} is for --dataset hf:NAME_OR_FOLDER, not {name}; leave it out")

@@ -4,7 +4,8 @@ The images are the files in a column of a table. The reader of the project decod
 pixels as in a folder.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 from dataclasses import dataclass
 from functools import cached_property
 import hashlib
@@ -21,6 +22,8 @@ from torch import Tensor
 from l2ul import ProgressBar
 from l2ul.common import distributed
 from l2ul.common.errors import InputError, is_out_of_memory
+from l2ul.common.offline import offline
+from l2ul.common.text import read_text
 from l2ul.data import storage
 from l2ul.data.folder import FolderImages
 from l2ul.data.image_files import EmbeddedFile, ImageReader, UnreadableImage
@@ -114,6 +117,7 @@ def load(
     workers: int = 0,
     progress: ProgressBar | None = None,
     reader: ImageReader | None = None,
+    download: bool = True,
     **reading,
 ) -> Images:
     """Return a data set.
@@ -127,6 +131,7 @@ def load(
                                `validation`
     workers, progress          of decoding into memory, see `FolderImages.in_memory`
     reader, reading            decode images, see FolderImages
+    download                   whether the hub may be contacted. If not, a name of it must be in the cache of datasets
 
     Images that are left as they are and take at most `storage.IN_MEMORY` bytes a split are decoded once into memory.
     Others stay on disk, as those of a folder.
@@ -135,7 +140,7 @@ def load(
     """
     reader = reader or ImageReader()
     shown = record_name(name, data_dir)
-    splits = _open(name, data_dir)
+    splits = _open(name, data_dir, download)
     train = _part(splits, shown, "train", train_split, ("train",))
     test = _part(splits, shown, "test", test_split, TEST_SPLITS)
     if train.split == test.split and train.first < test.last and test.first < train.last:
@@ -185,8 +190,8 @@ def _find(name: str, data_dir: Path) -> tuple[Path | None, str | None]:
     return None, end if colon else None
 
 
-def _open(name: str, data_dir: Path) -> "Mapping[str, Dataset]":
-    """Return the splits of a data set, whose tables stay on disk."""
+def _open(name: str, data_dir: Path, download: bool) -> "Mapping[str, Dataset]":
+    """Return the splits of a data set, whose tables stay on disk. A folder is read without a network."""
     folder, configuration = _find(name, Path(data_dir))
     place = str(folder) if folder else name.removeprefix(PREFIX).removesuffix(f":{configuration}")
     if not place:
@@ -197,7 +202,13 @@ def _open(name: str, data_dir: Path) -> "Mapping[str, Dataset]":
             _check_saved(folder, name)
             splits = datasets.load_from_disk(place, keep_in_memory=False)
         else:
-            with distributed.local_first():  # the first process of a machine downloads, the others find it
+            if folder:
+                _check_addresses(folder, name)
+            from_hub = download and not folder
+            with (
+                distributed.local_first(),  # the first process of a machine downloads, the others find it
+                contextlib.nullcontext() if from_hub else offline(datasets.config),
+            ):
                 splits = datasets.load_dataset(place, configuration, keep_in_memory=False)
     except InputError:
         raise
@@ -209,6 +220,8 @@ def _open(name: str, data_dir: Path) -> "Mapping[str, Dataset]":
         else:
             hint = "there is no such folder, and it cannot be read from the hub; expected hf:NAME or hf:FOLDER, or "
             hint += "hf:NAME:CONFIGURATION for a data set with several configurations"
+            if not download:
+                hint = "it is no folder on this machine, and the hub is not contacted for the data set of a record"
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"cannot load the data set {name}: {hint} ({first.strip()[:200]})") from None
     return splits if isinstance(splits, dict) else {str(splits.split or "train"): splits}
@@ -219,6 +232,32 @@ def _check_saved(folder: Path, name: str) -> None:
     for state in sorted(folder.glob("**/state.json")):
         if json.loads(state.read_text()).get("_data_files") == []:
             raise InputError(f"the split {state.parent.name} of {name} is empty; save the data set without it")
+
+
+def _check_addresses(folder: Path, name: str) -> None:
+    """Raise InputError if the card of a folder names files elsewhere, which datasets would fetch."""
+    from huggingface_hub import metadata_load
+    import yaml
+
+    card, settings = folder / "README.md", folder / ".huggingface.yaml"
+    contents = [metadata_load(card) if card.is_file() else None]
+    contents += [yaml.safe_load(read_text(settings)) if settings.is_file() else None]
+    for content in contents:
+        address = next((text for text in _texts((content or {}).get("configs")) if "://" in text), None)
+        if address:
+            raise InputError(
+                f"{name} names files that are not in its folder ({address[:100]}); download them to the folder, and "
+                f"name them there with relative paths"
+            )
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield all texts in lists and dictionaries."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _texts(one)
 
 
 def _package():

@@ -20,6 +20,7 @@ from l2ul.common import device as devices
 from l2ul.common import precision as precisions
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
+from l2ul.common.offline import offline
 from l2ul.common.progress import progress_bar
 from l2ul.data import datasets, storage
 from l2ul.data.image_files import ImageReader
@@ -165,7 +166,9 @@ class Subject:
         files = [Path(path) for path in (named, usual) if path and Path(path).is_file()]
         same = (path for path in files if file_sha256(path) == run["checkpoint_sha256"])
         statistics = [[float(value) for value in (run.get(key) or "").split()] or None for key in ("mean", "std")]
-        model = models.load(run["model"], self.images.num_classes, next(same, named), *statistics).to(self.device)
+        with offline():  # the name comes from a record, not from the user
+            model = models.load(run["model"], self.images.num_classes, next(same, named), *statistics)
+        model = model.to(self.device)
         if model.sha256 != run["checkpoint_sha256"]:
             raise InputError(
                 f"{model.source} does not hold the original weights of the runs (SHA-256 "

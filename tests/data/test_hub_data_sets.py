@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import socket
 import sys
 
 from helpers import load_records, without_costs, write_cifar
@@ -19,6 +20,7 @@ from l2ul.data.folder import FolderImages
 from l2ul.data.forget_set import files_of
 from l2ul.data.images import batches
 from l2ul.models import checkpoint
+from l2ul.reporting import figure_set
 import main_pretrain_mnist_lenet
 import main_unlearn
 
@@ -310,6 +312,51 @@ def test_names_of_the_hub(monkeypatch, tmp_path):
             InputError, match=f"cannot load the data set hf:{name}: there is no such folder, and it can"
         ):
             load(f"hf:{name}")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Return a list of the connections that were tried; each fails."""
+    tried = []
+
+    def connect(self, address):
+        tried.append(address)
+        raise OSError("no network in this test")
+
+    def look_up(host, *arguments, **options):
+        connect(None, host)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return tried
+
+
+@pytest.mark.parametrize("name", ["hf:not/a-set", "hf:a-set-of-nobody:part", "hf:buckets/a/b/c"])
+def test_the_data_set_of_a_record_does_not_contact_the_hub(name, tmp_path, monkeypatch, no_network):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(InputError, match=r"no folder on this machine, and the hub is not contacted for the data set"):
+        figure_set.load_images({"dataset": name}, tmp_path)
+    assert no_network == []
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("file", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize(
+    "where", ["https://localhost:9/x.parquet", [{"split": "train", "path": ["zip://a::http://b/c"]}]]
+)
+def test_a_folder_is_read_without_a_network(file, where, tmp_path, monkeypatch, no_network):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split in ("train", "test"):
+        table(pixels(2)).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    lines = "---\n" if file == "README.md" else ""
+    card = {"license_link": "https://localhost/licence"}
+    (tmp_path / file).write_text(f"{lines}{json.dumps(card)}\n{lines}")
+    assert len(load(f"hf:{tmp_path}").train) == 2
+    card["configs"] = [{"config_name": "default", "data_files": where}]
+    (tmp_path / file).write_text(f"{lines}{json.dumps(card)}\n{lines}")
+    with pytest.raises(InputError, match=r"names files that are not in its folder \((https|zip)://"):
+        load(f"hf:{tmp_path}")
+    assert no_network == []
 
 
 def test_a_missing_package_and_flags_of_other_data_sets_end_a_script_with_one_sentence(script, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 
 from conftest import ROOT
 import numpy as np
@@ -103,6 +104,28 @@ def test_elements_that_the_script_looks_up_are_there(digits):
     labelled = {attributes["aria-labelledby"] for _, attributes in page.elements if "aria-labelledby" in attributes}
     assert labelled <= ids
     assert set(page.data["facets"]) == set(results_page.FACETS)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_names_of_images_and_terms_are_not_taken_for_methods_of_javascript(digits):
+    code = Page(digits).scripts["code"].partition("const rows = ")[0]
+    values = {"runs": [], "forget": [["constructor", "__proto__"]], "sources": [{"classes": [], "images": {}}]}
+    values |= {"docs": {}, "values": []}
+    start = f"""
+        globalThis.document = {{ getElementById: () => ({{ textContent: {json.dumps(json.dumps(values))} }}) }};
+        {code}
+        const made = [];
+        make = (tag, attributes, ...children) => (made.push(attributes.title), tag);
+        plot = (title) => title;
+        forgetSet({{ forget: 0, source: 0, goal: "misclassify", before: [1, 2], after: [2, 1] }});
+        forgetSet({{ forget: 0, source: null, goal: "misclassify", before: [1, 2], after: [2, 1] }});
+        values({{ constructor: 1 }});
+        console.log(JSON.stringify(made.filter((title) => title)));
+    """
+    done = subprocess.run(["node", "-e", start], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    images = ["constructor, prediction class 1 → class 2", "__proto__, prediction class 2 → class 1"]
+    assert json.loads(done.stdout) == [f"image {image}" for image in images] * 2
 
 
 def test_tables_show_means_with_spread_number_of_runs_and_published_figures(folder):  # noqa: F811
