@@ -163,16 +163,23 @@ def forget(args: argparse.Namespace) -> int:
 
 def upload(args: argparse.Namespace, report: Path, repository, reason: str | None = None) -> None:
     """Upload the model of a report for --push. With a reason not to, print it and the command that does it still."""
-    from l2ul.deletion.deployed_model import written_models
-    from l2ul.deletion.output import card_of
+    from l2ul.deletion.deployed_model import reopen, written_models
+    from l2ul.deletion.model_card import of_report
+    from l2ul.deletion.report_schema import read_report
+    from l2ul.models import hub
 
+    own = ["--model", args.model] if args.verify and args.model else []
+    own += ["--build", args.build] if args.build else []
     public = ["--push-public"] if args.push_public else []
-    again = push.command_line(PROGRAM, ["--verify", str(report), "--push", repository.name, *public])
+    again = push.command_line(PROGRAM, ["--verify", str(report), *own, "--push", repository.name, *public])
     if reason:
         print(f"not uploaded: {reason}; this command uploads the model all the same: {again}")
         return
     model = Path(args.model) if args.verify and args.model else written_models(report.parent)[0]
-    push.push(PROGRAM, model, card_of(model), repository, again)
+    content = read_report(report)
+    opened = reopen(content["model"]["opened_by"], content["model"]["classes"], model, args.build)
+    card = of_report(content, content["model"]["after"]["weights_sha256"], None if model.is_dir() else hub.WEIGHTS)
+    push.push(PROGRAM, model, opened.classifier, card.text(), repository, again, opened.dtypes)
 
 
 def open_original(args: argparse.Namespace):

@@ -65,7 +65,7 @@ def run(opts: argparse.Namespace) -> None:
                 print(records.table([run.files.read() for run in runs]).to_string(index=False))
                 print(f"records: {opts.result_dir / 'runs'}")
             if repository:
-                command.push_model(runs[0], repository)
+                command.push_model(runs[0], setup, repository)
 
 
 if __name__ == "__main__":

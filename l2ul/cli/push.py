@@ -1,9 +1,10 @@
 """The flags --push and --push-public: upload an unlearned model to the Hugging Face Hub."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 import shlex
+import tempfile
 from typing import TYPE_CHECKING
 
 from l2ul.cli import exit_codes
@@ -12,6 +13,9 @@ from l2ul.common.errors import InputError
 from l2ul.common.installation import command
 
 if TYPE_CHECKING:
+    from torch import dtype
+
+    from l2ul.models.classifier import Classifier
     from l2ul.models.hub import Repository
 
 
@@ -31,7 +35,7 @@ def open_repository(options: argparse.Namespace) -> "Repository | None":
 
     Raises InputError if the model cannot be uploaded there.
     """
-    if not options.push:
+    if options.push is None:
         if options.push_public:
             raise InputError("--push-public is for --push; leave it out, or name a repository with --push NAME")
         return None
@@ -45,17 +49,29 @@ def command_line(program: str, words: Sequence[str]) -> str:
     return shlex.join([*command(program), *words])
 
 
-def push(program: str, model: Path, card: Path, repository: "Repository", again: str) -> None:
+def push(
+    program: str,
+    model: Path,
+    classifier: "Classifier",
+    card: str,
+    repository: "Repository",
+    again: str,
+    dtypes: "Mapping[str, dtype] | None" = None,
+) -> None:
     """Upload a model and print its address. Exit with 1 if that fails, and print the command that tries again.
 
-    program  name of the script, which begins the messages
-    again    command line that uploads the model again
+    program             name of the script, which begins the messages
+    model               the file or folder that the classifier was opened from
+    card                text of the model card
+    again               command line that uploads the model again
+    classifier, dtypes  as for `hub.write_files`
     """
     from l2ul.models import hub
 
-    files, here = hub.files_of(model, card), f"the model is in {model}; upload it again with: {again}"
+    here = f"the model is in {model}; upload it again with: {again}"
     try:
-        with exit_codes.clean_exit(program, here, shared=True):
+        with exit_codes.clean_exit(program, here, shared=True), tempfile.TemporaryDirectory() as folder:
+            files = hub.write_files(Path(folder), classifier, card, model.is_dir(), dtypes)
             address = hub.upload(files, repository)
     except hub.UploadFailed as error:
         raise SystemExit(f"{program}: the upload to {repository.name} failed ({error}); {here}") from None

@@ -17,12 +17,12 @@ from l2ul.common.cache import GIB, PREFIX, Cache
 from l2ul.common.choices import AUTO
 from l2ul.common.device import device_name
 from l2ul.common.errors import Diverged, InputError
-from l2ul.common.files import remove_parts, require_writable
+from l2ul.common.files import remove_parts, require_writable, tensors_sha256
 from l2ul.common.tracking import Trackers
 from l2ul.data import forget_set
 from l2ul.data.images import Images, Split, as_pixels
 from l2ul.data.surrogate import Surrogate
-from l2ul.experiments import time_estimates
+from l2ul.experiments import model_card, time_estimates
 from l2ul.experiments.execution import Experiment
 from l2ul.experiments.measurement import Evaluator
 from l2ul.experiments.reference_models import ReferenceModel, ReferenceModels
@@ -258,11 +258,16 @@ def announce(
         print(time_estimates.sentence([run.settings for run in to_do], finished, source=str(opts.result_dir)))
 
 
-def push_model(run: Run, repository: hub.Repository) -> None:
+def push_model(run: Run, setup: Setup, repository: hub.Repository) -> None:
     """Upload the saved model of a run. The same command uploads it again, as the run is not repeated."""
     if not run.files.model.exists():
         raise Diverged(f"the run diverged, so there is no model to upload; see {run.files.record}")
-    push.push(PROGRAM, run.files.model, run.files.card, repository, push.command_line(PROGRAM, sys.argv[1:]))
+    model = models.load_saved(run.files.model, setup.classifier)
+    digest, is_folder = tensors_sha256(model.net.state_dict()), run.files.model.is_dir()
+    if is_folder:  # its library reads the configuration there
+        model.name = f"{model.name.partition(':')[0]}:{run.files.model}"
+    card = model_card.of_record(run.files.read(), setup.images.num_classes, digest, is_folder).text()
+    push.push(PROGRAM, run.files.model, model, card, repository, push.command_line(PROGRAM, sys.argv[1:]))
 
 
 def print_run(record: dict[str, object]) -> None:

@@ -53,7 +53,7 @@ def _check_forget_set(opts: argparse.Namespace) -> None:
 
 def _check_push(opts: argparse.Namespace) -> None:
     """Raise InputError if --push is given for anything but the saved model of one run."""
-    if not opts.push:
+    if opts.push is None:
         return
     if not opts.save_model:
         raise InputError(f"--push {opts.push} uploads the unlearned model, which is not saved; add --save-model")

@@ -1,7 +1,5 @@
 """The model card of a request: what was forgotten in numbers, never which images."""
 
-from pathlib import Path
-
 from l2ul.deletion import states
 from l2ul.deletion.deployed_model import BUILT
 from l2ul.deletion.report_schema import Report
@@ -9,11 +7,11 @@ from l2ul.experiments.model_card import UNIFORM, Card, Table, library_of, method
 from l2ul.methods import registry
 
 
-def of_report(report: Report, weights_sha256: str, path: Path) -> Card:
+def of_report(report: Report, weights_sha256: str, file: str | None) -> Card:
     """Return the card of a model from its report, which may lack what is known only after the model was written.
 
     weights_sha256  of the unlearned weights, `UNIFORM`
-    path            of the file or folder of the model
+    file            name of the file of the model; None for a folder
     """
     counts, asked, tool = states.count(report["images"]), report["asked"], report["tool"]
     relabel = asked["goal"] == "relabel"
@@ -52,6 +50,6 @@ def of_report(report: Report, weights_sha256: str, path: Path) -> Card:
             f"this model, {UNIFORM}": weights_sha256,
         },
         limits=report["not_claimed"],
-        opening="" if path.is_dir() or model == BUILT else opening(model, num_classes, path.name, *statistics),
-        library=library_of(model) if path.is_dir() else None,
+        opening=opening(model, num_classes, file, *statistics) if file and model != BUILT else "",
+        library=None if file else library_of(model),
     )

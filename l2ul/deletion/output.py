@@ -77,8 +77,8 @@ def write(
         part.mkdir()
         left_out = model.write(unlearned, part)
         path = deployed_model.written_models(part)[0]
-        card = of_report(contents, tensors_sha256(unlearned.net.state_dict()), path)
-        card_of(path).write_text(card.text(), encoding="utf-8")
+        card = of_report(contents, tensors_sha256(unlearned.net.state_dict()), None if path.is_dir() else path.name)
+        ((path if path.is_dir() else part) / CARD).write_text(card.text(), encoding="utf-8")
         reopened = deployed_model.reopen(model.opened_by, request.class_names, path, build)
         check_same_model(unlearned, reopened.classifier.to(request.images.device), request.images)
         contents = contents | {"model": contents["model"] | {"left_out": left_out, "after": reopened.hashes()}}
@@ -92,11 +92,6 @@ def write(
         if key:
             signature.write_signature(part / REPORT, key)
     return output
-
-
-def card_of(model: Path) -> Path:
-    """Return the path of the model card: in the folder of a model, or beside its file."""
-    return (model if model.is_dir() else model.parent) / CARD
 
 
 def _is_free(path: Path) -> bool:

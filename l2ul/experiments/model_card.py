@@ -1,6 +1,6 @@
 """Model cards of unlearned models: what was forgotten in numbers, never which images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import jinja2
 
 from l2ul import VERSION
 from l2ul.common.choices import CAP, DIVERGED, DONE, FORGOTTEN
+from l2ul.data.datasets import LOADERS
 from l2ul.methods.settings import SHARED
 from l2ul.models import timm_models
 
@@ -116,17 +117,13 @@ def of_record(record: Mapping[str, object], num_classes: int, weights_sha256: st
         (text, *(_percent(record[key]) for key in (f"{name}_before", name)))
         for text, name in (("other training images", "acc_retain"), ("test images", "acc_test"))
     ]
-    name = record["model"]
-    prefix, _, place = name.partition(":")
-    folder = Path(place.removeprefix(timm_models.FOLDER))
-    if library_of(name) and folder.is_dir():  # of this machine
-        name = f"{prefix}:{folder.name}"
+    name, dataset = _public(record["model"], "model"), _public(record["dataset"], "data set", LOADERS)
     settings = {key: record[key] for key in SHARED if record.get(key) is not None}
     settings |= {key: record[key] for key in (record.get("method_settings") or "").split()}
     settings |= dict(pair.split("=") for pair in (record.get("course") or "").split())
     return Card(
-        title=f"{name} after unlearning images of {record['dataset']}",
-        introduction=f"This classifier, {name}, was trained on {record['dataset']} and had to "
+        title=f"{name} after unlearning images of {dataset}",
+        introduction=f"This classifier, {name}, was trained on {dataset} and had to "
         f"{'relabel' if relabel else 'forget'} {number} of its training images. It is the result of a run with L2UL "
         f"{VERSION}, which compares methods.",
         outcome=OUTCOMES[record["status"]],
@@ -139,8 +136,21 @@ def of_record(record: Mapping[str, object], num_classes: int, weights_sha256: st
         | {f"this model, {UNIFORM}": weights_sha256},
         limits=LIMITS,
         opening="" if is_folder else opening(name, num_classes, "model.safetensors"),
-        library=library_of(name) if is_folder else None,
+        library=library_of(record["model"]) if is_folder else None,
     )
+
+
+def _public(name: str, what: str, known: Collection[str] | None = None) -> str:
+    """Return the name of a model or data set, without the name or path of a folder of this machine.
+
+    known  names that stand for no folder; None: all without a colon
+    """
+    prefix, colon, place = name.partition(":")
+    folder = place.removeprefix(timm_models.FOLDER)
+    is_local = folder != place or place.startswith(("/", ".", "~")) or place.count("/") > 1 or "\\" in place
+    if colon and (is_local or Path(place).is_dir()):
+        return f"{prefix} {what} of a local folder"
+    return name if colon or known is None or name in known else f"{what} of a local folder"
 
 
 def _percent(value: float | None) -> str:

@@ -351,9 +351,22 @@ def _type(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def write(path: Path, net: nn.Module, metadata: dict[str, object]) -> None:
-    """Write the network's weights as safetensors, atomically. Values of the metadata are stored as JSON."""
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in net.state_dict().items()}
+def write(
+    path: Path, net: nn.Module, metadata: dict[str, object], dtypes: Mapping[str, torch.dtype] | None = None
+) -> None:
+    """Write the network's weights as safetensors, atomically. Values of the metadata are stored as JSON.
+
+    dtypes  to which weights are converted, by name
+
+    Of tied weights the first is written.
+    """
+    own = {key: value for key, value in net.state_dict().items() if isinstance(value, Tensor)}
+    first = {_memory(tensor) if tensor.numel() else key: key for key, tensor in reversed(own.items())}
+    state = {
+        key: own[key].detach().cpu().to((dtypes or {}).get(key, own[key].dtype)).contiguous()
+        for key in own
+        if key in first.values()
+    }
     with atomic(path) as part:
         part.write_bytes(serialize(state, {key: json.dumps(value) for key, value in metadata.items()}))
 

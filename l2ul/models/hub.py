@@ -1,13 +1,21 @@
-"""Upload a model, its configuration and its card to the Hugging Face Hub, and nothing else of a folder."""
+"""Write the weights, configuration and card of a model for the Hugging Face Hub, and upload them.
+
+No file of this machine is uploaded as it is: a checkpoint, a config.json or a README.md may hold names and paths.
+"""
 
 from collections.abc import Mapping
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from l2ul.common.errors import InputError
-from l2ul.models import huggingface, timm_models
+from l2ul.models import checkpoint, decimals, huggingface, timm_models
+from l2ul.models.classifier import Classifier
 
 CARD = "README.md"  # name of the model card on the hub
+WEIGHTS = "model.safetensors"  # name on the hub of a model that is a file
 LOGIN = "run `hf auth login`, or set HF_TOKEN to a token with write permission"
 
 
@@ -44,7 +52,7 @@ def open_repository(name: str, public: bool = False) -> Repository:
         utils.validate_repo_id(name)
     except errors.HFValidationError:
         raise InputError(
-            f"--push {name} is not a name on the Hugging Face Hub; expected NAME or OWNER/NAME with letters, digits, "
+            f"--push {name!r} is not a name on the Hugging Face Hub; expected NAME or OWNER/NAME with letters, digits, "
             f"'-', '_' and '.'"
         ) from None
     if get_token() is None:
@@ -76,17 +84,28 @@ def open_repository(name: str, public: bool = False) -> Repository:
     return Repository(full, public, tuple(file.rfilename for file in found.siblings or ()))
 
 
-def files_of(model: Path, card: Path) -> dict[str, Path]:
-    """Return the files to upload by their names on the hub: the model, its configuration and its card.
+def write_files(
+    folder: Path, classifier: Classifier, card: str, is_folder: bool, dtypes: Mapping[str, torch.dtype] | None = None
+) -> dict[str, Path]:
+    """Write what is uploaded into an empty folder; return the files by their names on the hub.
 
-    model  a file of weights, or the folder of a model, of which only what opening it reads is uploaded
+    is_folder  whether the model is a folder of another library, not a file of weights
+    dtypes     of weights in the file, by name, where not float32
+
+    The weights are those of the network, by its names. Of a configuration, what its library defines is kept.
     """
-    if model.is_dir():
-        others = (timm_models if timm_models.is_folder(model) else huggingface).unread_files(model)
-        paths = {path.name: path for path in sorted(model.iterdir()) if path.is_file() and path.name not in others}
+    net, dtypes = classifier.net, dtypes or {}
+    mean, std = decimals(classifier.normalize.mean), decimals(classifier.normalize.std)
+    if not is_folder:
+        checkpoint.write(folder / WEIGHTS, net, {"mean": mean, "std": std}, dtypes)
+    elif classifier.name.startswith(timm_models.PREFIX):
+        timm_models.write_config(net, timm_models.source(classifier.name).folder, folder, mean, std)
+        checkpoint.write(folder / WEIGHTS, net, {}, dtypes)
     else:
-        paths = {f"model{''.join(model.suffixes)}": model}
-    return paths | ({CARD: card} if card.is_file() else {})  # requests of earlier versions have none beside a file
+        net = copy.deepcopy(net).cpu().to(next(iter(dtypes.values()), torch.float32))
+        huggingface.save_known(net, classifier.name, folder, mean, std)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    return {path.name: path for path in sorted(folder.iterdir())}
 
 
 def upload(files: Mapping[str, Path], repository: Repository) -> str:

@@ -20,6 +20,10 @@ from l2ul.models.preprocessing import CenterCrop, Resize, agree, smooth_image
 PREFIX = "hf:"
 ADAPTER = "adapter_config.json"  # of peft
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+PROCESSOR_KEYS = {
+    *("image_processor_type", "do_convert_rgb", "do_resize", "size", "default_to_square", "resample", "crop_pct"),
+    *("do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+}
 WEIGHTS = (  # transformers reads the first of these that exists; an index names the files of its parts
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -309,3 +313,17 @@ def save(net: nn.Module, name: str, folder: Path, mean: list[float], std: list[f
     if processor.do_normalize or (set(mean), set(std)) != ({0.0}, {1.0}):
         processor.do_normalize, processor.image_mean, processor.image_std = True, mean, std
     processor.save_pretrained(folder)
+
+
+def save_known(net: nn.Module, name: str, folder: Path, mean: list[float], std: list[float]) -> None:
+    """Write the network and its processor as `save`, but only settings that their classes define.
+
+    transformers keeps all other entries of the files from which they were read, such as paths and notes.
+    """
+    save(net, name, folder, mean, std)
+    known = {*type(net.config)().to_dict(), "model_type", "id2label", "label2id"} - {"_name_or_path"}
+    for file, keys in (("config.json", known), *((one, PROCESSOR_KEYS) for one in PROCESSORS)):
+        content = _read_json(folder / file)
+        if content:
+            kept = {key: value for key, value in content.items() if key in keys}
+            (folder / file).write_text(json.dumps(kept, indent=2), encoding="utf-8")

@@ -42,6 +42,12 @@ RESERVED = {  # arguments of timm.create_model that are set here
     *("features_only", "scriptable", "exportable", "no_jit", "device", "dtype", "model_name", "pretrained_model_args"),
 }
 
+PUBLIC = {  # keys of config.json without which a model opens differently
+    *("architecture", "num_classes", "num_features", "global_pool", "model_args", "pretrained_cfg", "label_names"),
+    *("input_size", "min_input_size", "fixed_input_size", "pool_size", "mean", "std", "interpolation", "crop_pct"),
+    *("crop_mode", "test_input_size", "test_crop_pct", "first_conv", "classifier"),
+}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -355,6 +361,22 @@ def save(net: nn.Module, name: str, folder: Path, mean: list[float], std: list[f
     else:
         net.pretrained_cfg = {**net.pretrained_cfg, "mean": mean, "std": std}
         _timm().models.save_for_hf(net, folder, safe_serialization=True)
+
+
+def write_config(net: nn.Module, original: Path, folder: Path, mean: list[float], std: list[float]) -> None:
+    """Write config.json as `save_config`, but only what timm defines: no notes, addresses or paths of its author."""
+    save_config(net, original, folder, mean, std)
+    config = _known(json.loads(read_text(folder / CONFIG)))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _known(config: dict[str, object]) -> dict[str, object]:
+    kept = {key: value for key, value in config.items() if key in PUBLIC}
+    if isinstance(kept.get("pretrained_cfg"), dict):
+        kept["pretrained_cfg"] = _known(kept["pretrained_cfg"])
+    if isinstance(kept.get("model_args"), dict):
+        kept["model_args"] = {key: value for key, value in kept["model_args"].items() if key not in RESERVED}
+    return kept
 
 
 def save_config(net: nn.Module, original: Path, folder: Path, mean: list[float], std: list[float]) -> None:

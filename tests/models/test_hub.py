@@ -1,9 +1,11 @@
 """--push: what is uploaded to the Hugging Face Hub, checked against a server on this machine."""
 
+import argparse
 import base64
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import json
 import re
+import shutil
 import threading
 
 import pytest
@@ -12,8 +14,9 @@ import torch
 from l2ul import models
 from l2ul.cli import push
 from l2ul.common.errors import InputError
+from l2ul.common.files import tensors_sha256
 from l2ul.experiments import model_card
-from l2ul.models import hub
+from l2ul.models import checkpoint, hub, timm_models
 import main_forget
 
 USER = {"type": "user", "name": "jo", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": "write"}}}
@@ -123,7 +126,7 @@ def fake(monkeypatch, tmp_path):
 def test_names_and_logins_that_cannot_work_are_refused(fake, monkeypatch):
     fake.repositories["jo/public"] = (False, {})
     for name, message in (
-        ("a/b/c", "a/b/c is not a name on the Hugging Face Hub; expected NAME or OWNER/NAME"),
+        ("a/b/c", "'a/b/c' is not a name on the Hugging Face Hub; expected NAME or OWNER/NAME"),
         ("other/model", "jo may not write to other; expected one of jo, lab"),
         ("public", "jo/public: this repository exists and is public; choose another name, or add --push-public"),
     ):
@@ -161,10 +164,10 @@ def test_a_request_uploads_model_and_card_and_nothing_else(fake, forget, script,
     assert (code, fake.repositories) == (0, {}), printed
     code, report, printed = request(fake, forget, tmp_path)
     assert code == 0, printed
-    assert f"uploaded model.pth, README.md to {fake.address}/jo/tiny" in printed
+    assert f"uploaded README.md, model.safetensors to {fake.address}/jo/tiny" in printed
     private, files = fake.repositories["jo/tiny"]
     assert private
-    assert files == {name: (tmp_path / "out" / name).read_bytes() for name in ("model.pth", "README.md")}
+    assert sorted(files) == ["README.md", "model.safetensors"]
     card = files["README.md"].decode()
     assert report["model"]["after"]["weights_sha256"] in card
     assert not any(row[key] in card for row in report["images"] for key in ("file", "sha256", "pixels_sha256"))
@@ -179,16 +182,18 @@ def test_a_failed_upload_loses_nothing_and_can_be_repeated(fake, forget, script,
         r"main_forget.py: the upload to jo/tiny failed \(.*\); .* with: (python) (.*)$", code
     ).groups()
     words = again.split()
-    assert words[1:] == ["--verify", str(tmp_path / "out" / "report.json"), "--push", "jo/tiny"]
+    assert words[1:3] == ["--verify", str(tmp_path / "out" / "report.json")]
+    assert words[3] == "--build"  # the network has to be built, so that only its weights are uploaded
+    assert words[5:] == ["--push", "jo/tiny"]
     fake.refuse = None
     code, out, err = script(main_forget.main, *words[1:])
     assert code == 0, out + err
-    assert sorted(fake.repositories["jo/tiny"][1]) == ["README.md", "model.pth"]
+    assert sorted(fake.repositories["jo/tiny"][1]) == ["README.md", "model.safetensors"]
     (tmp_path / "out" / "model.pth").write_bytes(b"another model")
     fake.requests.clear()
     code, out, err = script(main_forget.main, *words[1:])
     assert code == 3
-    assert "not uploaded: model failed" in out
+    assert "not uploaded: model, weights failed" in out
     assert not any("commit" in one for one in fake.requests)
 
 
@@ -205,9 +210,19 @@ def test_of_a_hugging_face_folder_only_what_transformers_reads_is_uploaded(fake,
     for name in ("report.html", "to_forget.csv", "optimizer.pt", "face.png"):
         (folder / name).write_text("private")
     (folder / "README.md").write_text("---\ntags:\n- machine-unlearning\n---\n")
-    files = hub.files_of(folder, folder / "README.md")
+    for name, key in (("config.json", "train_files"), ("preprocessor_config.json", "data_path")):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {key: "/home/me/alice_0.png"}))
+    (tmp_path / "up").mkdir()
+    opened = models.load(f"hf:{folder}", 10)
+    files = hub.write_files(tmp_path / "up", opened, "the card", is_folder=True)
+    assert files["README.md"].read_text() == "the card"
     assert sorted(files) == ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
-    assert not any(str(vit_folder).encode() in path.read_bytes() for path in files.values())
+    private = (str(vit_folder), str(folder), "alice")
+    assert not any(one.encode() in path.read_bytes() for path in files.values() for one in private)
+    again, pixels = models.load(f"hf:{tmp_path / 'up'}", 10), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(pixels), opened(pixels))
     fake.repositories["lab/vit"] = (True, {"pytorch_model.bin": b"", ".gitattributes": b""})
     repository = hub.open_repository("lab/vit")
     assert hub.upload(files, repository) == f"{fake.address}/lab/vit"
@@ -227,14 +242,20 @@ def test_a_run_uploads_its_saved_model_and_the_same_command_tries_again(fake, ru
     assert "0 runs to do" in out
     private, files = fake.repositories["lab/digits"]
     assert not private
-    assert files == {"model.safetensors": model.read_bytes(), "README.md": model.with_suffix(".md").read_bytes()}
+    assert sorted(files) == ["README.md", "model.safetensors"]
+    assert files["README.md"] == model.with_suffix(".md").read_bytes()
+    uploaded = tmp_path / "uploaded.safetensors"
+    uploaded.write_bytes(files["model.safetensors"])
+    state, metadata = checkpoint.read(uploaded)
+    assert sorted(metadata) == ["mean", "std"]
+    assert tensors_sha256(state) in files["README.md"].decode()
     card, path = files["README.md"].decode(), tmp_path / "runs" / f"{model.stem}.json"
     record = json.loads(path.read_text())
     assert f"| predicted as their label by this model | {round(2 * record['acc_forget'] / 100)} |" in card
     assert f"{record['acc_test']:.2f} %" in card
     indices = (tmp_path / "runs" / f"{model.stem}.txt").read_text().split()
     assert not any(re.search(rf"\b{index}\b", card.split("## Method")[0]) for index in indices if len(index) > 2)
-    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("model.safetensors", str(model))
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("model.safetensors", str(uploaded))
     scope = {}
     exec(code, scope)
     with torch.no_grad():
@@ -267,7 +288,7 @@ def test_a_card_of_a_run_shows_no_path_of_a_local_model(vit_folder):
         "k": 32,
         "continual_size": 16,
         "model": f"hf:{vit_folder}",
-        "dataset": "pets",
+        "dataset": "alice_pets",
         "acc_forget": 0.0,
         "acc_forget_before": 100.0,
         "acc_relabel": 75.0,
@@ -284,6 +305,10 @@ def test_a_card_of_a_run_shows_no_path_of_a_local_model(vit_folder):
     }
     text = model_card.of_record(record, 10, "b" * 64, is_folder=True).text()
     assert str(vit_folder) not in text
+    assert vit_folder.name not in text
+    assert text.count("data set of a local folder") == 2  # a folder in --data-dir, whose name is the user's
+    for name in ("hf:/home/alice/photos", "alice_photos"):
+        assert "alice" not in model_card.of_record(record | {"dataset": name}, 10, "b" * 64).text()
     assert text.startswith("---\nlibrary_name: transformers\n")
     assert "| to relabel | 16 |\n| of earlier steps | 16 |" in text
     assert "| predicted as their new label by this model | 12 |" in text
@@ -296,20 +321,91 @@ def test_an_interrupted_upload_says_where_the_model_is(fake, monkeypatch, tmp_pa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(hub, "upload", interrupt)
-    (tmp_path / "model.pth").write_bytes(b"")
+    model, path = models.build("lenet", 10), tmp_path / "model.pth"
     with pytest.raises(SystemExit) as stop:
-        push.push("main_forget.py", tmp_path / "model.pth", tmp_path / "none", hub.Repository("jo/tiny"), "again")
+        push.push("main_forget.py", path, model, "the card", hub.Repository("jo/tiny"), "again")
     assert stop.value.code == 130
     assert f"the model is in {tmp_path / 'model.pth'}; upload it again with: again" in capsys.readouterr().err
 
 
-def test_of_a_timm_folder_only_what_timm_reads_is_uploaded(tmp_path):
-    (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
-    for name in ("model.safetensors", "README.md", "report.json", "pytorch_model.bin"):
-        (tmp_path / name).touch()
-    assert sorted(hub.files_of(tmp_path, tmp_path / "README.md")) == ["README.md", "config.json", "model.safetensors"]
-    assert [model_card.library_of(name) for name in ("timm:resnet18", "hf:", "resnet20")] == [
-        "timm",
-        "transformers",
-        None,
+def test_of_a_timm_configuration_only_what_timm_defines_is_uploaded(tmp_path):
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("test_resnet", num_classes=10)
+    timm_models.save(net, "timm:test_resnet", tmp_path / "model", [0.5] * 3, [0.5] * 3)
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["train_files"] = ["alice_0.png"]
+    config["pretrained_cfg"] |= {"file": "/home/alice/weights.pt", "paper_name": "alice"}
+    path.write_text(json.dumps(config))
+    (tmp_path / "model" / "README.md").write_text("alice")
+    (tmp_path / "up").mkdir()
+    opened = models.load(f"timm:{tmp_path / 'model'}", 10)
+    files = hub.write_files(tmp_path / "up", opened, "the card", is_folder=True)
+    assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
+    assert not any(one in path.read_bytes() for path in files.values() for one in (b"alice", b"home"))
+    again, pixels = models.load(f"timm:{tmp_path / 'up'}", 10), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(pixels), opened(pixels))
+
+
+def test_libraries_of_models():
+    names = ("timm:resnet18", "hf:", "resnet20")
+    assert [model_card.library_of(name) for name in names] == ["timm", "transformers", None]
+
+
+def test_of_a_file_with_tied_half_precision_weights_only_the_weights_are_uploaded(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    dtypes = dict.fromkeys(net.state_dict(), torch.float16)
+    checkpoint.write(tmp_path / "model.safetensors", net, {}, dtypes)
+    state, metadata = checkpoint.read(tmp_path / "model.safetensors")
+    assert (sorted(state), metadata) == (["0.bias", "0.weight", "1.bias"], {})
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+
+
+def test_the_card_is_made_from_the_report_not_read_from_a_folder(fake, forget, script, tmp_path):
+    code, report, printed = forget()
+    assert code == 0, printed
+    source = tmp_path / "out" / "model.pth"
+    copy = tmp_path / "alice.folder" / "model.pth"
+    copy.parent.mkdir()
+    shutil.copy(source, copy)
+    (copy.parent / "README.md").write_text("alice")
+    (tmp_path / "out" / "README.md").write_text("alice")
+    words = [
+        "--verify",
+        tmp_path / "out" / "report.json",
+        "--model",
+        copy,
+        "--build",
+        "conftest:tiny_net",
+        "--push",
+        "tiny",
     ]
+    code, out, err = script(main_forget.main, *words)
+    assert code == 0, out + err
+    files = fake.repositories["jo/tiny"][1]
+    assert sorted(files) == ["README.md", "model.safetensors"]
+    assert not any(b"alice" in content for content in files.values())
+    assert report["model"]["after"]["weights_sha256"] in files["README.md"].decode()
+
+
+def test_other_entries_of_a_checkpoint_stay_on_this_machine(tmp_path):
+    model = models.build("lenet", 10)
+    state = {f"module.{name}": tensor for name, tensor in model.net.state_dict().items()}
+    state |= {"train_labels": torch.arange(4), "train_files": ["alice_0.png"]}
+    torch.save({"state_dict": state, "args": argparse.Namespace(data="/home/alice")}, tmp_path / "alice.v1.2.pt")
+    opened = models.load("lenet", 10, tmp_path / "alice.v1.2.pt")
+    (tmp_path / "up").mkdir()
+    files = hub.write_files(tmp_path / "up", opened, "the card", is_folder=False)
+    assert sorted(files) == ["README.md", "model.safetensors"]
+    state, metadata = checkpoint.read(files["model.safetensors"])
+    assert (state.keys(), sorted(metadata)) == (model.net.state_dict().keys(), ["mean", "std"])
+    assert not any(b"alice" in path.read_bytes() for path in files.values())
+
+
+def test_an_empty_name_is_refused(fake, forget, run):
+    code, _, printed = forget("--push", "")
+    assert (code, "--push '' is not a name" in printed) == (2, True), printed
+    code, _, err = run("--push", "", "--method", "neggrad", "--save-model")
+    assert (code, "--push '' is not a name" in err) == (2, True), err
