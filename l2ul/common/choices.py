@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 import difflib
 import math
+import sys
 
 from l2ul.common.errors import InputError
 
@@ -76,7 +77,8 @@ class Number:
 
     def check(self, value: object) -> int | float:
         """Return a value as a number of this kind. Raises InvalidValue if it is not one, or outside the range."""
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        number = number and abs(value) <= sys.float_info.max  # larger whole numbers cannot be converted to float
         if not number or (self.kind is int and (value != int(value) or abs(value) >= 2**63)):
             raise InvalidValue(f"{value!r} is not allowed; expected {self.expected}")
         if not (value > self.minimum if self.open else value >= self.minimum) or value > self.maximum:

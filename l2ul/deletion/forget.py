@@ -47,6 +47,14 @@ NORMALISED = {
 }
 
 
+class NotForgotten(UserWarning):
+    """The warning that an image is not forgotten. `result` is what `forget` returns, also if the warning is raised."""
+
+    def __init__(self, result: "Forgotten") -> None:
+        super().__init__(result.summary)
+        self.result = result
+
+
 @dataclass(frozen=True)
 class Forgotten:
     """An unlearned model and what was checked on it. Tensors are on the CPU, one entry for each of the k images.
@@ -131,7 +139,8 @@ def forget(
     settings      of the method, such as distill_lr=1e-3, in place of a search. robust=0: images count as forgotten as
                   they are stored, which costs less accuracy; by default they must be forgotten as used
 
-    Warns if an image is not forgotten. Raises InputError for anything that cannot be unlearned as it is.
+    Warns with NotForgotten if an image is not forgotten; where warnings are errors, the exception has the result.
+    Raises InputError for anything that cannot be unlearned as it is.
 
     Example: `result = l2ul.forget(model, images, labels)`; then `print(result)` and use `result.model`.
     """
@@ -139,7 +148,9 @@ def forget(
     with _arguments_in_messages():
         check_module(model, "model")
         with _plain_torch(_device_of(model)) as device:
-            budget = search.TimeBudget(60 * _positive("minutes", minutes), started)
+            budget = search.TimeBudget(60 * _in_range("minutes", minutes, Number(float, 0, open=True)), started)
+            if min_known is not None:
+                _in_range("min_known", min_known, Number(float, 0, maximum=1), "a number from 0 to 1")
             chosen, fixed = _read_settings(method, settings, seed)
             if surrogate is not None and "teacher" not in registry.get(method).needs:
                 raise InputError(f"surrogate is for methods with a teacher such as distill, not {method}; leave it out")
@@ -178,7 +189,7 @@ def forget(
                 _copy_weights(best.model if isinstance(unlearned, Classifier) else best.model.net, unlearned)
             result = _result(unlearner, request, unlearned, best, time.perf_counter() - started)
     if not result.successful:
-        warnings.warn(result.summary, stacklevel=2)
+        warnings.warn(NotForgotten(result), stacklevel=2)
     return result
 
 
@@ -230,8 +241,16 @@ def _device_of(model: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def _plain_torch(device: torch.device) -> Iterator[torch.device]:
-    """Compute with gradients, in fp32 and without autocast inside the block, whatever surrounds it."""
+    """Compute with gradients, in fp32 and without autocast inside the block, whatever surrounds it.
+
+    New tensors are float32 and on the CPU unless their device is named, as PyTorch's own defaults are.
+    """
+    dtype = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":  # the mode costs time at each call of torch
+            stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -279,6 +298,8 @@ def _open(
     else:
         _check_normalised(net, mean)
         values = [_numbers("mean", mean), _numbers("std", std)]
+        if isinstance(images, Tensor):
+            _check_values(images, "images")
         channels = images.shape[1] if isinstance(images, Tensor) and images.ndim == 4 else None
         channels = channels or (len(values[0]) if mean is not None else input_channels(net))
         pairs = zip(("mean", "std"), ((0.0,), (1.0,)), values, strict=True)
@@ -301,8 +322,9 @@ def _with_preprocessing_of(original: Classifier, net: nn.Module) -> Classifier:
 
 def _check_normalised(net: nn.Module, mean: object) -> None:
     """Raise InputError for a classifier of a library whose normalisation is not known."""
-    library = type(net).__module__.partition(".")[0]
-    if mean is None and library in NORMALISED:
+    libraries = (base.__module__.partition(".")[0] for base in type(net).__mro__)
+    library = next((name for name in libraries if name in NORMALISED), None)
+    if mean is None and library:
         raise InputError(
             f"model is a {type(net).__name__} of {library}, which usually takes normalised pixels; pass the mean and "
             f"std of its training ({NORMALISED[library]}), or mean=(0, 0, 0), std=(1, 1, 1) if it takes pixels in [0,1]"
@@ -315,7 +337,7 @@ def _numbers(name: str, values: object) -> list[float] | None:
         return None
     try:
         numbers = [float(value) for value in values]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise InputError(f"{name} is {values!r}; expected one number per channel, such as (0.5, 0.5, 0.5)") from None
     if not all(abs(value) < float("inf") and (value > 0 or name == "mean") for value in numbers):
         kind = "finite numbers" if name == "mean" else "numbers above 0"
@@ -379,6 +401,10 @@ class _PixelReader:
                 image = ImageReader().read(image)
             except UnreadableImage as error:
                 raise unreadable(image, error) from None
+        try:
+            image.load()
+        except Exception as error:  # the decoders raise many types
+            raise InputError(f"{name} cannot be decoded ({str(error).split(chr(10))[0]}); leave it out") from None
         if image.mode.startswith(("I", "F")):
             raise InputError(f"{name} has more than 8 bits (mode {image.mode}); pass its file name, or convert it")
         image = image.convert("RGB" if self.channels == 3 else "L")
@@ -396,6 +422,7 @@ def _type_of(value: object) -> str:
 
 def _checked_pixels(images: Tensor, what: str) -> Tensor:
     """Return a copy of images on the CPU, uint8 or float32. Raise InputError unless they are pixels (k, C, H, W)."""
+    _check_values(images, what)
     shape = " x ".join(map(str, images.shape)) or "of a number"
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.numel():
         hint = ""
@@ -434,6 +461,22 @@ def _checked_pixels(images: Tensor, what: str) -> Tensor:
     return pixels.clamp(0, 1)
 
 
+def _check_values(tensor: Tensor, what: str) -> None:
+    """Raise InputError unless a tensor is dense and has values."""
+    if tensor.is_nested:
+        raise InputError(f"{what} is a nested tensor; pass images of one size, as torch.stack returns them")
+    if tensor.layout != torch.strided:
+        raise InputError(f"{what} is a sparse tensor; pass {what}.to_dense()")
+    if tensor.is_meta:
+        raise InputError(f"{what} is on the device meta, where tensors have no values; load it on another one")
+
+
+def _digest(image: Tensor) -> str:
+    """Return the hex sha256 of an image (C, H, W) with 8 bits, so that it is the same for uint8 and float pixels."""
+    image = image if image.dtype == torch.uint8 else (255 * image).round().byte()
+    return hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()
+
+
 def _read_folder(images: ImageSource, labels: object, new_labels: object, reader: _PixelReader) -> ImageFolder:
     """Return the images to forget in the form of those of a folder, with their labels as text."""
     names, pixels = reader.read(images, "images")
@@ -442,7 +485,7 @@ def _read_folder(images: ImageSource, labels: object, new_labels: object, reader
     ]
     files, first = [], {}
     for name, image, *own in zip(names, pixels, *texts, strict=True):
-        digest = hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()
+        digest = _digest(image)
         other = first.setdefault(digest, (name, own))
         if other[1] != own:
             raise InputError(f"{other[0]} and {name} are the same image with different labels; correct one of them")
@@ -456,10 +499,12 @@ def _class_texts(what: str, values: object, count: int) -> list[str | None]:
         return [None] * count
     try:
         numbers = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise InputError(f"{what} is a {_type_of(values)}; expected {count} whole numbers") from None
+    _check_values(numbers, what)
     if numbers.ndim == 2 and len(numbers) == count:
-        raise InputError(f"{what} has a row for each image; expected class numbers: pass {what}.argmax(1)")
+        hint = f"{what}.squeeze(1)" if numbers.shape[1] == 1 else f"{what}.argmax(1) of one score per class"
+        raise InputError(f"{what} has a row for each image; expected class numbers: pass {hint}")
     if numbers.shape != (count,):
         shape = " x ".join(map(str, numbers.shape)) or "of one number"
         raise InputError(f"{what} has the shape {shape}; expected one class number for each of {count} images")
@@ -478,7 +523,7 @@ def _read_others(what: str, images: ImageSource | None, reader: _PixelReader, re
         raise InputError(f"{what} and images differ in size; resize them to the same")
     forgotten = {image.pixels_sha256 for image in request.folder.files}
     for name, image in zip(names, pixels, strict=True):
-        if hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() in forgotten:
+        if _digest(image) in forgotten:
             raise InputError(f"{name} is also an image to forget; leave it out")
     return pixels.to(request.images.device)
 
@@ -486,11 +531,12 @@ def _read_others(what: str, images: ImageSource | None, reader: _PixelReader, re
 # Settings and messages.
 
 
-def _positive(name: str, value: object) -> float:
+def _in_range(name: str, value: object, allowed: Number, expected: str = "") -> int | float:
+    """Return a number within a range, which `expected` describes in words."""
     try:
-        return Number(float, 0, open=True).check(value)
+        return allowed.check(value)
     except InputError:
-        raise InputError(f"{name} is {value!r}; expected a number above 0") from None
+        raise InputError(f"{name} is {value!r}; expected {expected or allowed.expected}") from None
 
 
 def _read_settings(method: str, settings: Mapping[str, object], seed: object) -> tuple[Settings, dict[str, Value]]:
@@ -500,8 +546,9 @@ def _read_settings(method: str, settings: Mapping[str, object], seed: object) ->
         arguments = [one for one in inspect.signature(forget).parameters if one != "settings"]
         hint = did_you_mean(name, [*arguments, *known]) or f"; its settings are {', '.join(known)}"
         raise InputError(f"{name} is no argument of forget and no setting of method {method}{hint}")
-    if not isinstance(seed, int) or seed < 0:
+    if not isinstance(seed, int):
         raise InputError(f"seed is {seed!r}; expected a whole number of at least 0")
+    _in_range("seed", seed, Number(int, 0))
     pairs = [(name, str(int(value) if isinstance(value, bool) else value)) for name, value in settings.items()]
     return search.choose_settings(method, pairs, seed)
 

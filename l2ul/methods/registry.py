@@ -349,8 +349,8 @@ def _registered(declared: Method) -> Callable[[Callable], Callable]:
 
 def get(name: str, goal: str | None = None) -> Method:
     """Return a method by name. Raises InputError if there is none, or if it does not support the goal."""
-    if name not in METHODS:
-        hint = did_you_mean(name, METHODS)
+    if not isinstance(name, str) or name not in METHODS:
+        hint = did_you_mean(str(name), METHODS)
         raise InputError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}{hint}")
     if goal and goal not in METHODS[name].goals:
         raise InputError(f"method {name} does not support the goal {goal}; expected one of {', '.join(of_goal(goal))}")

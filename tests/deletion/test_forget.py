@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import io
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import l2ul
 from l2ul import models
 from l2ul.common.errors import InputError
 from l2ul.deletion import search
-from l2ul.deletion.forget import Forgotten, in_python
+from l2ul.deletion.forget import Forgotten, NotForgotten, in_python
 from l2ul.metrics import robustness
 from l2ul.models.classifier import Normalize
 from l2ul.objective import Forget
@@ -91,6 +92,28 @@ def test_the_model_and_the_state_of_torch_stay_as_they_are(trained):
     assert torch.equal(result.model.head.bias, before["head.bias"])  # it requires no gradient
     assert not result.model.head.bias.requires_grad
     assert result.forgotten.all()
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float64, "cpu"), (torch.float32, "meta")])
+def test_other_defaults_of_torch(trained, dtype, device):
+    model, images, labels = trained
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        result = l2ul.forget(model, images[:2], labels[:2], **STORED)
+        assert (torch.get_default_dtype(), torch.get_default_device().type) == (dtype, device)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert result.forgotten.all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_result_is_kept_where_warnings_are_errors(trained):
+    model, images, labels = trained
+    with pytest.raises(NotForgotten, match="nothing to remove") as caught:
+        l2ul.forget(model, images[:1], (labels[:1] + 1) % CLASSES, min_known=0, **STORED)
+    assert caught.value.result.summary == str(caught.value)
 
 
 def test_inside_of_inference_mode(trained):
@@ -224,6 +247,9 @@ def test_models_of_libraries_need_their_normalisation(trained):
     images = trained[1][:2]
     with pytest.raises(InputError, match=r"torchvision's own weights have mean=\(0.485, 0.456, 0.406\)"):
         l2ul.forget(torchvision.models.resnet18(), images)
+    own = type("Own", (torchvision.models.AlexNet,), {"__module__": "my_models"})
+    with pytest.raises(InputError, match="model is a Own of torchvision, which usually takes normalised pixels"):
+        l2ul.forget(own(num_classes=10), images)
     classifier = models.build("resnet20", 10)
     with pytest.raises(InputError, match="or pass the classifier that l2ul.models.load returns"):
         l2ul.forget(classifier.net, images)
@@ -272,10 +298,18 @@ def test_images_to_keep_and_a_surrogate_are_used(trained, monkeypatch):
     assert torch.allclose(seen["surrogate"], images[20:40] / 255)
     with pytest.raises(InputError, match="image 1 of keep_images is also an image to forget"):
         l2ul.forget(model, images[:2], labels[:2], keep_images=images[[9, 0]])
+    refused("image 0 of keep_images is also", model, images[:2], labels[:2], keep_images=images[:1].half() / 255)
+    refused("image 1 of surrogate is also", model, images[:2] / 255, labels[:2], surrogate=images[[9, 0]])
     with pytest.raises(InputError, match="surrogate and images differ in size"):
         l2ul.forget(model, images[:2], labels[:2], surrogate=images[:, :, :4])
     with pytest.raises(InputError, match="methods with a teacher"):
         l2ul.forget(model, images[:2], labels[:2], method="adv", surrogate=images)
+
+
+def truncated_image():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "BMP")
+    return Image.open(io.BytesIO(file.getvalue()[:-20]))
 
 
 BAD_IMAGES = {
@@ -291,6 +325,10 @@ BAD_IMAGES = {
     "dark bytes": (lambda x: (x / 255).round().byte(), "no value above 1, where white is 255"),
     "nan": (lambda x: torch.where(torch.arange(8) == 3, torch.nan, x / 255), "image 0 of images has values that are"),
     "array": (lambda x: x.numpy(), "images is a ndarray; expected a tensor"),
+    "meta": (lambda x: x.to("meta"), "images is on the device meta"),
+    "sparse": (lambda x: (x / 255).to_sparse(), r"images is a sparse tensor; pass images.to_dense\(\)"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x / 255), layout=torch.jagged), "images is a nested tensor"),
+    "truncated": (lambda x: [truncated_image()], r"image 0 of images cannot be decoded \(.+\); leave it out"),
     "tensors": (list, "images is a list of Tensor; expected a tensor"),
 }
 
@@ -310,6 +348,9 @@ BAD_LABELS = {
     "names": (["cat", "dog"], "labels is a list of str; expected 2 whole numbers"),
     "float": ([0.0, 1.0], "type float32; expected whole numbers"),
     "one-hot": (torch.eye(5)[:2], r"pass labels.argmax\(1\)"),
+    "column": (torch.zeros(2, 1, dtype=torch.int64), r"pass labels.squeeze\(1\)"),
+    "meta": (torch.zeros(2, dtype=torch.int64, device="meta"), "labels is on the device meta"),
+    "huge": ([10**30, 0], "labels is a list of int; expected 2 whole numbers"),
 }
 
 
@@ -334,8 +375,16 @@ BAD_OPTIONS = {
     "attack": ({"method": "adv", "pgd_eps": 1}, "deletion requests use a fixed attack"),
     "method": ({"method": "distil"}, "unknown method 'distil'.*did you mean distill?"),
     "retain": ({"method": "finetune"}, "trains on the retain set, which a request does not have; leave out method"),
+    "no method": ({"method": None}, "unknown method None; expected one of"),
+    "methods": ({"method": ["distill"]}, "unknown method .'distill'.; expected one of"),
     "minutes": ({"minutes": 0}, "minutes is 0; expected a number above 0"),
+    "huge minutes": ({"minutes": 10**400}, "minutes is 10+; expected a number above 0"),
     "seed": ({"seed": -1}, "seed is -1"),
+    "huge seed": ({"seed": 10**30}, "seed is 10+; expected a whole number of at least 0"),
+    "min_known text": ({"min_known": "a"}, "min_known is 'a'; expected a number from 0 to 1"),
+    "min_known nan": ({"min_known": float("nan")}, "min_known is nan; expected a number from 0 to 1"),
+    "min_known high": ({"min_known": 2}, "min_known is 2; expected a number from 0 to 1"),
+    "min_known low": ({"min_known": -1}, "min_known is -1; expected a number from 0 to 1"),
     "mean": ({"mean": [0.5] * 3}, "mean is given alone; pass both mean and std"),
     "values": ({"mean": [0.5] * 2, "std": [1] * 2}, "mean has 2 values, but the model takes images of 3 channels"),
     "std": ({"mean": [0.5] * 3, "std": [0] * 3}, "std is .* expected numbers above 0"),
