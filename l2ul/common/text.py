@@ -1,19 +1,35 @@
 """Read text files and compare names as people write them: byte order marks, line ends, Unicode normal forms."""
 
 import codecs
+import errno
+import os
 from pathlib import Path
+import stat
 import unicodedata
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most: int | None = None) -> str:
     """Return the text of a UTF-8 file, or of a UTF-16 file with a byte order mark, with `\\n` as the line end.
+
+    most  bytes that the file may have, which must then be a regular file; None: any
 
     Raises OSError for a file that cannot be read, and UnicodeDecodeError for one that is not such text.
     """
+    if most is not None:
+        require_file(path, most)
     content = Path(path).read_bytes()
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def require_file(path: Path, most: int) -> None:
+    """Raise OSError unless `path` is a regular file of at most `most` bytes."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    if status.st_size > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
 
 
 def normal_form(name: str) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from l2ul.common.choices import CAP, DIVERGED, DONE, EXIF_ORIENTATIONS, FORGOTTEN, GOALS
 from l2ul.common.files import atomic, csv_writer
+from l2ul.common.text import read_text
 from l2ul.experiments import defaults
 from l2ul.methods.settings import SHARED
 from l2ul.metrics import columns
@@ -44,9 +45,16 @@ ROLES = {
 }
 SUBJECT, SETTING, RESULT, COST, MACHINE, PROVENANCE = ROLES
 
+MOST_BYTES = 2**22  # of a record
+LARGEST = 2**63 - 1  # integer that tables and generators of random numbers take
+LONGEST = 255  # characters of a name
 TYPES = {  # type of a value: how messages name it, and how a value is checked
     "text": ("text", lambda value: isinstance(value, str)),
-    "integer": ("an integer", lambda value: type(value) is int),
+    "name": (
+        f"a name of 1 to {LONGEST} characters, none a control character",
+        lambda value: isinstance(value, str) and 0 < len(value) <= LONGEST and not any(c < " " for c in value),
+    ),
+    "integer": ("an integer", lambda value: type(value) is int and _is_number(value)),
     "number": ("a number", lambda value: type(value) is not bool and _is_number(value)),
     "percent": ("a percentage from 0 to 100", lambda value: TYPES["number"][1](value) and 0 <= value <= 100),
     "boolean": ("true or false", lambda value: type(value) is bool),
@@ -56,7 +64,7 @@ TYPES = {  # type of a value: how messages name it, and how a value is checked
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int) and abs(value) <= LARGEST or isinstance(value, float) and math.isfinite(value)
 
 
 def _are_numbers(value: object) -> bool:
@@ -134,10 +142,10 @@ _HASH = "hex SHA-256"
 SCHEMA: dict[str, Key] = {
     key.name: key
     for key in (
-        Key("dataset", SUBJECT, "text", "data set", required=True),
-        Key("model", SUBJECT, "text", "model, the value of `--model`", required=True),
+        Key("dataset", SUBJECT, "name", "data set", required=True),
+        Key("model", SUBJECT, "name", "model, the value of `--model`", required=True),
         Key("checkpoint_sha256", SETTING, "text", f"{_HASH} of the original weights", null=True, required=True),
-        Key("method", SUBJECT, "text", "unlearning method", required=True),
+        Key("method", SUBJECT, "name", "unlearning method", required=True),
         Key("needs_retain", SUBJECT, "boolean", "whether the method trains on D_r", null=True, required=True),
         Key("goal", SUBJECT, "text", "what forgetting means", required=True, choices=GOALS),
         Key("k", SUBJECT, "integer", "images forgotten once the run is done", required=True, least=1),
@@ -195,7 +203,7 @@ SCHEMA: dict[str, Key] = {
         Key("num_test", SETTING, "integer", "images in the test set", null=True, least=1),
         Key("train_sha256", SETTING, "text", f"{_HASH} of the training images, if they are known", null=True),
         Key("image_size", SETTING, "integer", "side of the input images in pixels", null=True, least=1, flag=True),
-        Key("age_grouping", SUBJECT, "text", "age groups of UTKFace", null=True),
+        Key("age_grouping", SUBJECT, "name", "age groups of UTKFace", null=True),
         Key("split_seed", SETTING, "integer", "seed of the split of UTKFace", null=True, least=0, default=0, flag=True),
         *(
             Key(name, SETTING, "text", f"{doc} of a data set `hf:…`", null=True, flag=True)
@@ -306,7 +314,9 @@ def problems(record: object) -> Iterator[str]:
         return
     for name, value in record.items():
         if not lookup(name).accepts(value):
-            yield f"{name} is {json.dumps(value)}; expected {lookup(name).expected}"
+            shown = json.dumps(value)
+            shown = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"
+            yield f"{name[:LONGEST]} is {shown}; expected {lookup(name).expected}"
     for name in ACCURACIES:
         if record[name] is None and record["status"] not in (DIVERGED, FAILED):
             yield f"{name} is null but status is {record['status']}; expected a percentage"
@@ -403,8 +413,8 @@ def _small(classes: Tensor) -> np.ndarray:
 def read(path: Path) -> Record | None:
     """Read a record without checking it; return None if the file is absent or holds something else."""
     try:
-        record = json.loads(Path(path).read_text())
-    except (OSError, ValueError):
+        record = json.loads(read_text(path, MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and "method" in record else None
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from l2ul import models
 from l2ul.common import seeds
 from l2ul.common.errors import InputError
+from l2ul.common.text import require_file
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.metrics import columns
@@ -31,6 +32,7 @@ SWEPT = {  # settings whose effect figure 6 shows: label of the axis, and whethe
 }
 CURVE_KEYS = ("run", "method", "k", "seed", "label", "step")  # columns of `curves` beside the measured ones
 PERCENTAGES = ("acc_forget", "forgotten")  # columns of a curve that are not terms of the loss
+MOST_BYTES = 2**30  # of the predictions or the curve of a run
 MOST_CLASSES = 20  # in a matrix; the others are merged
 OTHER = "(other)"
 DAMAGED = (EOFError, zlib.error, AttributeError, RuntimeError)  # of np.load, beside ValueError
@@ -216,6 +218,10 @@ def coloured_classes(classes: np.ndarray, forget: np.ndarray, names: list[str]) 
 def predictions(path: Path, names: Container[str] | None = None) -> dict[str, np.ndarray]:
     """Read the predicted classes in the .npz file of a run: the arrays (n,) with these names, None for all."""
     try:
+        require_file(path, MOST_BYTES)
+        with zipfile.ZipFile(path) as parts:
+            if sum(part.file_size for part in parts.infolist()) > MOST_BYTES:
+                raise ValueError(f"it holds more than {MOST_BYTES:,} bytes")
         with np.load(path) as kept:
             chosen = [name for name in kept if names is None or name in names]
             return {name: kept[name].astype(np.int64).ravel() for name in chosen}
@@ -231,6 +237,7 @@ def curve(path: Path) -> pd.DataFrame:
     Raises InputError if the file is absent or damaged.
     """
     try:
+        require_file(path, MOST_BYTES)
         table = pd.read_csv(path).apply(pd.to_numeric, errors="coerce").astype(float)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not a table"

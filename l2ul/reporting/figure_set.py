@@ -7,8 +7,10 @@ and figures 2 to 5 the data set. Figures 4 and 5 need unlearned models that main
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 import functools
+import hashlib
 import itertools
 from pathlib import Path
+import re
 
 from matplotlib.figure import Figure
 import numpy as np
@@ -34,6 +36,7 @@ Drawn = tuple[Figure, pd.DataFrame]  # a figure and the numbers that it shows
 Report = Callable[[str], object]
 MOST_METHODS = 4  # in figures 3 to 5, unless methods are named
 SHOWN_IMAGES, SHOWN_EXAMPLES = 4, 3  # of figure 2
+LONGEST = 160  # bytes of the beginning of a file name
 DATA_KEYS = (  # keys of a record that its data set is loaded with
     *("image_size", "age_grouping", "split_seed", "image_column", "label_column", "train_split", "test_split"),
 )
@@ -132,7 +135,9 @@ def stem(block: rows.Block, number: int) -> str:
 def subject_name(block: rows.Block) -> str:
     """Return the prefix of the names of the files of a block's figures."""
     parts = [block.dataset, block.age_grouping, block.model, "relabel" if block.goal == "relabel" else None]
-    return "_".join(part.replace(":", "_").replace("/", "_") for part in parts if part)
+    name = "_".join(re.sub(r'[<>:"/\\|?*]', "_", part) for part in parts if part)
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name if len(name.encode()) <= LONGEST else f"{name.encode()[:LONGEST].decode(errors='ignore')}_{digest}"
 
 
 @dataclass(frozen=True)

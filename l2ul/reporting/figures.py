@@ -9,6 +9,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 import numpy as np
 import pandas as pd
@@ -60,7 +61,12 @@ def save(figure: Figure, numbers: pd.DataFrame, stem: Path) -> list[Path]:
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf", "csv")]
     for path, metadata in zip(paths[:2], (None, {"CreationDate": None}), strict=True):
         with atomic(path) as part:
-            figure.savefig(part, format=path.suffix[1:], dpi=200, metadata=metadata)
+            try:
+                figure.savefig(part, format=path.suffix[1:], dpi=200, metadata=metadata)
+            except ValueError:  # a name with dollar signs is no formula
+                for text in figure.findobj(Text):
+                    text.set_parse_math(False)
+                figure.savefig(part, format=path.suffix[1:], dpi=200, metadata=metadata)
     with atomic(paths[2]) as part:
         numbers.to_csv(part, index=False)
     return paths

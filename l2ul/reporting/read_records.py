@@ -8,10 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from l2ul.common.errors import InputError
+from l2ul.common.text import read_text
 from l2ul.data import forget_set
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 
+MOST_IMAGES = 2**24  # of a training set whose choice of D_f is drawn again
+MOST_BYTES = 2**28  # of a list of D_f
 # Records of older versions lack these keys, which the tables read.
 LATER_KEYS = ("age_grouping", "continual_size", "retain_sample", "checkpoint", "forget_sha256")
 
@@ -68,7 +71,7 @@ def read_files(paths: Iterable[Path]) -> tuple[list[Record], list[str]]:
 
 def _load(path: Path) -> Record:
     try:
-        record = json.loads(path.read_text(), parse_constant=_refuse)
+        record = json.loads(read_text(path, records.MOST_BYTES), parse_constant=_refuse)
         json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair is no text that can be written
     except OSError as error:
         raise InputError(f"cannot be read ({error.strerror})") from None
@@ -106,10 +109,10 @@ def _added(path: Path, record: Record) -> Record:
 def _is_listed(file: Path, record: Record) -> bool | None:
     """Return True if the indices beside a record differ from the seed's choice, None if they agree or are unknown."""
     total = record.get("num_train")
-    if record["continual_step"] is not None or total is None or record["k"] >= total:
+    if record["continual_step"] is not None or total is None or not record["k"] < total <= MOST_IMAGES:
         return None
     try:
-        indices = [int(line) for line in file.read_text().split()]
+        indices = [int(line) for line in read_text(file, MOST_BYTES).split()]
     except (OSError, ValueError):  # the file is absent, or names images that are not training images
         return None
     return True if indices != _choice(total, record["seed"])[: record["k"]].tolist() else None

@@ -12,7 +12,7 @@ from l2ul.data import thumbnails
 from l2ul.data.images import Images
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
-from l2ul.reporting import figure_data, figure_set
+from l2ul.reporting import figure_data, figure_set, read_records
 
 THUMBNAIL = 64  # pixels of the longer side, at most
 MOST_THUMBNAILS = 4096  # on a page
@@ -129,7 +129,7 @@ def _forget_set(run: Record, notes: list[str]) -> tuple[list[int | str], list[in
     before, after = (found[name].tolist() if name in found else None for name in ("forget_before", "forget_after"))
     file = figure_data.path_of(run, ".txt")
     try:
-        lines = read_text(file).split("\n")
+        lines = read_text(file, read_records.MOST_BYTES).split("\n")
     except (OSError, UnicodeDecodeError):
         notes.append(f"The images of D_f are not known: {file} cannot be read.")
         lines = []

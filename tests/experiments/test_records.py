@@ -1,15 +1,19 @@
 """Test records: their schema, their files, and the table on the screen."""
 
 import json
+import os
 
 from conftest import ROOT
+from matplotlib.figure import Figure
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from l2ul.common import files
+from l2ul.common.errors import InputError
 from l2ul.experiments import records
-from l2ul.reporting import read_records
+from l2ul.reporting import figure_data, figure_set, figures, read_records, rows
 
 RECORD = dict.fromkeys(records.KEYS) | {
     "dataset": "cifar10",
@@ -174,3 +178,67 @@ def test_the_page_on_records_has_the_schema():
     inner = page.partition("<!-- record schema: begin -->")[2].partition("<!-- record schema: end -->")[0]
     assert inner.strip() == records.schema_table().strip(), "paste what l2ul.experiments.records.schema_table returns"
     assert all(key.doc for key in records.SCHEMA.values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"acc_test": 10**400},
+        {"seed": 10**30},
+        {"steps": 10**400},
+        {"acc_mine": -(10**400)},
+        {"anything": 10**400},
+        {"dataset": "a\0b"},
+        {"dataset": "x" * 300},
+        {"model": ""},
+        {"method": "a\nb"},
+    ],
+)
+def test_numbers_and_names_that_nothing_can_use_are_problems(change, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a.json").write_text(json.dumps(RECORD))
+    (tmp_path / "runs" / "b.json").write_text(json.dumps(RECORD | change))
+    (tmp_path / "runs" / "b.txt").write_text("1\n2\n")
+    found, problems = read_records.read([tmp_path])
+    assert len(found) == 1
+    (problem,) = problems
+    assert "expected" in problem
+    assert len(problem) < 1000
+
+
+def test_files_that_are_no_records_are_problems_without_being_read(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "a.json").write_text(json.dumps(RECORD | {"num_train": 10**11}))
+    (runs / "a.txt").write_text("1\n2\n")
+    os.mkfifo(runs / "pipe.json")
+    (runs / "deep.json").write_text("[" * 10**6)
+    (runs / "zero.json").symlink_to("/dev/zero")
+    with open(runs / "large.json", "wb") as file:
+        file.truncate(2**40)
+    (record,), problems = read_records.read([tmp_path])
+    assert record["listed"] is None
+    texts = ["is not JSON", "cannot be read (it is larger than", *["cannot be read (it is not a regular file)"] * 2]
+    for problem, text in zip(problems, texts, strict=True):
+        assert text in problem
+    assert records.read(runs / "deep.json") is None
+    assert records.read(runs / "pipe.json") is None
+    with pytest.raises(InputError, match="not a regular file"):
+        figure_data.curve(runs / "pipe.json")
+
+
+def test_predictions_that_unpack_to_too_much_are_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(figure_data, "MOST_BYTES", 10**5)
+    np.savez_compressed(tmp_path / "a.npz", forget_after=np.zeros(10**6, np.uint8))
+    with pytest.raises(InputError, match="is damaged.*more than 100,000 bytes"):
+        figure_data.predictions(tmp_path / "a.npz")
+
+
+def test_figures_have_file_names_and_titles_for_any_name(tmp_path):
+    for name in ("a" * 255, "é" * 255, 'a<b>|"?*\\c', "$\\frac{$"):
+        block = rows.Block("relabel", None, name, None, name, False)
+        figure = Figure()
+        figure.subplots().set(title=f"{name} $x$", xticks=[0, 1], xticklabels=[name, name])
+        paths = figures.save(figure, pd.DataFrame(), tmp_path / figure_set.stem(block, 1))
+        assert [path.is_file() for path in paths] == [True] * 3
+    assert figure_set.stem(rows.Block("", None, "hf:a/b", "TNN", "timm:c", False), 1).startswith("hf_a_b_TNN_timm_c_1_")

@@ -115,7 +115,7 @@ DAMAGED = {
     "text.json": ({"acc_test": "good"}, 'acc_test is "good"; expected a percentage from 0 to 100 or null'),
     "null.json": ({"acc_test": None}, "acc_test is null but status is forgotten; expected a percentage"),
     "k.json": ({"k": "2"}, 'k is "2"; expected an integer of at least 1'),
-    "name.json": ({"method": None}, "method is null; expected text"),
+    "name.json": ({"method": None}, "method is null; expected a name"),
     "goal.json": ({"goal": "retain"}, 'goal is "retain"; expected one of misclassify, relabel'),
     "step.json": ({"continual_step": 0}, "continual_step is 0; expected an integer of at least 1 or null"),
     "nested.json": ({"pgd_eps": [4.0]}, "pgd_eps is [4.0]; expected a number or null"),
