@@ -5,6 +5,7 @@ from pathlib import Path
 import runpy
 import sys
 
+from l2ul.cli.parser import print_versions
 from l2ul.common.choices import did_you_mean
 from l2ul.common.installation import SCRIPTS
 
@@ -21,7 +22,9 @@ def usage() -> str:
     for name, path in scripts().items():
         summary = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).split("\n")[0]
         lines.append(f"  {name:26} {summary}")
-    return "\n".join([*lines, "", "python -m l2ul NAME --help shows the flags of a script."])
+    return "\n".join(
+        [*lines, "", "python -m l2ul NAME --help shows the flags of a script, python -m l2ul --version the versions."]
+    )
 
 
 def main() -> None:
@@ -29,8 +32,12 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(usage())
         return
+    if name == "--version":
+        print_versions()
+        return
     if name not in known:
-        raise SystemExit(f"l2ul: there is no script {name!r}{did_you_mean(name, known)}; see l2ul --help")
+        print(f"l2ul: there is no script {name!r}{did_you_mean(name, known)}; see l2ul --help", file=sys.stderr)
+        raise SystemExit(2)
     path = str(known[name])
     sys.argv = [path, *sys.argv[2:]]
     sys.path.insert(0, str(SCRIPTS))  # as for python main_NAME.py

@@ -111,7 +111,7 @@ def test_the_scripts_start_by_name_in_a_clone_and_a_mistyped_name_is_named():
     assert done.stdout.startswith("usage: main_tables.py [flags]"), done.stderr
     done = run(sys.executable, "-m", "l2ul", "forgt", cwd=ROOT)
     assert (done.returncode, done.stderr) == (
-        1,
+        2,
         "l2ul: there is no script 'forgt'; did you mean forget?; see l2ul --help\n",
     )
     done = run(sys.executable, "-m", "l2ul", cwd=ROOT)

@@ -94,20 +94,25 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+def print_versions() -> None:
+    """Print the versions of the software and the device that scripts use by default."""
+    print("\n".join(f"{name} {version}" for name, version in installation.versions().items()))
+    try:
+        from l2ul.common import device  # imports torch
+
+        print(f"device {device.device_name(device.choose_device(None))}")
+    except Exception as error:  # a broken installation, for which the versions are needed most
+        print(f"device unknown: torch cannot be used ({type(error).__name__}: {error})")
+
+
 class _Version(argparse.Action):
-    """Print the versions of the software and the device that scripts use by default, for reports of problems."""
+    """Print the versions, for reports of problems."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, help: str):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *parsed: object) -> None:
-        print("\n".join(f"{name} {version}" for name, version in installation.versions().items()))
-        try:
-            from l2ul.common import device  # imports torch
-
-            print(f"device {device.device_name(device.choose_device(None))}")
-        except Exception as error:  # a broken installation, for which the versions are needed most
-            print(f"device unknown: torch cannot be used ({type(error).__name__}: {error})")
+        print_versions()
         parser.exit()
 
 

@@ -1,9 +1,11 @@
 """What is installed: the folder of the scripts, and the versions that decide results. Does not import torch."""
 
 import importlib.metadata
+import importlib.util
 from pathlib import Path
 import platform
 import subprocess
+from types import ModuleType
 
 import l2ul
 
@@ -16,6 +18,20 @@ PACKAGES = ("torch", "torchvision", "transformers")
 def command(script: str) -> list[str]:
     """Return the first words of a command line that starts a script such as main_unlearn.py."""
     return ["python", script] if CLONE else ["l2ul", script.removeprefix("main_").removesuffix(".py")]
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package is installed. A folder of its name without code, such as the runs of wandb, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def import_package(package: str) -> ModuleType:
+    """Import an optional package. Raises ImportError if it is not installed, see `is_installed`."""
+    module = importlib.import_module(package)
+    if getattr(module, "__file__", None) is None:
+        raise ImportError(f"{package} is a folder without code")
+    return module
 
 
 def commit() -> str | None:

@@ -6,7 +6,6 @@ module. Without settings of the user in the environment, nothing leaves the mach
 
 from collections.abc import Callable, Iterable, Sequence
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -21,6 +20,7 @@ import warnings
 
 from l2ul.common.errors import InputError
 from l2ul.common.files import atomic, csv_writer
+from l2ul.common.installation import is_installed
 
 PROJECT = "l2ul"  # name of the project in wandb and Trackio
 Row = dict[str, float]  # of a curve; the first key is the step or epoch
@@ -206,7 +206,7 @@ TRACKERS: dict[str, type[Tracker]] = {"csv": Csv, "tensorboard": TensorBoard, "w
 def require_packages(names: Iterable[str]) -> None:
     """Raise InputError if the package of a tracker is not installed."""
     for name in names:
-        if name != "csv" and importlib.util.find_spec(name) is None:
+        if name != "csv" and not is_installed(name):
             raise _missing(name)
 
 
@@ -231,7 +231,9 @@ class Trackers:
     ):
         self.report, self.is_running = report, False
         self._trackers: dict[str, Tracker] = {}
-        for name in dict.fromkeys(names):
+        names = list(dict.fromkeys(names))
+        require_packages(names)
+        for name in names:
             try:
                 self._trackers[name] = TRACKERS[name](Path(folder))
             except ImportError:

@@ -22,6 +22,7 @@ from torch import Tensor
 from l2ul import ProgressBar
 from l2ul.common import distributed
 from l2ul.common.errors import InputError, is_out_of_memory
+from l2ul.common.installation import import_package
 from l2ul.common.offline import offline
 from l2ul.common.text import read_text
 from l2ul.data import storage
@@ -263,7 +264,7 @@ def _texts(value: object) -> Iterator[str]:
 def _package():
     """Return the package datasets. Raise InputError if it is not installed, or if it could run code."""
     try:
-        import datasets
+        datasets = import_package("datasets")
     except ImportError:
         raise InputError(
             "--dataset hf:… needs the package datasets; install it (uv run --extra datasets …, or pip install datasets)"

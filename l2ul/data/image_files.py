@@ -31,6 +31,7 @@ from PIL import Image
 
 from l2ul.common.choices import EXIF_ORIENTATIONS, MAX_IMAGE_PIXELS
 from l2ul.common.errors import InputError
+from l2ul.common.installation import import_package
 
 ORIENTATION = 0x0112  # EXIF tag
 UPRIGHT = {  # by EXIF orientation: the operation that turns an image upright
@@ -313,7 +314,7 @@ def _identify(file: ImageFile) -> Image.Image:
         if not _is_heic(source):
             raise
     try:
-        import pillow_heif
+        pillow_heif = import_package("pillow_heif")
     except ImportError:
         raise UnreadableImage(
             "a HEIC image, which needs the package pillow-heif: uv run --extra heic, or pip install pillow-heif"

@@ -15,6 +15,7 @@ import warnings
 
 from l2ul.cli import exit_codes
 from l2ul.common.errors import InputError
+from l2ul.common.installation import is_installed
 from l2ul.sweeps.trials import Arguments, Trial, last_lines
 
 TOKEN = Path.home() / ".ray" / "auth_token"  # where Ray keeps the secret of a cluster
@@ -73,7 +74,7 @@ class Resources:
 def require_packages() -> None:
     """Raise InputError if Ray or Optuna is not installed."""
     for name in ("ray", "optuna"):
-        if importlib.util.find_spec(name) is None:
+        if not is_installed(name):
             raise InputError(f"{name} is not installed; run: uv run --extra sweep main_sweep.py …")
 
 

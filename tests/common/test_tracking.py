@@ -10,9 +10,11 @@ import pytest
 from tracked import READERS
 
 from l2ul.cli import unlearn_command, unlearn_options
-from l2ul.common import distributed, tracking
+from l2ul.common import distributed, installation, tracking
 from l2ul.common.errors import InputError
 from l2ul.common.tracking import TRACKERS, Trackers
+from l2ul.data import huggingface
+from l2ul.models import timm_models
 
 SETTINGS = {"method": "adv", "k": 2, "lr": 0.5, "needs_retain": False, "surrogate": None}
 RECORD = {"acc_test": 87.5, "status": "forgotten", "acc_forget": 12.5, "acc_relabel": None}
@@ -154,7 +156,7 @@ def test_a_missing_package_ends_a_command_before_any_work(name, run, monkeypatch
 
 
 def test_a_package_that_cannot_be_imported_is_missing_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(tracking, "is_installed", lambda name: True)
     monkeypatch.setitem(sys.modules, "wandb", None)
     tracking.require_packages(["wandb"])
     with pytest.raises(InputError, match="--tracker wandb needs the package wandb"):
@@ -178,3 +180,19 @@ def test_only_the_first_process_tracks(tmp_path, monkeypatch):
         trackers.finish({})
         assert (tmp_path / "tracking").exists() == is_first
         tracking.shutil.rmtree(tmp_path / "tracking", ignore_errors=True)
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio", "datasets", "timm", "pillow_heif"])
+def test_a_folder_named_like_a_package_does_not_count_as_it(package, tmp_path, monkeypatch):
+    (tmp_path / package).mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setitem(sys.modules, package, None)  # restored at the end
+    del sys.modules[package]
+    assert not installation.is_installed(package)
+    with pytest.raises(ImportError):
+        installation.import_package(package)
+    users = {"datasets": huggingface._package, "timm": timm_models._timm}
+    use = users.get(package, lambda: Trackers([package], tmp_path))
+    if package != "pillow_heif":
+        with pytest.raises(InputError, match=f"needs the package {package}"):
+            use()
