@@ -253,7 +253,10 @@ def _create(name: str, num_classes: int | None, pretrained: bool) -> nn.Module:
 
 
 def _check_config(name: str, arguments: dict) -> None:
-    """Raise InputError for sizes, statistics or crops in a config.json that no image can have."""
+    """Raise InputError for what no image can have, and for arguments in a config.json that are set here."""
+    own = RESERVED.intersection(arguments.get("pretrained_model_args") or ()) - {"num_classes"}
+    if own:
+        raise InputError(f"{name} sets {min(own)} in model_args of its {CONFIG}, which is not allowed; leave it out")
     config = arguments["pretrained_cfg"]
     size = _list(config.get("input_size", (3, 224, 224)))
     if len(size) != 3 or not all(map(_is_side, [*size, *_list(arguments.get("img_size") or ())])):
@@ -263,11 +266,17 @@ def _check_config(name: str, arguments: dict) -> None:
         )
     for key, is_valid in (("mean", math.isfinite), ("std", lambda value: math.isfinite(value) and value > 0)):
         values = config.get(key)
-        if values is not None and not all(isinstance(one, int | float) and is_valid(one) for one in _list(values)):
+        if values is not None and not _are_statistics(values, size[0], is_valid):
             raise InputError(f"{name} has {key} {values} in its {CONFIG}; expected one number per channel")
     for key, (expected, is_valid) in DATA_ARGUMENTS.items():
         if key in config and not is_valid(config[key]):
             raise InputError(f"{name} has {key} {config[key]!r}; expected {expected}")
+
+
+def _are_statistics(values: object, channels: int, is_valid: Callable[[float], bool]) -> bool:
+    """Return whether values are one number per channel; three of a colour model also fit a grey one."""
+    is_list = isinstance(values, list | tuple) and len(values) in (1, 3, channels)
+    return is_list and all(isinstance(one, int | float) and is_valid(one) for one in values)
 
 
 def _is_side(value: object) -> bool:
