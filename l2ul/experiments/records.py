@@ -64,7 +64,8 @@ TYPES = {  # type of a value: how messages name it, and how a value is checked
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int) and abs(value) <= LARGEST or isinstance(value, float) and math.isfinite(value)
+    largest = LARGEST if isinstance(value, int) else 1e100  # matplotlib fails at numbers near the largest of a float
+    return isinstance(value, int | float) and abs(value) <= largest  # which nan is not
 
 
 def _are_numbers(value: object) -> bool:

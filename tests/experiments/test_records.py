@@ -188,6 +188,7 @@ def test_the_page_on_records_has_the_schema():
         {"steps": 10**400},
         {"acc_mine": -(10**400)},
         {"anything": 10**400},
+        {"acc_mine": 1e308},
         {"dataset": "a\0b"},
         {"dataset": "x" * 300},
         {"model": ""},
