@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 
-from l2ul.common.errors import Diverged, InputError, is_out_of_memory
+from l2ul.common.errors import Diverged, InputError, first_line, is_out_of_memory
 
 _sigterm_received = threading.Event()
 CONTINUES = "finished runs are kept; the same command continues"
@@ -68,8 +68,7 @@ def clean_exit(program: str, after_stop: str = CONTINUES, shared: bool = False) 
             )
         except (MemoryError, RuntimeError, OSError) as error:
             if is_out_of_memory(error):
-                first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-                _exit(1, f"{program}: out of memory ({first_line}); use smaller batches; {after_stop}")
+                _exit(1, f"{program}: out of memory ({first_line(error)}); use smaller batches; {after_stop}")
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 _exit(1, f"{program}: the disk is full ({error.filename}); free some space; {after_stop}")
             if isinstance(error, BrokenPipeError) and _has_lost_its_reader():

@@ -431,10 +431,7 @@ def load_data(options: argparse.Namespace, whole_train: bool = False) -> "Images
         decoder=options.decoder,
         reader=image_reader(options),
         progress=progress_bar,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        train_split=options.train_split,
-        test_split=options.test_split,
+        **{name: getattr(options, name) for name in choices.HUB_OPTIONS},
     )
 
 
@@ -443,8 +440,8 @@ def load_surrogate(options: argparse.Namespace, images: "Images") -> "tuple[Surr
     from l2ul.data import surrogate  # imports torch
 
     def load(name: str) -> "Images":
-        table = dict.fromkeys(("image_column", "label_column", "train_split", "test_split"))
-        return load_data(argparse.Namespace(**vars(options) | {"dataset": name, "image_size": images.side} | table))
+        others = {"dataset": name, "image_size": images.side} | dict.fromkeys(choices.HUB_OPTIONS)
+        return load_data(argparse.Namespace(**vars(options) | others))
 
     return surrogate.read(options.surrogate, images, load, image_reader(options))
 

@@ -9,6 +9,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from l2ul.common.errors import first_line
+
 WARM_UP = 3  # calls with inputs of the same shapes that run without a graph, in which libraries allocate what they need
 LARGEST = 8  # graphs of a function; each holds the memory of its results
 
@@ -100,10 +102,6 @@ class Graphed:
                 outputs = self.compute(*copies)
         except RuntimeError as error:
             torch.cuda.set_stream(current)  # a capture that fails leaves its own stream current
-            self._give_up(_first_line(error))
+            self._give_up(first_line(error))
             return None
         return _Captured(graph, copies, outputs)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

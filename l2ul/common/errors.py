@@ -22,6 +22,12 @@ class Diverged(ArithmeticError):
     """The model's logits or the loss are not finite. Scripts exit with code 1."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of an error that has text, or else the name of its type."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out.
 

@@ -18,9 +18,10 @@ import time
 from typing import Protocol
 import warnings
 
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, first_line
 from l2ul.common.files import atomic, csv_writer
 from l2ul.common.installation import is_installed
+from l2ul.common.offline import offline
 
 PROJECT = "l2ul"  # name of the project in wandb and Trackio
 Row = dict[str, float]  # of a curve; the first key is the step or epoch
@@ -181,7 +182,8 @@ class Trackio:
             for run in self.trackio.Api().runs(PROJECT):
                 if run.name == name:
                     run.delete()
-        with _without_output(), _without_hub():
+        to_space = bool(os.environ.get("TRACKIO_SPACE_ID"))  # otherwise Trackio asks the hub for the user's name
+        with _without_output(), contextlib.nullcontext() if to_space else offline():
             self.run = self.trackio.init(PROJECT, name=name, config=settings, embed=False)
         self.step = 0
 
@@ -272,8 +274,7 @@ class Trackers:
                 getattr(tracker, action)(*arguments)
             except Exception as error:
                 del self._trackers[name]
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                self.report(f"--tracker {name} failed ({reason}); the command goes on without it")
+                self.report(f"--tracker {name} failed ({first_line(error)}); the command goes on without it")
 
 
 def _missing(name: str) -> InputError:
@@ -305,22 +306,6 @@ def _plain(values: Values) -> Values:
 def _markdown(values: Values) -> str:
     """Return a table in Markdown."""
     return "\n".join(["| name | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in values.items())])
-
-
-@contextlib.contextmanager
-def _without_hub():
-    """Keep Trackio from asking the Hugging Face Hub for the name of a user who is logged in, without a Space to log to.
-
-    The environment variable that does this is read before.
-    """
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not os.environ.get("TRACKIO_SPACE_ID")
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 @contextlib.contextmanager

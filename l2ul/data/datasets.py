@@ -81,8 +81,8 @@ def load(
 def dataset(name: str) -> Callable[[Loader], Loader]:
     """Register the decorated function as the loader of the data set `name`.
 
-    The function is called with the data folder and, by keyword, the other arguments of `load` but those of `hf:`. It
-    returns Images.
+    The function gets the data folder and, by keyword, the other arguments of `load` except those of `hf:`. It returns
+    Images.
     """
 
     def register(loader: Loader) -> Loader:
@@ -166,7 +166,7 @@ def _of_torchvision(
 ) -> tuple[torchvision_datasets.VisionDataset, ...]:
     """Return the training and the test set of a data set of torchvision, downloaded if they are missing.
 
-    folder, content  where torchvision expects it, and what this is called
+    folder, content  the folder in which torchvision expects the data set, and a name of its files for messages
     """
     try:
         with _socket_timeout(), distributed.local_first():

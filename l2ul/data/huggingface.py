@@ -21,7 +21,7 @@ from torch import Tensor
 
 from l2ul import ProgressBar
 from l2ul.common import distributed
-from l2ul.common.errors import InputError, is_out_of_memory
+from l2ul.common.errors import InputError, first_line, is_out_of_memory
 from l2ul.common.installation import import_package
 from l2ul.common.offline import offline
 from l2ul.common.text import read_text
@@ -223,8 +223,7 @@ def _open(name: str, data_dir: Path, download: bool) -> "Mapping[str, Dataset]":
             hint += "hf:NAME:CONFIGURATION for a data set with several configurations"
             if not download:
                 hint = "it is no folder on this machine, and the hub is not contacted for the data set of a record"
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"cannot load the data set {name}: {hint} ({first.strip()[:200]})") from None
+        raise InputError(f"cannot load the data set {name}: {hint} ({first_line(error)[:200]})") from None
     return splits if isinstance(splits, dict) else {str(splits.split or "train"): splits}
 
 

@@ -406,8 +406,8 @@ def search(
     settings than `first`, the search continues around those.
 
     After the first success, settings are left out if they cannot be expected to be better than the best by more than
-    the uncertainty of its agreement (see `_expected_agreement`). `on_early_end` is called if that ends the search, and
-    if the images are not forgotten as used because of the time or the damage.
+    the uncertainty of its agreement (see `_expected_agreement`). `on_early_end` is called with a sentence if this ends
+    the search, or if the time or the damage prevents that the images are forgotten as used.
     """
     candidates: list[Candidate] = []
     left_out: list[Settings] = []

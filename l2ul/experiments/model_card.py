@@ -42,13 +42,13 @@ class Card:
     """The content of a model card.
 
     library       name of the library that opens the model, as the hub knows it; None for a file of weights
-    introduction  what the model is, in sentences
+    introduction  sentences that describe the model
     outcome       the result in a few words
     tables        counts and accuracies
     method        the method and its settings, in a sentence
-    hashes        hex sha256 of weights, by what they are
+    hashes        SHA-256 of weights in hexadecimal, by a description of the weights
     opening       how the model is opened
-    limits        what is not claimed, in sentences
+    limits        sentences that say what is not claimed
     """
 
     title: str

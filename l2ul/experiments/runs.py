@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from l2ul import METHOD_VERSION
+from l2ul.common.choices import HUB_OPTIONS
 from l2ul.common.errors import InputError
 from l2ul.data.forget_set import ForgetSet
 from l2ul.data.images import Images
@@ -21,7 +22,7 @@ from l2ul.methods.settings import SHARED, Settings
 LATER = (
     *("continual_size", "retain_sample", "age_grouping", "split_seed", "train_sha256", "method_code", "course"),
     *("method_settings", "method_revision", "surrogate", "surrogate_sha256"),
-    *("image_column", "label_column", "train_split", "test_split"),
+    *HUB_OPTIONS,
 )
 
 

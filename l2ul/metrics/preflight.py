@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from l2ul.common import distributed
 from l2ul.common import precision as precisions
-from l2ul.common.errors import InputError, is_out_of_memory
+from l2ul.common.errors import InputError, first_line, is_out_of_memory
 from l2ul.common.modes import eval_mode
 from l2ul.common.precision import autocast
 from l2ul.data import images as image_sets
@@ -107,7 +107,7 @@ def _check_outputs(model: nn.Module, pixels: Tensor) -> Tensor:
 def _failed(pixels: Tensor, error: Exception) -> str:
     """Return the sentence for a forward pass that raised an exception."""
     size, channels = " x ".join(map(str, pixels.shape[2:])), pixels.shape[1]
-    why = _first_line(error)
+    why = first_line(error)[:200]
     types = ("Half", "BFloat16", "Double", "dtype", "ByteTensor", "LongTensor")
     if _has_any(why, types):
         hint = "; the passes are in float32, so forward must not convert to other types"
@@ -123,11 +123,6 @@ def _failed(pixels: Tensor, error: Exception) -> str:
 
 def _has_any(text: str, words: tuple[str, ...]) -> bool:
     return any(word in text for word in words)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def _output_problem(output: object, count: int) -> str | None:
@@ -288,4 +283,4 @@ def _rejected(sentence: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise InputError(sentence.replace("{error}", _first_line(error))) from None
+        raise InputError(sentence.replace("{error}", first_line(error)[:200])) from None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, first_line
 from l2ul.models import checkpoint, decimals, huggingface, timm_models
 from l2ul.models.classifier import Classifier
 
@@ -28,7 +28,7 @@ class Repository:
     """A repository of models on the hub that this user may write to.
 
     name    owner and name
-    public  whether it is created as a public one. A repository that exists stays what it is
+    public  whether a new repository is public; an existing one is not changed
     files   names of the files in it; None if it does not exist yet
     """
 
@@ -63,7 +63,7 @@ def open_repository(name: str, public: bool = False) -> Repository:
     except Exception as error:  # of huggingface_hub and of its HTTP client
         refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
         how = f"does not accept the login; {LOGIN}" if refused else "cannot be reached; leave out --push or try later"
-        raise InputError(f"the Hugging Face Hub {how} ({_first_line(error)})") from None
+        raise InputError(f"the Hugging Face Hub {how} ({_described(error)})") from None
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise InputError(f"the token of the login on the Hugging Face Hub may only read; {LOGIN}")
     owners = [user["name"], *(group["name"] for group in user.get("orgs", ()))]
@@ -76,7 +76,7 @@ def open_repository(name: str, public: bool = False) -> Repository:
     except errors.RepositoryNotFoundError:
         return Repository(full, public)
     except Exception as error:
-        raise InputError(f"the Hugging Face Hub does not show {full} ({_first_line(error)}); try later") from None
+        raise InputError(f"the Hugging Face Hub does not show {full} ({_described(error)}); try later") from None
     if not found.private and not public:
         raise InputError(
             f"--push {full}: this repository exists and is public; choose another name, or add --push-public"
@@ -121,10 +121,10 @@ def upload(files: Mapping[str, Path], repository: Repository) -> str:
         additions = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         api.create_commit(repository.name, additions, commit_message="Upload an unlearned model with L2UL")
     except Exception as error:  # of huggingface_hub, of its HTTP client and of the file system
-        raise UploadFailed(_first_line(error)) from None
+        raise UploadFailed(_described(error)) from None
     return str(address)
 
 
-def _first_line(error: Exception) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}{f': {line[:160]}' if line else ''}"
+def _described(error: Exception) -> str:
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line[:160]}"

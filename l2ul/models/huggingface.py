@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 
-from l2ul.common.errors import InputError, is_out_of_memory
+from l2ul.common.errors import InputError, first_line, is_out_of_memory
 from l2ul.common.files import other_files
 from l2ul.models.classifier import Normalize, check_weights, statistics
 from l2ul.models.preprocessing import CenterCrop, Resize, agree, smooth_image
@@ -146,8 +146,7 @@ def _read(name: str, from_pretrained, **options):
             hint = "expected what save_pretrained writes: config.json, weights, preprocessor_config.json"
         else:
             hint = "there is no such folder, and it could not be downloaded from the hub"
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"cannot load {name}: {hint} ({first.strip()[:160]})") from None
+        raise InputError(f"cannot load {name}: {hint} ({first_line(error)[:160]})") from None
 
 
 def _check_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import to_pil_image
 
-from l2ul.common.errors import InputError, is_out_of_memory
+from l2ul.common.errors import InputError, first_line, is_out_of_memory
 from l2ul.common.files import other_files
 from l2ul.common.installation import import_package
 from l2ul.common.modes import eval_mode
@@ -236,14 +236,13 @@ def _create(name: str, num_classes: int | None, pretrained: bool) -> nn.Module:
     except Exception as error:  # timm, huggingface_hub, torch and safetensors each raise their own exceptions
         if is_out_of_memory(error):
             raise
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         problem, remedy = f"timm does not accept its {CONFIG if chosen.folder else 'arguments'}", ""
         if chosen.model.startswith(HUB):
             problem = f"it could not be downloaded, or timm does not accept its {CONFIG}"
         elif pretrained:
             problem = "its weights could not be downloaded"
             remedy = "; download them elsewhere and name the file with --checkpoint"
-        raise InputError(f"cannot load {name}: {problem} ({first.strip()[:160]}){remedy}") from None
+        raise InputError(f"cannot load {name}: {problem} ({first_line(error)[:160]}){remedy}") from None
     check_weights(net, name)
     changes = {key: value for key, value in chosen.data.items() if key != "img_size"}
     if "img_size" in chosen.data:
@@ -327,10 +326,9 @@ def _check_logits(name: str, net: nn.Module, inputs: Tensor) -> None:
     except Exception as error:  # layers raise anything at a size that they do not take
         if is_out_of_memory(error):
             raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         size = "x".join(map(str, inputs.shape[1:]))
         raise InputError(
-            f"{name} cannot classify images of {size} ({first[:160]}); name a classifier that takes images"
+            f"{name} cannot classify images of {size} ({first_line(error)[:160]}); name a classifier that takes images"
         ) from None
     if shape != (1, net.num_classes):
         raise InputError(f"{name} returns {shape} for an image, not {net.num_classes} logits; name a classifier")

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import safe_open
 import torch
 
-from l2ul.common.errors import InputError, is_out_of_memory
+from l2ul.common.errors import InputError, first_line, is_out_of_memory
 
 SAFETENSORS, TORCH, TORCH_LEGACY = "safetensors", "torch", "torch, without zip"
 USE_WEIGHTS = "use the PyTorch weights that it was made from (a state_dict() of torch.save, or safetensors)"
@@ -125,8 +125,9 @@ def read(path: Path) -> tuple[object, dict[str, str] | None, str]:
             raise InputError(
                 f"{path} holds more than tensors ({blocked}) and could run code when read, so it was not read; {RESAVE}"
             ) from None
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is damaged or is no checkpoint ({first[:120]}); download it again") from None
+        raise InputError(
+            f"{path} is damaged or is no checkpoint ({first_line(error)[:120]}); download it again"
+        ) from None
 
 
 def _blocked_type(error: Exception) -> str | None:

@@ -20,6 +20,7 @@ import torch
 from l2ul import attack, models
 from l2ul.common import device as devices
 from l2ul.common import precision as precisions
+from l2ul.common.choices import HUB_OPTIONS
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
 from l2ul.common.offline import offline
@@ -37,9 +38,7 @@ Report = Callable[[str], object]
 MOST_METHODS = 4  # in figures 3 to 5, unless methods are named
 SHOWN_IMAGES, SHOWN_EXAMPLES = 4, 3  # of figure 2
 LONGEST = 160  # bytes of the beginning of a file name
-DATA_KEYS = (  # keys of a record that its data set is loaded with
-    *("image_size", "age_grouping", "split_seed", "image_column", "label_column", "train_split", "test_split"),
-)
+DATA_KEYS = ("image_size", "age_grouping", "split_seed", *HUB_OPTIONS)  # keys of a record to load its data set with
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from l2ul.cli import unlearn_command, unlearn_options
 from l2ul.common import device as devices
 from l2ul.common import precision
 from l2ul.common.cache import Cache
+from l2ul.common.choices import HUB_OPTIONS
 from l2ul.common.tracking import Trackers
 from l2ul.data import folder
 from l2ul.data.images import Images
@@ -24,7 +25,7 @@ from l2ul.sweeps.trials import Arguments, Record
 
 DATA_OPTIONS = (  # what decides the data set
     *("dataset", "data_dir", "image_size", "age_grouping", "split_seed"),
-    *("image_column", "label_column", "train_split", "test_split", "exif_orientation", "white_level"),
+    *(*HUB_OPTIONS, "exif_orientation", "white_level"),
 )
 MODEL_OPTIONS = (*DATA_OPTIONS, "model", "checkpoint", "weights_key", "mean", "std", "single_label", "surrogate")
 TRACKER_FAILURES = Path("tracking", "failures.txt")  # in --result-dir: sentences, one per line
