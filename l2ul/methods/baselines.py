@@ -1,9 +1,9 @@
 """Baselines: unlearning methods of other papers, each of fixed length and with the settings of its paper.
 
 The papers forget many images, often a whole class, and most methods train on D_r. Where a paper gives ranges of
-settings, the defaults are within them. The defaults are in the table `BUILT_IN` of `l2ul.methods.registry`, with the
-first line of each docstring as the summary; `--setting NAME=VALUE` changes any of them. Differences from a paper are
-stated in the docstring of its method.
+settings, the defaults are within them. The defaults are in the table `BUILT_IN` of `l2ul.methods.registry`;
+`--setting NAME=VALUE` changes any of them. The first line of a docstring is the summary of the method in `--help`.
+Differences from a paper are stated in the docstring of its method.
 """
 
 from collections.abc import Iterator

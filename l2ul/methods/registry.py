@@ -3,10 +3,14 @@
 Importing this module does not import torch: the functions that implement a method are imported when it is first used.
 """
 
+import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 import hashlib
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2ul.common.choices import GOALS, did_you_mean
@@ -67,7 +71,6 @@ Implementation = Callable[[Step], Terms] | Callable[["MethodContext"], Iterator[
 class Method:
     """An unlearning method.
 
-    summary         one line for `--help` and documentation: the first line of the implementation's docstring
     implementation  a function, or where to import it from as "module:function". It takes a `Step` and returns the terms
                     of the loss. With `is_fixed_length` it is a generator that takes a `MethodContext` and
                     yields the terms of one step after the other. None: the model stays as it is.
@@ -80,7 +83,6 @@ class Method:
     """
 
     name: str
-    summary: str
     implementation: Implementation | str | None
     needs: frozenset[str] = frozenset()
     goals: tuple[str, ...] = GOALS
@@ -107,6 +109,18 @@ class Method:
             module, _, function = self.implementation.partition(":")
             return getattr(import_module(module), function)
         return self.implementation
+
+    @property
+    def summary(self) -> str:
+        """Return one line for `--help` and documentation: the first line of the implementation's docstring."""
+        if self.implementation is None:
+            return "Keep the original model θ⁰"
+        if isinstance(self.implementation, str):
+            module, _, function = self.implementation.partition(":")
+            doc = _docstrings(module)[function]
+        else:
+            doc = self.implementation.__doc__
+        return doc.strip().split("\n")[0].rstrip(".")
 
     @property
     def trains(self) -> bool:
@@ -144,160 +158,45 @@ class Method:
         return self.version if self.version > 1 else None
 
 
-def _built_in(
-    name: str, summary: str, module: str, *needs: str, goals: tuple[str, ...] = GOALS, **options: object
-) -> Method:
-    return Method(name, summary, f"l2ul.methods.{module}:{name}", frozenset(needs), goals, **options)
+@cache
+def _docstrings(module: str) -> dict[str, str | None]:
+    """Return the docstrings of the functions in a module, which is read but not imported: it would import torch."""
+    tree = ast.parse(Path(find_spec(module).origin).read_text(encoding="utf-8"))
+    return {node.name: ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def _baseline(name: str, summary: str, *needs: str, version: int = 1, **settings: Value) -> Method:
+def _built_in(name: str, module: str, *needs: str, goals: tuple[str, ...] = GOALS, **options: object) -> Method:
+    return Method(name, f"l2ul.methods.{module}:{name}", frozenset(needs), goals, **options)
+
+
+def _baseline(name: str, *needs: str, version: int = 1, **settings: Value) -> Method:
     options = {"settings": declare_settings(**settings), "is_fixed_length": True, "version": version}
-    return _built_in(name, summary, "baselines", *needs, goals=("misclassify",), **options)
+    return _built_in(name, "baselines", *needs, goals=("misclassify",), **options)
 
 
+TUNING = {"epochs": 10, "lr": 1e-2, "batch": 128, "augment": 1}  # usual settings of fine-tuning on D_r
 BUILT_IN = (
-    Method("before", "Keep the original model θ⁰", None),
+    Method("before", None),
     # the paper's methods, and distill
-    _built_in("neggrad", "Minimise L_forget alone: gradient ascent on D_f", "paper", goals=("misclassify",)),
-    _built_in("correct", "Minimise L_forget alone: fine-tuning on the new labels of D_f", "paper", goals=("relabel",)),
-    _built_in(
-        "rawp",
-        "Perturb the weights at random, with noise that grows until D_f is forgotten",
-        "paper",
-        "noise",
-        goals=("misclassify",),
-    ),
-    _built_in("oracle", "Minimise L_forget + CE on D_r", "paper", "retain"),
-    _built_in(
-        "adv",
-        "Minimise L_forget + CE on D_adv, each weighted by its part of the joint batch (arXiv 2301.11578)",
-        "paper",
-        "adv",
-    ),
-    _built_in(
-        "adv_imp",
-        "Minimise the loss of adv + λ · the importance penalty (arXiv 2301.11578)",
-        "paper",
-        "adv",
-        "importance",
-    ),
-    _built_in(
-        "distill",
-        "Minimise a margin loss on D_f + distillation of θ⁰ on images made of D_f (ours)",
-        "distill",
-        "teacher",
-        version=2,  # 1: blends of two images of D_f alone stood for D_r
-    ),
+    _built_in("neggrad", "paper", goals=("misclassify",)),
+    _built_in("correct", "paper", goals=("relabel",)),
+    _built_in("rawp", "paper", "noise", goals=("misclassify",)),
+    _built_in("oracle", "paper", "retain"),
+    _built_in("adv", "paper", "adv"),
+    _built_in("adv_imp", "paper", "adv", "importance"),
+    _built_in("distill", "distill", "teacher", version=2),  # 1: blends of two images of D_f alone stood for D_r
     # methods of others, of fixed length, with the settings of their papers
-    _baseline(
-        "finetune",
-        "Fine-tune on D_r (Golatkar et al. 2020, arXiv 1911.04933)",
-        "retain",
-        epochs=10,
-        lr=1e-2,
-        batch=128,
-        augment=1,
-    ),
-    _baseline(
-        "random_labels",
-        "Fine-tune on D_r and on D_f with random wrong labels (Graves et al. 2021, arXiv 2010.10981)",
-        "retain",
-        epochs=10,
-        lr=1e-2,
-        batch=128,
-        augment=1,
-    ),
-    _baseline(
-        "neggrad_plus",
-        "Minimise the loss of oracle with weights (Kurmanji et al. 2023, arXiv 2302.09880)",
-        "retain",
-        epochs=5,
-        lr=1e-2,
-        batch=128,
-        augment=1,
-        retain=0.95,
-    ),
-    _baseline(
-        "l1_sparse",
-        "Fine-tune on D_r with a decreasing L1 penalty on the weights (Jia et al. 2023, arXiv 2304.04934)",
-        "retain",
-        epochs=10,
-        lr=1e-2,
-        batch=128,
-        augment=1,
-        l1=5e-4,
-    ),
-    _baseline(
-        "salun",
-        "Run random_labels on the weights that are salient for D_f (Fan et al. 2024, arXiv 2310.12508)",
-        "retain",
-        version=2,  # 1: weight decay moved weights outside the mask
-        epochs=10,
-        lr=1e-2,
-        batch=128,
-        augment=1,
-        salient=0.5,
-    ),
-    _baseline(
-        "scrub",
-        "Move away from the outputs of θ⁰ on D_f and distil them on D_r (Kurmanji et al. 2023, arXiv 2302.09880)",
-        "retain",
-        epochs=3,
-        lr=5e-4,
-        batch=128,
-        augment=1,
-        forget_epochs=2,
-        kl=0.001,
-        temperature=4.0,
-    ),
-    _baseline(
-        "ssd",
-        "Shrink weights that matter far more for D_f than for all of D (Foster et al. 2024, arXiv 2308.07707)",
-        "retain",
-        batch=64,
-        select=10.0,
-        dampen=1.0,
-    ),
-    _baseline(
-        "bad_teaching",
-        "Distil θ⁰ on a part of D_r and a random model on D_f (Chundawat et al. 2023, arXiv 2205.08096)",
-        "retain",
-        epochs=1,
-        lr=1e-4,
-        adam=1,
-        batch=128,
-        augment=1,
-        part=0.3,
-    ),
-    _baseline(
-        "boundary_shrink",
-        "Fine-tune on D_f with the nearest wrong labels (Chen et al. 2023, arXiv 2303.11570)",
-        epochs=10,
-        lr=1e-5,
-        batch=64,
-        augment=1,
-        bound=0.1,
-    ),
-    _baseline(
-        "jit",
-        "Make the outputs on D_f insensitive to noise (just in time; Foster et al. 2024, arXiv 2402.01401)",
-        epochs=1,
-        lr=3e-4,
-        batch=64,
-        sigma=0.5,
-        copies=25,
-    ),
-    _baseline(
-        "amun",
-        "Fine-tune on D_r and on the nearest adversarial examples of D_f, labelled by θ⁰ (arXiv 2503.00917)",
-        "retain",
-        epochs=10,
-        lr=1e-2,
-        batch=128,
-        augment=1,
-        eps=0.05,
-        iterations=50,
-    ),
+    _baseline("finetune", "retain", **TUNING),
+    _baseline("random_labels", "retain", **TUNING),
+    _baseline("neggrad_plus", "retain", **TUNING | {"epochs": 5}, retain=0.95),
+    _baseline("l1_sparse", "retain", **TUNING, l1=5e-4),
+    _baseline("salun", "retain", version=2, **TUNING, salient=0.5),  # 1: weight decay moved weights outside the mask
+    _baseline("scrub", "retain", **TUNING | {"epochs": 3, "lr": 5e-4}, forget_epochs=2, kl=0.001, temperature=4.0),
+    _baseline("ssd", "retain", batch=64, select=10.0, dampen=1.0),
+    _baseline("bad_teaching", "retain", epochs=1, lr=1e-4, adam=1, batch=128, augment=1, part=0.3),
+    _baseline("boundary_shrink", epochs=10, lr=1e-5, batch=64, augment=1, bound=0.1),
+    _baseline("jit", epochs=1, lr=3e-4, batch=64, sigma=0.5, copies=25),
+    _baseline("amun", "retain", **TUNING, eps=0.05, iterations=50),
 )
 METHODS: dict[str, Method] = {one.name: one for one in BUILT_IN}
 
@@ -317,7 +216,7 @@ def method(
     for setting in settings:
         if own_flags().get(setting.name, setting) != setting:
             raise ValueError(f"method {name!r} and another declare different settings {setting.name}; rename one")
-    return _registered(Method(name, "", None, frozenset(needs), goals, tuple(settings)))
+    return _registered(Method(name, None, frozenset(needs), goals, tuple(settings)))
 
 
 def fixed_length_method(
@@ -331,7 +230,7 @@ def fixed_length_method(
     """
 
     own = (*settings, *declare_settings(**defaults))
-    return _registered(Method(name, "", None, frozenset(needs), ("misclassify",), own, is_fixed_length=True))
+    return _registered(Method(name, None, frozenset(needs), ("misclassify",), own, is_fixed_length=True))
 
 
 def _registered(declared: Method) -> Callable[[Callable], Callable]:
@@ -340,8 +239,7 @@ def _registered(declared: Method) -> Callable[[Callable], Callable]:
     def register(function: Callable) -> Callable:
         if not function.__doc__:
             raise ValueError(f"{function.__name__} has no docstring; its first line is the summary of the method")
-        summary = function.__doc__.strip().split("\n")[0].rstrip(".")
-        METHODS[declared.name] = replace(declared, summary=summary, implementation=function)
+        METHODS[declared.name] = replace(declared, implementation=function)
         return function
 
     return register

@@ -5,8 +5,7 @@ methods use it. The flags of the scripts and their `--help`, the keys and the id
 and the table in docs/methods.md are derived from it. `Settings` and `AttackSettings` hold the values of a run.
 
 To add a setting to the loop or the attack, add a field to one of these two classes. To add a setting to one method,
-declare it where the method is registered, see `methods.registry`. This module does not import
-torch.
+declare it where the method is registered, see `methods.registry`. This module does not import torch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -93,6 +92,11 @@ class Setting:
 def _declare(default: Value, help: str, *used_by: str, **options: Any) -> Any:
     """Return a dataclass field that declares a Setting, named like the field unless `name` says otherwise."""
     return field(default=default, metadata={"setting": {"help": help, "used_by": frozenset(used_by), **options}})
+
+
+def _of_robust(default: Value, help: str, **options: Any) -> Any:
+    """Declare a setting of `distill` with robust=1."""
+    return _declare(default, help, "teacher", in_id="if changed", only_with="robust", **options)
 
 
 class _Declared:
@@ -183,67 +187,18 @@ class Settings(_Declared):
         maximum=1,
         in_id="if changed",
     )
-    robust_pool: int = _declare(
-        512,
-        "copies of D_f per step, of which the worst are trained on",
-        "teacher",
-        minimum=2,
-        in_id="if changed",
-        only_with="robust",
-    )
-    robust_margin: float = _declare(
-        1.0,
-        "margin on the copies in the second half of a cycle",
-        "teacher",
-        unit="logits",
-        in_id="if changed",
-        only_with="robust",
-    )
-    robust_adversarial: float = _declare(
+    robust_pool: int = _of_robust(512, "copies of D_f per step, of which the worst are trained on", minimum=2)
+    robust_margin: float = _of_robust(1.0, "margin on the copies in the second half of a cycle", unit="logits")
+    robust_adversarial: float = _of_robust(
         0.05,
         "length of a step of half of the copies toward their own label",
-        "teacher",
         unit="L2 norm over pixels in [0,1], for images of 32 x 32",
-        in_id="if changed",
-        only_with="robust",
     )
-    robust_targets: float = _declare(
-        1.0,
-        "weight of the original probabilities without the label, on the copies",
-        "teacher",
-        in_id="if changed",
-        only_with="robust",
-    )
-    robust_mixes: float = _declare(
-        0.5,
-        "share of the stand-ins that is changed like the copies",
-        "teacher",
-        maximum=1,
-        in_id="if changed",
-        only_with="robust",
-    )
-    robust_keep: float = _declare(
-        10.0,
-        "factor of distill_logits and distill_features",
-        "teacher",
-        in_id="if changed",
-        only_with="robust",
-    )
-    robust_images: int = _declare(
-        768,
-        "synthesised images of which the stand-ins are made; 0: they are made of D_f",
-        "teacher",
-        in_id="if changed",
-        only_with="robust",
-    )
-    robust_cycle: float = _declare(
-        1.0,
-        "length of a cycle, relative to 300 steps or distill_steps",
-        "teacher",
-        above=0,
-        in_id="if changed",
-        only_with="robust",
-    )
+    robust_targets: float = _of_robust(1.0, "weight of the original probabilities without the label, on the copies")
+    robust_mixes: float = _of_robust(0.5, "share of the stand-ins that is changed like the copies", maximum=1)
+    robust_keep: float = _of_robust(10.0, "factor of distill_logits and distill_features")
+    robust_images: int = _of_robust(768, "synthesised images of which the stand-ins are made; 0: they are made of D_f")
+    robust_cycle: float = _of_robust(1.0, "length of a cycle, relative to 300 steps or distill_steps", above=0)
     distill_stand_ins: str = _declare(
         "mixes+triples+patches+spectra+recoloured+crops",
         "kinds of stand-ins for D_r, in equal parts. Made of D_f: mixes (blends of two images), triples (of three), "
