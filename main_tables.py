@@ -83,6 +83,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="data and weights for figures 2 to 5 and --html",
     )
+    downloads = "download the data sets and weights that records name, where figures 2 to 5 and --html need them"
+    add("--download", action="store_true", help=downloads)
     weights = "original weights for figures 2, 4 and 5 (default: the file that main_unlearn.py finds)"
     add("--checkpoint", metavar="FILE", help=weights)
     add("--device", choices=DEVICES, help="device for figures 2, 4 and 5 (default: the best available one)")
@@ -171,7 +173,7 @@ def make_page(
 
     shown = results_page.runs(blocks, selection)
     with progress_bar("page: runs", len(shown)) as advance:
-        details = run_details.details(shown, opts.data_dir, not opts.no_thumbnails, progress=advance)
+        details = run_details.details(shown, opts.data_dir, not opts.no_thumbnails, opts.download, progress=advance)
     return results_page.page(numbers, blocks, shown, details, results_page.pictures(blocks, paths), sections)
 
 
@@ -193,6 +195,7 @@ def draw(opts: argparse.Namespace, records: list[dict[str, object]], folder: Pat
 
     inputs = figure_set.FigureOptions(
         data_dir=opts.data_dir,
+        download=opts.download,
         checkpoint=opts.checkpoint,
         device=opts.device,
         k=opts.figure_k,

@@ -173,8 +173,9 @@ def _of_torchvision(
             return tuple(kind(str(data_dir), train=train, download=download) for train in (True, False))
     except (OSError, RuntimeError, EOFError, TypeError, ValueError, LookupError, AssertionError) as error:
         reason = next(iter(str(error).splitlines()), "damaged files")  # an AssertionError has no message
+        problem = "could not be downloaded" if download else "is downloaded with --download only"
         raise InputError(
-            f"{name} is not complete in {folder} and could not be downloaded ({reason}); put {content} there, or name "
+            f"{name} is not complete in {folder} and {problem} ({reason}); put {content} there, or name "
             f"the folder that holds it with --data-dir"
         ) from None
 

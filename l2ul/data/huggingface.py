@@ -222,7 +222,7 @@ def _open(name: str, data_dir: Path, download: bool) -> "Mapping[str, Dataset]":
             hint = "there is no such folder, and it cannot be read from the hub; expected hf:NAME or hf:FOLDER, or "
             hint += "hf:NAME:CONFIGURATION for a data set with several configurations"
             if not download:
-                hint = "it is no folder on this machine, and the hub is not contacted for the data set of a record"
+                hint = "it is no folder on this machine, and it is downloaded with --download only"
         raise InputError(f"cannot load the data set {name}: {hint} ({first_line(error)[:200]})") from None
     return splits if isinstance(splits, dict) else {str(splits.split or "train"): splits}
 

@@ -5,9 +5,11 @@ and figures 2 to 5 the data set. Figures 4 and 5 need unlearned models that main
 """
 
 from collections.abc import Callable, Iterable, Iterator
+import contextlib
 from dataclasses import dataclass, field, replace
 import functools
 import hashlib
+import io
 import itertools
 from pathlib import Path
 import re
@@ -37,6 +39,7 @@ Drawn = tuple[Figure, pd.DataFrame]  # a figure and the numbers that it shows
 Report = Callable[[str], object]
 MOST_METHODS = 4  # in figures 3 to 5, unless methods are named
 SHOWN_IMAGES, SHOWN_EXAMPLES = 4, 3  # of figure 2
+DOWNLOADED = "could not be downloaded"  # in messages of `models.load`
 LONGEST = 160  # bytes of the beginning of a file name
 DATA_KEYS = ("image_size", "age_grouping", "split_seed", *HUB_OPTIONS)  # keys of a record to load its data set with
 
@@ -46,6 +49,7 @@ class FigureOptions:
     """Inputs of the figures, and the runs that figures 2 to 5 and 7 show.
 
     data_dir    folder with data sets and weights
+    download    whether data sets and weights that records name may be downloaded
     checkpoint  original weights, by default the file that main_unlearn.py finds
     device      "cuda", "mps" or "cpu", by default the best available one
     k           size of D_f, by default the largest recorded one (figure 7: the smallest of each method)
@@ -58,6 +62,7 @@ class FigureOptions:
     """
 
     data_dir: Path = Path("data")
+    download: bool = False
     checkpoint: str | None = None
     device: str | None = None
     k: int | None = None
@@ -110,14 +115,14 @@ def draw(
     return paths
 
 
-def load_images(run: Record, data_dir: Path) -> Images:
+def load_images(run: Record, data_dir: Path, download: bool = False) -> Images:
     """Load the data set of a run, with the channels that its model takes.
 
     Raises InputError if it is not in `data_dir`, or another one is.
     """
     chosen = {key: run[key] for key in DATA_KEYS if run.get(key) is not None}
     reader = ImageReader(**{key: run[key] for key in ImageReader().options if run.get(key) is not None})
-    images = datasets.load(run["dataset"], data_dir, download=False, progress=progress_bar, reader=reader, **chosen)
+    images = datasets.load(run["dataset"], data_dir, download=download, progress=progress_bar, reader=reader, **chosen)
     if run.get("num_train") not in (None, len(images.train)):
         raise InputError(
             f"{run['dataset']} has {len(images.train)} training images, but the records are of a training set of "
@@ -161,7 +166,20 @@ class Subject:
     @functools.cached_property
     def images(self) -> Images:
         """The data set that the runs used."""
-        return load_images(self.block.records[0], self.options.data_dir)
+        return load_images(self.block.records[0], self.options.data_dir, self.options.download)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Load models inside the block. Their names come from records, so nothing is downloaded without permission."""
+        if self.options.download:
+            yield
+            return
+        try:
+            with offline(), contextlib.redirect_stdout(io.StringIO()):  # torch.hub prints that it downloads
+                yield
+        except InputError as error:
+            allow = "; add --download to allow it" if DOWNLOADED in str(error) else ""
+            raise InputError(f"{error}{allow}") from None
 
     def original(self, run: Record) -> models.Classifier:
         """Load the original model of a run."""
@@ -170,7 +188,7 @@ class Subject:
         files = [Path(path) for path in (named, usual) if path and Path(path).is_file()]
         same = (path for path in files if file_sha256(path) == run["checkpoint_sha256"])
         statistics = [[float(value) for value in (run.get(key) or "").split()] or None for key in ("mean", "std")]
-        with offline():  # the name comes from a record, not from the user
+        with self.reading():
             model = models.load(run["model"], self.images.num_classes, next(same, named), *statistics)
         model = model.to(self.device)
         if model.sha256 != run["checkpoint_sha256"]:
@@ -182,7 +200,9 @@ class Subject:
 
     def unlearned(self, run: Record) -> models.Classifier:
         """Load the unlearned model of a run."""
-        return models.load_saved(figure_data.saved_model(run), self.original(run)).to(self.device)
+        original = self.original(run)
+        with self.reading():
+            return models.load_saved(figure_data.saved_model(run), original).to(self.device)
 
     def runs(self, is_usable: Callable[[Record], bool], needed: str, remedy: str) -> list[Record]:
         """Return usable runs on one D_f, one for each method.

@@ -42,6 +42,7 @@ def details(
     runs: Iterable[Record],
     data_dir: Path,
     with_thumbnails: bool = True,
+    download: bool = False,
     report: Report = print,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Record:
@@ -50,6 +51,7 @@ def details(
     runs             runs of `rows.Block`s
     data_dir         folder with data sets, from which labels, names of classes and thumbnails are read
     with_thumbnails  whether images are shown
+    download         whether these data sets may be downloaded
     report           called with a sentence for each data set that cannot be read
     progress         called with 1 for each run that was read
 
@@ -62,7 +64,7 @@ def details(
     sources  data sets: names of classes, and for each image label and thumbnail. The first images of each run have
              thumbnails if there are more than MOST_THUMBNAILS.
     """
-    values, forget, gallery, made = Pool(), Pool(), Gallery(data_dir, report), {}
+    values, forget, gallery, made = Pool(), Pool(), Gallery(data_dir, download, report), {}
     for run in runs:
         notes: list[str] = []
         names, before, after = _forget_set(run, notes)
@@ -144,8 +146,8 @@ class Gallery:
     sources  what the page holds of each data set
     """
 
-    def __init__(self, data_dir: Path, report: Report):
-        self.data_dir, self.report = data_dir, report
+    def __init__(self, data_dir: Path, download: bool, report: Report):
+        self.data_dir, self.download, self.report = data_dir, download, report
         self.sources: list[Record] = []
         self._images: list[Images] = []
         self._places: dict[str, tuple[int | None, str]] = {}
@@ -170,7 +172,7 @@ class Gallery:
 
     def _load(self, run: Record) -> tuple[int | None, str]:
         try:
-            images = figure_set.load_images(run, self.data_dir)
+            images = figure_set.load_images(run, self.data_dir, self.download)
         except InputError as error:
             reason = f"Images and labels of D_f are not shown: {error}."
             self.report(reason)

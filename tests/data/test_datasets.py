@@ -104,6 +104,8 @@ def test_a_missing_one_channel_data_set_without_a_network_is_reported(tmp_path, 
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:1/"])
     with pytest.raises(InputError, match="mnist is not complete in .*MNIST/raw and could not be downloaded"):
         datasets.load("mnist", tmp_path)
+    with pytest.raises(InputError, match="is downloaded with --download only .Dataset not found"):
+        datasets.load("mnist", tmp_path, download=False)
 
 
 def test_images_of_a_folder_are_decoded_on_demand(tmp_path):

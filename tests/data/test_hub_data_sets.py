@@ -334,7 +334,7 @@ def no_network(monkeypatch):
 @pytest.mark.parametrize("name", ["hf:not/a-set", "hf:a-set-of-nobody:part", "hf:buckets/a/b/c"])
 def test_the_data_set_of_a_record_does_not_contact_the_hub(name, tmp_path, monkeypatch, no_network):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with pytest.raises(InputError, match=r"no folder on this machine, and the hub is not contacted for the data set"):
+    with pytest.raises(InputError, match=r"no folder on this machine, and it is downloaded with --download only"):
         figure_set.load_images({"dataset": name}, tmp_path)
     assert no_network == []
     assert not datasets.config.HF_HUB_OFFLINE

@@ -2,6 +2,8 @@
 
 import io
 import json
+import socket
+from types import SimpleNamespace
 
 from conftest import CLASSES, ROOT
 import matplotlib
@@ -401,3 +403,34 @@ def test_examples_of_a_run_in_a_precision_that_the_device_lacks_are_made_in_fp32
     message = "figure 2 is made in fp32, as cpu does not compute in tf32, the precision of the run"
     assert message in capsys.readouterr().out
     assert table.read_text() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("torchvision:squeezenet1_1", "torchvision"),
+        ("timm:legacy_seresnet18.in1k", "timm"),  # its weights are not on the hub
+        ("timm:resnet10t.c3_in1k", "timm"),
+        ("hf:nobody/nothing", "transformers"),
+    ],
+)
+def test_figures_download_no_weights_without_permission(name, package, tmp_path, monkeypatch, capsys):
+    pytest.importorskip(package)
+    looked_up = []
+
+    def lookup(host, *arguments, **options):
+        looked_up.append(host)
+        raise socket.gaierror("there is no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    run = {"model": name, "dataset": "imagenet", "mean": None, "std": None, "checkpoint_sha256": "0" * 64}
+    block = rows.Block("misclassify", None, "imagenet", None, name, False, records=[run])
+    for download in (False, True) if package == "torchvision" else (False,):  # the others try it several times
+        options = figure_set.FigureOptions(data_dir=tmp_path, device="cpu", download=download)
+        subject = figure_set.Subject(options, block)
+        vars(subject)["images"] = SimpleNamespace(num_classes=1000)
+        with pytest.raises(InputError, match="could not be downloaded") as raised:
+            subject.original(run)
+        allowed = str(raised.value).endswith("; add --download to allow it")
+        assert (bool(looked_up), bool(capsys.readouterr().out), allowed) == (download, download, not download)
