@@ -1,4 +1,4 @@
-"""Make an image classifier forget the images in a folder: write the unlearned model in its own form, and a report.
+"""Make an image classifier forget the images in a folder: write the unlearned model and a report.
 
     python main_forget.py --model my_vit --images to_forget --output forgotten
     python main_forget.py --model resnet20 --checkpoint resnet20.th --images to_forget --output forgotten --minutes 5
@@ -6,7 +6,7 @@
     python main_forget.py --verify forgotten/report.json --images to_forget --again
 
 Exit code: 0 if every image that was recognised is forgotten, 3 with a report if not or if none was recognised, 2 for
-wrong input.
+invalid input.
 """
 
 import l2ul  # isort: skip  # first: it sets the environment before torch is imported

@@ -39,8 +39,8 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
         group,
         "--dataset",
         "digits, cifar10, cifar100, mnist, fashion_mnist, utkface, imagenet, hf:NAME_OR_FOLDER, or a folder in "
-        "--data-dir that contains train and val. hf:NAME is a data set of the Hugging Face hub, hf:NAME:CONFIGURATION "
-        "one of several in it, hf:FOLDER what save_to_disk of datasets wrote",
+        "--data-dir that contains train and val. hf:NAME is a data set of the Hugging Face Hub, hf:NAME:CONFIGURATION "
+        "one of its configurations, hf:FOLDER a folder that save_to_disk of the package datasets wrote",
         default=dataset,
         metavar="NAME",
     )
@@ -61,17 +61,17 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
         type=positive_int,
     )
     for flag, text, kind in (
-        ("--image-column", "column of images of hf: (default: the only one, or image)", "NAME"),
-        ("--label-column", "column of labels of hf: (default: the only one, or label)", "NAME"),
-        ("--train-split", "training set of hf:, a split or a part such as train[:80%] (default: train)", "SPLIT"),
-        ("--test-split", "test set of hf:, likewise (default: test, or validation without one)", "SPLIT"),
+        ("--image-column", "column of the images in a data set hf: (default: the only image column, or image)", "NAME"),
+        ("--label-column", "column of the labels in a data set hf: (default: the only label column, or label)", "NAME"),
+        ("--train-split", "training split of a data set hf:, or a part such as train[:80%] (default: train)", "SPLIT"),
+        ("--test-split", "test split of a data set hf:, or a part (default: test, else validation)", "SPLIT"),
     ):
         add(group, flag, text, metavar=kind)
     add(group, "--age-grouping", "classes of utkface", choices=tuple(choices.AGE_GROUPINGS), default="TNN")
     add(group, "--split-seed", "seed of the split of utkface", type=nonnegative_int, default=0)
     text = "processes that decode images of a folder (default: the number of cores, at most 16)"
     add(group, "--workers", text, type=nonnegative_int, default=default_workers())
-    add(group, "--prefetch", "batches that each of them decodes ahead", type=positive_int, default=choices.PREFETCH)
+    add(group, "--prefetch", "batches that each worker decodes ahead", type=positive_int, default=choices.PREFETCH)
     add(
         group,
         "--decoder",
@@ -93,7 +93,13 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
         "of the model)"
     )
     add(group, "--mean", mean, type=finite_float, nargs="+")
-    add(group, "--std", "standard deviation of each input channel, likewise", type=positive_float, nargs="+")
+    add(
+        group,
+        "--std",
+        "standard deviation of each input channel (default: as for --mean)",
+        type=positive_float,
+        nargs="+",
+    )
 
 
 def default_workers() -> int:
@@ -162,7 +168,7 @@ def add_machine(parser: Parser) -> None:
     group = parser.add_argument_group("machine")
     add(group, "--device", "device to compute on (default: the best available one)", choices=choices.DEVICES)
     add(group, "--no-cuda", "do not use a CUDA GPU", action="store_true")
-    text = "number of CPU threads (default: as torch chooses; fewer if other processes compute at the start)"
+    text = "number of CPU threads (default: that of torch, or fewer if other processes use the CPU at the start)"
     add(group, "--threads", text, type=positive_int)
 
 
@@ -186,7 +192,7 @@ def add_speed(parser: Parser) -> None:
     add(
         group,
         "--cache-gib",
-        "largest size of that folder in GiB; files that have not been used for longest are deleted",
+        "largest size of that folder in GiB; the least recently used files are deleted",
         type=positive_float,
         default=10,
     )
@@ -210,9 +216,9 @@ def add_distill(parser: Parser) -> None:
     add(
         group,
         "--surrogate",
-        "unlabelled images of the same kind as D_r that stand for it: a folder; test or validation, of the data set, "
-        "with or without a range of its images such as test:0-5000; or the name of another data set. D_test is "
-        "measured on the images that are not in it (default: stand-ins made of D_f)",
+        "unlabelled images of the same kind as D_r, used in its place: a folder; test or validation of the data set, "
+        "or a range of its images such as test:0-5000; or the name of another data set. D_test is measured on the test "
+        "images that are not among them (default: stand-ins made of D_f)",
         metavar="NAME",
     )
     add_settings(group, [name for name, one in SHARED.items() if "teacher" in one.used_by])
@@ -245,7 +251,7 @@ def add_unlearning(parser: Parser) -> None:
     group = parser.add_argument_group("unlearning")
     usual = "default: the methods of the paper and distill, as far as they support the goal"
     add(group, "--method", f"one or more methods, listed below ({usual})", type=method_name, nargs="+", metavar="NAME")
-    goal = "misclassify: D_f is predicted as other classes; relabel: as new labels"
+    goal = "misclassify: the model must not predict the true classes of D_f; relabel: it must predict new labels"
     add(group, "--goal", goal, choices=choices.GOALS, default="misclassify")
     add(group, "--unlearn-k", "number of images to forget, one or more", type=whole_number, nargs="+")
     seeds = "seed of the choice of D_f, the attack and the loop, one or more"
@@ -261,8 +267,8 @@ def add_unlearning(parser: Parser) -> None:
     add(
         group,
         "--forget-dir",
-        "folder with the images of D_f in a subfolder per class, in place of training images. To relabel, D_f are "
-        "those that the model misclassifies, and their new labels are their folders",
+        "folder with the images of D_f in a subfolder per class, in place of training images. With --goal relabel, D_f "
+        "are the images that the model misclassifies, and their new labels are the names of their folders",
         type=Path,
         metavar="FOLDER",
     )
@@ -328,7 +334,7 @@ def add_cuda_graph(group: Group, what: str) -> None:
 
 
 def add_test_batch_size(group: Group) -> None:
-    text = "images per batch when measuring (default: CPU 256; CUDA 2048, MPS 512, an eighth for large images)"
+    text = "images per batch when measuring (default: CPU 256, MPS 512, CUDA 2048; for large images 64, 64 and 256)"
     add(group, "--test-batch-size", text, type=positive_int)
 
 

@@ -35,15 +35,16 @@ glossary:
               predicts the new label
   D_f         the images to forget
   agreement   share of images for which the unlearned model predicts the same class as the original model
-  distill     the method of this project: it keeps the outputs on images made of D_f and needs no others
+  distill     the method of this project: it keeps the outputs on images made from D_f and the model, and needs no other
+              images
   recognised  the model predicts the image as its label. An image that was not recognised before the request never
               counts as forgotten
 
 exit codes:
-  0         every image that was recognised is forgotten, as used unless --setting robust=0; with --verify: no check
-            failed
+  0         every image that was recognised is forgotten: as used, or with --setting robust=0 or a method other than
+            distill as stored; with --verify: no check failed
   1         out of memory or disk space; or the upload of --push failed, and the output is on this machine
-  2         wrong input
+  2         invalid input
   3         an image is still recognised, or none was recognised before; with --verify: a check failed
   130, 143  stopped by Ctrl-C or SIGTERM; nothing was written
 """
@@ -226,8 +227,8 @@ def _add_request(parser: Parser) -> None:
     options.add_image_files(group, "that of the last request on the model or of its training, else ignore")
     options.add(group, "--skip-bad", "leave out files that cannot be read as images", action="store_true")
     text = (
-        "share of the images with a label that the model must predict as this label, or the request stops: otherwise "
-        "model or labels are not those in use (default: 0.5; of up to 4 images all but one; 0: no check)"
+        "share of the labelled images for which the model must predict the label. With fewer, the request stops: model "
+        "or labels are probably not those in use (default: 0.5; of up to 4 images all but one; 0: no check)"
     )
     options.add(group, "--min-known", text, type=SHARE, metavar="X")
     options.add_single_label(group)
@@ -241,18 +242,18 @@ def _add_method(parser: Parser) -> None:
     text = f"unlearning method: {', '.join(names)} (default: distill)"
     options.add(group, "--method", text, type=options.method_name, default="distill", metavar="NAME")
     options.add(group, "--minutes", "time limit of the whole command", type=positive_float, default=10.0)
-    text = "end each run of the search after N steps, as the time limit would (default: no such limit)"
+    text = "end each run of the search after N steps (default: no limit)"
     options.add(group, "--max-steps", text, type=positive_int)
     text = (
         "settings of the method, such as distill_steps=300, used instead of a search (default: search as long as the "
         "time limit allows)"
     )
     options.add(group, "--setting", text, type=setting, nargs="+", action="extend", default=[], metavar="NAME=VALUE")
-    text = "forget changed copies of the images too, at the price of more damage (default: none)"
+    text = "also forget these changed copies of the images, which damages the model more (default: none)"
     options.add(group, "--also", text, nargs="+", choices=CHANGES, default=[])
     text = (
-        "folder of unlabelled images of the same kind that stand for the training images, for methods with a teacher "
-        "such as distill (default: stand-ins made of the images to forget)"
+        "folder of unlabelled images of the same kind as the training images. Methods with a teacher such as distill "
+        "use them in place of the training images (default: stand-ins made of the images to forget)"
     )
     options.add(group, "--surrogate", text, type=Path, metavar="FOLDER")
     text = "folder of images that must keep their predictions; the search takes agreement on them into account"
@@ -268,8 +269,8 @@ def _add_report(parser: Parser) -> None:
     options.add(group, "--controller", "who is responsible for the request, for the report", type=_line, metavar="TEXT")
     options.add(group, "--requested-on", "date of the request, for the report", type=_date, metavar="YYYY-MM-DD")
     text = (
-        "TOML file with what else contains the images (backups, the original model, derived and quantised models) and "
-        "who was informed, for the report"
+        "TOML file that lists what else contains the images (the original model, backups, derived and quantised "
+        "models) and who was informed, for the report"
     )
     options.add(group, "--inventory", text, type=Path, metavar="FILE")
     options.add(group, "--no-thumbnails", "leave the images out of the report", action="store_true")
@@ -280,8 +281,7 @@ def _add_report(parser: Parser) -> None:
     )
     options.add(group, "--verify", text, type=Path, metavar="REPORT")
     text = (
-        "with --verify: repeat the request from the original model and check that the same weights and predictions "
-        "result"
+        "with --verify: repeat the request from the original model, and compare weights and predictions with the report"
     )
     options.add(group, "--again", text, action="store_true")
     text = (

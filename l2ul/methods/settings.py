@@ -142,7 +142,7 @@ class Settings(_Declared):
     )
     max_passes: int = _declare(
         1000,
-        "passes through D_adv before the run stops (oracle: through D_r; neggrad, correct: through D_f; rawp: draws of "
+        "maximum number of passes through D_adv (oracle: through D_r; neggrad, correct: through D_f; rawp: draws of "
         "noise)",
         "sgd",
         "noise",
@@ -155,7 +155,7 @@ class Settings(_Declared):
     reg_lamb: float = _declare(1.0, "weight λ of the importance penalty", "importance", in_id="always")
     noise_growth: float = _declare(
         0.01,
-        "growth of the noise's standard deviation per draw",
+        "increase of the standard deviation of the noise per draw",
         "noise",
         above=0,
         unit="root mean square of the weight tensor",
@@ -163,12 +163,14 @@ class Settings(_Declared):
     distill_lr: float = _declare(3e-4, "highest learning rate of a cycle of Adam", "teacher", above=0)
     distill_steps: int = _declare(
         0,
-        "steps per cycle; the learning rate ends near 0. 0: 120 and 0.75 for each image of D_f; with robust=1: 300 · "
-        "robust_cycle",
+        "steps per cycle; 0: 120 plus 0.75 for each image of D_f, with robust=1 300 · robust_cycle",
         "teacher",
     )
     distill_cycles: int = _declare(
-        3, "cycles at most; the run stops after a cycle if D_f is forgotten", "teacher", minimum=1
+        3,
+        "maximum number of cycles; the run ends after the first one at whose end D_f is forgotten",
+        "teacher",
+        minimum=1,
     )
     distill_forget: int = _declare(64, "images of D_f per step, of those not yet forgotten", "teacher", minimum=1)
     distill_mixes: int = _declare(192, "stand-ins for D_r per step", "teacher", minimum=1)
@@ -182,22 +184,28 @@ class Settings(_Declared):
     )
     robust: int = _declare(
         0,
-        "1: forget D_f as it is used, in random changed copies, see methods.robust",
+        "1: also forget random changed copies of D_f (mirrored, cropped, compressed and so on); 0: D_f as stored only",
         "teacher",
         maximum=1,
         in_id="if changed",
     )
-    robust_pool: int = _of_robust(512, "copies of D_f per step, of which the worst are trained on", minimum=2)
+    robust_pool: int = _of_robust(
+        512,
+        "copies of D_f drawn per step; the loss uses the distill_forget copies with the largest margin loss",
+        minimum=2,
+    )
     robust_margin: float = _of_robust(1.0, "margin on the copies in the second half of a cycle", unit="logits")
     robust_adversarial: float = _of_robust(
         0.05,
-        "length of a step of half of the copies toward their own label",
+        "length of an adversarial step toward the label, for half of the copies",
         unit="L2 norm over pixels in [0,1], for images of 32 x 32",
     )
-    robust_targets: float = _of_robust(1.0, "weight of the original probabilities without the label, on the copies")
-    robust_mixes: float = _of_robust(0.5, "share of the stand-ins that is changed like the copies", maximum=1)
-    robust_keep: float = _of_robust(10.0, "factor of distill_logits and distill_features")
-    robust_images: int = _of_robust(768, "synthesised images of which the stand-ins are made; 0: they are made of D_f")
+    robust_targets: float = _of_robust(
+        1.0, "weight of the KL divergence from the original probabilities without the label, on the copies"
+    )
+    robust_mixes: float = _of_robust(0.5, "share of the stand-ins that are changed like the copies", maximum=1)
+    robust_keep: float = _of_robust(10.0, "factor by which distill_logits and distill_features are multiplied")
+    robust_images: int = _of_robust(768, "synthesised images from which the stand-ins are made; 0: make them from D_f")
     robust_cycle: float = _of_robust(1.0, "length of a cycle, relative to 300 steps or distill_steps", above=0)
     distill_stand_ins: str = _declare(
         "mixes+triples+patches+spectra+recoloured+crops",
@@ -213,26 +221,30 @@ class Settings(_Declared):
     )
     distill_pool: int = _declare(
         1024,
-        "synthesised stand-ins, made before the loop",
+        "number of synthesised stand-ins, made before the loop",
         "teacher",
         minimum=1,
         in_id="if changed",
     )
     distill_pool_steps: int = _declare(
-        150, "iterations that synthesise stand-ins", "teacher", minimum=1, in_id="if changed"
+        150, "iterations of the synthesis of stand-ins", "teacher", minimum=1, in_id="if changed"
     )
     distill_surrogate: float = _declare(
-        1.0, "part of the stand-ins that --surrogate gives, if it is used", "teacher", maximum=1, in_id="if changed"
+        1.0,
+        "share of the stand-ins that are images of --surrogate",
+        "teacher",
+        maximum=1,
+        in_id="if changed",
     )
     distill_ascent: float = _declare(
         0.0,
-        "length of a step that increases the differences from θ⁰ on the stand-ins, before they are reduced",
+        "length of a step that moves the stand-ins to where the model differs more from θ⁰",
         "teacher",
         unit="L2 norm over pixels in [0,1]",
         in_id="if changed",
     )
     distill_image_steps: float = _declare(
-        0.0, "steps that a cycle has more for each image of D_f", "teacher", in_id="if changed"
+        0.0, "additional steps of a cycle for each image of D_f", "teacher", in_id="if changed"
     )
     method_settings: Mapping[str, Value] = field(default_factory=dict)
     seed: int = 0

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 CHANGES = {  # of images and of the model, by name: what is counted under each, see `robustness.AsUsed.rates`
-    "mirrored": "copies of D_f that are mirrored",
-    "shifted": "copies of D_f that are shifted by up to 15 %",
-    "cropped": "copies of D_f that are cropped by up to 15 %",
-    "resized": "copies of D_f that are resized and back",
-    "brightness": "copies of D_f that are changed in brightness and contrast by up to 10 %",
+    "mirrored": "mirrored copies of D_f",
+    "shifted": "copies of D_f shifted by up to 15 %",
+    "cropped": "copies of D_f cropped by up to 15 %",
+    "resized": "copies of D_f resized and back",
+    "brightness": "copies of D_f with brightness and contrast changed by up to 10 %",
     "noise": "copies of D_f with Gaussian noise of up to 0.03",
-    "jpeg": "copies of D_f that are compressed as JPEG of quality 40 to 95",
-    "blurred": "copies of D_f that are blurred",
-    "distorted": "copies of D_f that are distorted by a random grid",
-    "float16": "images of D_f, by the model in float16,",
-    "bfloat16": "images of D_f, by the model in bfloat16,",
-    "int8": "images of D_f, with weights of 8 bits and a scale for each output channel,",
-    "int4": "images of D_f, with weights of 4 bits and a scale for each output channel,",
-    "recalibrated": "images of D_f, after batch-norm was recalibrated on images of D_r,",
+    "jpeg": "copies of D_f compressed as JPEG of quality 40 to 95",
+    "blurred": "blurred copies of D_f",
+    "distorted": "copies of D_f distorted by a random grid",
+    "float16": "D_f with the model in float16",
+    "bfloat16": "D_f with the model in bfloat16",
+    "int8": "D_f with weights of 8 bits and a scale for each output channel",
+    "int4": "D_f with weights of 4 bits and a scale for each output channel",
+    "recalibrated": "D_f after a batch-norm recalibration on images of D_r",
 }
 
 
@@ -243,7 +243,7 @@ for _column in (
         better="up",
     ),
     *(
-        Column(f"metric_forgotten_{change}", change, f"share of {what} that are forgotten, in percent", better="up")
+        Column(f"metric_forgotten_{change}", change, f"forgotten share of {what}, in percent", better="up")
         for change, what in CHANGES.items()
     ),
     Column(

@@ -22,8 +22,8 @@ PARTS = ("forget", "retain", "test")
 def membership_inference(outputs: RunOutputs) -> dict[str, float]:
     """Compute AUC and true-positive rate of each membership inference attack, in percent.
 
-    Members are D_f, non-members D_test. An AUC of 50 and a rate of 1 are what guessing achieves; 100 means that D_f is
-    told from D_test perfectly. See `membership.advantage`. The logistic attack is absent for a single image.
+    Members are D_f, non-members D_test. Guessing achieves an AUC of 50 and a rate of 1. 100 means that the attack
+    separates D_f from D_test perfectly. See `membership.advantage`. The logistic attack is absent for a single image.
     """
     attacks = _membership_attacks(outputs, outputs.logits)
     return {f"metric_mia_{attack}_{name}": value for attack, row in attacks.items() for name, value in row.items()}
@@ -84,8 +84,8 @@ def relative_membership_inference(outputs: RunOutputs) -> dict[str, float]:
 def relearning_speed(outputs: RunOutputs) -> dict[str, float]:
     """Count the steps of fine-tuning on D_f until its accuracy is that of the original model again.
 
-    0 for `before`, `relearn.MOST_STEPS` if the accuracy is not reached earlier. See `relearn.steps_to_relearn`. A model
-    that takes far fewer steps than the retrained model still holds information about D_f.
+    0 for `before`, `relearn.MAX_STEPS` if the accuracy is not reached earlier. See `relearn.steps_to_relearn`. A model
+    that takes far fewer steps than the retrained model still contains information about D_f.
     """
     target = accuracy.accuracy(outputs.before["forget"], outputs.labels["forget"])
     device = next(outputs.model.parameters()).device
