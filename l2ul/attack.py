@@ -78,6 +78,11 @@ def pgd_l2(
     return (x + delta).clamp_(0, 1)  # rounding of the sum can leave [0,1]
 
 
+def l2_step(images: Tensor, gradient: Tensor, length: float) -> Tensor:
+    """Move each image by a step of this L2 length along its gradient, and clip it to [0,1]."""
+    return (images + length * gradient / _norm(gradient).clamp_min(1e-12)).clamp(0, 1)
+
+
 def _norm(pixels: Tensor) -> Tensor:
     return torch.linalg.vector_norm(pixels, dim=(1, 2, 3), keepdim=True)  # (N, 1, 1, 1)
 

@@ -1,4 +1,4 @@
-"""Context managers that set a model's mode for a block and restore it afterwards."""
+"""Context managers that set a model's mode for a block and restore it afterwards, frozen copies, trained weights."""
 
 from collections.abc import Iterator
 import contextlib
@@ -47,6 +47,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, required in requires_grad.items():
             parameter.requires_grad_(required)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require a gradient."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from l2ul import attack, objective
-from l2ul.common.modes import eval_mode, frozen_copy
+from l2ul.common.modes import eval_mode, frozen_copy, trainable
 from l2ul.data.forget_set import random_new_labels
 from l2ul.data.images import Split
 from l2ul.methods.fixed_length_procedure import MethodContext
@@ -69,7 +69,7 @@ def salun(context: MethodContext) -> Iterator[Terms]:
     stay bit for bit: neither momentum nor weight decay moves them. (The authors' code masks the gradients only, so that
     weight decay moves every weight; so did version 1 of this method.)
     """
-    parameters = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
+    parameters = trainable(context.model)
     saliency = [gradient.abs() for gradient in _forget_gradient(context, parameters)]
     sizes = [values.numel() for values in saliency]
     flat = torch.cat([values.flatten() for values in saliency])
@@ -110,7 +110,7 @@ def ssd(context: MethodContext) -> Iterator[Terms]:
     A weight with F_f > `select` · F is multiplied by min(`dampen` · F / F_f, 1). F_f and F are the mean over batches of
     the squared gradient of CE, on D_f and on all of D_train.
     """
-    parameters = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
+    parameters = trainable(context.model)
     on_forget, num_forget = _squared_gradients(context, parameters, context.forget_split)
     on_retain, num_retain = _squared_gradients(context, parameters, context.retain)
     with torch.no_grad():

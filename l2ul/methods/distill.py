@@ -34,14 +34,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
-from l2ul import objective
+from l2ul import attack, objective
 from l2ul.common import activations, seeds
 from l2ul.common.bn_folding import fold
 from l2ul.common.device import upload
 from l2ul.common.fused_optimizers import fused
-from l2ul.common.modes import frozen_copy
+from l2ul.common.modes import frozen_copy, trainable
 from l2ul.methods.monitor import ForgetMonitor
-from l2ul.methods.procedure import InParts, Procedure, smaller_parts
+from l2ul.methods.procedure import Procedure
 from l2ul.methods.registry import BUILT_IN, Method, Step, Terms
 from l2ul.methods.settings import Settings, override
 from l2ul.methods.stand_ins import StandIns
@@ -87,14 +87,12 @@ class DistillProcedure(Procedure):
         self.weight = 1.0  # w of the module's docstring
         length = cycle_length(settings, len(forget))
         self.growth = settings.distill_growth ** (1 / length)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = fused(torch.optim.Adam, parameters, lr=settings.distill_lr)
+        self.optimizer = fused(torch.optim.Adam, trainable(model), lr=settings.distill_lr)
         self.scheduler = LambdaLR(self.optimizer, lambda step: one_cycle(step, length))
         self.max_steps = settings.distill_cycles * length
         self.stop_every = length
         self.separate = frozenset({"forget"} if method in BUILT_IN else ())
         self.has_draws = self.is_graphable = method in BUILT_IN and type(self) is DistillProcedure
-        self.part_size: int | None = None
 
     def __next__(self) -> Terms:
         return self.method.terms(self.next_step())
@@ -127,7 +125,7 @@ class DistillProcedure(Procedure):
 
     def _step(self, images: Tensor, labels: Tensor, stand_ins: Tensor, weight: float) -> Step:
         return Step(
-            InParts(self.model, self.part_size) if self.part_size else self.model,
+            self.in_parts(),
             self.forget.goal,
             Batch(images, labels),
             teacher_gaps=lambda: self._weighted_gaps(stand_ins),
@@ -150,9 +148,6 @@ class DistillProcedure(Procedure):
                 for values in zip(*gaps, strict=True)
             )
         return settings.distill_logits * logits_gap, settings.distill_features * features_gap
-
-    def use_smaller_parts(self, inputs: tuple[Tensor | float, ...], error: BaseException) -> None:
-        self.part_size = smaller_parts(self.model, self.part_size, inputs, error)
 
     def state_dict(self) -> dict[str, object]:
         """Return the weight of the forget loss and the state of the generator."""
@@ -201,8 +196,7 @@ class Teacher:
         """Move images by a step up the gradient of KL(p⁰ ‖ p), whose L2 norm is `length`."""
         start = images.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(objective.kl_divergence(model(start), self.model(start)), start)
-        norm = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True)
-        return (images + length * gradient / norm.clamp_min(1e-12)).clamp(0, 1)
+        return attack.l2_step(images, gradient, length)
 
 
 def cycle_length(settings: Settings, k: int) -> int:

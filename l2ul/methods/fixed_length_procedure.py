@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from l2ul.common import seeds
 from l2ul.common.choices import DONE
+from l2ul.common.modes import trainable
 from l2ul.data.augment import augment
 from l2ul.data.images import Split
 from l2ul.methods.procedure import Procedure, shuffled
@@ -115,8 +116,8 @@ class FixedLengthProcedure(Procedure):
     check_every, stop_every, final_status, is_resumable = 10, None, DONE, False
 
     def __init__(self, terms: Callable[[MethodContext], Iterator[Terms]], context: MethodContext, bn: str):
-        context.model.train(bn == "train")
-        parameters = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
+        self.model = context.model.train(bn == "train")
+        parameters = trainable(self.model)
         lr = context.settings.get("lr", 0.0)  # a method that changes the weights itself has no lr
         if context.settings.get("adam"):
             self.optimizer = torch.optim.Adam(parameters, lr)

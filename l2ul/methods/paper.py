@@ -22,9 +22,10 @@ from l2ul import objective
 from l2ul.common import seeds
 from l2ul.common.device import upload
 from l2ul.common.fused_optimizers import fused
+from l2ul.common.modes import trainable
 from l2ul.data.images import Split
 from l2ul.importance import held_weights
-from l2ul.methods.procedure import EndlessBatches, InParts, Procedure, smaller_parts
+from l2ul.methods.procedure import EndlessBatches, Procedure
 from l2ul.methods.registry import BUILT_IN, Method, Step, Terms
 from l2ul.methods.settings import Settings, override
 from l2ul.objective import Batch, Forget, forget_loss
@@ -110,11 +111,10 @@ class PaperProcedure(Procedure):
     ):
         self.method, self.model, self.goal = method, model.train(settings.bn == "train"), forget.goal
         self.settings, self.own_values = settings, override(method.settings, settings.method_settings)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parameters = trainable(model)
         options = {"lr": settings.unlearn_lr, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
         self.optimizer = fused(torch.optim.SGD, parameters, **options)
         self.scheduler = ConstantLR(self.optimizer, factor=1.0)
-        self.part_size: int | None = None
         if method in BUILT_IN:
             self.has_draws = self.is_graphable = "noise" not in method.needs
             # in train mode each batch has a forward pass of its own
@@ -150,7 +150,7 @@ class PaperProcedure(Procedure):
         """Return the terms of the loss of a step on these batches."""
         retained = Batch(*retained) if retained else None
         step = Step(
-            InParts(self.model, self.part_size) if self.part_size else self.model,
+            self.in_parts(),
             self.goal,
             Batch(images, labels),
             adv=retained if "adv" in self.method.needs else None,
@@ -161,9 +161,6 @@ class PaperProcedure(Procedure):
             settings=self.own_values,
         )
         return self.method.terms(step)
-
-    def use_smaller_parts(self, inputs: tuple[Tensor | float, ...], error: BaseException) -> None:
-        self.part_size = smaller_parts(self.model, self.part_size, inputs, error)
 
     def state_dict(self) -> dict[str, object]:
         """Return the states of the batches and of the noise."""

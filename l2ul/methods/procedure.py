@@ -33,7 +33,10 @@ class Procedure(Iterator[Terms]):
     has_draws     whether a step is `terms` of what `draw` returns, so that the loop can repeat it
     is_graphable  whether `terms` can be captured as a CUDA graph
     pads          set by the loop if steps are captured: inputs then have the same shapes at each step, where possible
+    part_size     images of the parts of batches that the model is called on, see `in_parts`; None: whole batches
     """
+
+    model: nn.Module
 
     optimizer: Optimizer
     scheduler: LRScheduler
@@ -46,6 +49,7 @@ class Procedure(Iterator[Terms]):
     has_draws: bool = False
     is_graphable: bool = False
     pads: bool = False
+    part_size: int | None = None
 
     def draw(self) -> tuple[Tensor | float, ...]:
         """Return the inputs of the next step: tensors on the device of the model, and numbers."""
@@ -55,13 +59,20 @@ class Procedure(Iterator[Terms]):
         """Return the terms of the loss of a step, which depend on nothing but its inputs and the weights."""
         raise NotImplementedError
 
+    def in_parts(self) -> "nn.Module | InParts":
+        """Return the model, or after `use_smaller_parts` what calls it on parts of a batch."""
+        return InParts(self.model, self.part_size) if self.part_size else self.model
+
     def use_smaller_parts(self, inputs: tuple[Tensor | float, ...], error: BaseException) -> None:
         """Compute later steps in smaller parts of their batches, after an error of a step with these inputs.
 
-        The terms and gradients are the same up to rounding. Raises the error if it is not about memory or the result
-        would be another one.
+        The terms and gradients are the same up to rounding. Raises the error if it is not about memory, or if the
+        model does not treat each image on its own, so that the result would be another one.
         """
-        raise error
+        if any(isinstance(module, BatchNorm) and module.training for module in self.model.modules()):
+            raise error
+        size = self.part_size or max(len(one) for one in inputs if isinstance(one, Tensor))
+        self.part_size = smaller_batch(size, error)
 
     def may_stop(self) -> bool:
         """Return whether the loop may stop after a step after which D_f is forgotten."""
@@ -156,13 +167,3 @@ class InParts:
             return self.model(images)
         options = {"use_reentrant": False, "preserve_rng_state": self.training}  # dropout draws the same numbers again
         return torch.cat([checkpoint(self.model, part, **options) for part in images.split(self.size)])
-
-
-def smaller_parts(model: nn.Module, size: int | None, inputs: tuple[Tensor | float, ...], error: BaseException) -> int:
-    """Return a smaller number of images per part than `size`, None for whole batches, after an error of a step.
-
-    Raises the error if it is not about memory, or the model does not treat each image on its own.
-    """
-    if any(isinstance(module, BatchNorm) and module.training for module in model.modules()):
-        raise error
-    return smaller_batch(size or max(len(one) for one in inputs if isinstance(one, Tensor)), error)

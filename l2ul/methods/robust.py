@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 
-from l2ul import objective
+from l2ul import attack, objective
 from l2ul.common import seeds
 from l2ul.common.device import upload
 from l2ul.data.changes import TESTED, TRAINED, changed_copies
@@ -147,9 +147,8 @@ class RobustProcedure(DistillProcedure):
         start = images.detach().requires_grad_()
         losses = objective.margin_loss(self.model(start), labels, self.forget.goal, 100.0)  # above 0 for all
         (gradient,) = torch.autograd.grad(losses.sum(), start)
-        norm = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
         length = self.settings.robust_adversarial * images.shape[-1] / 32  # so that the change of a pixel is the same
-        return (images + length * gradient / norm).clamp(0, 1)
+        return attack.l2_step(images, gradient, length)
 
     @torch.no_grad()
     def may_stop(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from l2ul.common import distributed
 from l2ul.common import precision as precisions
 from l2ul.common.errors import InputError, first_line, is_out_of_memory
-from l2ul.common.modes import eval_mode
+from l2ul.common.modes import eval_mode, trainable
 from l2ul.common.precision import autocast
 from l2ul.data import images as image_sets
 from l2ul.data.folder import FolderImages
@@ -108,8 +108,7 @@ def _failed(pixels: Tensor, error: Exception) -> str:
     """Return the sentence for a forward pass that raised an exception."""
     size, channels = " x ".join(map(str, pixels.shape[2:])), pixels.shape[1]
     why = first_line(error)[:200]
-    types = ("Half", "BFloat16", "Double", "dtype", "ByteTensor", "LongTensor")
-    if _has_any(why, types):
+    if any(word in why for word in ("Half", "BFloat16", "Double", "dtype", "ByteTensor", "LongTensor")):
         hint = "; the passes are in float32, so forward must not convert to other types"
     elif "same device" in why:
         hint = "; keep every tensor that forward uses as a parameter or buffer of the model, or use --device cpu"
@@ -119,10 +118,6 @@ def _failed(pixels: Tensor, error: Exception) -> str:
         f"the model does not accept images of {size} pixels and {channels} channel{'s' * (channels > 1)}, or returns "
         f"no logits ({why}){hint}"
     )
-
-
-def _has_any(text: str, words: tuple[str, ...]) -> bool:
-    return any(word in text for word in words)
 
 
 def _output_problem(output: object, count: int) -> str | None:
@@ -230,7 +225,7 @@ def _percent(share: float) -> str:
 
 def _check_gradients(model: nn.Module, pixels: Tensor) -> None:
     pixels = pixels.detach().clone().requires_grad_()
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = trainable(model)
     if not weights:
         raise InputError("no weight of the model requires a gradient, so none can be unlearned; use requires_grad_()")
     failure = "the backward pass of the model fails ({error}); its forward must be differentiable"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from l2ul.common import seeds
+from l2ul.common.modes import trainable
 from l2ul.data.images import LARGE, StoredImages, pixels_of
 
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9  # of SGD without weight decay; small, so that the number of steps separates models
@@ -75,8 +76,7 @@ def _fine_tuning(model: nn.Module, images: Tensor, labels: Tensor, predicted: Te
     """
     tuned, pixels, predicted = copy.deepcopy(model).eval(), pixels_of(images), pixels_of(predicted)
     order = seeds.generator(0, "relearn")
-    parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, LEARNING_RATE, MOMENTUM)
+    optimizer = torch.optim.SGD(trainable(tuned), LEARNING_RATE, MOMENTUM)
     batches: list[Tensor] = []
     yield _predict(tuned, predicted)
     while True:
