@@ -196,7 +196,8 @@ def read_images(args: argparse.Namespace, model, chain):
     """Return the request: the images to forget, their labels and the predictions of the model."""
     from l2ul.deletion.request import choose_reader, read_request
 
-    reader = choose_reader(chain, model.metadata, args.exif_orientation, args.white_level, args.max_image_pixels)
+    metadata = model.classifier.metadata
+    reader = choose_reader(chain, metadata, args.exif_orientation, args.white_level, args.max_image_pixels)
     return read_request(args.images[0], model, args.labels, args.skip_bad, chain, reader, args.class_order)
 
 

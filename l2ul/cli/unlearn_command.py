@@ -123,7 +123,7 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
         print("the model returns probabilities; their logarithms are used as logits")
     if not opts.single_label:
         outputs.check_single_label(torch.cat(list(accuracy.logits(classifier, sample, fold=False))))
-    accuracy.check_trained_on(images, _metadata(classifier), classifier.source)
+    accuracy.check_trained_on(images, classifier.metadata, classifier.source)
     return make_setup(opts, images, classifier, Path(path).name if path else None, chosen)
 
 
@@ -294,11 +294,6 @@ def run_line(record: dict[str, object]) -> str:
     return "  ".join([*parts, f"{seconds:.1f} s"])
 
 
-def _metadata(classifier: models.Classifier) -> dict[str, object]:
-    """Return the metadata in the file of the model's weights."""
-    return {name: checkpoint.metadata_value(classifier.metadata, name) for name in classifier.metadata}
-
-
 def _load_reference_models(opts: argparse.Namespace, setup: Setup, device: torch.device) -> ReferenceModels:
     """Load the models of --retrained and --references onto the device."""
 
@@ -308,10 +303,9 @@ def _load_reference_models(opts: argparse.Namespace, setup: Setup, device: torch
         else:
             model = models.load(opts.model, setup.images.num_classes, path, opts.mean, opts.std)
             model.outputs = setup.classifier.outputs
-        metadata = _metadata(model)
-        accuracy.check_trained_on(setup.images, metadata, str(path))
+        accuracy.check_trained_on(setup.images, model.metadata, str(path))
         # a file of a main_pretrain script that names no excluded images was trained on all of them
-        excluded = metadata.get("excluded", [] if "epochs" in metadata else None)
+        excluded = model.metadata.get("excluded", [] if "epochs" in model.metadata else None)
         is_known = isinstance(excluded, list) and all(type(index) is int for index in excluded)
         indices = torch.tensor(excluded, dtype=torch.int64) if is_known else None
         return ReferenceModel(model.to(device), model.sha256, str(path), indices)

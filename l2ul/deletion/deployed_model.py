@@ -72,12 +72,6 @@ class DeployedModel:
     weights_key: str | None = None
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def metadata(self) -> dict[str, object]:
-        """The metadata of the file of weights."""
-        metadata = self.classifier.metadata
-        return {name: checkpoints.metadata_value(metadata, name) for name in metadata}
-
     def hashes(self) -> WrittenModelHashes:
         """Return the hex sha256 of the weights, independent of the file format, and of each file by name."""
         weights = tensors_sha256(self.classifier.net.state_dict())

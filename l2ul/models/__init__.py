@@ -193,8 +193,7 @@ def _from_file(
 
     everything, metadata = checkpoints.read(path, weights_key, fitting)
     state, *layer = checkpoints.split_off_statistics(everything, net)
-    saved = [checkpoints.metadata_value(metadata, key) for key in ("mean", "std")]
-    of_file = [first or second for first, second in zip(layer, saved, strict=True)]
+    of_file = [first or metadata.get(key) for first, key in zip(layer, ("mean", "std"), strict=True)]
     chosen = [flag if flag is not None else own for flag, own in zip((mean, std), of_file, strict=True)]
     classifier = _classifier(name, num_classes, net, *chosen)
     _fill(classifier, state, str(path))

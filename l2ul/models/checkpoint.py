@@ -28,7 +28,6 @@ WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 DEEPEST = 6  # levels of dictionaries and lists that are searched for state dicts
 SEVERAL = 4  # names that a message lists
 Statistics = tuple[float, ...]
-Shapes = Mapping[str, tuple[int, ...]]
 Place = tuple[object, ...]  # keys of dictionaries and positions in lists, from the top of a file to a state dict
 
 
@@ -80,8 +79,10 @@ def find(dataset: str, model: str, data_dir: Path) -> Path | None:
 
 def read(
     path: Path, weights_key: str | None = None, fits: Callable[[dict[str, Tensor]], list[str]] | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors by name and the metadata of a safetensors file or a pickle; a pickle has no metadata.
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Return the tensors by name in a safetensors file or a pickle, and the metadata that `write` stored.
+
+    A pickle has no metadata, and that of other software is left out.
 
     weights_key  which weights to read if the file has several: the key of a state dict, with dots between nested keys,
                  or a prefix of names
@@ -90,12 +91,13 @@ def read(
     Raises InputError for a file that is missing, damaged, has no weights, has several that fit, or would run code when
     it is read.
     """
-    content, metadata, _ = _content(path)
-    if content == {} and metadata is not None:  # safetensors without tensors: the caller describes what is missing
+    content, stored, _ = _content(path)
+    metadata = dict(_decoded(stored or {}))
+    if content == {} and stored is not None:  # safetensors without tensors: the caller describes what is missing
         return {}, metadata
     choice = _choose(content, path, weights_key, fits)
     state = _state_at(content, choice.place)
-    return {key: tensor for key, tensor in state.items() if key.startswith(choice.prefix)}, metadata or {}
+    return {key: tensor for key, tensor in state.items() if key.startswith(choice.prefix)}, metadata
 
 
 def require_file(path: Path) -> None:
@@ -371,11 +373,11 @@ def write(
         part.write_bytes(serialize(state, {key: json.dumps(value) for key, value in metadata.items()}))
 
 
-def metadata_value(metadata: dict[str, str], key: str) -> object:
-    """Return a metadata value that `write` stored; None if it is missing or was written by other software."""
-    with contextlib.suppress(KeyError, json.JSONDecodeError):
-        return json.loads(metadata[key])
-    return None
+def _decoded(metadata: dict[str, str]) -> Iterator[tuple[str, object]]:
+    """Yield the metadata that `write` stored, without that of other software."""
+    for key, text in metadata.items():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield key, json.loads(text)
 
 
 def rewrite(source: Path, net: nn.Module, target: Path, weights_key: str | None = None) -> list[str]:

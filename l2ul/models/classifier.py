@@ -37,7 +37,7 @@ class Classifier(nn.Module):
     preprocess  layers that end with a Normalize
     source      where the weights came from; None for an untrained network
     sha256      hash of the weights, or of their file
-    metadata    metadata of the file
+    metadata    of the file, see `checkpoint.read`
     not_read    files of the model's folder and entries of its weights that were not read
     notes       sentences on what was read from the file beside the weights: the input normalisation
     outputs     what the network returns, see `models.outputs.adapt`: of probabilities, the logarithms are logits
@@ -50,7 +50,7 @@ class Classifier(nn.Module):
         self.name, self.num_classes = name, num_classes
         self.source: str | None = None
         self.sha256: str | None = None
-        self.metadata: dict[str, str] = {}
+        self.metadata: dict[str, object] = {}
         self.not_read: list[str] = []
         self.notes: list[str] = []
         self.outputs = LOGITS

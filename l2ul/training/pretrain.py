@@ -107,7 +107,7 @@ def saved_settings(
 def saved_precision(output: Path, resume: bool, rerun: bool) -> str | None:
     """Return the precision of the weights in `output` or of the training to resume; None if there is neither."""
     if output.exists() and not rerun:
-        return checkpoint.metadata_value(checkpoint.read(output)[1], "precision")
+        return checkpoint.read(output)[1].get("precision")
     state = loop.read_state(state_file(output)) if resume else None
     return state.get("settings", {}).get("precision") if state else None
 
@@ -126,8 +126,7 @@ def check_settings(output: Path, settings: dict[str, object]) -> None:
     _, metadata = checkpoint.read(output)
     reading = ImageReader().options  # saved where they are not these defaults
     for name, value in (reading | settings).items():
-        saved = checkpoint.metadata_value(metadata, name)
-        saved = reading.get(name) if saved is None else saved
+        saved = metadata.get(name, reading.get(name))
         if saved != value if name in reading else saved not in (None, value):
             difference = "other images" if name == "train_sha256" else f"{name} {saved}, not {value}"
             raise InputError(

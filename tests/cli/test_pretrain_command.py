@@ -50,8 +50,8 @@ def test_weights_are_saved_where_unlearning_looks_for_them(pretrain, tmp_path):
     assert re.fullmatch(rf"D_test [\d.]+ %: {re.escape(str(usual))}", last)
     assert not list(usual.parent.glob("*.training.pt"))
     metadata = checkpoint.read(usual)[1]
-    assert (metadata["lr"], metadata["epochs"], metadata["dataset"]) == ("0.001", "1", '"digits"')
-    assert float(last.split()[1]) == pytest.approx(float(metadata["acc_test"]), abs=0.005)
+    assert (metadata["lr"], metadata["epochs"], metadata["dataset"]) == (0.001, 1, "digits")
+    assert float(last.split()[1]) == pytest.approx(metadata["acc_test"], abs=0.005)
     assert "exists; add --rerun" in pretrain("--lr", "1e-3")[1]
     assert "was trained with lr 0.001, not 0.1; add --rerun" in pretrain("--lr", 0.1)[2]
 

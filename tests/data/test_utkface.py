@@ -132,7 +132,7 @@ def test_pretraining_and_unlearning_use_the_same_split(train, script, tmp_path):
     weights = tmp_path / "weights" / "utkface_MFD_resnet20.safetensors"
     assert weights.exists()
     _, metadata = checkpoint.read(weights)
-    assert checkpoint.metadata_value(metadata, "lr") == 1e-4
+    assert metadata["lr"] == 1e-4
     assert "exists; add --rerun" in train("--age-grouping", "MFD")[1]
 
     def unlearn(*arguments):
