@@ -178,7 +178,7 @@ def few_digits(monkeypatch):
         train=Split(digits.train.images[:40], digits.train.labels[:40]),
         test=Split(digits.test.images[:20], digits.test.labels[:20]),
     )
-    monkeypatch.setattr(datasets, "_digits", lambda: few)
+    monkeypatch.setitem(datasets.LOADERS, "digits", lambda data_dir, **options: few)
     return few
 
 

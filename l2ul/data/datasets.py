@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+from functools import partial
 from pathlib import Path
 import socket
 
@@ -12,7 +13,7 @@ from torchvision import datasets as torchvision_datasets
 
 from l2ul import ProgressBar
 from l2ul.common import distributed
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, first_line
 from l2ul.common.text import normal_form
 from l2ul.data import huggingface, utkface
 from l2ul.data.folder import PREFETCH, FolderImages
@@ -68,9 +69,9 @@ def load(
     if name.startswith(huggingface.PREFIX):
         decoding = {"image_size": image_size, "workers": workers, "progress": progress, **reading}
         return huggingface.load(name, data_dir, download=download, **table, **decoding)
-    given = next((flag for flag, value in table.items() if value is not None), None)
-    if given:
-        raise InputError(f"--{given.replace('_', '-')} is for --dataset hf:NAME_OR_FOLDER, not {name}; leave it out")
+    flag = next((flag for flag, value in table.items() if value is not None), None)
+    if flag:
+        raise InputError(f"--{flag.replace('_', '-')} is for --dataset hf:NAME_OR_FOLDER, not {name}; leave it out")
     if name in LOADERS:
         options = {"image_size": image_size, "age_grouping": age_grouping, "split_seed": split_seed}
         options |= {"whole_train": whole_train, "workers": workers, "download": download, "progress": progress}
@@ -93,37 +94,7 @@ def dataset(name: str) -> Callable[[Loader], Loader]:
 
 
 @dataset("digits")
-def _load_digits(data_dir: Path, **options) -> Images:
-    return _digits()
-
-
-@dataset("cifar10")
-def _load_cifar10(data_dir: Path, *, download: bool, **options) -> Images:
-    return _cifar("cifar10", torchvision_datasets.CIFAR10, data_dir, download)
-
-
-@dataset("cifar100")
-def _load_cifar100(data_dir: Path, *, download: bool, **options) -> Images:
-    return _cifar("cifar100", torchvision_datasets.CIFAR100, data_dir, download)
-
-
-@dataset("mnist")
-def _load_mnist(data_dir: Path, *, download: bool, **options) -> Images:
-    return _mnist("mnist", torchvision_datasets.MNIST, data_dir, download)
-
-
-@dataset("fashion_mnist")
-def _load_fashion_mnist(data_dir: Path, *, download: bool, **options) -> Images:
-    return _mnist("fashion_mnist", torchvision_datasets.FashionMNIST, data_dir, download)
-
-
-@dataset("utkface")
-def _load_utkface(data_dir: Path, *, age_grouping: str, image_size: int | None, **options) -> Images:
-    options = {name: options[name] for name in ("split_seed", "whole_train", "workers", "progress", "reader")}
-    return utkface.load(data_dir, age_grouping, image_size=image_size or 128, **options)
-
-
-def _digits() -> Images:
+def _digits(data_dir: Path, **options) -> Images:
     """Return scikit-learn's 1,797 handwritten digits (8 × 8, 17 grey levels), enlarged to 32 × 32 RGB.
 
     Every fifth image is a test image.
@@ -139,7 +110,7 @@ def _digits() -> Images:
     return Images("digits", 10, [str(d) for d in range(10)], train, Split(images[test], labels[test]))
 
 
-def _cifar(name: str, kind: type[torchvision_datasets.CIFAR10], data_dir: Path, download: bool) -> Images:
+def _cifar(name: str, kind: type[torchvision_datasets.CIFAR10], data_dir: Path, *, download: bool, **options) -> Images:
     parts = _of_torchvision(name, kind, data_dir, data_dir / kind.base_folder, "its official python version", download)
     splits = [
         Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
@@ -148,7 +119,7 @@ def _cifar(name: str, kind: type[torchvision_datasets.CIFAR10], data_dir: Path, 
     return Images(name, len(parts[0].classes), parts[0].classes, *splits)
 
 
-def _mnist(name: str, kind: type[torchvision_datasets.MNIST], data_dir: Path, download: bool) -> Images:
+def _mnist(name: str, kind: type[torchvision_datasets.MNIST], data_dir: Path, *, download: bool, **options) -> Images:
     folder = data_dir / kind.__name__ / "raw"
     parts = _of_torchvision(name, kind, data_dir, folder, "its four files in the IDX format", download)
     for part in parts:
@@ -159,6 +130,21 @@ def _mnist(name: str, kind: type[torchvision_datasets.MNIST], data_dir: Path, do
                 f"(N, 28, 28) and N labels from 0 to 9: delete the folder, so that it is downloaded again"
             )
     return Images(name, 10, kind.classes, *(Split(part.data[:, None], part.targets) for part in parts))
+
+
+for _name, _load, _kind in (
+    ("cifar10", _cifar, torchvision_datasets.CIFAR10),
+    ("cifar100", _cifar, torchvision_datasets.CIFAR100),
+    ("mnist", _mnist, torchvision_datasets.MNIST),
+    ("fashion_mnist", _mnist, torchvision_datasets.FashionMNIST),
+):
+    dataset(_name)(partial(_load, _name, _kind))
+
+
+@dataset("utkface")
+def _utkface(data_dir: Path, *, age_grouping: str, image_size: int | None, **options) -> Images:
+    options = {name: options[name] for name in ("split_seed", "whole_train", "workers", "progress", "reader")}
+    return utkface.load(data_dir, age_grouping, image_size=image_size or 128, **options)
 
 
 def _of_torchvision(
@@ -222,8 +208,7 @@ def _read_image_folder(folder: Path) -> torchvision_datasets.ImageFolder:
     try:
         part = torchvision_datasets.ImageFolder(str(folder))
     except FileNotFoundError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{folder} does not hold images in a subfolder per class: {reason}") from None
+        raise InputError(f"{folder} does not hold images in a subfolder per class: {first_line(error)}") from None
     first: dict[str, str] = {}
     for name in part.classes:
         if first.setdefault(normal_form(name), name) != name:

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from l2ul import ProgressBar
 from l2ul.common.choices import PREFETCH
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, first_line
 from l2ul.data.image_files import ImageFile, ImageReader, UnreadableImage, read_bytes, unreadable, version
 from l2ul.data.storage import DecodedImages
 
@@ -36,8 +36,8 @@ def check_decoder(decoder: str, device: torch.device) -> None:
     try:
         _decode([_as_tensor(jpeg.getvalue())], device)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--decoder gpu: nvJPEG cannot decode on this GPU ({reason}); leave it out") from None
+        why = first_line(error)
+        raise InputError(f"--decoder gpu: nvJPEG cannot decode on this GPU ({why}); leave it out") from None
 
 
 class FolderImages(Dataset):
@@ -254,8 +254,8 @@ def _decode_one(image: Tensor, device: torch.device) -> tuple[Tensor, bool]:
         try:
             return _decode([image], torch.device("cpu"))[0], True
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"an image of the folder is damaged ({reason}); replace or remove it") from None
+            why = first_line(error)
+            raise InputError(f"an image of the folder is damaged ({why}); replace or remove it") from None
 
 
 def _decode(images: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from l2ul.common import seeds
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, first_line
 from l2ul.common.text import normal_form, read_text
 from l2ul.data.folder import FolderImages
 from l2ul.data.image_files import OTHER_SUFFIXES, EmbeddedFile, ImageReader
@@ -204,7 +204,7 @@ def open_folder(folder: Path) -> ImageFolder:
         return ImageFolder(str(folder), is_valid_file=is_image_name)
     except OSError as error:
         raise InputError(
-            f"--forget-dir {folder} does not hold images in a subfolder per class ({str(error).splitlines()[0]})"
+            f"--forget-dir {folder} does not hold images in a subfolder per class ({first_line(error)})"
         ) from None
 
 
@@ -224,9 +224,7 @@ def read_folder(folder: Path, images: Images, reader: ImageReader | None = None)
             f"--forget-dir {folder} has a subfolder {unknown[0]!r}, which is no class of the data set; "
             f"expected names such as {', '.join(map(repr, images.classes[:3]))}"
         )
-    files, train = [file for file, _ in image_folder.samples], images.train.images
-    short_side = train.short_side if isinstance(train, FolderImages) else images.short_side or images.side
-    folder_images = FolderImages(files, images.side, short_side, reader=reader).with_channels(images.channels)
+    folder_images = images.from_files([file for file, _ in image_folder.samples], reader)
     reject_own(folder_images, images, "choose training images with --forget-file, and leave out test images")
     return Split(
         folder_images,

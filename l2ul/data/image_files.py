@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 from l2ul.common.choices import EXIF_ORIENTATIONS, MAX_IMAGE_PIXELS
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, first_line
 from l2ul.common.installation import import_package
 
 ORIENTATION = 0x0112  # EXIF tag
@@ -272,8 +272,7 @@ class ImageReader:
         except Exception as error:  # the decoders raise many types
             if getattr(error, "errno", None):
                 raise UnreadableImage(error.strerror) from None
-            reason = str(error) or type(error).__name__
-            raise UnreadableImage(f"damaged: {reason.splitlines()[0]}") from None
+            raise UnreadableImage(f"damaged: {first_line(error)}") from None
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from l2ul.common import distributed
 from l2ul.common.files import tensors_sha256
 from l2ul.data.folder import FolderImages
+from l2ul.data.image_files import ImageReader
 
 LARGE = 64  # pixels; images with a longer side have smaller default batches
 MAX_FLOATS = 2**26  # values; more than these stay uint8 in memory, see `pixels_of`
@@ -135,6 +136,12 @@ class Images:
     def channels(self) -> int:
         """The channels of the images."""
         return self.train.channels
+
+    def from_files(self, files: list[str], reader: ImageReader | None = None) -> FolderImages:
+        """Return image files as images with the size and channels of the data set, resized and cropped like it."""
+        train = self.train.images
+        short_side = train.short_side if isinstance(train, FolderImages) else self.short_side or self.side
+        return FolderImages(files, self.side, short_side, reader=reader).with_channels(self.channels)
 
     @property
     def refused(self) -> set[str]:

@@ -59,9 +59,7 @@ def read(
         files = sorted(str(file) for file in Path(name).rglob("*") if file.is_file() and is_image_name(file.name))
         if not files:
             raise InputError(f"--surrogate {name} holds no images; expected image files, in subfolders or not")
-        train = images.train.images
-        short_side = train.short_side if isinstance(train, FolderImages) else images.short_side or images.side
-        chosen = FolderImages(files, images.side, short_side, reader=reader).with_channels(images.channels)
+        chosen = images.from_files(files, reader)
         reject_own(chosen, images, "a surrogate set must not hold such images: remove it from the folder")
         return Surrogate(Path(name).name, _in_memory(chosen)), images
     if name in LOADERS and name != images.name:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from l2ul.common.choices import EXIF_ORIENTATIONS
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, first_line
 from l2ul.common.files import file_sha256
 from l2ul.common.text import normal_form, read_text
 from l2ul.data.image_files import ImageReader, UnreadableImage
@@ -429,7 +429,7 @@ def _read_labels(table: Path, files: dict[str, str | None], folder: Path) -> dic
             rows = rows.fillna("")  # rows with fewer fields than columns
     except (OSError, ValueError, pd.errors.ParserWarning) as error:
         raise InputError(
-            f"cannot read the label table {table} ({str(error).strip().splitlines()[0]}); expected CSV with the "
+            f"cannot read the label table {table} ({first_line(error)}); expected CSV with the "
             f"columns file, label, new_label"
         ) from None
     unknown = set(rows.columns) - {"file", "label", "new_label"}

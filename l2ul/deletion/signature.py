@@ -5,7 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, first_line
 
 SUFFIX = ".sig"  # appended to the file name of a report
 
@@ -87,8 +87,7 @@ def _read_key(path: Path, load, method: str, what: str):
     except OSError as error:
         raise InputError(f"cannot read the key {path} ({error.strerror}); {expected}") from None
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} is not a usable key ({reason[:80]}); {expected}") from None
+        raise InputError(f"{path} is not a usable key ({first_line(error)[:80]}); {expected}") from None
     if type(key).__name__ not in ("Ed25519PrivateKey", "Ed25519PublicKey") or not hasattr(key, method):
         raise InputError(f"{path} contains a {type(key).__name__}; {expected}")
     return key
