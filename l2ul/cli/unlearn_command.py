@@ -22,7 +22,7 @@ from l2ul.common.tracking import Trackers
 from l2ul.data import forget_set
 from l2ul.data.images import Images, Split, as_pixels
 from l2ul.data.surrogate import Surrogate
-from l2ul.experiments import model_card, time_estimates
+from l2ul.experiments import model_card, records, time_estimates
 from l2ul.experiments.execution import Experiment
 from l2ul.experiments.measurement import Evaluator
 from l2ul.experiments.reference_models import ReferenceModel, ReferenceModels
@@ -123,7 +123,7 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
         print("the model returns probabilities; their logarithms are used as logits")
     if not opts.single_label:
         outputs.check_single_label(torch.cat(list(accuracy.logits(classifier, sample, fold=False))))
-    accuracy.check_trained_on(images, classifier.metadata, classifier.source)
+    preflight.check_trained_on(images, classifier.metadata, classifier.source)
     return make_setup(opts, images, classifier, Path(path).name if path else None, chosen)
 
 
@@ -254,7 +254,7 @@ def announce(
         step = f" step {run.settings['continual_step']}" if run.is_step else ""
         print(f"{state:7} {run.files.identity} {run.method.name:10} k = {run.k:<4} seed = {run.seed}{step}")
     if to_do:
-        finished = time_estimates.read_records(opts.result_dir)
+        finished = records.read_folder(opts.result_dir)
         print(time_estimates.sentence([run.settings for run in to_do], finished, source=str(opts.result_dir)))
 
 
@@ -303,7 +303,7 @@ def _load_reference_models(opts: argparse.Namespace, setup: Setup, device: torch
         else:
             model = models.load(opts.model, setup.images.num_classes, path, opts.mean, opts.std)
             model.outputs = setup.classifier.outputs
-        accuracy.check_trained_on(setup.images, model.metadata, str(path))
+        preflight.check_trained_on(setup.images, model.metadata, str(path))
         # a file of a main_pretrain script that names no excluded images was trained on all of them
         excluded = model.metadata.get("excluded", [] if "epochs" in model.metadata else None)
         is_known = isinstance(excluded, list) and all(type(index) is int for index in excluded)

@@ -107,7 +107,7 @@ def environment(device: torch.device) -> dict[str, object]:
     }
 
 
-def fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: nn.Module) -> str:
     """Return a hash of a model: its layers, its parameters and buffers, source code and settings of custom layers.
 
     Settings are attributes with plain values, such as the number of heads, which a layer may not show in its repr.

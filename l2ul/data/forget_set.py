@@ -87,6 +87,13 @@ def choose_forget(num_images: int, k: int, seed: int) -> Tensor:
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))[:k]
 
 
+def complement(indices: Tensor, num_images: int) -> Tensor:
+    """Return the indices of D_r in ascending order: those of 0 … num_images - 1 that are not in D_f's `indices`."""
+    kept = torch.ones(num_images, dtype=torch.bool)
+    kept[indices.cpu()] = False
+    return kept.nonzero().flatten()
+
+
 def read_integers(path: Path, what: str, read: Callable[[str], int] = int, expected: str = "a whole number") -> Tensor:
     """Read a text file with one whole number per line into an int64 tensor. Blank lines are ignored.
 

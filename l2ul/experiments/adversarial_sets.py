@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from l2ul import Progress, attack
 from l2ul.common import distributed
-from l2ul.common.cache import Cache, environment, fingerprint
+from l2ul.common.cache import Cache, environment, model_fingerprint
 from l2ul.common.errors import Diverged
 from l2ul.common.files import tensors_sha256
 from l2ul.common.precision import exactly
@@ -214,7 +214,7 @@ class Attack:
         """Return for each image everything that decides its examples, bit for bit."""
         shared = asdict(self.settings) | {"num_classes": self.num_classes, "seed": self.seed}
         shared["steps"] = shared.pop("iterations")  # the name in the keys of existing caches
-        shared |= {"kind": "adversarial examples", "net": fingerprint(model)} | environment(images.device)
+        shared |= {"kind": "adversarial examples", "net": model_fingerprint(model)} | environment(images.device)
         return [
             shared | {"image": tensors_sha256({"": image}), "label": label, "position": first_position + place}
             for place, (image, label) in enumerate(zip(images, labels.tolist(), strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from l2ul.common import device as devices
 from l2ul.common import distributed, seeds
-from l2ul.common.cache import Cache, environment, fingerprint
+from l2ul.common.cache import Cache, environment, model_fingerprint
 from l2ul.common.errors import InputError
 from l2ul.common.precision import exactly
 from l2ul.common.progress import progress_bar
@@ -247,8 +247,8 @@ class Evaluator:
         with contextlib.ExitStack() as stack:
             if distributed.is_first() and self.cache.folder is not None:
                 digests = {name: split.sha256() for name, split in self._splits.items()}
-                key = {"kind": "predictions", "precision": self.setup.hyper["precision"], "net": fingerprint(model)}
-                key |= environment(self.device)
+                key = {"kind": "predictions", "precision": self.setup.hyper["precision"]}
+                key |= {"net": model_fingerprint(model)} | environment(self.device)
                 key |= {"train": digests["retain_sample"], "test": digests["test"]}
                 stack.enter_context(self.cache.lock(key))  # waits for another command that computes the same
                 known = self.cache.get(key)

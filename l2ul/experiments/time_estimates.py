@@ -1,8 +1,7 @@
 """How long runs take, estimated from the records of finished runs."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 import statistics
 
 from l2ul.common.progress import format_duration
@@ -11,11 +10,6 @@ from l2ul.experiments import records
 COMPARABLE = ("dataset", "model", "method")  # runs that agree in these take similar time, apart from k
 
 Record = Mapping[str, object]
-
-
-def read_records(result_dir: Path) -> Iterator[dict[str, object]]:
-    """Yield all records in a result folder, in the order of their ids."""
-    return filter(None, map(records.read, sorted((result_dir / "runs").glob("*.json"))))
 
 
 class TimeEstimates:

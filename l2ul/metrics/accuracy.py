@@ -1,4 +1,4 @@
-"""Predictions of a model for a data set in one pass, accuracies, and checks that model and data set fit."""
+"""Predictions of a model for a data set in one pass, and accuracies."""
 
 from collections.abc import Iterator
 
@@ -8,14 +8,13 @@ from torch import Tensor, nn
 from l2ul import Progress
 from l2ul.common import distributed
 from l2ul.common.bn_folding import folded
-from l2ul.common.errors import Diverged, InputError
+from l2ul.common.errors import Diverged
 from l2ul.common.memory import smaller_batch
 from l2ul.common.modes import eval_mode
 from l2ul.common.precision import exactly
 from l2ul.data import images as image_sets
 from l2ul.data.folder import FolderImages
-from l2ul.data.image_files import ImageReader
-from l2ul.data.images import Images, as_pixels, batches, input_side
+from l2ul.data.images import as_pixels, batches, input_side
 from l2ul.objective import Forget
 
 BATCH_SIZE = {"cpu": (256, 64), "mps": (512, 64), "cuda": (2048, 256)}  # images per batch; of large images
@@ -118,43 +117,3 @@ def interval(predictions: Tensor, labels: Tensor) -> tuple[float, float]:
 
     bounds = binomtest(int((predictions == labels).sum()), len(labels)).proportion_ci(0.95, method="wilson")
     return 100 * bounds.low, 100 * bounds.high
-
-
-def complement(indices: Tensor, num_images: int) -> Tensor:
-    """Return the indices of D_r in ascending order: those of 0 … num_images - 1 that are not in D_f's `indices`."""
-    kept = torch.ones(num_images, dtype=torch.bool)
-    kept[indices.cpu()] = False
-    return kept.nonzero().flatten()
-
-
-def check_trained_on(images: Images, metadata: dict[str, object], source: str) -> None:
-    """Raise InputError if weights were trained on other images than `images`, as far as their file says.
-
-    metadata  of the file of the weights. Compared are the options of the reader of image files and, for data sets that
-              we split ourselves, train_sha256 and the keys of `images.settings` that it has
-    source    name of the file
-    """
-    # a file of a main_pretrain script names each option that is not the default
-    is_ours = "epochs" in metadata and metadata.get("dataset") == images.name
-    for name, default in ImageReader().options.items():
-        here = images.settings.get(name, default)
-        trained = metadata.get(name, default if is_ours else here)
-        if trained != here:
-            flag = f"--{name.replace('_', '-')}"
-            trained, here = (f"{flag} {value}" if value else f"no {flag}" for value in (trained, here))
-            raise InputError(
-                f"{source} was trained with {trained}, not {here}; use the same option, or train a classifier for it"
-            )
-    if not images.train_sha256:
-        return
-    for name, value in images.settings.items():
-        if metadata.get(name) not in (None, value):
-            raise InputError(
-                f"{source} was trained with --{name.replace('_', '-')} {metadata[name]}, not {value}; use that value, "
-                f"or train a classifier for {value}"
-            )
-    if metadata.get("train_sha256") not in (None, images.train_sha256):
-        raise InputError(
-            f"{source} was trained on other images of {images.name}, which may be among the test images here; "
-            f"use the folder of images on which it was trained"
-        )

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-from l2ul.metrics.registry import MEMBERSHIP_ATTACKS as ATTACKS  # noqa: F401  # the keys of `inference`
-
 MAX_FALSE_POSITIVES = 0.01  # false-positive rate at which the true-positive rate is reported
 FOLDS = 5
 OFFLINE = 0.3  # a of the offline RMIA, the same for every data set
@@ -93,7 +91,7 @@ def logistic_scores(members: np.ndarray, others: np.ndarray, seed: int = 0) -> t
 def inference(
     members: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Run every attack of ATTACKS and return its `advantage`.
+    """Run every attack of `registry.MEMBERSHIP_ATTACKS` and return its `advantage`.
 
     members  logits (n, C) and labels (n,) of D_f
     others   logits (m, C) and labels (m,) of images that the model was not trained on

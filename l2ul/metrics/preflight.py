@@ -1,4 +1,4 @@
-"""Check before any work that a model can be unlearned: its outputs, their repeatability and its gradients."""
+"""Check before any work that a model can be unlearned and fits the data set: outputs, gradients, classes, training."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -14,7 +14,8 @@ from l2ul.common.modes import eval_mode, trainable
 from l2ul.common.precision import autocast
 from l2ul.data import images as image_sets
 from l2ul.data.folder import FolderImages
-from l2ul.data.images import as_pixels
+from l2ul.data.image_files import ImageReader
+from l2ul.data.images import Images, as_pixels
 from l2ul.models.classifier import logits_of
 
 REPEATS = 6  # further passes of a model that draws random numbers in eval mode
@@ -51,6 +52,39 @@ def check_model(model: nn.Module, images: Tensor | FolderImages, precision: str 
                 model(pixels)  # some modules keep tensors of the last pass; with a history they cannot be copied
     copied(model)
     return logits.shape[1]
+
+
+def check_trained_on(images: Images, metadata: dict[str, object], source: str) -> None:
+    """Raise InputError if weights were trained on other images than `images`, as far as their file says.
+
+    metadata  of the file of the weights. Compared are the options of the reader of image files and, for data sets that
+              we split ourselves, train_sha256 and the keys of `images.settings` that it has
+    source    name of the file
+    """
+    # a file of a main_pretrain script names each option that is not the default
+    is_ours = "epochs" in metadata and metadata.get("dataset") == images.name
+    for name, default in ImageReader().options.items():
+        here = images.settings.get(name, default)
+        trained = metadata.get(name, default if is_ours else here)
+        if trained != here:
+            flag = f"--{name.replace('_', '-')}"
+            trained, here = (f"{flag} {value}" if value else f"no {flag}" for value in (trained, here))
+            raise InputError(
+                f"{source} was trained with {trained}, not {here}; use the same option, or train a classifier for it"
+            )
+    if not images.train_sha256:
+        return
+    for name, value in images.settings.items():
+        if metadata.get(name) not in (None, value):
+            raise InputError(
+                f"{source} was trained with --{name.replace('_', '-')} {metadata[name]}, not {value}; use that value, "
+                f"or train a classifier for {value}"
+            )
+    if metadata.get("train_sha256") not in (None, images.train_sha256):
+        raise InputError(
+            f"{source} was trained on other images of {images.name}, which may be among the test images here; "
+            f"use the folder of images on which it was trained"
+        )
 
 
 def check_fit(model: nn.Module, images: Tensor | FolderImages, num_classes: int, precision: str = "fp32") -> None:

@@ -27,7 +27,7 @@ from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
 from l2ul.common.offline import offline
 from l2ul.common.progress import progress_bar
-from l2ul.data import datasets, storage
+from l2ul.data import datasets, forget_set, storage
 from l2ul.data.image_files import ImageReader
 from l2ul.data.images import Images, as_pixels
 from l2ul.experiments.records import Record
@@ -372,7 +372,7 @@ def layer_similarity(subject: Subject) -> Drawn:
     """Draw figure 4."""
     runs = subject.runs_with_models()
     train, test, forget = subject.images.train, subject.images.test, subject.forget(runs[0])
-    retain = subject.sample(runs[0], "retain", accuracy.complement(forget, len(train)))
+    retain = subject.sample(runs[0], "retain", forget_set.complement(forget, len(train)))
     splits = {
         "forget": train.subset(forget).images,
         "retain": train.subset(retain).images,

@@ -162,7 +162,7 @@ class SweepRunner:
             self.report(time_estimates.sentence(settings, self._records(), at_once, str(self.sweep.result_dir)))
 
     def _records(self) -> Iterator[Record]:
-        return time_estimates.read_records(self.sweep.result_dir)
+        return records.read_folder(self.sweep.result_dir)
 
     @contextlib.contextmanager
     def _cluster(self, function: str) -> Iterator[ray_cluster.Cluster]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from l2ul import Progress, models
 from l2ul.common import distributed, seeds
 from l2ul.common.errors import InputError
+from l2ul.data import forget_set
 from l2ul.data.image_files import ImageReader
 from l2ul.data.images import Images
 from l2ul.metrics import accuracy, preflight
@@ -53,7 +54,7 @@ def pretrain(
     settings = saved_settings(images, model_name, recipe, seed, excluded)
     if excluded is not None:
         images = dataclasses.replace(
-            images, train=images.train.subset(accuracy.complement(excluded, len(images.train)))
+            images, train=images.train.subset(forget_set.complement(excluded, len(images.train)))
         )
     with seeds.fork_rng(device, seed, "first weights"):
         classifier = models.build(model_name, images.num_classes, mean, std).to(device)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import torch
 
 from l2ul import attack, models
-from l2ul.common.cache import Cache, fingerprint
+from l2ul.common.cache import Cache, model_fingerprint
 from l2ul.data import datasets
 from l2ul.data.images import as_pixels
 from l2ul.experiments import adversarial_sets
@@ -117,10 +117,10 @@ def test_fingerprints_of_own_models_depend_on_their_code(tmp_path, monkeypatch):
     same_code = own_net(tmp_path, monkeypatch, "same", "x.mean((2, 3))")
     edited = own_net(tmp_path, monkeypatch, "edited", "x.amax((2, 3))")
     assert repr(one) == repr(edited)
-    assert fingerprint(one) == fingerprint(same_code) != fingerprint(edited)
+    assert model_fingerprint(one) == model_fingerprint(same_code) != model_fingerprint(edited)
     for net, value in ((one, 1.0), (same_code, 2.0)):
         net.register_buffer("scale", torch.tensor(value), persistent=False)
-    assert fingerprint(one) != fingerprint(same_code)
+    assert model_fingerprint(one) != model_fingerprint(same_code)
 
 
 class Heads(torch.nn.Linear):
@@ -138,9 +138,9 @@ def test_fingerprints_depend_on_settings_that_layers_do_not_show():
     two, four = Heads(2), Heads(4)
     four.load_state_dict(two.state_dict())
     assert repr(two) == repr(four)
-    assert fingerprint(two) != fingerprint(four)
+    assert model_fingerprint(two) != model_fingerprint(four)
     four.heads = 2
-    assert fingerprint(two) == fingerprint(four.eval())
+    assert model_fingerprint(two) == model_fingerprint(four.eval())
 
 
 @pytest.mark.parametrize(("draws", "first", "then"), [(5, 3, 6), (1, 15, 16), (3, 1, 2), (20, 1, 4), (7, 2, 5)])
@@ -156,14 +156,14 @@ def test_examples_do_not_depend_on_what_is_cached(tmp_path, draws, first, then):
 
 def test_fingerprints_depend_on_layers_and_weights(trained):
     model, *_ = trained
-    first = fingerprint(model)
-    assert fingerprint(model) == first
+    first = model_fingerprint(model)
+    assert model_fingerprint(model) == first
     model.features[3].stride = (1, 1)  # the same weights
-    assert fingerprint(model) != first
+    assert model_fingerprint(model) != first
     model.features[3].stride = (2, 2)
     with torch.no_grad():
         model.head.bias[0] += 1e-3
-    assert fingerprint(model) != first
+    assert model_fingerprint(model) != first
 
 
 def test_only_missing_examples_are_made_and_are_equal_bit_for_bit(trained, tmp_path, attacked):

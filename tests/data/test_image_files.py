@@ -17,7 +17,7 @@ from l2ul.data import datasets, forget_set, image_files, utkface
 from l2ul.data.folder import FolderImages
 from l2ul.data.image_files import ImageReader, UnreadableImage
 from l2ul.deletion import deployed_model, options, request
-from l2ul.metrics import accuracy
+from l2ul.metrics import preflight
 from l2ul.models import checkpoint
 from l2ul.training import pretrain
 import main_unlearn
@@ -234,11 +234,11 @@ def test_options_of_the_reader_are_part_of_settings_only_where_they_differ(tmp_p
     assert load_data(opts).settings["exif_orientation"] == "obey"
     assert image_reader(unlearn_options.parse([])) == ImageReader()
     metadata = {"epochs": 3, "dataset": "set"}
-    accuracy.check_trained_on(default, metadata, "weights")
+    preflight.check_trained_on(default, metadata, "weights")
     with pytest.raises(InputError, match="was trained with --exif-orientation ignore, not --exif-orientation obey"):
-        accuracy.check_trained_on(other, metadata, "weights")
+        preflight.check_trained_on(other, metadata, "weights")
     with pytest.raises(InputError, match="was trained with --white-level 4095.0, not no --white-level"):
-        accuracy.check_trained_on(default, metadata | {"white_level": 4095.0}, "weights")
+        preflight.check_trained_on(default, metadata | {"white_level": 4095.0}, "weights")
 
 
 def test_weights_of_another_reading_are_not_taken_for_finished(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from l2ul.data import forget_set
 from l2ul.metrics import accuracy
 
 
@@ -24,7 +25,7 @@ def test_predictions_accuracy_and_complement():
     found = accuracy.predict(Blue(), images, batch_size=2)
     assert found.tolist() == [0, 1, 0, 0, 1]
     assert accuracy.accuracy(found, torch.tensor([0, 1, 1, 0, 0])) == pytest.approx(60)
-    assert accuracy.complement(torch.tensor([3, 1]), 5).tolist() == [0, 2, 4]
+    assert forget_set.complement(torch.tensor([3, 1]), 5).tolist() == [0, 2, 4]
     images[2] = 0
     with pytest.raises(ArithmeticError, match="1 of 5 images"):
         accuracy.predict(Blue(), images)
