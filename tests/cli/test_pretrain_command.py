@@ -1,7 +1,6 @@
 """The main_pretrain_*.py scripts: where weights are saved, excluded images, lines about epochs, bad input."""
 
 import dataclasses
-import json
 import re
 import subprocess
 import sys
@@ -62,10 +61,10 @@ def test_a_retrained_model_has_a_file_of_its_own(pretrain, tmp_path):
     assert pretrain("--exclude", tmp_path / "out.txt")[0] == 0
     assert "exists; add --rerun" in pretrain("--exclude", tmp_path / "out.txt")[1]
     (retrained,) = weights.glob("digits_resnet20_without_2_*.safetensors")
-    assert checkpoint.read(retrained)[1]["excluded"] == "[5, 1]"
+    assert checkpoint.read(retrained)[1]["excluded"] == [5, 1]
     assert pretrain("--exclude-k", 3, "--exclude-seed", 7)[0] == 0
     (chosen,) = weights.glob("digits_resnet20_without_3_*.safetensors")
-    assert json.loads(checkpoint.read(chosen)[1]["excluded"]) == choose_forget(96, 3, 7).tolist()
+    assert checkpoint.read(chosen)[1]["excluded"] == choose_forget(96, 3, 7).tolist()
     assert not (weights / "digits_resnet20.safetensors").exists()
 
 
@@ -155,12 +154,12 @@ def test_auto_measures_the_precision_and_an_existing_training_decides_it(pretrai
     assert code == 0, err
     assert "--precision auto: bf16; images a second, forward and backward: fp32 8, bf16 16" in out
     weights = tmp_path / "weights" / "digits_resnet20.safetensors"
-    assert checkpoint.read(weights)[1]["precision"] == '"bf16"'
+    assert checkpoint.read(weights)[1]["precision"] == "bf16"
     for options in ([], ["--precision", "auto"]):
         assert "exists; add --rerun" in pretrain(*options)[1]
     assert "was trained with precision bf16, not fp32" in pretrain("--precision", "fp32")[2]
     assert pretrain("--precision", "auto", "--rerun")[0] == 0
-    assert checkpoint.read(weights)[1]["precision"] == '"fp32"'
+    assert checkpoint.read(weights)[1]["precision"] == "fp32"
 
 
 def test_a_resumed_training_keeps_its_precision(pretrain, tmp_path, monkeypatch):
@@ -169,4 +168,4 @@ def test_a_resumed_training_keeps_its_precision(pretrain, tmp_path, monkeypatch)
         patch.setattr(pretrain_command.EpochLines, "line", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         assert pretrain("--precision", "bf16", "--epochs", 2)[0] == 130
     assert pretrain("--precision", "auto", "--epochs", 2, "--resume")[0] == 0
-    assert checkpoint.read(tmp_path / "weights" / "digits_resnet20.safetensors")[1]["precision"] == '"bf16"'
+    assert checkpoint.read(tmp_path / "weights" / "digits_resnet20.safetensors")[1]["precision"] == "bf16"
