@@ -72,8 +72,8 @@ def page() -> str:
     for script, introduction in SCRIPTS.items():
         own = first
         if script != FIRST:
-            found = [(part, *flags(part)) for part in sections(script)]
-            own = [part for part, title, names in found if not names or not names <= known.get(title, set())]
+            parts = [(part, *flags(part)) for part in sections(script)]
+            own = [part for part, title, names in parts if not names or not names <= known.get(title, set())]
             own = [part for part in own if part not in first]  # such as the glossary
         blocks.append(f"## {script}\n\n{introduction}\n\n```text\n" + "\n\n".join(own) + "\n```\n")
     return "\n".join(blocks)

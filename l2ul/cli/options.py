@@ -480,10 +480,10 @@ def fill_defaults(options: argparse.Namespace) -> None:
     if unused:
         registry.parse_settings([(unused, str(own[unused]))], options.method)
     for name, value in registry.parse_settings(options.setting, options.method).items():
-        given = own.get(name) if name not in SHARED else getattr(options, name)
-        if given not in (None, value):
+        by_flag = own.get(name) if name not in SHARED else getattr(options, name)
+        if by_flag not in (None, value):
             flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} {given} and --setting {name}={value} contradict each other; give one of them")
+            raise InputError(f"{flag} {by_flag} and --setting {name}={value} contradict each other; give one of them")
         if name in SHARED:
             setattr(options, name, value)
         else:
@@ -495,21 +495,21 @@ def fill_defaults(options: argparse.Namespace) -> None:
             setattr(options, flag, default(options.dataset, flag))
 
 
-def settings_as_flags(given: dict[str, object]) -> dict[str, object]:
+def settings_as_flags(flags: dict[str, object]) -> dict[str, object]:
     """Return the flags given to a sweep with those of --setting that have a flag of their own moved to it.
 
     Raises InputError if one is given by its flag as well.
     """
     pairs, own = [], registry.own_flags()
-    given = dict(given)
-    for name, text in given.pop("setting", []):
+    flags = dict(flags)
+    for name, text in flags.pop("setting", []):
         if name in SHARED or name in own:
-            if name in given:
+            if name in flags:
                 raise InputError(f"--{name.replace('_', '-')} and --setting {name}={text} are both given; give one")
-            given.setdefault(f"setting {name}", []).append(_values(name, text))
+            flags.setdefault(f"setting {name}", []).append(_values(name, text))
         else:
             pairs.append((name, text))
-    moved = {name.removeprefix("setting "): value for name, value in given.items()}
+    moved = {name.removeprefix("setting "): value for name, value in flags.items()}
     return moved | ({"setting": pairs} if pairs else {})
 
 

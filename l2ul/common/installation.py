@@ -8,6 +8,7 @@ import subprocess
 from types import ModuleType
 
 import l2ul
+from l2ul.common.errors import InputError
 
 PACKAGE = Path(l2ul.__file__).resolve().parent
 CLONE = PACKAGE.parent if (PACKAGE.parent / "main_unlearn.py").is_file() else None  # None: installed from a wheel
@@ -34,6 +35,16 @@ def import_package(package: str) -> ModuleType:
     return module
 
 
+def require(package: str, feature: str) -> ModuleType:
+    """Import the optional package that a feature needs. Raises InputError with the command that installs it."""
+    try:
+        return import_package(package)
+    except ImportError:
+        raise InputError(
+            f"{feature} needs the package {package}; install it (uv run --extra {package} …, or pip install {package})"
+        ) from None
+
+
 def commit() -> str | None:
     """Return the commit of the clone, with `+` if files differ from it; None outside of a clone or without git."""
     if CLONE is None or not (CLONE / ".git").exists():
@@ -53,10 +64,10 @@ def _git(*words: str) -> str | None:
 def versions() -> dict[str, str]:
     """Return the versions of L2UL, of Python and of `PACKAGES`, without importing them."""
     own = commit()
-    found = {"L2UL": f"{l2ul.VERSION}{f' (commit {own})' if own else ''}", "Python": platform.python_version()}
+    known = {"L2UL": f"{l2ul.VERSION}{f' (commit {own})' if own else ''}", "Python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            known[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            known[name] = "not installed"
+    return known

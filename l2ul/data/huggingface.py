@@ -22,7 +22,7 @@ from torch import Tensor
 from l2ul import ProgressBar
 from l2ul.common import distributed
 from l2ul.common.errors import InputError, first_line, is_out_of_memory
-from l2ul.common.installation import import_package
+from l2ul.common.installation import require
 from l2ul.common.offline import offline
 from l2ul.common.text import read_text
 from l2ul.data import storage
@@ -262,12 +262,7 @@ def _texts(value: object) -> Iterator[str]:
 
 def _package():
     """Return the package datasets. Raise InputError if it is not installed, or if it could run code."""
-    try:
-        datasets = import_package("datasets")
-    except ImportError:
-        raise InputError(
-            "--dataset hf:… needs the package datasets; install it (uv run --extra datasets …, or pip install datasets)"
-        ) from None
+    datasets = require("datasets", "--dataset hf:…")
     if int(datasets.__version__.split(".")[0]) < OLDEST:
         raise InputError(
             f"datasets {datasets.__version__} is installed, which may run code of a data set; expected version "

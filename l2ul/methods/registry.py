@@ -289,10 +289,10 @@ def parse_settings(pairs: Iterable[tuple[str, str]], methods: Sequence[str]) -> 
     """
     values: dict[str, Value] = {}
     for name, text in pairs:
-        found = find_settings(name, methods)
-        if not found:
+        settings = find_settings(name, methods)
+        if not settings:
             raise InputError(_no_such_setting(name, methods))
-        for setting in found:
+        for setting in settings:
             value = setting.parse(text)
             if values.setdefault(name, value) != value:
                 raise InputError(f"setting {name} has two values, {values[name]} and {value}; give one")

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from l2ul.common import activations, seeds
-from l2ul.data import near_duplicates as duplicates
 from l2ul.data.images import as_pixels, batches
 from l2ul.metrics import accuracy, agreement, membership, relearn, retrain_gap, robustness
+from l2ul.metrics import near_duplicates as duplicates
 from l2ul.metrics.registry import GAPS, RunOutputs
 from l2ul.objective import Forget
 

@@ -44,11 +44,11 @@ def register(
     mean, std  of the input normalisation, per channel: one value for a network that takes grey images. None: 0 and 1,
                and the network takes grey images if it does not accept colour images
     """
-    given = mean if mean is not None else std
+    statistic = mean if mean is not None else std
     OWN[name] = SimpleNamespace(
-        MEAN=mean if mean is not None else (0,) * len(given or "RGB"),
-        STD=std if std is not None else (1,) * len(given or "RGB"),
-        CHANNELS=len(given) if given else None,
+        MEAN=mean if mean is not None else (0,) * len(statistic or "RGB"),
+        STD=std if std is not None else (1,) * len(statistic or "RGB"),
+        CHANNELS=len(statistic) if statistic else None,
         build=lambda name, num_classes: build(num_classes),
     )
 

@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from l2ul.common.errors import InputError, first_line, is_out_of_memory
 from l2ul.common.files import other_files
-from l2ul.common.installation import import_package
+from l2ul.common.installation import require
 from l2ul.common.modes import eval_mode
 from l2ul.common.text import read_text
 from l2ul.models.classifier import Normalize, check_weights, logits_of
@@ -101,12 +101,7 @@ def source(name: str) -> Source:
 
 def _timm() -> ModuleType:
     """Return the package. Raises InputError if it is not installed."""
-    try:
-        return import_package("timm")
-    except ImportError:
-        raise InputError(
-            "a model of timm needs the package timm; install it (uv run --extra timm …, or pip install timm)"
-        ) from None
+    return require("timm", "a model of timm")
 
 
 def _check_architecture(timm: ModuleType, model: str) -> None:

@@ -71,10 +71,10 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Sweep:
         add(parser)
     take_several(parser, SINGLE)
     _add_flags(parser)
-    given = options.settings_as_flags(vars(parser.parse_args(argv)))
-    opts = argparse.Namespace(**{name: given.pop(name, None) for name in OWN})
+    flags = options.settings_as_flags(vars(parser.parse_args(argv)))
+    opts = argparse.Namespace(**{name: flags.pop(name, None) for name in OWN})
     shared, split, axes = [], [], {}
-    for name, value in given.items():
+    for name, value in flags.items():
         values = _flatten(name, value)
         if name in SPLIT:
             split += _arguments(name, values)
@@ -84,18 +84,18 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Sweep:
             shared += _arguments(name, values[0])
         else:
             axes[name] = values
-    if choices.AUTO in given.get("precision", ()):
+    if choices.AUTO in flags.get("precision", ()):
         raise InputError(
             "--precision auto measures one model on one machine; a sweep takes one of " + ", ".join(choices.PRECISIONS)
         )
-    if "threads" not in given:  # the same for any number of trials at once, so that results do not depend on it
+    if "threads" not in flags:  # the same for any number of trials at once, so that results do not depend on it
         shared += _arguments("threads", max(1, int(opts.cpus_per_trial)))
-    if "workers" not in given:
+    if "workers" not in flags:
         shared += _arguments("workers", max(1, int(opts.cpus_per_trial)))
-    if opts.search and "retain_sample" not in given:
+    if opts.search and "retain_sample" not in flags:
         shared += _arguments("retain_sample", SEARCH_SAMPLE)
     if opts.source_free:
-        shared += _arguments("evaluate", list(dict.fromkeys([*given.get("evaluate", ()), "agreement"])))
+        shared += _arguments("evaluate", list(dict.fromkeys([*flags.get("evaluate", ()), "agreement"])))
     sweep = Sweep(opts, tuple(shared), tuple(split), axes)
     _check(sweep)
     return sweep

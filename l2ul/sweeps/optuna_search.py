@@ -55,12 +55,12 @@ def _interval(values: list[object]) -> Interval | None:
 
 def settings_on_record(axes: Axes, records: Iterable[dict[str, object]]) -> list[Settings]:
     """Return the settings in the search space that some record has, without duplicates."""
-    found = {}
+    distinct = {}
     for record in records:
         settings = {name: record.get(name) for name in axes}
         if is_in_space(axes, settings):
-            found[tuple(settings.values())] = settings
-    return list(found.values())
+            distinct[tuple(settings.values())] = settings
+    return list(distinct.values())
 
 
 def run(cluster: Cluster, search: Search, count: int, on_result: OnResult, on_step: Callable[[int], None]) -> None:

@@ -121,10 +121,10 @@ class SweepRunner:
         pending = []
         for settings in chosen:
             label = "".join(f", {name} = {value}" for name, value in settings.items())
-            found, unfinished = self.workbench.plan(
+            made, unfinished = self.workbench.plan(
                 self.sweep.arguments(settings), self.sweep.trial_arguments(settings), label
             )
-            new = [trial for trial in found if trial.identity not in planned]
+            new = [trial for trial in made if trial.identity not in planned]
             planned |= {trial.identity: trial for trial in new}
             pending += [trial for trial in new if any(file.identity in unfinished for file in trial.files)]
         return list(planned.values()), pending
@@ -139,8 +139,8 @@ class SweepRunner:
         for settings in optuna_search.settings_on_record(self.sweep.axes, self._records()):
             planned, pending = self.plan([settings])
             if not pending:
-                found = [file.read() for trial in planned for file in trial.files]
-                known.append((settings, trials.score(found, retained)))
+                recorded = [file.read() for trial in planned for file in trial.files]
+                known.append((settings, trials.score(recorded, retained)))
             elif any(trial.has_records for trial in planned):
                 started.append(settings)
         return known, started[: max(0, self.sweep.opts.search - len(known))]

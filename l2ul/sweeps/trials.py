@@ -44,8 +44,8 @@ class Trial:
     @property
     def has_failed(self) -> bool:
         """Whether some run of the trial is on record as failed."""
-        found = (records.read(file.record) for file in self.files)
-        return any(record and record.get("status") == records.FAILED for record in found)
+        kept = (records.read(file.record) for file in self.files)
+        return any(record and record.get("status") == records.FAILED for record in kept)
 
 
 def make_trials(runs: Iterable[Run], arguments: Arguments, settings_label: str = "") -> list[Trial]:
@@ -91,18 +91,18 @@ def start_order(trials: Iterable[Trial], at_once: int) -> Iterator[Trial]:
     yield from without_adv
 
 
-def score(found: Iterable[Record], retained: str = "acc_retain") -> float:
+def score(runs: Iterable[Record], retained: str = "acc_retain") -> float:
     """Return how good settings are, from the records of their runs. Higher is better.
 
     If all runs forgot all of D_f, this is the mean of the key `retained`, in percent. Otherwise it is below 0: minus
     the mean percentage of D_f that is not forgotten, over the runs that did not forget all. A run without a model
     counts as 100 %. The score does not depend on D_test.
     """
-    found = list(found)
-    not_forgotten = [percentage for percentage in map(_not_forgotten, found) if percentage]
+    runs = list(runs)
+    not_forgotten = [percentage for percentage in map(_not_forgotten, runs) if percentage]
     if not_forgotten:
         return -statistics.fmean(not_forgotten)
-    return statistics.fmean(record[retained] for record in found)
+    return statistics.fmean(record[retained] for record in runs)
 
 
 def _not_forgotten(record: Record) -> float:

@@ -8,9 +8,8 @@ import torch
 from l2ul import attack, unlearn
 from l2ul.common import precision
 from l2ul.common.errors import InputError
-from l2ul.data import near_duplicates
 from l2ul.deletion import checks
-from l2ul.metrics import accuracy, preflight
+from l2ul.metrics import accuracy, near_duplicates, preflight
 from l2ul.sweeps import sweep
 import main_forget
 

@@ -9,10 +9,9 @@ from torch import nn
 import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
-from l2ul.data import near_duplicates
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
-from l2ul.metrics import relearn, retrain_gap
+from l2ul.metrics import near_duplicates, relearn, retrain_gap
 
 
 def test_js_divergence_is_in_bits_summed_over_classes_and_averaged_over_images():
