@@ -25,7 +25,7 @@ NOT_FORGOTTEN = 3  # exit code
 PASSED = {True: "ok", False: "FAILED", None: "?"}
 
 
-@exit_codes.clean_exit(PROGRAM, "nothing was written")
+@exit_codes.clean_exit(PROGRAM, exit_codes.NOTHING_WRITTEN)
 def main() -> None:
     args = options.parse(PROGRAM)
     raise SystemExit(verify(args) if args.verify else forget(args))

@@ -43,7 +43,7 @@ PAGE_FIGURES = (1, 3, 6, 7)  # those that need no model
 REFERENCE = Path(__file__).resolve().parent / "result_data" / "reference"  # the committed records
 
 
-@exit_codes.clean_exit(PROGRAM)
+@exit_codes.clean_exit(PROGRAM, "finished files are kept; the same command writes all files")
 def main() -> None:
     make(parse())
 

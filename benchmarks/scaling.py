@@ -45,7 +45,7 @@ SEEDS, SIZES, METHODS = 5, (16, 64, 128, 256), ("adv", "adv_imp")  # of each set
 PAPER = ("neggrad", "rawp", "oracle", "adv", "adv_imp")
 
 
-@exit_codes.clean_exit("scaling.py")
+@exit_codes.clean_exit("scaling.py", exit_codes.NOTHING_WRITTEN)
 def main() -> None:
     opts = parse()
     os.chdir(ROOT)

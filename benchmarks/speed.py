@@ -39,7 +39,7 @@ PARTS = (*ROW_PARTS, "same examples again", "k = 16, cut down")
 ALL = 60_000  # images of D_r and D_test, measured once before all runs and after each; as released, twice a run
 
 
-@exit_codes.clean_exit("speed.py")
+@exit_codes.clean_exit("speed.py", exit_codes.NOTHING_WRITTEN)
 def main() -> None:
     opts = parse()
     device = device_module.choose_device(opts.device, opts.no_cuda, opts.threads)

@@ -29,6 +29,7 @@ from l2ul.methods.checkpoint import Checkpoint, Guard, State, fingerprint, summa
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import Procedure
 from l2ul.methods.settings import AttackSettings, Settings, override
+from l2ul.methods.stand_ins import Synthesis
 from l2ul.metrics import accuracy
 from l2ul.objective import Terms
 
@@ -75,6 +76,7 @@ def unlearn(
     on_step: Callable[[dict[str, float]], object] | None = None,
     go_on: Callable[[], bool] | None = None,
     checkpoint: Checkpoint | None = None,
+    synthesis: Synthesis | None = None,
     cuda_graph: bool = False,
     report: Callable[[str], object] = lambda sentence: None,
 ) -> Outcome:
@@ -98,12 +100,13 @@ def unlearn(
                 too. By default `metrics.accuracy.predict`, whose rounding is that of all measurements
     on_start    called before the first step with the largest number of steps, None if the method has a fixed length
     on_step     called with each row of the curve, which has `step` and `forgotten` (percent of D_f) for a progress
-                line, first with those of an interrupted call that this one continues
+                line; before `on_start` with those of an interrupted call that this one continues
     go_on       called after each row; the loop stops if it returns False
     checkpoint  a file in which the state of the loop is written every few minutes and on KeyboardInterrupt, SystemExit,
                 SIGINT or SIGTERM. A later call with the same arguments continues from it and returns the same weights,
                 curve and status as an uninterrupted call. A state of other settings or inputs is ignored. The file is
                 left to the caller to delete. Methods of fixed length write no state and start from their beginning.
+    synthesis   synthesises the images that `distill` needs with some settings, and keeps them for later calls
     cuda_graph  run forward and backward passes on a CUDA GPU as CUDA graphs, where the method allows it
     report      called with a sentence if the model cannot be captured as a CUDA graph
 
@@ -149,7 +152,7 @@ def unlearn(
             procedure = fixed_length_procedure.FixedLengthProcedure(chosen.terms, context, settings.bn)
         elif "teacher" in chosen.needs:
             kind = robust.RobustProcedure if settings.robust else distill.DistillProcedure
-            procedure = kind(chosen, unlearned, forget, settings, monitor, surrogate)
+            procedure = kind(chosen, unlearned, forget, settings, monitor, synthesis or Synthesis(), surrogate)
         else:
             inputs = {"retained": Split(*adv) if adv else retain, "importance": importance, "workers": workers}
             procedure = paper.PaperProcedure(chosen, unlearned, forget, settings, **inputs)
@@ -168,11 +171,11 @@ def unlearn(
                 loop.load_state_dict(state)
         else:
             checkpoint = None
-        if on_start:
-            on_start(procedure.max_steps)
         on_step = on_step or (lambda row: None)
         for row in loop.outcome.curve:
             on_step(row)
+        if on_start:
+            on_start(procedure.max_steps)
         try:
             return loop.run(on_step, go_on or (lambda: True), checkpoint)
         finally:

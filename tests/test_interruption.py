@@ -1,5 +1,6 @@
 """An interrupted command: what it leaves, and that the same command ends with the same results."""
 
+import contextlib
 import json
 import re
 import signal
@@ -14,6 +15,7 @@ from tracked import read_csv, read_tensorboard
 
 from l2ul import unlearn as unlearning
 from l2ul.cli import exit_codes
+from l2ul.experiments import execution
 import main_unlearn
 
 STEPS = {"distill": ["--distill-steps", 6], "adv_imp": ["--max-passes", 6, "--unlearn-lr", 1e-5]}
@@ -71,8 +73,19 @@ def test_after_sigterm_the_same_command_ends_with_the_results_of_an_uninterrupte
     tracked = tmp_path / "interrupted" / "tracking"
     assert read_csv(tracked)[2] is None
     assert "\nresume " in run("interrupted", "--dry-run")[1]
+    counts = []
+
+    @contextlib.contextmanager
+    def bar(description, total=None):
+        yield lambda count=1, note="", limit=None: counts.append((description, count, limit))
+
+    monkeypatch.setattr(execution, "progress_bar", bar)
     _, out, _ = run("interrupted", *trackers)
-    assert 3 <= int(re.search(r"continuing after step (\d+)", out)[1]) < record["steps"]
+    done = int(re.search(r"continuing after step (\d+)", out)[1])
+    assert 3 <= done < record["steps"]
+    counted = [(count, limit) for description, count, limit in counts if description.startswith(method)]
+    assert [count for count, _ in counted] == [done, *[1] * (record["steps"] - done)]
+    assert all(limit >= record["steps"] for _, limit in counted)
     assert contents(tmp_path / "interrupted") == expected
     (curve,) = (tmp_path / "interrupted" / "runs").glob("*.csv")
     assert (tracked / "csv" / curve.name).read_text() == curve.read_text()

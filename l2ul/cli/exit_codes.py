@@ -23,7 +23,8 @@ import threading
 from l2ul.common.errors import Diverged, InputError, first_line, is_out_of_memory
 
 _sigterm_received = threading.Event()
-CONTINUES = "finished runs are kept; the same command continues"
+CONTINUES = "finished runs are kept; the same command continues"  # of commands that carry out runs
+NOTHING_WRITTEN = "nothing was written; the same command starts again"
 
 
 class Terminated(KeyboardInterrupt):
@@ -31,11 +32,11 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def clean_exit(program: str, after_stop: str = CONTINUES, shared: bool = False) -> Iterator[None]:
+def clean_exit(program: str, after_stop: str, shared: bool = False) -> Iterator[None]:
     """Turn errors that a user can act on into one sentence and an exit code. Other errors keep their traceback.
 
     program     name of the script, which begins the sentence
-    after_stop  what a user should know after Ctrl-C or SIGTERM
+    after_stop  what is kept after Ctrl-C or SIGTERM, and how to continue
     shared      whether torchrun may start the script in several processes. The script then calls
                 `distributed.process_group()` after it has parsed its command line. Only the first process to end prints
                 its sentence; torchrun ends the others

@@ -168,6 +168,16 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
             trackers.log(row)
             print(lines.line(row), flush=True)
 
+        def resume(rows: list[dict[str, float]]) -> None:
+            file = pretrain.state_file(output)
+            if not rows:
+                print(f"there is no {file} to continue from; the training starts with epoch 1", flush=True)
+                return
+            print(f"continuing after epoch {len(rows)} of {recipe.epochs} from {file}", flush=True)
+            for row in rows:
+                trackers.log(row)
+            advance(len(rows) * num_train)
+
         shown = settings | {"weights": output.name} | ({} if excluded is None else {"excluded": len(excluded)})
         trackers.start(records.run_id(settings | {"weights": output.name}), output.stem, shown)
         with trackers, progress_bar("train", recipe.epochs * num_train) as advance:
@@ -187,7 +197,7 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
                 graph=opts.cuda_graph == "auto",
                 report=print,
                 on_epoch=report,
-                on_resume=lambda rows: [trackers.log(row) for row in rows],
+                on_resume=resume,
                 progress=advance,
             )
             trackers.finish({"acc_test": acc_test})

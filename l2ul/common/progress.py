@@ -23,7 +23,9 @@ def progress_bar(description: str, total: int | None = None) -> Iterator[Callabl
     total        number of units, or None if it is not known: the lines then count steps
 
     `advance` takes the number of units that finished, an optional text about the state, such as
-    "40 % of D_f forgotten", and optionally the largest number of steps of work without a total.
+    "40 % of D_f forgotten", and optionally the largest number of steps of work without a total. Rate and time left do
+    not count the units of its first call, which include preparation, come from a cache or finished in an earlier
+    command.
     """
     from l2ul.common import distributed  # imports torch
 
@@ -37,7 +39,12 @@ def progress_bar(description: str, total: int | None = None) -> Iterator[Callabl
 
         def advance(count: int = 1, note: str = "", limit: int | None = None) -> None:
             bar.set_postfix_str(f"at most {limit:,}, {note}" if limit else note, refresh=False)
-            bar.update(count)
+            if bar.n:
+                bar.update(count)
+            elif count:
+                bar.initial = bar.n = bar.last_print_n = count
+                bar.last_print_t = time.time()
+                bar.refresh()
 
         yield advance
 
@@ -56,7 +63,7 @@ class ProgressLines:
         """Add `count` finished units; write a line if it is time for one."""
         self.done += count
         now = time.monotonic()
-        if self._rate_start is None and count:  # the first units include preparation, or come from a cache
+        if self._rate_start is None and count:
             self._rate_start = now, self.done
         if now >= self._next_line and self.done != self.total:
             print(f"{time.strftime('%H:%M:%S')}  {self.line(now, note, limit)}", file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from l2ul.methods import registry
 from l2ul.methods.distill import cycle_length
 from l2ul.methods.settings import ATTACK as ATTACK_SETTINGS
 from l2ul.methods.settings import SHARED, Value
+from l2ul.methods.stand_ins import Synthesis
 from l2ul.metrics import accuracy, agreement, robustness
 from l2ul.metrics.agreement import Agreement, Probe
 from l2ul.metrics.robustness import AsUsed
@@ -171,6 +172,11 @@ class Unlearner:
     surrogate: Tensor | None = None
     _inputs: dict[str, object] = field(default_factory=dict)  # D_adv and importance, made once
 
+    @cached_property
+    def synthesis(self) -> Synthesis:
+        """What synthesises images for the candidates, and keeps them from one to the next."""
+        return Synthesis(progress=self.progress)
+
     @property
     def uses_teacher(self) -> bool:
         return "teacher" in registry.get(self.method).needs
@@ -235,7 +241,7 @@ class Unlearner:
             return (self.max_steps is None or step < self.max_steps) and (go_on is None or go_on())
 
         options = {"new_labels": self.train_set.new_labels, "settings": settings, "go_on": continues, "on_step": look}
-        options["surrogate"] = self.surrogate
+        options |= {"surrogate": self.surrogate, "synthesis": self.synthesis}
         options["predict"] = lambda model: accuracy.predict(model, images, fold=False)  # as `forgotten` measures
         return unlearn.unlearn(self.model, images, labels, self.method, **options, **self._inputs)
 
@@ -367,7 +373,13 @@ def _measure_step(unlearner: Unlearner, settings: Settings) -> float:
     times: list[float] = []
     few = min(settings.robust_images, MIN_BATCH)
     short = replace(settings, distill_steps=3, distill_cycles=1, max_passes=3, robust_images=few)
-    unlearner.unlearn(short, lambda: len(times) < 3, lambda row: times.append(time.perf_counter()))
+    with unlearner.show_progress("measure the time of a step", 3) as advance:
+
+        def count(row: dict[str, float]) -> None:
+            times.append(time.perf_counter())
+            advance(1)
+
+        unlearner.unlearn(short, lambda: len(times) < 3, count)
     return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
 
 

@@ -25,6 +25,7 @@ from l2ul.experiments.measurement import Evaluator
 from l2ul.experiments.runs import Run, Setup
 from l2ul.methods.checkpoint import Checkpoint
 from l2ul.methods.settings import AttackSettings
+from l2ul.methods.stand_ins import Synthesis
 from l2ul.metrics.registry import outdated
 
 TOLERANCE = 1.0  # percentage points that an accuracy may change by rounding on another machine
@@ -54,7 +55,7 @@ class Experiment:
     keep_models        whether models are kept; those of continual runs always are, as the next step starts from them
     attack_batch_size  adversarial examples made at once
     scratch_dir        for adversarial sets that do not fit in memory
-    cache              for adversarial examples
+    cache              for adversarial examples and synthesised images
     cuda_graph         whether the loop runs as CUDA graphs on a CUDA GPU, see `unlearn.unlearn`
     trackers           follow the runs
     on_record          called with each record that was written
@@ -131,10 +132,10 @@ class Experiment:
         adversarial = self._attack(model, runs)
         for _, group in groupby(runs, key=lambda run: run.k):
             same_k = list(group)
-            omega = self._importance(model, same_k)
+            omega, synthesis = self._importance(model, same_k), self._synthesis()
             for run in same_k:
                 self._track(run)
-                self._finish(run, self._unlearn(run, model, adversarial, omega))
+                self._finish(run, self._unlearn(run, model, adversarial, omega, synthesis))
 
     def _carry_out_steps(self, runs: list[Run]) -> None:
         """Carry out steps of continual runs, and the earlier steps whose models are missing."""
@@ -181,7 +182,8 @@ class Experiment:
         try:
             if model is None:
                 raise Diverged("the previous step diverged")
-            return self._unlearn(run, model, self._attack(model, [run]), self._importance(model, [run]))
+            adversarial, omega = self._attack(model, [run]), self._importance(model, [run])
+            return self._unlearn(run, model, adversarial, omega, self._synthesis())
         except Diverged:  # of the attack: the step has no model to start from
             return RunResult(unlearn.Outcome(self.setup.classifier, records.DIVERGED, 0))
 
@@ -219,14 +221,23 @@ class Experiment:
             values = importance.mas_importance(model, self._forget(run)[0], advance)
         return Importance(values, devices.clock(self.device) - started)
 
+    def _synthesis(self) -> Synthesis:
+        """Return what synthesises images for the runs on a D_f."""
+        return Synthesis(self.cache, progress_bar)
+
     def _unlearn(
-        self, run: Run, model: nn.Module, adversarial: AdversarialSet | None, omega: Importance | None
+        self,
+        run: Run,
+        model: nn.Module,
+        adversarial: AdversarialSet | None,
+        omega: Importance | None,
+        synthesis: Synthesis,
     ) -> "RunResult":
         """Unlearn D_f of a run from `model` in the first process, and copy the result to the others."""
         devices.reset_peak_memory(self.device)
         result = RunResult(unlearn.Outcome(model, "", 0))
         if distributed.is_first():
-            inputs = {}
+            inputs: dict[str, object] = {"synthesis": synthesis}
             if "adv" in run.method.needs:
                 result.adversarial = adversarial.head(len(run.forget) * self.setup.hyper["num_adv_images"])
                 inputs["adv"] = result.adversarial.examples, result.adversarial.targets
@@ -250,18 +261,21 @@ class Experiment:
 
     def _loop(self, run: Run, model: nn.Module, inputs: dict[str, object]) -> unlearn.Outcome:
         new = run.forget.new_labels
-        done, limit = 0, None
+        done, limit, has_started = 0, None, False
         with progress_bar(f"{run.method.name} k {run.k}") as advance:
 
-            def set_limit(max_steps: int | None) -> None:
-                nonlocal limit
-                limit = max_steps
+            def start(max_steps: int | None) -> None:
+                nonlocal limit, has_started
+                limit, has_started = max_steps, True
+                if done:  # of an interrupted loop
+                    advance(done, limit=limit)
 
             def show(row: dict[str, float]) -> None:
                 nonlocal done
-                advance(row["step"] - done, f"{row['forgotten']:.0f} % of D_f forgotten", limit)
-                done = row["step"]
                 self.trackers.log(row)
+                if has_started:
+                    advance(row["step"] - done, f"{row['forgotten']:.0f} % of D_f forgotten", limit)
+                done = row["step"]
 
             return unlearn.unlearn(
                 model,
@@ -271,7 +285,7 @@ class Experiment:
                 settings=self.setup.loop_settings(run),
                 workers=self.evaluator.workers,
                 predict=lambda model: self.evaluator.predict_forget(run, model),
-                on_start=set_limit,
+                on_start=start,
                 on_step=show,
                 checkpoint=self._checkpoint(run),
                 cuda_graph=self.cuda_graph,

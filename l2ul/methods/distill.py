@@ -44,7 +44,7 @@ from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import Procedure
 from l2ul.methods.registry import BUILT_IN, Method, Step, Terms
 from l2ul.methods.settings import Settings, override
-from l2ul.methods.stand_ins import StandIns
+from l2ul.methods.stand_ins import StandIns, Synthesis
 from l2ul.objective import Batch, Forget
 
 VARIANCE_IMAGES = 256  # images of D_f, at most, that variances of features are computed on
@@ -67,6 +67,7 @@ class DistillProcedure(Procedure):
     model     θ⁰; moved in place
     settings  values of all settings
     monitor   gives the logits of D_f after the previous step
+    synthesis makes the images that are synthesised
     surrogate (n, 3, H, W) uint8 or float in [0,1], unlabelled images that stand for D_r; None: there are none
     """
 
@@ -77,13 +78,15 @@ class DistillProcedure(Procedure):
         forget: Forget,
         settings: Settings,
         monitor: ForgetMonitor,
+        synthesis: Synthesis,
         surrogate: Tensor | None = None,
     ):
+        settings = self.adapted(settings, model, surrogate)
         self.method, self.model, self.forget, self.settings = method, model.eval(), forget, settings
         self.own_values, self.monitor = override(method.settings, settings.method_settings), monitor
         self.teacher = Teacher(model, forget.images)
         self.generator = seeds.generator(settings.seed, "distill", settings.first_position)
-        self.stand_ins = StandIns(self.model, forget.images, settings, surrogate)
+        self.stand_ins = StandIns(self.model, self.sources(synthesis), settings, synthesis, surrogate)
         self.weight = 1.0  # w of the module's docstring
         length = cycle_length(settings, len(forget))
         self.growth = settings.distill_growth ** (1 / length)
@@ -92,7 +95,15 @@ class DistillProcedure(Procedure):
         self.max_steps = settings.distill_cycles * length
         self.stop_every = length
         self.separate = frozenset({"forget"} if method in BUILT_IN else ())
-        self.has_draws = self.is_graphable = method in BUILT_IN and type(self) is DistillProcedure
+        self.has_draws = self.is_graphable = method in BUILT_IN
+
+    def adapted(self, settings: Settings, model: nn.Module, surrogate: Tensor | None) -> Settings:
+        """Return the settings with the values that the steps use."""
+        return settings
+
+    def sources(self, synthesis: Synthesis) -> Tensor:
+        """Return the images (n, 3, H, W) of which stand-ins are made."""
+        return self.forget.images
 
     def __next__(self) -> Terms:
         return self.method.terms(self.next_step())

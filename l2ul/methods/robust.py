@@ -35,11 +35,9 @@ from l2ul.common import seeds
 from l2ul.common.device import upload
 from l2ul.data.changes import TESTED, TRAINED, changed_copies
 from l2ul.methods.distill import DistillProcedure
-from l2ul.methods.monitor import ForgetMonitor
-from l2ul.methods.registry import BUILT_IN, Method, Step, Terms
+from l2ul.methods.registry import Step, Terms
 from l2ul.methods.settings import Settings
-from l2ul.methods.stand_ins import StandIns, has_statistics, synthesised
-from l2ul.objective import Forget
+from l2ul.methods.stand_ins import Synthesis, has_statistics
 
 STRENGTH = 1.2  # of the changes in training, relative to those in use
 STORED = 8
@@ -55,35 +53,31 @@ ITERATIONS = 100  # of the synthesis
 class RobustProcedure(DistillProcedure):
     """The steps of `distill`, or of another method that needs a teacher, on changed copies of D_f."""
 
-    def __init__(
-        self,
-        method: Method,
-        model: nn.Module,
-        forget: Forget,
-        settings: Settings,
-        monitor: ForgetMonitor,
-        surrogate: Tensor | None = None,
-    ):
+    steps = 0  # taken so far
+
+    def adapted(self, settings: Settings, model: nn.Module, surrogate: Tensor | None) -> Settings:
+        """Return the settings with the values that the steps use: `robust_images` is 0 if none are synthesised."""
         kinds = [kind for kind in settings.distill_stand_ins.split("+") if kind != "synthesised"]
         natural = surrogate is not None and settings.distill_surrogate == 1
         synthesises = settings.robust_images > 0 and has_statistics(model) and not natural
         kinds = ["copies", *kinds] if synthesises else [kind for kind in kinds if kind not in NEAR] or ["mixes"]
         keep, growth = (settings.robust_keep, GROWTH) if synthesises or natural else (1, 1)
-        settings = replace(
+        return replace(
             settings,
             distill_stand_ins="+".join(dict.fromkeys(kinds)),
             distill_mixes=MORE_STAND_INS * settings.distill_mixes,
             distill_logits=keep * settings.distill_logits,
             distill_features=keep * settings.distill_features,
             distill_growth=growth * settings.distill_growth,
+            robust_images=settings.robust_images if synthesises else 0,
         )
-        super().__init__(method, model, forget, settings, monitor, surrogate)
-        if synthesises:
-            pool = replace(settings, distill_pool=settings.robust_images, distill_pool_steps=ITERATIONS)
-            made = synthesised(self.model, forget.images, pool)
-            self.stand_ins = StandIns(self.model, made, settings, surrogate)
-        self.has_draws = self.is_graphable = method in BUILT_IN
-        self.steps = 0
+
+    def sources(self, synthesis: Synthesis) -> Tensor:
+        """Return the synthesised images, or D_f if none are synthesised."""
+        settings, images = self.settings, self.forget.images
+        if not settings.robust_images:
+            return images
+        return synthesis.images(self.model, images, settings, settings.robust_images, ITERATIONS)
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """Return copies of D_f of the next step, their labels, its stand-ins, the weight and the margin."""

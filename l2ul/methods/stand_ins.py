@@ -1,10 +1,11 @@
 """Stand-ins for D_r: the images on which `distill` keeps the outputs and features of the original model θ⁰.
 
 They are made of D_f (see `l2ul.data.mixes`), of D_f and θ⁰, or are unlabelled images that the user has (see
-`l2ul.data.surrogate`). Synthesised images are made once, before the loop.
+`l2ul.data.surrogate`). Images are synthesised before the loop (see `Synthesis`).
 """
 
 from collections.abc import Callable
+import contextlib
 from functools import partial
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from l2ul import Progress, ProgressBar
 from l2ul.common import activations, seeds
+from l2ul.common.cache import Cache, environment, fingerprint
 from l2ul.common.device import upload
+from l2ul.common.files import tensors_sha256
 from l2ul.common.modes import frozen
 from l2ul.data import mixes
 from l2ul.data.augment import augment
 from l2ul.data.images import as_pixels
-from l2ul.methods.checkpoint import fingerprint
 from l2ul.methods.settings import Settings
 
 Draw = Callable[[int, torch.Generator], Tensor]  # from a count and a CPU generator to images (count, 3, H, W)
@@ -26,7 +29,6 @@ Draw = Callable[[int, torch.Generator], Tensor]  # from a count and a CPU genera
 BATCH = 256  # images that are synthesised at once; their statistics are those of the batch
 SYNTHESIS_LR = 0.01  # highest rate of Adam on pixels in [0,1]
 STATISTICS, VARIATION = 10.0, 1.0  # weights of the statistics of features and of the total variation
-_last: dict[str, Tensor] = {}  # by the inputs of the last call of `synthesised`
 MIXED_KINDS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
     "mixes": mixes.mixes,
     "triples": mixes.triples,
@@ -44,18 +46,27 @@ class StandIns:
     model      the original model, in eval mode; used here alone, to synthesise images
     images     (k, 3, H, W) float in [0,1], D_f
     settings   `distill_stand_ins` names the kinds, in equal parts of the `distill_mixes` images of a step
+    synthesis  makes the synthesised images
     surrogate  (n, 3, H, W) uint8 or float in [0,1], images of the same kind as D_r; they take the part
                `distill_surrogate` of a step
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, settings: Settings, surrogate: Tensor | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        settings: Settings,
+        synthesis: "Synthesis",
+        surrogate: Tensor | None = None,
+    ):
         kinds = settings.distill_stand_ins.split("+")
         natural = round(settings.distill_surrogate * settings.distill_mixes) if surrogate is not None else 0
         rest = settings.distill_mixes - natural
         sizes = [rest // len(kinds) + (place < rest % len(kinds)) for place in range(len(kinds))]
         draws: dict[str, Draw] = {kind: partial(make, images) for kind, make in MIXED_KINDS.items()}
         if "synthesised" in kinds and natural < settings.distill_mixes:
-            draws["synthesised"] = partial(_drawn, synthesised(model, images, settings))
+            pool = synthesis.images(model, images, settings, settings.distill_pool, settings.distill_pool_steps)
+            draws["synthesised"] = partial(_drawn, pool)
         self._parts = [(draws[kind], size) for kind, size in zip(kinds, sizes, strict=True) if size]
         self._parts += [(partial(_drawn, surrogate), natural)] if natural else []
 
@@ -65,8 +76,13 @@ class StandIns:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def synthesised(model: nn.Module, images: Tensor, settings: Settings) -> Tensor:
-    """Synthesise `distill_pool` images that the model classifies with confidence, from D_f and the model alone.
+class Synthesis:
+    """Synthesises images that a model classifies with confidence, from D_f and the model alone.
+
+    cache     on disk, for later commands; by default nothing is written
+    progress  shows the progress; None: nothing does
+
+    Images are kept as long as this object: the same ones are synthesised once.
 
     Yin et al., Dreaming to Distill (CVPR 2020, arXiv 1912.08795). A batch starts from `patches` of D_f, with a random
     class for each image, and minimises over the pixels
@@ -74,21 +90,44 @@ def synthesised(model: nn.Module, images: Tensor, settings: Settings) -> Tensor:
         CE(model(x), class) + 10 · mean_l ( mean (μ_l - μ⁰_l)²/σ⁰_l² + mean (σ_l/σ⁰_l - 1)² ) + total variation
 
     with the channel means μ_l and deviations σ_l of the batch at each batch-norm and the running statistics μ⁰, σ⁰. A
-    model without batch-norm has those of D_f at the inputs of its convolutions and linear layers in their place. The
-    images of the last call are kept for a call with the same inputs.
+    model without batch-norm has those of D_f at the inputs of its convolutions and linear layers in their place.
     """
-    draws = settings.seed, settings.first_position, settings.distill_pool, settings.distill_pool_steps
-    key = fingerprint(model.state_dict(), images, draws)
-    if key not in _last:
+
+    def __init__(self, cache: Cache | None = None, progress: ProgressBar | None = None):
+        self.cache, self.progress = cache or Cache(), progress
+        self._made: dict[str, Tensor] = {}  # by key
+
+    def images(self, model: nn.Module, images: Tensor, settings: Settings, count: int, iterations: int) -> Tensor:
+        """Return `count` images (count, 3, H, W), synthesised in `iterations` from D_f with the seed of the settings.
+
+        model   in eval mode
+        images  (k, 3, H, W) float in [0,1], D_f
+        """
+        with torch.no_grad():  # the logits depend on the precision of the passes
+            inputs = tensors_sha256({"images": images, "logits": model(images[:1])})
+        key = {"kind": "synthesised images", "count": count, "iterations": iterations, "seed": settings.seed}
+        key |= {"position": settings.first_position, "net": fingerprint(model), "inputs": inputs}
+        key |= environment(images.device)
+        name = repr(key)
+        if name not in self._made:
+            with self.cache.lock(key):  # waits for another command that makes the same
+                stored = self.cache.get(key)
+                made = stored["images"] if stored else self._make(model, images, settings, count, iterations)
+                if not stored:
+                    self.cache.put(key, {"images": made.contiguous()})
+                    self.cache.trim()
+            self._made[name] = made.to(images.device, memory_format=torch.channels_last)
+        return self._made[name]
+
+    def _make(self, model: nn.Module, images: Tensor, settings: Settings, count: int, iterations: int) -> Tensor:
         generator = seeds.generator(settings.seed, "synthesised", settings.first_position)
-        targets = _Statistics(model, images)
-        pool = [
-            _synthesise(model, targets, mixes.patches(images, size, generator), settings.distill_pool_steps, generator)
-            for size in _sizes(settings.distill_pool)
-        ]
-        _last.clear()
-        _last[key] = torch.cat(pool)
-    return _last[key]
+        no_progress = contextlib.nullcontext(lambda count: None)
+        name = f"synthesise {count} images, {iterations} iterations each"
+        bar = self.progress(name, count * iterations) if self.progress else no_progress
+        with bar as advance:
+            statistics = _Statistics(model, images)
+            starts = (mixes.patches(images, size, generator) for size in _sizes(count))
+            return torch.cat([_synthesise(model, statistics, start, iterations, generator, advance) for start in starts])
 
 
 def has_statistics(model: nn.Module) -> bool:
@@ -97,7 +136,12 @@ def has_statistics(model: nn.Module) -> bool:
 
 
 def _synthesise(
-    model: nn.Module, statistics: "_Statistics", start: Tensor, steps: int, generator: torch.Generator
+    model: nn.Module,
+    statistics: "_Statistics",
+    start: Tensor,
+    steps: int,
+    generator: torch.Generator,
+    progress: Progress,
 ) -> Tensor:
     with torch.no_grad():
         num_classes = model(start[:1]).shape[1]
@@ -117,6 +161,7 @@ def _synthesise(
             scheduler.step()
             with torch.no_grad():
                 pixels.clamp_(0, 1)
+            progress(len(pixels))
     return pixels.detach()
 
 

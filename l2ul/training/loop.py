@@ -65,7 +65,7 @@ def fit(
     graph       run forward and backward passes as CUDA graphs, in one process on a CUDA GPU
     report      called with a sentence if the model cannot be captured as a CUDA graph
     on_epoch    called with the row of each epoch
-    on_resume   called with the rows of the epochs before, if the training is resumed
+    on_resume   called with the rows of the epochs before if `resume`, with none if `state_file` does not exist
     progress    called with the number of images of each step
 
     Under torchrun, each process trains on its share of the same batches with the same augmentation, and all end with
@@ -82,7 +82,7 @@ def fit(
     settings = dataclasses.asdict(recipe) | {"seed": seed} | (identity or {})
     state = distributed.broadcast(lambda: _state_to_resume(state_file, settings)) if resume else None
     history, best = _restore(state, model, optimizer, scheduler) if state else ([], None)
-    if on_resume and history:
+    if resume and on_resume:
         on_resume(history)
     gradients = functools.partial(_gradients, distributed.data_parallel(model), recipe)
     if graph and device.type == "cuda" and distributed.size() == 1:

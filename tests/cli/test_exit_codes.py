@@ -1,6 +1,7 @@
 """How a script ends: exit codes, sentences and signals."""
 
 import errno
+import importlib
 import os
 import signal
 import subprocess
@@ -45,16 +46,31 @@ def test_an_error_that_a_user_can_act_on_is_one_sentence(capsys, error, code, se
     assert capsys.readouterr() == ("", sentence)
 
 
+@pytest.mark.parametrize(
+    ("program", "kept"),
+    [
+        ("main_unlearn", "finished runs are kept; the same command continues"),
+        ("main_sweep", "finished runs are kept; the same command continues"),
+        ("main_forget", "nothing was written; the same command starts again"),
+        ("main_tables", "finished files are kept; the same command writes all files"),
+    ],
+)
+def test_each_script_says_what_is_kept_and_how_to_go_on(script, monkeypatch, program, kept):
+    monkeypatch.setattr("l2ul.cli.parser.Parser.parse_args", lambda *_: signal.raise_signal(signal.SIGTERM))
+    main = importlib.import_module(program).main
+    assert script(main) == (143, "", f"{program}.py: stopped by SIGTERM; {kept}\n")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a fault"), ValueError("a fault"), OSError(errno.EACCES, "denied")])
 def test_other_errors_keep_their_traceback(error):
-    with pytest.raises(type(error)), exit_codes.clean_exit("script.py"):
+    with pytest.raises(type(error)), exit_codes.clean_exit("script.py", "go on"):
         raise error
 
 
 def test_sigterm_runs_the_clean_up_once_and_exits_with_143(capsys):
     before, cleaned_up = signal.getsignal(signal.SIGTERM), []
 
-    @exit_codes.clean_exit("script.py")
+    @exit_codes.clean_exit("script.py", "go on")
     def main():
         try:
             signal.raise_signal(signal.SIGTERM)
@@ -66,12 +82,12 @@ def test_sigterm_runs_the_clean_up_once_and_exits_with_143(capsys):
     with pytest.raises(SystemExit) as stop:
         main()
     assert (stop.value.code, cleaned_up) == (143, [True])
-    assert capsys.readouterr().err == f"script.py: stopped by SIGTERM; {exit_codes.CONTINUES}\n"
+    assert capsys.readouterr().err == "script.py: stopped by SIGTERM; go on\n"
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_sigterm_is_reported_even_if_a_library_replaces_the_exception(capsys):
-    @exit_codes.clean_exit("script.py")
+    @exit_codes.clean_exit("script.py", "go on")
     def main(stop):
         try:
             stop()
@@ -92,7 +108,7 @@ def test_sigterm_is_reported_even_if_a_library_replaces_the_exception(capsys):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_dies_of_sigterm_as_if_there_were_no_handler():
-    with exit_codes.clean_exit("script.py"):
+    with exit_codes.clean_exit("script.py", "go on"):
         child = os.fork()
         if not child:
             try:
@@ -107,17 +123,17 @@ def test_torchrun_may_start_only_scripts_that_share_their_work(capsys, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, sentences in ((0, 1), (1, 0)):
         monkeypatch.setenv("RANK", str(rank))
-        with pytest.raises(SystemExit) as stop, exit_codes.clean_exit("script.py"):
+        with pytest.raises(SystemExit) as stop, exit_codes.clean_exit("script.py", "go on"):
             raise AssertionError("work began")
         assert stop.value.code == 2
         assert capsys.readouterr().err.count("start it without torchrun\n") == sentences
-    with exit_codes.clean_exit("script.py", shared=True):
+    with exit_codes.clean_exit("script.py", "go on", shared=True):
         pass
 
 
 def test_the_end_of_the_reader_of_the_output_ends_a_script_without_a_traceback():
     code = (
-        "from l2ul.cli import exit_codes\nwith exit_codes.clean_exit('x'):\n for n in range(9**6): print(n, flush=True)"
+        "from l2ul.cli import exit_codes\nwith exit_codes.clean_exit('x', 'go on'):\n for n in range(9**6): print(n, flush=True)"
     )
     script = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert script.stdout.readline() == b"0\n"

@@ -1,5 +1,6 @@
 """The main_pretrain_*.py scripts: where weights are saved, excluded images, lines about epochs, bad input."""
 
+import contextlib
 import dataclasses
 import re
 import subprocess
@@ -85,20 +86,33 @@ def test_the_curve_of_an_interrupted_training_goes_on_when_it_is_resumed(pretrai
     words = ["--epochs", 3, "--seed", 1, "--schedule", "cosine", "--tracker", "csv"]
     with monkeypatch.context() as patch:
         patch.setattr(pretrain_command.EpochLines, "line", stop_after_two)
-        assert pretrain(*words)[0] == 130
+        code, _, err = pretrain(*words)
+    assert (code, err) == (130, f"\nmain_pretrain_x.py: stopped by Ctrl-C; {pretrain_command.AFTER_STOP}\n")
     tracked = tmp_path / "weights" / "tracking"
     curve, _, record = read_csv(tracked)
     assert (len(curve), record) == (2, None)
     monkeypatch.setattr(pretrain_command.EpochLines, "line", lambda self, row: "line")
-    code, _, err = pretrain(*words, "--resume")
+    counts = []
+
+    @contextlib.contextmanager
+    def bar(description, total):
+        counts.append(total)
+        yield counts.append
+
+    monkeypatch.setattr(pretrain_command, "progress_bar", bar)
+    code, out, err = pretrain(*words, "--resume")
     assert code == 0, err
+    assert counts == [3 * 96, 2 * 96, 64, 32]
+    assert f"continuing after epoch 2 of 3 from {tmp_path / 'weights' / 'digits_resnet20.training.pt'}\n" in out
     continued, settings, record = read_csv(tracked)
     assert [row["epoch"] for row in continued] == [1, 2, 3]
     assert continued[:2] == curve
     assert [row["lr"] for row in continued] == pytest.approx([0.1, 0.075, 0.025])
     assert (settings["seed"], settings["weights"]) == (1, "digits_resnet20.safetensors")
     assert record.keys() == {"acc_test"}
-    assert pretrain("--rerun", "--exclude-k", 3, "--tracker", "csv")[0] == 0
+    code, out, _ = pretrain("--resume", "--rerun", "--exclude-k", 3, "--tracker", "csv")
+    assert code == 0
+    assert re.search(r"there is no .*training.pt to continue from; the training starts with epoch 1\n", out)
     (other,) = (path for path in (tracked / "csv").glob("*.json") if '"excluded": 3' in path.read_text())
     assert '"weights": "digits_resnet20_without_3_' in other.read_text()
 

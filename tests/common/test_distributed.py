@@ -282,7 +282,7 @@ def fail_while_the_second_process_joins():
             store.add("still joining", 1)
 
     dist.init_process_group = slowly
-    with exit_codes.clean_exit("test.py", shared=True), distributed.process_group():
+    with exit_codes.clean_exit("test.py", "go on", shared=True), distributed.process_group():
         raise InputError("the model is missing; name it")
 
 
@@ -326,7 +326,7 @@ def test_a_script_runs_under_torchrun(tmp_path):
         "import l2ul\n"
         "from l2ul.common import distributed\nfrom l2ul.cli import exit_codes\n"
         "import torch\n"
-        "with exit_codes.clean_exit('script.py', shared=True), distributed.process_group():\n"
+        "with exit_codes.clean_exit('script.py', 'go on', shared=True), distributed.process_group():\n"
         "    print(distributed.size(), distributed.all_reduce(torch.tensor([1.0 + distributed.rank()])).item())\n"
     )
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -337,7 +337,7 @@ def test_a_script_runs_under_torchrun(tmp_path):
 
 def test_a_script_for_one_process_reports_torchrun(tmp_path):
     def alone():
-        with exit_codes.clean_exit("alone.py"):
+        with exit_codes.clean_exit("alone.py", "go on"):
             raise AssertionError("got in")
 
     codes, _, _, err = run_processes(tmp_path / "all", 2, alone)

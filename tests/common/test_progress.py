@@ -86,6 +86,22 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     assert "attack:   0%" in capsys.readouterr().err
 
 
+def test_units_of_the_first_call_do_not_count_for_the_rate(clock, capsys, monkeypatch):
+    for name in ("tqdm.std.time", "l2ul.common.progress.time.time"):
+        monkeypatch.setattr(name, lambda: clock[0])
+    for is_terminal in (False, True):
+        monkeypatch.setattr("sys.stderr.isatty", lambda is_terminal=is_terminal: is_terminal, raising=False)
+        clock[0] = 0.0
+        with progress_bar("train", 1000) as advance:
+            advance(900)  # by an earlier command
+            for clock[0], count in ((10.0, 1), (40.0, 3)):
+                advance(count)
+        _, err = capsys.readouterr()
+        last = re.split(r"[\r\n]", err.strip())[-1]
+        assert ("904/1.00k" if is_terminal else "904 / 1,000 (90 %)") in last
+        assert ("10.0s/it" if is_terminal else "6.0 per minute") in last
+
+
 @pytest.mark.parametrize(
     ("per_second", "text"),
     [(1234.5, "1,234 per second"), (55.4, "55 per second"), (3.25, "3.2 per second"), (0.05, "3.0 per minute")]

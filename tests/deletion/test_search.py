@@ -1,13 +1,16 @@
 """The search of settings: which candidates run in how much time, and which is chosen."""
 
+import contextlib
 from dataclasses import dataclass, field, replace
 
+from conftest import CLASSES
 import pytest
 import torch
 
 from l2ul.common.errors import InputError
 from l2ul.deletion import search
 from l2ul.metrics.agreement import Agreement
+from l2ul.objective import Forget
 from l2ul.unlearn import Settings
 
 OWN = Settings(distill_steps=300)
@@ -268,3 +271,20 @@ def test_a_model_that_is_damaged_too_much_does_not_count_as_forgotten_as_used(mo
     assert candidates[0].settings.robust == 0
     assert len(ended) == 1
     assert "lowers the agreement with the original model to 45.0 %, which is too much damage: use" in ended[0]
+
+
+def test_candidates_share_synthesised_images_and_show_their_synthesis(trained):
+    model, images, labels = trained
+    forget, bars = Forget(images[:3] / 255, labels[:3]), []
+
+    @contextlib.contextmanager
+    def bar(description, total):
+        bars.append((description, total))
+        yield lambda count=1, note="": None
+
+    unlearner = search.Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, bar)
+    settings = Settings(robust=1, distill_steps=2, distill_cycles=1, distill_mixes=4, robust_pool=4, robust_images=4)
+    search._measure_step(unlearner, settings)
+    for rate in (1e-3, 1e-4):
+        unlearner.unlearn(replace(settings, distill_lr=rate))
+    assert bars == [("measure the time of a step", 3), ("synthesise 4 images, 100 iterations each", 400)]

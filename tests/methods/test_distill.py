@@ -14,6 +14,7 @@ from l2ul.common import activations
 from l2ul.common.bn_folding import foldable
 from l2ul.data.mixes import mixes
 from l2ul.methods import distill, registry
+from l2ul.methods.stand_ins import Synthesis
 from l2ul.unlearn import Settings, unlearn
 
 K = 4
@@ -173,7 +174,12 @@ def test_a_step_uses_the_remaining_images_and_weights_the_loss_by_their_number(t
 
     def procedure(logits):
         return distill.DistillProcedure(
-            registry.get("distill"), model, forget, settings, SimpleNamespace(logits=logits, forget=forget)
+            registry.get("distill"),
+            model,
+            forget,
+            settings,
+            SimpleNamespace(logits=logits, forget=forget),
+            Synthesis(),
         )
 
     steps = procedure(logits)

@@ -8,6 +8,7 @@ import torch
 from l2ul.methods import robust
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.registry import get
+from l2ul.methods.stand_ins import Synthesis
 from l2ul.metrics import robustness
 from l2ul.objective import Forget
 from l2ul.unlearn import Settings, unlearn
@@ -31,8 +32,9 @@ def forget(trained):
     return Forget(images[:K] / 255, labels[:K])
 
 
-def procedure(model, forget, settings):
-    return robust.RobustProcedure(get("distill"), model, forget, settings, ForgetMonitor(model, forget, None))
+def procedure(model, forget, settings, surrogate=None):
+    monitor = ForgetMonitor(model, forget, None)
+    return robust.RobustProcedure(get("distill"), model, forget, settings, monitor, Synthesis(), surrogate)
 
 
 def test_more_copies_are_forgotten_than_without(trained):
@@ -103,7 +105,7 @@ def test_each_setting_changes_the_result_and_leaves_the_statistics_of_batch_norm
 
 def test_stand_ins_are_made_of_synthesised_images_that_are_kept_more_strongly(trained, forget, monkeypatch):
     bright = torch.ones(5, 3, 8, 8)
-    monkeypatch.setattr(robust, "synthesised", lambda model, images, settings: bright[: settings.distill_pool])
+    monkeypatch.setattr(Synthesis, "images", lambda self, model, images, settings, count, iterations: bright[:count])
     settings = replace(FAST, distill_stand_ins="recoloured+mixes", robust_images=4, robust_keep=5.0, robust_mixes=0.0)
     steps = procedure(trained[0], forget, settings)
     assert steps.settings.distill_stand_ins == "copies+recoloured+mixes"
@@ -126,10 +128,8 @@ def test_whole_images_of_the_forget_set_do_not_stand_for_others(trained, forget)
 
 
 def test_a_surrogate_set_is_kept_as_strongly_as_synthesised_images(trained, forget, monkeypatch):
-    monkeypatch.setattr(robust, "synthesised", None)  # not called
-    model, surrogate = trained[0], torch.zeros(2, 3, 8, 8)
-    monitor = ForgetMonitor(model, forget, None)
-    steps = robust.RobustProcedure(get("distill"), model, forget, FAST, monitor, surrogate)
+    monkeypatch.setattr(Synthesis, "images", None)  # not called
+    steps = procedure(trained[0], forget, FAST, torch.zeros(2, 3, 8, 8))
     assert steps.settings.distill_logits == FAST.robust_keep * FAST.distill_logits
 
 

@@ -1,14 +1,17 @@
 """Stand-ins for D_r: images made of D_f and of the original model, and their use in a run."""
 
+import contextlib
+
 from conftest import CLASSES
 import pytest
 import torch
 from torch import nn
 
+from l2ul.common.cache import Cache
 from l2ul.common.choices import STAND_INS
 from l2ul.data import mixes
 from l2ul.methods import distill, stand_ins
-from l2ul.methods.stand_ins import StandIns
+from l2ul.methods.stand_ins import StandIns, Synthesis
 from l2ul.unlearn import Settings, unlearn
 
 FAST = {"distill_mixes": 9, "distill_pool": 6, "distill_pool_steps": 2}
@@ -23,7 +26,7 @@ def generator(seed=0):
 def test_every_kind_gives_pixels_that_depend_on_the_generator_alone(trained, kind, k):
     model, images, _ = trained
     settings = Settings(distill_stand_ins=kind, **FAST)
-    drawn = [StandIns(model, images[:k] / 255, settings).draw(generator(seed)) for seed in (0, 0, 1)]
+    drawn = [StandIns(model, images[:k] / 255, settings, Synthesis()).draw(generator(seed)) for seed in (0, 0, 1)]
     assert drawn[0].shape == (9, *images.shape[1:])
     assert drawn[0].min() >= 0
     assert drawn[0].max() <= 1
@@ -35,9 +38,9 @@ def test_kinds_get_equal_parts_and_a_surrogate_set_its_part(trained):
     model, images, _ = trained
     dark, bright = torch.zeros(2, 3, 8, 8), torch.full((5, 3, 8, 8), 255, dtype=torch.uint8)
     settings = Settings(distill_stand_ins="mixes+crops", distill_mixes=8, distill_surrogate=0.25)
-    drawn = StandIns(model, dark, settings, bright).draw(generator())
+    drawn = StandIns(model, dark, settings, Synthesis(), bright).draw(generator())
     assert (drawn.amax((1, 2, 3)) == 1).tolist() == [False] * 6 + [True] * 2
-    alone = StandIns(model, dark, Settings(distill_mixes=4), bright).draw(generator())
+    alone = StandIns(model, dark, Settings(distill_mixes=4), Synthesis(), bright).draw(generator())
     assert (alone.amax((1, 2, 3)) == 1).all()
 
 
@@ -61,10 +64,9 @@ def test_recoloured_images_keep_their_brightness_and_change_their_hue():
 def test_synthesised_images_come_closer_to_the_statistics_of_the_model(trained):
     model, images, _ = trained
     pixels = images[:8] / 255
-    settings = Settings(distill_pool=16, distill_pool_steps=40)
     statistics = stand_ins._Statistics(model, pixels)
     start = mixes.patches(pixels, 16, generator())
-    made = stand_ins.synthesised(model, pixels, settings)
+    made = Synthesis().images(model, pixels, Settings(), 16, 40)
     with torch.no_grad():
         before, after = (statistics.gap(batch)[1].item() for batch in (start, made))
     assert after < before
@@ -104,11 +106,58 @@ def test_a_run_with_surrogate_images_forgets(trained):
     assert outcome.status == "forgotten"
 
 
-def test_synthesised_images_are_kept_for_the_same_inputs_alone(trained):
+@pytest.fixture
+def made(monkeypatch):
+    """A list that gets the number of images of each synthesis."""
+    counts, make = [], Synthesis._make
+
+    def count(self, model, images, settings, count, iterations):
+        counts.append(count)
+        return make(self, model, images, settings, count, iterations)
+
+    monkeypatch.setattr(Synthesis, "_make", count)
+    return counts
+
+
+def test_the_same_images_are_synthesised_once(trained, made):
     model, images, _ = trained
-    pixels, settings = images[:4] / 255, Settings(distill_pool=4, distill_pool_steps=1)
-    first = stand_ins.synthesised(model, pixels, settings)
-    assert stand_ins.synthesised(model, pixels, settings) is first
-    other = stand_ins.synthesised(model, pixels[:3], settings)
-    assert not torch.equal(other, first)
-    assert torch.equal(stand_ins.synthesised(model, pixels, settings), first)
+    pixels, synthesis = images[:4] / 255, Synthesis()
+    one, two = (synthesis.images(model, pixels, Settings(), count, 1) for count in (4, 3))
+    assert synthesis.images(model, pixels, Settings(distill_lr=1.0), 4, 1) is one
+    assert synthesis.images(model, pixels, Settings(), 3, 1) is two
+    assert made == [4, 3]
+    others = [synthesis.images(model, pixels[:3], Settings(), 4, 1)]
+    others += [synthesis.images(model, pixels, Settings(seed=1), 4, 1)]
+    others += [synthesis.images(model, pixels, Settings(first_position=4), 4, 1)]
+    with torch.no_grad():
+        model.head.weight[0] *= 1.5
+    others += [synthesis.images(model, pixels, Settings(), 4, 1)]
+    assert not any(torch.equal(other, one) for other in others)
+    assert len(made) == 6
+    assert torch.equal(Synthesis().images(model, pixels, Settings(), 4, 1), others[-1])
+
+
+def test_later_commands_find_synthesised_images_in_the_cache(trained, made, tmp_path):
+    model, images, _ = trained
+    pixels = images[:4] / 255
+    first, second = (Synthesis(Cache(tmp_path)).images(model, pixels, Settings(), 4, 1) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.stride() == second.stride()
+    assert made == [4]
+
+
+def test_synthesis_shows_its_progress(trained, monkeypatch):
+    model, images, _ = trained
+    bars, done = [], []
+
+    @contextlib.contextmanager
+    def bar(description, total):
+        bars.append((description, total))
+        yield done.append
+
+    monkeypatch.setattr(stand_ins, "BATCH", 4)
+    synthesis = Synthesis(progress=bar)
+    for _ in range(2):
+        synthesis.images(model, images[:2] / 255, Settings(), 7, 3)
+    assert bars == [("synthesise 7 images, 3 iterations each", 21)]
+    assert done == [4, 4, 4, 3, 3, 3]
