@@ -175,11 +175,12 @@ def upload(args: argparse.Namespace, report: Path, repository, reason: str | Non
     if reason:
         print(f"not uploaded: {reason}; this command uploads the model all the same: {again}")
         return
-    model = Path(args.model) if args.verify and args.model else written_models(report.parent)[0]
-    content = read_report(report)
-    opened = reopen(content["model"]["opened_by"], content["model"]["classes"], model, args.build)
-    card = of_report(content, content["model"]["after"]["weights_sha256"], None if model.is_dir() else hub.WEIGHTS)
-    push.push(PROGRAM, model, opened.classifier, card.text(), repository, again, opened.dtypes)
+    with exit_codes.clean_exit(PROGRAM, f"the report is {report}; this command uploads the model: {again}"):
+        model = Path(args.model) if args.verify and args.model else written_models(report.parent)[0]
+        content = read_report(report)
+        opened = reopen(content["model"]["opened_by"], content["model"]["classes"], model, args.build)
+        card = of_report(content, content["model"]["after"]["weights_sha256"], None if model.is_dir() else hub.WEIGHTS)
+        push.push(PROGRAM, model, opened.classifier, card.text(), repository, again, opened.dtypes)
 
 
 def open_original(args: argparse.Namespace):

@@ -185,7 +185,8 @@ def add_speed(parser: Parser) -> None:
     add(
         group,
         "--cache-dir",
-        "folder in which adversarial examples and predictions of the original model are stored for later runs",
+        "folder in which adversarial examples, synthesised images and predictions of the original model are stored for "
+        "later runs",
         type=Path,
         default=defaults.CACHE_DIR,
     )

@@ -46,7 +46,7 @@ exit codes:
   1         out of memory or disk space; or the upload of --push failed, and the output is on this machine
   2         invalid input
   3         an image is still recognised, or none was recognised before; with --verify: a check failed
-  130, 143  stopped by Ctrl-C or SIGTERM; nothing was written
+  130, 143  stopped by Ctrl-C or SIGTERM; nothing was written, and the same command starts again
 """
 
 

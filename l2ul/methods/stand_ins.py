@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2ul import Progress, ProgressBar
 from l2ul.common import activations, seeds
-from l2ul.common.cache import Cache, environment, fingerprint
+from l2ul.common.cache import Cache, environment, model_fingerprint
 from l2ul.common.device import upload
 from l2ul.common.files import tensors_sha256
 from l2ul.common.modes import frozen
@@ -106,7 +106,7 @@ class Synthesis:
         with torch.no_grad():  # the logits depend on the precision of the passes
             inputs = tensors_sha256({"images": images, "logits": model(images[:1])})
         key = {"kind": "synthesised images", "count": count, "iterations": iterations, "seed": settings.seed}
-        key |= {"position": settings.first_position, "net": fingerprint(model), "inputs": inputs}
+        key |= {"position": settings.first_position, "net": model_fingerprint(model), "inputs": inputs}
         key |= environment(images.device)
         name = repr(key)
         if name not in self._made:
@@ -127,7 +127,9 @@ class Synthesis:
         with bar as advance:
             statistics = _Statistics(model, images)
             starts = (mixes.patches(images, size, generator) for size in _sizes(count))
-            return torch.cat([_synthesise(model, statistics, start, iterations, generator, advance) for start in starts])
+            return torch.cat(
+                [_synthesise(model, statistics, start, iterations, generator, advance) for start in starts]
+            )
 
 
 def has_statistics(model: nn.Module) -> bool:

@@ -133,7 +133,9 @@ def test_torchrun_may_start_only_scripts_that_share_their_work(capsys, monkeypat
 
 def test_the_end_of_the_reader_of_the_output_ends_a_script_without_a_traceback():
     code = (
-        "from l2ul.cli import exit_codes\nwith exit_codes.clean_exit('x', 'go on'):\n for n in range(9**6): print(n, flush=True)"
+        "from l2ul.cli import exit_codes\n"
+        "with exit_codes.clean_exit('x', 'go on'):\n"
+        " for n in range(9**6): print(n, flush=True)"
     )
     script = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert script.stdout.readline() == b"0\n"
