@@ -1,18 +1,21 @@
 """Train a ResNet-18 on CIFAR-10, the classifier that main_unlearn.py --dataset cifar10 starts from.
 
-    # with the recipe of the released scripts
-    python main_pretrain_cifar10_resnet18.py
-    # with a shorter recipe
-    python main_pretrain_cifar10_resnet18.py --schedule onecycle --lr 0.1 --epochs 30 --precision bf16
-    # the same on a GPU, where larger batches use it fully
+    # with the recipe of the released scripts, in place of the weights of the repository
+    python main_pretrain_cifar10_resnet18.py --rerun
+    # with a shorter recipe, into another file
+    python main_pretrain_cifar10_resnet18.py --schedule onecycle --lr 0.1 --epochs 30 --output mine.safetensors
+    # on a GPU, which larger batches use fully
     python main_pretrain_cifar10_resnet18.py --schedule onecycle --lr 0.2 --epochs 60 --batch-size 512 \\
-        --precision bf16
+        --precision bf16 --output mine.safetensors
+    # another network of CIFAR-10
+    python main_pretrain_cifar10_resnet18.py --model resnet34
     # a reference model, trained without the images in forget.txt
     python main_pretrain_cifar10_resnet18.py --exclude forget.txt
     # on eight GPUs
-    torchrun --nproc-per-node 8 main_pretrain_cifar10_resnet18.py
+    torchrun --nproc-per-node 8 main_pretrain_cifar10_resnet18.py --output mine.safetensors
 
-The weights are written to data/weights, where main_unlearn.py looks for them.
+The weights are written to data/weights, where main_unlearn.py looks for them. The repository contains weights for this
+classifier, which are kept unless --rerun or --output is given.
 """
 
 from l2ul.cli.pretrain_command import main

@@ -89,18 +89,18 @@ def add_training(parser: options.Parser) -> None:
     options.add(
         group,
         "--exclude",
-        "file that lists training images to leave out, as --forget-file of main_unlearn.py does, to train a reference "
-        "model without them",
+        "file that lists training images to leave out, in the format of --forget-file of main_unlearn.py, to train a "
+        "reference model without them",
         type=Path,
     )
     options.add(
         group,
         "--exclude-k",
-        "leave out the N images that main_unlearn.py forgets with --unlearn-k N",
+        "leave out the N images that main_unlearn.py --unlearn-k N forgets",
         type=positive_int,
     )
     options.add(
-        group, "--exclude-seed", "seed of these images: --seed of main_unlearn.py", type=nonnegative_int, default=0
+        group, "--exclude-seed", "seed with which main_unlearn.py chooses these images", type=nonnegative_int, default=0
     )
     options.add_cuda_graph(group, "forward and backward passes, in one process,")
     group = parser.add_argument_group("output")

@@ -26,7 +26,7 @@ def add_push(group: Group, when: str) -> None:
         f"{when}; a new repository is private. Never uploaded: images, lists of them, reports and records"
     )
     group.add_argument("--push", metavar="NAME", help=text)
-    text = "let the repository of --push be public: a new one is created as such"
+    text = "allow a public repository for --push; a new one is created as public"
     group.add_argument("--push-public", action="store_true", help=text)
 
 

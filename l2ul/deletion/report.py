@@ -32,9 +32,10 @@ NOT_CLAIMED = (
     "images were unlearned.",
     "That the weights themselves prove the unlearning. The procedure can be audited: repeat it with the original "
     "model, the images, the settings and the seed in this report.",
-    "That other photographs of the same objects are forgotten, or changes of the images other than those tested below.",
+    "That other photographs of the same objects are forgotten, or that the images stay forgotten under changes that "
+    "are not tested below.",
     "That the damage to the model is known exactly. It is estimated without the training set.",
-    "That the request leaves no trace. Whoever has the model before and after can find the images, because their "
+    "That the request cannot be detected. Anyone who has the model before and after can find the images, because their "
     "predictions differ. Delete the original model, its backups and the models derived from it, or restrict access to "
     "them.",
 )
@@ -42,13 +43,13 @@ THREATS = {  # by test
     "predictions": "Somebody shows the model exactly these files.",
     "changed images": "The same photographs reach the model mirrored, cropped or compressed, as websites store them.",
     "lower precision": "The model is deployed with rounded weights, which can undo small changes of weights.",
-    "recalibration": "Somebody computes the statistics of batch-norm anew, from images that are not part of the "
-    "request. This can undo an unlearning that relies on the old statistics.",
-    "relearning": "Somebody fine-tunes the model. A model that learns the images again within a few steps still holds "
-    "information about them.",
+    "recalibration": "Somebody recomputes the statistics of batch-norm from images that are not part of the request. "
+    "This can undo an unlearning that relies on the old statistics.",
+    "relearning": "Somebody fine-tunes the model. A model that learns the images again within a few steps still "
+    "contains information about them.",
     "membership": "Somebody who sees only the outputs of the model wants to know whether an image was in the training "
     "set.",
-    "agreement": "No attack: the users of the model. The predictions for other images should stay as they were.",
+    "agreement": "No attack. The users of the model expect that the predictions for other images stay the same.",
 }
 INVENTORY = {  # titles of the tables of an inventory
     "original_models": "original model",

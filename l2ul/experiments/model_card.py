@@ -24,8 +24,8 @@ LIMITS = (
     "That the images no longer influence the weights. A model that was trained without them would still classify most "
     "of them correctly, and the outputs of this one may reveal that these images were unlearned.",
     "That changed copies of the images, or other images of the same objects, are forgotten.",
-    "That the unlearning leaves no trace. Whoever has the model before and after can find the images, because their "
-    "predictions differ.",
+    "That the unlearning cannot be detected. Anyone who has the model before and after can find the images, because "
+    "their predictions differ.",
 )
 
 

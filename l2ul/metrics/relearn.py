@@ -1,4 +1,4 @@
-"""Relearning speed: a model that learns D_f faster than a retrained model does still holds information about it."""
+"""Relearning speed: a model that learns D_f faster than a retrained model still contains information about it."""
 
 from collections.abc import Callable, Iterator
 import copy

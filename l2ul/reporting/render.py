@@ -274,7 +274,7 @@ def _notes_on_marks(rows: pd.DataFrame) -> list[str]:
     if trained:
         notes.append(f"Methods that train on D_r: {', '.join(f'`{name}`' for name in trained)}.")
     if _and_surrogates(rows):
-        notes.append("surrogate=…: trained on unlabelled images too that are neither D_f nor D_r, as the brackets say.")
+        notes.append("surrogate=…: also trained on these unlabelled images, which are neither D_f nor D_r.")
     if ((rows["n"] > 0) & (rows["n"] < rows["runs"])).any():
         notes.append("(2 of 3; 1 cap): the mean is over 2 of 3 runs; the brackets count how the other runs ended.")
     if rows["diverged"].any():

@@ -65,7 +65,7 @@ def test_reference_controller_date_inventory_and_threats_are_in_the_report(forge
     assert page.count("Threat:") == 6  # all but those of tests that this request did not need
     row = report["recalibration"]
     assert (row["images"], row["count"], row["before"]) == ("mixes of the images of the request", 512, 0)
-    assert f"{row['after']:.1f} % after its batch-norm statistics are computed anew from 512 mixes" in page
+    assert f"{row['after']:.1f} % after its batch-norm statistics are recomputed from 512 mixes" in page
     save_images(tmp_path / "keep", tiny[1][10:20])
     code, report, _ = forget("--keep-images", tmp_path / "keep", output="plain")
     assert (report["recalibration"]["images"], report["recalibration"]["count"]) == ("images to keep", 10)
