@@ -1,5 +1,6 @@
 """The project's own files say the same thing in each place they say it, and the README tells the truth."""
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -174,6 +175,53 @@ def test_a_row_of_the_results_is_what_the_records_say(row):
     seconds = statistics.median(sum(run[phase] for phase in phases) for run in runs)
     assert time == (f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s")
     assert count == (str(len(runs)) if len(averaged) == len(runs) else f"{len(averaged)} of {len(runs)}")
+
+
+def reference_rows(name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((ROOT / "result_data" / "reference" / name).read_text().splitlines()))
+
+
+def table_rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "|---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("heading", ["## What stands for D_r at k = 256", "## Forgetting as used"])
+def test_accuracies_of_trials_on_a_gpu_are_those_of_the_records(heading):
+    records = reference_rows("trials/distill_h100.csv")
+    measured = {tuple(f"{float(row[key]):.2f}" for key in ("acc_retain", "acc_test")) for row in records}
+    section = PAGES["docs/trials.md"].split(heading)[1].split("\n### ")[0].split("\n## ")[0]
+    checked = 0
+    for row in table_rows(section):
+        numbers = [cell.split(" of ")[0] for cell in row if re.match(r"\d\d\.\d\d( of |$)", cell)]
+        if numbers:
+            assert tuple(numbers) in measured, row
+            checked += 1
+    assert checked > 20
+
+
+@pytest.mark.reference
+def test_requests_with_models_of_timm_are_those_of_the_records():
+    section = PAGES["docs/deletion-requests.md"].split("**Models of timm.**")[1]
+    shown = [row[2:] for row in table_rows(section)[1:]]
+    columns_shown = ("recognised", "forgotten_as_stored", "forgotten_as_used")
+    records = reference_rows("digits_timm/requests.csv")
+    assert shown == [
+        [*(row[name] for name in columns_shown), f"{float(row['agreement_percent']):.1f}"] for row in records
+    ]
+    assert max(float(row["largest_difference_of_probabilities"]) for row in records) < 6e-7
+
+
+@pytest.mark.reference
+def test_agreement_on_stand_ins_is_that_of_the_records():
+    text = PAGES["docs/trials.md"].split("Agreement with θ⁰ explains")[1]
+    for row in reference_rows("trials/agreement_cpu.csv"):
+        kind = {"test images": " of the test images", "synthesised images": " on synthesised images"}.get(row["images"])
+        if kind:
+            assert f"{float(row['agreement_percent']):.1f} %{kind}" in text
+    for row in reference_rows("trials/between_cpu.csv"):
+        assert f"D_test {row['acc_test']}" in text
 
 
 def test_generated_pages_are_what_the_code_says():
