@@ -1,7 +1,7 @@
 """Random changed copies of images, as images reach a deployed model: cropped, resized, compressed and so on.
 
-A copy is the image after some of these changes. All kinds are vectorised on the device of
-the images. The strength of each change is drawn on the CPU from a generator, so that it does not depend on the device.
+A copy is the image after some of these changes. All kinds are vectorised on the device of the images. The strength of
+each change is drawn on the CPU from a generator, so that it does not depend on the device.
 """
 
 from collections.abc import Callable, Sequence

@@ -35,14 +35,14 @@ def mixes(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 def triples(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Blend three images with weights that are uniform over all triples of sum 1, shifted and mirrored at random."""
-    chosen = images[upload(torch.randint(len(images), (3, count), generator=generator), images.device)]
+    chosen = _drawn(images, (3, count), generator)
     weights = -torch.rand((3, count, 1, 1, 1), generator=generator).clamp_min(1e-6).log()
     return _shifted((upload(weights / weights.sum(0), images.device) * chosen).sum(0), generator)
 
 
 def copies(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Shift and mirror images at random."""
-    return _shifted(images[upload(torch.randint(len(images), (count,), generator=generator), images.device)], generator)
+    return _shifted(_drawn(images, (count,), generator), generator)
 
 
 def recoloured(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -50,7 +50,7 @@ def recoloured(images: Tensor, count: int, generator: torch.Generator) -> Tensor
 
     The rotation is about the grey axis of the colour space. Grey images (k, 1, H, W) only change their contrast.
     """
-    chosen = images[upload(torch.randint(len(images), (count,), generator=generator), images.device)]
+    chosen = _drawn(images, (count,), generator)
     angle = torch.deg2rad(_uniform(HUE, (count,), generator))
     contrast = _uniform(CONTRAST, (count, 1, 1, 1), generator)
     if images.shape[1] == 3:
@@ -83,7 +83,7 @@ def crops(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
     The part is a square with a side from CROP, rotated by at most ROTATION degrees.
     """
-    chosen = images[upload(torch.randint(len(images), (count,), generator=generator), images.device)]
+    chosen = _drawn(images, (count,), generator)
     scale = _uniform(CROP, (count,), generator)
     angle = _uniform((-math.radians(ROTATION), math.radians(ROTATION)), (count,), generator)
     centre = _uniform((-1, 1), (count, 2), generator) * (1 - scale[:, None])
@@ -106,6 +106,11 @@ def spectra(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
     amplitude = (1 - weight) * first.abs() + weight * second.abs()
     mixed = torch.fft.irfft2(torch.polar(amplitude, first.angle()), s=images.shape[2:])
     return _shifted(mixed.clamp(0, 1), generator)
+
+
+def _drawn(images: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw images (*shape, C, H, W), each with the same probability."""
+    return images[upload(torch.randint(len(images), shape, generator=generator), images.device)]
 
 
 def _pairs(images: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

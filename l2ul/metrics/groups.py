@@ -88,8 +88,7 @@ def relearning_speed(outputs: RunOutputs) -> dict[str, float]:
     that takes far fewer steps than the retrained model still contains information about D_f.
     """
     target = accuracy.accuracy(outputs.before["forget"], outputs.labels["forget"])
-    device = next(outputs.model.parameters()).device
-    images, labels = outputs.split("forget").pixels().to(device), outputs.labels["forget"].to(device)
+    images, labels = outputs.split("forget").pixels().to(outputs.device), outputs.labels["forget"].to(outputs.device)
     result = {"metric_relearn_steps": relearn.steps_to_relearn(outputs.model, images, labels, target)}
     if outputs.retrained:
         result["metric_relearn_steps_retrained"] = outputs.once(
@@ -107,9 +106,8 @@ def near_duplicates(outputs: RunOutputs) -> dict[str, float]:
     """
 
     def count() -> int:
-        device = next(outputs.model.parameters()).device
         forget, retain = outputs.split("forget").pixels(), outputs.split("retain").images
-        return duplicates.count_near_duplicates(forget, retain, device, workers=outputs.workers)
+        return duplicates.count_near_duplicates(forget, retain, outputs.device, workers=outputs.workers)
 
     return {"metric_near_duplicates": outputs.once("near-duplicates", count)}
 
@@ -123,7 +121,7 @@ def agreement_with_original(outputs: RunOutputs) -> dict[str, float]:
     original = outputs.original
 
     def make() -> agreement.Probe:
-        images = outputs.split("forget").pixels().to(next(original.parameters()).device)
+        images = outputs.split("forget").pixels().to(outputs.device)
         num_classes = outputs.logits("forget").shape[1]
         return agreement.held_out(original, images, num_classes, count=NUM_HELD_OUT, seed=HELD_OUT_SEED)
 
@@ -137,7 +135,7 @@ def robustness_as_used(outputs: RunOutputs) -> dict[str, float]:
     See `robustness.as_used`. Batch-norm is recalibrated on images of D_r. The rate of a change of images is the share
     of changed copies that are forgotten, that of a change of the model the share of images.
     """
-    device = next(outputs.model.parameters()).device
+    device = outputs.device
     new_labels = outputs.new_labels.to(device) if outputs.new_labels is not None else None
     images = as_pixels(outputs.split("forget").pixels().to(device))
     forget = Forget(images, outputs.labels["forget"].to(device), new_labels)
@@ -155,7 +153,7 @@ def recalibration(outputs: RunOutputs) -> dict[str, float]:
     """
     images, _ = outputs.once("images of D_r", lambda: _sample_of_retain(outputs))
     model = robustness.recalibrated(outputs.model, images)
-    pixels = as_pixels(outputs.split("forget").pixels().to(next(model.parameters()).device))
+    pixels = as_pixels(outputs.split("forget").pixels().to(outputs.device))
     on_mixes = robustness.recalibrated(outputs.model, robustness.stand_ins(pixels))
     predictions = {
         "forget": accuracy.predict(model, pixels),
@@ -174,7 +172,7 @@ def overforgetting(outputs: RunOutputs) -> dict[str, float]:
     metric_near_noise  on D_f with Gaussian noise of a standard deviation of NEAR_NOISE, NOISY_COPIES of each image
     """
     near = outputs.once("nearest test images", lambda: _nearest_test_images(outputs))
-    device = next(outputs.model.parameters()).device
+    device = outputs.device
     generator = seeds.generator(HELD_OUT_SEED, "near noise")
     pixels = as_pixels(outputs.split("forget").pixels().cpu()).repeat(NOISY_COPIES, 1, 1, 1)
     noisy = (pixels + NEAR_NOISE * torch.randn(pixels.shape, generator=generator)).clamp(0, 1).to(device)
@@ -189,7 +187,7 @@ def overforgetting(outputs: RunOutputs) -> dict[str, float]:
 @torch.no_grad()
 def _nearest_test_images(outputs: RunOutputs) -> Tensor:
     """Return the indices of the test images nearest to D_f, each once."""
-    model, device = outputs.original, next(outputs.original.parameters()).device
+    model, device = outputs.original, outputs.device
     last = list(activations.layers(model, as_pixels(outputs.split("forget").pixels()[:1].to(device))))[-1:]
 
     def features(part: str) -> Tensor:
@@ -211,7 +209,7 @@ def fine_tuning(outputs: RunOutputs) -> dict[str, float]:
 
     See `relearn.recognised_after_tuning`. Information about D_f that is hidden, and not removed, comes back.
     """
-    device = next(outputs.model.parameters()).device
+    device = outputs.device
     images, labels = (one.to(device) for one in outputs.once("images of D_r", lambda: _sample_of_retain(outputs)))
     forget = outputs.split("forget").pixels().to(device), outputs.labels["forget"].to(device)
     return {"metric_tuned_forget": relearn.recognised_after_tuning(outputs.model, *forget, images, labels)}

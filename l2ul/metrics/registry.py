@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from l2ul.metrics import columns
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from l2ul.data.images import Split
@@ -71,6 +72,11 @@ class RunOutputs:
     references: tuple[ReferenceOutputs, ...] = ()
     workers: int = 0
     new_labels: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the models."""
+        return next(self.model.parameters()).device
 
 
 Metric = Callable[[RunOutputs], float]
