@@ -72,9 +72,14 @@ def forget(args: argparse.Namespace) -> int:
     keep = read_unlabelled(args.keep_images, "--keep-images", model, request, args.skip_bad)
     surrogate = read_unlabelled(args.surrogate, "--surrogate", model, request, args.skip_bad)
     references = read_reference_images(args.reference_images, model, request, args.skip_bad)
-    unlearner = make_unlearner(args, model, request, settings, precision.resolve(None, device), surrogate)
+    is_chosen = "loop_precision" in dict(args.setting)
+    settings, of_search = search.choose_precision(settings, is_chosen, original, request.images)
+    unlearner = make_unlearner(args, model, request, settings, of_search, surrogate)
     forgotten, recognised = unlearner.forgotten(original), unlearner.recognised
-    log(f"{len(request)} images to {request.forget.goal}; {args.method}; {devices.device_name(device)}")
+    log(
+        f"{len(request)} images to {request.forget.goal}; {args.method}; {devices.device_name(device)}; search in "
+        f"{of_search}"
+    )
     if args.dry_run:
         print(*request.summary(), sep="\n")
         print(f"{int(recognised.sum())} of {len(request)} images are recognised, as they are or as a copy of --also")
@@ -135,10 +140,9 @@ def forget(args: argparse.Namespace) -> int:
         "device": devices.device_name(device),
         "precision": {"search": unlearner.precision, "checks": "fp32"},
     }
+    free = {"robust": settings.robust, "loop_precision": settings.loop_precision}  # which leave the search free
     stopped_at = best.steps if best and best.status == STOPPED else None
-    command = options.again(
-        args, contents["chosen"] or {"robust": settings.robust}, stopped_at, device.type, torch.get_num_threads()
-    )
+    command = options.again(args, contents["chosen"] or free, stopped_at, device.type, torch.get_num_threads())
     contents["again"] = {"command": command}
 
     # Write the model and its report.
@@ -276,6 +280,7 @@ def recorded_request(args: argparse.Namespace) -> argparse.Namespace:
 
 def repeat(args: argparse.Namespace, path: Path, device) -> list:
     """Carry out the request of a report again and return the checks of its result. Nothing is written."""
+    from l2ul.common import precision
     from l2ul.deletion import search, verify
     from l2ul.deletion.report import describe_surrogate
     from l2ul.deletion.report_schema import read_report
@@ -295,9 +300,10 @@ def repeat(args: argparse.Namespace, path: Path, device) -> list:
         results.append(verify.check_request(report, request.folder.files, request.forget.labels.tolist()))
     if all(check.passed for check in results):
         settings, _ = search.choose_settings(args.method, args.setting, args.seed)
-        precision = report.get("precision", {"search": "fp32"})["search"]
+        of_search = report.get("precision", {"search": "fp32"})["search"]
+        precision.require(device, of_search, "the request was carried out in it: repeat it on such a device")
         surrogate = read_unlabelled(args.surrogate, "--surrogate", model, request, args.skip_bad)
-        unlearner = make_unlearner(args, model, request, settings, precision, surrogate)
+        unlearner = make_unlearner(args, model, request, settings, of_search, surrogate)
         if surrogate is not None:
             row, recorded = describe_surrogate(args.surrogate, surrogate), report["asked"].get("surrogate") or {}
             same = row["sha256"] == recorded.get("sha256")

@@ -125,7 +125,8 @@ class _FeatureGap(torch.autograd.Function):
         context.variances = variances
         context.save_for_backward(*difference)
         roots = [(one.numel() * variance) ** -0.5 for one, variance in zip(features, variances, strict=True)]
-        return torch.stack(torch._foreach_mul(torch._foreach_norm(difference), roots)).square().mean()
+        norms = torch._foreach_norm(difference, dtype=torch.float32)  # differences may be in bf16
+        return torch.stack(torch._foreach_mul(norms, roots)).square().mean()
 
     @staticmethod
     @once_differentiable

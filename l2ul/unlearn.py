@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from l2ul import METHOD_VERSION, objective
 from l2ul.attack import adversarial_set
-from l2ul.common import seeds
+from l2ul.common import precision, seeds
 from l2ul.common.choices import DIVERGED, DONE, FORGOTTEN, STOPPED
 from l2ul.common.cuda_graphs import Graphed
 from l2ul.common.errors import Diverged
@@ -144,6 +144,7 @@ def unlearn(
     monitor = ForgetMonitor(unlearned, forget, predict or (lambda model: accuracy.predict(model, images)))
     is_random = seeds.fork_rng(labels.device, settings.seed, "dropout", settings.first_position)
     with is_random, contextlib.ExitStack() as stack:
+        stack.enter_context(precision.passes_in(unlearned, settings.loop_precision))
         if chosen.is_fixed_length:
             own = override(chosen.settings, settings.method_settings)
             context = fixed_length_procedure.MethodContext(

@@ -316,6 +316,8 @@ def test_a_step_has_few_kernels_and_one_synchronisation(resnet18, method, bn, gr
         ("adv_imp", {}),
         ("distill", {}),
         ("distill", {"robust": 1, "robust_pool": 8, "robust_cycle": 1.0}),
+        ("adv_imp", {"loop_precision": "bf16"}),
+        ("distill", {"loop_precision": "bf16"}),
     ],
 )
 def test_a_loop_of_cuda_graphs_ends_as_one_without(trained, method, changed):

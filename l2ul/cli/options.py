@@ -184,6 +184,12 @@ def add_speed(parser: Parser) -> None:
     )
     add(
         group,
+        "--loop-precision",
+        f"{SHARED['loop_precision'].help}. auto: bf16 where it is the faster, as with --precision auto",
+        choices=(choices.AUTO, *choices.LOOP_PRECISIONS),
+    )
+    add(
+        group,
         "--cache-dir",
         "folder in which adversarial examples, synthesised images and predictions of the original model are stored for "
         "later runs",
@@ -285,7 +291,8 @@ def add_unlearning(parser: Parser) -> None:
         "file with the new labels for --goal relabel, one per line in the order of D_f (default: random other classes)",
         type=Path,
     )
-    loop = [name for name, one in SHARED.items() if name not in ATTACK and "teacher" not in one.used_by]
+    elsewhere = {*ATTACK, "loop_precision"}
+    loop = [name for name, one in SHARED.items() if name not in elsewhere and "teacher" not in one.used_by]
     add_settings(group, loop)
     add_cuda_graph(group, "the steps of neggrad, correct, oracle, adv, adv_imp and distill")
     parser.sections["methods"] = _methods_text()

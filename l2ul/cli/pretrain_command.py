@@ -218,7 +218,7 @@ def choose_precision(opts: argparse.Namespace, images: "Images", device: "torch.
     chosen = precision.resolve(opts.precision, device)
     if chosen == choices.AUTO:
         chosen, sentence = pretrain.fastest_precision(images, opts.model, opts.mean, opts.std)
-        print(sentence)
+        print(f"--precision auto: {sentence}")
     precision.use(device, chosen)
     return chosen
 

@@ -14,7 +14,7 @@ from l2ul.cli import options, push
 from l2ul.cli.unlearn_options import PROGRAM
 from l2ul.common import distributed, precision
 from l2ul.common.cache import GIB, PREFIX, Cache
-from l2ul.common.choices import AUTO
+from l2ul.common.choices import AUTO, BF16, FULL
 from l2ul.common.device import device_name
 from l2ul.common.errors import Diverged, InputError
 from l2ul.common.files import remove_parts, require_writable, tensors_sha256
@@ -75,11 +75,12 @@ def open_trackers(opts: argparse.Namespace, report: Callable[[str], object]) -> 
 
 
 def use_precision(opts: argparse.Namespace, device: torch.device) -> None:
-    """Resolve --precision for the device, except where `load_setup` has to measure it, and use it.
+    """Resolve --precision and --loop-precision for the device, except where `load_setup` has to measure them.
 
-    Raises InputError if the device has no hardware for the precision.
+    Raises InputError if the device has no hardware for them.
     """
     opts.precision = precision.resolve(opts.precision, device)
+    opts.loop_precision = precision.resolve_loop(opts.loop_precision, device)
     precision.use(device, "fp32" if opts.precision == AUTO else opts.precision)
 
 
@@ -112,11 +113,15 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
     images = images.with_channels(classifier.channels)
     if opts.surrogate:
         chosen, images = options.load_surrogate(opts, images)
-    first = "fp32" if opts.precision == AUTO else opts.precision
-    preflight.check_fit(classifier, images.train.images, images.num_classes, first)
+    named = BF16 if opts.loop_precision == BF16 else opts.precision
+    preflight.check_fit(classifier, images.train.images, images.num_classes, "fp32" if named == AUTO else named)
     if opts.precision == AUTO:
         opts.precision, sentence = preflight.fastest_precision(classifier, images.train.images, trains=False)
-        print(sentence)
+        print(f"--precision auto: {sentence}")
+    if opts.loop_precision == AUTO:
+        chosen_precision, sentence = preflight.fastest_precision(classifier, images.train.images, trains=True)
+        opts.loop_precision = BF16 if chosen_precision == BF16 else FULL
+        print(f"--loop-precision auto: {sentence}")
     sample = images.train.images[torch.arange(min(outputs.BATCH, len(images.train)))]
     sample = as_pixels(sample).to(device)
     if outputs.adapt(classifier, sample) == outputs.PROBABILITIES:

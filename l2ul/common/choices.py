@@ -22,7 +22,8 @@ LOOP_STATUSES = FORGOTTEN, CAP, DONE, DIVERGED, STOPPED = (  # how the unlearnin
 )
 BN_MODES = ("train", "eval")  # mode of batch-norm and dropout while a method trains
 PRECISIONS = ("fp32", "tf32", "bf16")  # of forward and backward passes, see `common.precision`
-AUTO = "auto"  # value of --precision: the fastest on the device, see `common.precision.resolve`
+LOOP_PRECISIONS = FULL, BF16 = "full", "bf16"  # of passes in the unlearning loop, see `common.precision.passes_in`
+AUTO = "auto"  # value of --precision and --loop-precision: the fastest on the device, see `common.precision`
 DTYPES = ("float32", "float16", "uint8")  # in which adversarial examples are stored; names of torch dtypes
 DEVICES = ("cuda", "mps", "cpu")
 DECODERS = ("cpu", "gpu")  # of images on disk

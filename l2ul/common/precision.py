@@ -11,12 +11,13 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from l2ul.common.bn_folding import folded
-from l2ul.common.choices import AUTO, PRECISIONS
+from l2ul.common.choices import AUTO, BF16, FULL, PRECISIONS
 from l2ul.common.errors import InputError
 from l2ul.common.modes import frozen
 
 GAIN = 1.1  # bf16 has to be faster than fp32 by this factor
 MEASURED_SECONDS = 0.7  # at least, of steps in both precisions
+_exact = False  # whether code inside `exactly` runs
 
 
 def resolve(precision: str | None, device: torch.device) -> str:
@@ -34,6 +35,19 @@ def resolve(precision: str | None, device: torch.device) -> str:
     return AUTO if device.type == "cpu" and has_bf16() else "fp32"
 
 
+def resolve_loop(precision: str, device: torch.device) -> str:
+    """Return the precision that --loop-precision names on a device: one of `choices.LOOP_PRECISIONS`, or "auto".
+
+    "auto" is resolved as by `resolve`. Raises InputError if the device has no hardware for bf16.
+    """
+    if precision == AUTO:
+        chosen = resolve(AUTO, device)
+        return FULL if chosen == "fp32" else chosen
+    if precision == BF16:
+        require(device, BF16, "use --loop-precision full on this device")
+    return precision
+
+
 def use(device: torch.device, precision: str) -> None:
     """Set the precision of matrix products and convolutions in this process.
 
@@ -44,12 +58,15 @@ def use(device: torch.device, precision: str) -> None:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    if not is_supported(device, precision):
-        needed = "a CUDA GPU"
-        if precision == "bf16":
-            needed += ", or a CPU with AMX or AVX512-BF16"
-        raise InputError(f"--precision {precision} needs {needed}; use --precision fp32 on this device")
+    require(device, precision, "use --precision fp32 on this device")
     _set_flags(["ieee" if precision == "fp32" else "tf32"] * 3)
+
+
+def require(device: torch.device, precision: str, remedy: str) -> None:
+    """Raise InputError, which ends with the remedy, if the device has no hardware for the precision."""
+    if not is_supported(device, precision):
+        needed = "a CUDA GPU" + (", or a CPU with AMX or AVX512-BF16" if precision == BF16 else "")
+        raise InputError(f"{precision} needs {needed}; {remedy}")
 
 
 def is_supported(device: torch.device, precision: str) -> bool:
@@ -69,9 +86,16 @@ def temporarily(device: torch.device, precision: str) -> Iterator[None]:
         _set_flags(before)
 
 
-def exactly() -> contextlib.AbstractContextManager[None]:
-    """Return a context in which all passes are in fp32: for verdicts, which must not depend on the chosen precision."""
-    return temporarily(torch.device("cpu"), "fp32")
+@contextlib.contextmanager
+def exactly() -> Iterator[None]:
+    """Compute all passes in fp32 inside the block: for verdicts, which must not depend on the chosen precision."""
+    global _exact
+    before, _exact = _exact, True
+    try:
+        with temporarily(torch.device("cpu"), "fp32"):
+            yield
+    finally:
+        _exact = before
 
 
 def _operations() -> tuple[object, object, object]:
@@ -97,6 +121,40 @@ def has_bf16() -> bool:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return a context in which passes through a model are in bf16 if that is the precision, else in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextlib.contextmanager
+def passes_in(model: nn.Module, precision: str) -> Iterator[None]:
+    """Compute forward and backward passes of a model in bf16 inside the block, if that is the precision.
+
+    precision  one of `choices.LOOP_PRECISIONS`
+
+    The weights, their gradients and the logits stay in float32. A copy of the model that is made inside the block, such
+    as a teacher, computes as the model does. Inside `exactly`, the passes are in fp32.
+    """
+    if precision != BF16:
+        yield
+        return
+    entered: list[torch.autocast] = []
+
+    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        # without the cache of casts: inside an autocast of the caller it would keep the weights of the first step
+        context = torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=not _exact, cache_enabled=False)
+        context.__enter__()
+        entered.append(context)
+
+    def leave(module: nn.Module, inputs: tuple[Tensor, ...], logits: object) -> Tensor | None:
+        entered.pop().__exit__(None, None, None)
+        if isinstance(logits, Tensor) and logits.dtype == torch.bfloat16:  # it is None if the pass failed
+            return logits.float()
+        return None
+
+    handles = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def fastest(model: nn.Module, images: Tensor, *, trains: bool) -> tuple[str, dict[str, float]]:

@@ -147,7 +147,7 @@ def forget(
     started = time.perf_counter()
     with _arguments_in_messages():
         check_module(model, "model")
-        with _plain_torch(_device_of(model)) as device:
+        with _plain_torch(_device_of(model)):
             budget = search.TimeBudget(60 * _in_range("minutes", minutes, Number(float, 0, open=True)), started)
             if min_known is not None:
                 _in_range("min_known", min_known, Number(float, 0, maximum=1), "a number from 0 to 1")
@@ -165,6 +165,8 @@ def forget(
                 )
             plausibility.check(request, opened, min_known, single_label, flags=("--mean", "--std"))
             search.check_method(method, request.forget.goal)
+            is_chosen = "loop_precision" in settings
+            chosen, of_search = search.choose_precision(chosen, is_chosen, opened.classifier, request.images)
             keep = _read_others("keep_images", keep_images, reader, request)
             others = _read_others("surrogate", surrogate, reader, request)
             unlearner = search.Unlearner(
@@ -177,7 +179,7 @@ def forget(
                 as_written=opened.as_written,
                 progress=progress_bar if progress else None,
                 as_used=bool(chosen.robust),
-                precision=precision.resolve(None, device),
+                precision=of_search,
                 surrogate=others,
             )
 
@@ -240,7 +242,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def _plain_torch(device: torch.device) -> Iterator[torch.device]:
+def _plain_torch(device: torch.device) -> Iterator[None]:
     """Compute with gradients, in fp32 and without autocast inside the block, whatever surrounds it.
 
     New tensors are float32 and on the CPU unless their device is named, as PyTorch's own defaults are.
@@ -255,7 +257,7 @@ def _plain_torch(device: torch.device) -> Iterator[torch.device]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(precision.temporarily(device, "fp32"))
-        yield device
+        yield
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from l2ul import ProgressBar, attack, unlearn
+from l2ul.common import precision as precisions
+from l2ul.common.choices import AUTO, BF16
 from l2ul.common.errors import Diverged, InputError
-from l2ul.common.precision import temporarily
 from l2ul.data.images import stored
 from l2ul.importance import mas_importance
 from l2ul.methods import registry
@@ -23,7 +24,7 @@ from l2ul.methods.distill import cycle_length
 from l2ul.methods.settings import ATTACK as ATTACK_SETTINGS
 from l2ul.methods.settings import SHARED, Value
 from l2ul.methods.stand_ins import Synthesis
-from l2ul.metrics import accuracy, agreement, robustness
+from l2ul.metrics import accuracy, agreement, preflight, robustness
 from l2ul.metrics.agreement import Agreement, Probe
 from l2ul.metrics.robustness import AsUsed
 from l2ul.objective import Forget
@@ -153,7 +154,7 @@ class Unlearner:
     progress    show the progress of each candidate
     as_used     whether an image counts as forgotten only if it is so as used, see `robustness.as_used`
     max_steps   each candidate ends after so many steps at most, as if time were up; None: no such limit
-    precision   in which `unlearn` computes, on the device of the model
+    precision   of the device in which `unlearn` computes, see `choose_precision`
     surrogate   (n, 3, H, W) unlabelled images that stand for D_r, see `unlearn.unlearn`
     """
 
@@ -252,7 +253,7 @@ class Unlearner:
         on_step: Callable[[dict[str, float]], object] | None = None,
     ) -> unlearn.Outcome:
         """Unlearn with these settings. D_adv and the importance do not depend on them and are made once."""
-        with temporarily(self.forget.labels.device, self.precision):
+        with precisions.temporarily(self.forget.labels.device, self.precision):
             return self._unlearn(settings, go_on, on_step)
 
     def run_candidate(
@@ -300,8 +301,8 @@ def choose_settings(method: str, chosen: Sequence[tuple[str, str]], seed: int) -
 
     chosen  names and values as text; they replace the defaults
 
-    Methods with the setting robust forget images as they are used, unless it is set to 0. This setting alone leaves the
-    search free.
+    Methods with the setting robust forget images as they are used, unless it is set to 0. This setting and
+    loop_precision leave the search free.
 
     Raises InputError for a method that cannot carry out a request, or a setting or value that it does not allow.
     """
@@ -312,8 +313,27 @@ def choose_settings(method: str, chosen: Sequence[tuple[str, str]], seed: int) -
     loop = {name: value for name, value in fixed.items() if name in SHARED}
     own = {name: value for name, value in fixed.items() if name not in SHARED}
     loop = {"robust": int("robust" in registry.get(method).all_settings)} | loop
-    fixed.pop("robust", None)
+    fixed = {name: value for name, value in fixed.items() if name not in ("robust", "loop_precision")}
     return Settings(bn="eval", seed=seed, **loop, method_settings=own), fixed
+
+
+def choose_precision(settings: Settings, is_chosen: bool, model: nn.Module, images: Tensor) -> tuple[Settings, str]:
+    """Return the settings with the precision of the loop, and the precision of the search: one of PRECISIONS.
+
+    is_chosen  whether the user chose the precision of the loop, in these settings
+    images     (k, C, H, W) uint8 or float in [0,1], D_f, on the device of the model
+
+    On a CPU the loop runs in bf16 if a step of the model is faster in it, see `preflight.fastest_precision`. Raises
+    InputError if the user chose bf16 and the device or the model cannot compute in it.
+    """
+    device = images.device
+    if is_chosen and settings.loop_precision == BF16:
+        precisions.require(device, BF16, "use --setting loop_precision=full")
+        preflight.check_model(model, images, BF16)
+    has_choice = not is_chosen and precisions.resolve(AUTO, device) == AUTO  # on a CPU with bf16
+    if has_choice and preflight.fastest_precision(model, images, trains=True)[0] == BF16:
+        settings = replace(settings, loop_precision=BF16)
+    return settings, BF16 if settings.loop_precision == BF16 else precisions.resolve(None, device)
 
 
 def describe(changed: Mapping[str, Value]) -> str:

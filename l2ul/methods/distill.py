@@ -186,7 +186,7 @@ class Teacher:
         self.last = activations.last_spatial_module(self.model, images[:1])
         fold(self.model, images[:1])  # leaves the inputs of convolutions and linear layers as they are
         _, features = self.outputs(images[:VARIANCE_IMAGES])
-        variances = torch.stack([layer.var(correction=0) for layer in features]).tolist()
+        variances = torch.stack([layer.float().var(correction=0) for layer in features]).tolist()
         self.variances = [variance or math.inf for variance in variances]
 
     @torch.no_grad()

@@ -13,7 +13,17 @@ from dataclasses import dataclass, field, fields, replace
 import math
 from typing import Any, Self
 
-from l2ul.common.choices import BN_MODES, DTYPES, PRECISIONS, STAND_INS, InvalidValue, Number, OneOf, SomeOf
+from l2ul.common.choices import (
+    BN_MODES,
+    DTYPES,
+    LOOP_PRECISIONS,
+    PRECISIONS,
+    STAND_INS,
+    InvalidValue,
+    Number,
+    OneOf,
+    SomeOf,
+)
 from l2ul.common.errors import InputError
 
 Value = int | float | str
@@ -245,6 +255,15 @@ class Settings(_Declared):
     )
     distill_image_steps: float = _declare(
         0.0, "additional steps of a cycle for each image of D_f", "teacher", in_id="if changed"
+    )
+    loop_precision: str = _declare(
+        "full",
+        "precision of the passes in the unlearning loop. full: tf32 on a CUDA GPU unless --precision is fp32, else "
+        "fp32; bf16 needs a CUDA GPU, or a CPU with AMX or AVX512-BF16, and leaves weights, losses and measurements as "
+        "they are",
+        "training",
+        choices=LOOP_PRECISIONS,
+        in_id="if changed",
     )
     method_settings: Mapping[str, Value] = field(default_factory=dict)
     seed: int = 0

@@ -201,6 +201,7 @@ class _Statistics:
         """Return mean and variance (C,) over images and positions."""
         channel = features.ndim - 1 if isinstance(self.model.get_submodule(name), nn.Linear) else 1
         others = [axis for axis in range(features.ndim) if axis != channel]
+        features = features.float()  # of bf16 passes
         return features.mean(others), features.var(others, correction=0)
 
 

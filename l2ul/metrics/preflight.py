@@ -99,7 +99,7 @@ def check_fit(model: nn.Module, images: Tensor | FolderImages, num_classes: int,
 def fastest_precision(model: nn.Module, images: Tensor | FolderImages, *, trains: bool) -> tuple[str, str]:
     """Return fp32 or bf16, whichever is faster for a model on a CPU, and a sentence about it, see `precision.fastest`.
 
-    images  (N, C, H, W), uint8 or float in [0,1], N ≥ 2; the first few are used
+    images  (N, C, H, W), uint8 or float in [0,1], N ≥ 1; the first few are used
 
     It is fp32 if `check_model` does not accept the model in bf16. Under torchrun the first process decides.
     """
@@ -108,12 +108,12 @@ def fastest_precision(model: nn.Module, images: Tensor | FolderImages, *, trains
         try:
             check_model(model, images, "bf16")
         except InputError as error:
-            return "fp32", f"--precision auto: fp32; in bf16 {error}"
-        few = images[torch.arange(min(len(images), MEASURED))]
+            return "fp32", f"fp32; in bf16 {error}"
+        few = images[torch.arange(MEASURED) % len(images)]
         few = few if image_sets.input_side(model, few.shape[-1]) <= image_sets.LARGE else few[:MEASURED_LARGE]
         chosen, seconds = precisions.fastest(model, as_pixels(few), trains=trains)
         rates = ", ".join(f"{name} {len(few) / value:,.0f}" for name, value in seconds.items())
-        return chosen, f"--precision auto: {chosen}; images a second, forward and backward: {rates}"
+        return chosen, f"{chosen}; images a second, forward and backward: {rates}"
 
     return distributed.broadcast(measure)
 

@@ -84,10 +84,12 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Sweep:
             shared += _arguments(name, values[0])
         else:
             axes[name] = values
-    if choices.AUTO in flags.get("precision", ()):
-        raise InputError(
-            "--precision auto measures one model on one machine; a sweep takes one of " + ", ".join(choices.PRECISIONS)
-        )
+    for name, known in (("precision", choices.PRECISIONS), ("loop_precision", choices.LOOP_PRECISIONS)):
+        if choices.AUTO in flags.get(name, ()):
+            raise InputError(
+                f"--{name.replace('_', '-')} auto measures one model on one machine; a sweep takes one of "
+                + ", ".join(known)
+            )
     if "threads" not in flags:  # the same for any number of trials at once, so that results do not depend on it
         shared += _arguments("threads", max(1, int(opts.cpus_per_trial)))
     if "workers" not in flags:

@@ -1,14 +1,20 @@
 """Precision: its default on a device, the switches of torch, and the faster one on a CPU."""
 
-from conftest import tiny_net
+import copy
+
+from conftest import CLASSES, tiny_net
 from helpers import load_records, parse_sweep
 import pytest
 import torch
+import torch.nn.functional as F
 
-from l2ul import attack, unlearn
-from l2ul.common import precision
+import l2ul
+from l2ul import attack, objective, unlearn
+from l2ul.common import bn_folding, precision
 from l2ul.common.errors import InputError
 from l2ul.deletion import checks
+from l2ul.experiments import runs
+from l2ul.methods.settings import Settings
 from l2ul.metrics import accuracy, near_duplicates, preflight
 from l2ul.sweeps import sweep
 import main_forget
@@ -23,7 +29,7 @@ def switches():
 
 @pytest.fixture(autouse=True)
 def restored():
-    with precision.exactly():
+    with precision.temporarily(CPU, "fp32"):
         yield
 
 
@@ -127,6 +133,7 @@ def as_on_a_gpu(monkeypatch):
     use, resolve = precision.use, precision.resolve
     monkeypatch.setattr(precision, "use", lambda device, name: use(GPU, name))
     monkeypatch.setattr(precision, "resolve", lambda name, device: resolve(name, GPU))
+    monkeypatch.setattr(precision, "is_supported", lambda device, name: True)
 
 
 def spy(monkeypatch, owner, name):
@@ -209,3 +216,176 @@ def test_a_sweep_has_the_precision_of_its_workers(tmp_path, monkeypatch):
     assert sweep.with_precision(several) == several
     with pytest.raises(InputError, match="a sweep takes one of fp32, tf32, bf16"):
         parse_sweep(tmp_path, "--precision", "auto", "fp32")
+
+
+def types_inside(model):
+    """Return a list that gets the type of the features before the last layer at each pass."""
+    types = []
+    model.head.register_forward_pre_hook(lambda layer, inputs: types.append(inputs[0].dtype))
+    return types
+
+
+def test_passes_in_bf16_have_weights_gradients_and_logits_in_float32():
+    model, images = tiny_net(), torch.rand(4, 3, 8, 8)
+    types, expected = types_inside(model), model(images)
+    types.clear()
+    with precision.passes_in(model, "bf16"):
+        logits = model(images)
+        copied = copy.deepcopy(model)  # as a teacher
+        with precision.exactly():
+            assert torch.equal(model(images), expected)
+    assert torch.equal(model(images), expected)
+    with precision.passes_in(model, "full"):
+        assert torch.equal(model(images), expected)
+    assert types == [torch.bfloat16, *[torch.float32] * 3]
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits, expected, rtol=0.1, atol=0.05)
+    assert torch.equal(copied(images), logits)
+    assert bn_folding.foldable(copied, images) == bn_folding.foldable(model, images) != ()  # checked in float64
+    logits.square().sum().backward()
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_passes_in_bf16_use_the_present_weights_inside_an_autocast_of_the_caller():
+    model, images = tiny_net(), torch.rand(4, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=False), precision.passes_in(model, "bf16"):
+        before = model(images)
+        with torch.no_grad():
+            model.head.weight.zero_()
+            model.head.bias.fill_(2.0)
+        assert not torch.equal(before, model(images))
+        assert model(images).unique().tolist() == [2.0]
+
+
+def test_a_pass_that_fails_leaves_no_autocast():
+    model = tiny_net()
+    with precision.passes_in(model, "bf16"):
+        with pytest.raises(RuntimeError):
+            model(torch.rand(1, 3, 9, 9))
+        assert not torch.is_autocast_enabled("cpu")
+        assert model(torch.rand(1, 3, 8, 8)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("method", "changed"),
+    [
+        ("adv_imp", {"bn": "train"}),
+        ("adv_imp", {"bn": "eval"}),
+        ("rawp", {}),
+        ("distill", {"distill_ascent": 0.1, "distill_stand_ins": "mixes"}),
+        ("distill", {"distill_stand_ins": "synthesised", "distill_pool": 4, "distill_pool_steps": 2}),
+        ("distill", {"robust": 1, "robust_pool": 4, "robust_images": 0, "distill_steps": 3, "distill_cycles": 1}),
+        ("jit", {"method_settings": {"copies": 2}}),
+    ],
+)
+def test_each_kind_of_method_runs_in_bf16_and_ends_in_fp32(trained, method, changed):
+    model, images, labels = trained
+    types, confirmed = types_inside(model), []
+
+    def predict(unlearned):
+        count = len(types)
+        predictions = accuracy.predict(unlearned, images[:3])
+        confirmed.extend(types[count:])
+        return predictions
+
+    rates = {"unlearn_lr": 0.01, "distill_lr": 0.01, "max_passes": 200, "distill_steps": 20, "distill_mixes": 8}
+    attacked = {"adv": (images[4:9], (labels[4:9] + 1) % CLASSES), "num_classes": CLASSES, "predict": predict}
+
+    def weights(name):
+        settings = Settings(**rates | changed, loop_precision=name)
+        outcome = unlearn.unlearn(model, images[:3], labels[:3], method, settings=settings, **attacked)
+        assert outcome.status != "diverged"
+        return torch.nn.utils.parameters_to_vector(outcome.model.parameters())
+
+    full = weights("full")
+    types.clear()
+    in_bf16 = weights("bf16")
+    assert types.count(torch.bfloat16) > len(types) / 2
+    assert torch.bfloat16 not in confirmed
+    assert confirmed or method == "jit" or "robust" in changed  # which need not confirm
+    assert torch.equal(in_bf16, weights("bf16"))
+    assert (method == "rawp") or not torch.equal(in_bf16, full)
+    assert in_bf16.isfinite().all()
+
+
+def test_the_gap_of_features_in_bf16_is_a_float32_of_all_layers():
+    features, original = [torch.rand(4, 3, 2, 2).bfloat16() for _ in range(2)]
+    expected = 2 * F.mse_loss(features.float(), original.float())
+    gap = objective.feature_gap([features.requires_grad_()], [original], [0.5])
+    assert gap.dtype == torch.float32
+    assert gap.item() == pytest.approx(expected.item(), rel=0.01)
+    gap.backward()
+    assert torch.allclose(features.grad.float(), (features - original).float() / 12, rtol=0.02, atol=1e-4)
+
+
+@pytest.fixture
+def bf16_is_faster(monkeypatch):
+    """Let this CPU have bf16, twice as fast as fp32; return the list of `trains` of the measurements."""
+    measured = []
+
+    def fastest(model, images, *, trains):
+        measured.append(trains)
+        return "bf16", {"fp32": 2.0, "bf16": 1.0}
+
+    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    monkeypatch.setattr(precision, "fastest", fastest)
+    return measured
+
+
+def test_the_precision_of_the_loop_is_part_of_a_run_unless_it_is_the_default(run, tmp_path, bf16_is_faster):
+    words = "--method", "adv"
+    assert run(*words)[0] == 0
+    (identity,) = load_records(tmp_path)
+    code, out, err = run(*words, "--loop-precision", "auto")
+    assert code == 0, err
+    assert "--loop-precision auto: bf16; images a second, forward and backward: fp32 8, bf16 16" in out
+    assert bf16_is_faster == [True]
+    assert "1 done" in run(*words, "--loop-precision", "bf16")[1]
+    assert "1 done" in run(*words, "--setting", "loop_precision=full")[1]
+    records = load_records(tmp_path)
+    assert {record["loop_precision"] for record in records.values()} == {"full", "bf16"}
+    assert {record["precision"] for record in records.values()} == {"fp32"}
+    old = {name: value for name, value in records[identity].items() if name != "loop_precision"}  # before it existed
+    assert runs.identity(old) == runs.identity(records[identity])
+
+
+def test_bf16_in_the_loop_needs_hardware_for_it(run, monkeypatch):
+    monkeypatch.setattr(precision, "has_bf16", lambda: False)
+    code, _, err = run("--loop-precision", "bf16")
+    assert code == 2
+    assert "bf16 needs a CUDA GPU, or a CPU with AMX or AVX512-BF16; use --loop-precision full on this device" in err
+    assert precision.resolve_loop("auto", CPU) == "full"
+
+
+def test_a_request_searches_in_the_faster_precision_of_a_cpu(forget, script, tmp_path, monkeypatch, bf16_is_faster):
+    code, report, printed = forget()
+    assert code == 0, printed
+    assert "search in bf16" in printed
+    assert report["precision"] == {"search": "bf16", "checks": "fp32"}
+    assert report["chosen"]["loop_precision"] == "bf16"
+    assert "loop_precision=bf16" in report["again"]["command"]
+    assert bf16_is_faster == [True]
+    words = "--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", "--build", "conftest:tiny_net"
+    code, out, err = script(main_forget.main, *words, "--again")
+    assert code == 0, out + err
+    assert bf16_is_faster == [True]  # not measured again
+    monkeypatch.setattr(precision, "has_bf16", lambda: False)
+    code, _, err = script(main_forget.main, *words, "--again")
+    assert code == 2
+    assert "bf16 needs a CUDA GPU, or a CPU with AMX or AVX512-BF16; the request was carried out in it" in err
+
+
+def test_the_user_decides_the_precision_of_the_search(trained, monkeypatch, bf16_is_faster):
+    model, images, labels = trained
+    named = {"minutes": 1, "robust": 0, "distill_steps": 20}
+    result = l2ul.forget(model, images[:2], labels[:2], mean=(0, 0, 0), std=(1, 1, 1), loop_precision="full", **named)
+    assert (bf16_is_faster, result.settings["loop_precision"]) == ([], "full")
+    monkeypatch.setattr(precision, "has_bf16", lambda: False)
+    with pytest.raises(InputError, match=r"bf16 needs a CUDA GPU.*use setting loop_precision=full"):
+        l2ul.forget(model, images[:2], labels[:2], mean=(0, 0, 0), std=(1, 1, 1), loop_precision="bf16", **named)
+
+
+def test_a_sweep_takes_a_named_precision_of_the_loop(tmp_path):
+    with pytest.raises(InputError, match="--loop-precision auto .* a sweep takes one of full, bf16"):
+        parse_sweep(tmp_path, "--loop-precision", "auto")
+    assert parse_sweep(tmp_path, "--loop-precision", "full", "bf16").axes == {"loop_precision": ["full", "bf16"]}

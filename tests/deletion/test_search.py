@@ -168,8 +168,9 @@ def test_chosen_settings_replace_the_defaults():
     settings, fixed = search.choose_settings("distill", [("distill_steps", "5"), ("distill_lr", "0.1")], seed=7)
     assert fixed == {"distill_steps": 5, "distill_lr": 0.1}
     assert settings == Settings(bn="eval", seed=7, distill_steps=5, distill_lr=0.1, robust=1)
-    settings, fixed = search.choose_settings("distill", [("robust", "0")], seed=7)
-    assert (settings, fixed) == (Settings(bn="eval", seed=7), {})  # other settings are searched
+    chosen = [("robust", "0"), ("loop_precision", "bf16")]
+    settings, fixed = search.choose_settings("distill", chosen, seed=7)
+    assert (settings, fixed) == (Settings(bn="eval", seed=7, loop_precision="bf16"), {})  # other settings are searched
     settings, fixed = search.choose_settings("adv_imp", [("reg_lamb", "2")], seed=0)
     assert (settings.robust, fixed) == (0, {"reg_lamb": 2.0})
     assert search.choose_settings("jit", [("copies", "3")], seed=0)[0].method_settings == {"copies": 3}
@@ -181,7 +182,11 @@ def test_chosen_settings_replace_the_defaults():
         ("distill", ("distill_step", "5"), "method distill has no setting distill_step; expected one of distill_lr"),
         ("distill", ("distill_steps", "0.5"), "distill_steps=0.5 is not allowed; expected a whole number"),
         ("adv", ("reg_lamb", "1"), "method adv has no setting reg_lamb; expected one of unlearn_lr"),
-        ("jit", ("unlearn_lr", "1"), "method jit has no setting unlearn_lr; expected one of bn, precision, epochs"),
+        (
+            "jit",
+            ("unlearn_lr", "1"),
+            "method jit has no setting unlearn_lr; expected one of bn, loop_precision, precision, epochs",
+        ),
         ("adv", ("pgd_eps", "1"), "setting pgd_eps cannot be changed here"),
     ],
 )

@@ -76,16 +76,17 @@ def test_recorded_settings_are_those_that_the_method_uses():
 
 
 def test_the_settings_of_methods():
-    sgd = {"unlearn_lr", "momentum", "weight_decay", "batch_size", "bn", "max_passes", "precision"}
+    precision = {"precision", "loop_precision"}
+    sgd = {"unlearn_lr", "momentum", "weight_decay", "batch_size", "bn", "max_passes", *precision}
     attack = {"num_adv_images", "pgd_eps", "pgd_alpha", "pgd_iter", "adv_dtype", "adv_batch_size"}
     expected = {
         "before": set(),
         "neggrad": sgd,
-        "rawp": {"max_passes", "noise_growth", "precision"},
+        "rawp": {"max_passes", "noise_growth"} | precision,
         "oracle": sgd | {"adv_batch_size"},
         "adv_imp": sgd | attack | {"reg_lamb"},
-        "distill": {name for name in SHARED if name.startswith(("distill_", "robust"))} | {"precision"},
-        "jit": {"bn", "precision", "epochs", "lr", "batch", "sigma", "copies"},
+        "distill": {name for name in SHARED if name.startswith(("distill_", "robust"))} | precision,
+        "jit": {"bn", *precision, "epochs", "lr", "batch", "sigma", "copies"},
     }
     for name, settings in expected.items():
         assert set(registry.get(name).all_settings) == settings, name
