@@ -202,9 +202,9 @@ def test_the_nearest_test_images_are_of_the_same_class(few_digits):
     test.images[0] = 1 - images[1]  # of class 2
     test.images[9], test.images[8] = images[1], images[0]  # of classes 1 and 0
     splits = {"forget": forget, "test": test}
-    outputs = SimpleNamespace(
-        original=model, split=splits.get, labels={name: split.labels for name, split in splits.items()}, workers=0
-    )
+    labels = {name: split.labels for name, split in splits.items()}
+    device = torch.device("cpu")
+    outputs = SimpleNamespace(original=model, split=splits.get, labels=labels, device=device, workers=0)
     nearest = groups._nearest_test_images(outputs)
     assert {8, 9} <= set(nearest.tolist())
     assert set(test.labels[nearest].tolist()) == {0, 1}
