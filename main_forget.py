@@ -78,7 +78,7 @@ def forget(args: argparse.Namespace) -> int:
     forgotten, recognised = unlearner.forgotten(original), unlearner.recognised
     log(
         f"{len(request)} images to {request.forget.goal}; {args.method}; {devices.device_name(device)}; search in "
-        f"{of_search}"
+        f"{of_search} for at most {args.minutes:g} min"
     )
     if args.dry_run:
         print(*request.summary(), sep="\n")

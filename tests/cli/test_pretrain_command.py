@@ -87,7 +87,8 @@ def test_the_curve_of_an_interrupted_training_goes_on_when_it_is_resumed(pretrai
     with monkeypatch.context() as patch:
         patch.setattr(pretrain_command.EpochLines, "line", stop_after_two)
         code, _, err = pretrain(*words)
-    assert (code, err) == (130, f"\nmain_pretrain_x.py: stopped by Ctrl-C; {pretrain_command.AFTER_STOP}\n")
+    assert code == 130
+    assert err.endswith(f"\nmain_pretrain_x.py: stopped by Ctrl-C; {pretrain_command.AFTER_STOP}\n")
     tracked = tmp_path / "weights" / "tracking"
     curve, _, record = read_csv(tracked)
     assert (len(curve), record) == (2, None)

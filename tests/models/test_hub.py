@@ -328,6 +328,19 @@ def test_an_interrupted_upload_says_where_the_model_is(fake, monkeypatch, tmp_pa
     assert f"the model is in {tmp_path / 'model.pth'}; upload it again with: again" in capsys.readouterr().err
 
 
+def test_an_interruption_between_report_and_upload_says_that_the_report_is_there(monkeypatch, tmp_path, capsys):
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("l2ul.deletion.report_schema.read_report", interrupt)
+    options = argparse.Namespace(verify=True, model=str(tmp_path / "model.pth"), build=None, push_public=False)
+    with pytest.raises(SystemExit) as stop:
+        main_forget.upload(options, tmp_path / "report.json", hub.Repository("jo/tiny"))
+    assert stop.value.code == 130
+    expected = f"the report is {tmp_path / 'report.json'}; this command uploads the model: "
+    assert expected in capsys.readouterr().err
+
+
 def test_of_a_timm_configuration_only_what_timm_defines_is_uploaded(tmp_path):
     timm = pytest.importorskip("timm")
     net = timm.create_model("test_resnet", num_classes=10)
