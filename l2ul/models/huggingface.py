@@ -24,6 +24,7 @@ PROCESSOR_KEYS = {
     *("image_processor_type", "do_convert_rgb", "do_resize", "size", "default_to_square", "resample", "crop_pct"),
     *("do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
 }
+LABELS = ("id2label", "label2id")  # keys of a configuration that have the names of classes
 WEIGHTS = (  # transformers reads the first of these that exists; an index names the files of its parts
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -320,9 +321,27 @@ def save_known(net: nn.Module, name: str, folder: Path, mean: list[float], std: 
     transformers keeps all other entries of the files from which they were read, such as paths and notes.
     """
     save(net, name, folder, mean, std)
-    known = {*type(net.config)().to_dict(), "model_type", "id2label", "label2id"} - {"_name_or_path"}
-    for file, keys in (("config.json", known), *((one, PROCESSOR_KEYS) for one in PROCESSORS)):
-        content = _read_json(folder / file)
+    config = _read_json(folder / "config.json")
+    kept = {"config.json": _defined(config, net.config) | {key: config[key] for key in LABELS if key in config}}
+    for file in PROCESSORS:  # dictionaries in them have the keys of sizes alone, which transformers checks
+        kept[file] = {key: value for key, value in _read_json(folder / file).items() if key in PROCESSOR_KEYS}
+    for file, content in kept.items():
         if content:
-            kept = {key: value for key, value in content.items() if key in keys}
-            (folder / file).write_text(json.dumps(kept, indent=2), encoding="utf-8")
+            (folder / file).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def _defined(content: dict, config) -> dict:
+    """Return the entries of a configuration file that its class defines, also in configurations and dictionaries in it.
+
+    Names of classes are left out.
+    """
+    default = type(config)().to_dict()
+    kept = {}
+    for key in sorted(content.keys() & {*default, "model_type"} - {"_name_or_path", *LABELS}):
+        value, inner = content[key], getattr(config, key, None)
+        if isinstance(value, dict) and hasattr(inner, "to_dict"):
+            value = _defined(value, inner)
+        elif isinstance(value, dict):
+            value = {name: one for name, one in value.items() if name in (default.get(key) or ())}
+        kept[key] = value
+    return kept

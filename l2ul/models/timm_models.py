@@ -48,6 +48,7 @@ PUBLIC = {  # keys of config.json without which a model opens differently
     *("input_size", "min_input_size", "fixed_input_size", "pool_size", "mean", "std", "interpolation", "crop_pct"),
     *("crop_mode", "test_input_size", "test_crop_pct", "first_conv", "classifier"),
 }
+NESTED = {"pretrained_cfg", "model_args", "label_names"}  # of these, those whose value may be an object
 
 
 @dataclass(frozen=True)
@@ -374,6 +375,7 @@ def write_config(net: nn.Module, original: Path, folder: Path, mean: list[float]
 
 def _known(config: dict[str, object]) -> dict[str, object]:
     kept = {key: value for key, value in config.items() if key in PUBLIC}
+    kept = {key: value for key, value in kept.items() if key in NESTED or not isinstance(value, dict)}
     if isinstance(kept.get("pretrained_cfg"), dict):
         kept["pretrained_cfg"] = _known(kept["pretrained_cfg"])
     if isinstance(kept.get("model_args"), dict):

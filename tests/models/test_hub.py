@@ -347,7 +347,7 @@ def test_of_a_timm_configuration_only_what_timm_defines_is_uploaded(tmp_path):
     timm_models.save(net, "timm:test_resnet", tmp_path / "model", [0.5] * 3, [0.5] * 3)
     path = tmp_path / "model" / "config.json"
     config = json.loads(path.read_text())
-    config["train_files"] = ["alice_0.png"]
+    config |= {"train_files": ["alice_0.png"], "pool_size": {"author": "alice@home.org"}}
     config["pretrained_cfg"] |= {"file": "/home/alice/weights.pt", "paper_name": "alice"}
     path.write_text(json.dumps(config))
     (tmp_path / "model" / "README.md").write_text("alice")
@@ -422,3 +422,29 @@ def test_an_empty_name_is_refused(fake, forget, run):
     assert (code, "--push '' is not a name" in printed) == (2, True), printed
     code, _, err = run("--push", "", "--method", "neggrad", "--save-model")
     assert (code, "--push '' is not a name" in err) == (2, True), err
+
+
+def test_of_a_configuration_with_others_inside_only_what_transformers_defines_is_uploaded(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.CLIPConfig(
+        text_config=size, vision_config=size | {"image_size": 32, "patch_size": 16}, num_labels=3
+    )
+    config.id2label = {0: "cat", 1: "dog", 2: "horse"}
+    config.vision_config.curator = {"mail": "alice@home.org"}
+    config.text_config.id2label = {0: "/home/alice/0.png"}
+    config.author = "alice"
+    net = transformers.CLIPForImageClassification(config).eval()
+    net.save_pretrained(tmp_path / "model")
+    transformers.CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False).save_pretrained(
+        tmp_path / "model"
+    )
+    assert "alice" in (tmp_path / "model" / "config.json").read_text()
+    opened = models.load(f"hf:{tmp_path / 'model'}", 3)
+    (tmp_path / "up").mkdir()
+    files = hub.write_files(tmp_path / "up", opened, "the card", is_folder=True)
+    assert not any(b"alice" in path.read_bytes() for path in files.values())
+    again, pixels = models.load(f"hf:{tmp_path / 'up'}", 3), torch.rand(2, 3, 32, 32)
+    assert again.net.config.id2label == config.id2label
+    with torch.no_grad():
+        assert torch.equal(again(pixels), opened(pixels))
