@@ -62,7 +62,10 @@ def run(opts: argparse.Namespace) -> None:
             for note in setup.images.decoding_notes():
                 print(note)
             if distributed.is_first():
-                print(records.table([run.files.read() for run in runs]).to_string(index=False))
+                results = [run.files.read() for run in runs]
+                print(records.table(results).to_string(index=False))
+                if note := command.divergence_note(results):
+                    print(note)
                 print(f"records: {opts.result_dir / 'runs'}")
             if repository:
                 command.push_model(runs[0], setup, repository)

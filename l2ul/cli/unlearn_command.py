@@ -1,7 +1,7 @@
 """From the options of main_unlearn.py to a model, data, runs and an experiment. Also used by the workers of a sweep."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 import sys
 import time
@@ -297,6 +297,15 @@ def run_line(record: dict[str, object]) -> str:
     parts += [f"{name} {record[key]:.2f}" for key, name in ACCURACIES.items() if record.get(key) is not None]
     seconds = sum(value for key, value in record.items() if key.startswith("seconds_") and value)
     return "  ".join([*parts, f"{seconds:.1f} s"])
+
+
+def divergence_note(results: Iterable[dict[str, object]]) -> str | None:
+    """Return a sentence on what to change if any of the records is of a run that diverged."""
+    diverged = list(dict.fromkeys(record["method"] for record in results if record["status"] == "diverged"))
+    if not diverged:
+        return None
+    others = "" if diverged == ["distill"] else ", or choose distill: -CE, the loss of neggrad, has no lower bound"
+    return f"{', '.join(diverged)}: the loss or the outputs are no longer finite; lower the learning rate{others}"
 
 
 def _load_reference_models(opts: argparse.Namespace, setup: Setup, device: torch.device) -> ReferenceModels:

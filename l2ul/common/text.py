@@ -1,11 +1,14 @@
-"""Read text files and compare names as people write them: byte order marks, line ends, Unicode normal forms."""
+"""Read text files, compare names as people write them (Unicode normal forms), and shorten texts for display."""
 
 import codecs
 import errno
+import hashlib
 import os
 from pathlib import Path
 import stat
 import unicodedata
+
+CONTROL = ("Cc", "Zl", "Zp")  # categories of Unicode
 
 
 def read_text(path: Path, most: int | None = None) -> str:
@@ -38,3 +41,14 @@ def normal_form(name: str) -> str:
     macOS and Linux may store a letter such as é as one code point or as two.
     """
     return unicodedata.normalize("NFC", name)
+
+
+def shortened(text: str, most: int = 120) -> str:
+    """Return a text for display on one line, at most `most` characters long.
+
+    A longer text is cut and gets a part of its hash, so that different texts stay different.
+    """
+    if len(text) > most:
+        digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+        text = f"{text[: most - 10]}… {digest}"
+    return "".join("\ufffd" if unicodedata.category(character) in CONTROL else character for character in text)

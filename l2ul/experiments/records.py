@@ -19,7 +19,7 @@ import numpy as np
 
 from l2ul.common.choices import CAP, DIVERGED, DONE, EXIF_ORIENTATIONS, FORGOTTEN, GOALS
 from l2ul.common.files import atomic, csv_writer
-from l2ul.common.text import read_text
+from l2ul.common.text import read_text, shortened
 from l2ul.experiments import defaults
 from l2ul.methods.settings import SHARED
 from l2ul.metrics import columns
@@ -314,10 +314,10 @@ def problems(record: object) -> Iterator[str]:
         yield f"is incomplete: it lacks {', '.join(absent[:3])}{' and more' if len(absent) > 3 else ''}"
         return
     for name, value in record.items():
-        if not lookup(name).accepts(value):
-            shown = json.dumps(value)
-            shown = shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"
-            yield f"{name[:LONGEST]} is {shown}; expected {lookup(name).expected}"
+        if not TYPES["name"][1](name):
+            yield f"a key is {shortened(name)!r}; expected {TYPES['name'][0]}"
+        elif not lookup(name).accepts(value):
+            yield f"{name} is {shortened(json.dumps(value, ensure_ascii=False))}; expected {lookup(name).expected}"
     for name in ACCURACIES:
         if record[name] is None and record["status"] not in (DIVERGED, FAILED):
             yield f"{name} is null but status is {record['status']}; expected a percentage"

@@ -272,7 +272,8 @@ def accuracy_against_k(subject: Subject) -> Drawn:
     most = int(table["runs"][table["method"] != "before"].max())
     note = f"mean ± standard deviation of up to {most} seeds" if most > 1 else "one seed"
     title = f"{subject.block.label}, {subject.block.goal}; {note}"
-    return figures.accuracy_against_k(table, title), table.astype({"k": "Int64"})
+    sizes = [None if np.isnan(k) else int(k) for k in table["k"]]  # numbers above 2^53 do not fit pandas' Int64
+    return figures.accuracy_against_k(table, title), table.assign(k=pd.Series(sizes, table.index, object))
 
 
 def ablations(subject: Subject) -> Drawn:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from l2ul.common.files import atomic
+from l2ul.common.text import shortened
 from l2ul.methods import registry
 from l2ul.metrics import columns
 from l2ul.reporting import figure_data
@@ -41,6 +42,7 @@ CLASS_COLOURS = (*COLOURS[:6], "#F0E442", "#999999", "#7A4419", "#332288")  # wi
 MARKERS = "os^DvPX<>p"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MOST_POINTS = 1000  # of a line in figure 7
+MOST_CHARACTERS = 80  # of a name in a legend
 SPLITS = {split: columns.get(f"acc_{split}").latex for split in ("forget", "retain", "test")}
 
 
@@ -119,7 +121,7 @@ def _short(value: float) -> str:
 
 def _legend(figure: Figure, table: pd.DataFrame) -> None:
     names = ordered(set(table["method"]) - {"before"})
-    handles = [Line2D([], [], **_line_style(name), label=name) for name in names]
+    handles = [Line2D([], [], **_line_style(name), label=shortened(name, MOST_CHARACTERS)) for name in names]
     if (table["method"] == "before").any():
         handles.append(Line2D([], [], color="0.5", linestyle=(0, (4, 3)), linewidth=1, label="before"))
     if "capped" in table and table["capped"].any():
@@ -181,7 +183,7 @@ def curves(table: pd.DataFrame, title: str) -> Figure:
         line = _line_style(method)
         dash = DASHES[(DASHES.index(line["linestyle"]) + used[method]) % len(DASHES)]  # others for further runs
         used[method] += 1
-        label = _plain(run["label"].iloc[0])
+        label = _plain(shortened(run["label"].iloc[0], MOST_CHARACTERS))
         lines[name] = {"color": line["color"], "linestyle": dash, "linewidth": 0.9, "label": label}
     steps = table.groupby("run")["step"].max()
     for axes, column in zip(panels, shown, strict=True):

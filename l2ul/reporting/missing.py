@@ -13,9 +13,11 @@ from l2ul.experiments.records import Record
 from l2ul.methods.registry import get, of_goal
 from l2ul.methods.settings import override, to_text
 from l2ul.models import checkpoint, zoo
+from l2ul.reporting import render
 from l2ul.reporting.rows import Block
 from l2ul.reporting.summary import Selection
 
+MOST_CHARACTERS = 2**15  # of a command; longer ones have a value that no command can have
 RESULT_DIR = "result_data"  # default of --result-dir
 
 
@@ -43,7 +45,9 @@ def parts(blocks: Iterable[Block], selection: Selection) -> tuple[list[str], lis
     cells, lines, notes = [], [], []
     for block in blocks:
         absent = find(block, selection)
-        needed = commands(block, absent)
+        every = commands(block, absent)
+        needed = [line for line in every if len(line) <= MOST_CHARACTERS]
+        notes += [f"Commands of more than {MOST_CHARACTERS:,} characters are left out."] * (len(needed) < len(every))
         cells += describe(block, absent)
         lines += needed
         notes += _note_on_weights(block, needed)
@@ -76,7 +80,7 @@ def describe(block: Block, missing: list[Missing]) -> list[str]:
                 seeds[run.method].append(str(run.seed))
         each = "; ".join(f"`{method}` seed {' '.join(lacking)}" for method, lacking in seeds.items())
         steps = f" ({block.continual_size} per step)" if block.continual else ""
-        lines.append(f"{block.label}, goal {block.goal}, k = {k}{steps}: {each}")
+        lines.append(f"{render.markdown_text(block.label)}, goal {block.goal}, k = {k}{steps}: {each}")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+import re
 
 import pandas as pd
 
@@ -50,12 +51,13 @@ def _latex_text(text: str) -> str:
     return "".join(LATEX_CHARACTERS.get(char, char) for char in text)
 
 
-def _markdown_text(text: str) -> str:
-    return text.replace("|", "\\|").replace("*", "\\*")
+def markdown_text(text: str) -> str:
+    """Return a text that Markdown shows as it is, also in the cell of a table."""
+    return re.sub(r"[|*<]", r"\\\g<0>", text)
 
 
 PLAIN = Style(str, lambda column: column.heading, "{}")
-MARKDOWN = Style(_markdown_text, lambda column: _markdown_text(column.heading), "**{}**")
+MARKDOWN = Style(markdown_text, lambda column: markdown_text(column.heading), "**{}**")
 LATEX = Style(
     _latex_text,
     lambda column: column.latex or _latex_text(column.heading),

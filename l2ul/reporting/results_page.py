@@ -307,4 +307,4 @@ def _markdown(text: str) -> Markup:
     """Return the inline Markdown of notes and cells as HTML: code, bold text and escaped characters."""
     html = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
     html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html)
-    return Markup(re.sub(r"\\([|*])", r"\1", html))
+    return Markup(re.sub(r"\\([|*]|&lt;)", r"\1", html))

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from itertools import groupby
 import json
 
+from l2ul.common.text import shortened
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.methods import registry
 from l2ul.methods.settings import from_text
 
+LONGEST = 400  # characters of the settings in the name of a row
 BLOCK = ("goal", "continual_size", "dataset", "age_grouping", "model")
 
 
@@ -35,7 +37,7 @@ class Block:
 
     @property
     def label(self) -> str:
-        return f"{self.dataset}{f' {self.age_grouping}' if self.age_grouping else ''}, {self.model}"
+        return shortened(f"{self.dataset}{f' {self.age_grouping}' if self.age_grouping else ''}, {self.model}")
 
     def main_row(self, method: str) -> str:
         return main_row(self.records, method)
@@ -96,7 +98,7 @@ def _name_rows(block: Block) -> None:
         }
     _separate_forget_sets(block.records)
     for record in block.records:
-        differs = ", ".join(_describe(name, value) for name, value in record["differs"].items())
+        differs = shortened(", ".join(_describe(name, value) for name, value in record["differs"].items()), LONGEST)
         record["row"] = record["method"] + (f" ({differs})" if differs else "")
 
 
@@ -118,12 +120,13 @@ def _separate_forget_sets(runs: list[Record]) -> None:
 
 
 def _describe(name: str, value: object) -> str:
+    """Return name and value of a setting for the name of a row. Long values are shortened."""
     if name == "listed":
         return "D_f from a file" if value else "D_f by seed"
     if name in ("checkpoint_sha256", "forget_sha256"):
         return f"{'weights' if name == 'checkpoint_sha256' else 'D_f'} {str(value)[:12]}"
     name = name.rpartition(".")[2]  # without the method, which the row names already
-    return f"{name}={'none' if value is None else f'{value:g}' if isinstance(value, float) else value}"
+    return f"{name}={'none' if value is None else f'{value:g}' if isinstance(value, float) else shortened(str(value))}"
 
 
 def place(method: str) -> tuple[int, str]:

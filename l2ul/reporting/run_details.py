@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from l2ul.common.errors import InputError
-from l2ul.common.text import read_text
+from l2ul.common.text import read_text, shortened
 from l2ul.data import thumbnails
 from l2ul.data.images import Images
 from l2ul.experiments import records
@@ -17,6 +17,7 @@ from l2ul.reporting import figure_data, figure_set, read_records
 THUMBNAIL = 64  # pixels of the longer side, at most
 MOST_THUMBNAILS = 4096  # on a page
 MOST_POINTS = 200  # of a curve
+MOST_CHARACTERS = 1000  # of a value of a record
 DIGITS = 4  # of the values of a curve
 ADDED = ("result_dir", "forget_file", "listed", "row", "differs")  # keys of `read_records` and `rows`, not of the file
 FURTHER = "further keys"  # in place of the role of keys that the schema does not know
@@ -94,7 +95,9 @@ def _by_role(run: Record) -> dict[str, Record]:
     parts: dict[str, Record] = {role: {} for role in (records.RESULT, records.COST, *records.ROLES, FURTHER)}
     for name, value in run.items():
         if value is not None and name not in ADDED:
-            parts[records.lookup(name).role or FURTHER][name] = value
+            is_long = isinstance(value, str) and len(value) > MOST_CHARACTERS
+            shown = shortened(value, MOST_CHARACTERS) if is_long else value
+            parts[records.lookup(name).role or FURTHER][name] = shown
     return {role: part for role, part in parts.items() if part}
 
 

@@ -434,3 +434,12 @@ def test_figures_download_no_weights_without_permission(name, package, tmp_path,
             subject.original(run)
         allowed = str(raised.value).endswith("; add --download to allow it")
         assert (bool(looked_up), bool(capsys.readouterr().out), allowed) == (download, download, not download)
+
+
+def test_a_size_beyond_any_training_set_is_drawn(tmp_path):
+    (tmp_path / "runs").mkdir()
+    record = json.loads(next((REFERENCE / "runs").glob("*.json")).read_text()) | {"method": "adv", "status": "done"}
+    for place, k in enumerate((16, 2**63 - 1)):
+        (tmp_path / "runs" / f"{place}.json").write_text(json.dumps(record | {"k": k, "acc_forget": 0.0}))
+    made = draw([tmp_path], tmp_path, [1])
+    assert pd.read_csv(made[2], dtype=str)["k"].dropna().tolist() == ["16", "9223372036854775808"]

@@ -122,6 +122,8 @@ DAMAGED = {
     "unknown.json": ({"tags": ["a"]}, 'tags is ["a"]; expected a single value or null'),
     "boolean.json": ({"pgd_eps": True}, "pgd_eps is true; expected a number or null"),
     "words.json": ({"mean": "0.5 grey"}, "expected text that holds numbers separated by spaces or null"),
+    "key.json": ({"metric_" + "x" * 99_999: 1.0}, "… ed957d5e'; expected a name of 1 to 255 characters"),
+    "newline.json": ({"a\n- b": 1.0}, "a key is 'a\ufffd- b'; expected a name"),
     "twin.json": ({"seconds_unlearn": 9.0}, "the same run as"),
 }
 

@@ -279,3 +279,17 @@ def test_records_from_before_a_setting_have_the_value_of_that_time(folder, table
     markdown = tables()
     assert cells(markdown, "distill")[2] == "**70.00 ± 0.00**"  # those with mixes, which are most frequent
     assert cells(markdown, "distill (distill_stand_ins=patches)")[2] == "**70.00** (n=1)"
+
+
+def test_long_settings_are_shortened_for_display_and_exact_as_csv(folder, tables, tmp_path):
+    long = "x" * 100_000
+    names = [long, f"{long}y", "a\n- b | <c>"]
+    folder({}, {"seed": 1}, *({"forget_dir": name} for name in names), {"error": long, "seed": 3})
+    page = tables("--html", "--figures", 1, 7, "--expected", tmp_path)
+    lines = [line for line in page.splitlines() if line.startswith("| adv (forget_dir=x")]
+    assert len(set(lines)) == len(lines) == 2
+    assert "| adv (forget_dir=a\ufffd- b \\| \\<c>)" in page
+    files = ("table.md", "table.tex", "results.html")
+    assert all(long[:1500] not in (tmp_path / "tables" / file).read_text() for file in files)
+    settings = [json.loads(text)["forget_dir"] for text in csv(tmp_path)["settings"].unique() if "forget_dir" in text]
+    assert sorted(settings) == sorted(names)
