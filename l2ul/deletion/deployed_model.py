@@ -405,8 +405,13 @@ def check_module(net: object, what: str) -> None:
 
     what  names it, as the start of messages
     """
-    if isinstance(net, torch.jit.ScriptModule) or not isinstance(net, nn.Module):
+    if not isinstance(net, nn.Module):
         raise InputError(f"{what} is a {type(net).__name__}; expected a torch.nn.Module")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
+        raise InputError(
+            f"{what} is scripted or traced by torch.jit, or a module in it is, which cannot be copied and trained; "
+            f"expected the torch.nn.Module that it was made from"
+        )
     if next(net.parameters(), None) is None and next(net.buffers(), None) is None:
         raise InputError(f"{what} has no weights; expected a classifier")
     check_weights(net, what)

@@ -1,10 +1,12 @@
-"""`python -m l2ul NAME`."""
+"""`python -m l2ul NAME`, and what main_unlearn.py prints."""
 
+import re
 import sys
 
 import pytest
 
 from l2ul import VERSION, __main__
+from l2ul.cli import unlearn_command
 
 
 def test_a_name_of_no_script_is_wrong_input(monkeypatch, capsys):
@@ -22,3 +24,13 @@ def test_versions(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert VERSION in out.splitlines()[0]
     assert "\ndevice " in out
+
+
+def test_runs_that_diverged_are_followed_by_what_to_change():
+    def note(*runs):
+        return unlearn_command.divergence_note({"method": name, "status": status} for name, status in runs)
+
+    assert note(("adv", "forgotten"), ("before", "done")) is None
+    ascent = note(("neggrad", "diverged"), ("neggrad", "diverged"), ("adv", "forgotten"))
+    assert re.fullmatch(r"neggrad: the loss .* lower the learning rate, or choose distill: -CE, .* bound", ascent)
+    assert note(("distill", "diverged")).endswith("; lower the learning rate")

@@ -402,6 +402,8 @@ def test_options_that_do_not_exist_or_fit_are_refused(trained, case):
 
 BAD_MODELS = {
     "name": (lambda net: "resnet20", "model is a str; expected a torch.nn.Module"),
+    "scripted": (torch.jit.script, "model is scripted or traced by torch.jit.* expected the torch.nn.Module"),
+    "scripted inside": (lambda net: nn.Sequential(torch.jit.script(net)), "or a module in it is"),
     "weightless": (lambda net: nn.Flatten(), "model has no weights; expected a classifier"),
     "probabilities": (lambda net: nn.Sequential(net, nn.Softmax(1)), "the model returns probabilities, .* Softmax"),
     "sigmoid": (lambda net: nn.Sequential(net, nn.Sigmoid()), "as a Sigmoid does"),
