@@ -8,14 +8,15 @@ import subprocess
 import sys
 import time
 
-from conftest import CLASSES, FAST_REQUEST, ROOT, load_tiny_net, predicted_classes, save_images, tiny_net
+from conftest import CLASSES, FAST_REQUEST, ROOT, TinyNet, load_tiny_net, predicted_classes, save_images, tiny_net
 from PIL import Image
 import pytest
 import torch
 
 from l2ul.common import progress
+from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
-from l2ul.deletion import checks, search
+from l2ul.deletion import checks, output, search
 from l2ul.unlearn import Settings
 import main_forget
 
@@ -33,6 +34,13 @@ def full_precision():
     net = tiny_net()
     net.register_module("full", FullPrecision())
     net.register_forward_pre_hook(lambda net, inputs: (net.full(inputs[0]),))
+    return net
+
+
+def with_numpy():
+    """Return a net that looks at the pixels with NumPy, which has no bfloat16."""
+    net = tiny_net()
+    net.register_forward_pre_hook(lambda net, inputs: (torch.from_numpy(inputs[0].detach().numpy()) * 0 + inputs[0],))
     return net
 
 
@@ -247,18 +255,21 @@ def test_robustness_is_null_for_a_model_that_cannot_run_in_half_precision(forget
     assert report["robustness"]["float16"] is None
     assert "float16" not in report["images"][0]["survives"]
     assert "the model cannot run in this form" in (tmp_path / "out" / "report.html").read_text()
+    code, report, printed = forget(model=["--build", "test_main_forget:with_numpy", *tiny[0][2:]], output="numpy")
+    assert code == 0, printed
+    assert (report["robustness"]["bfloat16"], report["robustness"]["float16"] is None) == (None, False)
 
 
-def test_files_that_others_put_into_the_output_meanwhile_are_kept(forget, monkeypatch, tmp_path):
-    measure = checks.measure
+@pytest.mark.parametrize(("module", "name"), [(checks, "measure"), (output, "check_same_model")])
+def test_files_that_others_put_into_the_output_meanwhile_are_kept(forget, monkeypatch, tmp_path, module, name):
+    function = getattr(module, name)
 
     def meanwhile(*arguments):
-        (tmp_path / "out").mkdir()
+        (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "mine.txt").write_text("mine")
-        (tmp_path / "tiny.pth").touch()
-        return measure(*arguments)
+        return function(*arguments)
 
-    monkeypatch.setattr(checks, "measure", meanwhile)
+    monkeypatch.setattr(module, name, meanwhile)
     code, _, printed = forget()
     assert code == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
@@ -279,8 +290,50 @@ def test_a_written_model_that_differs_from_the_measured_one_is_an_error():
     other = tiny_net(1)
     with torch.no_grad():
         next(other.parameters()).mul_(1 + 1e-6)
-    with pytest.raises(RuntimeError, match="differs in "):
+    with pytest.raises(InputError, match="differs in "):
         checks.check_same_model(tiny_net(1), other, images)
+
+
+class KeepsOutputs(torch.nn.Module):
+    """A net with a cache of its outputs, as services keep them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.outputs = tiny_net(), {}
+
+    def forward(self, x):
+        live = self.net(x)
+        kept = self.outputs.setdefault(float(x.detach().sum()), live.detach())
+        return kept + live - live.detach()
+
+
+def test_a_model_that_keeps_its_outputs_is_an_error():
+    images, written = torch.rand(2, 3, 8, 8), KeepsOutputs().eval()
+    written(images)
+    with torch.no_grad():
+        written.net.head.bias.add_(torch.arange(5.0))
+    read = KeepsOutputs().eval()
+    read.load_state_dict(written.state_dict())
+    with pytest.raises(InputError, match=r"returns logits that differ by .*must not keep values of earlier passes"):
+        checks.check_same_model(written, read, images)
+
+
+def test_a_module_whose_weights_eval_changes_is_refused(forget, tiny):
+    code, _, printed = forget(model=["--build", "test_main_forget:merging", *tiny[0][2:]])
+    assert (code, "changes its weights in eval(), as adapters that are merged do" in printed) == (2, True)
+
+
+class Merging(TinyNet):
+    """A net that adds an adapter to its weights in eval mode, as loralib does."""
+
+    def train(self, mode=True):
+        if not mode and self.training:
+            self.head.bias.data += 1
+        return super().train(mode)
+
+
+def merging():
+    return Merging()
 
 
 def test_a_hugging_face_folder_loads_with_transformers_and_gives_the_logits_of_the_report(script, vit_folder, tmp_path):

@@ -71,7 +71,10 @@ def clean_exit(program: str, after_stop: str, shared: bool = False) -> Iterator[
             if is_out_of_memory(error):
                 _exit(1, f"{program}: out of memory ({first_line(error)}); use smaller batches; {after_stop}")
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                _exit(1, f"{program}: the disk is full ({error.filename}); free some space; {after_stop}")
+                _exit(
+                    1,
+                    f"{program}: the disk is full ({error.filename or error.strerror}); free some space; {after_stop}",
+                )
             if isinstance(error, BrokenPipeError) and _has_lost_its_reader():
                 raise SystemExit(141) from None
             if not _is_loss_of_another_process(error):

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from l2ul import ProgressBar
+from l2ul.common.errors import InputError
 from l2ul.data.images import Split
 from l2ul.deletion import states
 from l2ul.deletion.report_schema import FORGOTTEN, ImageRow
 from l2ul.deletion.request import Request, logits
 from l2ul.deletion.search import TimeBudget, Unlearner
-from l2ul.metrics import accuracy, agreement, membership, relearn, robustness
+from l2ul.metrics import accuracy, agreement, membership, preflight, relearn, robustness
 
 CHECKS_SHARE = 0.95  # of the time: relearning stops then
 
@@ -151,10 +152,10 @@ def _membership(
 
 
 def check_same_model(written: nn.Module, read: nn.Module, images: Tensor) -> None:
-    """Raise RuntimeError unless a model read from its files equals the one that was written.
+    """Raise InputError unless a model read from its files equals the one that was written.
 
     Weights must be equal bit by bit. Logits may differ by 1 % of the largest, because a GPU may choose other kernels
-    for another memory layout, and with TF32 these round to about 0.1 %.
+    for another memory layout, and with TF32 these round to about 0.1 %. They must be the same for single images.
     """
     expected, state = written.state_dict(), read.state_dict()
     different = [
@@ -168,4 +169,8 @@ def check_same_model(written: nn.Module, read: nn.Module, images: Tensor) -> Non
         what = (
             f"differs in {', '.join(different[:3])}" if different else f"returns logits that differ by {difference:.1%}"
         )
-        raise RuntimeError(f"the model read from the written files {what}; do not use it")
+        raise InputError(
+            f"the model read from the written files {what}, so nothing was written; a module must give back the "
+            f"weights that it loads, and must not keep values of earlier passes"
+        )
+    preflight.check_alone(read, images, before)

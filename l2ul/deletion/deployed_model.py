@@ -336,7 +336,13 @@ def _open_built(
         net, input_format.mean or mean, input_format.std or std, f"the module that {build} returns"
     )
     dtypes = checkpoints.dtypes(state, net) or checkpoints.dtypes(net.state_dict(), net)
-    net = net.float().eval().requires_grad_(True)  # unlearning trains all weights
+    net = net.float().requires_grad_(True)  # unlearning trains all weights
+    weights = tensors_sha256(net.state_dict())
+    if tensors_sha256(net.eval().state_dict()) != weights:
+        raise InputError(
+            f"the module that {build} returns changes its weights in eval(), as adapters that are merged do; return "
+            f"it with the weights merged for good"
+        )
     net = net.to(memory_format=torch.channels_last)
     classifier = Classifier(build, 0, net, nn.Sequential(normalize))
     to_pixels = _in_channels(_central_square(input_format.image_size), classifier)

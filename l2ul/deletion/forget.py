@@ -29,7 +29,7 @@ from l2ul.deletion.request import ImageFile, ImageFolder, Request, logits, make_
 from l2ul.methods import registry
 from l2ul.methods.settings import Settings, Value
 from l2ul.metrics import agreement
-from l2ul.metrics.preflight import copied
+from l2ul.metrics.preflight import check_alone, copied
 from l2ul.models import huggingface
 from l2ul.models.classifier import Classifier, Normalize, input_channels, statistics
 from l2ul.models.outputs import LOGITS
@@ -202,6 +202,7 @@ def _result(
     after = _with_preprocessing_of(unlearner.model, unlearned)
     verdict = checks.judge(unlearner, after, with_kinds=False)
     after_logits = logits(after, request.images)
+    check_alone(after, request.images, after_logits)
     rows = checks.image_rows(request, after_logits, verdict, [None] * len(request))
     kept = agreement.overall([agreement.measure(after, one) for one in unlearner.probes]) if best else 100.0
     summary = states.headline(rows, request.forget.goal, counted=AS_USED if unlearner.as_used else AS_STORED)

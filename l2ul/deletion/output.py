@@ -1,6 +1,7 @@
 """The output folder of a request: check that it is free, and write the model with its report there."""
 
 from collections.abc import Iterable
+import errno
 import itertools
 from pathlib import Path
 import time
@@ -72,26 +73,45 @@ def write(
     at all.
     """
     numbered = (f"{output.name}-{number}" for number in itertools.count(2))
-    output = next(path for path in map(output.with_name, itertools.chain([output.name], numbered)) if _is_free(path))
-    with atomic(output, replace=False) as part:
-        part.mkdir()
-        left_out = model.write(unlearned, part)
-        path = deployed_model.written_models(part)[0]
-        card = of_report(contents, tensors_sha256(unlearned.net.state_dict()), None if path.is_dir() else path.name)
-        ((path if path.is_dir() else part) / CARD).write_text(card.text(), encoding="utf-8")
-        reopened = deployed_model.reopen(model.opened_by, request.class_names, path, build)
-        check_same_model(unlearned, reopened.classifier.to(request.images.device), request.images)
-        contents = contents | {"model": contents["model"] | {"left_out": left_out, "after": reopened.hashes()}}
-        if earlier_folder:
-            verify.copy_chain(earlier_folder, part / contents["earlier"][-1]["file"])
-        thumbnails = [report.thumbnail(image) for image in request.images] if with_thumbnails else None
-        (part / PAGE).write_text(report.page(contents, thumbnails), encoding="utf-8")
-        (part / FORGET_LIST).write_text(report.forget_list(contents), encoding="utf-8")
-        contents["files"] = {name: file_sha256(part / name) for name in (PAGE, FORGET_LIST)}
-        (part / REPORT).write_text(report.as_json(contents), encoding="utf-8")
-        if key:
-            signature.write_signature(part / REPORT, key)
-    return output
+    for path in filter(_is_free, map(output.with_name, itertools.chain([output.name], numbered))):
+        try:
+            with atomic(path, replace=False) as part:
+                _write(part, model, unlearned, request, contents, build, earlier_folder, with_thumbnails, key)
+            return path
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise  # else other software has created it meanwhile
+
+
+def _write(
+    part: Path,
+    model: DeployedModel,
+    unlearned: nn.Module,
+    request: Request,
+    contents: dict[str, Any],
+    build: str | None,
+    earlier_folder: Path | None,
+    with_thumbnails: bool,
+    key: object,
+) -> None:
+    """Do what `write` does, to the new folder `part`."""
+    part.mkdir()
+    left_out = model.write(unlearned, part)
+    path = deployed_model.written_models(part)[0]
+    card = of_report(contents, tensors_sha256(unlearned.net.state_dict()), None if path.is_dir() else path.name)
+    ((path if path.is_dir() else part) / CARD).write_text(card.text(), encoding="utf-8")
+    reopened = deployed_model.reopen(model.opened_by, request.class_names, path, build)
+    contents = contents | {"model": contents["model"] | {"left_out": left_out, "after": reopened.hashes()}}
+    check_same_model(unlearned, reopened.classifier.to(request.images.device), request.images)
+    if earlier_folder:
+        verify.copy_chain(earlier_folder, part / contents["earlier"][-1]["file"])
+    thumbnails = [report.thumbnail(image) for image in request.images] if with_thumbnails else None
+    (part / PAGE).write_text(report.page(contents, thumbnails), encoding="utf-8")
+    (part / FORGET_LIST).write_text(report.forget_list(contents), encoding="utf-8")
+    contents["files"] = {name: file_sha256(part / name) for name in (PAGE, FORGET_LIST)}
+    (part / REPORT).write_text(report.as_json(contents), encoding="utf-8")
+    if key:
+        signature.write_signature(part / REPORT, key)
 
 
 def _is_free(path: Path) -> bool:

@@ -66,18 +66,18 @@ def check(
     single_label  do not check whether the outputs are those of a multi-label model
     flags         names of the flags that the caller has, of those that messages name; None: all
 
-    Images of earlier requests are not compared with their labels, because they should be forgotten. If the labels are
-    predictions of the model, only the outputs are checked.
+    Images of earlier requests are left out, because they should be forgotten. If the labels are predictions of the
+    model, only the outputs are checked.
     """
     before = request.logits_before.double()
-    if not single_label:
-        outputs.check_single_label(before)
+    new = [place for place, label in enumerate(request.earlier_labels) if label is None]
+    if new and not single_label:
+        outputs.check_single_label(before[new])
     if min_known == 0:
         return
-    files = request.folder.files
-    places = [n for n, image in enumerate(files) if image.label is not None and request.earlier_labels[n] is None]
+    places = [place for place in new if request.folder.files[place].label is not None]
     if not places:
-        if not any(label is not None for label in request.earlier_labels):
+        if len(new) == len(request):
             _check_dependence(request, before)
         return
     labels, predictions = request.forget.labels.cpu()[places], before.argmax(1)[places]

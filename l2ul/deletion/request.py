@@ -25,6 +25,7 @@ from l2ul.metrics import accuracy, preflight
 from l2ul.objective import Forget
 
 LABELS = "labels.csv"  # in the folder of images; columns file, label, new_label
+HASHES = ("pixels_sha256", "sha256")  # of an image in a report
 ToPixels = Callable[[Image.Image], Tensor]  # from an RGB image to uint8 pixels (3, H, W)
 
 
@@ -174,6 +175,7 @@ def make_request(
         raise InputError(
             f"the model returns logits that are not finite for {read.files[index].file}; check the model's weights"
         )
+    preflight.check_alone(model.classifier, images, before)
     names = [image.new_label for image in read.files]
     new_labels = class_indices(names, class_names, None, "new_label").to(images.device) if any(names) else None
     earlier_labels = labels_of_earlier_requests(earlier, read.files, new_labels)
@@ -181,6 +183,7 @@ def make_request(
     for index, label in enumerate(earlier_labels):
         default[index] = default[index] if label is None else label
     labels = class_indices([image.label for image in read.files], class_names, default, "label").to(images.device)
+    _check_first_labels(earlier, read.files, labels.tolist(), earlier_labels, class_names)
     if new_labels is not None and (new_labels == labels).any():
         index = int((new_labels == labels).nonzero()[0])
         raise InputError(f"the new_label of {read.files[index].file} equals its label; give another class")
@@ -230,11 +233,32 @@ def labels_of_earlier_requests(
     first: dict[str, int] = {}
     for report in reports:
         for row in report["images"]:
-            for key in ("pixels_sha256", "sha256"):
+            for key in HASHES:
                 first.setdefault(row[key], row["label"])
     labels = [first.get(image.pixels_sha256, first.get(image.sha256)) for image in files]
     new = [None] * len(files) if new_labels is None else new_labels.tolist()
     return [None if label == target else label for label, target in zip(labels, new, strict=True)]
+
+
+def _check_first_labels(
+    reports: Iterable[Report],
+    files: Sequence[ImageFile],
+    labels: Sequence[int],
+    earlier_labels: Sequence[int | None],
+    class_names: Sequence[str],
+) -> None:
+    """Raise InputError for an image with another label than in an earlier request, and than its new label there.
+
+    Forgetting the other label may lead the model back to the first.
+    """
+    given = {row[key]: row["new_label"] for report in reports for row in report["images"] for key in HASHES}
+    for image, label, first in zip(files, labels, earlier_labels, strict=True):
+        new = given.get(image.pixels_sha256, given.get(image.sha256))
+        if first is not None and label not in (first, new):
+            raise InputError(
+                f"{image.file} has the label {class_names[label]}, but {class_names[first]} in an earlier request, as "
+                f"which the model might recognise it again; leave out its label"
+            )
 
 
 def read_unlabelled(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from l2ul.common.choices import MAX_IMAGE_PIXELS
-from l2ul.common.errors import InputError
+from l2ul.common.errors import Diverged, InputError, first_line, is_out_of_memory
 from l2ul.common.files import file_sha256, tensors_sha256
 from l2ul.data.image_files import ImageReader
 from l2ul.deletion import deployed_model, signature, states
@@ -28,9 +28,8 @@ from l2ul.deletion.report_schema import (
     Report,
     read_report,
 )
-from l2ul.deletion.request import ImageFile, Request, logits, read_images, reading_of
+from l2ul.deletion.request import ImageFile, ImageFolder, Request, logits, read_images, reading_of
 from l2ul.deletion.search import Unlearner
-from l2ul.metrics import accuracy
 from l2ul.objective import is_forgotten
 from l2ul.unlearn import Settings
 
@@ -68,7 +67,11 @@ def verify(
     Raises InputError if the file is not a report or an image folder or a model is missing.
     """
     report, folder = read_report(path), path.parent
-    model = model or next(iter(deployed_model.written_models(folder)), None)
+    written = deployed_model.written_models(folder)
+    if model is None and len(written) > 1:
+        names = ", ".join(one.name for one in written)
+        raise InputError(f"there are {len(written)} models beside {path} ({names}); give the one in use as --model")
+    model = model or next(iter(written), None)
     if model is None or not model.exists():
         raise InputError(f"there is no model {model or f'beside {path}'}; give its path as --model")
     checks = check_files(report, folder, deployed_model.files_sha256(model))
@@ -88,8 +91,15 @@ def verify(
             checks.append(Check("weights", False, f"cannot be read: {error}"))
     checks.append(check_signature(path, key))
     if image_folders and opened:
-        reader = ImageReader(**reading_of(report), max_pixels=max_pixels)
-        predictions = _predictions(image_folders, opened, device, reader)
+        images = _read_folders(image_folders, opened, ImageReader(**reading_of(report), max_pixels=max_pixels))
+        try:
+            outputs = _probabilities(opened, images, device)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:  # the module may be the user's own
+            if is_out_of_memory(error):
+                raise
+            return [*checks, Check("predictions", False, f"the model does not accept the images ({first_line(error)})")]
+        checks += check_predictions(report, outputs)
+        predictions = [(image, int(each.argmax())) for image, each in outputs]
         checks += check_images(requirements([*earlier, report]), predictions)
     return checks
 
@@ -98,15 +108,45 @@ def _needs_build(report: Report) -> bool:
     return report["model"]["opened_by"]["model"] == deployed_model.BUILT
 
 
-def _predictions(
-    folders: Iterable[Path], model: DeployedModel, device: torch.device, reader: ImageReader
-) -> list[tuple[ImageFile, int]]:
-    """Return the images of all folders with the class that the model predicts for each."""
-    classifier, predictions = model.classifier.to(device), []
+def _read_folders(folders: Iterable[Path], model: DeployedModel, reader: ImageReader) -> list[ImageFolder]:
+    return [read_images(folder, model.to_pixels, skip_bad=True, reader=reader, with_labels=False) for folder in folders]
+
+
+def _probabilities(
+    model: DeployedModel, folders: Iterable[ImageFolder], device: torch.device
+) -> list[tuple[ImageFile, Tensor]]:
+    """Return the images of all folders with the probabilities (C,) that the model gives their classes.
+
+    Raises Diverged if a logit is not finite.
+    """
+    classifier, outputs = model.classifier.to(device), []
     for folder in folders:
-        read = read_images(folder, model.to_pixels, skip_bad=True, reader=reader, with_labels=False)
-        predictions += zip(read.files, accuracy.predict(classifier, read.images.to(device)).tolist(), strict=True)
-    return predictions
+        current = logits(classifier, folder.images.to(device))
+        if not current.isfinite().all():
+            raise Diverged("the logits of an image are not finite")
+        outputs += zip(folder.files, current.double().softmax(1), strict=True)
+    return outputs
+
+
+def check_predictions(report: Report, outputs: Iterable[tuple[ImageFile, Tensor]]) -> list[Check]:
+    """Compare the predictions of a model with those of the report, which other code for the same weights changes.
+
+    outputs  images with their probabilities (C,); those that the report does not contain are ignored
+
+    Empty for reports without predictions.
+    """
+    probabilities = {image.pixels_sha256: each for image, each in outputs}
+    rows = [row for row in report["images"] if row["pixels_sha256"] in probabilities and "confidence_after" in row]
+    different = []
+    for row in rows:
+        current, classes = probabilities[row["pixels_sha256"]], len(report["model"]["classes"])
+        named = (row["label"], row["called_after"], row["new_label"] or 0)
+        same = len(current) == classes > max(named)
+        same = same and abs(float(current[row["called_after"]]) - row["confidence_after"]) <= SAME_PROBABILITY
+        different += [] if same else [row["file"]]
+    finding = f"{len(rows) - len(different)} of {states.images(len(rows))} as in the report"
+    finding += f"; others: {_first_three(different)}" if different else ""
+    return [Check("predictions", not different, finding)] if rows else []
 
 
 def check_files(report: Report, folder: Path, model_files: Mapping[str, str]) -> list[Check]:
@@ -122,7 +162,7 @@ def check_files(report: Report, folder: Path, model_files: Mapping[str, str]) ->
     checks = [Check("model", not different, finding), *_check_text(report, folder / PAGE)]
     for name in (PAGE, FORGET_LIST):
         check = _check_file(name, folder / name, report["files"][name])
-        if name == FORGET_LIST and check.passed and (folder / name).read_text(encoding="utf-8") != forget_list(report):
+        if name == FORGET_LIST and check.passed and (folder / name).read_bytes() != forget_list(report).encode():
             check = Check(name, False, "contradicts the report")
         checks.append(check)
     return checks

@@ -21,7 +21,9 @@ from l2ul.models.classifier import logits_of
 REPEATS = 6  # further passes of a model that draws random numbers in eval mode
 REPEATED = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 1e-2}  # relative difference of logits between equal passes
 MEASURED, MEASURED_LARGE = 16, 4  # images on which speed is measured; of inputs larger than `image_sets.LARGE`
-ALONE = 0.05  # relative difference of the logits of an image alone and in a batch; kernels differ between batch sizes
+# Relative difference of the logits of an image alone and in a batch; kernels differ between batch sizes.
+ALONE = {"fp32": 1e-2, "tf32": 0.05, "bf16": 0.05}
+MOST_ALONE = 16  # images that `check_alone` classifies alone
 
 
 def check_model(model: nn.Module, images: Tensor | FolderImages, precision: str = "fp32") -> int:
@@ -35,21 +37,23 @@ def check_model(model: nn.Module, images: Tensor | FolderImages, precision: str 
 
     - the model accepts the images and returns finite or infinite logits (n, classes) with at least two classes,
     - equal passes return equal logits, and the logits of an image do not depend on the other images of the batch,
-    - gradients reach the pixels and at least one weight, and are finite,
-    - the model can be copied.
+    - passes change no buffer that is stored with the weights,
+    - gradients reach the pixels and at least one weight of a copy, and are finite,
+    - the model can be copied, and the copy has weights of its own.
     """
     images = images[torch.arange(min(2, len(images)))]
     images = torch.cat([images, images.flip(3)]) if len(images) == 1 else images
     device = next(model.parameters()).device
     pixels = as_pixels(images.to(device))
+    stored = model.state_dict().keys()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name in stored}
     with eval_mode(model), autocast(device, precision):
         logits = _check_outputs(model, pixels)
+        _check_buffers(model, buffers)
         if logits.isfinite().all():  # otherwise later code names the image
             _check_repeatable(model, pixels, logits, REPEATED[precision])
-            _check_alone(model, pixels, logits)
-            _check_gradients(model, pixels)
-            with torch.no_grad():
-                model(pixels)  # some modules keep tensors of the last pass; with a history they cannot be copied
+            check_alone(model, pixels[:1], logits[:1], precision)
+            _check_gradients(copied(model), pixels)
     copied(model)
     return logits.shape[1]
 
@@ -231,20 +235,40 @@ def _random_state(device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def _check_alone(model: nn.Module, pixels: Tensor, logits: Tensor) -> None:
-    with _rejected("the model does not accept a batch of one image ({error})"):
-        alone = logits_of(model(pixels[:1]))
-    if alone.shape != (1, logits.shape[1]):
+def check_alone(model: nn.Module, images: Tensor, logits: Tensor, precision: str = "fp32") -> None:
+    """Raise InputError unless single images have the logits that they have in a batch, and at any time.
+
+    images  (n, C, H, W), uint8 or float in [0,1], on the model's device; of more than MOST_ALONE as many, evenly spread
+    logits  (n, classes) of the batch
+
+    The model is in eval mode.
+    """
+    with eval_mode(model), _rejected("the model does not accept a batch of one image ({error})"):
+        for index in sorted({place * len(images) // MOST_ALONE for place in range(MOST_ALONE)}):
+            image, expected = as_pixels(images[index : index + 1]), logits[index : index + 1]
+            alone = logits_of(model(image))
+            if alone.shape != expected.shape:
+                raise InputError(
+                    f"the model returns {_describe(alone)} for a batch of one image; expected a tensor of shape 1 x "
+                    f"{logits.shape[1]}: leave the batch dimension when it squeezes its output"
+                )
+            difference = _difference(expected, alone.float().to(expected.device))
+            if not difference <= ALONE[precision]:
+                raise InputError(
+                    f"the logits of an image depend on the other images of its batch, on earlier passes or on chance: "
+                    f"they differ by {_percent(difference)} from those of the image alone; in eval mode, batch-norm "
+                    f"needs running statistics (track_running_stats=True), and a module must not keep values of passes"
+                )
+
+
+def _check_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
+    now = dict(model.named_buffers())
+    changed = next((name for name in before if not torch.equal(before[name], now[name])), None)
+    if changed:
         raise InputError(
-            f"the model returns {_describe(alone)} for a batch of one image; expected a tensor of shape 1 x "
-            f"{logits.shape[1]}: leave the batch dimension when it squeezes its output"
-        )
-    difference = _difference(logits[:1], alone.float())
-    if not difference <= ALONE:
-        raise InputError(
-            f"the logits of an image depend on the other images of its batch: they differ by {_percent(difference)} "
-            f"from those of the image alone; in eval mode batch-norm needs running statistics "
-            f"(track_running_stats=True)"
+            f"a pass in eval mode changes {changed.removeprefix('net.')}, a buffer that is stored with the weights, so "
+            f"predictions may depend on earlier images; update it in train mode only (observers of quantisation: "
+            f"model.apply(torch.ao.quantization.disable_observer))"
         )
 
 
@@ -283,7 +307,8 @@ def _check_gradients(model: nn.Module, pixels: Tensor) -> None:
     if not reached:
         raise InputError(
             "no gradient reaches a weight of the model, so none can be unlearned; its forward must use its parameters "
-            "without torch.no_grad, .detach() or .data"
+            "without torch.no_grad, .detach() or .data, and by self, as a function that refers to the module by name "
+            "uses its weights in copies too"
         )
     if not all(gradient.isfinite().all() for gradient in (of_pixels, *reached)):
         raise InputError(
@@ -295,11 +320,18 @@ def _check_gradients(model: nn.Module, pixels: Tensor) -> None:
 def copied(model: nn.Module) -> nn.Module:
     """Return a copy of a model. Raise InputError if it cannot be copied."""
     failure = (
-        "the model cannot be copied with copy.deepcopy ({error}); keep no tensors with a history in its attributes "
-        "(for weight_norm use torch.nn.utils.parametrizations)"
+        "the model cannot be copied with copy.deepcopy ({error}); keep no tensors with a history in its attributes (of "
+        "weight_norm, spectral_norm and pruning: run a pass under torch.no_grad() first)"
     )
     with _rejected(failure):
-        return copy.deepcopy(model)
+        copy_of_model = copy.deepcopy(model)
+    shared = {one.data_ptr() for one in model.parameters()} & {one.data_ptr() for one in copy_of_model.parameters()}
+    if shared - {0}:
+        raise InputError(
+            "copy.deepcopy of the model returns a model with the same weights, so the original could not be kept; "
+            "remove its __deepcopy__, or let that copy the parameters"
+        )
+    return copy_of_model
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torchvision.transforms.v2 import functional as transforms
 
 from l2ul.common import seeds
-from l2ul.common.errors import Diverged, is_out_of_memory
+from l2ul.common.errors import is_out_of_memory
 from l2ul.common.precision import exactly
 from l2ul.data.changes import KINDS, PROBABILITY, changed_copies, jpeg_file
 from l2ul.data.images import LARGE, as_pixels, pixels_of
@@ -128,10 +128,10 @@ def _share_of_copies(
 def _forgotten_by(model: nn.Module, forget: Forget) -> Tensor | None:
     try:
         return accuracy.forgotten(model, forget.images, forget).cpu()
-    except (Diverged, RuntimeError) as error:
+    except Exception as error:  # the module may be the user's own and raise anything
         if is_out_of_memory(error):
             raise
-        return None  # overflow in 16 bits, or 32-bit tensors that the forward pass creates
+        return None  # overflow in 16 bits, or types that the forward pass does not accept
 
 
 def changed_weights(model: nn.Module, form: torch.dtype | int) -> nn.Module:

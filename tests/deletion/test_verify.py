@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import hashlib
 import json
+import re
 import sys
 
-from conftest import predicted_classes, save_images
+from conftest import CLASSES, TinyNet, predicted_classes, save_images
 import pytest
 import torch
 
@@ -97,6 +99,10 @@ def remove_image(report):
     del report["images"][0]
 
 
+def replace_list(report):
+    report["files"]["forget_list.csv"] = hashlib.sha256(b"\xff").hexdigest()
+
+
 def change_weights(report):
     report["model"]["after"]["weights_sha256"] = "0" * 64
 
@@ -105,6 +111,7 @@ def change_weights(report):
     ("change", "expected"),
     [
         (remove_image, "FAILED forget_list.csv: contradicts the report"),
+        (replace_list, "FAILED forget_list.csv: contradicts the report"),
         (change_weights, "FAILED weights: not those"),
     ],
 )
@@ -112,6 +119,8 @@ def test_an_edited_report_fails(forget, script, tmp_path, change, expected):
     forget()
     path = tmp_path / "out" / "report.json"
     edited(path, change)
+    if change == replace_list:
+        (tmp_path / "out" / "forget_list.csv").write_bytes(b"\xff")
     code, out, _ = script(main_forget.main, "--verify", path, *BUILT)
     assert (code, expected in out) == (3, True)
 
@@ -184,6 +193,63 @@ def test_an_image_of_an_earlier_request_keeps_its_first_label(forget, script, ti
     assert code == 0
     for number in (1, 2):
         assert f"ok     images of request {number}: 6 of 6 images forgotten as stored" in out
+
+
+def test_another_label_than_in_an_earlier_request_is_refused(forget, tiny, tmp_path):
+    assert forget()[0] == 0
+    again = ["--model", tmp_path / "out", *BUILT]
+    now = predicted_classes(tmp_path / "out" / "model.pth", tiny[1][:6])
+    save_images(tmp_path / "now", tiny[1][:6], now)  # to forget these might bring the true labels back
+    code, report, printed = forget(images="now", output="second", model=again)
+    assert (code, report) == (2, None)
+    assert re.search(r"png has the label \d, but \d in an earlier request, as which the model might", printed)
+    save_images(tmp_path / "first", tiny[1][:6], tiny[2][:6])
+    assert forget(images="first", output="second", model=again)[0] == 0
+
+
+def test_a_class_that_an_earlier_request_gave_an_image_can_be_forgotten(forget, tiny, tmp_path):
+    rows = [f"{number}.png,{(int(label) + 1) % CLASSES}" for number, label in enumerate(tiny[2][:6])]
+    (tmp_path / "in" / "labels.csv").write_text("\n".join(["file,new_label", *rows]))
+    assert forget()[0] == 0
+    (tmp_path / "in" / "labels.csv").write_text("\n".join(["file,label", *rows]))
+    code, report, printed = forget(output="second", model=["--model", tmp_path / "out", *BUILT])
+    assert (code, [row["state"] for row in report["images"]]) == (0, 6 * ["forgotten"]), printed
+
+
+class Rolled(TinyNet):
+    """The same weights with other code: the classes in another order."""
+
+    def forward(self, x):
+        return super().forward(x).roll(1, 1)
+
+
+class Wide(TinyNet):
+    """The same weights with code that does not accept the images."""
+
+    def forward(self, x):
+        return super().forward(x.repeat(1, 1, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("build", "finding"),
+    [("Rolled", r"0 of 6 images as in the report; others: 0\.png"), ("Wide", "the model does not accept the images")],
+)
+def test_other_code_for_the_same_weights_fails(forget, script, tmp_path, build, finding):
+    forget()
+    words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", "--build"]
+    code, out, _ = script(main_forget.main, *words, "conftest:tiny_net")
+    assert (code, "ok     predictions: 6 of 6 images as in the report" in out) == (0, True)
+    code, out, _ = script(main_forget.main, *words, f"test_verify:{build}")
+    assert "ok     weights: those of the report" in out
+    assert code == 3
+    assert re.search(f"FAILED predictions: {finding}", out)
+
+
+def test_a_second_model_beside_the_report_is_refused(forget, script, tmp_path):
+    forget()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"")
+    code, _, err = script(main_forget.main, "--verify", tmp_path / "out" / "report.json")
+    assert (code, "(model.pth, model.safetensors); give the one in use as --model" in err) == (2, True)
 
 
 def test_a_broken_chain_is_an_error_before_the_search(forget, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from l2ul.common.errors import InputError
 from l2ul.metrics import preflight
@@ -56,6 +57,49 @@ class Output:
     logits: torch.Tensor
 
 
+class Capacity:
+    """Drop the logits of all images of a batch but the first two, as mixtures of experts do."""
+
+    def __call__(self, logits):
+        return torch.cat([logits[:2], 0 * logits[2:]])
+
+
+class Sometimes:
+    """Negate the logits of the fourth pass and of later ones."""
+
+    passes = 0
+
+    def __call__(self, logits):
+        self.passes += 1
+        return logits if self.passes < 4 else -logits
+
+
+class Counting(Net):
+    """A net that counts its passes in a buffer, also in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        return super().forward(x)
+
+
+class CopiesItself(Net):
+    """A net whose copies are itself."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def refers_to_itself():
+    """Return a net with a function that contains it, so that copies use its weights."""
+    net = Net()
+    net.forward = lambda x: net.head(net.conv(x).relu().mean((2, 3)))
+    return net
+
+
 class Root(torch.autograd.Function):
     """A function without a backward pass."""
 
@@ -101,6 +145,9 @@ NETS = {
     "forward must not convert to other types": Net(before=torch.Tensor.half),
     "same device.*as a parameter or buffer": Net(before=mixes_devices),
     "cannot be copied": Uncopied(),
+    "returns a model with the same weights": CopiesItself(),
+    "a pass in eval mode changes passes, a buffer": Counting(),
+    "so none can be unlearned; its forward must use its parameters.*by self": refers_to_itself(),
 }
 
 
@@ -144,6 +191,26 @@ def test_modules_that_keep_a_tensor_of_the_last_pass_are_accepted():
 def test_random_numbers_without_effect_are_accepted():
     model = classifier(Net(before=lambda x: x + 0 * torch.rand(())))
     assert preflight.check_model(model, IMAGES) == 4
+
+
+@pytest.mark.parametrize("after", [Capacity(), Sometimes()])
+def test_single_images_must_have_the_logits_of_the_batch(after):
+    model, images = classifier(Net(after=after)), IMAGES.repeat(9, 1, 1, 1)
+    logits = model(images / 255)
+    with pytest.raises(InputError, match="depend on the other images of its batch, on earlier passes or on chance"):
+        preflight.check_alone(model, images, logits)
+    same = classifier(Net())
+    preflight.check_alone(same, images, same(images / 255))
+
+
+def test_modules_with_the_weight_of_another_pass_can_be_copied_after_a_pass_without_gradients():
+    net = Net()
+    prune.l1_unstructured(net.head, "weight", 0.5)
+    with pytest.raises(InputError, match=r"cannot be copied .*run a pass under torch.no_grad\(\) first"):
+        preflight.copied(net)
+    with torch.no_grad():
+        net(IMAGES / 255)
+    preflight.copied(net)
 
 
 def test_out_of_memory_is_not_a_fault_of_the_model():
