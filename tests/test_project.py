@@ -358,3 +358,16 @@ def test_a_dry_run_of_the_comparison_trains_nothing_and_lists_the_runs_of_nets_t
     assert sorted(sum((found.method for found in given), [])) == sorted(registry.of_goal("misclassify"))
     assert [found.setting for found in given] == [{}, {}, {"augment": 2.0, "epochs": 2.0}]
     assert all(len(found.references) == 2 and found.retrained for found in given)
+
+
+@pytest.mark.parametrize("flag", ["--tracker", "--model timm:", "--dataset hf:"])
+def test_documented_commands_of_uv_name_the_extras_that_they_need(flag):
+    pages = [ROOT / "README.md", ROOT / "data" / "README.md", *(ROOT / "docs").glob("*.md")]
+    commands = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in pages)
+    lines = [line for line in re.findall(r"^uv run .*$", commands, re.M) if flag in line]
+    needed = {"--model timm:": ["timm"], "--dataset hf:": ["datasets"]}
+    assert lines
+    for line in lines:
+        trackers = re.findall(r"\b(?:tensorboard|wandb|trackio)\b", line.partition("--tracker")[2].partition(" --")[0])
+        missing = [name for name in needed.get(flag, trackers) if f"--extra {name}" not in line]
+        assert not missing, line
