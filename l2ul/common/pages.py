@@ -1,9 +1,14 @@
-"""HTML pages from templates: files that open offline, with the style of page.css."""
+"""HTML pages from templates: files that open offline, with the style of page.css and pictures as data URLs."""
 
 import base64
 import hashlib
+from io import BytesIO
+from typing import Literal
 
 import jinja2
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+import torchvision.transforms.v2.functional as transforms
 
 
 def render(package: str, template: str, **values: object) -> str:
@@ -22,3 +27,23 @@ def render(package: str, template: str, **values: object) -> str:
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return environment.get_template(template).render(values)
+
+
+def data_url(content: bytes, kind: str) -> str:
+    """Return the content of an image file as a data URL. `kind` is its type, such as png."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def thumbnail(image: Tensor, longer_side: int, kind: Literal["png", "webp"] = "png") -> str:
+    """Return an image (C, H, W), uint8 or float in [0,1] with 1 or 3 channels, as a data URL.
+
+    longer_side  pixels; smaller images are enlarged without interpolation
+    kind         png, or webp, which takes less space and is not exact
+    """
+    longer = max(image.shape[1:])
+    size = [max(1, round(side * longer_side / longer)) for side in image.shape[1:]]
+    mode = InterpolationMode.NEAREST if longer < longer_side else InterpolationMode.BILINEAR
+    resized = image.cpu() if longer == longer_side else transforms.resize(image.cpu(), size, mode, antialias=True)
+    encoded = BytesIO()
+    transforms.to_pil_image(resized).save(encoded, kind)
+    return data_url(encoded.getvalue(), kind)

@@ -19,7 +19,6 @@ import l2ul
 from l2ul.common import pages
 from l2ul.common.files import tensors_sha256
 from l2ul.common.installation import command
-from l2ul.data import thumbnails
 from l2ul.deletion import states
 from l2ul.deletion.report_schema import AS_STORED, AS_USED, Report
 from l2ul.deletion.request import Request
@@ -170,7 +169,7 @@ def as_json(report: Report) -> str:
 
 def thumbnail(image: Tensor) -> str:
     """Return a small version of an image (3, H, W) uint8 as a data URL."""
-    return thumbnails.data_url(image, THUMBNAIL)
+    return pages.thumbnail(image, THUMBNAIL)
 
 
 def page(report: Report, pictures: Sequence[str] | None = None) -> str:

@@ -4,7 +4,6 @@ The tables are HTML. The details of the runs are JSON in the page, see `run_deta
 renders those of the runs that are opened, so that a page with many runs stays fast.
 """
 
-import base64
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -155,7 +154,7 @@ def page(
 
 def picture(block: Block, number: int, path: Path) -> Picture:
     """Return a figure of a block from its PNG file."""
-    source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    source = pages.data_url(path.read_bytes(), "png")
     caption = f"Figure {number}: {FIGURES[number].replace('_', ' ')}. {block.label}, {block.goal}"
     facets = _facets(block.dataset, block.age_grouping, model=block.model, goal=block.goal)
     return Picture(source, caption, facets)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from l2ul.common import pages
 from l2ul.common.errors import InputError
 from l2ul.common.text import read_text, shortened
-from l2ul.data import thumbnails
 from l2ul.data.images import Images
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
@@ -199,4 +199,4 @@ class Gallery:
         if image.shape[0] not in (1, 3):
             return None
         image = image if image.dtype == torch.uint8 else image.float().clamp(0, 1)
-        return thumbnails.data_url(image, min(THUMBNAIL, max(image.shape[1:])), "webp")
+        return pages.thumbnail(image, min(THUMBNAIL, max(image.shape[1:])), "webp")
