@@ -63,7 +63,7 @@ def test_without_a_writable_cache_the_runs_continue_and_a_line_says_so(run):
         (["--seed", "-1"], "expected a whole number of at least 0"),
         (
             ["--method", "scrub", "--setting", "l1=1"],
-            "method scrub has no setting l1; expected one of bn, precision, epochs",
+            "method scrub has no setting l1; expected one of bn, loop_precision, precision, epochs",
         ),
         (
             ["--method", "adv", "oracle", "--course", "epochs=1"],
@@ -86,7 +86,7 @@ def test_without_a_writable_cache_the_runs_continue_and_a_line_says_so(run):
         (["--result-dir", "pyproject.toml"], "cannot write to pyproject.toml"),
         (["--result-dir", "/proc/here"], "cannot write to /proc/here"),
         (["--device", "tpu"], "'tpu' is not allowed; expected one of cuda, mps, cpu"),
-        (["--precision", "tf32", "--device", "cpu"], "--precision tf32 needs a CUDA GPU"),
+        (["--precision", "tf32", "--device", "cpu"], "tf32 needs a CUDA GPU; use --precision fp32 on this device"),
         (["--cache-gib", "0"], "expected a number above 0"),
         (["--no-such-flag"], "unknown flag --no-such-flag"),
         (
