@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path  # noqa: F401  # a --build function that returns no module
+import shutil
 
 from conftest import tiny_net
 from helpers import write_image
@@ -265,3 +266,17 @@ def test_the_output_cannot_be_the_working_folder(script, place, monkeypatch):
     monkeypatch.chdir(place / "empty")
     code, _, err = script(main_forget.main, *f"{TINY} {REST}".replace("{}", str(place)).split()[:-1], ".")
     assert (code, "exists already" in err) == (2, True)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_model_that_its_library_does_not_write_is_refused_before_the_search(script, place, vit_folder, dry_run):
+    folder = shutil.copytree(vit_folder, place / "vit")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"output_attentions": True}))
+    before = sorted(place.rglob("*"))
+    words = f"--model {folder} {REST}".replace("{}", str(place)).split()
+    code, out, err = script(main_forget.main, *words, *(["--dry-run"] if dry_run else []))
+    assert code == 2, out + err
+    assert "cannot be written again in its form (ValueError: The `output_attentions` attribute" in err
+    assert err.count("\n") == 1
+    assert sorted(place.rglob("*")) == before

@@ -4,12 +4,11 @@ from collections.abc import Iterable
 import errno
 import itertools
 from pathlib import Path
+import tempfile
 import time
 from typing import Any
 
-from torch import nn
-
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, first_line, is_out_of_memory
 from l2ul.common.files import atomic, file_sha256, remove_parts, require_writable, tensors_sha256
 from l2ul.deletion import deployed_model, report, signature, verify
 from l2ul.deletion.checks import check_same_model
@@ -19,6 +18,7 @@ from l2ul.deletion.report_schema import FORGET_LIST, PAGE, REPORT
 from l2ul.deletion.request import Request
 from l2ul.experiments.records import CARD
 from l2ul.models import huggingface, timm_models
+from l2ul.models.classifier import Classifier
 
 INTERRUPTED_AGE = 3600  # seconds after which an unfinished folder is taken for that of a killed process
 
@@ -40,7 +40,28 @@ def check_output(output: Path, inputs: Iterable[Path | str | None]) -> None:
         place = str(path or "").removeprefix(huggingface.PREFIX).removeprefix(timm_models.PREFIX)
         if place and output.is_relative_to(Path(place.removeprefix(timm_models.FOLDER)).resolve()):
             raise InputError(f"--output {output} is inside {path}, which must stay unchanged; give another folder")
-    require_writable(next(parent for parent in output.parents if parent.exists()))
+    require_writable(_existing_parent(output))
+
+
+def check_writable(output: Path, model: DeployedModel, request: Request, build: str | None = None) -> None:
+    """Raise InputError unless the original model can be written in its form and opened again, which is tried.
+
+    The trial is in a temporary folder beside `output`. Its libraries refuse some models only when they write them.
+    """
+    original = model.as_written(model.classifier)
+    with tempfile.TemporaryDirectory(".part", f".{output.name}.", _existing_parent(output)) as folder:
+        try:
+            _write_model(Path(folder), model, original, request, build)
+        except InputError:
+            raise
+        except Exception as error:  # of the libraries and of the user's code
+            if is_out_of_memory(error) or getattr(error, "errno", None):
+                raise
+            cause = error.__cause__ or error
+            raise InputError(
+                f"{model.classifier.name} cannot be written again in its form ({type(cause).__name__}: "
+                f"{first_line(cause)}); correct the model, so that its own library can save and open it"
+            ) from None
 
 
 def remove_interrupted(output: Path) -> None:
@@ -51,7 +72,7 @@ def remove_interrupted(output: Path) -> None:
 def write(
     output: Path,
     model: DeployedModel,
-    unlearned: nn.Module,
+    unlearned: Classifier,
     request: Request,
     contents: dict[str, Any],
     *,
@@ -86,7 +107,7 @@ def write(
 def _write(
     part: Path,
     model: DeployedModel,
-    unlearned: nn.Module,
+    unlearned: Classifier,
     request: Request,
     contents: dict[str, Any],
     build: str | None,
@@ -96,13 +117,10 @@ def _write(
 ) -> None:
     """Do what `write` does, to the new folder `part`."""
     part.mkdir()
-    left_out = model.write(unlearned, part)
-    path = deployed_model.written_models(part)[0]
+    path, left_out, reopened = _write_model(part, model, unlearned, request, build)
     card = of_report(contents, tensors_sha256(unlearned.net.state_dict()), None if path.is_dir() else path.name)
     ((path if path.is_dir() else part) / CARD).write_text(card.text(), encoding="utf-8")
-    reopened = deployed_model.reopen(model.opened_by, request.class_names, path, build)
     contents = contents | {"model": contents["model"] | {"left_out": left_out, "after": reopened.hashes()}}
-    check_same_model(unlearned, reopened.classifier.to(request.images.device), request.images)
     if earlier_folder:
         verify.copy_chain(earlier_folder, part / contents["earlier"][-1]["file"])
     thumbnails = [report.thumbnail(image) for image in request.images] if with_thumbnails else None
@@ -112,6 +130,24 @@ def _write(
     (part / REPORT).write_text(report.as_json(contents), encoding="utf-8")
     if key:
         signature.write_signature(part / REPORT, key)
+
+
+def _write_model(
+    folder: Path, model: DeployedModel, classifier: Classifier, request: Request, build: str | None
+) -> tuple[Path, list[str], DeployedModel]:
+    """Write a classifier in the form of `model`, open it again and compare both.
+
+    Returns the path, the entries that were left out, and the model as opened again.
+    """
+    left_out = model.write(classifier, folder)
+    path = deployed_model.written_models(folder)[0]
+    reopened = deployed_model.reopen(model.opened_by, request.class_names, path, build)
+    check_same_model(classifier, reopened.classifier.to(request.images.device), request.images)
+    return path, left_out, reopened
+
+
+def _existing_parent(output: Path) -> Path:
+    return next(parent for parent in output.parents if parent.exists())
 
 
 def _is_free(path: Path) -> bool:

@@ -182,6 +182,7 @@ def recalibrated(model: nn.Module, images: Tensor) -> nn.Module:
     norms = batch_norms(result)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
+        norm.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=device)  # None in old modules
         norm.reset_running_stats()
         norm.train()
         norm.momentum = None  # the mean over all batches

@@ -81,8 +81,11 @@ def test_a_model_that_cannot_run_in_16_bits_is_not_judged_there(images):
     assert used.rates()["float16"] != used.rates()["float16"]  # nan
 
 
-def test_recalibration_replaces_the_statistics_of_batch_norm():
+@pytest.mark.parametrize("has_counter", [True, False])
+def test_recalibration_replaces_the_statistics_of_batch_norm(has_counter):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    if not has_counter:
+        model[1].num_batches_tracked = None  # as in modules of old versions of torch
     images = torch.rand(600, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     result = robustness.recalibrated(model, images)
     features = model[0](images)
