@@ -293,7 +293,9 @@ def run_line(record: dict[str, object]) -> str:
     parts = [time.strftime("%H:%M:%S"), f"{record['method']:7}", f"k {record['k']:<3}", f"seed {record['seed']}"]
     parts += [f"step {record['continual_step']}"] if record["continual_step"] else []
     is_unchanged = record["status"] == "done" and not record["steps"]  # method `before`
-    parts += ["not changed" if is_unchanged else ENDINGS[record["status"]].format(steps=record["steps"])]
+    ending = "not changed" if is_unchanged else ENDINGS[record["status"]].format(steps=record["steps"])
+    # with robust=1, changed copies decide, and D_f as stored may be forgotten before them
+    parts += [ending.replace("forgotten", "forgotten as used") if record.get("robust") else ending]
     parts += [f"{name} {record[key]:.2f}" for key, name in ACCURACIES.items() if record.get(key) is not None]
     seconds = sum(value for key, value in record.items() if key.startswith("seconds_") and value)
     return "  ".join([*parts, f"{seconds:.1f} s"])
