@@ -1,16 +1,19 @@
 """Shared fixtures: a tiny trained network, the place of the real data, and calls of the scripts."""
 
 import os
+from pathlib import Path
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # -n: each worker has one core
     os.environ["OMP_NUM_THREADS"] = "1"
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):  # without bytecode, every process compiles torch, which takes seconds
+    os.environ["PYTHONPYCACHEPREFIX"] = str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "bytecode")
+    sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
 
 import l2ul  # isort: skip  # first: it sets the environment before torch is imported
 
 import dataclasses
 import json
-from pathlib import Path
-import sys
 import time
 
 from PIL import Image

@@ -18,7 +18,7 @@ from l2ul.common import precision
 from l2ul.data import storage
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
-from l2ul.methods import registry
+from l2ul.methods import registry, robust
 from l2ul.methods.checkpoint import Checkpoint
 from l2ul.methods.settings import AttackSettings, Settings
 from l2ul.metrics import accuracy, groups, relearn, robustness
@@ -288,16 +288,21 @@ def resnet18():
     return model, images, accuracy.predict(model, images, fold=False).to(CUDA)
 
 
+@pytest.fixture(scope="module")
+def omega(resnet18):
+    """Return the importance of the weights of the network."""
+    return importance.mas_importance(resnet18[0], resnet18[1][:1])
+
+
 @counts_kernels
 @pytest.mark.parametrize(("method", "bn", "graph"), STEPS)
-def test_a_step_has_few_kernels_and_one_synchronisation(resnet18, method, bn, graph, monkeypatch):
+def test_a_step_has_few_kernels_and_one_synchronisation(resnet18, omega, method, bn, graph, monkeypatch):
     """The numbers do not depend on the number of images in a step."""
     monkeypatch.setattr(objective.Forget, "is_forgotten", lambda self, predictions: predictions != predictions)
     steps = 5 if graph else 2  # a graph replaces the passes from the fourth step on
     rates = {"unlearn_lr": 1e-12, "distill_lr": 1e-12}
     settings = Settings(**LOOP | rates | {"bn": bn, "max_passes": steps, "distill_steps": steps})
     adv = torch.rand(3, 3, 32, 32, device=CUDA), torch.arange(3, device=CUDA)
-    omega = importance.mas_importance(resnet18[0], resnet18[1][:1])
     after = []
     with emulated_cuda.counting() as counts:
         on_step = lambda row: after.append((counts.copy(), row))  # noqa: E731
@@ -315,12 +320,13 @@ def test_a_step_has_few_kernels_and_one_synchronisation(resnet18, method, bn, gr
         ("neggrad", {}),
         ("adv_imp", {}),
         ("distill", {}),
-        ("distill", {"robust": 1, "robust_pool": 8, "robust_cycle": 1.0}),
+        ("distill", {"robust": 1, "robust_pool": 8, "robust_cycle": 1.0, "robust_images": 16}),
         ("adv_imp", {"loop_precision": "bf16"}),
         ("distill", {"loop_precision": "bf16"}),
     ],
 )
-def test_a_loop_of_cuda_graphs_ends_as_one_without(trained, method, changed):
+def test_a_loop_of_cuda_graphs_ends_as_one_without(trained, method, changed, monkeypatch):
+    monkeypatch.setattr(robust, "ITERATIONS", 4)
     model, images, labels = (part.to(CUDA) for part in trained)
     adv, sentences = (images[4:11], (labels[4:11] + 1) % CLASSES), []
     settings = Settings(**LOOP | {"batch_size": 4, "max_passes": 8, "distill_steps": 12, "unlearn_lr": 1e-5} | changed)

@@ -3,7 +3,7 @@
 import json
 import re
 import runpy
-import subprocess
+import shlex
 import sys
 import tempfile
 import types
@@ -12,6 +12,7 @@ from conftest import ROOT
 import matplotlib
 import pytest
 
+from l2ul import __main__ as l2ul_command
 from l2ul.methods import registry
 
 EXAMPLES = ROOT / "examples"
@@ -77,10 +78,12 @@ def test_notebooks_name_files_that_exist(path):
 class Notebook:
     """Run the code cells of a notebook in this process, without Jupyter: in much less time.
 
-    A line that starts with ! is a command, in which {…} is an expression. `display` collects its arguments.
+    A line that starts with ! is a command, in which {…} is an expression. `display` collects its arguments. `script` is
+    the fixture of that name.
     """
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, script):
+        self.script = script
         self.names, self.output, self.displayed = {"__name__": "__main__", "_run": self.command}, "", []
         html = types.SimpleNamespace(HTML=lambda data: data, display=self.displayed.append)
         monkeypatch.setitem(sys.modules, "IPython.display", html)
@@ -92,20 +95,22 @@ class Notebook:
         return self.names
 
     def command(self, words):
-        done = subprocess.run(words, shell=True, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        self.output += done.stdout
+        python, *module, name = (arguments := shlex.split(words))[:4]
+        assert (python, module) == (sys.executable, ["-m", "l2ul"])
+        code, out, err = self.script(l2ul_command.main, name, *arguments[4:])
+        assert code == 0, err
+        self.output += out
 
 
 @pytest.fixture
-def notebook(monkeypatch, tmp_path):
+def notebook(monkeypatch, script, tmp_path):
     monkeypatch.chdir(EXAMPLES)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("PYTHONPATH", "")
     backend = matplotlib.get_backend()
     matplotlib.use("agg", force=True)
-    yield Notebook(monkeypatch)
+    yield Notebook(monkeypatch, script)
     matplotlib.pyplot.close("all")
     matplotlib.use(backend, force=True)
 
@@ -120,6 +125,7 @@ def test_quickstart(notebook):
     assert names["outcome"].steps > 0
 
 
+@pytest.mark.usefixtures("fast_report")
 def test_deletion_request(notebook):
     names = notebook.run(EXAMPLES / "deletion_request.ipynb")
     assert names["report"]["outcome"] == "removed from predictions"
