@@ -22,10 +22,11 @@ from l2ul.deletion import options
 
 PROGRAM = "main_forget.py"
 NOT_FORGOTTEN = 3  # exit code
+LESS_MEMORY = "forget fewer images per request, or use --device cpu"
 PASSED = {True: "ok", False: "FAILED", None: "?"}
 
 
-@exit_codes.clean_exit(PROGRAM, exit_codes.NOTHING_WRITTEN)
+@exit_codes.clean_exit(PROGRAM, exit_codes.NOTHING_WRITTEN, less_memory=LESS_MEMORY)
 def main() -> None:
     args = options.parse(PROGRAM)
     raise SystemExit(verify(args) if args.verify else forget(args))
@@ -180,7 +181,9 @@ def upload(args: argparse.Namespace, report: Path, repository, reason: str | Non
     if reason:
         print(f"not uploaded: {reason}; this command uploads the model all the same: {again}")
         return
-    with exit_codes.clean_exit(PROGRAM, f"the report is {report}; this command uploads the model: {again}"):
+    with exit_codes.clean_exit(
+        PROGRAM, f"the report is {report}; this command uploads the model: {again}", less_memory="free some memory"
+    ):
         model = Path(args.model) if args.verify and args.model else written_models(report.parent)[0]
         content = read_report(report)
         opened = reopen(content["model"]["opened_by"], content["model"]["classes"], model, args.build)

@@ -38,12 +38,13 @@ if TYPE_CHECKING:
     from l2ul.reporting.summary import Selection
 
 PROGRAM = "main_tables.py"
+LESS_MEMORY = "make fewer --figures at once, or use --device cpu"
 PAGE = "results.html"
 PAGE_FIGURES = (1, 3, 6, 7)  # those that need no model
 REFERENCE = Path(__file__).resolve().parent / "result_data" / "reference"  # the committed records
 
 
-@exit_codes.clean_exit(PROGRAM, "finished files are kept; the same command writes all files")
+@exit_codes.clean_exit(PROGRAM, "finished files are kept; the same command writes all files", less_memory=LESS_MEMORY)
 def main() -> None:
     make(parse())
 

@@ -32,14 +32,17 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def clean_exit(program: str, after_stop: str, shared: bool = False) -> Iterator[None]:
+def clean_exit(
+    program: str, after_stop: str, shared: bool = False, less_memory: str = "use smaller batches"
+) -> Iterator[None]:
     """Turn errors that a user can act on into one sentence and an exit code. Other errors keep their traceback.
 
-    program     name of the script, which begins the sentence
-    after_stop  what is kept after Ctrl-C or SIGTERM, and how to continue
-    shared      whether torchrun may start the script in several processes. The script then calls
-                `distributed.process_group()` after it has parsed its command line. Only the first process to end prints
-                its sentence; torchrun ends the others
+    program      name of the script, which begins the sentence
+    after_stop   what is kept after Ctrl-C or SIGTERM, and how to continue
+    shared       whether torchrun may start the script in several processes. The script then calls
+                 `distributed.process_group()` after it has parsed its command line. Only the first process to end
+                 prints its sentence; torchrun ends the others
+    less_memory  what to do when memory runs out, with flags that the script has
     """
     with sigterm_as_exception():
         try:
@@ -69,7 +72,7 @@ def clean_exit(program: str, after_stop: str, shared: bool = False) -> Iterator[
             )
         except (MemoryError, RuntimeError, OSError) as error:
             if is_out_of_memory(error):
-                _exit(1, f"{program}: out of memory ({first_line(error)}); use smaller batches; {after_stop}")
+                _exit(1, f"{program}: out of memory ({first_line(error)}); {less_memory}; {after_stop}")
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 _exit(
                     1,

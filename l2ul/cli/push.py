@@ -70,7 +70,10 @@ def push(
 
     here = f"the model is in {model}; upload it again with: {again}"
     try:
-        with exit_codes.clean_exit(program, here, shared=True), tempfile.TemporaryDirectory() as folder:
+        with (
+            exit_codes.clean_exit(program, here, shared=True, less_memory="free some memory"),
+            tempfile.TemporaryDirectory() as folder,
+        ):
             files = hub.write_files(Path(folder), classifier, card, model.is_dir(), dtypes)
             address = hub.upload(files, repository)
     except hub.UploadFailed as error:

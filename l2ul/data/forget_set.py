@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -248,8 +249,8 @@ def reject_own(folder_images: FolderImages, images: Images, advice: str) -> None
     """Raise InputError if an image is also in the training or test set, which are D_r and D_test."""
     for what, split in (("training", images.train), ("test", images.test)):
         if isinstance(split.images, FolderImages):
-            own = {Path(file).resolve() for file in files_of(split)}
-            same = [file for file in folder_images.files if Path(file).resolve() in own]
+            own = {os.path.realpath(file) for file in files_of(split)}
+            same = [file for file in folder_images.files if os.path.realpath(file) in own]
         else:
             own = {image.tobytes() for image in split.images.cpu().numpy()}
             same = [file for i, file in enumerate(folder_images.files) if folder_images[i].numpy().tobytes() in own]

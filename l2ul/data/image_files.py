@@ -19,11 +19,12 @@ White depends on the type of the file and on `white_level`, never on the values 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 import os
 from pathlib import Path
 import re
+import stat
 import warnings
 
 import numpy as np
@@ -103,12 +104,14 @@ class ImageProperties:
     orientation  EXIF orientation, 1 to 8
     peak, white  the largest value and the level of white of an image with more than 8 bits a channel; None for others
     is_colour    whether it has more than one channel; peak and white are then those of the upper 8 bits
+    has_frames   whether the file has more frames or pages than the one that was read
     """
 
     orientation: int = 1
     peak: float | None = None
     white: float | None = None
     is_colour: bool = False
+    has_frames: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class ImageReader:
                 properties = ImageProperties(orientation, peak, 255 if is_deep else None, is_colour=is_deep)
             if self.exif_orientation == "obey" and orientation in UPRIGHT:
                 image = image.transpose(UPRIGHT[orientation])
-            return image, properties
+            return image, replace(properties, has_frames=_has_frames(opened))
 
     def needs_cpu(self, path: ImageFile) -> bool:
         """Return whether a decoder of JPEG files gives other pixels than this reader. Reads the header only."""
@@ -227,6 +230,12 @@ class ImageReader:
             )
             sentences.append(
                 f"{len(turned)} of {total} images have an EXIF orientation ({_first_three(turned)}): {effect}"
+            )
+        several = [name for name, one in properties if one.has_frames]
+        if several:
+            sentences.append(
+                f"{len(several)} of {total} files have several frames or pages ({_first_three(several)}): the first of "
+                f"each is the image, the others are not read; save them as files of their own if they are images too"
             )
         ranges: dict[tuple[bool, float], list[tuple[str, float]]] = {}
         for name, one in properties:
@@ -306,6 +315,8 @@ def unreadable(file: ImageFile, reason: object) -> InputError:
 
 def _identify(file: ImageFile) -> Image.Image:
     """Open an image; one in the HEIC format with the package pillow-heif."""
+    if not isinstance(file, EmbeddedFile) and not stat.S_ISREG(os.stat(file).st_mode):
+        raise UnreadableImage("not a regular file")
     source = BytesIO(file.read_bytes()) if isinstance(file, EmbeddedFile) else file
     try:
         return Image.open(source)
@@ -339,6 +350,14 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # of damaged data
         return 1
     return orientation if orientation in UPRIGHT else 1
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Return whether a file has several images. Those of phones (MPO) have one, with its depth or its gain."""
+    try:
+        return image.format != "MPO" and getattr(image, "is_animated", False)
+    except Exception:  # of damaged later frames
+        return False
 
 
 def _is_turned_by_pillow(image: Image.Image) -> bool:

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 import datetime
+import os
 from pathlib import Path
 
 from l2ul.cli import options, push
@@ -79,7 +80,7 @@ def parse(program: str, arguments: Sequence[str] | None = None) -> argparse.Name
         )
     if args.surrogate and "teacher" not in registry.get(args.method).needs:
         raise InputError(f"--surrogate is for methods with a teacher such as distill, not {args.method}; leave it out")
-    args.output = args.output.resolve()
+    args.output = Path(os.path.realpath(args.output))
     return args
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 import errno
 import itertools
+import os
 from pathlib import Path
 import tempfile
 import time
@@ -38,7 +39,7 @@ def check_output(output: Path, inputs: Iterable[Path | str | None]) -> None:
         raise InputError(f"cannot write to --output {output} ({error.strerror}); give another folder") from None
     for path in inputs:
         place = str(path or "").removeprefix(huggingface.PREFIX).removeprefix(timm_models.PREFIX)
-        if place and output.is_relative_to(Path(place.removeprefix(timm_models.FOLDER)).resolve()):
+        if place and output.is_relative_to(os.path.realpath(place.removeprefix(timm_models.FOLDER))):
             raise InputError(f"--output {output} is inside {path}, which must stay unchanged; give another folder")
     require_writable(_existing_parent(output))
 
@@ -46,7 +47,7 @@ def check_output(output: Path, inputs: Iterable[Path | str | None]) -> None:
 def check_writable(output: Path, model: DeployedModel, request: Request, build: str | None = None) -> None:
     """Raise InputError unless the original model can be written in its form and opened again, which is tried.
 
-    The trial is in a temporary folder beside `output`. Its libraries refuse some models only when they write them.
+    The trial is in a temporary folder beside `output`. Some libraries refuse a model only when they write it.
     """
     original = model.as_written(model.classifier)
     with tempfile.TemporaryDirectory(".part", f".{output.name}.", _existing_parent(output)) as folder:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 import hashlib
 from io import StringIO
+import os
 from pathlib import Path
 import warnings
 
@@ -362,10 +363,13 @@ def read_images(
     """
     if not folder.is_dir():
         raise InputError(f"{flag} {folder} is not a folder; give the folder that contains the images")
-    table = label_table or (folder / LABELS if (folder / LABELS).is_file() else None)
-    tables = {folder / LABELS, table.resolve() if table else None}
+    own = folder / LABELS
+    if with_labels and not label_table and os.path.lexists(own) and not own.is_file():
+        raise InputError(f"{own} is a broken link or no regular file; replace it by a label table, or remove it")
+    table = label_table or (own if own.is_file() else None)
+    place = os.path.realpath(table) if table else None
     listed = _list_files(folder, flag).items()
-    listed = {file: label for file, label in listed if not tables & {folder / file, (folder / file).resolve()}}
+    listed = {file: label for file, label in listed if file != LABELS and os.path.realpath(folder / file) != place}
     labels = _read_labels(table, listed, folder) if table and with_labels else {}
     reader = reader or ImageReader()
     files, unreadable, properties = [], [], []
@@ -403,6 +407,9 @@ def read_images(
             f"size that it takes; give it with --image-size"
         )
     notes = reader.notes(properties, len(files))
+    hidden = len([*folder.glob(".*"), *folder.glob("*/.*")])
+    if hidden:
+        notes.append(f"{hidden} files or folders are not read because their names begin with a dot")
     return ImageFolder(folder, *_merge_equal(files, pixels), unreadable, table, reader, notes)
 
 

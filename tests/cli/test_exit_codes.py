@@ -61,6 +61,23 @@ def test_each_script_says_what_is_kept_and_how_to_go_on(script, monkeypatch, pro
     assert script(main) == (143, "", f"{program}.py: stopped by SIGTERM; {kept}\n")
 
 
+@pytest.mark.parametrize(
+    ("program", "remedy"),
+    [
+        ("main_unlearn", "use smaller batches"),
+        ("main_forget", "forget fewer images per request, or use --device cpu"),
+        ("main_tables", "make fewer --figures at once, or use --device cpu"),
+    ],
+)
+def test_each_script_has_a_remedy_when_memory_runs_out(script, monkeypatch, program, remedy):
+    def parse(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("l2ul.cli.parser.Parser.parse_args", parse)
+    code, _, err = script(importlib.import_module(program).main)
+    assert (code, f"out of memory (MemoryError); {remedy}; " in err) == (1, True)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a fault"), ValueError("a fault"), OSError(errno.EACCES, "denied")])
 def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)), exit_codes.clean_exit("script.py", "go on"):

@@ -1,6 +1,7 @@
 """Reading the images of a request: formats, orientation, equal images, labels, damaged files."""
 
 from io import BytesIO
+import os
 
 from helpers import write_image
 import numpy as np
@@ -21,6 +22,40 @@ def test_skip_bad_leaves_out_damaged_files(tmp_path):
     read = request.read_images(tmp_path, deployed_model._central_square(None), skip_bad=True)
     assert [image.file for image in read.files] == ["0.png"]
     assert [one.file for one in read.unreadable] == ["2.jpg", "notes.txt"]
+
+
+def test_only_regular_files_are_images(tmp_path):
+    write_image(tmp_path / "0.png")
+    os.mkfifo(tmp_path / "1.png")
+    (tmp_path / "2.png").symlink_to("/dev/zero")
+    (tmp_path / "3.png").symlink_to(tmp_path / "none.png")
+    (tmp_path / "4.png").symlink_to(tmp_path / "4.png")
+    read = request.read_images(tmp_path, deployed_model._central_square(None), skip_bad=True)
+    assert [image.file for image in read.files] == ["0.png"]
+    assert [one.file for one in read.unreadable] == ["1.png", "2.png", "3.png", "4.png"]
+    assert [one.why for one in read.unreadable[:2]] == ["not a regular file"] * 2
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.symlink_to("none.csv"), os.mkfifo])
+def test_a_label_table_that_cannot_be_read_is_not_ignored(tmp_path, spoil):
+    write_image(tmp_path / "0.png")
+    spoil(tmp_path / "labels.csv")
+    with pytest.raises(InputError, match=r"labels\.csv is a broken link or no regular file"):
+        request.read_images(tmp_path, deployed_model._central_square(None))
+
+
+def test_images_that_are_not_read_are_in_the_notes(tmp_path):
+    write_image(tmp_path / "0.png")
+    write_image(tmp_path / ".1.png")
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 99)]
+    kinds = ["gif", "tiff", "png", *(["webp"] if features.check("webp") else [])]
+    for kind in kinds:
+        frames[0].save(tmp_path / f"several.{kind}", save_all=True, append_images=frames[1:])
+        frames[0].save(tmp_path / f"single.{kind}")
+    read = request.read_images(tmp_path, deployed_model._central_square(None))
+    several, hidden = read.notes
+    assert several.startswith(f"{len(kinds)} of {2 * len(kinds) + 1} files have several frames or pages (several.gif, ")
+    assert hidden == "1 files or folders are not read because their names begin with a dot"
 
 
 def test_images_of_all_modes_can_be_read_as_upright_rgb(tmp_path):
