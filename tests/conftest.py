@@ -172,15 +172,20 @@ def script(monkeypatch, capsys, tmp_path_factory):
     return call
 
 
-@pytest.fixture
-def few_digits(monkeypatch):
-    """Reduce the digits to 40 training and 20 test images, so that a command takes about a second."""
+def load_few_digits():
+    """Return the digits with 40 training and 20 test images, with which a command takes about a second."""
     digits = datasets.load("digits", "nowhere")
-    few = dataclasses.replace(
+    return dataclasses.replace(
         digits,
         train=Split(digits.train.images[:40], digits.train.labels[:40]),
         test=Split(digits.test.images[:20], digits.test.labels[:20]),
     )
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Reduce the digits; see `load_few_digits`."""
+    few = load_few_digits()
     monkeypatch.setitem(datasets.LOADERS, "digits", lambda data_dir, **options: few)
     return few
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -96,9 +97,13 @@ def test_after_sigterm_the_same_command_ends_with_the_results_of_an_uninterrupte
 
 SIGTERM_IN_DISTILL = """
 import os, signal
+from conftest import load_few_digits
 from l2ul import unlearn as unlearning
+from l2ul.data import datasets
 import main_unlearn
 
+few_digits = load_few_digits()
+datasets.LOADERS["digits"] = lambda data_dir, **options: few_digits
 true_unlearn = unlearning.unlearn
 
 def unlearn(model, images, labels, method, *, on_step, **options):
@@ -113,14 +118,15 @@ main_unlearn.main()
 """
 
 
-def test_a_process_that_gets_sigterm_in_distill_leaves_what_another_continues(script, tmp_path):
-    settings = [*FAST, "--threads", 1, "--retain-sample", 100, "--method", "neggrad", "distill", "--distill-steps", 9]
+def test_a_process_that_gets_sigterm_in_distill_leaves_what_another_continues(script, few_digits, tmp_path):
+    settings = [*FAST, "--threads", 1, "--method", "neggrad", "distill", "--distill-steps", 9]
 
     def words(folder):
         return list(map(str, ["--result-dir", folder, "--cache-dir", tmp_path / "cache", *settings]))
 
     process = [sys.executable, "-c", SIGTERM_IN_DISTILL, *words(tmp_path / "one")]
-    stopped = subprocess.run(process, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    stopped = subprocess.run(process, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (stopped.returncode, stopped.stderr) == (
         143,
         f"main_unlearn.py: stopped by SIGTERM; {exit_codes.CONTINUES}\n",
