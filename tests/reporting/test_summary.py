@@ -254,7 +254,7 @@ def numbers(markdown: str) -> list[list[str]]:
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("name", ["cifar10_resnet20", "cifar10_resnet20_compare", "utkface"])
+@pytest.mark.parametrize("name", ["cifar10_resnet20", "cifar10_resnet20_compare", "cifar100_resnet20", "utkface"])
 def test_the_committed_tables_are_reproduced(script, tmp_path, name):
     folder = f"result_data/reference/{name}"
     code, out, _ = script(main_tables.main, "--result-dir", folder, "--output", tmp_path)
