@@ -1,6 +1,7 @@
 """Read text files, compare names as people write them (Unicode normal forms), and shorten texts for display."""
 
 import codecs
+from collections.abc import Sequence
 import errno
 import hashlib
 import os
@@ -52,3 +53,8 @@ def shortened(text: str, most: int = 120) -> str:
         digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
         text = f"{text[: most - 10]}… {digest}"
     return "".join("\ufffd" if unicodedata.category(character) in CONTROL else character for character in text)
+
+
+def first_three(names: Sequence[str]) -> str:
+    """Return the first three names for a message, and … if there are more."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -33,6 +33,7 @@ from PIL import Image
 from l2ul.common.choices import EXIF_ORIENTATIONS, MAX_IMAGE_PIXELS
 from l2ul.common.errors import InputError, first_line
 from l2ul.common.installation import import_package
+from l2ul.common.text import first_three
 
 ORIENTATION = 0x0112  # EXIF tag
 UPRIGHT = {  # by EXIF orientation: the operation that turns an image upright
@@ -229,12 +230,12 @@ class ImageReader:
                 "reads pixels as stored, add --exif-orientation ignore"
             )
             sentences.append(
-                f"{len(turned)} of {total} images have an EXIF orientation ({_first_three(turned)}): {effect}"
+                f"{len(turned)} of {total} images have an EXIF orientation ({first_three(turned)}): {effect}"
             )
         several = [name for name, one in properties if one.has_frames]
         if several:
             sentences.append(
-                f"{len(several)} of {total} files have several frames or pages ({_first_three(several)}): the first of "
+                f"{len(several)} of {total} files have several frames or pages ({first_three(several)}): the first of "
                 f"each is the image, the others are not read; save them as files of their own if they are images too"
             )
         ranges: dict[tuple[bool, float], list[tuple[str, float]]] = {}
@@ -245,7 +246,7 @@ class ImageReader:
             peak = max(value for _, value in images)
             if peak >= white * DARK:
                 continue
-            names = _first_three([name for name, _ in images])
+            names = first_three([name for name, _ in images])
             if is_colour:
                 remedy = "write them again with values up to 65535, or with 8 bits"
                 text = f"the upper 8 bits of 16-bit colour images ({names}) reach {peak} of {white}"
@@ -396,7 +397,3 @@ def _spread(files: Sequence, count: int) -> Sequence:
 
 def _short(file: ImageFile) -> str:
     return "/".join(Path(str(file)).parts[-2:])
-
-
-def _first_three(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

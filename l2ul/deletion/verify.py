@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from l2ul.common.choices import MAX_IMAGE_PIXELS
 from l2ul.common.errors import Diverged, InputError, first_line, is_out_of_memory
 from l2ul.common.files import file_sha256, tensors_sha256
+from l2ul.common.text import first_three
 from l2ul.data.image_files import ImageReader
 from l2ul.deletion import deployed_model, signature, states
 from l2ul.deletion.deployed_model import DeployedModel
@@ -145,7 +146,7 @@ def check_predictions(report: Report, outputs: Iterable[tuple[ImageFile, Tensor]
         same = same and abs(float(current[row["called_after"]]) - row["confidence_after"]) <= SAME_PROBABILITY
         different += [] if same else [row["file"]]
     finding = f"{len(rows) - len(different)} of {states.images(len(rows))} as in the report"
-    finding += f"; others: {_first_three(different)}" if different else ""
+    finding += f"; others: {first_three(different)}" if different else ""
     return [Check("predictions", not different, finding)] if rows else []
 
 
@@ -289,7 +290,7 @@ def check_original(report: Report, model: DeployedModel) -> Check:
 def check_files_exist(report: Report, folder: Path) -> Check:
     """Check that a folder has all images of a report."""
     missing = [row["file"] for row in report["images"] if not (folder / row["file"]).is_file()]
-    finding = f"missing in {folder}: {_first_three(missing)}" if missing else f"all in {folder}"
+    finding = f"missing in {folder}: {first_three(missing)}" if missing else f"all in {folder}"
     return Check("original images", not missing, finding)
 
 
@@ -304,7 +305,7 @@ def check_request(report: Report, files: Sequence[ImageFile], labels: Sequence[i
     labels_of = {image.file: label for image, label in zip(files, labels, strict=True)}
     relabelled = [name for name, row in rows.items() if labels_of.get(name, row["label"]) != row["label"]]
     parts = ((others, "not in the report"), (changed, "changed"), (relabelled, "another label"))
-    findings = [f"{what}: {_first_three(names)}" for names, what in parts if names]
+    findings = [f"{what}: {first_three(names)}" for names, what in parts if names]
     finding = "; ".join(findings) or "those of the report"
     return Check("request", not findings, f"images and labels: {finding}")
 
@@ -352,7 +353,7 @@ def _check_rows(report: Report, request: Request, unlearner: Unlearner, unlearne
             different.append(image.file)
     total = len(request)
     finding = f"{total - len(different)} of {states.images(total)} as in the report"
-    finding += f"; others: {_first_three(different)}" if different else ""
+    finding += f"; others: {first_three(different)}" if different else ""
     return Check("predictions again", not different, finding)
 
 
@@ -428,16 +429,12 @@ def _check_request(number: int, required: list[Requirement], predicted: Mapping[
     unrecognised = [one.file for one in current if not one.recognised]
     done = [one.file for one in current if one.recognised and one.file not in {*failed, *missing}]
     finding = f"{len(done)} of {len(current) - len(unrecognised)} images forgotten as stored"
-    finding += f"; {len(unrecognised)} not recognised before: {_first_three(unrecognised)}" if unrecognised else ""
-    finding += f"; not forgotten: {_first_three(failed)}" if failed else ""
-    finding += f"; not in the given folders: {_first_three(missing)}" if missing else ""
+    finding += f"; {len(unrecognised)} not recognised before: {first_three(unrecognised)}" if unrecognised else ""
+    finding += f"; not forgotten: {first_three(failed)}" if failed else ""
+    finding += f"; not in the given folders: {first_three(missing)}" if missing else ""
     superseded = len(required) - len(current)
     finding += f"; {superseded} superseded by a later request" if superseded else ""
     passed = not failed and not missing
     # Nothing is claimed of a request whose images were not recognised before, so nothing can be confirmed.
     unclaimed = passed and current and len(unrecognised) == len(current)
     return Check(f"images of request {number}", None if unclaimed else passed, finding)
-
-
-def _first_three(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

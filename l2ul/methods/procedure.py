@@ -33,7 +33,7 @@ class Procedure(Iterator[Terms]):
     has_draws     whether a step is `terms` of what `draw` returns, so that the loop can repeat it
     is_graphable  whether `terms` can be captured as a CUDA graph
     pads          set by the loop if steps are captured: inputs then have the same shapes at each step, where possible
-    part_size     images of the parts of batches that the model is called on, see `in_parts`; None: whole batches
+    part_size     largest number of images in one forward pass of the model, see `in_parts`; None: the whole batch
     """
 
     model: nn.Module
@@ -60,7 +60,7 @@ class Procedure(Iterator[Terms]):
         raise NotImplementedError
 
     def in_parts(self) -> "nn.Module | InParts":
-        """Return the model, or after `use_smaller_parts` what calls it on parts of a batch."""
+        """Return the model, or a wrapper that passes at most `part_size` images to it at once."""
         return InParts(self.model, self.part_size) if self.part_size else self.model
 
     def use_smaller_parts(self, inputs: tuple[Tensor | float, ...], error: BaseException) -> None:
