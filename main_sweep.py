@@ -33,13 +33,15 @@ def main() -> None:
     from l2ul.sweeps.sweep import SweepRunner, with_precision
     import main_tables
 
+    tables = main_tables.parse(["--result-dir", str(sweep.result_dir), "--figures", "1", "6"])
     if not sweep.opts.dry_run:
+        main_tables.open_output(tables)
         ray_cluster.require_packages()
     runner = SweepRunner(with_precision(sweep), user_script(), lambda text: print(text, flush=True))
     failed = runner.run()
     if sweep.opts.dry_run:
         return
-    files = main_tables.make(main_tables.parse(["--result-dir", str(sweep.result_dir), "--figures", "1", "6"]))
+    files = main_tables.make(tables)
     runner.track([path for path in files if path.suffix == ".png"], failed)
     if failed:
         raise SystemExit(f"{PROGRAM}: {failed} trials failed; their records say why; the same command repeats them")

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "main_tables.py"
 LESS_MEMORY = "make fewer --figures at once, or use --device cpu"
+TABLES = ("table.md", "table.csv", "table.tex")
 PAGE = "results.html"
 PAGE_FIGURES = (1, 3, 6, 7)  # those that need no model
 REFERENCE = Path(__file__).resolve().parent / "result_data" / "reference"  # the committed records
@@ -118,6 +119,7 @@ def make(opts: argparse.Namespace) -> list[Path]:
             f"there is no folder {opts.expected}; name one with reference records with --expected FOLDER, such as "
             f"result_data/reference of a clone"
         )
+    output = open_output(opts)
     records, problems = read_records.read(opts.result_dir)
     selection = summary.Selection(opts.method, opts.unlearn_k, opts.seed)
     blocks = summary.select(rows.blocks(records), opts.dataset, selection)
@@ -130,14 +132,9 @@ def make(opts: argparse.Namespace) -> list[Path]:
         missing.section(*absent),
         read_records.problem_section(problems),
     ]
-    text = {
-        "table.md": "\n".join(filter(None, sections)),
-        "table.csv": summary.to_csv(numbers),
-        "table.tex": render.latex(numbers, blocks),
-    }
-    print(text["table.md"])
-    output = opts.output or opts.result_dir[0] / "tables"
-    paths = write(text, output)
+    texts = ("\n".join(filter(None, sections)), summary.to_csv(numbers), render.latex(numbers, blocks))
+    print(texts[0])
+    paths = write(dict(zip(TABLES, texts, strict=True)), output)
     if opts.figures is not None or opts.html:
         print(f"drawing figures to {output}", flush=True)
         shown = [record for block in blocks for record in block.records if selection.has(record)]
@@ -150,6 +147,15 @@ def make(opts: argparse.Namespace) -> list[Path]:
         paths += write({PAGE: make_page(opts, numbers, blocks, selection, parts, paths)}, output)
     print("files:", *paths)
     return paths
+
+
+def open_output(opts: argparse.Namespace) -> Path:
+    """Return the folder for tables and figures, created if necessary. Raises InputError if they cannot be written."""
+    from l2ul.common.files import require_writable
+
+    folder = opts.output or opts.result_dir[0] / "tables"
+    require_writable(folder, *TABLES, *([PAGE] if opts.html else ()))
+    return folder
 
 
 def _compare(folder: Path, blocks: "list[Block]", selection: "Selection") -> "list[Comparison]":
@@ -180,9 +186,8 @@ def make_page(
 
 def write(text: dict[str, str], folder: Path) -> list[Path]:
     """Write texts to files of a folder."""
-    from l2ul.common.files import atomic, require_writable
+    from l2ul.common.files import atomic
 
-    require_writable(folder)
     paths = [folder / name for name in text]
     for path, content in zip(paths, text.values(), strict=True):
         with atomic(path) as part:

@@ -17,6 +17,7 @@ from l2ul.common import progress
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
 from l2ul.deletion import checks, output, search
+from l2ul.metrics import preflight
 from l2ul.unlearn import Settings
 import main_forget
 
@@ -286,12 +287,12 @@ def test_a_link_to_a_missing_folder_is_followed(forget, tmp_path):
 
 def test_a_written_model_that_differs_from_the_measured_one_is_an_error():
     images = torch.rand(2, 3, 8, 8)
-    checks.check_same_model(tiny_net(1), tiny_net(1), images)
+    preflight.check_same_model(tiny_net(1), tiny_net(1), images)
     other = tiny_net(1)
     with torch.no_grad():
         next(other.parameters()).mul_(1 + 1e-6)
     with pytest.raises(InputError, match="differs in "):
-        checks.check_same_model(tiny_net(1), other, images)
+        preflight.check_same_model(tiny_net(1), other, images)
 
 
 class KeepsOutputs(torch.nn.Module):
@@ -315,7 +316,7 @@ def test_a_model_that_keeps_its_outputs_is_an_error():
     read = KeepsOutputs().eval()
     read.load_state_dict(written.state_dict())
     with pytest.raises(InputError, match=r"returns logits that differ by .*must not keep values of earlier passes"):
-        checks.check_same_model(written, read, images)
+        preflight.check_same_model(written, read, images)
 
 
 def test_a_module_whose_weights_eval_changes_is_refused(forget, tiny):

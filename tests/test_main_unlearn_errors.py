@@ -1,5 +1,8 @@
 """The messages and exit codes of main_unlearn.py for bad input and failures."""
 
+import json
+import shutil
+
 from conftest import FAST
 from helpers import write_folder
 import pytest
@@ -187,3 +190,24 @@ def test_outputs_of_a_multi_label_model_are_refused_without_single_label(run, tm
     code, _, err = run(*words)
     assert (code, err.count("\n"), "add --single-label if it is one" in err) == (2, 1, True)
     assert run(*words, "--single-label")[0] == 0
+
+
+def test_a_model_that_its_library_does_not_write_is_refused_before_the_attack(run, tmp_path, vit_folder, monkeypatch):
+    folder = shutil.copytree(vit_folder, tmp_path / "vit")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"output_attentions": True}))
+    words = ["--model", f"hf:{folder}", "--method", "neggrad"]
+    monkeypatch.setattr(execution.Experiment, "carry_out", lambda experiment, runs: pytest.fail("work was begun"))
+    for keeps in (["--save-model"], ["--continual-step", 1], ["--save-model", "--dry-run"]):
+        code, out, err = run(*words, *keeps)
+        assert (code, err.count("\n")) == (2, 1), out + err
+        assert "cannot be written again in its form (ValueError: The `output_attentions` attribute" in err
+        assert not list((tmp_path / "models").iterdir())
+    assert run(*words, "--dry-run")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["runs", "models", "tracking"])
+def test_a_file_in_the_place_of_a_result_folder_is_refused(run, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    code, _, err = run("--method", "neggrad", "--save-model", "--tracker", "csv")
+    assert (code, f"cannot write to {tmp_path / name} (" in err) == (2, True), err

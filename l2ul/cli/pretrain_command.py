@@ -153,7 +153,9 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
             if output.exists() and not opts.rerun:
                 pretrain.check_settings(output, settings)
                 return True
-            require_writable(output.parent)
+            require_writable(output.parent, output.name, pretrain.state_file(output).name)
+            if opts.tracker:
+                require_writable(output.parent / "tracking")
             return False
 
         if distributed.broadcast(is_trained):

@@ -43,8 +43,9 @@ ABANDONED = 3600  # seconds after which a partly written file is taken for one o
 
 
 def open_result_folders(opts: argparse.Namespace) -> None:
-    """Create the folders of records and models, and delete partly written files of killed processes in them."""
-    for folder in ("runs", "models") if opts.save_model or opts.continual_step else ("runs",):
+    """Create the folders of records, models and trackers; delete partly written files of killed processes in them."""
+    needed = {"runs": True, "models": opts.save_model or opts.continual_step, "tracking": opts.tracker}
+    for folder in (name for name, is_needed in needed.items() if is_needed):
         require_writable(opts.result_dir / folder)
         remove_parts(opts.result_dir / folder, older_than=time.time() - ABANDONED)
 
@@ -263,14 +264,39 @@ def announce(
         print(time_estimates.sentence([run.settings for run in to_do], finished, source=str(opts.result_dir)))
 
 
+def check_writable(experiment: Experiment, runs: list[Run], uploads: bool = False) -> None:
+    """Raise InputError unless the models that runs keep can be written and opened again: tried with the original one.
+
+    uploads  whether the files of an upload are tried as well
+    """
+    run, original = next(filter(experiment.keeps, runs), None), experiment.setup.classifier
+    if run is None or not distributed.is_first():
+        return
+    train = experiment.setup.images.train
+    images = train.images[torch.arange(min(2, len(train)))].to(experiment.device)
+    with preflight.trial_write(original.name, run.files.model) as folder:
+        path = folder / run.files.model.name
+        experiment.save(original, path, run.settings)
+        reopened = experiment.load(path)
+        preflight.check_same_model(original, reopened, images)
+        if uploads:
+            (folder / "upload").mkdir()
+            hub.write_files(folder / "upload", _opened_from(path, reopened), "", path.is_dir())
+
+
+def _opened_from(path: Path, model: models.Classifier) -> models.Classifier:
+    """Return a model that was read from `path`. Its library reads the configuration of a folder by the model's name."""
+    if path.is_dir():
+        model.name = f"{model.name.partition(':')[0]}:{path}"
+    return model
+
+
 def push_model(run: Run, setup: Setup, repository: hub.Repository) -> None:
     """Upload the saved model of a run. The same command uploads it again, as the run is not repeated."""
     if not run.files.model.exists():
         raise Diverged(f"the run diverged, so there is no model to upload; see {run.files.record}")
-    model = models.load_saved(run.files.model, setup.classifier)
+    model = _opened_from(run.files.model, models.load_saved(run.files.model, setup.classifier))
     digest, is_folder = tensors_sha256(model.net.state_dict()), run.files.model.is_dir()
-    if is_folder:  # its library reads the configuration there
-        model.name = f"{model.name.partition(':')[0]}:{run.files.model}"
     card = model_card.of_record(run.files.read(), setup.images.num_classes, digest, is_folder).text()
     push.push(PROGRAM, run.files.model, model, card, repository, push.command_line(PROGRAM, sys.argv[1:]))
 

@@ -8,7 +8,6 @@ import inspect
 import os
 from pathlib import Path
 import shutil
-import tempfile
 from typing import TYPE_CHECKING, TextIO
 import uuid
 
@@ -22,16 +21,17 @@ if TYPE_CHECKING:
 def atomic(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path for a file or folder, and rename it to `path` when the block ends without an error.
 
-    replace  whether an existing folder is replaced; if not, OSError is raised for a folder that is not empty
+    replace  whether a folder replaces an existing one; if not, OSError is raised for a folder that is not empty. A file
+             never replaces a folder
 
     A process that is killed inside the block leaves `.<name>.<random>.part`, which `remove_parts` deletes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    part = path.with_name(_temporary_name(path.name))
     try:
         yield part
-        if replace and path.is_dir():  # a rename cannot replace a folder: move the old one aside first
+        if replace and path.is_dir() and part.is_dir():  # a rename cannot replace a folder: move the old one aside
             old = part.with_suffix(".old.part")
             os.replace(path, old)
             os.replace(part, path)
@@ -42,6 +42,10 @@ def atomic(path: Path, replace: bool = True) -> Iterator[Path]:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         part.unlink(missing_ok=True)
+
+
+def _temporary_name(name: str) -> str:
+    return f".{name}.{uuid.uuid4().hex[:12]}.part"
 
 
 def csv_writer(file: TextIO, names: Iterable[str]) -> Callable[[dict[str, float]], object]:
@@ -96,13 +100,21 @@ def source_code(thing: Callable) -> str:
         return repr([(code.co_code, code.co_consts, code.co_names) for code in codes])
 
 
-def require_writable(folder: Path) -> None:
-    """Create `folder` if necessary; raise InputError if no file can be written there."""
+def require_writable(folder: Path, *names: str) -> None:
+    """Create `folder` if necessary; raise InputError if `atomic` cannot write files there.
+
+    names  of the files that will be written; a folder with such a name is an error too
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        for name in names or ("trial",):
+            part = folder / _temporary_name(name)
+            part.touch()
+            part.unlink()
     except OSError as error:
         raise InputError(
             f"cannot write to {folder} ({error.strerror}); choose a folder with write permission"
         ) from None
+    for path in (folder / name for name in names):
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; a file is written there, so rename it or choose another place")

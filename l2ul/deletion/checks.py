@@ -4,17 +4,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from l2ul import ProgressBar
-from l2ul.common.errors import InputError
 from l2ul.data.images import Split
 from l2ul.deletion import states
 from l2ul.deletion.report_schema import FORGOTTEN, ImageRow
 from l2ul.deletion.request import Request, logits
 from l2ul.deletion.search import TimeBudget, Unlearner
-from l2ul.metrics import accuracy, agreement, membership, preflight, relearn, robustness
+from l2ul.metrics import accuracy, agreement, membership, relearn, robustness
 
 CHECKS_SHARE = 0.95  # of the time: relearning stops then
 
@@ -149,28 +147,3 @@ def _membership(
         "before": membership.inference((request.logits_before, labels), (logits(before, references.images), others)),
         "after": membership.inference((after_logits, labels), (logits(after, references.images), others)),
     }
-
-
-def check_same_model(written: nn.Module, read: nn.Module, images: Tensor) -> None:
-    """Raise InputError unless a model read from its files equals the one that was written.
-
-    Weights must be equal bit by bit. Logits may differ by 1 % of the largest, because a GPU may choose other kernels
-    for another memory layout, and with TF32 these round to about 0.1 %. They must be the same for single images.
-    """
-    expected, state = written.state_dict(), read.state_dict()
-    different = [
-        name
-        for name, tensor in expected.items()
-        if name not in state or not torch.equal(tensor.cpu(), state[name].cpu())
-    ]
-    before, after = logits(written, images), logits(read, images)
-    difference = float((before - after).abs().max() / before.abs().max().clamp_min(1e-9))
-    if different or not difference <= 0.01:
-        what = (
-            f"differs in {', '.join(different[:3])}" if different else f"returns logits that differ by {difference:.1%}"
-        )
-        raise InputError(
-            f"the model read from the written files {what}, so nothing was written; a module must give back the "
-            f"weights that it loads, and must not keep values of earlier passes"
-        )
-    preflight.check_alone(read, images, before)

@@ -5,20 +5,20 @@ import errno
 import itertools
 import os
 from pathlib import Path
-import tempfile
 import time
 from typing import Any
 
-from l2ul.common.errors import InputError, first_line, is_out_of_memory
+from l2ul.common.errors import InputError
 from l2ul.common.files import atomic, file_sha256, remove_parts, require_writable, tensors_sha256
 from l2ul.deletion import deployed_model, report, signature, verify
-from l2ul.deletion.checks import check_same_model
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.model_card import of_report
 from l2ul.deletion.report_schema import FORGET_LIST, PAGE, REPORT
 from l2ul.deletion.request import Request
 from l2ul.experiments.records import CARD
-from l2ul.models import huggingface, timm_models
+from l2ul.metrics import preflight
+from l2ul.metrics.preflight import check_same_model
+from l2ul.models import hub, huggingface, timm_models
 from l2ul.models.classifier import Classifier
 
 INTERRUPTED_AGE = 3600  # seconds after which an unfinished folder is taken for that of a killed process
@@ -44,25 +44,19 @@ def check_output(output: Path, inputs: Iterable[Path | str | None]) -> None:
     require_writable(_existing_parent(output))
 
 
-def check_writable(output: Path, model: DeployedModel, request: Request, build: str | None = None) -> None:
+def check_writable(
+    output: Path, model: DeployedModel, request: Request, build: str | None = None, uploads: bool = False
+) -> None:
     """Raise InputError unless the original model can be written in its form and opened again, which is tried.
 
-    The trial is in a temporary folder beside `output`. Some libraries refuse a model only when they write it.
+    uploads  whether the files of an upload are tried as well
     """
     original = model.as_written(model.classifier)
-    with tempfile.TemporaryDirectory(".part", f".{output.name}.", _existing_parent(output)) as folder:
-        try:
-            _write_model(Path(folder), model, original, request, build)
-        except InputError:
-            raise
-        except Exception as error:  # of the libraries and of the user's code
-            if is_out_of_memory(error) or getattr(error, "errno", None):
-                raise
-            cause = error.__cause__ or error
-            raise InputError(
-                f"{model.classifier.name} cannot be written again in its form ({type(cause).__name__}: "
-                f"{first_line(cause)}); correct the model, so that its own library can save and open it"
-            ) from None
+    with preflight.trial_write(model.classifier.name, _existing_parent(output) / output.name) as folder:
+        path, _, reopened = _write_model(folder, model, original, request, build)
+        if uploads:
+            (folder / "upload").mkdir()
+            hub.write_files(folder / "upload", reopened.classifier, "", path.is_dir(), reopened.dtypes)
 
 
 def remove_interrupted(output: Path) -> None:

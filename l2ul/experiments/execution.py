@@ -314,10 +314,10 @@ class Experiment:
             self._record(run, result, row, predictions)
 
     def _keep(self, run: Run, result: "RunResult") -> None:
-        if distributed.is_first() and self._keeps(run) and not result.diverged:
+        if distributed.is_first() and self.keeps(run) and not result.diverged:
             self.save(result.outcome.model, run.files.model, run.settings)
 
-    def _keeps(self, run: Run) -> bool:
+    def keeps(self, run: Run) -> bool:
         """Return whether the model of a run is kept, unless the run diverges."""
         return (self.keep_models or run.is_step) and run.method.trains
 
@@ -352,7 +352,7 @@ class Experiment:
 
     def _write_card(self, run: Run, record: dict[str, object], result: "RunResult") -> None:
         """Write the model card of a run's model if that is kept."""
-        if self._keeps(run) and not result.diverged:
+        if self.keeps(run) and not result.diverged:
             digest = tensors_sha256(result.outcome.model.net.state_dict())
             card = model_card.of_record(record, self.setup.images.num_classes, digest, run.files.model.is_dir())
             with atomic(run.files.card) as part:

@@ -382,7 +382,8 @@ class RunFiles:
         Raises ValueError if the record holds a number that is not finite.
         """
         with atomic(self.record.with_suffix(".txt")) as part:
-            part.write_text("".join(f"{name}\n" for name in forget))
+            text = "".join(f"{name}\n" for name in forget)
+            part.write_text(text, encoding="utf-8", errors="surrogateescape")  # of file names, the same bytes
         with atomic(self.record.with_suffix(".npz")) as part, open(part, "wb") as file:
             np.savez_compressed(file, **{name: _small(classes) for name, classes in predictions.items()})
         with atomic(self.record.with_suffix(".csv")) as part, open(part, "w", newline="") as file:

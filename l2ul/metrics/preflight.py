@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 import contextlib
 import copy
+from pathlib import Path
+import tempfile
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from l2ul.data import images as image_sets
 from l2ul.data.folder import FolderImages
 from l2ul.data.image_files import ImageReader
 from l2ul.data.images import Images, as_pixels
+from l2ul.metrics import accuracy
 from l2ul.models.classifier import logits_of
 
 REPEATS = 6  # further passes of a model that draws random numbers in eval mode
@@ -332,6 +335,54 @@ def copied(model: nn.Module) -> nn.Module:
             "remove its __deepcopy__, or let that copy the parameters"
         )
     return copy_of_model
+
+
+@contextlib.contextmanager
+def trial_write(name: str, path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` for a trial: to write a model in its form and open it again.
+
+    name  of the model, for the message
+
+    Some libraries refuse a model only when they write it. Raises InputError for what they raise in the block.
+    """
+    with tempfile.TemporaryDirectory(".part", f".{path.name}.", path.parent) as folder:
+        try:
+            yield Path(folder)
+        except InputError:
+            raise
+        except Exception as error:  # of the libraries and of the user's code
+            if is_out_of_memory(error) or getattr(error, "errno", None):
+                raise
+            cause = error.__cause__ or error
+            raise InputError(
+                f"{name} cannot be written again in its form ({type(cause).__name__}: {first_line(cause)}); correct "
+                f"the model, so that its own library can save and open it"
+            ) from None
+
+
+def check_same_model(written: nn.Module, read: nn.Module, images: Tensor) -> None:
+    """Raise InputError unless a model read from its files equals the one that was written.
+
+    Weights must be equal bit by bit. Logits may differ by 1 % of the largest, because a GPU may choose other kernels
+    for another memory layout, and with TF32 these round to about 0.1 %. They must be the same for single images.
+    """
+    expected, state = written.state_dict(), read.state_dict()
+    different = [
+        name
+        for name, tensor in expected.items()
+        if name not in state or not torch.equal(tensor.cpu(), state[name].cpu())
+    ]
+    before, after = (torch.cat(list(accuracy.logits(model, images, fold=False))) for model in (written, read))
+    difference = float((before - after).abs().max() / before.abs().max().clamp_min(1e-9))
+    if different or not difference <= 0.01:
+        what = (
+            f"differs in {', '.join(different[:3])}" if different else f"returns logits that differ by {difference:.1%}"
+        )
+        raise InputError(
+            f"the model read from the written files {what}, so nothing was written; a module must give back the "
+            f"weights that it loads, and must not keep values of earlier passes"
+        )
+    check_alone(read, images, before)
 
 
 @contextlib.contextmanager

@@ -170,6 +170,7 @@ class SweepRunner:
 
         Reports at the end which trackers failed in trials.
         """
+        unlearn_command.open_result_folders(unlearn_options.parse(self.sweep.shared))
         failures = self.sweep.result_dir / TRACKER_FAILURES
         failures.unlink(missing_ok=True)
         worker = ray_cluster.WorkerFunction(f"l2ul.sweeps.worker:{function}", CODE_FOLDER, Path.cwd(), self.user_script)

@@ -100,6 +100,7 @@ def run_trial(arguments: Arguments, shared_data_sets: Callable[[], DataSets]) ->
     device = devices.choose_device(opts.device, opts.no_cuda, opts.threads)
     unlearn_command.use_precision(opts, device)
     folder.check_decoder(opts.decoder, device)
+    unlearn_command.open_result_folders(opts)
     if not WORKBENCH.data_sets:
         WORKBENCH.data_sets.update(shared_data_sets())
 
@@ -110,6 +111,7 @@ def run_trial(arguments: Arguments, shared_data_sets: Callable[[], DataSets]) ->
     trackers = unlearn_command.open_trackers(opts, note_failure)
     experiment, runs = WORKBENCH.open(opts, device, unlearn_command.open_cache(opts), trackers)
     to_do, to_measure = experiment.pending(runs, opts.rerun)
+    unlearn_command.check_writable(experiment, to_do)
     experiment.add_metrics(to_measure)
     experiment.carry_out(to_do)
     return [run.files.read() for run in runs]

@@ -59,6 +59,8 @@ def pretrain(
     with seeds.fork_rng(device, seed, "first weights"):
         classifier = models.build(model_name, images.num_classes, mean, std).to(device)
     images = images.with_channels(classifier.channels).to(device)
+    if distributed.is_first():
+        _check_writable(classifier, output, images)
     identity = {
         "model": model_name,
         "dataset": images.name,
@@ -92,6 +94,16 @@ def pretrain(
         models.save(classifier, output, settings | {"acc_test": acc_test})
         state_file(output).unlink(missing_ok=True)
     return acc_test
+
+
+def _check_writable(classifier: models.Classifier, output: Path, images: Images) -> None:
+    """Raise InputError unless the weights can be written beside `output` and opened again, which is tried."""
+    with preflight.trial_write(classifier.name, output) as folder:
+        path = folder / output.name
+        models.save(classifier, path, {})
+        opened = models.load(classifier.name, classifier.num_classes, path)
+        sample = images.train.images[torch.arange(min(2, len(images.train)))].to(classifier.normalize.mean.device)
+        preflight.check_same_model(classifier, opened.to(sample.device), sample)
 
 
 def saved_settings(

@@ -8,14 +8,18 @@ import sys
 
 from conftest import ROOT
 import pytest
+import torch
+from torch import nn
 from tracked import read_csv
 
+from l2ul import models
 from l2ul.cli import pretrain_command
 from l2ul.common import precision
 from l2ul.data import datasets
 from l2ul.data.forget_set import choose_forget
 from l2ul.data.images import Split
 from l2ul.models import checkpoint
+from l2ul.training import loop
 from l2ul.training.recipe import Recipe
 
 
@@ -184,3 +188,27 @@ def test_a_resumed_training_keeps_its_precision(pretrain, tmp_path, monkeypatch)
         assert pretrain("--precision", "bf16", "--epochs", 2)[0] == 130
     assert pretrain("--precision", "auto", "--epochs", 2, "--resume")[0] == 0
     assert checkpoint.read(tmp_path / "weights" / "digits_resnet20.safetensors")[1]["precision"] == "bf16"
+
+
+@pytest.mark.parametrize("name", ["new.safetensors", "new.training.pt", "tracking"])
+def test_what_cannot_be_written_is_refused_before_training(pretrain, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(loop, "fit", lambda *arguments, **options: pytest.fail("work was begun"))
+    blocked = tmp_path / name
+    blocked.write_text("mine") if name == "tracking" else blocked.mkdir()
+    code, _, err = pretrain("--output", tmp_path / "new.safetensors", "--rerun", "--tracker", "csv")
+    assert (code, str(blocked) in err, err.count("\n")) == (2, True, 1), err
+
+
+def test_a_model_that_cannot_be_written_is_refused_before_training(pretrain, tmp_path, monkeypatch):
+    def build(classes):
+        net = nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
+        net(torch.zeros(1, 1, 8, 8))
+        net[0].register_buffer("index", torch.eye(2).to_sparse())
+        return net
+
+    monkeypatch.setattr(models, "OWN", dict(models.OWN))
+    models.register("indexed", build, mean=(0.5,), std=(0.2,))
+    monkeypatch.setattr(loop, "fit", lambda *arguments, **options: pytest.fail("work was begun"))
+    code, _, err = pretrain("--model", "indexed")
+    assert (code, "indexed cannot be written again in its form" in err, err.count("\n")) == (2, True, 1), err
+    assert not list((tmp_path / "weights").iterdir())

@@ -96,6 +96,20 @@ def test_atomic_keeps_the_old_file_when_the_new_one_fails(tmp_path):
     assert list((tmp_path / "folder").iterdir()) == []
 
 
+def test_a_file_never_replaces_a_folder(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "mine.txt").write_text("mine")
+    with pytest.raises(IsADirectoryError), files.atomic(tmp_path / "weights") as part:
+        part.write_text("weights")
+    assert [path.name for path in tmp_path.rglob("*")] == ["weights", "mine.txt"]
+
+
+def test_file_names_of_d_f_keep_bytes_that_are_no_text(tmp_path):
+    run = records.RunFiles(tmp_path, "abc")
+    run.write(RECORD, [os.fsdecode(b"caf\xc3\xa9/\xff.png")], {}, [])
+    assert run.record.with_suffix(".txt").read_bytes() == b"caf\xc3\xa9/\xff.png\n"
+
+
 def test_removes_partial_files_of_killed_processes(tmp_path):
     (tmp_path / ".a.json.0123.part").touch()
     (tmp_path / ".b.0123.part").mkdir()

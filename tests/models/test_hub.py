@@ -15,7 +15,8 @@ from l2ul import models
 from l2ul.cli import push
 from l2ul.common.errors import InputError
 from l2ul.common.files import tensors_sha256
-from l2ul.experiments import model_card
+from l2ul.deletion import search
+from l2ul.experiments import execution, model_card
 from l2ul.models import checkpoint, hub, timm_models
 import main_forget
 
@@ -260,6 +261,19 @@ def test_a_run_uploads_its_saved_model_and_the_same_command_tries_again(fake, ru
     exec(code, scope)
     with torch.no_grad():
         assert scope["model"](torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_an_upload_that_cannot_be_written_is_refused_before_any_work(fake, run, forget, monkeypatch):
+    def write_files(*arguments, **options):
+        raise KeyError("no such key")
+
+    monkeypatch.setattr(hub, "write_files", write_files)
+    monkeypatch.setattr(execution.Experiment, "carry_out", lambda experiment, runs: pytest.fail("work was begun"))
+    monkeypatch.setattr(search, "find_best", lambda *arguments, **options: pytest.fail("work was begun"))
+    code, _, err = run("--method", "neggrad", "--save-model", "--push", "digits")
+    assert (code, "resnet20 cannot be written again in its form (KeyError: 'no such key')" in err) == (2, True), err
+    code, _, printed = forget("--push", "digits")
+    assert (code, "cannot be written again in its form (KeyError: 'no such key')" in printed) == (2, True), printed
 
 
 @pytest.mark.parametrize(
