@@ -64,6 +64,8 @@ def add_recipe(parser: options.Parser, recipe: Recipe, by_grouping: Mapping[str,
         name = flag.removeprefix("--").replace("-", "_")
         values = [f"{grouping} {row[name]}" for grouping, row in by_grouping.items()] or [str(getattr(recipe, name))]
         options.add(group, flag, f"{text} (default: {', '.join(values)})", type=kind, default=None)
+    text = "sgd has a momentum of 0.9; adam adds the weight decay to the gradient, adamw subtracts it from the weights"
+    options.add(group, "--optimizer", text, choices=choices.OPTIMIZERS, default=recipe.optimizer)
     options.add(group, "--batch-size", "images per step", type=positive_int, default=recipe.batch_size)
     text = "side of a square at a random place of each training image that is set to black, in pixels; 0: none"
     options.add(group, "--erase", text, type=nonnegative_int, default=recipe.erase)

@@ -31,6 +31,7 @@ EXIF_ORIENTATIONS = ("ignore", "obey")  # of image files; the first is the defau
 MAX_IMAGE_PIXELS = 89_478_485  # largest image that is decoded by default: Pillow's limit
 PREFETCH = 2  # default number of batches that a worker decodes ahead
 HUB_OPTIONS = ("image_column", "label_column", "train_split", "test_split")  # of a data set hf:
+OPTIMIZERS = ("sgd", "adam", "adamw")  # of training
 SCHEDULES = ("cosine", "onecycle")  # of the learning rate in training
 TRACKERS = ("csv", "tensorboard", "wandb", "trackio")  # of curves, see `common.tracking`
 CHANGES = ("flipped", "cropped", "jpeg")  # kinds of changed copies that a deletion request can forget as well

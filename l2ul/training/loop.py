@@ -117,8 +117,8 @@ def fit(
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     weights, options = list(model.parameters()), {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.SGD
-    if kind is torch.optim.SGD:
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
+    if recipe.optimizer == "sgd":
         options["momentum"] = recipe.momentum
     return fused(kind, weights, **options) if weights[0].device.type == "cuda" else kind(weights, **options)
 

@@ -12,7 +12,7 @@ class Recipe:
     momentum: float = 0.9  # of SGD
     weight_decay: float = 5e-4
     batch_size: int = 128
-    optimizer: str = "sgd"  # or "adam"
+    optimizer: str = "sgd"  # one of `choices.OPTIMIZERS`
     schedule: str = "cosine"  # to 0 over all steps; or "onecycle": up to lr, then down to nearly 0
     clip_value: float | None = None  # largest absolute value of a gradient component
     crop_padding: int = 4  # pixels of black border that are added before the random crop

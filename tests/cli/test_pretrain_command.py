@@ -46,7 +46,7 @@ def pretrain(script, tmp_path, monkeypatch):
 
 
 def test_weights_are_saved_where_unlearning_looks_for_them(pretrain, tmp_path):
-    code, out, err = pretrain("--lr", "1e-3")
+    code, out, err = pretrain("--lr", "1e-3", "--optimizer", "adamw")
     assert code == 0, err
     usual = tmp_path / "weights" / "digits_resnet20.safetensors"
     assert usual.exists()
@@ -54,10 +54,20 @@ def test_weights_are_saved_where_unlearning_looks_for_them(pretrain, tmp_path):
     assert re.fullmatch(rf"D_test [\d.]+ %: {re.escape(str(usual))}", last)
     assert not list(usual.parent.glob("*.training.pt"))
     metadata = checkpoint.read(usual)[1]
-    assert (metadata["lr"], metadata["epochs"], metadata["dataset"]) == (0.001, 1, "digits")
+    assert (metadata["lr"], metadata["optimizer"], metadata["dataset"]) == (0.001, "adamw", "digits")
     assert float(last.split()[1]) == pytest.approx(metadata["acc_test"], abs=0.005)
-    assert "exists; add --rerun" in pretrain("--lr", "1e-3")[1]
-    assert "was trained with lr 0.001, not 0.1; add --rerun" in pretrain("--lr", 0.1)[2]
+    assert "exists; add --rerun" in pretrain("--lr", "1e-3", "--optimizer", "adamw")[1]
+    assert "was trained with lr 0.001, not 0.1; add --rerun" in pretrain("--lr", 0.1, "--optimizer", "adamw")[2]
+    assert "was trained with optimizer adamw, not sgd; add --rerun" in pretrain("--lr", "1e-3")[2]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW")])
+def test_the_optimizer_has_its_options(name, kind):
+    recipe = Recipe(epochs=1, lr=0.25, weight_decay=0.125, optimizer=name)
+    optimizer = loop._optimizer(nn.Linear(2, 2), recipe)
+    (group,) = optimizer.param_groups
+    assert type(optimizer).__name__ == kind
+    assert (group["lr"], group["weight_decay"], group.get("momentum")) == (0.25, 0.125, 0.9 if name == "sgd" else None)
 
 
 def test_a_retrained_model_has_a_file_of_its_own(pretrain, tmp_path):
