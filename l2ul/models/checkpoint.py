@@ -366,8 +366,7 @@ def write(
     first = {_memory(tensor) if tensor.numel() else key: key for key, tensor in reversed(own.items())}
     state = {
         key: own[key].detach().cpu().to((dtypes or {}).get(key, own[key].dtype)).contiguous()
-        for key in own
-        if key in first.values()
+        for key in reversed(first.values())
     }
     with atomic(path) as part:
         part.write_bytes(serialize(state, {key: json.dumps(value) for key, value in metadata.items()}))
