@@ -34,7 +34,7 @@ def run(opts: argparse.Namespace) -> None:
     from l2ul.common.cache import Cache
     from l2ul.common.device import choose_device
     from l2ul.data import folder
-    from l2ul.experiments import records
+    from l2ul.reporting import summary
 
     with distributed.process_group():
         device = choose_device(opts.device, opts.no_cuda, opts.threads, print)
@@ -64,7 +64,7 @@ def run(opts: argparse.Namespace) -> None:
                 print(note)
             if distributed.is_first():
                 results = [run.files.read() for run in runs]
-                print(records.table(results).to_string(index=False))
+                print(summary.brief(results).to_string(index=False))
                 if note := command.divergence_note(results):
                     print(note)
                 print(f"records: {opts.result_dir / 'runs'}")

@@ -19,7 +19,7 @@ from l2ul.cli.parser import (
     whole_number,
 )
 from l2ul.common import choices
-from l2ul.common.choices import Number, OneOf, did_you_mean
+from l2ul.common.choices import Number, OneOf
 from l2ul.common.errors import InputError
 from l2ul.experiments import defaults
 from l2ul.experiments.defaults import COMMON_DEFAULTS, DEFAULTS, default
@@ -484,9 +484,8 @@ def fill_defaults(options: argparse.Namespace) -> None:
     options.seed = list(dict.fromkeys(options.seed))
     own = {name: getattr(options, name) for name in registry.own_flags()}
     own = {name: value for name, value in own.items() if value is not None}
-    unused = next((name for name in own if not registry.find_settings(name, options.method)), None)
-    if unused:
-        registry.parse_settings([(unused, str(own[unused]))], options.method)
+    for name in own:
+        registry.find_settings(name, options.method)
     for name, value in registry.parse_settings(options.setting, options.method).items():
         by_flag = own.get(name) if name not in SHARED else getattr(options, name)
         if by_flag not in (None, value):
@@ -530,15 +529,8 @@ def several_settings(pairs: Iterable[tuple[str, str]]) -> dict[str, list[object]
 
 
 def _values(name: str, text: str) -> list[object]:
-    found = registry.find_settings(name)
-    if not found:
-        known = list(dict.fromkeys(one for method in registry.METHODS.values() for one in method.all_settings))
-        raise InputError(
-            f"no method has a setting {name}; expected one of {', '.join(known)}{did_you_mean(name, known)}"
-        )
-    kind = next(
-        (one.type for one in found if not (isinstance(one.type, Number) and one.type.kind is int)), found[0].type
-    )
+    kinds = [setting.type for setting in registry.find_settings(name)]
+    kind = next((kind for kind in kinds if not (isinstance(kind, Number) and kind.kind is int)), kinds[0])
     return ranges.values(text, kind)
 
 

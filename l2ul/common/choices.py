@@ -99,31 +99,8 @@ class Number:
 
 
 @dataclass(frozen=True)
-class OneOf:
-    """A list of names. Calling it checks that a text is one of them."""
-
-    names: tuple[str, ...]
-
-    def __call__(self, text: str) -> str:
-        """Return the text. Raises InvalidValue if it is not one of the names."""
-        return self.check(text)
-
-    def check(self, value: object) -> str:
-        """Return a value that is one of the names. Raises InvalidValue if it is not."""
-        if value not in self.names:
-            hint = did_you_mean(str(value), self.names)
-            raise InvalidValue(f"{value!r} is not allowed; expected {self.expected}{hint}")
-        return value
-
-    @property
-    def expected(self) -> str:
-        """List the names in words, as in "one of train, eval"."""
-        return f"one of {', '.join(self.names)}" if len(self.names) > 1 else self.names[0]
-
-
-@dataclass(frozen=True)
-class SomeOf:
-    """A list of names, of which one or more are joined by +. Calling it checks that each part of a text is one."""
+class _Names:
+    """A list of names. Calling it checks a text. `parts` returns what has to be one of the names."""
 
     names: tuple[str, ...]
 
@@ -132,12 +109,31 @@ class SomeOf:
         return self.check(text)
 
     def check(self, value: object) -> str:
-        """Return a value whose parts are names. Raises InvalidValue if it is not a text or a part is not a name."""
-        wrong = [part for part in str(value).split("+") if part not in self.names]
-        if wrong:
-            hint = did_you_mean(wrong[0], self.names)
-            raise InvalidValue(f"{value!r} is not allowed; expected {self.expected}{hint}")
+        """Return a value whose parts are names. Raises InvalidValue if one is not."""
+        for part in self.parts(value):
+            if part not in self.names:
+                hint = did_you_mean(str(part), self.names)
+                raise InvalidValue(f"{value!r} is not allowed; expected {self.expected}{hint}")
         return value
+
+
+class OneOf(_Names):
+    """A list of names, of which a value is one."""
+
+    def parts(self, value: object) -> list[object]:
+        return [value]
+
+    @property
+    def expected(self) -> str:
+        """List the names in words, as in "one of train, eval"."""
+        return f"one of {', '.join(self.names)}" if len(self.names) > 1 else self.names[0]
+
+
+class SomeOf(_Names):
+    """A list of names, of which a value has one or more, joined by +."""
+
+    def parts(self, value: object) -> list[object]:
+        return str(value).split("+")
 
     @property
     def expected(self) -> str:

@@ -13,7 +13,10 @@ import warnings
 import torch
 from torch import Tensor, nn
 import torch.distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+from l2ul.common.modes import batch_norms
 
 TIMEOUT = timedelta(days=30)  # the other processes wait while the first unlearns; torchrun detects lost processes
 JOINING = 60.0  # seconds, at most, that a process with an error waits for others that are still joining
@@ -166,8 +169,7 @@ def shared_statistics(model: nn.Module) -> Iterator[None]:
     support that: each process normalises with its own statistics, and the running statistics are averaged at the end
     of the block.
     """
-    kind = nn.modules.batchnorm._BatchNorm
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
     if size() == 1 or not norms:
         yield
         return
@@ -179,10 +181,9 @@ def shared_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for name, module in norms.items() if on_gpu else ():
             model.set_submodule(name, module)
-    for module in norms.values():
-        if module.track_running_stats:
-            for statistic in (module.running_mean, module.running_var):
-                all_reduce(statistic).div_(size())
+    for module in batch_norms(model).values():
+        for statistic in (module.running_mean, module.running_var):
+            all_reduce(statistic).div_(size())
 
 
 def is_first_to_report() -> bool:

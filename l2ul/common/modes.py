@@ -1,10 +1,11 @@
-"""Context managers that set a model's mode for a block and restore it afterwards, frozen copies, trained weights."""
+"""Set a model's mode for a block and restore it afterwards; frozen copies, trained weights, batch-norm layers."""
 
 from collections.abc import Iterator
 import contextlib
 import copy
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 
 @contextlib.contextmanager
@@ -52,6 +53,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that require a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
+    """Return the batch-norm layers that have running statistics and update them in train mode, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm) and module.track_running_stats and module.running_mean is not None
+    }
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

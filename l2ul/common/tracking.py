@@ -313,5 +313,5 @@ def _without_output():
     """Hide what Trackio prints. Raises RuntimeError if one of its lines is a warning."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         yield
-    if found := re.search("Trackio warning: (.*)", printed.getvalue()):
-        raise RuntimeError(found[1])
+    if warning := re.search("Trackio warning: (.*)", printed.getvalue()):
+        raise RuntimeError(warning[1])

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from l2ul import ProgressBar
+from l2ul.common.modes import batch_norms
 from l2ul.data.images import Split
 from l2ul.deletion import states
 from l2ul.deletion.report_schema import FORGOTTEN, ImageRow
@@ -122,7 +123,7 @@ def _recalibration(
     original: nn.Module, after: nn.Module, request: Request, name: str, images: Tensor
 ) -> dict[str, Any] | None:
     """Measure whether D_f is recognised after batch-norm is recalibrated on images; None for a model without it."""
-    if not robustness.batch_norms(after):
+    if not batch_norms(after):
         return None
     models = {
         "before": after,

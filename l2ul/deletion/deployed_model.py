@@ -356,10 +356,12 @@ def normalization(net: nn.Module, mean: Sequence[float] | None, std: Sequence[fl
 
     what  names the module in messages
     """
-    given = mean or std
-    if given and len(given) not in (1, 3):
-        raise InputError(f"--{'mean' if mean else 'std'} has {len(given)} values; expected 1 for grey or 3 for colour")
-    channels = len(given) if given else input_channels(net)
+    numbers = mean or std
+    if numbers and len(numbers) not in (1, 3):
+        raise InputError(
+            f"--{'mean' if mean else 'std'} has {len(numbers)} values; expected 1 for grey or 3 for colour"
+        )
+    channels = len(numbers) if numbers else input_channels(net)
     pairs = (((0.0,), "--mean", mean), ((1.0,), "--std", std))
     return Normalize(*(statistics(channels, default, (flag, values), what=what) for default, flag, values in pairs))
 

@@ -13,8 +13,8 @@ def of_report(report: Report, weights_sha256: str, file: str | None) -> Card:
     weights_sha256  of the unlearned weights, `UNIFORM`
     file            name of the file of the model; None for a folder
     """
-    counts, asked, tool = states.count(report["images"]), report["asked"], report["tool"]
-    relabel = asked["goal"] == "relabel"
+    counts, request, tool = states.count(report["images"]), report["asked"], report["tool"]
+    relabel = request["goal"] == "relabel"
     rows = [
         (
             f"forgotten: the original model predicted their label, this one "
@@ -32,8 +32,8 @@ def of_report(report: Report, weights_sha256: str, file: str | None) -> Card:
         (f"{row['count']} {row['name']}", f"{row['percent']:.1f} %", f"{row['low']:.1f} to {row['high']:.1f} %")
         for row in report["damage"]
     ]
-    settings = registry.loop_settings(asked["method"], report["chosen"] or {})
-    chosen = method_sentence(asked["method"], asked["seed"], settings)
+    settings = registry.loop_settings(request["method"], report["chosen"] or {})
+    chosen = method_sentence(request["method"], request["seed"], settings)
     opened_by, num_classes = report["model"]["opened_by"], len(report["model"]["classes"])
     model, statistics = opened_by["model"], (opened_by["mean"], opened_by["std"])
     return Card(

@@ -174,8 +174,8 @@ def thumbnail(image: Tensor) -> str:
 
 def page(report: Report, pictures: Sequence[str] | None = None) -> str:
     """Return a report as one HTML page without external files. `pictures` are data URLs, one per image."""
-    rows, asked = report["images"], report["asked"]
-    sentence = states.headline(rows, asked["goal"], asked.get("also", ()), asked.get("counted"))
+    rows, request = report["images"], report["asked"]
+    sentence = states.headline(rows, request["goal"], request.get("also", ()), request.get("counted"))
     return pages.render(
         "l2ul.deletion",
         "report.html.j2",

@@ -252,9 +252,9 @@ def _check_first_labels(
 
     Forgetting the other label may lead the model back to the first.
     """
-    given = {row[key]: row["new_label"] for report in reports for row in report["images"] for key in HASHES}
+    relabelled = {row[key]: row["new_label"] for report in reports for row in report["images"] for key in HASHES}
     for image, label, first in zip(files, labels, earlier_labels, strict=True):
-        new = given.get(image.pixels_sha256, given.get(image.sha256))
+        new = relabelled.get(image.pixels_sha256, relabelled.get(image.sha256))
         if first is not None and label not in (first, new):
             raise InputError(
                 f"{image.file} has the label {class_names[label]}, but {class_names[first]} in an earlier request, as "
@@ -334,8 +334,8 @@ def reading_of(report: Report) -> dict[str, object]:
 
     Reports without them were written when requests always turned images upright.
     """
-    asked = report["asked"]
-    return {"exif_orientation": asked.get("exif_orientation", "obey"), "white_level": asked.get("white_level")}
+    request = report["asked"]
+    return {"exif_orientation": request.get("exif_orientation", "obey"), "white_level": request.get("white_level")}
 
 
 def read_images(

@@ -387,7 +387,7 @@ def requirements(reports: Sequence[Report]) -> list[Requirement]:
 
     An earlier requirement is superseded if no class is left that meets it and all later ones for the same image.
     """
-    found: list[Requirement] = []
+    required: list[Requirement] = []
     allowed: dict[str, Tensor] = {}  # classes that an image may still have
     keys = ("file", "sha256", "pixels_sha256", "label", "new_label")
     for number, report in reversed(list(enumerate(reports, start=1))):
@@ -396,9 +396,9 @@ def requirements(reports: Sequence[Report]) -> list[Requirement]:
             one = Requirement(number, *(row[key] for key in keys), recognised=recognised)
             classes = allowed.get(one.pixels_sha256, torch.arange(len(report["model"]["classes"])))
             left = classes[one.is_met(classes)]
-            found.append(replace(one, superseded=not len(left)))
+            required.append(replace(one, superseded=not len(left)))
             allowed[one.pixels_sha256] = left if len(left) else classes
-    return found
+    return required
 
 
 def check_images(required: Iterable[Requirement], predictions: Iterable[tuple[ImageFile, int]]) -> list[Check]:

@@ -23,10 +23,8 @@ from l2ul.common.text import read_text, shortened
 from l2ul.experiments import defaults
 from l2ul.methods.settings import SHARED
 from l2ul.metrics import columns
-from l2ul.metrics.columns import Column
 
 if TYPE_CHECKING:
-    import pandas as pd
     from torch import Tensor
 
 Record = dict[str, object]
@@ -424,39 +422,3 @@ def read(path: Path) -> Record | None:
 def read_folder(result_dir: Path) -> Iterator[Record]:
     """Yield all records in a result folder without checking them, in the order of their ids."""
     return filter(None, map(read, sorted((result_dir / "runs").glob("*.json"))))
-
-
-def table(records: list[Record]) -> pd.DataFrame:
-    """Return a row for each method and k, in the order of the records: mean (± standard deviation) of each metric.
-
-    Means leave out runs without accuracies, which diverged or failed. The column `not forgotten` counts the runs that
-    did not forget all of D_f, by their status. The column `seeds` names the seeds.
-    """
-    import pandas as pd  # slow to import, and not needed to read or write a record
-
-    rows, frame = [], pd.DataFrame(records)
-    shown = [
-        column
-        for column in columns.of_table("accuracy")
-        if column.key in frame and (column.key in ACCURACIES or frame[column.key].notna().any())
-    ]
-    for (method, k), runs in frame.groupby(["method", "k"], sort=False):
-        row = {"method": method, "k": k} | {_heading(column): _mean(runs[column.key]) for column in shown}
-        row["steps"] = _mean(runs["steps"]) if len(runs) > 1 else str(runs["steps"].iloc[0])
-        row["seconds"] = _mean(runs.filter(like="seconds_").sum(axis=1))
-        counts = runs["status"][runs["status"].isin(NOT_FORGOTTEN)].value_counts()
-        row["not forgotten"] = ", ".join(f"{count} {status}" for status, count in counts.items()) or "0"
-        rows.append(row | {"seeds": " ".join(map(str, runs["seed"].unique())), "runs": len(runs)})
-    return pd.DataFrame(rows)
-
-
-def _heading(column: Column) -> str:
-    return f"{column.heading} %" if column.key.startswith("acc_") else column.heading
-
-
-def _mean(values: pd.Series) -> str:
-    measured = values.dropna().astype(float)
-    if not len(measured):
-        return "-"
-    spread = f" ± {measured.std():.2f}" if len(measured) > 1 else ""
-    return f"{measured.mean():.2f}{spread}"

@@ -271,10 +271,20 @@ def own_flags() -> dict[str, Setting]:
     return {setting.name: setting for settings in declared for setting in settings}
 
 
-def find_settings(name: str, methods: Iterable[str] | None = None) -> list[Setting]:
-    """Return the settings of a name that these methods have, or that any method has: one for each method."""
-    chosen = [get(method) for method in methods] if methods is not None else METHODS.values()
-    return [one.all_settings[name] for one in chosen if name in one.all_settings]
+def find_settings(name: str, methods: Sequence[str] | None = None) -> list[Setting]:
+    """Return the settings of a name that these methods have, or that any method has: one for each method.
+
+    Raises InputError if there is none.
+    """
+    chosen = METHODS.values() if methods is None else [get(method) for method in methods]
+    settings = [one.all_settings[name] for one in chosen if name in one.all_settings]
+    if not settings:
+        known = list(dict.fromkeys(known for one in chosen for known in one.all_settings))
+        who = f"none of the methods {' '.join(methods)} has a" if methods else "no method has a"
+        who = f"method {methods[0]} has no" if methods and len(methods) == 1 else who
+        expected = f"expected one of {', '.join(known)}" if known else "leave it out"
+        raise InputError(f"{who} setting {name}; {expected}{did_you_mean(name, known)}")
+    return settings
 
 
 def loop_settings(method: str, values: Mapping[str, Value]) -> dict[str, Value]:
@@ -289,18 +299,8 @@ def parse_settings(pairs: Iterable[tuple[str, str]], methods: Sequence[str]) -> 
     """
     values: dict[str, Value] = {}
     for name, text in pairs:
-        settings = find_settings(name, methods)
-        if not settings:
-            raise InputError(_no_such_setting(name, methods))
-        for setting in settings:
+        for setting in find_settings(name, methods):
             value = setting.parse(text)
             if values.setdefault(name, value) != value:
                 raise InputError(f"setting {name} has two values, {values[name]} and {value}; give one")
     return values
-
-
-def _no_such_setting(name: str, methods: Sequence[str]) -> str:
-    known = list(dict.fromkeys(one for method in methods for one in get(method).all_settings))
-    who = f"method {methods[0]} has" if len(methods) == 1 else f"none of the methods {' '.join(methods)} has"
-    expected = f"expected one of {', '.join(known)}" if known else "leave it out"
-    return f"{who} {'no' if len(methods) == 1 else 'a'} setting {name}; {expected}{did_you_mean(name, known)}"

@@ -33,11 +33,12 @@ import torch.nn.functional as F
 from l2ul import attack, objective
 from l2ul.common import seeds
 from l2ul.common.device import upload
+from l2ul.common.modes import batch_norms
 from l2ul.data.changes import TESTED, TRAINED, changed_copies
 from l2ul.methods.distill import DistillProcedure
 from l2ul.methods.registry import Step, Terms
 from l2ul.methods.settings import Settings
-from l2ul.methods.stand_ins import Synthesis, has_statistics
+from l2ul.methods.stand_ins import Synthesis
 
 STRENGTH = 1.2  # of the changes in training, relative to those in use
 STORED = 8
@@ -59,7 +60,7 @@ class RobustProcedure(DistillProcedure):
         """Return the settings with the values that the steps use: `robust_images` is 0 if none are synthesised."""
         kinds = [kind for kind in settings.distill_stand_ins.split("+") if kind != "synthesised"]
         natural = surrogate is not None and settings.distill_surrogate == 1
-        synthesises = settings.robust_images > 0 and has_statistics(model) and not natural
+        synthesises = settings.robust_images > 0 and batch_norms(model) and not natural
         kinds = ["copies", *kinds] if synthesises else [kind for kind in kinds if kind not in NEAR] or ["mixes"]
         keep, growth = (settings.robust_keep, GROWTH) if synthesises or natural else (1, 1)
         return replace(

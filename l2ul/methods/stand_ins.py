@@ -11,14 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from l2ul import Progress, ProgressBar
 from l2ul.common import activations, seeds
 from l2ul.common.cache import Cache, environment, model_fingerprint
 from l2ul.common.device import upload
 from l2ul.common.files import tensors_sha256
-from l2ul.common.modes import frozen
+from l2ul.common.modes import batch_norms, frozen
 from l2ul.data import mixes
 from l2ul.data.augment import augment
 from l2ul.data.images import as_pixels
@@ -132,11 +131,6 @@ class Synthesis:
             )
 
 
-def has_statistics(model: nn.Module) -> bool:
-    """Return whether a model has batch-norm layers with running statistics."""
-    return any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules())
-
-
 def _synthesise(
     model: nn.Module,
     statistics: "_Statistics",
@@ -172,15 +166,14 @@ class _Statistics:
 
     def __init__(self, model: nn.Module, images: Tensor):
         self.model = model
-        names = activations.run_names(model, activations.module_names(model, _BatchNorm), images)
-        norms = {name: model.get_submodule(name) for name in names}
-        moments = {name: (norm.running_mean, norm.running_var) for name, norm in norms.items()}
-        self.moments = {name: pair for name, pair in moments.items() if pair[0] is not None}
+        norms = batch_norms(model)
+        names = activations.run_names(model, norms, images)
+        self.moments = {name: (norms[name].running_mean, norms[name].running_var) for name in names}
         if not self.moments:
             names = list(activations.layers(model, images))
             with torch.no_grad():
-                _, found = activations.logits_and_inputs(model, images[:BATCH], names, reduce=self._of_channels)
-            self.moments = dict(zip(names, found, strict=True))
+                _, moments = activations.logits_and_inputs(model, images[:BATCH], names, reduce=self._of_channels)
+            self.moments = dict(zip(names, moments, strict=True))
 
     def gap(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of images and the difference of their moments from the targets, a scalar."""

@@ -10,11 +10,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torchvision.transforms.v2 import functional as transforms
 
 from l2ul.common import seeds
 from l2ul.common.errors import is_out_of_memory
+from l2ul.common.modes import batch_norms
 from l2ul.common.precision import exactly
 from l2ul.data.changes import KINDS, PROBABILITY, changed_copies, jpeg_file
 from l2ul.data.images import LARGE, as_pixels, pixels_of
@@ -167,11 +167,6 @@ def stand_ins(images: Tensor) -> Tensor:
     return mixes(images, NUM_MIXES, seeds.generator(SEED, "recalibration"))
 
 
-def batch_norms(model: nn.Module) -> list[BatchNorm]:
-    """Return the layers of a model that have running statistics."""
-    return [module for module in model.modules() if isinstance(module, BatchNorm) and module.track_running_stats]
-
-
 @torch.no_grad()
 def recalibrated(model: nn.Module, images: Tensor) -> nn.Module:
     """Return a copy whose batch-norm statistics are those of the images, as after a forward pass in train mode.
@@ -179,7 +174,7 @@ def recalibrated(model: nn.Module, images: Tensor) -> nn.Module:
     images  (n, C, H, W), uint8 or float in [0,1]; no label is used. A model without batch-norm is copied as it is.
     """
     result, device = copy.deepcopy(model).eval(), next(model.parameters()).device
-    norms = batch_norms(result)
+    norms = list(batch_norms(result).values())
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=device)  # None in old modules

@@ -72,16 +72,16 @@ def open_repository(name: str, public: bool = False) -> Repository:
     if slash and owner not in owners:
         raise InputError(f"--push {name}: {user['name']} may not write to {owner}; expected one of {', '.join(owners)}")
     try:
-        found = api.repo_info(full)
+        info = api.repo_info(full)
     except errors.RepositoryNotFoundError:
         return Repository(full, public)
     except Exception as error:
         raise InputError(f"the Hugging Face Hub does not show {full} ({_described(error)}); try later") from None
-    if not found.private and not public:
+    if not info.private and not public:
         raise InputError(
             f"--push {full}: this repository exists and is public; choose another name, or add --push-public"
         )
-    return Repository(full, public, tuple(file.rfilename for file in found.siblings or ()))
+    return Repository(full, public, tuple(file.rfilename for file in info.siblings or ()))
 
 
 def write_files(

@@ -126,12 +126,12 @@ def _forget_set(run: Record, notes: list[str]) -> tuple[list[int | str], list[in
     """Return the images of D_f and the predictions for them, before and after: null if they are not there."""
     if run["status"] == records.FAILED:
         return [], None, None
-    path, found = figure_data.path_of(run, ".npz"), {}
+    path, classes = figure_data.path_of(run, ".npz"), {}
     try:
-        found = figure_data.predictions(path, ("forget_before", "forget_after"))
+        classes = figure_data.predictions(path, ("forget_before", "forget_after"))
     except InputError as error:
         notes.append(f"{error}." if path.is_file() else f"There are no predictions: {path} does not exist.")
-    before, after = (found[name].tolist() if name in found else None for name in ("forget_before", "forget_after"))
+    before, after = (classes[name].tolist() if name in classes else None for name in ("forget_before", "forget_after"))
     file = figure_data.path_of(run, ".txt")
     try:
         lines = read_text(file, read_records.MOST_BYTES).split("\n")

@@ -201,3 +201,37 @@ def to_csv(frame: pd.DataFrame) -> str:
     ]
     integers = ["continual_size", "continual_step"]
     return frame.reindex(columns=names).astype(dict.fromkeys(integers, "Int64")).to_csv(index=False)
+
+
+def brief(results: list[Record]) -> pd.DataFrame:
+    """Return the table that main_unlearn.py prints: for each method and k the mean (± standard deviation) of metrics.
+
+    Means leave out runs without accuracies, which diverged or failed. The column `not forgotten` counts the runs that
+    did not forget all of D_f, by their status. The column `seeds` names the seeds.
+    """
+    rows, frame = [], pd.DataFrame(results)
+    shown = [
+        column
+        for column in columns.of_table("accuracy")
+        if column.key in frame and (column.key in records.ACCURACIES or frame[column.key].notna().any())
+    ]
+    for (method, k), runs in frame.groupby(["method", "k"], sort=False):
+        row = {"method": method, "k": k} | {_heading(column): _mean(runs[column.key]) for column in shown}
+        row["steps"] = _mean(runs["steps"]) if len(runs) > 1 else str(runs["steps"].iloc[0])
+        row["seconds"] = _mean(runs.filter(like="seconds_").sum(axis=1))
+        counts = runs["status"][runs["status"].isin(records.NOT_FORGOTTEN)].value_counts()
+        row["not forgotten"] = ", ".join(f"{count} {status}" for status, count in counts.items()) or "0"
+        rows.append(row | {"seeds": " ".join(map(str, runs["seed"].unique())), "runs": len(runs)})
+    return pd.DataFrame(rows)
+
+
+def _heading(column: Column) -> str:
+    return f"{column.heading} %" if column.key.startswith("acc_") else column.heading
+
+
+def _mean(values: pd.Series) -> str:
+    measured = values.dropna().astype(float)
+    if not len(measured):
+        return "-"
+    spread = f" ± {measured.std():.2f}" if len(measured) > 1 else ""
+    return f"{measured.mean():.2f}{spread}"

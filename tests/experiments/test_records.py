@@ -120,27 +120,6 @@ def test_removes_partial_files_of_killed_processes(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
 
 
-def test_table_has_means_over_seeds_and_counts_runs_that_did_not_forget():
-    none = {"acc_forget": None, "acc_retain": None, "acc_test": None}
-    table = records.table(
-        [
-            RECORD,
-            RECORD | {"seed": 1, "acc_test": 74.0, "status": "cap"},
-            RECORD | {"seed": 2, "status": "diverged"} | none,
-            RECORD | {"k": 4, "method": "neggrad", "status": "diverged"} | none,
-        ]
-    )
-    assert table["method"].tolist() == ["adv", "neggrad"]
-    first, second = table.to_dict("records")
-    assert first["D_test %"] == "72.00 ± 2.83"
-    assert first["D_f %"] == "0.00 ± 0.00"
-    assert (first["runs"], first["seeds"], first["not forgotten"]) == (3, "0 1 2", "1 cap, 1 diverged")
-    assert first["seconds"] == "4.00 ± 0.00"
-    assert (second["D_test %"], second["runs"], second["not forgotten"]) == ("-", 1, "1 diverged")
-    (row,) = records.table([RECORD]).to_dict("records")
-    assert (row["steps"], row["not forgotten"]) == (str(RECORD["steps"]), "0")
-
-
 @pytest.mark.reference
 def test_reference_records_follow_the_schema():
     paths = sorted((ROOT / "result_data" / "reference").glob("*/runs/*.json"))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from l2ul.common.modes import batch_norms
 from l2ul.data import changes
 from l2ul.metrics import columns, robustness
 from l2ul.objective import Forget
@@ -66,6 +67,16 @@ def test_rounded_weights_have_few_values_in_each_row(bits):
             step = row.abs().max() / (2 ** (bits - 1) - 1)
             assert (row - new).abs().max() <= 0.501 * step
             assert len(new.unique()) < 2**bits
+
+
+def test_batch_norms_have_running_statistics_that_train_mode_updates():
+    norms = [nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3), nn.BatchNorm2d(3)]
+    norms[2].running_mean = norms[2].running_var = None
+    norms[3].track_running_stats = False
+    model = nn.Sequential(*norms, nn.GroupNorm(1, 3))
+    assert batch_norms(model) == {"0": norms[0]}
+    recalibrated = robustness.recalibrated(model, torch.rand(4, 3, 2, 2))
+    assert torch.equal(recalibrated[3].running_mean, norms[3].running_mean)
 
 
 def test_a_model_that_cannot_run_in_16_bits_is_not_judged_there(images):

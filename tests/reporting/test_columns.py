@@ -12,6 +12,7 @@ from tabled import BEFORE, cells, csv
 from l2ul.experiments import records
 from l2ul.metrics import columns
 from l2ul.metrics.registry import EVALUATIONS, METRICS, metric
+from l2ul.reporting import summary
 
 folder, tables = tabled.folder, tabled.tables  # fixtures
 
@@ -54,7 +55,7 @@ def test_a_column_can_join_the_table_of_accuracies(registry, folder, tables, tmp
     assert cells(text, "adv_imp")[3] == "**2.0**"  # lower is better
     assert "the best value of a column (D_r, D_test, sharpness)" in text
     assert r"$D_\mathrm{test}$ & sharpness \\" in (tmp_path / "tables" / "table.tex").read_text()
-    assert records.table([tabled.RECORD | {"metric_sharpness": 3.0}])["sharpness"].tolist() == ["3.00"]
+    assert summary.brief([tabled.RECORD | {"metric_sharpness": 3.0}])["sharpness"].tolist() == ["3.00"]
 
 
 @pytest.mark.parametrize("key", ["acc_test", "acc_test_before", "acc_retain_low", "metric_tow", "speed"])

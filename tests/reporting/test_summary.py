@@ -11,7 +11,7 @@ import tabled
 from tabled import BEFORE, NONE, cells, csv
 
 from l2ul.methods.settings import SHARED
-from l2ul.reporting import published
+from l2ul.reporting import published, summary
 import main_tables
 
 folder, tables = tabled.folder, tabled.tables  # fixtures
@@ -293,3 +293,24 @@ def test_long_settings_are_shortened_for_display_and_exact_as_csv(folder, tables
     assert all(long[:1500] not in (tmp_path / "tables" / file).read_text() for file in files)
     settings = [json.loads(text)["forget_dir"] for text in csv(tmp_path)["settings"].unique() if "forget_dir" in text]
     assert sorted(settings) == sorted(names)
+
+
+def test_the_table_on_the_screen_has_means_over_seeds_and_counts_runs_that_did_not_forget():
+    record = tabled.RECORD | {f"seconds_{phase}": 1.0 for phase in ("attack", "importance", "unlearn", "evaluate")}
+    table = summary.brief(
+        [
+            record,
+            record | {"seed": 1, "acc_test": 74.0, "status": "cap"},
+            record | {"seed": 2, "status": "diverged"} | NONE,
+            record | {"k": 4, "method": "neggrad", "status": "diverged"} | NONE,
+        ]
+    )
+    assert table["method"].tolist() == ["adv", "neggrad"]
+    first, second = table.to_dict("records")
+    assert first["D_test %"] == "72.00 ± 2.83"
+    assert first["D_f %"] == "0.00 ± 0.00"
+    assert (first["runs"], first["seeds"], first["not forgotten"]) == (3, "0 1 2", "1 cap, 1 diverged")
+    assert first["seconds"] == "4.00 ± 0.00"
+    assert (second["D_test %"], second["runs"], second["not forgotten"]) == ("-", 1, "1 diverged")
+    (row,) = summary.brief([record]).to_dict("records")
+    assert (row["steps"], row["not forgotten"]) == (str(record["steps"]), "0")
