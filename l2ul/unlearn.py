@@ -33,6 +33,7 @@ from l2ul.methods.stand_ins import Synthesis
 from l2ul.metrics import accuracy
 from l2ul.objective import Terms
 
+Curve = list[dict[str, float]]
 RUNNING = "running"  # status of an outcome until the loop ends, then one of `choices.LOOP_STATUSES`
 
 
@@ -52,7 +53,7 @@ class Outcome:
     model: nn.Module
     status: str
     steps: int
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: Curve = field(default_factory=list)
     seconds_before: float = 0.0
 
 
@@ -72,7 +73,7 @@ def unlearn(
     settings: Settings | None = None,
     workers: int = 0,
     predict: Callable[[nn.Module], Tensor] | None = None,
-    on_start: Callable[[int | None], object] | None = None,
+    on_start: Callable[[int | None, Curve], object] | None = None,
     on_step: Callable[[dict[str, float]], object] | None = None,
     go_on: Callable[[], bool] | None = None,
     checkpoint: Checkpoint | None = None,
@@ -98,9 +99,10 @@ def unlearn(
     workers     processes that decode images of D_r that stay on disk
     predict     returns a model's predictions of D_f (k,); the loop ends as "forgotten" only if D_f is forgotten in them
                 too. By default `metrics.accuracy.predict`, whose rounding is that of all measurements
-    on_start    called before the first step with the largest number of steps, None if the method has a fixed length
-    on_step     called with each row of the curve, which has `step` and `forgotten` (percent of D_f) for a progress
-                line; before `on_start` with those of an interrupted call that this one continues
+    on_start    called before the first step with the largest number of steps, None if the method has a fixed length,
+                and with the rows of an interrupted call that this one continues
+    on_step     called with each new row of the curve, which has `step` and `forgotten` (percent of D_f) for a progress
+                line
     go_on       called after each row; the loop stops if it returns False
     checkpoint  a file in which the state of the loop is written every few minutes and on KeyboardInterrupt, SystemExit,
                 SIGINT or SIGTERM. A later call with the same arguments continues from it and returns the same weights,
@@ -172,13 +174,10 @@ def unlearn(
                 loop.load_state_dict(state)
         else:
             checkpoint = None
-        on_step = on_step or (lambda row: None)
-        for row in loop.outcome.curve:
-            on_step(row)
         if on_start:
-            on_start(procedure.max_steps)
+            on_start(procedure.max_steps, list(loop.outcome.curve))
         try:
-            return loop.run(on_step, go_on or (lambda: True), checkpoint)
+            return loop.run(on_step or (lambda row: None), go_on or (lambda: True), checkpoint)
         finally:
             loop.free()
 
@@ -189,6 +188,7 @@ class _Loop:
     def __init__(self, model: nn.Module, procedure: Procedure, monitor: ForgetMonitor):
         self.model, self.procedure, self.monitor = model, procedure, monitor
         self.outcome = Outcome(model, RUNNING, 0)
+        self.last_terms: Terms = {}
         self.graphed: Graphed | None = None  # `_gradients` as a CUDA graph, see `use_graphs`
         self.started = time.perf_counter()
 
@@ -199,34 +199,41 @@ class _Loop:
         checkpoint: Checkpoint | None,
     ) -> Outcome:
         """Take steps until D_f is forgotten, the limit of steps is reached or a number is not finite."""
-        outcome, procedure, last_terms = self.outcome, self.procedure, {}
         with Guard(checkpoint, self.state_dict) as guard:
-            while outcome.status == RUNNING:
+            while self.outcome.status == RUNNING:
                 guard.step_begins()
-                terms = None if outcome.steps == procedure.max_steps else self._step()
-                has_ended, row = terms is None, None
-                if not has_ended:
-                    outcome.steps += 1
-                    last_terms = terms
-                is_measured_step = outcome.steps % procedure.check_every == 0
-                # when the loop ends after a step that is not measured usually, that step is measured too
-                if not is_measured_step if has_ended else is_measured_step:
-                    row, is_finite = self.monitor.measure(outcome.steps, last_terms)
-                    outcome.curve.append(row)
-                    may_stop = procedure.stop_every and outcome.steps % procedure.stop_every == 0
-                    if not is_finite:
-                        outcome.status = DIVERGED
-                    elif may_stop and row["forgotten"] == 100 and procedure.may_stop():
-                        self._confirm(row)
-                if has_ended and outcome.status == RUNNING:
-                    outcome.status = procedure.final_status
+                row = self._advance()
                 guard.step_ends()
                 if row is not None:
                     on_step(row)
-                    if outcome.status == RUNNING and not go_on():
-                        outcome.status = STOPPED
+                    if self.outcome.status == RUNNING and not go_on():
+                        self.outcome.status = STOPPED
         self.model.eval()
-        return outcome
+        return self.outcome
+
+    def _advance(self) -> dict[str, float] | None:
+        """Take a step, or end the loop; return the row of a measurement of D_f, None if that is not due."""
+        outcome, every = self.outcome, self.procedure.check_every
+        terms = None if outcome.steps == self.procedure.max_steps else self._step()
+        if terms is not None:
+            outcome.steps += 1
+            self.last_terms = terms
+            return self._measure() if outcome.steps % every == 0 else None
+        row = self._measure() if outcome.steps % every else None  # the last step is measured in any case
+        if outcome.status == RUNNING:
+            outcome.status = self.procedure.final_status
+        return row
+
+    def _measure(self) -> dict[str, float]:
+        """Measure D_f, and set the status if the loop ends with this measurement; return its row."""
+        outcome, stop_every = self.outcome, self.procedure.stop_every
+        row, is_finite = self.monitor.measure(outcome.steps, self.last_terms)
+        outcome.curve.append(row)
+        if not is_finite:
+            outcome.status = DIVERGED
+        elif stop_every and outcome.steps % stop_every == 0 and row["forgotten"] == 100 and self.procedure.may_stop():
+            self._confirm(row)
+        return row
 
     def _confirm(self, row: dict[str, float]) -> None:
         """Set the status if the last row is confirmed by the predictions that are measured after the loop.

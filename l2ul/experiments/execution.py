@@ -261,20 +261,22 @@ class Experiment:
 
     def _loop(self, run: Run, model: nn.Module, inputs: dict[str, object]) -> unlearn.Outcome:
         new = run.forget.new_labels
-        done, limit, has_started = 0, None, False
+        done, limit = 0, None
         with progress_bar(f"{run.method.name} k {run.k}") as advance:
 
-            def start(max_steps: int | None) -> None:
-                nonlocal limit, has_started
-                limit, has_started = max_steps, True
-                if done:  # of an interrupted loop
+            def start(max_steps: int | None, earlier: unlearn.Curve) -> None:
+                nonlocal done, limit
+                limit = max_steps
+                for row in earlier:
+                    self.trackers.log(row)
+                if earlier:
+                    done = earlier[-1]["step"]
                     advance(done, limit=limit)
 
             def show(row: dict[str, float]) -> None:
                 nonlocal done
                 self.trackers.log(row)
-                if has_started:
-                    advance(row["step"] - done, f"{row['forgotten']:.0f} % of D_f forgotten", limit)
+                advance(row["step"] - done, f"{row['forgotten']:.0f} % of D_f forgotten", limit)
                 done = row["step"]
 
             return unlearn.unlearn(

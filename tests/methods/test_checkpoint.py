@@ -85,7 +85,11 @@ def continued(arguments, path, steps, error=KeyboardInterrupt):
         with pytest.raises(error):
             unlearn(**arguments, checkpoint=Checkpoint(path), on_step=interrupted_at({step}, error))
         assert path.exists()
-    return unlearn(**arguments, checkpoint=Checkpoint(path))
+    rows = []
+    calls = {"on_start": lambda max_steps, earlier: rows.extend(earlier), "on_step": rows.append}
+    outcome = unlearn(**arguments, checkpoint=Checkpoint(path), **calls)
+    assert rows == outcome.curve
+    return outcome
 
 
 @pytest.mark.parametrize("bn", ["train", "eval"])
