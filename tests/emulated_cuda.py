@@ -15,9 +15,10 @@ arguments of torch's functions.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 from dataclasses import dataclass, field
+import functools
 from pathlib import Path
 import sys
 import warnings
@@ -26,7 +27,6 @@ import torch
 from torch import Tensor
 import torch._dynamo  # before `_install`: it reads attributes of functions that are replaced
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 ROOT = f"{Path(__file__).resolve().parent.parent}/"
@@ -179,12 +179,60 @@ def _is_internal(device: object) -> bool:
     return device is not None and torch.device(device).type == NAME
 
 
-def _values(tensor: object) -> object:
-    return tensor.values if isinstance(tensor, Emulated) else tensor
+def _values(value: object) -> object:
+    """Return an argument with the values of its emulated tensors."""
+    if isinstance(value, list | tuple):
+        return [_values(one) for one in value]
+    return value.values if isinstance(value, Emulated) else value
 
 
 def _wrapped(result: object) -> object:
+    """Return a result with emulated tensors."""
+    if isinstance(result, list | tuple):
+        return type(result)(map(_wrapped, result))
     return Emulated(result) if isinstance(result, Tensor) and not isinstance(result, Emulated) else result
+
+
+def _tensors(values: Iterable[object]) -> list[Tensor]:
+    """Return the tensors among values and in the lists and tuples among them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
+
+
+@dataclass
+class Operation:
+    """What the name and the schema of an operation say about it."""
+
+    written: list[tuple[int, str]]  # places and names of the arguments that it changes in place
+    returns_written: bool
+    returns_nothing: bool
+    has_kernel: bool
+    is_fused: bool
+    takes_lists: bool
+    is_batch_norm: bool
+
+
+@functools.cache
+def _operation(function) -> Operation:
+    name, schema = str(function), function._schema
+    changes = [one.alias_info is not None and one.alias_info.is_write for one in schema.arguments]
+    is_view = any(
+        one.alias_info is not None and not changed for one, changed in zip(schema.arguments, changes, strict=True)
+    )
+    return Operation(
+        written=[(place, one.name) for place, one in enumerate(schema.arguments) if changes[place]],
+        returns_written=len(schema.returns) <= 1 and all(one.alias_info is not None for one in schema.returns),
+        returns_nothing=not schema.returns,
+        has_kernel=not (is_view or function in NO_KERNEL or ".empty" in name or "new_empty" in name),
+        is_fused="fused" in name,
+        takes_lists="foreach" in name or "fused" in name,
+        is_batch_norm="batch_norm" in name,
+    )
 
 
 def _compute(function, args: tuple, kwargs: dict[str, object]) -> object:
@@ -196,37 +244,29 @@ def _compute(function, args: tuple, kwargs: dict[str, object]) -> object:
     _check_devices(function, args, kwargs)
     if function in DATA_DEPENDENT:
         _count_synchronisation(function)
-    plain_args, plain_kwargs = pytree.tree_map(_values, (args, kwargs))
+    operation = _operation(function)
+    plain_args = [_values(one) for one in args]
+    plain_kwargs = {name: _values(one) for name, one in kwargs.items()}
     if plain_kwargs.get("device") is not None:
         if not _is_internal(plain_kwargs["device"]):  # such as new_zeros of an emulated tensor on the CPU
             return function(*plain_args, **plain_kwargs)
         plain_kwargs["device"] = torch.device("cpu")
-    _count_kernels(function, _number_of_kernels(function, args))
-    written = _written(function, args, kwargs)
+    if operation.has_kernel:  # the gradient of a convolution takes two: of inputs, and of weights
+        _count_kernels(function, 2 if function is aten.convolution_backward.default and sum(args[-1]) > 1 else 1)
+    written = [args[place] if place < len(args) else kwargs.get(name) for place, name in operation.written]
     if _capture:
-        _capture.keep([*pytree.tree_map(_values, written), *(plain_args[3:5] if "batch_norm" in str(function) else ())])
+        _capture.keep(_tensors(map(_values, [*written, *(plain_args[3:5] if operation.is_batch_norm else ())])))
     result = function(*plain_args, **plain_kwargs)
     if function is aten.convolution_backward.default and result[1] is not None:
         result = (result[0], _as_cudnn(result[1], plain_args[1]), result[2])
     if _capture:
         _capture.record(function, plain_args, plain_kwargs, result)
-    result = pytree.tree_map(_wrapped, result)
-    for tensor in pytree.tree_leaves(written):
+    for tensor in _tensors(written):
         if isinstance(tensor, Emulated) and tensor.shape != tensor.values.shape:
             raise NotImplementedError(f"{function} changes the shape of a tensor, which is not emulated")
-    returns = function._schema.returns
-    if written and len(returns) <= 1 and all(one.alias_info is not None for one in returns):
-        return written[0] if returns else None
-    return result
-
-
-def _written(function, args: tuple, kwargs: dict[str, object]) -> list[object]:
-    """Return the arguments that an operation changes in place, as its schema says."""
-    return [
-        args[place] if place < len(args) else kwargs.get(one.name)
-        for place, one in enumerate(function._schema.arguments)
-        if one.alias_info is not None and one.alias_info.is_write
-    ]
+    if written and operation.returns_written:
+        return None if operation.returns_nothing else written[0]
+    return _wrapped(result)
 
 
 def _as_cudnn(gradient: Tensor, inputs: Tensor) -> Tensor:
@@ -238,7 +278,7 @@ def _as_cudnn(gradient: Tensor, inputs: Tensor) -> Tensor:
 
 def _check_devices(function, args: tuple, kwargs: dict[str, object]) -> None:
     """Raise RuntimeError for what CUDA refuses, and count what CUDA copies to the device for an operation."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    operation, tensors = _operation(function), _tensors((*args, *kwargs.values()))
     if _visible.type == "mps" and any(tensor.dtype == torch.float64 for tensor in tensors):
         raise TypeError("the MPS framework doesn't support float64")
     if function in INDEXING:
@@ -251,13 +291,12 @@ def _check_devices(function, args: tuple, kwargs: dict[str, object]) -> None:
             if index.dtype in (torch.bool, torch.uint8):
                 _count_synchronisation("index by a mask")
         tensors = args[2:3]
-    if "fused" in str(function):
+    if operation.is_fused:
         for tensors_of_weight in zip(*(some for some in args[:3] if some), strict=True):  # weights, gradients, moments
             if len({tensor.stride() for tensor in tensors_of_weight}) > 1:
                 raise RuntimeError(f"params and grads must have the same layout in {function}")
     strangers = [tensor for tensor in tensors if isinstance(tensor, Tensor) and not isinstance(tensor, Emulated)]
-    has_lists = "foreach" in str(function) or "fused" in str(function)
-    if any(tensor.ndim or has_lists for tensor in strangers):
+    if any(tensor.ndim or operation.takes_lists for tensor in strangers):
         shapes = ", ".join(f"{tuple(one.shape)} on {one.device}" for one in tensors[:8])
         raise RuntimeError(f"Expected all tensors to be on the same device, but {function} has {shapes}")
 
@@ -288,16 +327,6 @@ def _copy(function, args: tuple, kwargs: dict[str, object]) -> object:
     return result
 
 
-def _number_of_kernels(function, args: tuple) -> int:
-    name, arguments = str(function), function._schema.arguments
-    is_view = any(one.alias_info is not None and not one.alias_info.is_write for one in arguments)
-    if is_view or function in NO_KERNEL or ".empty" in name or "new_empty" in name:
-        return 0
-    if function is aten.convolution_backward.default:  # of inputs, and of weights
-        return 2 if sum(args[-1]) > 1 else 1
-    return 1
-
-
 def _on_device(values: Tensor) -> Tensor:
     if _visible.type == "mps" and values.dtype == torch.float64:
         raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
@@ -309,13 +338,12 @@ class Devices(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        names_device = False
         generator = kwargs.get("generator")
-        if function is not torch.device and any(_is_visible(one) for one in (*args, *kwargs.values())):
-            names_device = True
+        names_device = function is not torch.device and any(map(_is_visible, (*args, *kwargs.values())))
+        if names_device:
             args = tuple(torch.device(NAME, 0) if _is_visible(one) else one for one in args)
             kwargs = {key: torch.device(NAME, 0) if _is_visible(one) else one for key, one in kwargs.items()}
-        has_tensors = any(isinstance(one, Tensor) for one in args)
+        has_tensors = (generator or names_device) and any(isinstance(one, Tensor) for one in args)
         if generator is not None:
             on_device = any(isinstance(one, Emulated) for one in args) if has_tensors else names_device
             expected = _visible.type if on_device else "cpu"
@@ -350,9 +378,7 @@ def _as_index(index: object) -> object:
 
 def _is_visible(value: object) -> bool:
     """Return whether a value names the emulated device."""
-    if isinstance(value, str):
-        return value.split(":")[0] == _visible.type
-    return isinstance(value, torch.device) and value.type == _visible.type
+    return isinstance(value, str | torch.device) and str(value).split(":")[0] == _visible.type
 
 
 def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None) -> Tensor:
@@ -370,14 +396,13 @@ class CUDAGraph:
         self._operations: list[tuple] = []
         self._before: list[tuple[Tensor, Tensor]] = []  # tensors that operations change, and their values
 
-    def keep(self, tensors: list[object]) -> None:
+    def keep(self, tensors: list[Tensor]) -> None:
         """Remember the values of tensors that the next operation changes."""
-        leaves = [one for one in pytree.tree_leaves(tensors) if isinstance(one, Tensor)]
-        self._before += [(tensor, tensor.clone()) for tensor in leaves]
+        self._before += [(tensor, tensor.clone()) for tensor in tensors]
 
-    def record(self, *operation: object) -> None:
-        """Add an operation: function, arguments, keyword arguments and result."""
-        self._operations.append(operation)
+    def record(self, function, args: Sequence[object], kwargs: dict[str, object], result: object) -> None:
+        """Add an operation."""
+        self._operations.append((function, args, kwargs, _tensors([result])))
 
     @contextlib.contextmanager
     def capture(self, **options: object) -> Iterator[None]:
@@ -393,10 +418,10 @@ class CUDAGraph:
 
     def replay(self) -> None:
         _count_kernels("graph")
-        for function, args, kwargs, result in self._operations:
-            new = function(*args, **kwargs)
-            for target, values in zip(pytree.tree_leaves(result), pytree.tree_leaves(new), strict=True):
-                if isinstance(target, Tensor) and target.data_ptr() != values.data_ptr():  # not a view or in place
+        for function, args, kwargs, results in self._operations:
+            new = _tensors([function(*args, **kwargs)])
+            for target, values in zip(results, new, strict=True):
+                if target.data_ptr() != values.data_ptr():  # not a view or in place
                     target.copy_(values)
 
 

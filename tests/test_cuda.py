@@ -268,11 +268,11 @@ def test_what_cuda_refuses():
 
 counts_kernels = pytest.mark.skipif(emulated_cuda is None, reason="the emulated device counts them")
 STEPS = {  # most kernels of a step of ResNet-18, by method, mode of batch-norm and whether steps are CUDA graphs
-    ("neggrad", "train", False): 260,
-    ("adv", "train", False): 440,
-    ("adv_imp", "train", False): 450,
-    ("adv_imp", "eval", False): 290,
-    ("distill", "eval", False): 600,
+    ("neggrad", "train", False): 255,
+    ("adv", "train", False): 430,
+    ("adv_imp", "train", False): 445,
+    ("adv_imp", "eval", False): 285,
+    ("distill", "eval", False): 590,
     ("adv_imp", "train", True): 20,
     ("distill", "eval", True): 80,
 }
@@ -284,7 +284,7 @@ def resnet18():
     """Return a network, images and labels, of which none is ever forgotten."""
     torch.manual_seed(0)
     model = models.build("resnet18", 10).eval().to(CUDA).to(memory_format=torch.channels_last)
-    images = torch.randint(0, 256, (2, 3, 32, 32)).to(torch.uint8).to(CUDA)
+    images = torch.randint(0, 256, (2, 3, 16, 16)).to(torch.uint8).to(CUDA)
     return model, images, accuracy.predict(model, images, fold=False).to(CUDA)
 
 
@@ -297,12 +297,12 @@ def omega(resnet18):
 @counts_kernels
 @pytest.mark.parametrize(("method", "bn", "graph"), STEPS)
 def test_a_step_has_few_kernels_and_one_synchronisation(resnet18, omega, method, bn, graph, monkeypatch):
-    """The numbers do not depend on the number of images in a step."""
+    """The numbers hardly depend on the number and the size of the images in a step."""
     monkeypatch.setattr(objective.Forget, "is_forgotten", lambda self, predictions: predictions != predictions)
     steps = 5 if graph else 2  # a graph replaces the passes from the fourth step on
     rates = {"unlearn_lr": 1e-12, "distill_lr": 1e-12}
     settings = Settings(**LOOP | rates | {"bn": bn, "max_passes": steps, "distill_steps": steps})
-    adv = torch.rand(3, 3, 32, 32, device=CUDA), torch.arange(3, device=CUDA)
+    adv = torch.rand(3, 3, 16, 16, device=CUDA), torch.arange(3, device=CUDA)
     after = []
     with emulated_cuda.counting() as counts:
         on_step = lambda row: after.append((counts.copy(), row))  # noqa: E731
