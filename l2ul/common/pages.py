@@ -1,6 +1,7 @@
 """HTML pages from templates: files that open offline, with the style of page.css and pictures as data URLs."""
 
 import base64
+import functools
 import hashlib
 from io import BytesIO
 from typing import Literal
@@ -17,6 +18,11 @@ def render(package: str, template: str, **values: object) -> str:
     Values in scripts are written with the filter `tojson`, and the filter `sha256` gives the hash of a script for a
     content security policy.
     """
+    return _environment(package).get_template(template).render(values)
+
+
+@functools.cache  # with its templates, which take longer to compile than to render
+def _environment(package: str) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package, "."), jinja2.PackageLoader("l2ul.common", ".")]),
         autoescape=True,
@@ -26,7 +32,7 @@ def render(package: str, template: str, **values: object) -> str:
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return environment.get_template(template).render(values)
+    return environment
 
 
 def data_url(content: bytes, kind: str) -> str:
