@@ -399,7 +399,7 @@ def test_progress_lines_appear_in_a_log_file(forget, monkeypatch):
     code, _, printed = forget()
     assert code == 0, printed
     clock = r"^\d\d:\d\d:\d\d  "
-    line = clock + r"distill_steps 40.*: step \d+, \d+ % of D_f forgotten, at most \d+ s left"
+    line = clock + r"distill_steps 16.*: step \d+, \d+ % of D_f forgotten, at most \d+ s left"
     assert re.search(line, printed, re.MULTILINE)
     assert re.search(clock + r"relearning: \d+ / 30 ", printed, re.MULTILINE)
     assert max(int(percent) for percent in re.findall(r"\((\d+) %\)", printed)) <= 100
