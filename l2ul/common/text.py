@@ -52,7 +52,12 @@ def shortened(text: str, most: int = 120) -> str:
     if len(text) > most:
         digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
         text = f"{text[: most - 10]}… {digest}"
-    return "".join("\ufffd" if unicodedata.category(character) in CONTROL else character for character in text)
+    return one_line(text, "\ufffd")
+
+
+def one_line(text: str, instead: str = " ") -> str:
+    """Return a text with another character in place of each line break and control character."""
+    return "".join(instead if unicodedata.category(character) in CONTROL else character for character in text)
 
 
 def first_three(names: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ import warnings
 from l2ul.common.errors import InputError, first_line
 from l2ul.common.files import atomic, csv_writer
 from l2ul.common.installation import is_installed
+from l2ul.common.markup import markdown_text
 from l2ul.common.offline import offline
 
 PROJECT = "l2ul"  # name of the project in wandb and Trackio
@@ -305,7 +306,8 @@ def _plain(values: Values) -> Values:
 
 def _markdown(values: Values) -> str:
     """Return a table in Markdown."""
-    return "\n".join(["| name | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in values.items())])
+    rows = (f"| {markdown_text(name)} | {markdown_text(str(value))} |" for name, value in values.items())
+    return "\n".join(["| name | value |", "|---|---|", *rows])
 
 
 @contextlib.contextmanager

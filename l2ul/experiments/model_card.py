@@ -2,12 +2,14 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+import json
 from pathlib import Path
 
 import jinja2
 
 from l2ul import VERSION
 from l2ul.common.choices import CAP, DIVERGED, DONE, FORGOTTEN
+from l2ul.common.markup import markdown_code, markdown_text
 from l2ul.data.datasets import LOADERS
 from l2ul.methods.settings import SHARED
 from l2ul.models import timm_models
@@ -39,7 +41,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Card:
-    """The content of a model card.
+    """The content of a model card. Texts are plain, but `method` and `opening` are Markdown.
 
     library       name of the library that opens the model, as the hub knows it; None for a file of weights
     introduction  sentences that describe the model
@@ -65,19 +67,20 @@ class Card:
         """Return the card in Markdown."""
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("l2ul.experiments", "."),
-            autoescape=False,  # Markdown of numbers and of texts of this project
+            autoescape=False,  # Markdown
             undefined=jinja2.StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
             keep_trailing_newline=True,
         )
+        environment.filters["text"] = lambda value: markdown_text(str(value))
         return environment.get_template("model_card.md.j2").render(card=self)
 
 
 def method_sentence(method: str, seed: int, settings: Mapping[str, object]) -> str:
-    """Return the sentence on a method, its seed and the values of its settings."""
-    values = ", ".join(f"`{name}={value}`" for name, value in settings.items())
-    return f"`{method}` with seed {seed}{f': {values}' if values else ''}."
+    """Return the sentence on a method, its seed and the values of its settings, in Markdown."""
+    values = ", ".join(markdown_code(f"{name}={value}") for name, value in settings.items())
+    return f"{markdown_code(method)} with seed {seed}{f': {values}' if values else ''}."
 
 
 def opening(model: str, num_classes: int, file: str, mean: object = None, std: object = None) -> str:
@@ -85,7 +88,7 @@ def opening(model: str, num_classes: int, file: str, mean: object = None, std: o
     statistics = "".join(f", {name}={list(values)}" for name, values in (("mean", mean), ("std", std)) if values)
     return (
         "```python\nfrom l2ul import models\n\n"
-        f'model = models.load("{model}", {num_classes}, "{file}"{statistics})\n```\n\n'
+        f'model = models.load({json.dumps(model)}, {num_classes}, "{file}"{statistics})\n```\n\n'
         "It takes pixels (n, channels, height, width) in [0,1] and returns logits."
     )
 
@@ -154,4 +157,4 @@ def _public(name: str, what: str, known: Collection[str] | None = None) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} %"
+    return "–" if value is None else f"{value:.2f} %"

@@ -9,11 +9,12 @@ import statistics
 
 from scipy.stats import t as student
 
+from l2ul.common.markup import markdown_text
 from l2ul.common.text import shortened
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.metrics import columns
-from l2ul.reporting import render, rows
+from l2ul.reporting import rows
 from l2ul.reporting.rows import Block
 from l2ul.reporting.summary import Selection
 
@@ -169,11 +170,11 @@ def _place(one: Comparison) -> str:
     run = one.runs[0]
     names = [f"{run['dataset']} {run['age_grouping'] or ''}".strip(), run["model"], f"k = {run['k']}"]
     names += [f"step {run['continual_step']}"] if run["continual_step"] is not None else []
-    return render.markdown_text(", ".join(names + (["relabel"] if run["goal"] == "relabel" else [])))
+    return markdown_text(", ".join(names + (["relabel"] if run["goal"] == "relabel" else [])))
 
 
 def _row(one: Comparison) -> str:
-    return render.markdown_text(one.runs[0]["row"])
+    return markdown_text(one.runs[0]["row"])
 
 
 def _cells(one: Comparison, shown: list[str]) -> list[str]:
@@ -206,4 +207,4 @@ def _difference(name: str, ours: object, theirs: object) -> str:
     if name == "listed":
         return "choice of D_f"
     text = f"{name.rpartition('.')[2]} {shortened(str(theirs))}, here {shortened(str(ours))}"
-    return render.markdown_text(text)
+    return markdown_text(text)

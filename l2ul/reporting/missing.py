@@ -8,12 +8,12 @@ import shlex
 
 from l2ul import models
 from l2ul.common.installation import command
+from l2ul.common.markup import markdown_code, markdown_text
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.methods.registry import get, of_goal
 from l2ul.methods.settings import override, to_text
 from l2ul.models import checkpoint, zoo
-from l2ul.reporting import render
 from l2ul.reporting.rows import Block
 from l2ul.reporting.summary import Selection
 
@@ -78,9 +78,9 @@ def describe(block: Block, missing: list[Missing]) -> list[str]:
         for run in missing:
             if run.k == k:
                 seeds[run.method].append(str(run.seed))
-        each = "; ".join(f"`{method}` seed {' '.join(lacking)}" for method, lacking in seeds.items())
+        each = "; ".join(f"{markdown_code(method)} seed {' '.join(lacking)}" for method, lacking in seeds.items())
         steps = f" ({block.continual_size} per step)" if block.continual else ""
-        lines.append(f"{render.markdown_text(block.label)}, goal {block.goal}, k = {k}{steps}: {each}")
+        lines.append(f"{markdown_text(block.label)}, goal {block.goal}, k = {k}{steps}: {each}")
     return lines
 
 
@@ -115,7 +115,8 @@ def _note_on_weights(block: Block, lines: Iterable[str]) -> list[str]:
         return []
     name, digest = words[words.index("--checkpoint") + 1], str(block.usual.get("checkpoint_sha256"))[:12]
     folder = "" if name == "FILE" else " Add its folder if it is not in the current one."
-    return [f"`{name}` is the file with the weights of {block.model} whose SHA-256 begins with {digest}.{folder}"]
+    weights = f"the weights of {markdown_text(block.model)} whose SHA-256 begins with {digest}"
+    return [f"{markdown_code(name)} is the file with {weights}.{folder}"]
 
 
 def _flags(block: Block, run: Missing) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from l2ul.common.errors import InputError
+from l2ul.common.markup import markdown_text
 from l2ul.common.text import read_text
 from l2ul.data import forget_set
 from l2ul.experiments import records
@@ -125,5 +126,5 @@ def _choice(total: int, seed: int) -> Tensor:
 
 def problem_section(problems: list[str]) -> str:
     """Return a Markdown section that lists the files that were left out; "" if there are none."""
-    listed = "".join(f"- {line}\n" for line in problems)
+    listed = "".join(f"- {markdown_text(line)}\n" for line in problems)
     return f"## Problems: files that are not in the tables\n\n{listed}" if problems else ""

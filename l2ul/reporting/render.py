@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-import re
 
 import pandas as pd
 
+from l2ul.common.markup import latex_text, markdown_code, markdown_text, plain
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.methods import registry
@@ -34,33 +34,11 @@ class Style:
     published: str = "¹"
 
 
-LATEX_CHARACTERS = {char: f"\\{char}" for char in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "†": r"$\dagger$",
-    "¹": r"\textsuperscript{1}",
-    "–": "--",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-}
-
-
-def _latex_text(text: str) -> str:
-    return "".join(LATEX_CHARACTERS.get(char, char) for char in text)
-
-
-def markdown_text(text: str) -> str:
-    """Return a text that Markdown shows as it is, also in the cell of a table."""
-    return re.sub(r"[|*<]", r"\\\g<0>", text)
-
-
 PLAIN = Style(str, lambda column: column.heading, "{}")
 MARKDOWN = Style(markdown_text, lambda column: markdown_text(column.heading), "**{}**")
 LATEX = Style(
-    _latex_text,
-    lambda column: column.latex or _latex_text(column.heading),
+    latex_text,
+    lambda column: column.latex or latex_text(column.heading),
     r"\textbf{{{}}}",
     r" $\pm$ ",
     r"$^\dagger$",
@@ -89,7 +67,7 @@ def markdown(frame: pd.DataFrame, blocks: list[Block]) -> str:
     for title, rows in _other_tables(frame):
         cells = _other_cells(rows, MARKDOWN)
         body = cells.to_markdown(headers=["method", *cells.columns], disable_numparse=True)
-        others.append(f"### {title}\n\n{body}\n\n{_bullets(_other_notes(rows))}")
+        others.append(f"### {markdown_text(title)}\n\n{body}\n\n{_bullets(_other_notes(rows))}")
     return "\n".join(parts + (["## Further metrics\n", *others] if others else []))
 
 
@@ -113,9 +91,9 @@ def _float(title: str, cells: pd.DataFrame, notes: list[str]) -> str:
     """Return a LaTeX float with a caption and notes. The notes are Markdown."""
     layout = "l" + "r" * len(cells.columns)
     body = cells.to_latex(escape=False, multicolumn=True, multicolumn_format="c", column_format=layout).strip()
-    below = r" \\".join(f"\n{_latex_text(note.replace('**', '').replace('`', ''))}" for note in notes)
+    below = r" \\".join(f"\n{latex_text(plain(note))}" for note in notes)
     return (
-        f"\\begin{{table}}\n\\centering\n\\caption{{{_latex_text(title)}}}\n{body}\n"
+        f"\\begin{{table}}\n\\centering\n\\caption{{{latex_text(title)}}}\n{body}\n"
         f"\\par\\smallskip\n\\begin{{minipage}}{{\\linewidth}}\\footnotesize{below}\n\\end{{minipage}}\n"
         f"\\end{{table}}"
     )
@@ -222,7 +200,7 @@ def legends(rows: pd.DataFrame) -> list[str]:
     by_note: dict[str, list[str]] = {}
     for name in columns.ordered(rows["metric"]):
         by_note.setdefault(columns.get(name).note, []).append(columns.get(name).heading)
-    return [f"{', '.join(headings)}: {note}." for note, headings in by_note.items()]
+    return [f"{markdown_text(', '.join(headings))}: {markdown_text(note)}." for note, headings in by_note.items()]
 
 
 def _has_empty_cells(rows: pd.DataFrame) -> bool:
@@ -261,8 +239,9 @@ def _note_on_bold(rows: pd.DataFrame) -> list[str]:
         return []
     compared = [columns.get(name).heading for name in columns.ordered(rows["metric"]) if columns.get(name).compared]
     return [
-        f"**Bold**: the best value of a column ({', '.join(compared)}), among rows that forgot all of D_f in every "
-        f"run and do not train on D_r{_and_surrogates(rows)}. `before` and published numbers are not compared."
+        f"**Bold**: the best value of a column ({markdown_text(', '.join(compared))}), among rows that forgot all of "
+        f"D_f in every run and do not train on D_r{_and_surrogates(rows)}. `before` and published numbers are not "
+        f"compared."
     ]
 
 
@@ -274,7 +253,7 @@ def _notes_on_marks(rows: pd.DataFrame) -> list[str]:
     notes = _note_on_bold(rows)
     trained = sorted(set(rows.loc[rows["needs"] == "D_f, D_r", "method"]))
     if trained:
-        notes.append(f"Methods that train on D_r: {', '.join(f'`{name}`' for name in trained)}.")
+        notes.append(f"Methods that train on D_r: {', '.join(map(markdown_code, trained))}.")
     if _and_surrogates(rows):
         notes.append("surrogate=…: also trained on these unlabelled images, which are neither D_f nor D_r.")
     if ((rows["n"] > 0) & (rows["n"] < rows["runs"])).any():
@@ -305,7 +284,9 @@ def _notes_on_samples(rows: pd.DataFrame, blocks: list[Block]) -> list[str]:
         ]
         within = f", within ± {max(widths) / 2:.2f} at 95 % confidence" if widths else ""
         if sizes:
-            notes.append(f"{block.label}: D_r is measured on a random sample of {sizes} of its images{within}.")
+            notes.append(
+                f"{markdown_text(block.label)}: D_r is measured on a random sample of {sizes} of its images{within}."
+            )
     return notes
 
 
@@ -314,7 +295,7 @@ def _notes_on_versions(rows: pd.DataFrame, blocks: list[Block]) -> list[str]:
     runs = [(run["method"], run.get("method_revision") or 1) for block in _of(rows, blocks) for run in block.records]
     known = {name: method.version for name, method in registry.METHODS.items()}
     return [
-        f"`{name}`: runs with version {version} of the method; the present code has version {known[name]} "
+        f"{markdown_code(name)}: runs with version {version} of the method; the present code has version {known[name]} "
         f"(see the changelog)."
         for name, version in sorted(set(runs))
         if version < known.get(name, 1)

@@ -8,14 +8,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-import re
 import statistics
 
-from markupsafe import Markup, escape
 import pandas as pd
 
 import l2ul
 from l2ul.common import pages
+from l2ul.common.markup import html, markdown_text
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.methods import registry
@@ -148,7 +147,7 @@ def page(
         expected=None if sections.expected is None else _expected(sections.expected),
         sections=sections,
         details=details | {"facets": FACETS},
-        markdown=_markdown,
+        markdown=html,
     )
 
 
@@ -235,7 +234,7 @@ def _metrics(frame: pd.DataFrame, places: dict[tuple, int]) -> Table:
         for place, line in measured.items()
         if line
     ]
-    notes = [f"{columns.get(name).heading}: {columns.get(name).note}." for name in names]
+    notes = [markdown_text(f"{columns.get(name).heading}: {columns.get(name).note}.") for name in names]
     return Table(_headings(names), rows, notes)
 
 
@@ -300,10 +299,3 @@ def _summary(shown: list[Record]) -> str:
     statuses = Counter(run["status"] for run in shown)
     counts = ", ".join(f"{statuses[status]} {status}" for status in records.STATUSES if statuses[status])
     return f"{len(shown)} run{'s' if len(shown) != 1 else ''}{f': {counts}' if counts else ''}."
-
-
-def _markdown(text: str) -> Markup:
-    """Return the inline Markdown of notes and cells as HTML: code, bold text and escaped characters."""
-    html = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
-    html = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html)
-    return Markup(re.sub(r"\\([|*]|&lt;)", r"\1", html))

@@ -327,7 +327,7 @@ def test_a_card_of_a_run_shows_no_path_of_a_local_model(vit_folder):
     assert "| to relabel | 16 |\n| of earlier steps | 16 |" in text
     assert "| predicted as their new label by this model | 12 |" in text
     assert "`distill` with seed 3: `distill_lr=0.003`." in text
-    assert "| test images | 95.00 % | - |" in text
+    assert "| test images | 95.00 % | – |" in text
 
 
 def test_an_interrupted_upload_says_where_the_model_is(fake, monkeypatch, tmp_path, capsys):

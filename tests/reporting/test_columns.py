@@ -37,6 +37,26 @@ def test_a_metric_of_your_own_is_in_markdown_csv_and_latex(registry, folder, tab
     assert csv(tmp_path).query("metric == 'metric_sharpness'")["mean"].tolist() == [3.5]
 
 
+def test_names_and_legends_of_your_own_are_shown_as_they_are(registry, folder, tables, tmp_path):
+    name, legend = "a|b *c* <i>", "of `x` & **y**, _z_ [0, 1]\n50 %"
+    metric("metric_sharpness", heading=name, legend=legend)(lambda measured: 0.0)
+    odd = {"metric_sharpness": 2.0, "dataset": "d|e*", "model": "my_net [v<2>]", "retain_sample": 5, "num_train": 9}
+    folder(odd, odd | {"method": "my|`method`*"}, odd | {"method": "[tune]", "needs_retain": True})
+    text = tables("--html")
+    further = text.partition("## Further metrics")[2]
+    assert "### d\\|e\\*, my_net \\[v\\<2>], k = 16, goal misclassify" in further
+    assert cells(further.replace("\\|", "!"), "method") == ["a!b \\*c\\* \\<i>"]
+    assert "- a\\|b \\*c\\* \\<i>: of \\`x\\` \\& \\*\\*y\\*\\*, \\_z\\_ \\[0, 1] 50 %." in further
+    assert "my\\|\\`method\\`\\*" in text
+    assert "- d\\|e\\*, my_net \\[v\\<2>]: D_r is measured on a random sample" in text
+    latex = (tmp_path / "tables" / "table.tex").read_text()
+    assert "a|b *c* \\textless{}i\\textgreater{}: of `x` \\& **y**, \\_z\\_ [0, 1] 50 \\%." in latex
+    assert "\n{}[tune] & " in latex
+    page = (tmp_path / "tables" / "results.html").read_text()
+    assert "a|b *c* &lt;i&gt;: of `x` &amp; **y**, _z_ [0, 1] 50 %." in page
+    assert name not in page.partition("<script")[0]
+
+
 def test_an_accuracy_of_your_own_is_shown_without_a_column(folder, tables):
     folder({"acc_worst_class": 12.34})
     text = tables().partition("## Further metrics")[2]

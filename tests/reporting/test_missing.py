@@ -8,6 +8,7 @@ import pytest
 import tabled
 from tabled import RECORD, cells
 
+from l2ul.common.markup import plain
 from l2ul.reporting import read_records
 import main_tables
 import main_unlearn
@@ -136,7 +137,7 @@ def test_every_damaged_file_is_listed_with_the_reason(folder, tables, tmp_path):
     (runs / "folder.json").mkdir()
     markdown = tables()
     assert cells(markdown, "adv")[2] == "**70.00 ± 0.00**"
-    problems = markdown.split("## Problems")[1].splitlines()
+    problems = plain(markdown.split("## Problems")[1]).splitlines()
     for name, (_, reason) in DAMAGED.items():
         assert any(f"/{name}: " in line and reason in line for line in problems), name
     assert any("/folder.json: cannot be read" in line for line in problems)
