@@ -119,8 +119,8 @@ def make(opts: argparse.Namespace) -> list[Path]:
             f"there is no folder {opts.expected}; name one with reference records with --expected FOLDER, such as "
             f"result_data/reference of a clone"
         )
-    output = open_output(opts)
     records, problems = read_records.read(opts.result_dir)
+    output = open_output(opts)
     selection = summary.Selection(opts.method, opts.unlearn_k, opts.seed)
     blocks = summary.select(rows.blocks(records), opts.dataset, selection)
     numbers = summary.summarise(blocks, selection)

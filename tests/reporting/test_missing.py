@@ -1,6 +1,7 @@
 """Test the lists below the tables: missing runs with commands, damaged files, and messages on bad input."""
 
 import json
+from pathlib import Path
 import re
 import shlex
 
@@ -173,6 +174,7 @@ def test_bad_input_is_one_sentence(folder, script, arguments, sentence):
     assert (code, out) == (2, "")
     assert sentence in err
     assert len(err.splitlines()) == 1
+    assert not Path("nowhere").exists()
 
 
 def test_an_empty_folder_is_one_sentence(script, tmp_path):
