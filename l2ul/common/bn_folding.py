@@ -6,7 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from l2ul.common.modes import eval_mode
 
@@ -83,10 +83,14 @@ def _folded(model: nn.Module, pairs: tuple[Pair, ...] | list[Pair]) -> Iterator[
 
 @torch.no_grad()
 def _fuse(model: nn.Module, pairs: tuple[Pair, ...] | list[Pair]) -> None:
-    for convolution, norm in pairs:
-        fused = fuse_conv_bn_eval(model.get_submodule(convolution), model.get_submodule(norm))
-        model.set_submodule(convolution, fused)
-        model.set_submodule(norm, nn.Identity())
+    for pair in pairs:
+        convolution, norm = map(model.get_submodule, pair)
+        fused = copy.copy(convolution)  # fuse_conv_bn_eval copies the weights as well, which takes longer than to fuse
+        fused._parameters = {}
+        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        fused.weight, fused.bias = fuse_conv_bn_weights(convolution.weight, convolution.bias, *statistics)
+        model.set_submodule(pair[0], fused)
+        model.set_submodule(pair[1], nn.Identity())
 
 
 def _adjacent(model: nn.Module, pixels: Tensor) -> tuple[list[Pair], Tensor]:

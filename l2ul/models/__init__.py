@@ -267,13 +267,18 @@ def _looks_like(state: dict[str, Tensor]) -> str:
     file = set(checkpoints.shapes(state).items())
 
     def overlap(name: str) -> float:
-        with torch.device("meta"):
-            own = set(checkpoints.shapes(OWN.get(name, zoo).build(name, 2).state_dict()).items())
+        own = _known_shapes(OWN.get(name, zoo).build, name)
         return len(file & own) / len(file | own)
 
     shares = {name: overlap(name) for name in (*OWN, *zoo.COMMON)}
     best = [name for name, share in shares.items() if share == max(shares.values()) > 0.5]
     return f"; it looks like {' or '.join(best)} with {_num_classes(best[0], state)} classes" if best else ""
+
+
+@functools.cache
+def _known_shapes(build: Callable[[str, int], nn.Module], name: str) -> frozenset[tuple[str, torch.Size]]:
+    with torch.device("meta"):
+        return frozenset(checkpoints.shapes(build(name, 2).state_dict()).items())
 
 
 def _with_statistics(classifier: Classifier, mean: Sequence[float] | None, std: Sequence[float] | None) -> Classifier:
