@@ -13,6 +13,7 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):  # without bytecode, every pro
 import l2ul  # isort: skip  # first: it sets the environment before torch is imported
 
 import dataclasses
+import functools
 import json
 import time
 
@@ -179,13 +180,18 @@ def script(monkeypatch, capsys, tmp_path_factory, fp32_is_faster):
     return call
 
 
+@functools.cache
+def _digits():
+    return datasets.load("digits", "nowhere")
+
+
 def load_few_digits():
     """Return the digits with 40 training and 20 test images, with which a command takes about a second."""
-    digits = datasets.load("digits", "nowhere")
+    digits = _digits()
     return dataclasses.replace(
         digits,
-        train=Split(digits.train.images[:40], digits.train.labels[:40]),
-        test=Split(digits.test.images[:20], digits.test.labels[:20]),
+        train=Split(digits.train.images[:40].clone(), digits.train.labels[:40].clone()),
+        test=Split(digits.test.images[:20].clone(), digits.test.labels[:20].clone()),
     )
 
 

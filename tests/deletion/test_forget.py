@@ -493,7 +493,7 @@ def test_the_example_with_the_digits_runs_in_a_clone(monkeypatch, recwarn):
     (block,) = (block for block in blocks("docs/python.md") if "digits_resnet20" in block)
     names = {}
     exec(
-        compile(block.replace("distill_steps=100", "distill_steps=2, distill_cycles=1"), "docs/python.md", "exec"),
+        compile(block.replace("distill_steps=100", "distill_steps=2, distill_mixes=4"), "docs/python.md", "exec"),
         names,
     )
     assert names["result"].recognised.tolist() == [True] * 8

@@ -26,6 +26,11 @@ FAST = Settings(
 )
 
 
+@pytest.fixture(autouse=True)
+def _fast_synthesis(monkeypatch):
+    monkeypatch.setattr(robust, "ITERATIONS", 10)
+
+
 @pytest.fixture
 def forget(trained):
     _, images, labels = trained
