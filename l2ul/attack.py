@@ -15,6 +15,7 @@ from l2ul import Progress
 from l2ul.common import precision as precisions
 from l2ul.common import seeds
 from l2ul.common.bn_folding import folded
+from l2ul.common.device import plain_defaults
 from l2ul.common.memory import multiple_of_eight, smaller_batch
 from l2ul.common.modes import eval_mode, frozen
 from l2ul.data import images as image_sets
@@ -25,6 +26,7 @@ MIN_BATCH = 16  # smallest batch of the attack; smaller batches are filled with 
 BATCH_SIZE = {"cpu": (128, 16), "mps": (512, 64), "cuda": (2048, 256)}  # by device type: (images up to 64 px, larger)
 
 
+@plain_defaults()
 def pgd_l2(
     model: nn.Module,
     images: Tensor,
@@ -95,6 +97,7 @@ def _clip(x: Tensor, delta: Tensor) -> Tensor:
     return (x + delta).clamp_(0, 1) - x
 
 
+@plain_defaults()
 def adversarial_set(
     model: nn.Module,
     images: Tensor,

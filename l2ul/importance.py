@@ -4,10 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from l2ul import Progress
+from l2ul.common.device import plain_defaults
 from l2ul.common.modes import eval_mode
 from l2ul.data.images import as_pixels
 
 
+@plain_defaults()
 def mas_importance(model: nn.Module, images: Tensor, progress: Progress | None = None) -> dict[str, Tensor]:
     """Compute Ω of each trainable parameter: the mean over single images of |∂‖g(x)‖₂ / ∂θ|, with g the logits.
 

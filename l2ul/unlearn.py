@@ -19,6 +19,7 @@ from l2ul.attack import adversarial_set
 from l2ul.common import precision, seeds
 from l2ul.common.choices import DIVERGED, DONE, FORGOTTEN, STOPPED
 from l2ul.common.cuda_graphs import Graphed
+from l2ul.common.device import plain_defaults
 from l2ul.common.errors import Diverged
 from l2ul.common.modes import counters_on_cpu
 from l2ul.data import storage
@@ -57,6 +58,7 @@ class Outcome:
     seconds_before: float = 0.0
 
 
+@plain_defaults()
 def unlearn(
     model: nn.Module,
     images: Tensor,

@@ -1,6 +1,7 @@
-"""The device that a script computes on: choice, clock, peak memory and name."""
+"""The device that a script computes on: choice, clock, peak memory and name; PyTorch's defaults for new tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import os
 from pathlib import Path
 import sys
@@ -13,6 +14,28 @@ from l2ul.common import distributed
 from l2ul.common.errors import InputError
 
 SAMPLES, SAMPLE_SECONDS = 3, 0.05  # of the number of running processes
+
+
+@contextlib.contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Make new tensors and layers float32 inside the block, whatever `torch.set_default_dtype` has set."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Make new tensors float32, and on the CPU unless their device is named, as PyTorch does without other defaults.
+
+    Public functions have this as a decorator, as a caller may have set a default type or device.
+    """
+    is_cpu = torch.get_default_device().type == "cpu"  # torch.device as a context costs time at each call of torch
+    with float32_by_default(), contextlib.nullcontext() if is_cpu else torch.device("cpu"):
+        yield
 
 
 def choose_device(

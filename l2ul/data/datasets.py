@@ -13,6 +13,7 @@ from torchvision import datasets as torchvision_datasets
 
 from l2ul import ProgressBar
 from l2ul.common import distributed
+from l2ul.common.device import plain_defaults
 from l2ul.common.errors import InputError, first_line
 from l2ul.common.text import normal_form
 from l2ul.data import huggingface, utkface
@@ -26,6 +27,7 @@ Loader = Callable[..., Images]
 LOADERS: dict[str, Loader] = {}  # any other name is a folder of images
 
 
+@plain_defaults()
 def load(
     name: str,
     data_dir: Path,

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from l2ul.common import precision
 from l2ul.common.choices import Number, did_you_mean
+from l2ul.common.device import plain_defaults
 from l2ul.common.errors import InputError
 from l2ul.common.progress import progress_bar
 from l2ul.data.image_files import ImageReader, UnreadableImage, unreadable
@@ -244,20 +245,14 @@ def _device_of(model: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def _plain_torch(device: torch.device) -> Iterator[None]:
-    """Compute with gradients, in fp32 and without autocast inside the block, whatever surrounds it.
-
-    New tensors are float32 and on the CPU unless their device is named, as PyTorch's own defaults are.
-    """
-    dtype = torch.get_default_dtype()
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_default_dtype, dtype)
-        torch.set_default_dtype(torch.float32)
-        if torch.get_default_device().type != "cpu":  # the mode costs time at each call of torch
-            stack.enter_context(torch.device("cpu"))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(precision.temporarily(device, "fp32"))
+    """Compute with gradients, in fp32, without autocast and with `plain_defaults`, whatever surrounds the block."""
+    with (
+        plain_defaults(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        precision.temporarily(device, "fp32"),
+    ):
         yield
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from l2ul import Progress
 from l2ul.common import distributed
 from l2ul.common.bn_folding import folded
+from l2ul.common.device import plain_defaults
 from l2ul.common.errors import Diverged
 from l2ul.common.memory import smaller_batch
 from l2ul.common.modes import eval_mode
@@ -25,6 +26,7 @@ def default_batch_size(device: torch.device, side: int) -> int:
     return image_sets.default_batch_size(BATCH_SIZE, device, side)
 
 
+@plain_defaults()
 def predict(
     model: nn.Module,
     images: Tensor | FolderImages,

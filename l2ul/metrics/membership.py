@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
+from l2ul.common.device import plain_defaults
+
 MAX_FALSE_POSITIVES = 0.01  # false-positive rate at which the true-positive rate is reported
 FOLDS = 5
 OFFLINE = 0.3  # a of the offline RMIA, the same for every data set
@@ -88,6 +90,7 @@ def logistic_scores(members: np.ndarray, others: np.ndarray, seed: int = 0) -> t
     return values[: len(members)], values[len(members) :]
 
 
+@plain_defaults()
 def inference(
     members: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], seed: int = 0
 ) -> dict[str, dict[str, float]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from l2ul.common import seeds
+from l2ul.common.device import plain_defaults
 from l2ul.common.errors import is_out_of_memory
 from l2ul.common.modes import batch_norms
 from l2ul.common.precision import exactly
@@ -75,6 +76,7 @@ class AsUsed:
         }
 
 
+@plain_defaults()
 @exactly()
 def as_used(model: nn.Module, forget: Forget, other_images: Tensor | None = None, *, with_kinds: bool = True) -> AsUsed:
     """Measure whether D_f is forgotten as stored and as used.

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from l2ul.common.device import float32_by_default
 from l2ul.common.errors import InputError
 from l2ul.common.files import atomic, file_sha256, tensors_sha256
 from l2ul.models import checkpoint as checkpoints
@@ -79,6 +80,7 @@ def has_weights(name: str, choice: str | Path) -> bool:
     return name in zoo.names() and zoo.has_weights(name, str(choice))
 
 
+@float32_by_default()
 def build(
     name: str,
     num_classes: int,
@@ -123,6 +125,7 @@ def _classifier(
     return Classifier(name, num_classes, net, nn.Sequential(*resize, Normalize(*values)))
 
 
+@float32_by_default()
 def load(
     name: str,
     num_classes: int,
@@ -308,6 +311,7 @@ def save(classifier: Classifier, path: Path, settings: dict[str, object]) -> Non
     checkpoints.write(path, classifier.net, settings | described)
 
 
+@float32_by_default()
 def load_saved(path: Path, like: Classifier) -> Classifier:
     """Return the classifier that `save` wrote to `path`, in the form of its `saved_suffix`.
 
