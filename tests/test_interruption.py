@@ -1,17 +1,19 @@
 """An interrupted command: what it leaves, and that the same command ends with the same results."""
 
 import contextlib
+import io
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 
-from conftest import FAST, ROOT
+from conftest import FAST
 from helpers import without_costs
 import numpy as np
 import pytest
+import torch
 from tracked import read_csv, read_tensorboard
 
 from l2ul import unlearn as unlearning
@@ -95,27 +97,23 @@ def test_after_sigterm_the_same_command_ends_with_the_results_of_an_uninterrupte
     assert results["steps"] == record["steps"]
 
 
-SIGTERM_IN_DISTILL = """
-import os, signal
-from conftest import load_few_digits
-from l2ul import unlearn as unlearning
-from l2ul.data import datasets
-import main_unlearn
+def main_until_sigterm(words, errors):
+    """What a forked process does: main_unlearn.py, which gets a SIGTERM in the loop of distill."""
+    true_unlearn = unlearning.unlearn
 
-few_digits = load_few_digits()
-datasets.LOADERS["digits"] = lambda data_dir, **options: few_digits
-true_unlearn = unlearning.unlearn
+    def unlearn(model, images, labels, method, *, on_step, **options):
+        def on_each_step(row):
+            on_step(row)
+            if method == "distill" and row["step"] == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-def unlearn(model, images, labels, method, *, on_step, **options):
-    def on_each_step(row):
-        on_step(row)
-        if method == "distill" and row["step"] == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-    return true_unlearn(model, images, labels, method, on_step=on_each_step, **options)
+        return true_unlearn(model, images, labels, method, on_step=on_each_step, **options)
 
-unlearning.unlearn = unlearn
-main_unlearn.main()
-"""
+    unlearning.unlearn = unlearn
+    torch.set_num_threads(1)
+    sys.argv = ["main_unlearn.py", *words]
+    with open(errors, "w") as err, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+        main_unlearn.main()
 
 
 def test_a_process_that_gets_sigterm_in_distill_leaves_what_another_continues(script, few_digits, tmp_path):
@@ -124,13 +122,13 @@ def test_a_process_that_gets_sigterm_in_distill_leaves_what_another_continues(sc
     def words(folder):
         return list(map(str, ["--result-dir", folder, "--cache-dir", tmp_path / "cache", *settings]))
 
-    process = [sys.executable, "-c", SIGTERM_IN_DISTILL, *words(tmp_path / "one")]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    stopped = subprocess.run(process, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (stopped.returncode, stopped.stderr) == (
-        143,
-        f"main_unlearn.py: stopped by SIGTERM; {exit_codes.CONTINUES}\n",
-    )
+    errors = tmp_path / "errors"
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=main_until_sigterm, args=(words(tmp_path / "one"), errors))
+    process.start()
+    process.join()
+    assert process.exitcode == 143
+    assert errors.read_text() == f"main_unlearn.py: stopped by SIGTERM; {exit_codes.CONTINUES}\n"
     suffixes = sorted("".join(path.suffixes) for path in (tmp_path / "one" / "runs").iterdir())
     assert suffixes == [".csv", ".json", ".npz", ".state.pt", ".txt"]  # neggrad is recorded
     for folder in ("one", "uninterrupted"):
