@@ -26,8 +26,12 @@ def speed(released):
     return speed
 
 
-def test_measures_every_part_and_records_it(speed, script, few_digits, tmp_path):
-    small = ["--pairs", 32, "--iterations", 1, "--steps", 1, "--step-k", 2, "--adv-batch-size", 4, "--eval-images", 4]
+def test_measures_every_part_and_records_it(speed, script, few_digits, tmp_path, monkeypatch):
+    import parts
+
+    monkeypatch.setattr(parts, "DRAWS", 2)  # examples for each image
+    small = ["--pairs", 32, "--released-pairs", 32, "--iterations", 1, "--steps", 1, "--step-k", 2]
+    small += ["--adv-batch-size", 4, "--eval-images", 4]
     record = tmp_path / "speed.json"
     code, out, err = script(
         speed.main, "--dataset", "digits", "--model", "resnet20", "--repeats", 2, "--cut", 10_000, *small,

@@ -21,7 +21,7 @@ EXAMPLES = {
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
     if block.startswith("# my_")
 }
-REGISTRIES = (methods_registry.METHODS, models.OWN, datasets.LOADERS, measuring_registry.METRICS)
+REGISTRIES = (methods_registry.METHODS, models.OWN, datasets.LOADERS, measuring_registry.METRICS, columns.COLUMNS)
 
 
 @pytest.fixture
@@ -143,8 +143,7 @@ def test_wrong_additions_raise(example, monkeypatch):
     assert record["metric_odd"] is None
 
 
-def test_a_column_of_the_tables(example, script, tmp_path, monkeypatch):
-    monkeypatch.setattr(columns, "COLUMNS", dict(columns.COLUMNS))
+def test_a_column_of_the_tables(example, script, tmp_path):
     example("my_metric", "--method", "before", "adv")
     page = (ROOT / "docs" / "extending.md").read_text()
     path = tmp_path / "worst_class_tables.py"

@@ -7,6 +7,7 @@ import shutil
 
 from conftest import FAST_REQUEST, save_images, tiny_net
 import pytest
+import requested as finished
 import torch
 
 from l2ul.common.errors import InputError
@@ -18,6 +19,7 @@ from l2ul.deletion.report_schema import FORGOTTEN, NOT_RECOGNISED, STILL_RECOGNI
 import main_forget
 
 BUILT = ["--build", "conftest:tiny_net"]
+_folders, tmp_path, requested = finished._folders, finished.tmp_path, finished.requested  # fixtures
 STILL = ["--setting", "distill_steps=1", "distill_cycles=1", "distill_lr=1e-9"]
 INVENTORY = """
 [[backups]]
@@ -197,11 +199,10 @@ def test_a_run_that_the_time_limit_ended_is_repeated(forget, script, tmp_path):
     assert "ok     weights again" in printed
 
 
-def test_an_unchanged_model_and_a_chain_are_repeated(forget, script, tiny, tmp_path):
+def test_an_unchanged_model_and_a_chain_are_repeated(requested, forget, script, tiny, tmp_path):
     forget(*STILL, output="same")
     code, printed = verify(script, tmp_path, "--again", output="same")
     assert (code, "ok     weights again" in printed) == (3, True)  # the images are still recognised
-    forget()
     save_images(tmp_path / "next", tiny[1][6:10])
     _, _, printed = forget(output="second", images="next", model=["--model", tmp_path / "out", *BUILT])
     code, printed = verify(script, tmp_path, "--again", images=["in", "next"], output="second")
@@ -218,8 +219,7 @@ def edit_probability(report):
 
 
 @pytest.mark.parametrize("change", [edit_state, edit_probability])
-def test_an_edited_report_is_noticed(forget, script, tmp_path, change):
-    forget()
+def test_an_edited_report_is_noticed(requested, script, tmp_path, change):
     path, page = tmp_path / "out" / "report.json", tmp_path / "out" / "report.html"
     report = json.loads(path.read_text())
     change(report)
@@ -270,8 +270,7 @@ def label_image(tmp_path):
         (label_image, "FAILED request: images and labels: another label: 0.png"),
     ],
 )
-def test_other_inputs_are_noticed_and_nothing_is_repeated(forget, script, tmp_path, change, expected):
-    forget()
+def test_other_inputs_are_noticed_and_nothing_is_repeated(requested, script, tmp_path, change, expected):
     change(tmp_path)
     code, printed = verify(script, tmp_path, "--again")
     assert code == 3, printed
@@ -279,8 +278,7 @@ def test_other_inputs_are_noticed_and_nothing_is_repeated(forget, script, tmp_pa
     assert "weights again" not in printed
 
 
-def test_the_original_may_have_moved(forget, script, tmp_path):
-    forget()
+def test_the_original_may_have_moved(requested, script, tmp_path):
     (tmp_path / "tiny.pth").rename(tmp_path / "elsewhere.pth")
     code, printed = verify(script, tmp_path, "--again")
     assert (code, "there is no checkpoint" in printed) == (2, True), printed
@@ -303,8 +301,7 @@ def set_words(*words):
         (lambda report: report.pop("again"), BUILT, "does not say how to repeat the request"),
     ],
 )
-def test_a_report_cannot_make_the_command_run_code_or_end_early(forget, script, tmp_path, change, words, expected):
-    forget()
+def test_a_report_cannot_make_the_command_run_code_or_end_early(requested, script, tmp_path, change, words, expected):
     path = tmp_path / "out" / "report.json"
     report = json.loads(path.read_text())
     change(report)

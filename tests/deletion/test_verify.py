@@ -9,6 +9,7 @@ import sys
 
 from conftest import CLASSES, TinyNet, predicted_classes, save_images
 import pytest
+import requested as finished
 import torch
 
 from l2ul.common.errors import InputError
@@ -17,11 +18,11 @@ from l2ul.deletion import report_schema, verify
 import main_forget
 
 BUILT = ["--build", "conftest:tiny_net"]
+_folders, tmp_path, requested = finished._folders, finished.tmp_path, finished.requested  # fixtures
 
 
-def test_a_chain_of_requests_is_kept_and_the_images_of_all_are_checked(forget, script, tiny, tmp_path):
+def test_a_chain_of_requests_is_kept_and_the_images_of_all_are_checked(requested, forget, script, tiny, tmp_path):
     save_images(tmp_path / "next", tiny[1][6:10])
-    assert forget()[0] == 0
     code, report, printed = forget(output="second", images="next", model=["--model", tmp_path / "out", *BUILT])
     assert code == 0, printed
     assert [one["images"] for one in report["earlier"]] == [6]
@@ -39,8 +40,7 @@ def test_a_chain_of_requests_is_kept_and_the_images_of_all_are_checked(forget, s
     assert (code, "FAILED earlier/1.json: changed" in out) == (3, True)
 
 
-def test_changed_files_and_remembered_images_fail(forget, script, tmp_path):
-    forget()
+def test_changed_files_and_remembered_images_fail(requested, script, tmp_path):
     path = tmp_path / "out" / "report.json"
     code, out, _ = script(main_forget.main, "--verify", path)
     assert (code, out.count("ok     "), out.count("?      ")) == (0, 4, 2)
@@ -115,8 +115,7 @@ def change_weights(report):
         (change_weights, "FAILED weights: not those"),
     ],
 )
-def test_an_edited_report_fails(forget, script, tmp_path, change, expected):
-    forget()
+def test_an_edited_report_fails(requested, script, tmp_path, change, expected):
     path = tmp_path / "out" / "report.json"
     edited(path, change)
     if change == replace_list:
@@ -125,8 +124,7 @@ def test_an_edited_report_fails(forget, script, tmp_path, change, expected):
     assert (code, expected in out) == (3, True)
 
 
-def test_a_damaged_model_fails(forget, script, tmp_path):
-    forget()
+def test_a_damaged_model_fails(requested, script, tmp_path):
     model = tmp_path / "out" / "model.pth"
     model.write_bytes(model.read_bytes()[:500])
     words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", *BUILT]
@@ -144,8 +142,7 @@ def places(value, way=()):
         yield from places(one, (*way, key))
 
 
-def test_a_report_with_any_wrong_value_is_refused_or_can_be_checked(forget, script, tmp_path):
-    forget()
+def test_a_report_with_any_wrong_value_is_refused_or_can_be_checked(requested, forget, script, tmp_path):
     forget(output="second", model=["--model", tmp_path / "out", *BUILT])
     path, words = tmp_path / "second" / "report.json", ["--images", tmp_path / "in", *BUILT]
     report = json.loads(path.read_text())
@@ -179,8 +176,7 @@ def test_a_report_with_any_wrong_value_is_refused_or_can_be_checked(forget, scri
         assert (code, "is not a report of a deletion request" in err) == (2, True)
 
 
-def test_an_image_of_an_earlier_request_keeps_its_first_label(forget, script, tiny, tmp_path):
-    forget()
+def test_an_image_of_an_earlier_request_keeps_its_first_label(requested, forget, script, tiny, tmp_path):
     code, report, _ = forget(output="second", model=["--model", tmp_path / "out", *BUILT])
     assert (code, report["trials"]) == (0, [])  # the images are forgotten already
     assert {(row["state"], row["forgotten_earlier"]) for row in report["images"]} == {("not recognised before", True)}
@@ -195,8 +191,7 @@ def test_an_image_of_an_earlier_request_keeps_its_first_label(forget, script, ti
         assert f"ok     images of request {number}: 6 of 6 images forgotten as stored" in out
 
 
-def test_another_label_than_in_an_earlier_request_is_refused(forget, tiny, tmp_path):
-    assert forget()[0] == 0
+def test_another_label_than_in_an_earlier_request_is_refused(requested, forget, tiny, tmp_path):
     again = ["--model", tmp_path / "out", *BUILT]
     now = predicted_classes(tmp_path / "out" / "model.pth", tiny[1][:6])
     save_images(tmp_path / "now", tiny[1][:6], now)  # to forget these might bring the true labels back
@@ -234,8 +229,7 @@ class Wide(TinyNet):
     ("build", "finding"),
     [("Rolled", r"0 of 6 images as in the report; others: 0\.png"), ("Wide", "the model does not accept the images")],
 )
-def test_other_code_for_the_same_weights_fails(forget, script, tmp_path, build, finding):
-    forget()
+def test_other_code_for_the_same_weights_fails(requested, script, tmp_path, build, finding):
     words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", "--build"]
     code, out, _ = script(main_forget.main, *words, "conftest:tiny_net")
     assert (code, "ok     predictions: 6 of 6 images as in the report" in out) == (0, True)
@@ -245,15 +239,13 @@ def test_other_code_for_the_same_weights_fails(forget, script, tmp_path, build, 
     assert re.search(f"FAILED predictions: {finding}", out)
 
 
-def test_a_second_model_beside_the_report_is_refused(forget, script, tmp_path):
-    forget()
+def test_a_second_model_beside_the_report_is_refused(requested, script, tmp_path):
     (tmp_path / "out" / "model.safetensors").write_bytes(b"")
     code, _, err = script(main_forget.main, "--verify", tmp_path / "out" / "report.json")
     assert (code, "(model.pth, model.safetensors); give the one in use as --model" in err) == (2, True)
 
 
-def test_a_broken_chain_is_an_error_before_the_search(forget, tmp_path):
-    forget()
+def test_a_broken_chain_is_an_error_before_the_search(requested, forget, tmp_path):
     forget(output="second", model=["--model", tmp_path / "out", *BUILT])
     (tmp_path / "second" / "earlier" / "1.json").unlink()
     code, report, printed = forget(output="third", model=["--model", tmp_path / "second", *BUILT])
@@ -268,8 +260,7 @@ def test_contradicting_requests_on_two_classes_supersede_each_other():
     assert [(one.request, one.superseded) for one in found] == [(2, False), (1, True)]
 
 
-def test_an_image_can_be_relabelled_as_its_original_class(forget, tiny, tmp_path):
-    forget()
+def test_an_image_can_be_relabelled_as_its_original_class(requested, forget, tiny, tmp_path):
     rows = [f"{number}.png,{int(label)}" for number, label in enumerate(tiny[2][:6])]
     (tmp_path / "in" / "labels.csv").write_text("\n".join(["file,new_label", *rows]))
     code, report, printed = forget(output="second", model=["--model", tmp_path / "out", *BUILT])
