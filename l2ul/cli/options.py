@@ -349,9 +349,6 @@ def add_test_batch_size(group: Group) -> None:
 DEFAULTS_NOTE = """\
 Some defaults depend on the data set. (default: 0.001; digits: 0.01) means 0.01 for the data set digits and 0.001 for
 all others."""
-RUN_GROUPS = (  # flags that decide a run, or where its results go
-    *(add_data, add_unlearning, add_attack, add_distill, add_own_settings, add_output, add_speed),
-)
 
 
 def add_settings(group: Group, names: Iterable[str]) -> None:

@@ -1,7 +1,8 @@
 """The argparse parser of the scripts, and the types of numbers that flags take."""
 
 import argparse
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
+import functools
 import os
 import sys
 import textwrap
@@ -10,6 +11,7 @@ from l2ul.cli import ranges
 from l2ul.common import installation
 from l2ul.common.choices import InvalidValue, Number, did_you_mean
 
+Group = argparse._ArgumentGroup  # a titled group of flags of a parser
 WIDTH = 110  # columns of --help
 GLOSSARY = """\
 D_f     forget set: the k images that the model has to forget
@@ -35,13 +37,10 @@ class Parser(argparse.ArgumentParser):
 
     doc       docstring of the script: indented paragraphs are shown as examples below the flags, others above them
     epilog    text below the flags, after the examples
-    flags     all flags but --help and --version
     sections  further sections of --help by their title, below the flags
     """
 
     def __init__(self, doc: str, prog: str | None = None, epilog: str = "", glossary: bool = True):
-        self.flags: list[argparse.Action] = []
-        self._is_ready = False  # argparse adds groups of its own
         paragraphs = textwrap.dedent(doc).strip().split("\n\n")
         examples = [textwrap.dedent(one) for one in paragraphs if one.startswith(" ")]
         self.sections = {"examples": "\n\n".join(examples)} if examples else {}
@@ -52,21 +51,13 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=WIDTH),
         )
-        super().add_argument("--version", action=_Version, help="show versions, commit and device, and exit")
-        self._is_ready = True
+        self.add_argument("--version", action=_Version, help="show versions, commit and device, and exit")
         self.text, self.glossary = epilog.strip(), GLOSSARY if glossary else ""
 
-    def add_argument(self, *names: str, **keywords) -> argparse.Action:
-        return self._keep(super().add_argument(*names, **keywords))
-
-    def add_argument_group(self, title: str, description: str | None = None) -> "Group":
-        group = super().add_argument_group(title, description)
-        return Group(group, self._keep) if self._is_ready else group
-
-    def _keep(self, action: argparse.Action) -> argparse.Action:
-        if action.option_strings and action.dest != "help":
-            self.flags.append(action)
-        return action
+    @property
+    def flags(self) -> list[argparse.Action]:
+        """All flags but --help and --version."""
+        return [action for action in self._actions if action.dest not in ("help", argparse.SUPPRESS)]
 
     def format_help(self) -> str:
         sections = self.sections | ({"glossary": self.glossary} if self.glossary else {})
@@ -116,16 +107,6 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-class Group:
-    """A titled group of flags of a Parser."""
-
-    def __init__(self, group, keep: Callable[[argparse.Action], argparse.Action]):
-        self._group, self._keep = group, keep
-
-    def add_argument(self, *names: str, **keywords) -> argparse.Action:
-        return self._keep(self._group.add_argument(*names, **keywords))
-
-
 def _dashed(word: str) -> str:
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
@@ -151,14 +132,4 @@ def take_several(parser: Parser, single: Container[str]) -> None:
             continue
         action.nargs = "+"
         if isinstance(action.type, Number):
-            action.type = _RangeOf(action.type)
-
-
-class _RangeOf:
-    """Reads a number or a range of numbers of a kind."""
-
-    def __init__(self, kind: Number):
-        self.kind = kind
-
-    def __call__(self, text: str) -> list:
-        return ranges.values(text, self.kind)
+            action.type = functools.partial(ranges.values, kind=action.type)

@@ -10,7 +10,10 @@ from l2ul.methods import registry
 from l2ul.metrics.registry import EVALUATIONS
 
 PROGRAM = "main_unlearn.py"
-FLAG_GROUPS = (options.add_data, options.add_weights, *options.RUN_GROUPS[1:], options.add_machine)
+FLAG_GROUPS = (
+    *(options.add_data, options.add_weights, options.add_unlearning, options.add_attack, options.add_distill),
+    *(options.add_own_settings, options.add_output, options.add_speed, options.add_machine),
+)
 
 
 def parse(argv: Sequence[str] | None = None, description: str = "") -> argparse.Namespace:

@@ -158,14 +158,7 @@ SCHEMA: dict[str, Key] = {
             required=True,
             least=1,
         ),
-        Key(
-            "status",
-            RESULT,
-            "text",
-            "how the run ended",
-            required=True,
-            choices=STATUSES,
-        ),
+        Key("status", RESULT, "text", "how the run ended", required=True, choices=STATUSES),
         Key("steps", RESULT, "integer", "optimizer steps taken", required=True, least=0),
         *(
             Key(name, RESULT, "percent", columns.get(name).legend, null=True, required=True)

@@ -7,7 +7,7 @@ import sys
 from conftest import ROOT
 import pytest
 
-from l2ul.cli import options
+from l2ul.cli import options, unlearn_options
 from l2ul.cli.parser import Parser, positive_int, setting
 from l2ul.common.choices import InvalidValue, Number, OneOf, did_you_mean
 from l2ul.common.errors import InputError
@@ -35,7 +35,7 @@ def parser():
 
 def unlearn_parser():
     made = Parser(DOC, prog="main_unlearn.py")
-    for add in options.RUN_GROUPS:
+    for add in unlearn_options.FLAG_GROUPS:
         add(made)
     return made
 
