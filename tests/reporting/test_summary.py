@@ -295,6 +295,15 @@ def test_long_settings_are_shortened_for_display_and_exact_as_csv(folder, tables
     assert sorted(settings) == sorted(names)
 
 
+def test_tables_that_cannot_be_written_are_refused_before_they_are_made(folder, script, tmp_path, monkeypatch):
+    place = folder({})
+    monkeypatch.setattr(summary, "summarise", lambda *arguments: pytest.fail("work was begun"))
+    (tmp_path / "out" / "results.html").mkdir(parents=True)
+    for output, message in (("pyproject.toml/out", "cannot write to"), (tmp_path / "out", "results.html is a folder")):
+        code, _, err = script(main_tables.main, "--result-dir", place, "--output", output, "--html")
+        assert (code, message in err, err.count("\n")) == (2, True, 1), err
+
+
 def test_the_table_on_the_screen_has_means_over_seeds_and_counts_runs_that_did_not_forget():
     record = tabled.RECORD | {f"seconds_{phase}": 1.0 for phase in ("attack", "importance", "unlearn", "evaluate")}
     table = summary.brief(
