@@ -13,7 +13,7 @@ from l2ul.common import distributed
 from l2ul.common import precision as precisions
 from l2ul.common.errors import InputError, first_line, is_out_of_memory
 from l2ul.common.modes import eval_mode, trainable
-from l2ul.common.precision import autocast
+from l2ul.common.precision import autocast, exactly
 from l2ul.data import images as image_sets
 from l2ul.data.folder import FolderImages
 from l2ul.data.image_files import ImageReader
@@ -360,6 +360,7 @@ def trial_write(name: str, path: Path) -> Iterator[Path]:
             ) from None
 
 
+@exactly()
 def check_same_model(written: nn.Module, read: nn.Module, images: Tensor) -> None:
     """Raise InputError unless a model read from its files equals the one that was written.
 

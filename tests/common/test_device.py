@@ -107,7 +107,7 @@ CALLS = {
     "datasets": lambda model, x, y: datasets.load("digits", "nowhere").train.images,
     **{
         f"unlearn {method}": lambda model, x, y, method=method: unlearned(model, x, y, method)
-        for method in ("rawp", "oracle", "adv_imp", "distill", "random_labels", "jit", "amun")
+        for method in ("rawp", "oracle", "adv_imp", "distill", "random_labels", "jit")
     },
     "unlearn robust": lambda model, x, y: unlearned(model, x, y, "distill", robust=1, robust_images=0),
 }

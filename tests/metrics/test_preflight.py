@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+from conftest import tiny_net
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+from l2ul.common import precision
 from l2ul.common.errors import InputError
 from l2ul.metrics import preflight
 from l2ul.models import checkpoint
@@ -260,3 +262,13 @@ def test_integer_weights_of_a_file_do_not_fit_a_floating_point_network():
     net = Net()
     state = net.state_dict() | {"head.weight": torch.ones(4, 5, dtype=torch.int8)}
     assert checkpoint.load_into(net, state) == "head.weight is int8, not float32"
+
+
+def test_models_are_compared_in_fp32_whatever_the_precision_of_the_command():
+    net, seen = tiny_net(), []
+    net.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.matmul.allow_tf32))
+    with precision.temporarily(torch.device("cpu"), "tf32"):
+        preflight.check_same_model(net, net, torch.rand(2, 3, 8, 8))
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert seen
+    assert not any(seen)
