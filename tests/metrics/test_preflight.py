@@ -267,7 +267,7 @@ def test_integer_weights_of_a_file_do_not_fit_a_floating_point_network():
 def test_models_are_compared_in_fp32_whatever_the_precision_of_the_command():
     net, seen = tiny_net(), []
     net.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.matmul.allow_tf32))
-    with precision.temporarily(torch.device("cpu"), "tf32"):
+    with precision.temporarily(torch.device("cuda"), "tf32"):
         preflight.check_same_model(net, net, torch.rand(2, 3, 8, 8))
         assert torch.backends.cuda.matmul.allow_tf32
     assert seen
