@@ -21,7 +21,7 @@ from l2ul.common.choices import DIVERGED, DONE, FORGOTTEN, STOPPED
 from l2ul.common.cuda_graphs import Graphed
 from l2ul.common.device import plain_defaults
 from l2ul.common.errors import Diverged
-from l2ul.common.modes import counters_on_cpu
+from l2ul.common.modes import counters_on_cpu, same_requires_grad
 from l2ul.data import storage
 from l2ul.data.images import Split, pixels_of
 from l2ul.importance import mas_importance
@@ -148,6 +148,7 @@ def unlearn(
     monitor = ForgetMonitor(unlearned, forget, predict or (lambda model: accuracy.predict(model, images)))
     is_random = seeds.fork_rng(labels.device, settings.seed, "dropout", settings.first_position)
     with is_random, contextlib.ExitStack() as stack:
+        stack.enter_context(same_requires_grad(unlearned))  # a procedure may freeze layers
         stack.enter_context(precision.passes_in(unlearned, settings.loop_precision))
         if chosen.is_fixed_length:
             own = override(chosen.settings, settings.method_settings)

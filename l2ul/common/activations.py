@@ -112,6 +112,27 @@ def run_names(model: nn.Module, names: Iterable[str], pixels: Tensor) -> list[st
     return list(ran)
 
 
+def parameters_before(model: nn.Module, layer: str, pixels: Tensor) -> list[nn.Parameter]:
+    """Return the parameters of the modules whose forward pass starts before that of a layer; `pixels` as in `layers`.
+
+    Parameters that a module holds itself belong to it, not to its children.
+    """
+    started: dict[str, None] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: started.setdefault(name) and None)
+        for name, module in model.named_modules()
+    ]
+    try:
+        with torch.inference_mode(), eval_mode(model):
+            model(pixels[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = list(started)
+    modules = [model.get_submodule(name) for name in names[: names.index(layer)]]
+    return [parameter for module in modules for parameter in module.parameters(recurse=False)]
+
+
 def layers(model: nn.Module, pixels: Tensor) -> dict[str, int]:
     """Return the convolutions and linear layers that run, in order, with the number of features each has per image.
 

@@ -35,19 +35,25 @@ def counters_on_cpu(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def same_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Restore `requires_grad` of each parameter after the block."""
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, required in requires_grad.items():
+            parameter.requires_grad_(required)
+
+
+@contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode and turn off gradients of its parameters inside the block.
 
     A backward pass inside the block then computes gradients of the inputs only.
     """
-    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)
-    try:
-        with eval_mode(model):
-            yield
-    finally:
-        for parameter, required in requires_grad.items():
-            parameter.requires_grad_(required)
+    with same_requires_grad(model), eval_mode(model):
+        model.requires_grad_(False)
+        yield
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

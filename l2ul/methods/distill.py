@@ -20,6 +20,8 @@ p = softmax(z) and x̃ stand-ins for D_r, a step minimises
   the gradient of KL(p⁰(x̃) ‖ p(x̃)), to where θ and θ⁰ differ more.
 - a = `distill_logits`, b = `distill_features`. The features f_l are the inputs of every convolution and linear layer
   but the first, and the last feature map before pooling. Var(f⁰_l) is taken over D_f.
+- The part `distill_frozen` of these layers, from the input, keeps its weights, as do the batch-norms between them. A
+  step then needs no backward pass through them, and f_l are the features behind them.
 - The model is in eval mode, so running statistics of batch-norm stay and dropout is off.
 
 Adam follows a learning rate that rises to `distill_lr` and falls to nearly 0 in each cycle. A cycle has 120 steps and
@@ -84,7 +86,9 @@ class DistillProcedure(Procedure):
         settings = self.adapted(settings, model, surrogate)
         self.method, self.model, self.forget, self.settings = method, model.eval(), forget, settings
         self.own_values, self.monitor = override(method.settings, settings.method_settings), monitor
-        self.teacher = Teacher(model, forget.images)
+        self.teacher = Teacher(model, forget.images, settings.distill_frozen)
+        for parameter in self.teacher.frozen_parameters(model, forget.images):
+            parameter.requires_grad_(False)
         self.generator = seeds.generator(settings.seed, "distill", settings.first_position)
         self.stand_ins = StandIns(self.model, self.sources(synthesis), settings, synthesis, surrogate)
         self.weight = 1.0  # w of the module's docstring
@@ -175,19 +179,26 @@ class Teacher:
 
     model   in eval mode; copied
     images  (k, 3, H, W) float in [0,1], D_f: the variances of features are computed on them
+    frozen  share of the convolutions and linear layers that do not change, from the input; the last two always do
 
-    Features are the inputs of each convolution and linear layer but the first, and the last feature map before pooling.
-    A layer whose features are constant on D_f has an infinite variance, so that its gap is 0.
+    Features are the inputs of each of these layers after the first one that changes, and the last feature map before
+    pooling. A layer whose features are constant on D_f has an infinite variance, so that its gap is 0.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor):
+    def __init__(self, model: nn.Module, images: Tensor, frozen: float = 0.0):
         self.model = frozen_copy(model)
-        self.layers = list(activations.layers(self.model, images[:1]))[1:]
+        layers = list(activations.layers(self.model, images[:1]))
+        first = min(round(frozen * len(layers)), max(0, len(layers) - 2))
+        self.first_changed, self.layers = layers[first] if first else None, layers[first + 1 :]
         self.last = activations.last_spatial_module(self.model, images[:1])
         fold(self.model, images[:1])  # leaves the inputs of convolutions and linear layers as they are
         _, features = self.outputs(images[:VARIANCE_IMAGES])
         variances = torch.stack([layer.float().var(correction=0) for layer in features]).tolist()
         self.variances = [variance or math.inf for variance in variances]
+
+    def frozen_parameters(self, model: nn.Module, images: Tensor) -> list[nn.Parameter]:
+        """Return the parameters of a model of this architecture that do not change; `images` as in the constructor."""
+        return activations.parameters_before(model, self.first_changed, images) if self.first_changed else []
 
     @torch.no_grad()
     def outputs(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -253,6 +253,14 @@ class Settings(_Declared):
         unit="L2 norm over pixels in [0,1]",
         in_id="if changed",
     )
+    distill_frozen: float = _declare(
+        0.0,
+        "share of the convolutions and linear layers, from the input, that do not change, which makes steps faster. "
+        "The last two always change",
+        "teacher",
+        maximum=1,
+        in_id="if changed",
+    )
     distill_image_steps: float = _declare(
         0.0, "additional steps of a cycle for each image of D_f", "teacher", in_id="if changed"
     )

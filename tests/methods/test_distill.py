@@ -256,3 +256,39 @@ def test_cycles_are_longer_for_more_images_unless_their_steps_are_set():
     assert distill.cycle_length(Settings(distill_steps=40), 256) == 40
     assert distill.cycle_length(Settings(distill_steps=40, distill_image_steps=0.5), 256) == 168
     assert distill.cycle_length(Settings(robust=1), 16) == 300
+
+
+class Tokens(nn.Module):
+    """A network with an embedding that it holds itself, before a convolution, batch-norm and linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(1, 4, 4, 4))
+        self.first, self.norm = nn.Conv2d(3, 4, 4, stride=4), nn.BatchNorm2d(4)
+        self.second, self.head = nn.Conv2d(4, 8, 3, padding=1), nn.Linear(8, CLASSES)
+
+    def forward(self, images):
+        x = self.norm(self.first(images)) + self.embedding
+        return self.head(self.second(x.relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("share", "unchanged"),
+    [(0.0, set()), (0.33, {"embedding", "first.weight", "first.bias", "norm.weight", "norm.bias"})],
+)
+def test_frozen_layers_keep_their_weights(share, unchanged):
+    torch.manual_seed(0)
+    model, images = Tokens().eval(), torch.rand(K, 3, 16, 16)
+    model.second.bias.requires_grad_(False)  # of the caller's model: stays as it is
+    settings = replace(FAST, distill_steps=3, distill_cycles=1, distill_frozen=share)
+    outcome = unlearn(model, images, model(images).argmax(1), "distill", settings=settings)
+    before, after = dict(model.named_parameters()), dict(outcome.model.named_parameters())
+    assert {name for name in before if torch.equal(before[name], after[name])} == unchanged | {"second.bias"}
+    assert {name for name in after if not after[name].requires_grad} == {"second.bias"}
+
+
+@pytest.mark.parametrize(("share", "names"), [(0, ["second", "head"]), (0.33, ["head"]), (1, ["head"])])
+def test_features_are_kept_behind_frozen_layers_only(share, names):
+    teacher = distill.Teacher(Tokens().eval(), torch.rand(K, 3, 16, 16), share)
+    assert teacher.layers == names
+    assert len(teacher.variances) == len(names) + 1  # and the last feature map
