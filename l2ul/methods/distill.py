@@ -179,7 +179,8 @@ class Teacher:
 
     model   in eval mode; copied
     images  (k, 3, H, W) float in [0,1], D_f: the variances of features are computed on them
-    frozen  share of the convolutions and linear layers that do not change, from the input; the last two always do
+    frozen  share of the convolutions and linear layers that do not change, from the input, rounded down to a whole
+            number of layers; the last two always change
 
     Features are the inputs of each of these layers after the first one that changes, and the last feature map before
     pooling. A layer whose features are constant on D_f has an infinite variance, so that its gap is 0.
@@ -188,7 +189,7 @@ class Teacher:
     def __init__(self, model: nn.Module, images: Tensor, frozen: float = 0.0):
         self.model = frozen_copy(model)
         layers = list(activations.layers(self.model, images[:1]))
-        first = min(round(frozen * len(layers)), max(0, len(layers) - 2))
+        first = max(0, min(int(frozen * len(layers)), len(layers) - 2))
         self.first_changed, self.layers = layers[first] if first else None, layers[first + 1 :]
         self.last = activations.last_spatial_module(self.model, images[:1])
         fold(self.model, images[:1])  # leaves the inputs of convolutions and linear layers as they are

@@ -256,7 +256,7 @@ class Settings(_Declared):
     distill_frozen: float = _declare(
         0.0,
         "share of the convolutions and linear layers, from the input, that do not change, which makes steps faster. "
-        "The last two always change",
+        "Their number is rounded down, and the last two always change",
         "teacher",
         maximum=1,
         in_id="if changed",
