@@ -367,7 +367,8 @@ def find_candidates(
     if unlearner.uses_teacher:
         length = cycle_length(first, len(unlearner.train_set))
         first = replace(first, distill_steps=length, distill_image_steps=0.0, robust_cycle=1.0)
-    seconds_per_step = _measure_step(unlearner, first)
+    few = min(first.robust_images, MIN_BATCH)
+    seconds_per_step = _measure_step(unlearner, replace(first, robust_images=few))
     unlearner.probes.append(_held_out_probe(unlearner, first, budget, seconds_per_step))
     if keep_images is not None:
         unlearner.probes.append(agreement.make_probe("images to keep", unlearner.model, keep_images))
@@ -392,10 +393,9 @@ def find_best(
 
 
 def _measure_step(unlearner: Unlearner, settings: Settings) -> float:
-    """Return the seconds of a step of the loop, measured on three steps."""
+    """Return the seconds of a step of the loop, measured on three steps. Images are synthesised before them."""
     times: list[float] = []
-    few = min(settings.robust_images, MIN_BATCH)
-    short = replace(settings, distill_steps=3, distill_cycles=1, max_passes=3, robust_images=few)
+    short = replace(settings, distill_steps=3, distill_cycles=1, max_passes=3)
     with unlearner.show_progress("measure the time of a step", 3) as advance:
 
         def count(row: dict[str, float]) -> None:
@@ -432,8 +432,8 @@ def search(
     seconds_per_step  with these settings
 
     With robust=1, a candidate with robust=0 comes before: it forgets the images as they are stored in a third of the
-    time. Then the cycle with robust=1 is as long as there is time for. Without time for MIN_CYCLE of it, it does not
-    run, and the candidate with robust=0 gets all of the time.
+    time. Then the cycle with robust=1 is as long as there is time for once its images are synthesised. Without time for
+    MIN_CYCLE of it, it does not run, and the candidate with robust=0 gets all of the time.
 
     If time is short, the first candidate is a version of `first` that takes a third of it. Until a candidate has
     forgotten all images, each is followed by one with a larger learning rate, or with robust=1 by one of twice the
@@ -464,6 +464,8 @@ def search(
         if succeeded and _expected_agreement(settings, candidates) <= _convincing_agreement(candidates):
             left_out.append(settings)
             continue
+        if first.robust and not candidates:
+            settings = _after_synthesis(unlearner, first, settings, budget)
         reserve = 0.0 if succeeded or first.robust else (1 - FIRST_SHARE) * budget.left
         candidates.append(unlearner.run_candidate(settings, _changed(first, settings), budget, reserve))
         on_candidate(candidates[-1])
@@ -598,6 +600,16 @@ def fit_to_time(settings: Settings, left: float, seconds_per_step: float) -> Set
     forget = max(MIN_BATCH, round(settings.distill_forget * share))
     sizes = {"distill_mixes": mixes, "distill_forget": forget}
     return replace(settings, distill_steps=min(steps, settings.distill_steps), **sizes)
+
+
+def _after_synthesis(unlearner: Unlearner, first: Settings, settings: Settings, budget: TimeBudget) -> Settings:
+    """Synthesise the images of a candidate with robust=1; return it with the steps that there is time for after that.
+
+    The ratio of the times of synthesis and steps depends on the model and the machine, so SYNTHESIS is an estimate.
+    """
+    seconds_per_step = _measure_step(unlearner, settings)
+    most = int(PLANNED * budget.left / max(seconds_per_step, 1e-9))
+    return replace(settings, distill_steps=max(round(MIN_CYCLE * first.distill_steps), min(most, first.distill_steps)))
 
 
 def _cost(settings: Settings) -> float:

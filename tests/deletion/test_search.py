@@ -27,8 +27,18 @@ class FakeUnlearner:
     uses_teacher: bool = True
     has_fixed_length: bool = False
     cycles: float = 1  # of every candidate
+    synthesis: float = 1.0  # steps that the synthesis of search.SYNTHESIS images takes
     run: list = field(default_factory=list)
     train_set: object = (None,) * 16
+
+    def unlearn(self, settings, go_on, on_step):
+        self.clock.now += 2 * self.synthesis * settings.robust_images / search.SYNTHESIS
+        for step in range(3):
+            self.clock.now += 1 + settings.robust
+            on_step({"step": step})
+
+    def show_progress(self, description, total):
+        return contextlib.nullcontext(lambda count: None)
 
     def run_candidate(self, settings, changed, budget, reserve=0.0):
         images = settings.distill_mixes + settings.distill_forget
@@ -58,10 +68,10 @@ class Clock:
     now = 0.0
 
 
-def run_search(monkeypatch, minutes, outcome, method="distill", cycles=1, ended=None, first=OWN):
+def run_search(monkeypatch, minutes, outcome, method="distill", cycles=1, ended=None, first=OWN, synthesis=1.0):
     clock = Clock()
     monkeypatch.setattr(search.time, "perf_counter", lambda: clock.now)
-    unlearner = FakeUnlearner(outcome, clock, method, method == "distill", method == "jit", cycles)
+    unlearner = FakeUnlearner(outcome, clock, method, method == "distill", method == "jit", cycles, synthesis)
     budget = search.TimeBudget(60 * minutes, 0.0)
     candidates = search.search(
         unlearner,
@@ -167,8 +177,10 @@ def test_a_method_of_fixed_length_runs_once(monkeypatch):
 def test_chosen_settings_replace_the_defaults():
     settings, fixed = search.choose_settings("distill", [("distill_steps", "5"), ("distill_lr", "0.1")], seed=7)
     assert fixed == {"distill_steps": 5, "distill_lr": 0.1}
-    assert settings == Settings(bn="eval", seed=7, distill_steps=5, distill_lr=0.1, robust=1)
-    chosen = [("robust", "0"), ("loop_precision", "bf16")]
+    assert settings == Settings(
+        bn="eval", seed=7, distill_steps=5, distill_lr=0.1, robust=1, distill_frozen=search.FROZEN
+    )
+    chosen = [("robust", "0"), ("loop_precision", "bf16"), ("distill_frozen", "0")]
     settings, fixed = search.choose_settings("distill", chosen, seed=7)
     assert (settings, fixed) == (Settings(bn="eval", seed=7, loop_precision="bf16"), {})  # other settings are searched
     settings, fixed = search.choose_settings("adv_imp", [("reg_lamb", "2")], seed=0)
@@ -253,10 +265,21 @@ def test_a_cycle_with_robust_is_shortened_but_keeps_its_batches_and_rate(monkeyp
     run, candidates, now = run_search(monkeypatch, 15, lambda s: (True, 80.0 + s.robust), first=ROBUST)
     short = run[1]
     assert search.MIN_CYCLE * OWN.distill_steps <= short.distill_steps < OWN.distill_steps
-    assert short.robust_images / OWN.robust_images == pytest.approx(short.distill_steps / OWN.distill_steps, abs=0.01)
+    assert short.robust_images / OWN.robust_images == pytest.approx(short.distill_steps / OWN.distill_steps, abs=0.05)
     assert short == replace(ROBUST, distill_steps=short.distill_steps, robust_images=short.robust_images)
     assert candidates[0].settings == short
     assert now <= 15 * 60
+
+
+@pytest.mark.parametrize("synthesis", [0.5, 1.0, 3.0])
+def test_a_cycle_with_robust_ends_in_time_however_long_the_synthesis_takes(monkeypatch, synthesis):
+    run, candidates, now = run_search(
+        monkeypatch, 15, lambda s: (True, 80.0 + s.robust), first=ROBUST, synthesis=synthesis
+    )
+    (one,) = (candidate for candidate in candidates if candidate.settings.robust)
+    assert one.status == "forgotten"
+    assert search.MIN_CYCLE * OWN.distill_steps <= one.steps < OWN.distill_steps
+    assert 0.8 * 60 * 15 < now <= 60 * 15
 
 
 def test_a_cycle_with_robust_that_does_not_suffice_is_followed_by_a_longer_one(monkeypatch):

@@ -287,7 +287,9 @@ def test_frozen_layers_keep_their_weights(share, unchanged):
     assert {name for name in after if not after[name].requires_grad} == {"second.bias"}
 
 
-@pytest.mark.parametrize(("share", "names"), [(0, ["second", "head"]), (0.3, ["second", "head"]), (0.4, ["head"]), (1, ["head"])])
+@pytest.mark.parametrize(
+    ("share", "names"), [(0, ["second", "head"]), (0.3, ["second", "head"]), (0.4, ["head"]), (1, ["head"])]
+)
 def test_features_are_kept_behind_frozen_layers_only(share, names):
     teacher = distill.Teacher(Tokens().eval(), torch.rand(K, 3, 16, 16), share)
     assert teacher.layers == names
