@@ -40,7 +40,6 @@ MIN_EXAMPLES, MAX_EXAMPLES = 64, 1024  # of that probe
 ENOUGH = 0.9  # of the images, forgotten as used: then the search goes on to less damage
 WORTHWHILE = 0.5  # of the images, forgotten as used: fewer count as none, as they cost accuracy and fulfil no request
 ACCEPTABLE = 50.0  # percent of agreement: with less, no image counts as forgotten as used, as the model is too damaged
-FROZEN = 0.35  # distill_frozen, unless the user sets it: as accurate as 0 in less time (docs/trials.md)
 FREE = ("robust", "loop_precision", "distill_frozen")  # settings that the user may set without ending the search
 MIN_CYCLE = 1 / 3  # of the cycle with robust=1: the shortest that was measured; very short ones damage the model
 SYNTHESIS = 8  # images that are synthesised in the time of a step with robust=1
@@ -303,8 +302,8 @@ def choose_settings(method: str, chosen: Sequence[tuple[str, str]], seed: int) -
 
     chosen  names and values as text; they replace the defaults
 
-    Methods with the setting robust forget images as they are used, unless it is set to 0. Those with distill_frozen
-    keep the first layers (FROZEN). The settings in FREE leave the search free.
+    Methods with the setting robust forget images as they are used, unless it is set to 0. The settings in FREE leave
+    the search free.
 
     Raises InputError for a method that cannot carry out a request, or a setting or value that it does not allow.
     """
@@ -314,8 +313,7 @@ def choose_settings(method: str, chosen: Sequence[tuple[str, str]], seed: int) -
         raise InputError(f"setting {name} cannot be changed here: deletion requests use a fixed attack; leave it out")
     loop = {name: value for name, value in fixed.items() if name in SHARED}
     own = {name: value for name, value in fixed.items() if name not in SHARED}
-    usable = registry.get(method).all_settings
-    loop = {name: value for name, value in (("robust", 1), ("distill_frozen", FROZEN)) if name in usable} | loop
+    loop = {"robust": int("robust" in registry.get(method).all_settings)} | loop
     fixed = {name: value for name, value in fixed.items() if name not in FREE}
     return Settings(bn="eval", seed=seed, **loop, method_settings=own), fixed
 

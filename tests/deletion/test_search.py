@@ -177,12 +177,11 @@ def test_a_method_of_fixed_length_runs_once(monkeypatch):
 def test_chosen_settings_replace_the_defaults():
     settings, fixed = search.choose_settings("distill", [("distill_steps", "5"), ("distill_lr", "0.1")], seed=7)
     assert fixed == {"distill_steps": 5, "distill_lr": 0.1}
-    assert settings == Settings(
-        bn="eval", seed=7, distill_steps=5, distill_lr=0.1, robust=1, distill_frozen=search.FROZEN
-    )
-    chosen = [("robust", "0"), ("loop_precision", "bf16"), ("distill_frozen", "0")]
+    assert settings == Settings(bn="eval", seed=7, distill_steps=5, distill_lr=0.1, robust=1)
+    chosen = [("robust", "0"), ("loop_precision", "bf16"), ("distill_frozen", "0.4")]
     settings, fixed = search.choose_settings("distill", chosen, seed=7)
-    assert (settings, fixed) == (Settings(bn="eval", seed=7, loop_precision="bf16"), {})  # other settings are searched
+    expected = Settings(bn="eval", seed=7, loop_precision="bf16", distill_frozen=0.4)
+    assert (settings, fixed) == (expected, {})  # other settings are searched
     settings, fixed = search.choose_settings("adv_imp", [("reg_lamb", "2")], seed=0)
     assert (settings.robust, fixed) == (0, {"reg_lamb": 2.0})
     assert search.choose_settings("jit", [("copies", "3")], seed=0)[0].method_settings == {"copies": 3}
