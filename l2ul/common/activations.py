@@ -119,7 +119,7 @@ def parameters_before(model: nn.Module, layer: str, pixels: Tensor) -> list[nn.P
     """
     started: dict[str, None] = {}
     handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: started.setdefault(name) and None)
+        module.register_forward_pre_hook(lambda *_, name=name: started.setdefault(name))
         for name, module in model.named_modules()
     ]
     try:

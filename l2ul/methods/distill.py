@@ -40,6 +40,7 @@ from l2ul import attack, objective
 from l2ul.common import activations, seeds
 from l2ul.common.bn_folding import fold
 from l2ul.common.device import upload
+from l2ul.common.errors import InputError
 from l2ul.common.fused_optimizers import fused
 from l2ul.common.modes import frozen_copy, trainable
 from l2ul.methods.monitor import ForgetMonitor
@@ -89,6 +90,11 @@ class DistillProcedure(Procedure):
         self.teacher = Teacher(model, forget.images, settings.distill_frozen)
         for parameter in self.teacher.frozen_parameters(model, forget.images):
             parameter.requires_grad_(False)
+        if not trainable(model):
+            raise InputError(
+                f"with distill_frozen {settings.distill_frozen:g} no weight of the model changes, as its other weights "
+                f"do not require a gradient; use a smaller distill_frozen"
+            )
         self.generator = seeds.generator(settings.seed, "distill", settings.first_position)
         self.stand_ins = StandIns(self.model, self.sources(synthesis), settings, synthesis, surrogate)
         self.weight = 1.0  # w of the module's docstring

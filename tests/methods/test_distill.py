@@ -12,6 +12,7 @@ from torch import nn
 from l2ul import models, objective
 from l2ul.common import activations
 from l2ul.common.bn_folding import foldable
+from l2ul.common.errors import InputError
 from l2ul.data.mixes import mixes
 from l2ul.methods import distill, registry
 from l2ul.methods.stand_ins import Synthesis
@@ -285,6 +286,15 @@ def test_frozen_layers_keep_their_weights(share, unchanged):
     before, after = dict(model.named_parameters()), dict(outcome.model.named_parameters())
     assert {name for name in before if torch.equal(before[name], after[name])} == unchanged | {"second.bias"}
     assert {name for name in after if not after[name].requires_grad} == {"second.bias"}
+
+
+def test_frozen_layers_must_leave_weights_that_change():
+    model, images = Tokens().eval(), torch.rand(K, 3, 16, 16)
+    model.requires_grad_(False).first.requires_grad_(True)
+    settings = replace(FAST, distill_frozen=0.4)
+    with pytest.raises(InputError, match=r"with distill_frozen 0\.4 no weight of the model changes"):
+        unlearn(model, images, model(images).argmax(1), "distill", settings=settings)
+    assert model.first.weight.requires_grad
 
 
 @pytest.mark.parametrize(
