@@ -107,8 +107,16 @@ def last_spatial_module(model: nn.Module, images: Tensor) -> str | None:
 def run_names(model: nn.Module, names: Iterable[str], pixels: Tensor) -> list[str]:
     """Return those of the names whose modules run, in the order of their calls; `pixels` as in `layers`."""
     ran: dict[str, None] = {}
-    with hooked(model, names, lambda name, *_: ran.setdefault(name)):
-        model(pixels[:1])
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.setdefault(name))
+        for name in names
+    ]
+    try:
+        with torch.inference_mode(), eval_mode(model):
+            model(pixels[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
     return list(ran)
 
 
@@ -117,18 +125,7 @@ def parameters_before(model: nn.Module, layer: str, pixels: Tensor) -> list[nn.P
 
     Parameters that a module holds itself belong to it, not to its children.
     """
-    started: dict[str, None] = {}
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: started.setdefault(name))
-        for name, module in model.named_modules()
-    ]
-    try:
-        with torch.inference_mode(), eval_mode(model):
-            model(pixels[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    names = list(started)
+    names = run_names(model, module_names(model, nn.Module), pixels)
     modules = [model.get_submodule(name) for name in names[: names.index(layer)]]
     return [parameter for module in modules for parameter in module.parameters(recurse=False)]
 

@@ -88,9 +88,10 @@ class DistillProcedure(Procedure):
         self.method, self.model, self.forget, self.settings = method, model.eval(), forget, settings
         self.own_values, self.monitor = override(method.settings, settings.method_settings), monitor
         self.teacher = Teacher(model, forget.images, settings.distill_frozen)
-        for parameter in self.teacher.frozen_parameters(model, forget.images):
+        frozen = self.teacher.frozen_parameters(model, forget.images)
+        for parameter in frozen:
             parameter.requires_grad_(False)
-        if not trainable(model):
+        if frozen and not trainable(model):
             raise InputError(
                 f"with distill_frozen {settings.distill_frozen:g} no weight of the model changes, as its other weights "
                 f"do not require a gradient; use a smaller distill_frozen"
