@@ -152,7 +152,8 @@ def test_batch_norm_has_equal_statistics_in_all_processes(trained, tmp_path):
     assert not torch.equal(found[0][0]["features.1.running_mean"], fresh["features.1.running_mean"])
 
 
-def test_a_killed_process_ends_the_run_and_any_number_of_processes_resumes_it(trained, tmp_path):
+def test_a_killed_process_ends_the_run_and_any_number_of_processes_resumes_it(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVING", 1.0)  # after each epoch, however slow the disk is; the processes fork
     _, images, labels = trained
     given = plain_net, images, labels
     _, whole, *_ = run_processes(tmp_path / "whole", 2, joined(fit), *given, tmp_path / "whole.pt")
