@@ -79,14 +79,14 @@ def forget(args: argparse.Namespace) -> int:
     unlearner = make_unlearner(args, model, request, settings, of_search, surrogate)
     forgotten, recognised = unlearner.forgotten(original), unlearner.recognised
     log(
-        f"{len(request)} images to {request.forget.goal}; {args.method}; {devices.device_name(device)}; search in "
-        f"{of_search} for at most {args.minutes:g} min"
+        f"{states.images(len(request))} to forget{' as used' if settings.robust else ''}, goal {request.forget.goal}; "
+        f"{args.method}; {devices.device_name(device)}; search in {of_search} for at most {args.minutes:g} min"
     )
     if args.dry_run:
         print(*request.summary(), sep="\n")
-        print(f"{int(recognised.sum())} of {len(request)} images are recognised, as they are or as a copy of --also")
-        print(f"{int(forgotten.sum())} of {len(request)} images need no unlearning")
-        print(f"time limit: {args.minutes:g} min")
+        copies = ", as stored or as a copy of --also" if args.also else ""
+        print(f"recognised before: {int(recognised.sum())} of {states.images(len(request))}{copies}")
+        print(f"to be unlearned: {int((~forgotten).sum())} of {states.images(len(request))}")
         print(f"dry run: nothing was written; the output would be {args.output}")
         return 0
 

@@ -20,6 +20,8 @@ model, k, and metric.
 """
 
 import argparse
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,8 +147,16 @@ def make(opts: argparse.Namespace) -> list[Path]:
         print(f"writing {output / PAGE}", flush=True)
         parts = Sections(comparisons, absent, problems)
         paths += write({PAGE: make_page(opts, numbers, blocks, selection, parts, paths)}, output)
-    print("files:", *paths)
+    print(f"written to {output}:", *_names(paths), sep="\n  ")
     return paths
+
+
+def _names(paths: Iterable[Path]) -> list[str]:
+    """Return the names of files, those that differ in the suffix as one: `table.md .csv .tex`."""
+    suffixes = defaultdict(list)
+    for path in paths:
+        suffixes[path.stem].append(path.suffix)
+    return [stem + " ".join(kinds) for stem, kinds in suffixes.items()]
 
 
 def open_output(opts: argparse.Namespace) -> Path:

@@ -61,7 +61,7 @@ def tables(script, tmp_path):
         assert (code, err) == (0, "")
         markdown = (tmp_path / "tables" / "table.md").read_text()
         assert out.startswith(markdown)
-        assert out.splitlines()[-1].startswith("files: ")
+        assert f"written to {tmp_path / 'tables'}:\n  table.md .csv .tex\n" in out
         return markdown
 
     return call

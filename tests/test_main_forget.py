@@ -421,12 +421,12 @@ def test_a_dry_run_checks_the_request_and_writes_nothing(forget, tiny, tmp_path)
     assert (code, report) == (0, None), printed
     assert sorted(tmp_path.rglob("*")) == before
     counts = tiny[2][:6].bincount().tolist()
-    assert "6 images to misclassify; distill; cpu" in printed
+    assert "6 images to forget, goal misclassify; distill; cpu" in printed
     assert ", ".join(f"{label} ({count})" for label, count in enumerate(counts)) in printed
     assert "predictions: 6 of 6 images are classified as their label" in printed
-    assert re.search(r"  0.png: predicted as 0 \([\d.]+%\), label 0$", printed, re.MULTILINE)
-    assert "6 of 6 images are recognised, as they are or as a copy of --also\n" in printed
-    assert "0 of 6 images need no unlearning\ntime limit: 1 min\n" in printed
+    assert re.search(r"  0.png: predicted as 0 \([\d.]+ %\), label 0$", printed, re.MULTILINE)
+    assert "recognised before: 6 of 6 images\nto be unlearned: 6 of 6 images\n" in printed
+    assert "for at most 1 min\n" in printed
     assert f"the output would be {tmp_path / 'new' / 'out'}" in printed
 
 
@@ -436,7 +436,7 @@ def test_a_dry_run_shows_new_labels_and_checks_the_earlier_requests(forget, tiny
     rows = [f"{number}.png,{int(label)}" for number, label in enumerate(tiny[2][:6])]
     (tmp_path / "in" / "labels.csv").write_text("\n".join(["file,new_label", *rows]))
     code, _, printed = forget("--dry-run", output="second", model=["--model", tmp_path / "out", *built])
-    assert (code, "6 images to relabel" in printed) == (0, True), printed
+    assert (code, "6 images to forget, goal relabel; distill" in printed) == (0, True), printed
     assert re.search(r"  1.png: predicted as \d .*, label \d, new label 1$", printed, re.MULTILINE)
     (tmp_path / "out" / "report.json").write_text("{}")
     code, _, printed = forget("--dry-run", output="second", model=["--model", tmp_path / "out", *built])

@@ -141,7 +141,7 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
         if output.suffix != ".safetensors":
             raise InputError(f"--output is {output}; expected a name that ends in .safetensors")
         if opts.exclude:
-            forget_set.read_integers(opts.exclude, "forget")  # before the data set is loaded
+            forget_set.check_forget_file(opts.exclude)  # before the data set is loaded
         names = opts.tracker if distributed.is_first() else ()
         trackers = tracking.Trackers(names, output.parent / "tracking", lambda sentence: print(sentence, flush=True))
         images = options.load_data(opts, whole_train=True)
@@ -184,7 +184,7 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
 
         shown = settings | {"weights": output.name} | ({} if excluded is None else {"excluded": len(excluded)})
         trackers.start(records.run_id(settings | {"weights": output.name}), output.stem, shown)
-        with trackers, progress_bar("train", recipe.epochs * num_train) as advance:
+        with trackers, progress_bar("train, images", recipe.epochs * num_train) as advance:
             acc_test = pretrain.pretrain(
                 images,
                 opts.model,

@@ -141,9 +141,10 @@ def check_files(opts: argparse.Namespace) -> None:
     for flag, path in (*retrained, *(("--references", path) for path in opts.references or ())):
         if not path.exists():
             raise InputError(f"there is no {path}; expected weights of a model trained without D_f for {flag}")
-    for path, what in ((opts.forget_file, "forget"), (opts.relabel_file, "relabel")):
-        if path:
-            forget_set.read_integers(path, what)
+    if opts.forget_file:
+        forget_set.check_forget_file(opts.forget_file)
+    if opts.relabel_file:
+        forget_set.read_integers(opts.relabel_file, "relabel")
     if opts.forget_dir:
         forget_set.open_folder(opts.forget_dir)
 

@@ -101,23 +101,38 @@ def read_integers(path: Path, what: str, read: Callable[[str], int] = int, expec
     read      returns the number of a line, or raises ValueError
     expected  what a line should be, for the error message
     """
+    numbers = []
+    for number, line in read_lines(path, what, expected).items():
+        try:
+            numbers.append(int(np.int64(read(line))))
+        except InputError:  # a ValueError too, with a sentence of its own
+            raise
+        except (ValueError, OverflowError):
+            raise InputError(f"line {number} of the {what} file {path} is {line!r}; expected {expected}") from None
+    return torch.tensor(numbers)
+
+
+def read_lines(path: Path, what: str, expected: str) -> dict[int, str]:
+    """Read the lines of a text file that are not blank, by their numbers from 1.
+
+    expected  what a line should be, for the error message
+
+    Raises InputError if the file cannot be read, or all lines are blank.
+    """
     try:
         lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise InputError(f"cannot read the {what} file {path}: {reason}") from None
-    numbers = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                numbers.append(int(np.int64(read(line))))
-            except InputError:  # a ValueError too, with a sentence of its own
-                raise
-            except (ValueError, OverflowError):
-                raise InputError(f"line {number} of the {what} file {path} is {line!r}; expected {expected}") from None
-    if not numbers:
+    filled = {number: line for number, line in enumerate(lines, start=1) if line.strip()}
+    if not filled:
         raise InputError(f"the {what} file {path} is empty; expected {expected} per line")
-    return torch.tensor(numbers)
+    return filled
+
+
+def check_forget_file(path: Path) -> None:
+    """Raise InputError if a file of D_f cannot be read. Whether its lines are images is known with the data set."""
+    read_lines(path, "forget", "an index or a training image")
 
 
 def read_forget(path: Path, num_images: int, files: Sequence[str] = ()) -> Tensor:

@@ -3,6 +3,7 @@
 from l2ul.deletion import states
 from l2ul.deletion.deployed_model import BUILT
 from l2ul.deletion.report_schema import Report
+from l2ul.deletion.states import readable_time
 from l2ul.experiments.model_card import UNIFORM, Card, Table, library_of, method_sentence, opening
 from l2ul.methods import registry
 
@@ -25,7 +26,7 @@ def of_report(report: Report, weights_sha256: str, file: str | None) -> Card:
         ("still recognised", counts.still_recognised),
     ]
     rows += [
-        (f"earlier request of {row['made']}: forgotten at that time", f"{row['forgotten']} of {row['images']}")
+        (f"earlier request of {readable_time(row['made'])}: forgotten then", f"{row['forgotten']} of {row['images']}")
         for row in report["earlier"]
     ]
     damage = [
@@ -39,8 +40,8 @@ def of_report(report: Report, weights_sha256: str, file: str | None) -> Card:
     return Card(
         title="Classifier after a deletion request",
         introduction=f"This model was trained on images that it has to {'relabel' if relabel else 'forget'}. It is the "
-        f"result of a request with {tool['name']} {tool['version']}, carried out {report['made']}. The report of the "
-        f"request, which is not public, names the images by their hashes.",
+        f"result of a request with {tool['name']} {tool['version']}, carried out {readable_time(report['made'])}. Its "
+        f"report, which is not public, names the images by their hashes.",
         outcome=counts.outcome,
         tables=[Table(("images of the request", "number"), rows)]
         + ([Table(("images", "agreement with the original model", "95 % interval"), damage)] if damage else []),

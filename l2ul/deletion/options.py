@@ -246,8 +246,9 @@ def _add_method(parser: Parser) -> None:
     text = "end each run of the search after N steps (default: no limit)"
     options.add(group, "--max-steps", text, type=positive_int)
     text = (
-        "settings of the method, such as distill_steps=300, used instead of a search (default: search as long as the "
-        "time limit allows)"
+        "settings of the method, such as distill_steps=300. Only these are run, unless all are of robust, "
+        "loop_precision and distill_frozen: then the others are searched (default: search within the time limit; "
+        "distill: robust=1)"
     )
     options.add(group, "--setting", text, type=setting, nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     text = "also forget these changed copies of the images, which damages the model more (default: none)"
@@ -261,7 +262,7 @@ def _add_method(parser: Parser) -> None:
     options.add(group, "--keep-images", text, type=Path, metavar="FOLDER")
     text = "folder of images that the model was not trained on, for measuring membership inference"
     options.add(group, "--reference-images", text, type=Path, metavar="FOLDER")
-    options.add(group, "--seed", "random seed", type=nonnegative_int, default=0)
+    options.add(group, "--seed", "seed of the attack and the loop", type=nonnegative_int, default=0)
 
 
 def _add_report(parser: Parser) -> None:

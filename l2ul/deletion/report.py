@@ -30,9 +30,9 @@ NOT_CLAIMED = (
     "that was trained without them would still classify most of them correctly, and its outputs may reveal that these "
     "images were unlearned.",
     "That the weights themselves prove the unlearning. The procedure can be audited: repeat it with the original "
-    "model, the images, the settings and the seed in this report.",
+    "model, the images, the settings and the seed in the report.",
     "That other photographs of the same objects are forgotten, or that the images stay forgotten under changes that "
-    "are not tested below.",
+    "the report does not test.",
     "That the damage to the model is known exactly. It is estimated without the training set.",
     "That the request cannot be detected. Anyone who has the model before and after can find the images, because their "
     "predictions differ. Delete the original model, its backups and the models derived from it, or restrict access to "
@@ -186,5 +186,6 @@ def page(report: Report, pictures: Sequence[str] | None = None) -> str:
         headline=sentence[0].upper() + sentence[1:],
         inventory_titles=INVENTORY,
         program=shlex.join(command("main_forget.py")),
-        command=shlex.join([*command("main_forget.py"), *report["again"]["command"]]),
+        readable_time=states.readable_time,
+        command=[shlex.quote(word) for word in (*command("main_forget.py"), *report["again"]["command"])],
     )

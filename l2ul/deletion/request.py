@@ -128,7 +128,7 @@ class Request:
         new_labels = [None] * len(self) if self.forget.new_labels is None else self.forget.new_labels.tolist()
         for index, image in enumerate(self.folder.files[:max_images]):
             prediction, label = self.class_names[predictions[index]], self.class_names[labels[index]]
-            line = f"  {image.file}: predicted as {prediction} ({probability[index]:.1%}), label {label}"
+            line = f"  {image.file}: predicted as {prediction} ({100 * probability[index]:.1f} %), label {label}"
             new = new_labels[index]
             lines.append(line if new is None else f"{line}, new label {self.class_names[new]}")
         lines += [f"  … and {len(self) - max_images} more"] if len(self) > max_images else []

@@ -224,7 +224,7 @@ class Unlearner:
         images, labels = stored(self.train_set.images), self.train_set.labels
         if "adv" in needs and "adv" not in self._inputs:
             total = ATTACK["num_adv_images"] * ATTACK["steps"] * len(labels)
-            with self.show_progress("adversarial examples", total) as advance:
+            with self.show_progress("adversarial examples, PGD steps", total) as advance:
                 self._inputs["adv"] = attack.adversarial_set(
                     self.model, images, labels, self.num_classes, seed=self.seed, progress=advance, **ATTACK
                 )
@@ -410,7 +410,7 @@ def _held_out_probe(unlearner: Unlearner, settings: Settings, budget: TimeBudget
     count = int(PROBE_SHARE * budget.left / max(seconds_per_step / passes * agreement.STEPS, 1e-9))
     count = min(MAX_EXAMPLES, max(MIN_EXAMPLES, count))
     images, num_classes = unlearner.forget.images, unlearner.num_classes
-    with unlearner.show_progress("examples for agreement", count * agreement.STEPS) as advance:
+    with unlearner.show_progress("examples for agreement, PGD steps", count * agreement.STEPS) as advance:
         return agreement.held_out(
             unlearner.model, images, num_classes, count=count, seed=unlearner.seed, progress=advance
         )

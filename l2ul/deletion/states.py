@@ -130,6 +130,11 @@ def images(number: int) -> str:
     return f"{number} image{'s' * (number != 1)}"
 
 
+def readable_time(made: str) -> str:
+    """Return the time of a request, such as 2026-11-20T12:03:41+00:00, for readers: 2026-11-20 12:03 UTC."""
+    return f"{made[:10]} {made[11:16]} UTC" if made.endswith("+00:00") else made
+
+
 def forgotten_images(reports: Iterable[Report]) -> set[str]:
     """Return the hashes, of files and of pixels, of all images that the requests of these reports made forgotten."""
     rows = [row for report in reports for row in report["images"] if state(row) == FORGOTTEN]

@@ -203,7 +203,7 @@ class Experiment:
         )
         started = devices.clock(self.device)
         total = len(largest.forget) * attack.settings.num_adv_images * attack.settings.iterations
-        with progress_bar("attack", total) as advance:
+        with progress_bar("attack, PGD steps", total) as advance:
             adversarial = attack.make(
                 model, *self._forget(largest), largest.first_position, cache=self.cache, progress=advance
             )

@@ -23,7 +23,7 @@ from l2ul.reporting.rows import main_row, place, settings
 
 WITH_ACCURACIES = (records.FORGOTTEN, records.DONE, records.CAP)
 MEASURED = tuple(column.key for column in columns.of_table("accuracy") if column.compared)  # D_r and D_test
-PREFERRED = ("adv_imp", "adv", "oracle", "neggrad")  # methods of a figure that has room for a few
+PREFERRED = ("distill", "adv_imp", "adv", "neggrad")  # methods of a figure that has room for a few
 SWEPT = {  # settings whose effect figure 6 shows: label of the axis, and whether it is logarithmic
     "num_adv_images": ("examples per image, $N_{adv}$", True),
     "pgd_eps": ("ε (L2, pixels in [0,1])", False),

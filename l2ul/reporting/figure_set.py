@@ -308,7 +308,7 @@ def adversarial_examples(subject: Subject) -> Drawn:
     model, draws = subject.original(run), min(SHOWN_EXAMPLES, run["num_adv_images"])
     with (
         precisions.temporarily(subject.device, precision),
-        progress_bar("figure 2: attack", len(pixels) * draws * run["pgd_iter"]) as advance,
+        progress_bar("figure 2: attack, PGD steps", len(pixels) * draws * run["pgd_iter"]) as advance,
     ):
         made, targets = attack.adversarial_set(
             model,

@@ -19,7 +19,7 @@ from l2ul.common.text import shortened
 from l2ul.methods import registry
 from l2ul.metrics import columns
 from l2ul.reporting import figure_data
-from l2ul.reporting.figure_data import MEASURED, OTHER, PREFERRED, SWEPT
+from l2ul.reporting.figure_data import MEASURED, OTHER, SWEPT
 from l2ul.reporting.rows import place as method_order
 
 WIDTH = 6.75  # inches: the text width of a page with two columns, for which the font sizes below are chosen
@@ -41,6 +41,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 CLASS_COLOURS = (*COLOURS[:6], "#F0E442", "#999999", "#7A4419", "#332288")  # without black, the edge colour of D_f
 MARKERS = "os^DvPX<>p"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+DISTINCT = ("adv_imp", "adv", "oracle", "neggrad")  # methods with the first colours, markers and dashes
 MOST_POINTS = 1000  # of a line in figure 7
 MOST_CHARACTERS = 80  # of a name in a legend
 SPLITS = {split: columns.get(f"acc_{split}").latex for split in ("forget", "retain", "test")}
@@ -75,8 +76,8 @@ def save(figure: Figure, numbers: pd.DataFrame, stem: Path) -> list[Path]:
 
 
 def _line_style(method: str) -> dict[str, object]:
-    """Return colour, marker and dashes of a method, the same in every figure; PREFERRED have the most distinct ones."""
-    names = list(dict.fromkeys((*PREFERRED, *registry.METHODS)))
+    """Return colour, marker and dashes of a method, the same in every figure."""
+    names = list(dict.fromkeys((*DISTINCT, *registry.METHODS)))
     names.remove("before")
     place = names.index(method) if method in names else len(names)
     return {"color": COLOURS[place % 7], "marker": MARKERS[place % 10], "linestyle": DASHES[place % 5]}
@@ -127,7 +128,13 @@ def _legend(figure: Figure, table: pd.DataFrame) -> None:
     if "capped" in table and table["capped"].any():
         open_marker = {"marker": "o", "linestyle": "", "color": "0.3", "markerfacecolor": "white"}
         handles.append(Line2D([], [], **open_marker, label="open: stopped at the cap"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+    _add_legend(figure, handles)
+
+
+def _add_legend(figure: Figure, handles: list[Line2D], most: int = 6) -> None:
+    """Add a legend below the panels, in rows of about the same length: at most `most` entries each."""
+    rows = -(-len(handles) // most)
+    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows))
 
 
 @_styled
@@ -138,7 +145,7 @@ def accuracy_against_k(table: pd.DataFrame, title: str) -> Figure:
     for axes, measure in zip(figure.subplots(1, len(MEASURED), sharey=True), MEASURED, strict=True):
         _lines(axes, _side_by_side(table), "k", measure)
         _values_axis(axes, table["k"].dropna(), True)
-        axes.set(title=columns.get(measure).latex, xlabel="forgotten images, k")
+        axes.set(title=columns.get(measure).latex, xlabel="images to forget, k")
         if table["k"].nunique() == 1:
             axes.set_xlim(table["k"].min() / 2, table["k"].min() * 2)
     figure.axes[0].set_ylabel("accuracy (%)")
@@ -195,13 +202,13 @@ def curves(table: pd.DataFrame, title: str) -> Figure:
             axes.set_xscale("log")
         if column in figure_data.PERCENTAGES:
             title = "accuracy on $D_f$" if column == "acc_forget" else column
-            axes.set(title=title, ylabel="%", ylim=(-3, 103))
+            axes.set(title=title, ylabel="accuracy (%)" if column == "acc_forget" else "images (%)", ylim=(-3, 103))
         else:
             axes.set_title(f"loss term: {_plain(column)}")
             _term_axis(axes, table[column])
     handles = [Line2D([], [], **line) for line in lines.values()]
     longest = max(len(line["label"]) for line in lines.values())
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), max(1, 100 // (longest + 8))))
+    _add_legend(figure, handles, max(1, 100 // (longest + 8)))
     return figure
 
 
@@ -296,6 +303,7 @@ def confusions(matrices: dict[str, pd.DataFrame], title: str) -> Figure:
         if place % columns:
             axes.set_yticklabels([])
         axes.set(title=name, ylabel="" if place % columns else "true class")
+        axes.set_xlabel("predicted class" if name.startswith("predictions") else "target class")
         axes.spines[:].set_visible(True)
     return figure
 
@@ -355,7 +363,7 @@ def maps(table: pd.DataFrame, classes: list[str], title: str) -> Figure:
         handles.append(Line2D([], [], color="0.8", marker="o", linestyle="", label="other classes"))
     star = {"marker": "*", "markersize": 8, "markerfacecolor": "white", "color": "black", "linestyle": ""}
     handles.append(Line2D([], [], **star, label="$D_f$, by true class"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+    _add_legend(figure, handles)
     return figure
 
 

@@ -18,6 +18,7 @@ from l2ul.reporting.rows import BLOCK, Block, place
 
 CELL = (*BLOCK, "continual", "k", "continual_step")  # with a metric, the values that are compared
 SHORT = {records.CAP: "cap", records.DIVERGED: "diverged", records.FAILED: "failed"}  # status: column of its count
+ENDED = {records.CAP: "not forgotten"}  # as `brief` shows it
 
 
 @dataclass(frozen=True)
@@ -206,8 +207,8 @@ def to_csv(frame: pd.DataFrame) -> str:
 def brief(results: list[Record]) -> pd.DataFrame:
     """Return the table that main_unlearn.py prints: for each method and k the mean (± standard deviation) of metrics.
 
-    Means leave out runs without accuracies, which diverged or failed. The column `not forgotten` counts the runs that
-    did not forget all of D_f, by their status. The column `seeds` names the seeds.
+    Means leave out runs without accuracies, which diverged or failed. The column `runs` counts the runs, and those
+    among them that did not forget all of D_f. The column `seeds` names the seeds.
     """
     rows, frame = [], pd.DataFrame(results)
     shown = [
@@ -220,8 +221,9 @@ def brief(results: list[Record]) -> pd.DataFrame:
         row["steps"] = _mean(runs["steps"]) if len(runs) > 1 else str(runs["steps"].iloc[0])
         row["seconds"] = _mean(runs.filter(like="seconds_").sum(axis=1))
         counts = runs["status"][runs["status"].isin(records.NOT_FORGOTTEN)].value_counts()
-        row["not forgotten"] = ", ".join(f"{count} {status}" for status, count in counts.items()) or "0"
-        rows.append(row | {"seeds": " ".join(map(str, runs["seed"].unique())), "runs": len(runs)})
+        others = ", ".join(f"{count} {ENDED.get(status, status)}" for status, count in counts.items())
+        row["seeds"] = " ".join(map(str, runs["seed"].unique()))
+        rows.append(row | {"runs": f"{len(runs)}: {others}" if others else f"{len(runs)}"})
     return pd.DataFrame(rows)
 
 

@@ -1,10 +1,16 @@
 """Random forget sets, files of indices and of new labels."""
 
+from conftest import save_images
 import pytest
 import torch
 
+from l2ul import models
+from l2ul.cli import pretrain_command
 from l2ul.common.errors import InputError
 from l2ul.data import forget_set
+from l2ul.models import checkpoint
+from l2ul.training.recipe import Recipe
+import main_unlearn
 
 
 def test_random_forget_sets_of_a_seed_are_nested():
@@ -101,3 +107,36 @@ def test_random_new_labels_are_other_classes_and_nested():
     assert (new != labels).all()
     assert set(new.tolist()) == set(range(10))
     assert torch.equal(forget_set.random_new_labels(labels[:16], 10, seed=2), new[:16])
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """Write a data set of 2 x 3 training and 2 test images in folders, and weights for it; return flags for both."""
+    for part, count in (("train", 3), ("val", 1)):
+        for kind in ("cat", "dog"):
+            images = torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(len(part)))
+            save_images(tmp_path / "pets" / part / kind, images.to(torch.uint8))
+    models.save(models.build("resnet20", 2), tmp_path / "net.safetensors", {})
+    (tmp_path / "forget.txt").write_text("cat/1.png\n5\n")
+    data = ["--dataset", "pets", "--data-dir", tmp_path, "--image-size", 32, "--workers", 0, "--model", "resnet20"]
+    return data, ["--checkpoint", tmp_path / "net.safetensors", "--result-dir", tmp_path]
+
+
+def test_a_command_takes_a_forget_file_with_names(script, pets, tmp_path):
+    data, weights = pets
+    words = ["--forget-file", tmp_path / "forget.txt", "--method", "before", "--no-cache"]
+    code, _, err = script(main_unlearn.main, *data, *weights, *words)
+    assert code == 0, err
+    (forget_file,) = (tmp_path / "runs").glob("*.txt")
+    assert forget_file.read_text().split() == ["1", "5"]
+
+
+def test_training_leaves_out_images_by_name(script, pets, tmp_path):
+    def main():
+        recipe = Recipe(epochs=1, lr=0.1, crop_padding=2, flip=False)
+        pretrain_command.main("main_pretrain_x.py", "Train.", "pets", "resnet20", recipe)
+
+    words = ["--exclude", tmp_path / "forget.txt", "--batch-size", 4, "--output", tmp_path / "new.safetensors"]
+    code, _, err = script(main, *pets[0], *words)
+    assert code == 0, err
+    assert checkpoint.read(tmp_path / "new.safetensors")[1]["excluded"] == [1, 5]

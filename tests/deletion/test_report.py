@@ -16,6 +16,7 @@ from l2ul.deletion import options, states
 from l2ul.deletion.inventory import read_inventory
 from l2ul.deletion.report import THREATS
 from l2ul.deletion.report_schema import FORGOTTEN, NOT_RECOGNISED, STILL_RECOGNISED
+from l2ul.deletion.search import FREE
 import main_forget
 
 BUILT = ["--build", "conftest:tiny_net"]
@@ -64,6 +65,9 @@ def test_reference_controller_date_inventory_and_threats_are_in_the_report(forge
         assert text in page
     assert '<td class="bad">open</td>' in page
     assert "can find the images" in page
+    assert f"carried out {report['made'][:10]} {report['made'][11:16]} UTC on" in page
+    assert "(forgotten in " in page
+    assert "<code>python</code> <code>main_forget.py</code> " in page  # a line of the command ends between words
     assert page.count("Threat:") == 6  # all but those of tests that this request did not need
     row = report["recalibration"]
     assert (row["images"], row["count"], row["before"]) == ("mixes of the images of the request", 512, 0)
@@ -167,7 +171,7 @@ def test_the_same_weights_and_predictions_result_again(forget, script, tmp_path)
     assert "ok     predictions again: 6 of 6 images as in the report" in printed
     words = report["again"]["command"]  # the command gives the same weights as well
     page = (tmp_path / "out" / "report.html").read_text()
-    assert all(word in page for word in ("--seed 3", "distill_lr=0.02"))
+    assert all(f"<code>{word}</code>" in page for word in ("--seed", "3", "distill_lr=0.02"))
     words = [tmp_path / "repeated" if word == "out-again" else word for word in words]
     code, out, err = script(main_forget.main, *words)
     assert code == 0, out + err
@@ -195,6 +199,7 @@ def test_a_run_that_the_time_limit_ended_is_repeated(forget, script, tmp_path):
     assert (report["trials"][0]["status"], report["trials"][0]["steps"]) == ("stopped", 23), printed
     if report["chosen"]:
         assert "--max-steps" in report["again"]["command"]
+    assert "ended at the limit of time or steps" in (tmp_path / "out" / "report.html").read_text()
     code, printed = verify(script, tmp_path, "--again")
     assert "ok     weights again" in printed
 
@@ -308,6 +313,16 @@ def test_a_report_cannot_make_the_command_run_code_or_end_early(requested, scrip
     path.write_text(json.dumps(report))
     code, out, err = script(main_forget.main, "--verify", path, "--again", "--images", tmp_path / "in", *words)
     assert (code, expected in err) == (2, True), out + err
+
+
+def test_the_help_names_the_settings_that_leave_the_search_on():
+    (action,) = (flag for flag in options.parser("").flags if flag.dest == "setting")
+    assert all(name in action.help for name in FREE)
+
+
+def test_times_are_shown_in_utc():
+    assert states.readable_time("2026-11-20T12:03:41+00:00") == "2026-11-20 12:03 UTC"
+    assert states.readable_time("2026-11-20T12:03:41+01:00") == "2026-11-20T12:03:41+01:00"
 
 
 def test_the_command_to_repeat_has_exact_settings():

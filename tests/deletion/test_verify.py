@@ -251,7 +251,7 @@ def test_a_broken_chain_is_an_error_before_the_search(requested, forget, tmp_pat
     code, report, printed = forget(output="third", model=["--model", tmp_path / "second", *BUILT])
     assert (code, report) == (2, None)
     assert "the chain of requests in" in printed
-    assert "images to misclassify" not in printed
+    assert "images to forget" not in printed
 
 
 def test_contradicting_requests_on_two_classes_supersede_each_other():

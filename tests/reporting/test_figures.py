@@ -173,6 +173,8 @@ def test_runs_on_one_forget_set_have_the_largest_k_and_the_preferred_methods():
         (m, 64, 0) for m in ("neggrad", "adv", "adv_imp")
     ]
     assert [run["method"] for run in figure_data.on_one_forget_set(runs, 2)] == ["adv", "adv_imp"]
+    ours = [run | {"method": "distill"} for run in runs if run["method"] == "adv"]
+    assert [run["method"] for run in figure_data.on_one_forget_set(runs + ours, 2)] == ["adv_imp", "distill"]
     runs = [run | ({"forget_sha256": "another"} if run["method"] == "adv_imp" else {}) for run in runs]
     assert [run["method"] for run in figure_data.on_one_forget_set(runs)] == ["neggrad", "adv"]
 
@@ -280,6 +282,23 @@ def test_lines_show_means_and_open_markers_runs_at_the_cap():
     assert len(styles) == 3
 
 
+@pytest.mark.parametrize(("entries", "columns"), [(1, 1), (6, 6), (7, 4), (12, 6), (13, 5)])
+def test_the_rows_of_a_legend_have_about_the_same_length(entries, columns):
+    methods = ["neggrad", *(f"mine{number}" for number in range(entries - 1))]
+    table = pd.DataFrame({"method": methods, "k": 16, "capped": False} | dict.fromkeys(figure_data.MEASURED, 50.0))
+    table = table.assign(**{f"{name}_std": np.nan for name in figure_data.MEASURED})
+    (legend,) = figures.accuracy_against_k(table, "title").legends
+    assert (len(legend.get_texts()), legend._ncols) == (entries, columns)
+
+
+def test_panels_of_figure_3_name_their_classes():
+    predicted = {"predictions of adv": np.array([1, 1]), "adversarial targets": np.array([1, 0])}
+    matrices = figure_data.confusion_matrices(np.array([0, 2]), predicted, list("abc"))
+    panels = figures.confusions(matrices, "title").axes
+    assert [axes.get_xlabel() for axes in panels] == ["predicted class", "target class"]
+    assert [axes.get_ylabel() for axes in panels] == ["true class", ""]
+
+
 def test_a_line_for_each_run_and_a_panel_for_each_term():
     rows = [
         {"run": name, "method": method, "k": 16, "seed": 0, "label": f"{method}, $", "step": step}
@@ -298,6 +317,7 @@ def test_a_line_for_each_run_and_a_panel_for_each_term():
     assert [len(line.get_xdata()) for line in left.lines] == [19, 19, figures.MOST_POINTS]
     assert left.lines[2].get_xdata()[-1] == 2 * figures.MOST_POINTS - 1
     assert (left.get_xscale(), left.get_yscale(), middle.get_yscale()) == ("log", "linear", "log")
+    assert left.get_ylabel() == "accuracy (%)"
     assert [len(line.get_xdata()) for line in right.lines[:3]] == [19, 0, 0]
     figure.savefig(io.BytesIO())  # names are no formulas
 
