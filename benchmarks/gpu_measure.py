@@ -583,7 +583,7 @@ def step_floor(net: nn.Module, side: int, sizes: tuple[int, ...]) -> dict[str, f
     eager = 1e3 * timed(passes, 0.1)
     if DEVICE.type != "cuda":
         return {"floor_ms": eager}
-    graphed = Graphed(passes, print)
+    graphed = Graphed(passes, DEVICE, print)
     for _ in range(WARM_UP + 1):
         graphed()
     return {"floor_eager_ms": eager, "floor_ms": 1e3 * timed(graphed, 0.1)}

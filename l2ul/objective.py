@@ -81,7 +81,7 @@ def forget_loss(logits: Tensor, labels: Tensor, goal: str) -> Tensor:
     return -loss if goal == "misclassify" else loss
 
 
-def margin_loss(logits: Tensor, labels: Tensor, goal: str, margin: float) -> Tensor:
+def margin_loss(logits: Tensor, labels: Tensor, goal: str, margin: float | Tensor) -> Tensor:
     """Compute for each image (n,) how far its logits are from forgetting it by a margin; 0 beyond the margin.
 
     logits (n, C), labels (n,) int64: the true classes to misclassify, the new classes to relabel. With z the logit of

@@ -4,7 +4,7 @@ The loop takes steps of the method until all of D_f is forgotten, the limit of s
 finite. It is the same for all methods, which differ in their `Procedure` (see `l2ul.methods`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import contextlib
 import copy
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from l2ul.common.cuda_graphs import Graphed
 from l2ul.common.device import plain_defaults
 from l2ul.common.errors import Diverged
 from l2ul.common.modes import counters_on_cpu, same_requires_grad
+from l2ul.common.nested import Nested
 from l2ul.data import storage
 from l2ul.data.images import Split, pixels_of
 from l2ul.importance import mas_importance
@@ -254,9 +255,9 @@ class _Loop:
     def use_graphs(self, report: Callable[[str], object]) -> None:
         """Run gradients and measurements as CUDA graphs."""
         self.procedure.pads = True
-        report = functools.cache(report)  # both say the same
-        self.graphed = Graphed(self._gradients, report)
-        self.monitor.graphed = Graphed(self.monitor.numbers, report)
+        device, report = self.monitor.forget.images.device, functools.cache(report)  # both say the same
+        self.graphed = Graphed(self._gradients, device, report)
+        self.monitor.graphed = Graphed(self.monitor.numbers, device, report)
 
     def free(self) -> None:
         """Free the graphs and gradients, which the weights and this loop refer to."""
@@ -277,19 +278,19 @@ class _Loop:
             self.procedure.scheduler.step()
         return terms
 
-    def _repeatable_terms(self, inputs: tuple[Tensor | float, ...]) -> Terms:
+    def _repeatable_terms(self, inputs: Sequence[Nested]) -> Terms:
         """Set the gradients of a step on these inputs and return its terms, in smaller parts if memory runs out."""
         while True:
             try:
                 terms, gradients = (self.graphed or self._gradients)(*inputs)
                 break
             except (RuntimeError, MemoryError) as error:
-                self.procedure.use_smaller_parts(inputs, error)
+                self.procedure.use_smaller_parts(error)
         for parameter, gradient in zip(self._parameters(), gradients, strict=True):
             parameter.grad = gradient
         return terms
 
-    def _gradients(self, *inputs: Tensor | float) -> tuple[Terms, list[Tensor | None]]:
+    def _gradients(self, *inputs: Nested) -> tuple[Terms, list[Tensor | None]]:
         """Return the terms of the loss of a step on these inputs, and the gradients of their sum."""
         terms = self.procedure.terms(*inputs)
         self._backward(terms)

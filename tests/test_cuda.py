@@ -15,6 +15,8 @@ import l2ul
 from l2ul import attack, importance, models, objective, unlearn
 from l2ul.cli import pretrain_command
 from l2ul.common import precision
+from l2ul.common.choices import STAND_INS
+from l2ul.common.nested import upload_together
 from l2ul.data import storage
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
@@ -32,6 +34,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 ATTACK = {"num_adv_images": 2, "eps": 0.5, "alpha": 0.2, "steps": 2, "seed": 0}
 LOOP = {"batch_size": 2, "adv_batch_size": 3, "max_passes": 1, "bn": "eval"}
 LOOP |= {"distill_steps": 2, "distill_cycles": 1, "distill_mixes": 4}
+POOL = {"distill_pool": 4, "distill_pool_steps": 2}  # of synthesised images
 SHORT = {"epochs": 1, "batch": 16, "augment": 2, "iterations": 2, "copies": 2}  # of methods of fixed length
 CLOSE = {"rel": 1e-2, "abs": 1e-3}  # a GPU adds in another order
 RANDOM = {"bad_teaching"}  # draw from the generator of the device, whose numbers are not those of the CPU
@@ -272,9 +275,13 @@ STEPS = {  # most kernels of a step of ResNet-18, by method, mode of batch-norm 
     ("adv", "train", False): 430,
     ("adv_imp", "train", False): 445,
     ("adv_imp", "eval", False): 285,
-    ("distill", "eval", False): 590,
+    ("distill", "eval", False): 575,
     ("adv_imp", "train", True): 20,
-    ("distill", "eval", True): 80,
+    (
+        "distill",
+        "eval",
+        True,
+    ): 7,  # copy, graph, two of Adam, graph of the monitor, two that bring its numbers to the CPU
 }
 PASSES = {"attack": (125, 0), "importance": (175, 0)}  # of an iteration of PGD, and of an image
 
@@ -320,6 +327,7 @@ def test_a_step_has_few_kernels_and_one_synchronisation(resnet18, omega, method,
         ("neggrad", {}),
         ("adv_imp", {}),
         ("distill", {}),
+        ("distill", {"distill_stand_ins": "+".join(STAND_INS), "distill_mixes": 9, **POOL}),
         ("distill", {"robust": 1, "robust_pool": 8, "robust_cycle": 1.0, "robust_images": 16}),
         ("adv_imp", {"loop_precision": "bf16"}),
         ("distill", {"loop_precision": "bf16"}),
@@ -339,6 +347,26 @@ def test_a_loop_of_cuda_graphs_ends_as_one_without(trained, method, changed, mon
         assert graphed == pytest.approx(eager, **CLOSE)
     for eager, graphed in zip(outcomes[0].model.parameters(), outcomes[1].model.parameters(), strict=True):
         assert torch.allclose(eager, graphed, rtol=1e-2, atol=1e-4)
+
+
+@counts_kernels
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_step_as_a_graph_has_as_few_launches_with_every_kind_of_stand_ins(trained, k, monkeypatch):
+    monkeypatch.setattr(objective.Forget, "is_forgotten", lambda self, predictions: predictions != predictions)
+    model, images, labels = (part.to(CUDA) for part in trained)
+    kinds = {"distill_stand_ins": "+".join(STAND_INS), "distill_mixes": 20, "distill_surrogate": 0.25, **POOL}
+    settings = Settings(**LOOP | kinds | {"distill_steps": 6})
+    options, curves, after = {"surrogate": images[10:14], "settings": settings}, [], []
+    for graph in (False, True):
+        with emulated_cuda.counting() as counts:
+            on_step = lambda row: after.append(counts.copy())  # noqa: E731, B023
+            arguments = model, images[:k], labels[:k], "distill"
+            curves.append(unlearn.unlearn(*arguments, **options, on_step=on_step, cuda_graph=graph).curve)
+    step = after[-1] - after[-2]
+    assert step.kernels.total() <= STEPS["distill", "eval", True], step.kernels
+    assert step.synchronisations.total() == 1
+    for eager, graphed in zip(*curves, strict=True):
+        assert graphed == pytest.approx(eager, **CLOSE)
 
 
 def test_a_model_that_waits_for_the_gpu_runs_without_graphs(trained):
@@ -377,6 +405,17 @@ def test_the_attack_and_the_importance_have_few_kernels_and_no_synchronisation(r
         kernels, synchronisations = PASSES[name]
         assert counts.synchronisations.total() <= synchronisations, counts.synchronisations
         assert counts.kernels.total() <= kernels, counts.kernels.most_common(40)
+
+
+@counts_kernels
+def test_tensors_on_the_cpu_reach_the_gpu_in_one_copy_beside_those_that_are_there():
+    there = torch.ones(2, device=CUDA)
+    with emulated_cuda.counting() as counts:
+        indices, (weight, same) = upload_together([torch.arange(3), [torch.tensor(0.5), there]], CUDA)
+    assert (counts.kernels.total(), counts.synchronisations.total()) == (1, 0)
+    assert (indices.tolist(), weight.item(), same is there) == ([0, 1, 2], 0.5, True)
+    assert indices.is_cuda
+    assert weight.is_cuda
 
 
 @counts_kernels

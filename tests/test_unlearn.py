@@ -337,9 +337,16 @@ class ShortOfMemory(nn.Module):
         return self.model(images)
 
 
-@pytest.mark.parametrize("method", ["neggrad", "oracle", "adv", "adv_imp", "distill"])
-def test_a_step_without_memory_for_its_batches_is_repeated_in_parts_with_the_same_result(inputs, method):
+@pytest.mark.parametrize(
+    ("method", "changed"),
+    [
+        *((method, {}) for method in ("neggrad", "oracle", "adv", "adv_imp", "distill")),
+        ("distill", {"robust": 1, "robust_pool": 8, "robust_images": 0}),
+    ],
+)
+def test_a_step_without_memory_for_its_batches_is_repeated_in_parts_with_the_same_result(inputs, method, changed):
     steps = {"max_passes": 2, "distill_steps": 3, "distill_cycles": 1, "distill_mixes": 16, "distill_lr": 1e-4}
+    steps |= changed
     settings = Settings(batch_size=K, adv_batch_size=16, unlearn_lr=1e-4, reg_lamb=2.0, bn="eval", **steps)
     inputs["importance"] = {f"model.{name}": omega for name, omega in inputs["importance"].items()}
     before = ShortOfMemory.refused

@@ -120,9 +120,15 @@ def _own_gpu() -> torch.device:
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to the device. A copy from the CPU to a CUDA GPU uses pinned memory, so that the CPU goes on."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    return pinned(tensor, device).to(device, non_blocking=device.type == "cuda")
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on the CPU in pinned memory if the device is a CUDA GPU. Other tensors are returned as they are.
+
+    The CPU does not wait for a copy from there to the GPU with `non_blocking`.
+    """
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
 
 
 def clock(device: torch.device) -> float:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 import torch.nn.functional as F
 
-from l2ul.common.device import upload
 from l2ul.common.errors import InputError
+from l2ul.common.nested import upload_together
 
 
 def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator, size: int | None = None) -> Tensor:
@@ -20,7 +20,7 @@ def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator
 
 
 def draw_crops(
-    count: int, shape: tuple[int, int], padding: int, flip: bool, generator: torch.Generator, size: int | None
+    count: int, shape: tuple[int, int], padding: int, flip: bool, generator: torch.Generator, size: int | None = None
 ) -> Tensor:
     """Draw `count` random crops of images of `shape` (H, W) with a border of `padding` pixels.
 
@@ -37,16 +37,24 @@ def draw_crops(
 
 
 def crop(images: Tensor, padding: int, crops: Tensor, size: int | None = None) -> Tensor:
-    """Return the crop (n, 3, height, width) of each padded image (n, 3, H, W) at its place from `draw_crops` (3, n).
+    """Return the crop (n, 3, height, width) of each padded image (n, 3, H, W) at its place from `draw_crops` (3, n)."""
+    places = pixel_places(crops, *((size, size) if size else images.shape[2:]))
+    return pixels_at(images, padding, *upload_together(places, images.device))
 
-    The indices of pixels are computed where `crops` are: on the CPU, a GPU has fewer kernels to launch.
+
+def pixel_places(crops: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return the rows (n, height) and columns (n, width) of the pixels of crops (3, n) in the padded images.
+
+    They are computed where `crops` are: on the CPU, a GPU has fewer kernels to launch.
     """
-    height, width = (size, size) if size else images.shape[2:]
     top, left, flipped = crops[:, :, None]
     forward = torch.arange(width, device=crops.device)
     rows = top + torch.arange(height, device=crops.device)
-    columns = left + torch.where(flipped > 0, width - 1 - forward, forward)
-    rows, columns = upload(torch.cat([rows, columns], 1), images.device).split([height, width], 1)
+    return rows, left + torch.where(flipped > 0, width - 1 - forward, forward)
+
+
+def pixels_at(images: Tensor, padding: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the pixels of each padded image (n, 3, H, W) at its rows (n, height) and columns (n, width)."""
     padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)  # (n, H + 2p, W + 2p, 3)
     image = torch.arange(len(images), device=images.device)[:, None, None]
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

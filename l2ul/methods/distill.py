@@ -39,10 +39,10 @@ from torch.utils.checkpoint import checkpoint
 from l2ul import attack, objective
 from l2ul.common import activations, seeds
 from l2ul.common.bn_folding import fold
-from l2ul.common.device import upload
 from l2ul.common.errors import InputError
 from l2ul.common.fused_optimizers import fused
 from l2ul.common.modes import frozen_copy, trainable
+from l2ul.common.nested import Nested, upload_together
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import Procedure
 from l2ul.methods.registry import BUILT_IN, Method, Step, Terms
@@ -98,6 +98,7 @@ class DistillProcedure(Procedure):
             )
         self.generator = seeds.generator(settings.seed, "distill", settings.first_position)
         self.stand_ins = StandIns(self.model, self.sources(synthesis), settings, synthesis, surrogate)
+        self.batch_size = max(settings.distill_mixes, settings.distill_forget)
         self.weight = 1.0  # w of the module's docstring
         length = cycle_length(settings, len(forget))
         self.growth = settings.distill_growth ** (1 / length)
@@ -123,12 +124,15 @@ class DistillProcedure(Procedure):
         """Draw the images of D_f and the stand-ins of the next step."""
         return self._step(*self.draw())
 
-    def terms(self, *inputs: Tensor | float) -> Terms:
+    def terms(self, *inputs: Nested) -> Terms:
         """Return the terms of the loss of a step."""
         return self.method.terms(self._step(*inputs))
 
-    def draw(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Return images of D_f of the next step, their labels, its stand-ins, and the weight of the forget loss."""
+    def draw(self) -> tuple[Nested, ...]:
+        """Return the numbers of the next step on the CPU.
+
+        They are the indices of its images of D_f, the weight of the forget loss, and the random numbers of stand-ins.
+        """
         forget, settings = self.forget, self.settings
         measured, logits = self.monitor.forget, self.monitor.logits  # on the CPU
         if not measured.is_forgotten(logits.argmax(1)).all():
@@ -141,15 +145,20 @@ class DistillProcedure(Procedure):
         if self.pads:  # with images beyond the margin, whose loss is 0, so that only the mean has to be corrected
             chosen = torch.cat([chosen, (losses == 0).nonzero().flatten()[: size - len(drawn)]])
             weight *= size / max(1, len(drawn))
-        chosen = upload(chosen, forget.images.device)
-        stand_ins = self.stand_ins.draw(self.generator)
-        return forget.images[chosen], forget.target_labels[chosen], stand_ins, weight
+        return chosen, torch.tensor(weight), self.stand_ins.draw(self.generator)
 
-    def _step(self, images: Tensor, labels: Tensor, stand_ins: Tensor, weight: float) -> Step:
+    def _step(self, *inputs: Nested) -> Step:
+        """Return a step on what `draw` returned."""
+        forget = self.forget
+        chosen, weight, numbers = upload_together(inputs, forget.labels.device)
+        batch = Batch(forget.images[chosen], forget.target_labels[chosen])
+        return self._step_on(batch, self.stand_ins.make(numbers), weight)
+
+    def _step_on(self, forget: Batch, stand_ins: Tensor, weight: Tensor) -> Step:
         return Step(
             self.in_parts(),
             self.forget.goal,
-            Batch(images, labels),
+            forget,
             teacher_gaps=lambda: self._weighted_gaps(stand_ins),
             margin=self.settings.distill_margin,
             settings=self.own_values,

@@ -119,6 +119,9 @@ class PaperProcedure(Procedure):
             self.has_draws = self.is_graphable = "noise" not in method.needs
             # in train mode each batch has a forward pass of its own
             self.separate = frozenset({"forget", "importance"} if settings.bn == "train" else {"importance"})
+        self.batch_size = max(
+            min(settings.batch_size, len(forget)), min(settings.adv_batch_size, len(retained)) if retained else 0
+        )
         labelled = Split(forget.images, forget.target_labels)
         self.forget_batches = EndlessBatches(labelled, settings.batch_size, self._generator("forget batches"))
         self.retained_batches = None

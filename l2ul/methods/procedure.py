@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from l2ul.common.choices import CAP
 from l2ul.common.device import upload
 from l2ul.common.memory import smaller_batch
+from l2ul.common.nested import Nested
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split, as_pixels
 from l2ul.objective import Batch, Terms
@@ -33,6 +34,7 @@ class Procedure(Iterator[Terms]):
     has_draws     whether a step is `terms` of what `draw` returns, so that the loop can repeat it
     is_graphable  whether `terms` can be captured as a CUDA graph
     pads          set by the loop if steps are captured: inputs then have the same shapes at each step, where possible
+    batch_size    number of images in the largest batch of a step
     part_size     largest number of images in one forward pass of the model, see `in_parts`; None: the whole batch
     """
 
@@ -49,30 +51,33 @@ class Procedure(Iterator[Terms]):
     has_draws: bool = False
     is_graphable: bool = False
     pads: bool = False
+    batch_size: int
     part_size: int | None = None
 
-    def draw(self) -> tuple[Tensor | float, ...]:
-        """Return the inputs of the next step: tensors on the device of the model, and numbers."""
+    def draw(self) -> tuple[Nested, ...]:
+        """Return the inputs of the next step: tensors on the device of the model or on the CPU, which may be nested."""
         raise NotImplementedError
 
-    def terms(self, *inputs: Tensor | float) -> Terms:
-        """Return the terms of the loss of a step, which depend on nothing but its inputs and the weights."""
+    def terms(self, *inputs: Nested) -> Terms:
+        """Return the terms of the loss of a step, which depend on nothing but its inputs and the weights.
+
+        All inputs are on the device of the model if the step is captured as a CUDA graph.
+        """
         raise NotImplementedError
 
     def in_parts(self) -> "nn.Module | InParts":
         """Return the model, or a wrapper that passes at most `part_size` images to it at once."""
         return InParts(self.model, self.part_size) if self.part_size else self.model
 
-    def use_smaller_parts(self, inputs: tuple[Tensor | float, ...], error: BaseException) -> None:
-        """Compute later steps in smaller parts of their batches, after an error of a step with these inputs.
+    def use_smaller_parts(self, error: BaseException) -> None:
+        """Compute later steps in smaller parts of their batches, after an error of a step.
 
         The terms and gradients are the same up to rounding. Raises the error if it is not about memory, or if the
         model does not treat each image on its own, so that the result would be another one.
         """
         if any(isinstance(module, BatchNorm) and module.training for module in self.model.modules()):
             raise error
-        size = self.part_size or max(len(one) for one in inputs if isinstance(one, Tensor))
-        self.part_size = smaller_batch(size, error)
+        self.part_size = smaller_batch(self.part_size or self.batch_size, error)
 
     def may_stop(self) -> bool:
         """Return whether the loop may stop after a step after which D_f is forgotten."""

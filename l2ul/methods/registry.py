@@ -59,8 +59,8 @@ class Step:
     reg_lamb: float = 0.0
     perturb: Callable[[], None] | None = None
     teacher_gaps: "Callable[[], tuple[Tensor, Tensor]] | None" = None
-    margin: float = 0.0
-    forget_weight: float = 1.0
+    margin: "float | Tensor" = 0.0
+    forget_weight: "float | Tensor" = 1.0
     settings: Mapping[str, Value] = field(default_factory=dict)
 
 

@@ -39,6 +39,7 @@ from l2ul.methods.distill import DistillProcedure
 from l2ul.methods.registry import Step, Terms
 from l2ul.methods.settings import Settings
 from l2ul.methods.stand_ins import Synthesis
+from l2ul.objective import Batch
 
 STRENGTH = 1.2  # of the changes in training, relative to those in use
 STORED = 8
@@ -80,7 +81,7 @@ class RobustProcedure(DistillProcedure):
             return images
         return synthesis.images(self.model, images, settings, settings.robust_images, ITERATIONS)
 
-    def draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    def draw(self) -> tuple[Tensor, ...]:
         """Return copies of D_f of the next step, their labels, its stand-ins, the weight and the margin."""
         settings, goal = self.settings, self.forget.goal
         place = self.steps % self.stop_every / self.stop_every
@@ -97,12 +98,12 @@ class RobustProcedure(DistillProcedure):
         if settings.robust_adversarial:
             half = len(labels) // 2
             images = torch.cat([images[:half], self._toward_label(images[half:], labels[half:])])
-        return images, labels, self._stand_ins(), self.weight, margin
+        return images, labels, self._stand_ins(), self.weight, torch.tensor(margin)
 
-    def _step(self, images: Tensor, labels: Tensor, stand_ins: Tensor, weight: Tensor, margin: float) -> Step:
-        return replace(super()._step(images, labels, stand_ins, weight), margin=margin)
+    def _step(self, images: Tensor, labels: Tensor, stand_ins: Tensor, weight: Tensor, margin: Tensor) -> Step:
+        return replace(self._step_on(Batch(images, labels), stand_ins, weight), margin=margin)
 
-    def terms(self, *inputs: Tensor | float) -> Terms:
+    def terms(self, *inputs: Tensor) -> Terms:
         """Return the terms of the loss of a step."""
         step = self._step(*inputs)
         if not self.settings.robust_targets or step.goal == "relabel":
@@ -128,7 +129,7 @@ class RobustProcedure(DistillProcedure):
         return torch.cat([images[:stored], copies]), self.forget.target_labels[order]
 
     def _stand_ins(self) -> Tensor:
-        images = self.stand_ins.draw(self.generator)
+        images = self.stand_ins(self.generator)
         changed = round(self.settings.robust_mixes * len(images))
         if not changed:
             return images

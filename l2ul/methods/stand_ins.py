@@ -4,9 +4,8 @@ They are made of D_f (see `l2ul.data.mixes`), of D_f and θ⁰, or are unlabelle
 `l2ul.data.surrogate`). Images are synthesised before the loop (see `Synthesis`).
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 import contextlib
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,32 +14,20 @@ import torch.nn.functional as F
 from l2ul import Progress, ProgressBar
 from l2ul.common import activations, seeds
 from l2ul.common.cache import Cache, environment, model_fingerprint
-from l2ul.common.device import upload
 from l2ul.common.files import tensors_sha256
 from l2ul.common.modes import batch_norms, frozen
-from l2ul.data import mixes
-from l2ul.data.augment import augment
-from l2ul.data.images import as_pixels
+from l2ul.common.nested import upload_together
+from l2ul.data.images import StoredImages, stored
+from l2ul.data.mixes import KINDS, Kind
 from l2ul.methods.settings import Settings
-
-Draw = Callable[[int, torch.Generator], Tensor]  # from a count and a CPU generator to images (count, 3, H, W)
 
 BATCH = 256  # images that are synthesised at once; their statistics are those of the batch
 SYNTHESIS_LR = 0.01  # highest rate of Adam on pixels in [0,1]
 STATISTICS, VARIATION = 10.0, 1.0  # weights of the statistics of features and of the total variation
-MIXED_KINDS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
-    "mixes": mixes.mixes,
-    "triples": mixes.triples,
-    "copies": mixes.copies,
-    "recoloured": mixes.recoloured,
-    "patches": mixes.patches,
-    "crops": mixes.crops,
-    "spectra": mixes.spectra,
-}
 
 
 class StandIns:
-    """Draws the stand-ins of each step.
+    """The stand-ins of each step: `draw` draws random numbers on the CPU, and `make` computes images from them.
 
     model      the original model, in eval mode; used here alone, to synthesise images
     images     (k, 3, H, W) float in [0,1], D_f
@@ -62,16 +49,28 @@ class StandIns:
         natural = round(settings.distill_surrogate * settings.distill_mixes) if surrogate is not None else 0
         rest = settings.distill_mixes - natural
         sizes = [rest // len(kinds) + (place < rest % len(kinds)) for place in range(len(kinds))]
-        draws: dict[str, Draw] = {kind: partial(make, images) for kind, make in MIXED_KINDS.items()}
+        sources = dict.fromkeys(KINDS, images)
         if "synthesised" in kinds and natural < settings.distill_mixes:
-            pool = synthesis.images(model, images, settings, settings.distill_pool, settings.distill_pool_steps)
-            draws["synthesised"] = partial(_drawn, pool)
-        self._parts = [(draws[kind], size) for kind, size in zip(kinds, sizes, strict=True) if size]
-        self._parts += [(partial(_drawn, surrogate), natural)] if natural else []
+            count, iterations = settings.distill_pool, settings.distill_pool_steps
+            sources["synthesised"] = synthesis.images(model, images, settings, count, iterations)
+        self._parts: list[tuple[Kind, Tensor | StoredImages, int]] = [
+            (KINDS.get(kind, KINDS["copies"]), sources[kind], size)
+            for kind, size in zip(kinds, sizes, strict=True)
+            if size
+        ]
+        self._parts += [(KINDS["copies"], StoredImages(surrogate), natural)] if natural else []
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """Return the stand-ins (n, 3, H, W) of the next step."""
-        parts = [draw(size, generator) for draw, size in self._parts]
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        """Return stand-ins (n, 3, H, W)."""
+        return self.make(upload_together(self.draw(generator), self._parts[0][1].device))
+
+    def draw(self, generator: torch.Generator) -> list[tuple[Tensor, ...]]:
+        """Draw the random numbers of the next step, for each part of the stand-ins."""
+        return [kind.draw(images.shape, size, generator) for kind, images, size in self._parts]
+
+    def make(self, numbers: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Return the stand-ins (n, 3, H, W) with these random numbers, which are on the device of D_f."""
+        parts = [kind.make(images, *own) for (kind, images, _), own in zip(self._parts, numbers, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -103,16 +102,16 @@ class Synthesis:
         images  (k, 3, H, W) float in [0,1], D_f
         """
         with torch.no_grad():  # the logits depend on the precision of the passes
-            inputs = tensors_sha256({"images": images, "logits": model(images[:1])})
+            inputs = tensors_sha256({"images": stored(images), "logits": model(images[:1])})
         key = {"kind": "synthesised images", "count": count, "iterations": iterations, "seed": settings.seed}
         key |= {"position": settings.first_position, "net": model_fingerprint(model), "inputs": inputs}
         key |= environment(images.device)
         name = repr(key)
         if name not in self._made:
             with self.cache.lock(key):  # waits for another command that makes the same
-                stored = self.cache.get(key)
-                made = stored["images"] if stored else self._make(model, images, settings, count, iterations)
-                if not stored:
+                entry = self.cache.get(key)
+                made = entry["images"] if entry else self._make(model, images, settings, count, iterations)
+                if not entry:
                     self.cache.put(key, {"images": made.contiguous()})
                     self.cache.trim()
             self._made[name] = made.to(images.device, memory_format=torch.channels_last)
@@ -125,7 +124,7 @@ class Synthesis:
         bar = self.progress(name, count * iterations) if self.progress else no_progress
         with bar as advance:
             statistics = _Statistics(model, images)
-            starts = (mixes.patches(images, size, generator) for size in _sizes(count))
+            starts = (KINDS["patches"](images, size, generator) for size in _sizes(count))
             return torch.cat(
                 [_synthesise(model, statistics, start, iterations, generator, advance) for start in starts]
             )
@@ -206,9 +205,3 @@ def _total_variation(images: Tensor) -> Tensor:
 def _sizes(count: int) -> list[int]:
     """Return the sizes of batches of nearly equal size, at most BATCH."""
     return [len(part) for part in torch.arange(count).tensor_split(-(-count // BATCH))]
-
-
-def _drawn(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw images, shifted and mirrored at random."""
-    chosen = upload(torch.randint(len(images), (count,), generator=generator), images.device)
-    return augment(as_pixels(images[chosen]), images.shape[-1] // 8, True, generator)

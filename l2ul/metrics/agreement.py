@@ -11,7 +11,7 @@ from l2ul import Progress, attack
 from l2ul.common import seeds
 from l2ul.common.precision import exactly
 from l2ul.data.images import pixels_of
-from l2ul.data.mixes import mixes
+from l2ul.data.mixes import KINDS
 from l2ul.metrics import accuracy
 
 SEED_OFFSET = 7_919  # added to the seed of a run, so that no method trains on the held-out examples
@@ -68,7 +68,7 @@ def held_out(
     The examples start from mixes because an example of an image of D_f depends on that image more than on others. The
     radius of the attack grows with the side of the images, so that the change of a pixel stays the same.
     """
-    mixed = mixes(pixels_of(images), count, seeds.generator(seed + SEED_OFFSET, "held out"))
+    mixed = KINDS["mixes"](pixels_of(images), count, seeds.generator(seed + SEED_OFFSET, "held out"))
     eps = EPS * images.shape[-1] / 32
     settings = {"num_adv_images": 1, "eps": eps, "alpha": eps, "steps": STEPS, "seed": seed + SEED_OFFSET}
     predictions = accuracy.predict(model, mixed, fold=False).to(images.device)

@@ -17,9 +17,9 @@ from l2ul.common.device import plain_defaults
 from l2ul.common.errors import is_out_of_memory
 from l2ul.common.modes import batch_norms
 from l2ul.common.precision import exactly
+from l2ul.data import mixes
 from l2ul.data.changes import KINDS, PROBABILITY, changed_copies, jpeg_file
 from l2ul.data.images import LARGE, as_pixels, pixels_of
-from l2ul.data.mixes import mixes
 from l2ul.metrics import accuracy
 from l2ul.objective import Forget
 
@@ -166,7 +166,7 @@ class _InType(nn.Module):
 
 def stand_ins(images: Tensor) -> Tensor:
     """Return mixes (n, C, H, W) of D_f on which batch-norm is recalibrated if there are no other images."""
-    return mixes(images, NUM_MIXES, seeds.generator(SEED, "recalibration"))
+    return mixes.KINDS["mixes"](images, NUM_MIXES, seeds.generator(SEED, "recalibration"))
 
 
 @torch.no_grad()

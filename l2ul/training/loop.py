@@ -86,7 +86,7 @@ def fit(
         on_resume(history)
     gradients = functools.partial(_gradients, distributed.data_parallel(model), recipe)
     if graph and device.type == "cuda" and distributed.size() == 1:
-        gradients = Graphed(gradients, report)
+        gradients = Graphed(gradients, device, report)
     started, saving = time.monotonic(), 0.0
     for epoch in range(len(history), recipe.epochs):
         generator = seeds.generator(seed, "pretrain", epoch)
@@ -181,7 +181,7 @@ def _steps(train: Split, crop_size: int, recipe: Recipe, generator: torch.Genera
 
 
 def _gradients(
-    model: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor, weight: float
+    model: nn.Module, recipe: Recipe, images: Tensor, labels: Tensor, weight: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return the mean loss () and the gradients of that loss times `weight`."""
     with precision.autocast(images.device, recipe.precision):
@@ -193,7 +193,7 @@ def _gradients(
 
 
 def _train_epoch(
-    gradients: Callable[[Tensor, Tensor, float], tuple[Tensor, list[Tensor | None]]],
+    gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, list[Tensor | None]]],
     steps: Iterator[_Step],
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
@@ -205,7 +205,8 @@ def _train_epoch(
     total = torch.zeros((), device=weights[0].device)
     for step in steps:
         # data-parallel training averages over processes; with this factor, the result is the mean over the batch
-        loss, new = gradients(step.images, step.labels, step.share * distributed.size() / step.batch_size)
+        factor = torch.tensor(step.share * distributed.size() / step.batch_size)
+        loss, new = gradients(step.images, step.labels, factor)
         for weight, gradient in zip(weights, new, strict=True):
             weight.grad = gradient
         if recipe.clip_value is not None:

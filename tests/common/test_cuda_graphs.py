@@ -13,6 +13,7 @@ from l2ul.importance import mas_importance
 from l2ul.unlearn import Settings, unlearn
 
 CLASSES = 10
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class Recorded:
@@ -48,21 +49,21 @@ def test_a_graph_is_captured_at_the_fourth_call_of_a_shape_and_reads_copies_of_t
         seen.append((images, weight))
         return images * weight
 
-    graphed = cuda_graphs.Graphed(compute, sentences.append)
+    graphed = cuda_graphs.Graphed(compute, CPU, sentences.append)
     for call in range(cuda_graphs.WARM_UP):
-        assert torch.equal(graphed(torch.ones(2, 3), 2.0 + call), torch.full((2, 3), 2.0 + call))
+        assert torch.equal(graphed(torch.ones(2, 3), torch.tensor(2.0 + call)), torch.full((2, 3), 2.0 + call))
     assert len(seen) == cuda_graphs.WARM_UP
-    result = graphed(torch.ones(2, 3), 7.0)
+    result = graphed(torch.ones(2, 3), torch.tensor(7.0))
     images, weight = seen[-1]
     assert torch.equal(images, torch.ones(2, 3))
     assert weight == 7.0
-    assert graphed(torch.full((2, 3), 5.0), 8.0) is result
+    assert graphed(torch.full((2, 3), 5.0), torch.tensor(8.0)) is result
     assert torch.equal(images, torch.full((2, 3), 5.0))
     assert weight == 8.0
     assert len(seen) == cuda_graphs.WARM_UP + 1
     (captured,) = graphed._captured.values()
     assert captured.graph.replays == 2
-    assert torch.equal(graphed(torch.ones(1, 3), 2.0), torch.full((1, 3), 2.0))  # another shape
+    assert torch.equal(graphed(torch.ones(1, 3), torch.tensor(2.0)), torch.full((1, 3), 2.0))  # another shape
     assert len(seen) == cuda_graphs.WARM_UP + 2
     assert sentences == []
 
@@ -75,7 +76,7 @@ def test_a_function_that_cannot_be_captured_runs_without_a_graph_and_says_so_onc
 
     monkeypatch.setattr(torch.cuda, "graph", fail)
     sentences = []
-    graphed = cuda_graphs.Graphed(lambda images: images + 1, sentences.append)
+    graphed = cuda_graphs.Graphed(lambda images: images + 1, CPU, sentences.append)
     for _ in range(8):
         assert torch.equal(graphed(torch.zeros(2)), torch.ones(2))
     reason = "operation not permitted when stream is capturing"
@@ -90,7 +91,7 @@ def test_a_function_that_waits_for_the_gpu_is_never_captured(emulated):
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         return images + 1
 
-    graphed, images = cuda_graphs.Graphed(compute, sentences.append), torch.zeros(2)
+    graphed, images = cuda_graphs.Graphed(compute, CPU, sentences.append), torch.zeros(2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(8):
@@ -102,11 +103,11 @@ def test_a_function_that_waits_for_the_gpu_is_never_captured(emulated):
 @pytest.mark.cuda
 def test_after_a_function_that_waits_for_the_gpu_another_one_is_captured():
     sentences, images = [], torch.ones(2, device="cuda")
-    waiting = cuda_graphs.Graphed(lambda images: images * images.sum().item(), sentences.append)
+    waiting = cuda_graphs.Graphed(lambda images: images * images.sum().item(), CUDA, sentences.append)
     for _ in range(6):
         assert waiting(images).tolist() == [2, 2]
     assert sentences == ["steps run without CUDA graphs, as this model cannot be captured (it waits for the GPU)"]
-    other = cuda_graphs.Graphed(lambda images: images + torch.rand(2, device="cuda"), sentences.append)
+    other = cuda_graphs.Graphed(lambda images: images + torch.rand(2, device=CUDA), CUDA, sentences.append)
     results = [other(images).clone() for _ in range(6)]
     assert len(other._captured) == len(sentences) == 1
     assert len(torch.unique(torch.cat(results))) == 12  # random numbers differ between replays

@@ -13,7 +13,7 @@ from l2ul import models, objective
 from l2ul.common import activations
 from l2ul.common.bn_folding import foldable
 from l2ul.common.errors import InputError
-from l2ul.data.mixes import mixes
+from l2ul.data.mixes import KINDS
 from l2ul.methods import distill, registry
 from l2ul.methods.stand_ins import Synthesis
 from l2ul.unlearn import Settings, unlearn
@@ -64,7 +64,7 @@ def test_feature_gap_is_relative_to_the_variance():
 
 def test_mixes_blend_two_different_images_with_weights_of_the_documented_range():
     images = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 16, 16)  # one red, one green, one blue
-    blended = mixes(images, 200, generator())
+    blended = KINDS["mixes"](images, 200, generator())
     assert blended.shape == (200, 3, 16, 16)
     inside = blended[:, :, 8, 8]  # a shift of 2 does not change the centre
     assert torch.allclose(inside.sum(1), torch.ones(200))
@@ -73,13 +73,13 @@ def test_mixes_blend_two_different_images_with_weights_of_the_documented_range()
     assert inside.max() <= 0.7 + 1e-6
     assert len({tuple((row > 0).tolist()) for row in inside}) == 3
     assert (blended[:, :, 0] == 0).all(1).any(), "none was shifted down"
-    assert torch.equal(mixes(images, 5, generator(1)), mixes(images, 5, generator(1)))
+    assert torch.equal(KINDS["mixes"](images, 5, generator(1)), KINDS["mixes"](images, 5, generator(1)))
 
 
 def test_a_single_image_is_mixed_with_itself_rotated_by_180_degrees():
     image = torch.zeros(1, 3, 7, 7)  # too small to be shifted
     image[0, :, 0, 3] = 1
-    for mix in mixes(image, 20, generator()):
+    for mix in KINDS["mixes"](image, 20, generator()):
         assert mix[0, 0, 3] + mix[0, 6, 3] == pytest.approx(1.0)
         assert 0.3 - 1e-6 <= mix[0, 0, 3] <= 0.7 + 1e-6
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from l2ul.common.cache import Cache
 from l2ul.common.choices import STAND_INS
-from l2ul.data import mixes
+from l2ul.data.images import StoredImages
+from l2ul.data.mixes import KINDS
 from l2ul.methods import distill, stand_ins
 from l2ul.methods.stand_ins import StandIns, Synthesis
 from l2ul.unlearn import Settings, unlearn
@@ -26,7 +27,7 @@ def generator(seed=0):
 def test_every_kind_gives_pixels_that_depend_on_the_generator_alone(trained, kind, k):
     model, images, _ = trained
     settings = Settings(distill_stand_ins=kind, **FAST)
-    drawn = [StandIns(model, images[:k] / 255, settings, Synthesis()).draw(generator(seed)) for seed in (0, 0, 1)]
+    drawn = [StandIns(model, images[:k] / 255, settings, Synthesis())(generator(seed)) for seed in (0, 0, 1)]
     assert drawn[0].shape == (9, *images.shape[1:])
     assert drawn[0].min() >= 0
     assert drawn[0].max() <= 1
@@ -38,15 +39,15 @@ def test_kinds_get_equal_parts_and_a_surrogate_set_its_part(trained):
     model, images, _ = trained
     dark, bright = torch.zeros(2, 3, 8, 8), torch.full((5, 3, 8, 8), 255, dtype=torch.uint8)
     settings = Settings(distill_stand_ins="mixes+crops", distill_mixes=8, distill_surrogate=0.25)
-    drawn = StandIns(model, dark, settings, Synthesis(), bright).draw(generator())
+    drawn = StandIns(model, dark, settings, Synthesis(), bright)(generator())
     assert (drawn.amax((1, 2, 3)) == 1).tolist() == [False] * 6 + [True] * 2
-    alone = StandIns(model, dark, Settings(distill_mixes=4), Synthesis(), bright).draw(generator())
+    alone = StandIns(model, dark, Settings(distill_mixes=4), Synthesis(), bright)(generator())
     assert (alone.amax((1, 2, 3)) == 1).all()
 
 
 def test_a_patch_is_made_of_parts_of_two_images():
     images = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 16, 16).contiguous()  # one red, one green, one blue
-    pasted = mixes.patches(images, 50, generator())
+    pasted = KINDS["patches"](images, 50, generator())
     shares = pasted[:, :, 2:-2, 2:-2].mean((2, 3))
     assert ((shares > 0).sum(1) == 2).all()
     assert set(pasted.unique().tolist()) == {0.0, 1.0}
@@ -54,22 +55,29 @@ def test_a_patch_is_made_of_parts_of_two_images():
 
 def test_recoloured_images_keep_their_brightness_and_change_their_hue():
     images = torch.tensor([0.6, 0.3, 0.3]).view(1, 3, 1, 1).expand(1, 3, 16, 16).contiguous()  # one reddish image
-    inside = mixes.recoloured(images, 50, generator())[:, :, 4:-4, 4:-4].mean((2, 3))
+    inside = KINDS["recoloured"](images, 50, generator())[:, :, 4:-4, 4:-4].mean((2, 3))
     assert torch.allclose(inside.mean(1), torch.full((50,), 0.4), atol=1e-5)
     assert ((inside - images[0, :, 0, 0]).abs().amax(1) > 0.05).all()
     grey = torch.rand(2, 1, 8, 8, generator=generator())
-    assert mixes.recoloured(grey, 5, generator()).shape == (5, 1, 8, 8)
+    assert KINDS["recoloured"](grey, 5, generator()).shape == (5, 1, 8, 8)
 
 
 def test_synthesised_images_come_closer_to_the_statistics_of_the_model(trained):
     model, images, _ = trained
     pixels = images[:8] / 255
     statistics = stand_ins._Statistics(model, pixels)
-    start = mixes.patches(pixels, 16, generator())
+    start = KINDS["patches"](pixels, 16, generator())
     made = Synthesis().images(model, pixels, Settings(), 16, 40)
     with torch.no_grad():
         before, after = (statistics.gap(batch)[1].item() for batch in (start, made))
     assert after < before
+
+
+def test_images_are_synthesised_from_many_large_images_that_are_stored_as_bytes(trained):
+    model, images, _ = trained
+    some = images[:4].to(torch.uint8)
+    stored, floats = (Synthesis().images(model, one, Settings(), 4, 2) for one in (StoredImages(some), some / 255))
+    assert torch.equal(stored, floats)
 
 
 def test_a_model_without_batch_norm_has_the_statistics_of_d_f():
