@@ -101,11 +101,6 @@ def test_flags_of_commands_in_readme_and_docs_exist(known_flags):
     assert checked > 20
 
 
-def test_the_example_of_the_readme_is_the_one_that_is_tested():
-    (example,) = [block for block in code_blocks(README, "python") if block.startswith("# my_method.py")]
-    assert example in code_blocks(PAGES["docs/extending.md"], "python")
-
-
 def code_blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 

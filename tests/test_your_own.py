@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, run as they stand there."""
+"""The examples of README.md and docs/extending.md, run as they stand there."""
 
 import re
 import runpy
@@ -18,7 +18,8 @@ from l2ul.metrics import registry as measuring_registry
 
 EXAMPLES = {
     re.match(r"# (my_\w+)\.py", block)[1]: block
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+    for page in ("README.md", "docs/extending.md")
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     if block.startswith("# my_")
 }
 REGISTRIES = (methods_registry.METHODS, models.OWN, datasets.LOADERS, measuring_registry.METRICS, columns.COLUMNS)

@@ -248,7 +248,8 @@ def announce(
     sizes, seeds = (" ".join(map(str, dict.fromkeys(values))) for values in zip(*pairs, strict=True))
     print(
         f"{opts.dataset}, {opts.model}, {device_name(device)}: {' '.join(opts.method)}; k {sizes}, seed {seeds}; "
-        f"goal {opts.goal}: {len(to_do)} runs to do, {len(runs) - len(to_do) - len(to_measure)} done"
+        f"goal {opts.goal}: {len(to_do)} run{'s' * (len(to_do) != 1)} to do, "
+        f"{len(runs) - len(to_do) - len(to_measure)} done"
         + (f", {len(to_measure)} done that lack metrics" if to_measure else ""),
         flush=True,
     )

@@ -125,7 +125,7 @@ def of_record(record: Mapping[str, object], num_classes: int, weights_sha256: st
     settings |= {key: record[key] for key in (record.get("method_settings") or "").split()}
     settings |= dict(pair.split("=") for pair in (record.get("course") or "").split())
     return Card(
-        title=f"{name} after unlearning images of {dataset}",
+        title=f"Classifier after unlearning: {name}, {dataset}",
         introduction=f"This classifier, {name}, was trained on {dataset} and had to "
         f"{'relabel' if relabel else 'forget'} {number} of its training images. It is the result of a run with L2UL "
         f"{VERSION}, which compares methods.",
@@ -152,8 +152,8 @@ def _public(name: str, what: str, known: Collection[str] | None = None) -> str:
     folder = place.removeprefix(timm_models.FOLDER)
     is_local = folder != place or place.startswith(("/", ".", "~")) or place.count("/") > 1 or "\\" in place
     if colon and (is_local or Path(place).is_dir()):
-        return f"{prefix} {what} of a local folder"
-    return name if colon or known is None or name in known else f"{what} of a local folder"
+        return f"a {what} in a local folder ({prefix})"
+    return name if colon or known is None or name in known else f"a {what} in a local folder"
 
 
 def _percent(value: float | None) -> str:

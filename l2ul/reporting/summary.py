@@ -223,7 +223,7 @@ def brief(results: list[Record]) -> pd.DataFrame:
         counts = runs["status"][runs["status"].isin(records.NOT_FORGOTTEN)].value_counts()
         others = ", ".join(f"{count} {ENDED.get(status, status)}" for status, count in counts.items())
         row["seeds"] = " ".join(map(str, runs["seed"].unique()))
-        rows.append(row | {"runs": f"{len(runs)}: {others}" if others else f"{len(runs)}"})
+        rows.append(row | {"runs": f"{len(runs)} ({others})" if others else f"{len(runs)}"})
     return pd.DataFrame(rows)
 
 

@@ -95,7 +95,7 @@ def test_evaluate_adds_metrics_to_new_and_to_finished_runs(script, few_digits, t
     assert script(main_unlearn.main, *arguments)[0] == 0
     code, out, err = script(main_unlearn.main, *arguments, "--evaluate", "membership", "distance")
     assert code == 0, err
-    assert "1 runs to do, 0 done, 1 done that lack metrics" in out  # the model of `before` is the original one
+    assert "1 run to do, 0 done, 1 done that lack metrics" in out  # the model of `before` is the original one
     found = {record["method"]: record for record in map(json.loads, map(Path.read_text, tmp_path.glob("runs/*.json")))}
     for record in found.values():
         for attack in MEMBERSHIP_ATTACKS:

@@ -320,7 +320,7 @@ def test_a_card_of_a_run_shows_no_path_of_a_local_model(vit_folder):
     text = model_card.of_record(record, 10, "b" * 64, is_folder=True).text()
     assert str(vit_folder) not in text
     assert vit_folder.name not in text
-    assert text.count("data set of a local folder") == 2  # a folder in --data-dir, whose name is the user's
+    assert text.count("a data set in a local folder") == 2  # a folder in --data-dir, whose name is the user's
     for name in ("hf:/home/alice/photos", "alice_photos"):
         assert "alice" not in model_card.of_record(record | {"dataset": name}, 10, "b" * 64).text()
     assert text.startswith("---\nlibrary_name: transformers\n")

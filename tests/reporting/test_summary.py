@@ -318,8 +318,8 @@ def test_the_table_on_the_screen_has_means_over_seeds_and_counts_runs_that_did_n
     first, second = table.to_dict("records")
     assert first["D_test %"] == "72.00 ± 2.83"
     assert first["D_f %"] == "0.00 ± 0.00"
-    assert (first["runs"], first["seeds"]) == ("3: 1 not forgotten, 1 diverged", "0 1 2")
+    assert (first["runs"], first["seeds"]) == ("3 (1 not forgotten, 1 diverged)", "0 1 2")
     assert first["seconds"] == "4.00 ± 0.00"
-    assert (second["D_test %"], second["runs"]) == ("-", "1: 1 diverged")
+    assert (second["D_test %"], second["runs"]) == ("-", "1 (1 diverged)")
     (row,) = summary.brief([record]).to_dict("records")
     assert (row["steps"], row["runs"]) == (str(record["steps"]), "1")
