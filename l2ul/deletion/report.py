@@ -48,7 +48,7 @@ THREATS = {  # by test
     "contains information about them.",
     "membership": "Somebody who sees only the outputs of the model wants to know whether an image was in the training "
     "set.",
-    "agreement": "No attack. The users of the model expect that the predictions for other images stay the same.",
+    "agreement": "The model no longer serves its users, who expect the same predictions for other images.",
 }
 INVENTORY = {  # titles of the tables of an inventory
     "original_models": "original model",

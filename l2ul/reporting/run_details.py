@@ -14,6 +14,7 @@ from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.reporting import figure_data, figure_set, read_records
 
+UNITS = {"percent": ", in percent"}  # after the meaning of a key, by its type
 THUMBNAIL = 64  # pixels of the longer side, at most
 MOST_THUMBNAILS = 4096  # on a page
 MOST_POINTS = 200  # of a curve
@@ -86,7 +87,7 @@ def details(
         progress(1)
     gallery.finish(with_thumbnails)
     known = {name for part in values for name in part}
-    docs = {name: key.doc for name, key in records.SCHEMA.items() if name in known}
+    docs = {name: key.doc + UNITS.get(key.type, "") for name, key in records.SCHEMA.items() if name in known}
     return {"runs": list(made.values()), "values": values, "docs": docs, "forget": forget, "sources": gallery.sources}
 
 

@@ -104,6 +104,8 @@ def test_elements_that_the_script_looks_up_are_there(digits):
     labelled = {attributes["aria-labelledby"] for _, attributes in page.elements if "aria-labelledby" in attributes}
     assert labelled <= ids
     assert set(page.data["facets"]) == set(results_page.FACETS)
+    assert page.data["docs"]["acc_test"] == "accuracy on the test set, in percent"
+    assert page.data["docs"]["steps"] == "optimizer steps taken"
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
