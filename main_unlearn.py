@@ -4,6 +4,8 @@
     python main_unlearn.py
     # forget 16 images of CIFAR-10, with three seeds
     python main_unlearn.py --dataset cifar10 --model resnet20 --checkpoint resnet20.th --unlearn-k 16 --seed 0 1 2
+    # forget the images that forget.txt lists, of your images in data/pets/train and data/pets/val
+    python main_unlearn.py --dataset pets --model torchvision:resnet50 --checkpoint pets.pt --forget-file forget.txt
     # compute adversarial examples and accuracies on eight GPUs
     torchrun --nproc-per-node 8 main_unlearn.py --dataset imagenet --unlearn-k 64
 

@@ -1,15 +1,18 @@
 """The messages and exit codes of main_unlearn.py for bad input and failures."""
 
+import argparse
 import json
+import shlex
 import shutil
 
-from conftest import FAST
+from conftest import FAST, ROOT
 from helpers import write_folder
 import pytest
 from safetensors.torch import load_file
 import torch
 import torchvision
 
+from l2ul.cli import unlearn_command
 from l2ul.data import forget_set
 from l2ul.experiments import execution
 import main_unlearn
@@ -53,6 +56,10 @@ def test_without_a_writable_cache_the_runs_continue_and_a_line_says_so(run):
         (["--checkpoint", "none.pt"], "there is no checkpoint none.pt"),
         (["--checkpoint", "pyproject.toml"], "pyproject.toml is damaged or is no checkpoint"),
         (["--model", "resnet56"], "no weights of resnet56 for digits: looked for"),
+        (
+            ["--model", "resnet56"],
+            "train them with: python main_pretrain_digits_resnet20.py --dataset digits --model resnet56, or name",
+        ),
         (["--unlearn-k", "0"], "--unlearn-k is 0; expected 1 or more"),
         (["--unlearn-k", "16", "-4"], "--unlearn-k is -4; expected 1 or more"),
         (["--unlearn-k", "41"], "k is 41; expected 1 to 39"),
@@ -137,6 +144,13 @@ def test_a_missing_file_is_reported_before_the_data_set_is_loaded(run, arguments
     code, out, err = run(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert complaint in err
+
+
+def test_the_scripts_that_train_original_models_are_there():
+    assert all((ROOT / script).is_file() for script in unlearn_command.PRETRAINING.values())
+    opts = argparse.Namespace(dataset="utkface", age_grouping="MFD", model="resnet18")
+    words = "python main_pretrain_utkface_resnet18.py --dataset utkface --model resnet18 --age-grouping MFD"
+    assert shlex.join(unlearn_command.pretraining(opts)) == words
 
 
 def test_a_missing_gpu_is_one_sentence(run):

@@ -260,7 +260,13 @@ def add_unlearning(parser: Parser) -> None:
     add(group, "--method", f"one or more methods, listed below ({usual})", type=method_name, nargs="+", metavar="NAME")
     goal = "misclassify: the model must not predict the true classes of D_f; relabel: it must predict new labels"
     add(group, "--goal", goal, choices=choices.GOALS, default="misclassify")
-    add(group, "--unlearn-k", "number of images to forget, one or more", type=whole_number, nargs="+")
+    add(
+        group,
+        "--unlearn-k",
+        "number of images to forget, one or more; with --forget-file or --forget-dir by default all",
+        type=whole_number,
+        nargs="+",
+    )
     seeds = "seed of the choice of D_f, the attack and the loop, one or more"
     add(group, "--seed", seeds, type=nonnegative_int, nargs="+", default=[0])
     add(

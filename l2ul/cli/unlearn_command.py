@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
+import shlex
 import sys
 import time
 
@@ -18,6 +19,7 @@ from l2ul.common.choices import AUTO, BF16, FULL
 from l2ul.common.device import device_name
 from l2ul.common.errors import Diverged, InputError
 from l2ul.common.files import remove_parts, require_writable, tensors_sha256
+from l2ul.common.installation import command
 from l2ul.common.tracking import Trackers
 from l2ul.data import forget_set
 from l2ul.data.images import Images, Split, as_pixels
@@ -39,6 +41,14 @@ ENDINGS = {  # what a status means
     "failed": "failed",
 }
 ACCURACIES = {"acc_forget": "D_f", "acc_relabel": "relabelled", "acc_retain": "D_r", "acc_test": "D_test"}
+PRETRAINING = {  # script by data set; that of cifar10 for others
+    "cifar10": "main_pretrain_cifar10_resnet18.py",
+    "cifar100": "main_pretrain_cifar100_resnet50.py",
+    "digits": "main_pretrain_digits_resnet20.py",
+    "mnist": "main_pretrain_mnist_lenet.py",
+    "fashion_mnist": "main_pretrain_mnist_lenet.py",
+    "utkface": "main_pretrain_utkface_resnet18.py",
+}
 ABANDONED = 3600  # seconds after which a partly written file is taken for one of a process that was killed
 
 
@@ -98,7 +108,7 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
         candidates = checkpoint.candidates(label, opts.model, opts.data_dir)
         raise InputError(
             f"no weights of {opts.model} for {label}: looked for {', '.join(map(str, candidates))}; "
-            f"train them with a main_pretrain script or name a file with --checkpoint"
+            f"train them with: {shlex.join(pretraining(opts))}, or name a file with --checkpoint"
         )
     images, chosen = images or options.load_data(opts), None
     for note in images.notes:
@@ -131,6 +141,13 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
         outputs.check_single_label(torch.cat(list(accuracy.logits(classifier, sample, fold=False))))
     preflight.check_trained_on(images, classifier.metadata, classifier.source)
     return make_setup(opts, images, classifier, Path(path).name if path else None, chosen)
+
+
+def pretraining(opts: argparse.Namespace) -> list[str]:
+    """Return the command line that trains the original model of these options."""
+    script = PRETRAINING.get(opts.dataset, PRETRAINING["cifar10"])
+    grouping = ["--age-grouping", opts.age_grouping] if opts.dataset == "utkface" else []
+    return [*command(script), "--dataset", opts.dataset, "--model", opts.model, *grouping]
 
 
 def check_files(opts: argparse.Namespace) -> None:
