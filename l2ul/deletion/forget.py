@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import hashlib
 import inspect
 from itertools import chain
@@ -77,7 +77,7 @@ class Forgotten:
     steps, seconds       steps of the run that was chosen, and seconds of the whole call
     """
 
-    model: nn.Module
+    model: nn.Module = field(repr=False)
     outcome: str
     summary: str
     labels: Tensor
