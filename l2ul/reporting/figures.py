@@ -127,7 +127,7 @@ def _legend(figure: Figure, table: pd.DataFrame) -> None:
         handles.append(Line2D([], [], color="0.5", linestyle=(0, (4, 3)), linewidth=1, label="before"))
     if "capped" in table and table["capped"].any():
         open_marker = {"marker": "o", "linestyle": "", "color": "0.3", "markerfacecolor": "white"}
-        handles.append(Line2D([], [], **open_marker, label="open: stopped at the cap"))
+        handles.append(Line2D([], [], **open_marker, label="open: not all images forgotten"))
     _add_legend(figure, handles)
 
 
