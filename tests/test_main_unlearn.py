@@ -88,11 +88,11 @@ def test_runs_every_method_and_records_it(run, tmp_path, few_digits):
         assert without_costs(record) == without_costs(first[identity])
     # a setting that a method does not use does not change its id
     assert "2 runs to do, 5 done" in run("--pgd-eps", 1.0, "--dry-run")[1]
-    assert "1 runs to do, 6 done" in run("--reg-lamb", 2.0, "--dry-run")[1]
+    assert "1 run to do, 6 done" in run("--reg-lamb", 2.0, "--dry-run")[1]
     assert "7 runs to do, 0 done" in run("--seed", 1, "--dry-run")[1]
     damaged = next((tmp_path / "runs").glob("*.json"))
     damaged.write_text("{")
-    assert "1 runs to do, 6 done" in run()[1]
+    assert "1 run to do, 6 done" in run()[1]
     assert json.loads(damaged.read_text())["method"]
 
 
@@ -177,7 +177,7 @@ def test_keeps_the_unlearned_model_and_repeats_the_run_if_it_is_missing(run, tmp
     assert 100 * (called == few_digits.test.labels).double().mean().item() == pytest.approx(record["acc_test"])
     assert "0 runs to do" in run(*arguments)[1]
     path.unlink()
-    assert "1 runs to do, 1 done" in run(*arguments)[1]
+    assert "1 run to do, 1 done" in run(*arguments)[1]
     assert path.exists()
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import copy
 from dataclasses import dataclass, field
+import functools
 from itertools import groupby
 from pathlib import Path
 import platform
@@ -129,13 +130,15 @@ class Experiment:
 
     def _carry_out_seed(self, runs: list[Run]) -> None:
         model = self.setup.classifier
-        adversarial = self._attack(model, runs)
+        attack = functools.cache(lambda: self._attack(model, runs))  # made when the first run needs it
         for _, group in groupby(runs, key=lambda run: run.k):
             same_k = list(group)
-            omega, synthesis = self._importance(model, same_k), self._synthesis()
+            omega, synthesis = functools.cache(functools.partial(self._importance, model, same_k)), self._synthesis()
             for run in same_k:
+                needs = run.method.needs
+                inputs = attack() if "adv" in needs else None, omega() if "importance" in needs else None
                 self._track(run)
-                self._finish(run, self._unlearn(run, model, adversarial, omega, synthesis))
+                self._finish(run, self._unlearn(run, model, *inputs, synthesis))
 
     def _carry_out_steps(self, runs: list[Run]) -> None:
         """Carry out steps of continual runs, and the earlier steps whose models are missing."""
