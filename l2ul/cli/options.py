@@ -223,9 +223,9 @@ def add_distill(parser: Parser) -> None:
     add(
         group,
         "--surrogate",
-        "unlabelled images of the same kind as D_r, used in its place: a folder; test or validation of the data set, "
-        "or a range of its images such as test:0-5000; or the name of another data set. D_test is measured on the test "
-        "images that are not among them (default: stand-ins made of D_f)",
+        "unlabelled images of the same kind as D_r, or public ones of other classes, used in its place: a folder; test "
+        "or validation of the data set, or a range of its images such as test:0-5000; or the name of another data set. "
+        "D_test is measured on the test images that are not among them (default: stand-ins made of D_f)",
         metavar="NAME",
     )
     add_settings(group, [name for name, one in SHARED.items() if "teacher" in one.used_by])

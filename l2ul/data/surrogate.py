@@ -1,4 +1,4 @@
-"""Surrogate images: unlabelled images of the same kind as D_r, which stand for it in methods that use a teacher."""
+"""Surrogate images: unlabelled images that stand for D_r in methods that use a teacher."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -133,7 +133,7 @@ def forget(
     method        one that needs no retain set, such as distill, adv or adv_imp
     minutes       time limit: within it, settings with the least damage are searched
     keep_images   images that must keep their predictions; the search takes agreement on them into account
-    surrogate     unlabelled images of the same kind that stand for the training images, for distill
+    surrogate     unlabelled images that stand for the training images, for distill: of the same kind, or public ones
     min_known     share of the images that the model must predict as their labels; default: 0.5; of up to 4 all but one
     single_label  do not check whether the model is a multi-label one
     progress      show progress on standard error

@@ -254,8 +254,9 @@ def _add_method(parser: Parser) -> None:
     text = "also forget these changed copies of the images, which damages the model more (default: none)"
     options.add(group, "--also", text, nargs="+", choices=CHANGES, default=[])
     text = (
-        "folder of unlabelled images of the same kind as the training images. Methods with a teacher such as distill "
-        "use them in place of the training images (default: stand-ins made of the images to forget)"
+        "folder of unlabelled images of the same kind as the training images, or of public images of other classes. "
+        "Methods with a teacher such as distill use them in place of the training images (default: stand-ins made of "
+        "the images to forget)"
     )
     options.add(group, "--surrogate", text, type=Path, metavar="FOLDER")
     text = "folder of images that must keep their predictions; the search takes agreement on them into account"

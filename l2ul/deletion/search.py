@@ -21,6 +21,7 @@ from l2ul.data.images import stored
 from l2ul.importance import mas_importance
 from l2ul.methods import registry
 from l2ul.methods.distill import cycle_length
+from l2ul.methods.robust import synthesised_images
 from l2ul.methods.settings import ATTACK as ATTACK_SETTINGS
 from l2ul.methods.settings import SHARED, Value
 from l2ul.methods.stand_ins import Synthesis
@@ -42,7 +43,7 @@ WORTHWHILE = 0.5  # of the images, forgotten as used: fewer count as none, as th
 ACCEPTABLE = 50.0  # percent of agreement: with less, no image counts as forgotten as used, as the model is too damaged
 FREE = ("robust", "loop_precision", "distill_frozen")  # settings that the user may set without ending the search
 MIN_CYCLE = 1 / 3  # of the cycle with robust=1: the shortest that was measured; very short ones damage the model
-SYNTHESIS = 8  # images that are synthesised in the time of a step with robust=1
+SYNTHESIS = 5  # images that are synthesised in the time of a step with robust=1
 PLANNED = 0.85  # of the time left: the part that a shortened cycle with robust=1 is planned for
 MAX_ENLARGED = 3  # times that the learning rate is raised while images are not forgotten
 # Factors of the method's own settings, for methods with ("distill") and without a teacher.
@@ -365,6 +366,9 @@ def find_candidates(
     if unlearner.uses_teacher:
         length = cycle_length(first, len(unlearner.train_set))
         first = replace(first, distill_steps=length, distill_image_steps=0.0, robust_cycle=1.0)
+    if first.robust:
+        images = synthesised_images(first, unlearner.model, unlearner.surrogate)
+        first = replace(first, robust_images=images)  # the time of a synthesis is not planned where there is none
     few = min(first.robust_images, MIN_BATCH)
     seconds_per_step = _measure_step(unlearner, replace(first, robust_images=few))
     unlearner.probes.append(_held_out_probe(unlearner, first, budget, seconds_per_step))
@@ -462,7 +466,7 @@ def search(
         if succeeded and _expected_agreement(settings, candidates) <= _convincing_agreement(candidates):
             left_out.append(settings)
             continue
-        if first.robust and not candidates:
+        if first.robust and settings.robust_images and not candidates:
             settings = _after_synthesis(unlearner, first, settings, budget)
         reserve = 0.0 if succeeded or first.robust else (1 - FIRST_SHARE) * budget.left
         candidates.append(unlearner.run_candidate(settings, _changed(first, settings), budget, reserve))
@@ -549,7 +553,7 @@ def _not_as_used(first: Settings, candidates: list[Candidate], budget: TimeBudge
         why = "there was too little time to forget the images as they are used"
     minutes = math.ceil((budget.used + 2 * seconds_per_step * _cost(first)) / 60)
     return (
-        f"{why}: use --minutes {minutes} or more, --surrogate with images of the same kind, or --setting robust=0 to "
+        f"{why}: use --minutes {minutes} or more, --surrogate with a folder of other images, or --setting robust=0 to "
         "forget them as they are stored only"
     )
 

@@ -52,6 +52,19 @@ GROWTH = 3
 ITERATIONS = 100  # of the synthesis
 
 
+def synthesised_images(settings: Settings, model: nn.Module, surrogate: Tensor | None) -> int:
+    """Return the number of images that are synthesised for a run.
+
+    It is `robust_images`, or 0 for a model without batch-norm and where a surrogate set stands in alone.
+    """
+    return settings.robust_images if batch_norms(model) and not _alone(settings, surrogate) else 0
+
+
+def _alone(settings: Settings, surrogate: Tensor | None) -> bool:
+    """Return whether all stand-ins are surrogate images."""
+    return surrogate is not None and settings.distill_surrogate == 1
+
+
 class RobustProcedure(DistillProcedure):
     """The steps of `distill`, or of another method that needs a teacher, on changed copies of D_f."""
 
@@ -60,10 +73,9 @@ class RobustProcedure(DistillProcedure):
     def adapted(self, settings: Settings, model: nn.Module, surrogate: Tensor | None) -> Settings:
         """Return the settings with the values that the steps use: `robust_images` is 0 if none are synthesised."""
         kinds = [kind for kind in settings.distill_stand_ins.split("+") if kind != "synthesised"]
-        natural = surrogate is not None and settings.distill_surrogate == 1
-        synthesises = settings.robust_images > 0 and batch_norms(model) and not natural
-        kinds = ["copies", *kinds] if synthesises else [kind for kind in kinds if kind not in NEAR] or ["mixes"]
-        keep, growth = (settings.robust_keep, GROWTH) if synthesises or natural else (1, 1)
+        images = synthesised_images(settings, model, surrogate)
+        kinds = ["copies", *kinds] if images else [kind for kind in kinds if kind not in NEAR] or ["mixes"]
+        keep, growth = (settings.robust_keep, GROWTH) if images or _alone(settings, surrogate) else (1, 1)
         return replace(
             settings,
             distill_stand_ins="+".join(dict.fromkeys(kinds)),
@@ -71,7 +83,7 @@ class RobustProcedure(DistillProcedure):
             distill_logits=keep * settings.distill_logits,
             distill_features=keep * settings.distill_features,
             distill_growth=growth * settings.distill_growth,
-            robust_images=settings.robust_images if synthesises else 0,
+            robust_images=images,
         )
 
     def sources(self, synthesis: Synthesis) -> Tensor:

@@ -33,7 +33,7 @@ class StandIns:
     images     (k, 3, H, W) float in [0,1], D_f
     settings   `distill_stand_ins` names the kinds, in equal parts of the `distill_mixes` images of a step
     synthesis  makes the synthesised images
-    surrogate  (n, 3, H, W) uint8 or float in [0,1], images of the same kind as D_r; they take the part
+    surrogate  (n, 3, H, W) uint8 or float in [0,1], images that the user has; they take the part
                `distill_surrogate` of a step
     """
 
