@@ -1,6 +1,5 @@
 """The messages and exit codes of main_unlearn.py for bad input and failures."""
 
-import argparse
 import json
 import shlex
 import shutil
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 import torch
 import torchvision
 
-from l2ul.cli import unlearn_command
+from l2ul.cli import unlearn_command, unlearn_options
 from l2ul.data import forget_set
 from l2ul.experiments import execution
 import main_unlearn
@@ -148,9 +147,16 @@ def test_a_missing_file_is_reported_before_the_data_set_is_loaded(run, arguments
 
 def test_the_scripts_that_train_original_models_are_there():
     assert all((ROOT / script).is_file() for script in unlearn_command.PRETRAINING.values())
-    opts = argparse.Namespace(dataset="utkface", age_grouping="MFD", model="resnet18")
+    arguments = ["--dataset", "utkface", "--age-grouping", "MFD", "--model", "resnet18"]
     words = "python main_pretrain_utkface_resnet18.py --dataset utkface --model resnet18 --age-grouping MFD"
-    assert shlex.join(unlearn_command.pretraining(opts)) == words
+    assert shlex.join(unlearn_command.pretraining(unlearn_options.parse(arguments))) == words
+
+
+def test_the_command_that_trains_missing_weights_has_the_data_of_the_run(tmp_path):
+    data = f"--data-dir '{tmp_path}/my data' --image-size 64 --split-seed 3"
+    opts = unlearn_options.parse(shlex.split(f"--dataset utkface --model resnet34 {data}"))
+    command = shlex.join(unlearn_command.pretraining(opts))
+    assert command == f"python main_pretrain_utkface_resnet18.py --dataset utkface --model resnet34 {data}"
 
 
 def test_a_missing_gpu_is_one_sentence(run):

@@ -59,6 +59,20 @@ class Parser(argparse.ArgumentParser):
         """All flags but --help and --version."""
         return [action for action in self._actions if action.dest not in ("help", argparse.SUPPRESS)]
 
+    def words(self, values: argparse.Namespace, leave_out: Container[str] = ()) -> list[str]:
+        """Return the command line that gives these values, without flags that have their defaults.
+
+        leave_out  names of values that are not part of it either
+        """
+        words: list[str] = []
+        for action in self.flags:
+            value = getattr(values, action.dest)
+            if action.dest in leave_out or value == action.default:
+                continue
+            several = [] if action.nargs == 0 else value if isinstance(value, list) else [value]
+            words += [action.option_strings[0], *map(str, several)]
+        return words
+
     def format_help(self) -> str:
         sections = self.sections | ({"glossary": self.glossary} if self.glossary else {})
         parts = [f"{title}:\n{textwrap.indent(text, '  ')}" for title, text in sections.items()]

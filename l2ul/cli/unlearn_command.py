@@ -145,9 +145,10 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
 
 def pretraining(opts: argparse.Namespace) -> list[str]:
     """Return the command line that trains the original model of these options."""
-    script = PRETRAINING.get(opts.dataset, PRETRAINING["cifar10"])
-    grouping = ["--age-grouping", opts.age_grouping] if opts.dataset == "utkface" else []
-    return [*command(script), "--dataset", opts.dataset, "--model", opts.model, *grouping]
+    script, parser = PRETRAINING.get(opts.dataset, PRETRAINING["cifar10"]), options.Parser("")
+    options.add_data(parser)
+    others = parser.words(opts, ("dataset", "model"))
+    return [*command(script), "--dataset", opts.dataset, "--model", opts.model, *others]
 
 
 def check_files(opts: argparse.Namespace) -> None:

@@ -93,13 +93,7 @@ def again(
     chosen     values of all settings of the model that was written; None: the model is unchanged
     max_steps  steps after which the time limit ended the run; None if it ended by itself
     """
-    words: list[str] = []
-    for action in parser("").flags:
-        value = getattr(request, action.dest)
-        if action.dest in NOT_REPEATED or value == action.default:
-            continue
-        values = [] if action.nargs == 0 else value if isinstance(value, list) else [value]
-        words += [action.option_strings[0], *map(str, values)]
+    words = parser("").words(request, NOT_REPEATED)
     settings = registry.loop_settings(request.method, chosen or {})
     words += ["--setting", *(f"{name}={value}" for name, value in settings.items())] if settings else []
     words += ["--max-steps", str(max_steps)] if max_steps else []
