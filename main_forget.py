@@ -18,6 +18,7 @@ import time
 from l2ul.cli import exit_codes, push
 from l2ul.common.choices import STOPPED
 from l2ul.common.errors import InputError
+from l2ul.common.text import one_line
 from l2ul.deletion import options
 
 PROGRAM = "main_forget.py"
@@ -83,7 +84,7 @@ def forget(args: argparse.Namespace) -> int:
         f"{args.method}; {devices.device_name(device)}; search in {of_search} for at most {args.minutes:g} min"
     )
     if args.dry_run:
-        print(*request.summary(), sep="\n")
+        print(*map(one_line, request.summary()), sep="\n")
         copies = ", as stored or as a copy of --also" if args.also else ""
         print(f"recognised before: {int(recognised.sum())} of {states.images(len(request))}{copies}")
         print(f"to be unlearned: {int((~forgotten).sum())} of {states.images(len(request))}")
@@ -259,7 +260,7 @@ def verify(args: argparse.Namespace) -> int:
     if repeated:
         results += repeat(repeated, args.verify, device)
     for check in results:
-        print(f"{PASSED[check.passed]:6} {check.name}: {check.finding}")
+        print(one_line(f"{PASSED[check.passed]:6} {check.name}: {check.finding}"))
     failed = [check.name for check in results if check.passed is False]
     if repository and failed:
         print(f"not uploaded: {', '.join(failed)} failed")
@@ -319,7 +320,7 @@ def repeat(args: argparse.Namespace, path: Path, device) -> list:
 
 
 def log(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+    print(one_line(f"{time.strftime('%H:%M:%S')}  {text}"), flush=True)
 
 
 def log_candidate(candidate, recognised) -> None:

@@ -189,7 +189,7 @@ CASES = [
     ),
     (whole_numbers, f"--build conftest:tiny_net --checkpoint {{}}/keys.pt {REST}", "holds no state dict"),
     (broken_zip, f"--build conftest:tiny_net --checkpoint {{}}/zip.pt {REST}", "is damaged or is no checkpoint"),
-    (odd_name, f"{TINY} {REST}", "is not UTF-8; rename the file"),
+    (odd_name, f"{TINY} {REST}", "is not UTF-8; rename the file or folder"),
     (table("file,label\n0.png,1,\n1.png,2,\n"), f"{TINY} {REST}", "cannot read the label table"),
     (None, f"--build torch.nn:Identity {REST}", "has no weights; expected a classifier"),
     (None, f"--model resnet20 {TINY} {REST}", "give one of them"),

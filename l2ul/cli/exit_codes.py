@@ -20,7 +20,9 @@ import signal
 import sys
 import threading
 
+from l2ul.cli.output import shown_text
 from l2ul.common.errors import Diverged, InputError, first_line, is_out_of_memory
+from l2ul.common.text import one_line
 
 _sigterm_received = threading.Event()
 CONTINUES = "finished runs are kept; the same command continues"  # of commands that carry out runs
@@ -44,23 +46,21 @@ def clean_exit(
                  prints its sentence; torchrun ends the others
     less_memory  what to do when memory runs out, with flags that the script has
     """
-    with sigterm_as_exception():
+    with shown_text(), sigterm_as_exception():
         try:
             if not shared:
                 _require_one_process()
             yield
         except InputError as error:
             # an error from a worker of a data loader has a traceback before its message
-            _exit(
-                2, f"{program}: {str(error).strip().splitlines()[-1].removeprefix('l2ul.common.errors.InputError: ')}"
-            )
+            _exit(2, f"{program}: {str(error).rpartition('l2ul.common.errors.InputError: ')[2].strip()}")
         except Diverged as error:
             _exit(1, f"{program}: {error}")
         except KeyboardInterrupt as stop:
             # compiled code such as Ray's replaces `Terminated` by a plain KeyboardInterrupt
             if isinstance(stop, Terminated) or _sigterm_received.is_set():
                 _exit(143, f"{program}: stopped by SIGTERM; {after_stop}")
-            _exit(130, f"\n{program}: stopped by Ctrl-C; {after_stop}")
+            _exit(130, f"{program}: stopped by Ctrl-C; {after_stop}", "\n")
         except ValueError as error:
             if "Expected more than 1 value per channel" not in str(error):
                 raise
@@ -144,9 +144,9 @@ def _is_loss_of_another_process(error: BaseException) -> bool:
     return distributed.is_lost_process(error)
 
 
-def _exit(code: int, sentence: str) -> None:
+def _exit(code: int, sentence: str, start: str = "") -> None:
     if _speaks_for_all():
-        print(sentence, file=sys.stderr, flush=True)
+        print(start + one_line(sentence), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

@@ -10,6 +10,7 @@ import textwrap
 from l2ul.cli import ranges
 from l2ul.common import installation
 from l2ul.common.choices import InvalidValue, Number, did_you_mean
+from l2ul.common.text import one_line
 
 Group = argparse._ArgumentGroup  # a titled group of flags of a parser
 WIDTH = 110  # columns of --help
@@ -96,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message if os.environ.get("RANK", "0") == "0" else None)  # under torchrun, print once
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def print_versions() -> None:

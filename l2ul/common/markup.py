@@ -10,17 +10,24 @@ from markupsafe import Markup, escape
 from l2ul.common.text import one_line
 
 INLINE = re.compile(r"\\([!-/:-@[-`{-~])|`([^`]+)`|\*\*((?:\\.|[^\\])+?)\*\*")  # an escaped character, code, bold text
-LATEX = {char: f"\\{char}" for char in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "†": r"$\dagger$",
-    "¹": r"\textsuperscript{1}",
-    "–": "--",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-}
+SYMBOLS = {"D_f": "$D_f$", "D_r": "$D_r$", "D_test": r"$D_\mathrm{test}$"}  # formulas of LaTeX and matplotlib
+LATEX = (
+    SYMBOLS
+    | {char: f"\\{char}" for char in "&%$#_{}"}
+    | {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "†": r"$\dagger$",
+        "¹": r"\textsuperscript{1}",
+        "–": "--",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "-": "-{}",  # before a hyphen: -- is a dash
+    }
+)
+LATEX_PART = re.compile(r"(?<!\w)D_(?:f|r|test)(?!\w)|-(?=-)|[^-]", re.DOTALL)
 
 
 def markdown_text(text: str) -> str:
@@ -58,6 +65,9 @@ def html(markdown: str) -> Markup:
 
 
 def latex_text(text: str) -> str:
-    """Return a text that LaTeX shows as it is, also at the start of a line after `\\\\`, which reads * and [."""
-    escaped = "".join(LATEX.get(char, char) for char in one_line(text))
+    """Return a text that LaTeX shows as it is, also at the start of a line after `\\\\`, which reads * and [.
+
+    D_f, D_r and D_test are formulas.
+    """
+    escaped = LATEX_PART.sub(lambda part: LATEX.get(part[0], part[0]), one_line(text))
     return f"{{}}{escaped}" if escaped.startswith(("*", "[")) else escaped

@@ -9,7 +9,9 @@ from pathlib import Path
 import stat
 import unicodedata
 
-CONTROL = ("Cc", "Zl", "Zp")  # categories of Unicode
+from l2ul.common.errors import InputError
+
+CONTROL = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode: Cs are halves of characters, which no file can hold
 
 
 def read_text(path: Path, most: int | None = None) -> str:
@@ -53,6 +55,16 @@ def shortened(text: str, most: int = 120) -> str:
         digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
         text = f"{text[: most - 10]}… {digest}"
     return one_line(text, "\ufffd")
+
+
+def require_utf8_name(path: Path) -> Path:
+    """Return the path. Raise InputError if its name is not UTF-8, so that no text file can contain it."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        shown = path.name.encode(errors="surrogateescape").decode(errors="replace")
+        raise InputError(f"the name {shown} in {path.parent} is not UTF-8; rename the file or folder") from None
+    return path
 
 
 def one_line(text: str, instead: str = " ") -> str:

@@ -15,7 +15,7 @@ from l2ul import ProgressBar
 from l2ul.common import distributed
 from l2ul.common.device import plain_defaults
 from l2ul.common.errors import InputError, first_line
-from l2ul.common.text import normal_form
+from l2ul.common.text import normal_form, require_utf8_name
 from l2ul.data import huggingface, utkface
 from l2ul.data.folder import PREFETCH, FolderImages
 from l2ul.data.image_files import OTHER_SUFFIXES, ImageReader
@@ -213,6 +213,7 @@ def _read_image_folder(folder: Path) -> torchvision_datasets.ImageFolder:
         raise InputError(f"{folder} does not hold images in a subfolder per class: {first_line(error)}") from None
     first: dict[str, str] = {}
     for name in part.classes:
+        require_utf8_name(folder / name)
         if first.setdefault(normal_form(name), name) != name:
             raise InputError(
                 f"{folder} has two subfolders {normal_form(name)!r} whose names differ only in their Unicode normal "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from l2ul.common.choices import EXIF_ORIENTATIONS
 from l2ul.common.errors import InputError, first_line
 from l2ul.common.files import file_sha256
-from l2ul.common.text import normal_form, read_text
+from l2ul.common.text import normal_form, read_text, require_utf8_name
 from l2ul.data.image_files import ImageReader, UnreadableImage
 from l2ul.data.images import Split, pixels_of
 from l2ul.deletion import states
@@ -419,9 +419,9 @@ def _list_files(folder: Path, flag: str) -> dict[str, str | None]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        _check_name(path)
+        require_utf8_name(path)
         if path.is_dir():
-            for inner in map(_check_name, sorted(path.iterdir())):
+            for inner in map(require_utf8_name, sorted(path.iterdir())):
                 if inner.is_dir() and not inner.name.startswith("."):
                     raise InputError(f"{inner} is a folder inside the folder of a label; expected images in {path}")
                 if not inner.name.startswith("."):
@@ -435,16 +435,6 @@ def _list_files(folder: Path, flag: str) -> dict[str, str | None]:
             f"folders, or none"
         )
     return files
-
-
-def _check_name(path: Path) -> Path:
-    """Return the path. Raise InputError if its name cannot be written to a report."""
-    try:
-        path.name.encode()
-    except UnicodeEncodeError:
-        shown = path.name.encode(errors="surrogateescape").decode(errors="replace")
-        raise InputError(f"the file name {shown} in {path.parent} is not UTF-8; rename the file") from None
-    return path
 
 
 def _read_labels(table: Path, files: dict[str, str | None], folder: Path) -> dict[str, tuple[str | None, str | None]]:

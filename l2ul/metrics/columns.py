@@ -31,7 +31,7 @@ class Column:
     """How the values under one key of the records are shown in a table.
 
     key        key of the record, `acc_…` for a percentage or `metric_…` for any other number
-    heading    heading in Markdown and on the screen. It is escaped for LaTeX unless `latex` is given
+    heading    heading in Markdown and on the screen. `markup.latex_text` makes it LaTeX unless `latex` is given
     legend     what the value is, for the notes below a table. Notes end with the better direction
     digits     digits after the decimal point
     better     "up", "down", or None where neither is better in general (then the legend names the target, if any)
@@ -109,7 +109,6 @@ for _column in (
         "D_f",
         "accuracy on the forget set, the images to forget",
         better="down",
-        latex="$D_f$",
         table="accuracy",
     ),
     Column(
@@ -125,7 +124,6 @@ for _column in (
         "earlier D_f",
         "accuracy on the forget sets of earlier steps",
         better="down",
-        latex="earlier $D_f$",
         table="accuracy",
         continual=True,
     ),
@@ -134,7 +132,6 @@ for _column in (
         "D_r",
         "accuracy on the retain set, the other training images",
         better="up",
-        latex="$D_r$",
         table="accuracy",
         compared=True,
     ),
@@ -143,7 +140,6 @@ for _column in (
         "D_test",
         "accuracy on the test set",
         better="up",
-        latex=r"$D_\mathrm{test}$",
         table="accuracy",
         compared=True,
     ),
@@ -162,9 +158,9 @@ register(Column("metric_rmia_tpr", "RMIA TPR", f"{_RMIA}: {_TPR}"))
 
 _GAP = "absolute difference from the retrained model in percentage points"
 for _column in (
-    Column("metric_gap_forget", "gap D_f", f"accuracy: {_GAP}", better="down", latex="gap $D_f$"),
-    Column("metric_gap_retain", "gap D_r", f"accuracy: {_GAP}", better="down", latex="gap $D_r$"),
-    Column("metric_gap_test", "gap D_test", f"accuracy: {_GAP}", better="down", latex=r"gap $D_\mathrm{test}$"),
+    Column("metric_gap_forget", "gap D_f", f"accuracy: {_GAP}", better="down"),
+    Column("metric_gap_retain", "gap D_r", f"accuracy: {_GAP}", better="down"),
+    Column("metric_gap_test", "gap D_test", f"accuracy: {_GAP}", better="down"),
     Column("metric_gap_mia", "gap MIA", f"AUC of the logistic attack: {_GAP}", better="down"),
     Column("metric_average_gap", "mean gap", "mean of the four gaps", better="down"),
     Column(
@@ -176,7 +172,6 @@ for _column in (
         "Jensen-Shannon divergence from the retrained model's outputs, in bits, 0 to 1",
         digits=4,
         better="down",
-        latex="JS $D_f$",
     ),
     Column(
         "metric_js_test",
@@ -184,7 +179,6 @@ for _column in (
         "Jensen-Shannon divergence from the retrained model's outputs, in bits, 0 to 1",
         digits=4,
         better="down",
-        latex=r"JS $D_\mathrm{test}$",
     ),
     Column(
         "metric_cka_forget",
@@ -192,7 +186,6 @@ for _column in (
         "linear CKA with the retrained model's features, mean over layers, 0 to 1",
         digits=4,
         better="up",
-        latex="CKA $D_f$",
     ),
     Column(
         "metric_cka_test",
@@ -200,7 +193,6 @@ for _column in (
         "linear CKA with the retrained model's features, mean over layers, 0 to 1",
         digits=4,
         better="up",
-        latex=r"CKA $D_\mathrm{test}$",
     ),
     Column(
         "metric_distance_retrained",
@@ -251,21 +243,18 @@ for _column in (
         "D_f, recalibrated",
         "accuracy on D_f after a batch-norm recalibration on 1,024 images of D_r, in percent",
         better="down",
-        latex="$D_f$, recalibrated",
     ),
     Column(
         "metric_recalibrated_mixes",
         "D_f, recalibrated on mixes",
         "accuracy on D_f after a batch-norm recalibration on mixes of D_f, in percent",
         better="down",
-        latex="$D_f$, recalibrated on mixes",
     ),
     Column(
         "metric_recalibrated_test",
         "D_test, recalibrated",
         "accuracy on D_test after the same recalibration, in percent",
         better="up",
-        latex=r"$D_\mathrm{test}$, recalibrated",
     ),
     Column(
         "metric_near_test",
@@ -285,7 +274,6 @@ for _column in (
         "D_f, fine-tuned",
         "accuracy on D_f after 100 steps of fine-tuning on images of D_r, in percent",
         better="down",
-        latex="$D_f$, fine-tuned",
     ),
 ):
     register(_column)

@@ -111,7 +111,7 @@ def draw(
             except InputError as error:
                 report(f"{subject.name}: figure {number} was left out: {error}")
                 continue
-            paths += figures.save(figure, shown, Path(output_dir) / stem(block, number))
+            paths += figures.save(figure, shown, Path(output_dir) / stem(block, number), report)
     return paths
 
 

@@ -2,12 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+import contextlib
 import functools
 from pathlib import Path
+import re
+import textwrap
+import unicodedata
+import warnings
 
-from matplotlib import style
+from matplotlib import font_manager, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
@@ -15,7 +21,8 @@ import numpy as np
 import pandas as pd
 
 from l2ul.common.files import atomic
-from l2ul.common.text import shortened
+from l2ul.common.markup import SYMBOLS
+from l2ul.common.text import one_line, shortened
 from l2ul.methods import registry
 from l2ul.metrics import columns
 from l2ul.reporting import figure_data
@@ -43,8 +50,10 @@ MARKERS = "os^DvPX<>p"
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 DISTINCT = ("adv_imp", "adv", "oracle", "neggrad")  # methods with the first colours, markers and dashes
 MOST_POINTS = 1000  # of a line in figure 7
-MOST_CHARACTERS = 80  # of a name in a legend
-SPLITS = {split: columns.get(f"acc_{split}").latex for split in ("forget", "retain", "test")}
+MOST_CHARACTERS = 400  # of a title
+LINE = 0.15  # inches: height of a line of text
+FORMULA = re.compile("|".join([*map(re.escape, [*SYMBOLS.values(), "$N_{adv}$"]), r"\$\\mathdefault{[^$]*}\$"]))
+SPLITS = ("forget", "retain", "test")
 
 
 def _styled(draw: Callable) -> Callable:
@@ -59,20 +68,68 @@ def _styled(draw: Callable) -> Callable:
 
 
 @_styled
-def save(figure: Figure, numbers: pd.DataFrame, stem: Path) -> list[Path]:
-    """Write <stem>.png, <stem>.pdf and the numbers as <stem>.csv. The same figure gives the same bytes."""
+def save(
+    figure: Figure, numbers: pd.DataFrame, stem: Path, report: Callable[[str], object] = lambda sentence: None
+) -> list[Path]:
+    """Write <stem>.png, <stem>.pdf and the numbers as <stem>.csv. The same figure gives the same bytes.
+
+    report  called with a sentence if no installed font has a character of the figure
+    """
+    if absent := _show_texts(figure):
+        report(
+            f"{stem.name}: the figure shows boxes in place of {shortened(absent, 20)}, which no installed font has; "
+            f"install a font that has them, such as one of the Noto fonts"
+        )
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf", "csv")]
     for path, metadata in zip(paths[:2], (None, {"CreationDate": None}), strict=True):
-        with atomic(path) as part:
-            try:
-                figure.savefig(part, format=path.suffix[1:], dpi=200, metadata=metadata)
-            except ValueError:  # a name with dollar signs is no formula
-                for text in figure.findobj(Text):
-                    text.set_parse_math(False)
-                figure.savefig(part, format=path.suffix[1:], dpi=200, metadata=metadata)
+        with atomic(path) as part, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # reported above
+            figure.savefig(part, format=path.suffix[1:], dpi=200, metadata=metadata)
     with atomic(paths[2]) as part:
         numbers.to_csv(part, index=False)
     return paths
+
+
+def _show_texts(figure: Figure) -> str:
+    """Let matplotlib show all texts as they are: without formulas but FORMULA, and in fonts that have their characters.
+
+    Returns the characters that no installed font has.
+    """
+    texts = figure.findobj(Text)
+    fonts, absent = _fonts("".join(sorted({character for text in texts for character in text.get_text()})))
+    for text in texts:
+        text.set_parse_math("$" not in FORMULA.sub("", text.get_text()))
+        text.set_family(["sans-serif", *fonts])
+    return absent
+
+
+@functools.cache
+def _fonts(characters: str) -> tuple[list[str], str]:
+    """Return installed fonts with characters that the usual font lacks, and the characters that none of them has."""
+    usual, fonts = font_manager.findfont(font_manager.FontProperties()), {}
+    absent = set(map(ord, characters)) - FT2Font(usual).get_charmap().keys() - {ord("\n")}
+    for font in font_manager.fontManager.ttflist if absent else ():
+        if (font.style, font.weight) == ("normal", 400) and "Last Resort" not in font.name:  # a font of boxes
+            with contextlib.suppress(RuntimeError):  # FreeType cannot read it
+                fonts.setdefault(font.name, absent & FT2Font(font.fname).get_charmap().keys())
+    chosen = []
+    while any(covered & absent for covered in fonts.values()):
+        chosen.append(max(fonts, key=lambda name: (len(fonts[name] & absent), "Sans" in name, name)))
+        absent -= fonts[chosen[-1]]
+    return chosen, "".join(map(chr, sorted(absent)))
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    """Return a figure with a title, in lines that fit its width. Further lines make it higher."""
+    lines = textwrap.wrap(shortened(title, MOST_CHARACTERS), int(15 * width))
+    figure = Figure((width, height + LINE * (len(lines) - 1)), layout="constrained")
+    figure.suptitle("\n".join(lines), fontsize=8)
+    return figure
+
+
+def _heading(measure: str) -> str:
+    heading = columns.get(measure).heading
+    return SYMBOLS.get(heading, heading)
 
 
 def _line_style(method: str) -> dict[str, object]:
@@ -122,7 +179,7 @@ def _short(value: float) -> str:
 
 def _legend(figure: Figure, table: pd.DataFrame) -> None:
     names = ordered(set(table["method"]) - {"before"})
-    handles = [Line2D([], [], **_line_style(name), label=shortened(name, MOST_CHARACTERS)) for name in names]
+    handles = [Line2D([], [], **_line_style(name), label=name) for name in names]
     if (table["method"] == "before").any():
         handles.append(Line2D([], [], color="0.5", linestyle=(0, (4, 3)), linewidth=1, label="before"))
     if "capped" in table and table["capped"].any():
@@ -131,21 +188,29 @@ def _legend(figure: Figure, table: pd.DataFrame) -> None:
     _add_legend(figure, handles)
 
 
-def _add_legend(figure: Figure, handles: list[Line2D], most: int = 6) -> None:
-    """Add a legend below the panels, in rows of about the same length: at most `most` entries each."""
-    rows = -(-len(handles) // most)
-    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // rows))
+def _add_legend(figure: Figure, handles: list[Line2D]) -> None:
+    """Add a legend below the panels, in rows of about the same length: at most six entries, as many as fit.
+
+    Long labels are shortened, and more than three rows make the figure higher.
+    """
+    width = figure.get_figwidth()
+    labels = [shortened(handle.get_label(), int(12 * width)) for handle in handles]
+    for most in range(6, 0, -1):
+        rows = -(-len(labels) // most)
+        if sum(max(map(len, labels[place : place + rows])) + 8 for place in range(0, len(labels), rows)) <= 16 * width:
+            break
+    figure.set_figheight(figure.get_figheight() + LINE * max(rows - 3, 0))
+    figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // rows))
 
 
 @_styled
 def accuracy_against_k(table: pd.DataFrame, title: str) -> Figure:
     """Draw figure 1 from `figure_data.accuracies`: accuracies on D_r and D_test after forgetting k images."""
-    figure = Figure((WIDTH, 2.9), layout="constrained")
-    figure.suptitle(title, fontsize=8)
+    figure = _figure(WIDTH, 2.9, title)
     for axes, measure in zip(figure.subplots(1, len(MEASURED), sharey=True), MEASURED, strict=True):
         _lines(axes, _side_by_side(table), "k", measure)
         _values_axis(axes, table["k"].dropna(), True)
-        axes.set(title=columns.get(measure).latex, xlabel="images to forget, k")
+        axes.set(title=_heading(measure), xlabel="images to forget, k")
         if table["k"].nunique() == 1:
             axes.set_xlim(table["k"].min() / 2, table["k"].min() * 2)
     figure.axes[0].set_ylabel("accuracy (%)")
@@ -164,15 +229,14 @@ def _side_by_side(table: pd.DataFrame) -> pd.DataFrame:
 def ablations(table: pd.DataFrame, title: str) -> Figure:
     """Draw figure 6 from `figure_data.ablations`: a column for each setting, a row for each metric."""
     settings = [name for name in SWEPT if name in set(table["setting"])]
-    figure = Figure((max(WIDTH * len(settings) / 4, 3.4), 4.2), layout="constrained")
-    figure.suptitle(title, fontsize=8)
+    figure = _figure(max(WIDTH * len(settings) / 4, 3.4), 4.2, title)
     grid = figure.subplots(len(MEASURED), len(settings), sharey="row", squeeze=False)
     for column, setting in zip(grid.T, settings, strict=True):
         rows, (label, logarithmic) = table[table["setting"] == setting], SWEPT[setting]
         for axes, measure in zip(column, MEASURED, strict=True):
             _lines(axes, rows, "value", measure)
             _values_axis(axes, rows["value"].dropna(), logarithmic)
-            axes.set(ylabel=f"accuracy on {columns.get(measure).latex} (%)" if axes in grid[:, 0] else "")
+            axes.set(ylabel=f"accuracy on {_heading(measure)} (%)" if axes in grid[:, 0] else "")
         column[-1].set_xlabel(label)
     _legend(figure, table)
     return figure
@@ -182,16 +246,14 @@ def ablations(table: pd.DataFrame, title: str) -> Figure:
 def curves(table: pd.DataFrame, title: str) -> Figure:
     """Draw figure 7 from `figure_data.curves`: a panel for D_f and for each term of the loss, a line for each run."""
     shown = figure_data.measured(table)
-    figure, panels, _ = _grid(len(shown), 2.1)
-    figure.suptitle(title, fontsize=8)
+    figure, panels, _ = _grid(len(shown), 2.1, title)
     runs, lines, used = dict(list(table.groupby("run", sort=False))), {}, Counter()
     for name, run in runs.items():
         method = run["method"].iloc[0]
         line = _line_style(method)
         dash = DASHES[(DASHES.index(line["linestyle"]) + used[method]) % len(DASHES)]  # others for further runs
         used[method] += 1
-        label = _plain(shortened(run["label"].iloc[0], MOST_CHARACTERS))
-        lines[name] = {"color": line["color"], "linestyle": dash, "linewidth": 0.9, "label": label}
+        lines[name] = {"color": line["color"], "linestyle": dash, "linewidth": 0.9, "label": run["label"].iloc[0]}
     steps = table.groupby("run")["step"].max()
     for axes, column in zip(panels, shown, strict=True):
         for name, run in runs.items():
@@ -204,11 +266,9 @@ def curves(table: pd.DataFrame, title: str) -> Figure:
             title = "accuracy on $D_f$" if column == "acc_forget" else column
             axes.set(title=title, ylabel="accuracy (%)" if column == "acc_forget" else "images (%)", ylim=(-3, 103))
         else:
-            axes.set_title(f"loss term: {_plain(column)}")
+            axes.set_title(f"loss term: {shorten(column, 20)}")
             _term_axis(axes, table[column])
-    handles = [Line2D([], [], **line) for line in lines.values()]
-    longest = max(len(line["label"]) for line in lines.values())
-    _add_legend(figure, handles, max(1, 100 // (longest + 8)))
+    _add_legend(figure, [Line2D([], [], **line) for line in lines.values()])
     return figure
 
 
@@ -221,11 +281,6 @@ def _term_axis(axes: Axes, values: pd.Series) -> None:
         axes.set_yscale("log")
     else:
         axes.set_yscale("symlog", linthresh=float(sizes.median()), linscale=0.5)
-
-
-def _plain(text: str) -> str:
-    """Return a text that matplotlib does not read as a formula."""
-    return text.replace("$", r"\$")
 
 
 @_styled
@@ -241,8 +296,7 @@ def adversarial_examples(images: np.ndarray, examples: np.ndarray, table: pd.Dat
     title     title of the figure
     """
     draws = len(examples) // len(images)
-    figure = Figure((WIDTH, len(images) * (WIDTH / (1 + 2 * draws) + 0.16) + 0.2), layout="constrained")
-    figure.suptitle(title, fontsize=8)
+    figure = _figure(WIDTH, len(images) * (WIDTH / (1 + 2 * draws) + 0.16) + 0.2, title)
     grid = figure.subplots(len(images), 1 + 2 * draws, squeeze=False)
     factors = []
     for place, row in enumerate(table.itertuples()):
@@ -257,8 +311,10 @@ def adversarial_examples(images: np.ndarray, examples: np.ndarray, table: pd.Dat
 
 
 def shorten(name: str, most: int = 13) -> str:
-    """Shorten a class name to fit above a small picture."""
-    return name if len(name) <= most else name[: most - 1] + "…"
+    """Shorten a name to fit above a picture, by default a small one. Wide characters count twice."""
+    sizes = np.cumsum([1 + (unicodedata.east_asian_width(character) in "FW") for character in name])
+    fitting = name if sizes[-1] <= most else name[: int(np.searchsorted(sizes, most))] + "…"
+    return one_line(fitting, "\ufffd")
 
 
 def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
@@ -267,11 +323,11 @@ def _picture(axes: Axes, pixels: np.ndarray, title: str) -> None:
     axes.axis("off")
 
 
-def _grid(count: int, height: float, most: int = 3) -> tuple[Figure, list[Axes], int]:
+def _grid(count: int, height: float, title: str, most: int = 3) -> tuple[Figure, list[Axes], int]:
     """Return a figure, its panels and the number of columns: at most `most`, and two for four panels."""
     columns = 2 if count in (2, 4) else min(count, most)
     rows = -(-count // columns)
-    figure = Figure((WIDTH * 2 / 3 if count < most else WIDTH, height * rows), layout="constrained")
+    figure = _figure(WIDTH * 2 / 3 if count < most else WIDTH, height * rows, title)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels[count:]:
         axes.axis("off")
@@ -286,8 +342,7 @@ def confusions(matrices: dict[str, pd.DataFrame], title: str) -> Figure:
     grey, since their high counts would make the others pale.
     """
     large = max(next(iter(matrices.values())).shape) > 12
-    figure, panels, columns = _grid(len(matrices), 3.4, 2) if large else _grid(len(matrices), 2.75)
-    figure.suptitle(title, fontsize=8)
+    figure, panels, columns = _grid(len(matrices), 3.4, title, 2) if large else _grid(len(matrices), 2.75, title)
     for place, (axes, (name, matrix)) in enumerate(zip(panels, matrices.items(), strict=True)):
         counts = matrix.to_numpy()
         other = (matrix.index == OTHER)[:, None] | (matrix.columns == OTHER)[None]
@@ -302,7 +357,7 @@ def confusions(matrices: dict[str, pd.DataFrame], title: str) -> Figure:
         axes.set_yticks(range(counts.shape[0]), [shorten(name) for name in matrix.index])
         if place % columns:
             axes.set_yticklabels([])
-        axes.set(title=name, ylabel="" if place % columns else "true class")
+        axes.set(title=shorten(name, 40), ylabel="" if place % columns else "true class")
         axes.set_xlabel("predicted class" if name.startswith("predictions") else "target class")
         axes.spines[:].set_visible(True)
     return figure
@@ -321,15 +376,18 @@ def similarity(table: pd.DataFrame, title: str) -> Figure:
 
     The table has the columns method, split, images, position, layer and cka.
     """
-    figure = Figure((WIDTH, 2.6), layout="constrained")
-    figure.suptitle(title, fontsize=8)
+    figure = _figure(WIDTH, 2.6, title)
     grid = figure.subplots(1, len(SPLITS), sharey=True)
-    for axes, (split, name) in zip(grid, SPLITS.items(), strict=True):
+    for axes, split in zip(grid, SPLITS, strict=True):
         shown = table[table["split"] == split]
         for method in ordered(shown["method"]):
             rows, every = shown[shown["method"] == method], max(1, len(shown["position"].unique()) // 10)
             axes.plot(rows["position"], rows["cka"], **_line_style(method), markersize=3.5, markevery=every)
-        axes.set(title=f"{name}, {shown['images'].iloc[0]} images", xlabel="layer, first to last", ylim=(0, 1.03))
+        axes.set(
+            title=f"{_heading(f'acc_{split}')}, {shown['images'].iloc[0]} images",
+            xlabel="layer, first to last",
+            ylim=(0, 1.03),
+        )
     grid[0].set_ylabel("linear CKA with the original model")
     _legend(figure, table)
     return figure
@@ -345,8 +403,7 @@ def maps(table: pd.DataFrame, classes: list[str], title: str) -> Figure:
     """
     names = [name for name in classes if (table["class"] == name).any()]
     panels = list(dict.fromkeys(table["panel"]))
-    figure, grid, _ = _grid(len(panels), 2.4)
-    figure.suptitle(title, fontsize=8)
+    figure, grid, _ = _grid(len(panels), 2.4, title)
     for axes, panel in zip(grid, panels, strict=True):
         rows = table[table["panel"] == panel]
         for place, name in [(None, ""), *enumerate(names)]:
@@ -356,7 +413,7 @@ def maps(table: pd.DataFrame, classes: list[str], title: str) -> Figure:
             forget = rows[(rows["class"] == name) & (rows["split"] == "forget")]
             star = {"marker": "*", "edgecolors": "black", "linewidths": 0.6, "zorder": 3}
             axes.scatter(forget["x"], forget["y"], s=48, **star, color=point["color"])
-        axes.set(title=panel, xticks=[], yticks=[])
+        axes.set(title=shorten(panel, 30), xticks=[], yticks=[])
         axes.spines[:].set_visible(True)
     handles = [Line2D([], [], **_class_style(place), linestyle="", label=name) for place, name in enumerate(names)]
     if (table["class"] == "").any():

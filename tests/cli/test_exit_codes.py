@@ -30,6 +30,7 @@ def ending(error, **options):
             2,
             "script.py: cannot read a.png\n",
         ),
+        (InputError("cannot read a\nb\x1b[31m.png"), 2, "script.py: cannot read a b [31m.png\n"),
         (Diverged("2 of 10 images"), 1, "script.py: 2 of 10 images\n"),
         (KeyboardInterrupt(), 130, "\nscript.py: stopped by Ctrl-C; nothing was written\n"),
         (exit_codes.Terminated(), 143, "script.py: stopped by SIGTERM; nothing was written\n"),
@@ -44,6 +45,20 @@ def ending(error, **options):
 def test_an_error_that_a_user_can_act_on_is_one_sentence(capsys, error, code, sentence):
     assert ending(error) == code
     assert capsys.readouterr() == ("", sentence)
+
+
+def test_no_name_reaches_the_terminal_as_a_command(capsys):
+    with exit_codes.clean_exit("script.py", ""):
+        print("a\x1b[31m\udcff\u2028b\tc\nd")
+    assert capsys.readouterr().out == "a\ufffd[31m\ufffd\ufffdb\tc\nd\n"
+
+
+def test_an_encoding_without_a_character_ends_no_script():
+    code = "from l2ul.cli import exit_codes\nwith exit_codes.clean_exit('', ''): print('± → x')"
+    made = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True
+    )
+    assert (made.returncode, made.stdout) == (0, b"\xb1 \\u2192 x\n")
 
 
 @pytest.mark.parametrize(

@@ -54,3 +54,5 @@ def test_latex_shows_a_text_as_it_is():
         r"a\_b \& 5 \% \{x\} \textbackslash{} \textless{}\textasciitilde{}\textasciicircum{} \$\#"
     )
     assert [markup.latex_text(text) for text in ("[x]", "*", "a\n\nb")] == ["{}[x]", "{}*", "a  b"]
+    assert markup.latex_text("a-b--c---") == "a-b-{}-c-{}-{}-"
+    assert markup.latex_text("D_f, D_r and D_test, not my_D_f") == r"$D_f$, $D_r$ and $D_\mathrm{test}$, not my\_D\_f"

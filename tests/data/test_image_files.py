@@ -289,6 +289,13 @@ def test_names_that_differ_only_in_normal_form_are_the_same(tmp_path):
         request.read_images(folder, deployed_model._central_square(None))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_class_folder_that_no_text_file_can_name_is_refused(tmp_path):
+    write_folder(tmp_path / "set", ("bad\udcff",), ("train", "val"))
+    with pytest.raises(InputError, match="the name bad\ufffd in .* is not UTF-8; rename the file or folder"):
+        datasets.load("set", tmp_path, image_size=16)
+
+
 def test_class_folders_that_differ_only_in_normal_form_are_the_same(tmp_path):
     write_folder(tmp_path / "set", ("bar", DECOMPOSED), ("train",))
     write_folder(tmp_path / "set", ("bar", COMPOSED), ("val",))

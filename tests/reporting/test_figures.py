@@ -1,12 +1,12 @@
 """Test the figures: their numbers, their drawings, and figures that cannot be drawn."""
 
-import io
 import json
 import socket
 from types import SimpleNamespace
 
 from conftest import CLASSES, ROOT
 import matplotlib
+from matplotlib.text import Text
 import numpy as np
 import pandas as pd
 import pytest
@@ -310,7 +310,7 @@ def test_a_line_for_each_run_and_a_panel_for_each_term():
     left, middle, right = figure.axes
     assert [axes.get_title() for axes in figure.axes] == [
         "accuracy on $D_f$",
-        r"loss term: adv\$\x",
+        r"loss term: adv$\x",
         "loss term: only",
     ]
     assert len({(line.get_color(), line.get_linestyle()) for line in left.lines}) == 3
@@ -319,7 +319,46 @@ def test_a_line_for_each_run_and_a_panel_for_each_term():
     assert (left.get_xscale(), left.get_yscale(), middle.get_yscale()) == ("log", "linear", "log")
     assert left.get_ylabel() == "accuracy (%)"
     assert [len(line.get_xdata()) for line in right.lines[:3]] == [19, 0, 0]
-    figure.savefig(io.BytesIO())  # names are no formulas
+
+
+NAMES = ("a$b$c", r"$\frac", "=1+1", "x\x1b[31m", "L" * 200, "قطة", "😀", "line\nbreak", "_b", "c" * 70)
+
+
+def nasty_figures():
+    """Yield figures 1, 3, 5 and 7 with NAMES wherever a name can be."""
+    title, each = f"{', '.join(NAMES)}, seed {' '.join(map(str, range(50)))}", {"k": 16, "capped": False, "seed": 0}
+    measured = dict.fromkeys(figure_data.MEASURED, 50.0) | {f"{name}_std": np.nan for name in figure_data.MEASURED}
+    yield figures.accuracy_against_k(pd.DataFrame([each | measured | {"method": name} for name in NAMES]), title)
+    numbers = np.arange(len(NAMES))
+    yield figures.confusions(figure_data.confusion_matrices(numbers, {NAMES[0]: numbers}, NAMES), title)
+    points = [{"panel": NAMES[0], "split": "test", "class": name, "x": 0, "y": 0} for name in NAMES]
+    yield figures.maps(pd.DataFrame(points), list(NAMES), title)
+    curve = {"acc_forget": 50.0, "$x$": 1.0} | each
+    runs = [{"run": name, "method": name, "label": name, "step": step} for name in NAMES for step in (1, 100)]
+    yield figures.curves(pd.DataFrame([run | curve | {"a$^": 10.0 ** -run["step"]} for run in runs]), title)
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_shown_as_they_are_and_fit(tmp_path):
+    for figure in nasty_figures():
+        figures.save(figure, pd.DataFrame(), tmp_path / "figure")
+        texts = figure.findobj(Text)
+        formulas = {text.get_text() for text in texts if text.get_parse_math() and "$" in text.get_text()}
+        assert all(figures.FORMULA.search(formula) for formula in formulas)
+        assert {r"$\frac", "x\ufffd[31m", "line\ufffdbreak", "_b"} <= {text.get_text() for text in texts}
+        for part in (figure._suptitle, *figure.legends):
+            box = part.get_window_extent()
+            assert min(box.x0, box.y0) >= 0, part
+            assert (box.x1, box.y1) <= (figure.bbox.x1, figure.bbox.y1), part
+
+
+@pytest.mark.filterwarnings("error")
+def test_characters_come_from_any_font_that_has_them(tmp_path):
+    figure, sentences = figures.confusions({"\u1d8d": pd.DataFrame([[1]], ["a"], ["b"])}, "\ufdd0"), []
+    figures.save(figure, pd.DataFrame(), tmp_path / "figure", sentences.append)
+    assert "STIXGeneral" in figure.axes[0].title.get_fontfamily()
+    assert len(sentences) == 1
+    assert "boxes in place of \ufdd0" in sentences[0]
 
 
 def test_figures_of_runs_with_saved_models(run, few_digits, tmp_path, capsys):

@@ -1,0 +1,32 @@
+"""Standard output of the scripts, which shows names of files, classes and data sets of others."""
+
+from collections.abc import Iterator
+import contextlib
+import io
+import re
+import sys
+from typing import TextIO
+
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # but tab and line feed
+
+
+class ShownText:
+    """A text stream with � in place of control characters, so that no name can colour a terminal or move its cursor."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(CONTROLS.sub("\ufffd", text))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def shown_text() -> Iterator[None]:
+    """Print to standard output as `ShownText`, and characters that its encoding lacks as escapes such as \\u2192."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with contextlib.redirect_stdout(ShownText(sys.stdout)):
+        yield
