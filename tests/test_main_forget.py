@@ -72,7 +72,7 @@ def test_the_page_needs_no_other_files_and_agrees_with_the_report(forget, tmp_pa
     assert (
         f"predictions: 6 of 6 images are forgotten as stored ({used} as used), 0 were not recognised before, 0" in page
     )
-    assert page.count("prediction before: ") == page.count("prediction after: ") == 6
+    assert page.count("prediction before: <bdi>") == page.count("prediction after: <bdi>") == 6
     assert "agreement with the original model: adversarial examples" in page
     assert page.count("data:image/png;base64,") == 6
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)

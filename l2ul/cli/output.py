@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 import contextlib
 import io
-import re
 import sys
 from typing import TextIO
 
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # but tab and line feed
+from l2ul.common.text import CONTROLS
 
 
 class ShownText:
@@ -17,7 +16,7 @@ class ShownText:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        return self.stream.write(CONTROLS.sub("\ufffd", text))
+        return self.stream.write(CONTROLS.sub(lambda found: found[0] if found[0] in "\t\n" else "\ufffd", text))
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)

@@ -6,12 +6,14 @@ import errno
 import hashlib
 import os
 from pathlib import Path
+import re
 import stat
 import unicodedata
 
 from l2ul.common.errors import InputError
 
-CONTROL = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode: Cs are halves of characters, which no file can hold
+# Control characters, line ends, characters that turn the direction of the following text, and halves of characters
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def read_text(path: Path, most: int | None = None) -> str:
@@ -69,7 +71,7 @@ def require_utf8_name(path: Path) -> Path:
 
 def one_line(text: str, instead: str = " ") -> str:
     """Return a text with another character in place of each line break and control character."""
-    return "".join(instead if unicodedata.category(character) in CONTROL else character for character in text)
+    return CONTROLS.sub(instead, text)
 
 
 def first_three(names: Sequence[str]) -> str:

@@ -304,7 +304,7 @@ def adversarial_examples(images: np.ndarray, examples: np.ndarray, table: pd.Dat
         delta = examples[place] - images[line]
         factors.append(0.5 / max(float(np.abs(delta).max()), 1e-12))
         _picture(grid[line, 0], images[line], shorten(row.label))
-        _picture(grid[line, 1 + 2 * draw], examples[place], f"→ {shorten(row.target)}")
+        _picture(grid[line, 1 + 2 * draw], examples[place], f"\u200e→ {shorten(row.target)}")  # from left to right
         _picture(grid[line, 2 + 2 * draw], 0.5 + delta * factors[-1], f"δ × {factors[-1]:.3g}")
     table["enlarged"] = factors
     return figure
