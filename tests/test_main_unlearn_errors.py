@@ -39,6 +39,16 @@ def test_a_damaged_image_in_a_folder_is_one_sentence(script, tmp_path, workers):
     assert err.startswith("main_unlearn.py: cannot read the image")
 
 
+def test_a_name_that_no_record_can_have_is_refused_before_the_run(script, tmp_path):
+    write_folder(tmp_path / "in\x1bsects", size=(80, 64))
+    torch.save(torchvision.models.squeezenet1_1(num_classes=2).state_dict(), tmp_path / "weights.pt")
+    data_set = ["--dataset", "in\x1bsects", "--data-dir", tmp_path, "--image-size", 64, "--workers", 0]
+    net = ["--model", "torchvision:squeezenet1_1", "--checkpoint", tmp_path / "weights.pt"]
+    code, _, err = script(main_unlearn.main, "--result-dir", tmp_path, *FAST, *data_set, *net)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "dataset is 'in\\x1bsects'; expected a name of 1 to 255 characters, none a control character" in err
+
+
 def test_without_a_writable_cache_the_runs_continue_and_a_line_says_so(run):
     code, out, err = run("--method", "adv", "--cache-dir", "/proc/here")
     assert code == 0, err

@@ -81,7 +81,11 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        return super().parse_known_args([_dashed(word) for word in (sys.argv[1:] if args is None else args)], namespace)
+        words = sys.argv[1:] if args is None else args
+        for word in words:
+            if any("\ud800" <= character <= "\udfff" for character in word):
+                self.error(f"{word!r} is not UTF-8, so that no record or report can name it; rename the file or folder")
+        return super().parse_known_args(list(map(_dashed, words)), namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         options, unknown = self.parse_known_args(args, namespace)

@@ -9,6 +9,7 @@ from torch import nn
 from l2ul import METHOD_VERSION
 from l2ul.common.choices import HUB_OPTIONS
 from l2ul.common.errors import InputError
+from l2ul.common.text import shortened
 from l2ul.data.forget_set import ForgetSet
 from l2ul.data.images import Images
 from l2ul.data.surrogate import Surrogate
@@ -128,6 +129,9 @@ class Setup:
         """Return the run of a method on `forget`, or for a step (number, size) on the last `size` images of it."""
         method = registry.get(name, self.goal)
         settings = self._settings(method, len(forget), seed, digest, step)
+        for key, value in ((records.lookup(name), value) for name, value in settings.items()):
+            if not key.accepts(value):
+                raise InputError(f"{key.name} is {shortened(repr(value))}; expected {key.expected}, as records have it")
         files = records.RunFiles(self.result_dir, identity(settings), self.model_suffix)
         if step is None:
             return Run(method, seed, forget, settings, files)

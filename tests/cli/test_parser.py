@@ -194,3 +194,9 @@ def test_settings_of_a_sweep_take_ranges():
         options.settings_as_flags({"pgd_eps": [2.0], "setting": [("pgd_eps", "1")]})
     with pytest.raises(InputError, match="no method has a setting epoch; expected one of .*; did you mean epochs"):
         options.several_settings([("epoch", "1")])
+
+
+def test_words_that_are_not_utf8_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        Parser("Do it.", prog="script.py").parse_args(["in/caf\udce9"])
+    assert (stop.value.code, "'in/caf\\udce9' is not UTF-8" in capsys.readouterr().err) == (2, True)
