@@ -21,6 +21,7 @@ LATEX = (
         "±": r"$\pm$",
         "†": r"$\dagger$",
         "¹": r"\textsuperscript{1}",
+        "\ufffd": "?",
         "–": "--",
         "<": r"\textless{}",
         ">": r"\textgreater{}",

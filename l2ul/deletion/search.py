@@ -268,7 +268,7 @@ class Unlearner:
                 settings,
                 lambda: budget.left > reserve,
                 lambda row: advance(
-                    1, f"{row['forgotten']:.0f} % of D_f forgotten, at most {budget.left - reserve:.0f} s left"
+                    1, f"{row['forgotten']:.0f} % of D_f forgotten, at most {max(budget.left - reserve, 0):.0f} s left"
                 ),
             )
         none = torch.zeros(len(self.forget), dtype=torch.bool)
