@@ -83,7 +83,7 @@ def save(
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf", "csv")]
     for path, metadata in zip(paths[:2], (None, {"CreationDate": None}), strict=True):
         with atomic(path) as part, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # reported above
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # reported above
             figure.savefig(part, format=path.suffix[1:], dpi=200, metadata=metadata)
     with atomic(paths[2]) as part:
         numbers.to_csv(part, index=False)
@@ -200,7 +200,12 @@ def _add_legend(figure: Figure, handles: list[Line2D]) -> None:
         if sum(max(map(len, labels[place : place + rows])) + 8 for place in range(0, len(labels), rows)) <= 16 * width:
             break
     figure.set_figheight(figure.get_figheight() + LINE * max(rows - 3, 0))
-    figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // rows))
+    numbers = [
+        str(number) for number in range(len(labels))
+    ]  # matplotlib before 3.10 leaves out labels that begin with _
+    legend = figure.legend(handles, numbers, loc="outside lower center", ncols=-(-len(labels) // rows))
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_text(label)
 
 
 @_styled
