@@ -89,9 +89,9 @@ class RobustProcedure(DistillProcedure):
     def sources(self, synthesis: Synthesis) -> Tensor:
         """Return the synthesised images, or D_f if none are synthesised."""
         settings, images = self.settings, self.forget.images
-        if not settings.robust_images:
+        if not (count := settings.robust_images):
             return images
-        return synthesis.images(self.model, images, settings, settings.robust_images, ITERATIONS)
+        return synthesis.images(self.model, images, settings, count, ITERATIONS, settings.robust_classes)
 
     def draw(self) -> tuple[Tensor, ...]:
         """Return copies of D_f of the next step, their labels, its stand-ins, the weight and the margin."""

@@ -27,7 +27,7 @@ from l2ul.common.choices import (
 from l2ul.common.errors import InputError
 
 Value = int | float | str
-ID_RULES = ("always", "if used", "if changed")
+ID_RULES = ("always", "if used", "if changed", "if not absent")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Setting:
     several   whether a text may be several of the choices, joined by +
     unit      of a number, for help and documentation
     used_by   traits of methods (see `registry.Method.traits`): a method with one of them uses the setting
-    in_id     when a run's id depends on it: "always", "if used" by the method, or "if changed" from the default. The
-              last two are for settings that were added after the first records, whose ids must not change.
+    in_id     when a run's id depends on it: "always", "if used" by the method, "if changed" from the default, or "if
+              not absent", which is if it differs from `absent`. The last three are for settings that were added after
+              the first records, whose ids must not change, and the last one for a default that was changed.
     absent    value in records without the setting, which were written before it existed; None: the default
     only_with name of a setting without which (at 0) this one has no effect
     """
@@ -106,7 +107,7 @@ def _declare(default: Value, help: str, *used_by: str, **options: Any) -> Any:
 
 def _of_robust(default: Value, help: str, **options: Any) -> Any:
     """Declare a setting of `distill` with robust=1."""
-    return _declare(default, help, "teacher", in_id="if changed", only_with="robust", **options)
+    return _declare(default, help, "teacher", **{"in_id": "if changed", "only_with": "robust", **options})
 
 
 class _Declared:
@@ -214,8 +215,16 @@ class Settings(_Declared):
         1.0, "weight of the KL divergence from the original probabilities without the label, on the copies"
     )
     robust_mixes: float = _of_robust(0.5, "share of the stand-ins that are changed like the copies", maximum=1)
-    robust_keep: float = _of_robust(10.0, "factor by which distill_logits and distill_features are multiplied")
+    robust_keep: float = _of_robust(
+        5.0, "factor by which distill_logits and distill_features are multiplied", in_id="if not absent", absent=10.0
+    )
     robust_images: int = _of_robust(768, "synthesised images from which the stand-ins are made; 0: make them from D_f")
+    robust_classes: float = _of_robust(
+        0.0,
+        "weight of the cross-entropy with random classes in the synthesis of these images",
+        in_id="if not absent",
+        absent=1.0,
+    )
     robust_cycle: float = _of_robust(1.0, "length of a cycle, relative to 300 steps or distill_steps", above=0)
     distill_stand_ins: str = _declare(
         "mixes+triples+patches+spectra+recoloured+crops",
@@ -403,5 +412,6 @@ def has_effect(name: str, values: Mapping[str, object]) -> bool:
 
 def is_part_of_id(name: str, value: object) -> bool:
     """Return whether a run's id depends on a shared setting that has this value; None: its method does not use it."""
-    rule = SHARED[name].in_id
-    return rule == "always" or (value is not None and not (rule == "if changed" and value == SHARED[name].default))
+    setting = SHARED[name]
+    usual = {"if changed": setting.default, "if not absent": setting.absent}.get(setting.in_id)
+    return setting.in_id == "always" or value not in (None, usual)

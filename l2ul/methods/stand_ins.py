@@ -75,7 +75,7 @@ class StandIns:
 
 
 class Synthesis:
-    """Synthesises images that a model classifies with confidence, from D_f and the model alone.
+    """Synthesises images like those that a model was trained on, from D_f and the model alone.
 
     cache     on disk, for later commands; by default nothing is written
     progress  shows the progress; None: nothing does
@@ -85,39 +85,54 @@ class Synthesis:
     Yin et al., Dreaming to Distill (CVPR 2020, arXiv 1912.08795). A batch starts from `patches` of D_f, with a random
     class for each image, and minimises over the pixels
 
-        CE(model(x), class) + 10 · mean_l ( mean (μ_l - μ⁰_l)²/σ⁰_l² + mean (σ_l/σ⁰_l - 1)² ) + total variation
+        c · CE(model(x), class) + 10 · mean_l ( mean (μ_l - μ⁰_l)²/σ⁰_l² + mean (σ_l/σ⁰_l - 1)² ) + total variation
 
     with the channel means μ_l and deviations σ_l of the batch at each batch-norm and the running statistics μ⁰, σ⁰. A
-    model without batch-norm has those of D_f at the inputs of its convolutions and linear layers in their place.
+    model without batch-norm has those of D_f at the inputs of its convolutions and linear layers in their place. With
+    c = 0 the images stay less certain to the model, as images of other classes are, and the loss on them sees more of
+    the damage (docs/trials.md).
     """
 
     def __init__(self, cache: Cache | None = None, progress: ProgressBar | None = None):
         self.cache, self.progress = cache or Cache(), progress
         self._made: dict[str, Tensor] = {}  # by key
 
-    def images(self, model: nn.Module, images: Tensor, settings: Settings, count: int, iterations: int) -> Tensor:
+    def images(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        settings: Settings,
+        count: int,
+        iterations: int,
+        class_weight: float = 1.0,
+    ) -> Tensor:
         """Return `count` images (count, 3, H, W), synthesised in `iterations` from D_f with the seed of the settings.
 
-        model   in eval mode
-        images  (k, 3, H, W) float in [0,1], D_f
+        model         in eval mode
+        images        (k, 3, H, W) float in [0,1], D_f
+        class_weight  c, the weight of the cross-entropy
         """
         with torch.no_grad():  # the logits depend on the precision of the passes
             inputs = tensors_sha256({"images": stored(images), "logits": model(images[:1])})
         key = {"kind": "synthesised images", "count": count, "iterations": iterations, "seed": settings.seed}
         key |= {"position": settings.first_position, "net": model_fingerprint(model), "inputs": inputs}
-        key |= environment(images.device)
+        key |= {"class_weight": class_weight} | environment(images.device)
         name = repr(key)
         if name not in self._made:
             with self.cache.lock(key):  # waits for another command that makes the same
                 entry = self.cache.get(key)
-                made = entry["images"] if entry else self._make(model, images, settings, count, iterations)
+                made = (
+                    entry["images"] if entry else self._make(model, images, settings, count, iterations, class_weight)
+                )
                 if not entry:
                     self.cache.put(key, {"images": made.contiguous()})
                     self.cache.trim()
             self._made[name] = made.to(images.device, memory_format=torch.channels_last)
         return self._made[name]
 
-    def _make(self, model: nn.Module, images: Tensor, settings: Settings, count: int, iterations: int) -> Tensor:
+    def _make(
+        self, model: nn.Module, images: Tensor, settings: Settings, count: int, iterations: int, class_weight: float
+    ) -> Tensor:
         generator = seeds.generator(settings.seed, "synthesised", settings.first_position)
         no_progress = contextlib.nullcontext(lambda count: None)
         name = f"synthesise {count} images, {iterations} iterations each"
@@ -126,7 +141,10 @@ class Synthesis:
             statistics = _Statistics(model, images)
             starts = (KINDS["patches"](images, size, generator) for size in _sizes(count))
             return torch.cat(
-                [_synthesise(model, statistics, start, iterations, generator, advance) for start in starts]
+                [
+                    _synthesise(model, statistics, start, iterations, class_weight, generator, advance)
+                    for start in starts
+                ]
             )
 
 
@@ -135,6 +153,7 @@ def _synthesise(
     statistics: "_Statistics",
     start: Tensor,
     steps: int,
+    class_weight: float,
     generator: torch.Generator,
     progress: Progress,
 ) -> Tensor:
@@ -150,7 +169,9 @@ def _synthesise(
             down, right, mirror = torch.randint(2 * reach + 1, (3,), generator=generator).tolist()
             moved = pixels.roll((down - reach, right - reach), (2, 3))
             logits, gap = statistics.gap(moved.flip(3) if mirror % 2 else moved)
-            loss = F.cross_entropy(logits, classes) + STATISTICS * gap + VARIATION * _total_variation(pixels)
+            loss = STATISTICS * gap + VARIATION * _total_variation(pixels)
+            if class_weight:
+                loss = loss + class_weight * F.cross_entropy(logits, classes)
             (pixels.grad,) = torch.autograd.grad(loss, pixels)
             optimizer.step()
             scheduler.step()

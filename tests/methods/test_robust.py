@@ -93,6 +93,7 @@ def test_the_loop_may_stop_only_if_copies_are_forgotten(trained, forget):
         {"robust_cycle": 1.0},
         {"robust_keep": 3.0},
         {"robust_images": 0},
+        {"robust_classes": 1.0},
     ],
 )
 def test_each_setting_changes_the_result_and_leaves_the_statistics_of_batch_norm(changed, trained):
@@ -110,7 +111,7 @@ def test_each_setting_changes_the_result_and_leaves_the_statistics_of_batch_norm
 
 def test_stand_ins_are_made_of_synthesised_images_that_are_kept_more_strongly(trained, forget, monkeypatch):
     bright = torch.ones(5, 3, 8, 8)
-    monkeypatch.setattr(Synthesis, "images", lambda self, model, images, settings, count, iterations: bright[:count])
+    monkeypatch.setattr(Synthesis, "images", lambda self, model, images, settings, count, *rest: bright[:count])
     settings = replace(FAST, distill_stand_ins="recoloured+mixes", robust_images=4, robust_keep=5.0, robust_mixes=0.0)
     steps = procedure(trained[0], forget, settings)
     assert steps.settings.distill_stand_ins == "copies+recoloured+mixes"

@@ -39,9 +39,11 @@ def test_ids_of_committed_records_follow_from_their_settings():
 
 def test_an_id_depends_on_later_settings_only_if_they_matter():
     base = {"method": "adv", "pgd_eps": None, "adv_dtype": "float32", "distill_lr": None, "course": None}
+    base["robust_classes"] = 1.0  # the value of records without it, which is not its default
     same = {"method": "adv", "pgd_eps": None}
     assert runs.identity(base) == runs.identity(same)
-    for change in ({"adv_dtype": "uint8"}, {"distill_lr": 3e-4}, {"course": "lr=1"}, {"pgd_eps": 1.0}, {"new": None}):
+    changes = ({"adv_dtype": "uint8"}, {"distill_lr": 3e-4}, {"course": "lr=1"}, {"pgd_eps": 1.0}, {"new": None})
+    for change in (*changes, {"robust_classes": 0.0}):
         assert runs.identity(base | change) != runs.identity(same), change
 
 

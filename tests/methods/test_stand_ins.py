@@ -73,6 +73,16 @@ def test_synthesised_images_come_closer_to_the_statistics_of_the_model(trained):
     assert after < before
 
 
+def test_synthesised_images_without_classes_come_closer_to_the_statistics(trained):
+    model, images, _ = trained
+    pixels = images[:8] / 255
+    statistics, synthesis = stand_ins._Statistics(model, pixels), Synthesis()
+    made = [synthesis.images(model, pixels, Settings(), 16, 40, weight) for weight in (0.0, 1.0, 100.0)]
+    with torch.no_grad():
+        none, some, most = (statistics.gap(batch)[1].item() for batch in made)
+    assert none < some < most
+
+
 def test_images_are_synthesised_from_many_large_images_that_are_stored_as_bytes(trained):
     model, images, _ = trained
     some = images[:4].to(torch.uint8)
@@ -119,9 +129,9 @@ def made(monkeypatch):
     """A list that gets the number of images of each synthesis."""
     counts, make = [], Synthesis._make
 
-    def count(self, model, images, settings, count, iterations):
+    def count(self, model, images, settings, count, *rest):
         counts.append(count)
-        return make(self, model, images, settings, count, iterations)
+        return make(self, model, images, settings, count, *rest)
 
     monkeypatch.setattr(Synthesis, "_make", count)
     return counts
@@ -137,11 +147,12 @@ def test_the_same_images_are_synthesised_once(trained, made):
     others = [synthesis.images(model, pixels[:3], Settings(), 4, 1)]
     others += [synthesis.images(model, pixels, Settings(seed=1), 4, 1)]
     others += [synthesis.images(model, pixels, Settings(first_position=4), 4, 1)]
+    others += [synthesis.images(model, pixels, Settings(), 4, 1, 0.0)]
     with torch.no_grad():
         model.head.weight[0] *= 1.5
     others += [synthesis.images(model, pixels, Settings(), 4, 1)]
     assert not any(torch.equal(other, one) for other in others)
-    assert len(made) == 6
+    assert len(made) == 7
     assert torch.equal(Synthesis().images(model, pixels, Settings(), 4, 1), others[-1])
 
 
