@@ -10,10 +10,11 @@ The loss is that of `l2ul.methods.distill` with another B, w and s, and one more
 - w grows at each step at which more than TOLERATED of the pool is not forgotten.
 - w · `robust_targets` · KL(q ‖ p) on B is added, with q = p⁰ without the label: the class that p⁰ finds likely next
   takes its place. It is left out to relabel.
-- The stand-ins are made of `robust_images` synthesised images in place of D_f: these images (`copies`) and the kinds in
-  `distill_stand_ins`. Blends of D_f are too similar to the copies that have to be forgotten, so that what is kept and
-  what is forgotten would conflict. A surrogate set stands in as without robust=1. A model without batch-norm, whose
-  images cannot be synthesised well, gets the kinds that are made of D_f but NEAR, which are whole images of D_f.
+- The stand-ins are made of `robust_images` images in place of D_f, which are synthesised with the weight
+  `robust_classes` of the classes: these images (`copies`) and the kinds in `distill_stand_ins`. Blends of D_f are too
+  similar to the copies that have to be forgotten, so that what is kept and what is forgotten would conflict. A
+  surrogate set stands in as without robust=1. A model without batch-norm, whose images cannot be synthesised well, gets
+  the kinds that are made of D_f but NEAR, which are whole images of D_f.
 - a and b are `robust_keep` times as large, and w grows GROWTH times as much over a cycle, unless stand-ins are made of
   D_f.
 - The share `robust_mixes` of the stand-ins is changed like the copies, so that the model learns the images and not the
