@@ -1,6 +1,6 @@
 """Standard output of the scripts, which shows names of files, classes and data sets of others."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
 import io
 import sys
@@ -17,6 +17,9 @@ class ShownText:
 
     def write(self, text: str) -> int:
         return self.stream.write(CONTROLS.sub(lambda found: found[0] if found[0] in "\t\n" else "\ufffd", text))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)

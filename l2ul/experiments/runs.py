@@ -131,7 +131,7 @@ class Setup:
         settings = self._settings(method, len(forget), seed, digest, step)
         for key, value in ((records.lookup(name), value) for name, value in settings.items()):
             if not key.accepts(value):
-                raise InputError(f"{key.name} is {shortened(repr(value))}; expected {key.expected}, as records have it")
+                raise InputError(f"{key.name} is {shortened(repr(value))}; expected {key.expected}, as records require")
         files = records.RunFiles(self.result_dir, identity(settings), self.model_suffix)
         if step is None:
             return Run(method, seed, forget, settings, files)

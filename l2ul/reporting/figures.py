@@ -52,7 +52,14 @@ DISTINCT = ("adv_imp", "adv", "oracle", "neggrad")  # methods with the first col
 MOST_POINTS = 1000  # of a line in figure 7
 MOST_CHARACTERS = 400  # of a title
 LINE = 0.15  # inches: height of a line of text
-FORMULA = re.compile("|".join([*map(re.escape, [*SYMBOLS.values(), "$N_{adv}$"]), r"\$\\mathdefault{[^$]*}\$"]))
+FORMULA = re.compile(
+    "|".join(
+        [
+            *map(re.escape, [*SYMBOLS.values(), "$N_{adv}$"]),
+            r"\$\\mathdefault\{-?(?:[\d.]+\\times)?[\d.]+(?:\^\{-?\d+\})?\}\$",
+        ]
+    )
+)
 SPLITS = ("forget", "retain", "test")
 
 
@@ -110,7 +117,7 @@ def _fonts(characters: str) -> tuple[list[str], str]:
     absent = set(map(ord, characters)) - FT2Font(usual).get_charmap().keys() - {ord("\n")}
     for font in font_manager.fontManager.ttflist if absent else ():
         if (font.style, font.weight) == ("normal", 400) and "Last Resort" not in font.name:  # a font of boxes
-            with contextlib.suppress(RuntimeError):  # FreeType cannot read it
+            with contextlib.suppress(RuntimeError, OSError):  # FreeType cannot read it, or it was removed
                 fonts.setdefault(font.name, absent & FT2Font(font.fname).get_charmap().keys())
     chosen = []
     while any(covered & absent for covered in fonts.values()):
@@ -318,7 +325,7 @@ def adversarial_examples(images: np.ndarray, examples: np.ndarray, table: pd.Dat
 def shorten(name: str, most: int = 13) -> str:
     """Shorten a name to fit above a picture, by default a small one. Wide characters count twice."""
     sizes = np.cumsum([1 + (unicodedata.east_asian_width(character) in "FW") for character in name])
-    fitting = name if sizes[-1] <= most else name[: int(np.searchsorted(sizes, most))] + "…"
+    fitting = name if sizes.max(initial=0) <= most else name[: int(np.searchsorted(sizes, most))] + "…"
     return one_line(fitting, "\ufffd")
 
 

@@ -91,12 +91,12 @@ def _refuse(constant: str):
 
 
 def _identity(record: Record) -> str:
-    """Return the same text for two records of one run. Settings that have their default may be absent."""
+    """Return the same text for two records of one run. Settings may be absent in older records."""
     dataset = record["dataset"]
     chosen = {
         name: value
         for name, value in records.settings(record).items()
-        if value is not None and value != records.lookup(name).default_for(dataset)
+        if value is not None and value != records.lookup(name).absent_for(dataset)
     }
     return json.dumps([{name: record.get(name) for name in records.IDENTITY}, chosen], sort_keys=True)
 

@@ -353,6 +353,19 @@ def test_names_are_shown_as_they_are_and_fit(tmp_path):
             assert box.y1 <= figure.bbox.y1, part
 
 
+def test_only_formulas_of_matplotlib_and_of_the_project_are_formulas():
+    formulas = (
+        r"$\mathdefault{10^{-3}}$",
+        r"$\mathdefault{-2\times10^{4}}$",
+        r"$\mathdefault{0}$",
+        "$D_f$",
+        "$N_{adv}$",
+    )
+    assert all(figures.FORMULA.fullmatch(text) for text in formulas)
+    assert not any(figures.FORMULA.search(text) for text in (r"$\mathdefault{\x}$", "$x$", r"$\mathdefault{}$"))
+    assert figures.shorten("") == ""
+
+
 @pytest.mark.filterwarnings("error")
 def test_characters_come_from_any_font_that_has_them(tmp_path):
     figure, sentences = figures.confusions({"\u1d8d": pd.DataFrame([[1]], ["a"], ["b"])}, "\ufdd0"), []

@@ -145,6 +145,15 @@ def test_every_damaged_file_is_listed_with_the_reason(folder, tables, tmp_path):
     assert len([line for line in problems if line.startswith("- ")]) == len(DAMAGED) + 1
 
 
+def test_records_from_before_a_setting_have_its_value_of_that_time(folder):
+    old = {"method": "distill", "robust": 1, "robust_keep": 10.0}
+    folder(old, old | {"robust_classes": 1.0}, old | {"robust_classes": 0.0})
+    read, problems = read_records.read([folder({"seed": 1})])
+    assert len(read) == 3
+    assert len(problems) == 1
+    assert "the same run as" in problems[0]
+
+
 def test_without_a_valid_record_there_is_no_table(tmp_path, tables):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "a.json").write_text("{")
