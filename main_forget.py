@@ -290,6 +290,7 @@ def repeat(args: argparse.Namespace, path: Path, device) -> list:
     from l2ul.deletion.report import describe_surrogate
     from l2ul.deletion.report_schema import read_report
     from l2ul.deletion.request import read_unlabelled
+    from l2ul.methods import registry
 
     report = read_report(path)
     try:
@@ -304,7 +305,8 @@ def repeat(args: argparse.Namespace, path: Path, device) -> list:
         request = read_images(args, model, chain)
         results.append(verify.check_request(report, request.folder.files, request.forget.labels.tolist()))
     if all(check.passed for check in results):
-        settings, _ = search.choose_settings(args.method, args.setting, args.seed)
+        recorded = [*args.setting, *registry.absent_settings(args.method, dict(args.setting))]
+        settings, _ = search.choose_settings(args.method, recorded, args.seed)
         of_search = report.get("precision", {"search": "fp32"})["search"]
         precision.require(device, of_search, "the request was carried out in it: repeat it on such a device")
         surrogate = read_unlabelled(args.surrogate, "--surrogate", model, request, args.skip_bad)

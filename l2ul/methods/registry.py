@@ -4,7 +4,7 @@ Importing this module does not import torch: the functions that implement a meth
 """
 
 import ast
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 import hashlib
@@ -290,6 +290,16 @@ def find_settings(name: str, methods: Sequence[str] | None = None) -> list[Setti
 def loop_settings(method: str, values: Mapping[str, Value]) -> dict[str, Value]:
     """Return those of the values, by name, that are settings of a method but not of the attack."""
     return {name: values[name] for name in get(method).all_settings if name in values and name not in ATTACK}
+
+
+def absent_settings(method: str, named: Container[str]) -> list[tuple[str, str]]:
+    """Return the settings of a method that a list of all its settings lacks, because it is older than they are.
+
+    They are pairs of name and text, with the value that applied before the setting existed. Settings whose default is
+    that value are left out.
+    """
+    settings = get(method).all_settings
+    return [(name, str(one.absent)) for name, one in settings.items() if one.absent is not None and name not in named]
 
 
 def parse_settings(pairs: Iterable[tuple[str, str]], methods: Sequence[str]) -> dict[str, Value]:

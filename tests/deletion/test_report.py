@@ -179,6 +179,20 @@ def test_the_same_weights_and_predictions_result_again(forget, script, tmp_path)
     assert repeated["model"]["after"] == report["model"]["after"]
 
 
+def test_a_report_from_before_a_setting_is_repeated_as_it_was(forget, script, tmp_path):
+    steps = ("distill_steps=40", "distill_cycles=1", "distill_mixes=16", "robust_pool=64", "robust_images=32")
+    forget("--setting", *steps, "distill_lr=0.01", "robust_classes=1")
+    path = tmp_path / "out" / "report.json"
+    report = json.loads(path.read_text())
+    assert report["chosen"], "the model was changed"
+    report["again"]["command"].remove("robust_classes=1.0")
+    path.write_text(json.dumps(report))
+    assert "ok     weights again" in verify(script, tmp_path, "--again")[1]
+    report["again"]["command"].insert(report["again"]["command"].index("--setting") + 1, "robust_classes=0.0")
+    path.write_text(json.dumps(report))
+    assert "FAILED weights again" in verify(script, tmp_path, "--again")[1]
+
+
 def test_images_of_surrogate_are_named_and_needed_again(forget, script, tiny, tmp_path):
     save_images(tmp_path / "week", tiny[1][10:20])
     code, report, printed = forget("--surrogate", tmp_path / "week")
