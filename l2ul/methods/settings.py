@@ -105,9 +105,9 @@ def _declare(default: Value, help: str, *used_by: str, **options: Any) -> Any:
     return field(default=default, metadata={"setting": {"help": help, "used_by": frozenset(used_by), **options}})
 
 
-def _of_robust(default: Value, help: str, **options: Any) -> Any:
+def _of_robust(default: Value, help: str, in_id: str = "if changed", **options: Any) -> Any:
     """Declare a setting of `distill` with robust=1."""
-    return _declare(default, help, "teacher", **{"in_id": "if changed", "only_with": "robust", **options})
+    return _declare(default, help, "teacher", in_id=in_id, only_with="robust", **options)
 
 
 class _Declared:

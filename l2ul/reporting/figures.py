@@ -207,9 +207,7 @@ def _add_legend(figure: Figure, handles: list[Line2D]) -> None:
         if sum(max(map(len, labels[place : place + rows])) + 8 for place in range(0, len(labels), rows)) <= 16 * width:
             break
     figure.set_figheight(figure.get_figheight() + LINE * max(rows - 3, 0))
-    numbers = [
-        str(number) for number in range(len(labels))
-    ]  # matplotlib before 3.10 leaves out labels that begin with _
+    numbers = list(map(str, range(len(labels))))  # matplotlib before 3.10 leaves out labels that begin with _
     legend = figure.legend(handles, numbers, loc="outside lower center", ncols=-(-len(labels) // rows))
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_text(label)
