@@ -190,3 +190,17 @@ def _step(net: nn.Module, images: Tensor, precision: str) -> None:
         logits = net(pixels)
     loss = F.cross_entropy(logits.float(), torch.zeros(len(images), dtype=torch.int64))
     torch.autograd.grad(loss, list(net.parameters()) if net.training else [pixels], allow_unused=True)
+
+
+def rounded(weights: Tensor, bits: int) -> Tensor:
+    """Return weights rounded to integers of this many bits, times a scale for each row, which is an output channel.
+
+    weights  of any shape; those of one dimension (biases, scales) are returned as they are
+
+    The integers are those of symmetric quantisation, from -2^(bits-1) + 1 to 2^(bits-1) - 1.
+    """
+    if weights.ndim < 2:
+        return weights
+    largest = 2 ** (bits - 1) - 1
+    scale = weights.abs().amax(tuple(range(1, weights.ndim)), keepdim=True).clamp_min(1e-12) / largest
+    return (weights / scale).round() * scale

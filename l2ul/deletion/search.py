@@ -42,7 +42,7 @@ ENOUGH = 0.9  # of the images, forgotten as used: then the search goes on to les
 WORTHWHILE = 0.5  # of the images, forgotten as used: fewer count as none, as they cost accuracy and fulfil no request
 ACCEPTABLE = 50.0  # percent of agreement: with less, no image counts as forgotten as used, as the model is too damaged
 FREE = ("robust", "loop_precision", "distill_frozen")  # settings that the user may set without ending the search
-MIN_CYCLE = 1 / 3  # of the cycle with robust=1: the shortest that was measured; very short ones damage the model
+MIN_CYCLE, MIN_IMAGES = 1 / 6, 1 / 3  # of the steps and synthesised images with robust=1: the fewest that were measured
 SYNTHESIS = 5  # images that are synthesised in the time of a step with robust=1
 PLANNED = 0.85  # of the time left: the part that a shortened cycle with robust=1 is planned for
 MAX_ENLARGED = 3  # times that the learning rate is raised while images are not forgotten
@@ -365,7 +365,7 @@ def find_candidates(
     """
     if unlearner.uses_teacher:
         length = cycle_length(first, len(unlearner.train_set))
-        first = replace(first, distill_steps=length, distill_image_steps=0.0, robust_cycle=1.0)
+        first = replace(first, distill_steps=length, distill_image_steps=0.0)
     if first.robust:
         images = synthesised_images(first, unlearner.model, unlearner.surrogate)
         first = replace(first, robust_images=images)  # the time of a synthesis is not planned where there is none
@@ -435,7 +435,7 @@ def search(
 
     With robust=1, a candidate with robust=0 comes before: it forgets the images as they are stored in a third of the
     time. Then the cycle with robust=1 is as long as there is time for once its images are synthesised. Without time for
-    MIN_CYCLE of it, it does not run, and the candidate with robust=0 gets all of the time.
+    MIN_CYCLE of its steps, it does not run, and the candidate with robust=0 gets all of the time.
 
     If time is short, the first candidate is a version of `first` that takes a third of it. Until a candidate has
     forgotten all images, each is followed by one with a larger learning rate, or with robust=1 by one of twice the
@@ -567,9 +567,11 @@ def _initial_queue(unlearner: Unlearner, first: Settings, left: float, seconds_p
     if not unlearner.uses_teacher:
         return [first, *(() if unlearner.has_fixed_length else (_scaled(first, by) for by in GRADIENT))]
     if first.robust:
-        share = PLANNED * left / max(seconds_per_step * _cost(first), 1e-9)
-        variations = [_scaled(first, by) for by in DISTILL] if share >= 1 else []
-        return [fit_to_time(first, PLANNED * left, seconds_per_step), *variations] if share >= MIN_CYCLE else []
+        steps = PLANNED * left / max(seconds_per_step, 1e-9)
+        if steps < _cost(fit_to_time(first, 0.0, seconds_per_step)):
+            return []
+        variations = [_scaled(first, by) for by in DISTILL] if steps >= _cost(first) else []
+        return [fit_to_time(first, PLANNED * left, seconds_per_step), *variations]
     if 3 * seconds_per_step * first.distill_steps <= left:
         return [first, *(_scaled(first, by) for by in DISTILL)]
     return [fit_to_time(first, left / 3, seconds_per_step)]
@@ -590,12 +592,12 @@ def _around(unlearner: Unlearner, first: Settings, left: float, candidates: list
 def fit_to_time(settings: Settings, left: float, seconds_per_step: float) -> Settings:
     """Return settings of distill with one cycle in `left` seconds: fewer steps, and then smaller batches.
 
-    With robust=1, fewer steps and synthesised images, and no less than MIN_CYCLE of them.
+    With robust=1, fewer steps and synthesised images, and no less than MIN_CYCLE and MIN_IMAGES of them.
     """
     if settings.robust:
-        share = max(MIN_CYCLE, min(1.0, left / max(seconds_per_step * _cost(settings), 1e-9)))
-        steps, images = round(share * settings.distill_steps), round(share * settings.robust_images)
-        return replace(settings, distill_steps=max(1, steps), robust_images=images)
+        steps = left / max(seconds_per_step, 1e-9)
+        images = round(max(MIN_IMAGES, min(1.0, steps / _cost(settings))) * settings.robust_images)
+        return _with_steps(replace(settings, robust_images=images), int(steps - images / SYNTHESIS))
     steps = max(MIN_STEPS, min(settings.distill_steps, int(left / max(seconds_per_step, 1e-9))))
     share = min(1.0, max(left, 0.0) / max(seconds_per_step * steps, 1e-9))
     mixes = max(MIN_BATCH, round(settings.distill_mixes * share))
@@ -610,8 +612,14 @@ def _after_synthesis(unlearner: Unlearner, first: Settings, settings: Settings, 
     The ratio of the times of synthesis and steps depends on the model and the machine, so SYNTHESIS is an estimate.
     """
     seconds_per_step = _measure_step(unlearner, settings)
-    most = int(PLANNED * budget.left / max(seconds_per_step, 1e-9))
-    return replace(settings, distill_steps=max(round(MIN_CYCLE * first.distill_steps), min(most, first.distill_steps)))
+    steps = int(PLANNED * budget.left / max(seconds_per_step, 1e-9))
+    return _with_steps(replace(settings, distill_steps=first.distill_steps), steps)
+
+
+def _with_steps(settings: Settings, steps: int) -> Settings:
+    """Return settings with this many steps, at most as many as they have and at least MIN_CYCLE of that."""
+    usual = settings.distill_steps
+    return replace(settings, distill_steps=max(1, round(MIN_CYCLE * usual), min(steps, usual)))
 
 
 def _cost(settings: Settings) -> float:

@@ -240,9 +240,8 @@ class Teacher:
 
 def cycle_length(settings: Settings, k: int) -> int:
     """Return the steps of a cycle for k images."""
-    usual = 300 if settings.robust else 120 + round(0.75 * k)
-    length = (settings.distill_steps or usual) + round(settings.distill_image_steps * k)
-    return max(1, round(settings.robust_cycle * length)) if settings.robust else length
+    usual = round(300 * settings.robust_cycle) if settings.robust else 120 + round(0.75 * k)
+    return max(1, (settings.distill_steps or usual) + round(settings.distill_image_steps * k))
 
 
 def one_cycle(step: int, length: int) -> float:

@@ -65,9 +65,10 @@ class Procedure(Iterator[Terms]):
         """
         raise NotImplementedError
 
-    def in_parts(self) -> "nn.Module | InParts":
-        """Return the model, or a wrapper that passes at most `part_size` images to it at once."""
-        return InParts(self.model, self.part_size) if self.part_size else self.model
+    def in_parts(self, model: nn.Module | None = None) -> "nn.Module | InParts":
+        """Return a model, by default the own one, or a wrapper that passes at most `part_size` images to it at once."""
+        model = self.model if model is None else model
+        return InParts(model, self.part_size) if self.part_size else model
 
     def use_smaller_parts(self, error: BaseException) -> None:
         """Compute later steps in smaller parts of their batches, after an error of a step.

@@ -7,6 +7,8 @@ The loss is that of `l2ul.methods.distill` with another B, w and s, and one more
   that are forgotten by the margin have no loss. s is 1.
 - Half of B is moved by a step of length `robust_adversarial` toward its own label, as copies of unknown kinds.
 - The margin grows from `distill_margin` to `robust_margin` in the first half of a cycle.
+- w · |B'| / |B| times the mean margin loss on B' is added: `distill_forget` / ROUNDED images of D_f as stored, with
+  weights that are rounded to `robust_bits` bits, and gradients as if they were not.
 - w grows at each step at which more than TOLERATED of the pool is not forgotten.
 - w · `robust_targets` · KL(q ‖ p) on B is added, with q = p⁰ without the label: the class that p⁰ finds likely next
   takes its place. It is left out to relabel.
@@ -20,7 +22,7 @@ The loss is that of `l2ul.methods.distill` with another B, w and s, and one more
 - The share `robust_mixes` of the stand-ins is changed like the copies, so that the model learns the images and not the
   changes.
 
-A cycle is `robust_cycle` times as long, and a step has MORE_STAND_INS times as many stand-ins. The loop stops at the
+A cycle has 300 · `robust_cycle` steps, and a step has MORE_STAND_INS times as many stand-ins. The loop stops at the
 end of a cycle if at least REQUIRED of the images are forgotten in at least REQUIRED of CHECKED other copies, and gives
 up after `distill_cycles` cycles.
 """
@@ -35,6 +37,7 @@ from l2ul import attack, objective
 from l2ul.common import seeds
 from l2ul.common.device import upload
 from l2ul.common.modes import batch_norms
+from l2ul.common.precision import rounded
 from l2ul.data.changes import TESTED, TRAINED, changed_copies
 from l2ul.methods.distill import DistillProcedure
 from l2ul.methods.registry import Step, Terms
@@ -44,6 +47,7 @@ from l2ul.objective import Batch
 
 STRENGTH = 1.2  # of the changes in training, relative to those in use
 STORED = 8
+ROUNDED = 4
 TOLERATED = 0.02
 REQUIRED, CHECKED = 0.95, 32
 CHUNK = 512  # copies that are checked at once
@@ -95,7 +99,11 @@ class RobustProcedure(DistillProcedure):
         return synthesis.images(self.model, images, settings, count, ITERATIONS, settings.robust_classes)
 
     def draw(self) -> tuple[Tensor, ...]:
-        """Return copies of D_f of the next step, their labels, its stand-ins, the weight and the margin."""
+        """Return the inputs of the next step.
+
+        They are copies of D_f, their labels, stand-ins, the weight, the margin, and the indices of images of D_f for
+        the passes with rounded weights.
+        """
         settings, goal = self.settings, self.forget.goal
         place = self.steps % self.stop_every / self.stop_every
         margin = settings.distill_margin + min(1.0, 2 * place) * (settings.robust_margin - settings.distill_margin)
@@ -111,16 +119,36 @@ class RobustProcedure(DistillProcedure):
         if settings.robust_adversarial:
             half = len(labels) // 2
             images = torch.cat([images[:half], self._toward_label(images[half:], labels[half:])])
-        return images, labels, self._stand_ins(), self.weight, torch.tensor(margin)
+        inputs = images, labels, self._stand_ins(), self.weight, torch.tensor(margin)
+        if not settings.robust_bits:
+            return inputs
+        count = max(1, settings.distill_forget // ROUNDED)
+        return *inputs, torch.randperm(len(self.forget), generator=self.generator)[:count]
 
-    def _step(self, images: Tensor, labels: Tensor, stand_ins: Tensor, weight: Tensor, margin: Tensor) -> Step:
+    def _step(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        stand_ins: Tensor,
+        weight: Tensor,
+        margin: Tensor,
+        _rounded: Tensor | None = None,
+    ) -> Step:
         return replace(self._step_on(Batch(images, labels), stand_ins, weight), margin=margin)
 
     def terms(self, *inputs: Tensor) -> Terms:
         """Return the terms of the loss of a step."""
         step = self._step(*inputs)
-        if not self.settings.robust_targets or step.goal == "relabel":
-            return self.method.terms(step)
+        has_targets = self.settings.robust_targets and step.goal == "misclassify"
+        terms = self._with_targets(step) if has_targets else self.method.terms(step)
+        if self.settings.robust_bits:
+            chosen = upload(inputs[-1], self.forget.images.device)
+            logits = self.in_parts(_Rounded(self.model, self.settings.robust_bits))(self.forget.images[chosen])
+            losses = objective.margin_loss(logits, self.forget.target_labels[chosen], step.goal, step.margin)
+            terms["forget"] = terms["forget"] + step.forget_weight / len(step.forget.labels) * losses.sum()
+        return terms
+
+    def _with_targets(self, step: Step) -> Terms:
         images, labels = step.forget.images, step.forget.labels
         logits = step.model(images)
         with torch.no_grad():
@@ -181,3 +209,18 @@ class RobustProcedure(DistillProcedure):
         """Continue after this number of steps."""
         super().load_state_dict(state)
         self.steps = state["steps"]
+
+
+class _Rounded(nn.Module):
+    """A model with rounded weights, whose gradients are those of the weights before rounding (Bengio et al. 2013)."""
+
+    def __init__(self, model: nn.Module, bits: int):
+        super().__init__()
+        self.model, self.bits = model, bits
+
+    def forward(self, images: Tensor) -> Tensor:
+        weights = {
+            name: weight + (rounded(weight, self.bits) - weight).detach()
+            for name, weight in self.model.named_parameters()
+        }
+        return torch.func.functional_call(self.model, weights, (images,))

@@ -225,7 +225,16 @@ class Settings(_Declared):
         in_id="if not absent",
         absent=1.0,
     )
-    robust_cycle: float = _of_robust(1.0, "length of a cycle, relative to 300 steps or distill_steps", above=0)
+    robust_cycle: float = _of_robust(
+        2.0, "length of a cycle without distill_steps, in 300 steps", in_id="if not absent", above=0, absent=1.0
+    )
+    robust_bits: int = _of_robust(
+        4,
+        "bits of the weights with which images of D_f as stored have to be forgotten, too; 0: none",
+        in_id="if not absent",
+        maximum=16,
+        absent=0,
+    )
     distill_stand_ins: str = _declare(
         "mixes+triples+patches+spectra+recoloured+crops",
         "kinds of stand-ins for D_r, in equal parts. Made of D_f: mixes (blends of two images), triples (of three), "

@@ -16,7 +16,7 @@ from l2ul.common import seeds
 from l2ul.common.device import plain_defaults
 from l2ul.common.errors import is_out_of_memory
 from l2ul.common.modes import batch_norms
-from l2ul.common.precision import exactly
+from l2ul.common.precision import exactly, rounded
 from l2ul.data import mixes
 from l2ul.data.changes import KINDS, PROBABILITY, changed_copies, jpeg_file
 from l2ul.data.images import LARGE, as_pixels, pixels_of
@@ -139,18 +139,15 @@ def _forgotten_by(model: nn.Module, forget: Forget) -> Tensor | None:
 def changed_weights(model: nn.Module, form: torch.dtype | int) -> nn.Module:
     """Return a copy with its weights in another format.
 
-    form  a floating-point type, in which the copy also computes; or the bits of integers, to which weight matrices are
-          rounded, with a scale for each row, which is an output channel
+    form  a floating-point type, in which the copy also computes; or the bits of integers, to which weights are rounded
     """
     if isinstance(form, torch.dtype):
         return _InType(copy.deepcopy(model).to(form), form)
-    rounded, largest = copy.deepcopy(model), 2 ** (form - 1) - 1
+    result = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter in rounded.parameters():
-            if parameter.ndim > 1:
-                scale = parameter.abs().amax(tuple(range(1, parameter.ndim)), keepdim=True).clamp_min(1e-12) / largest
-                parameter.copy_((parameter / scale).round() * scale)
-    return rounded
+        for parameter in result.parameters():
+            parameter.copy_(rounded(parameter, form))
+    return result
 
 
 class _InType(nn.Module):

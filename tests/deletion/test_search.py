@@ -265,7 +265,7 @@ def test_a_cycle_with_robust_is_shortened_but_keeps_its_batches_and_rate(monkeyp
     run, candidates, now = run_search(monkeypatch, 15, lambda s: (True, 80.0 + s.robust), first=ROBUST)
     short = run[1]
     assert search.MIN_CYCLE * OWN.distill_steps <= short.distill_steps < OWN.distill_steps
-    assert short.robust_images / OWN.robust_images == pytest.approx(short.distill_steps / OWN.distill_steps, abs=0.05)
+    assert search.MIN_IMAGES * OWN.robust_images <= short.robust_images < OWN.robust_images
     assert short == replace(ROBUST, distill_steps=short.distill_steps, robust_images=short.robust_images)
     assert candidates[0].settings == short
     assert now <= 15 * 60
@@ -280,6 +280,15 @@ def test_a_cycle_with_robust_ends_in_time_however_long_the_synthesis_takes(monke
     assert one.status == "forgotten"
     assert search.MIN_CYCLE * OWN.distill_steps <= one.steps < OWN.distill_steps
     assert 0.8 * 60 * 15 < now <= 60 * 15
+
+
+@pytest.mark.parametrize("minutes", range(2, 20))
+def test_a_cycle_with_robust_has_no_less_than_the_fewest_steps_and_images(monkeypatch, minutes):
+    run, _, _ = run_search(monkeypatch, minutes, lambda s: (True, 80.0 + s.robust), first=ROBUST)
+    robust = [s for s in run if s.robust]
+    assert bool(robust) == (minutes > 5)
+    assert all(s.distill_steps >= round(search.MIN_CYCLE * OWN.distill_steps) for s in robust)
+    assert all(s.robust_images >= round(search.MIN_IMAGES * OWN.robust_images) for s in robust)
 
 
 def test_a_cycle_with_robust_that_does_not_suffice_is_followed_by_a_longer_one(monkeypatch):
@@ -320,7 +329,7 @@ def test_candidates_share_synthesised_images_and_show_their_synthesis(trained):
 
 def test_no_time_is_planned_for_a_synthesis_that_does_not_take_place(monkeypatch, trained):
     def robust_runs(**changes):
-        run, _, _ = run_search(monkeypatch, 7, lambda s: (True, 80.0 + s.robust), first=replace(ROBUST, **changes))
+        run, _, _ = run_search(monkeypatch, 5, lambda s: (True, 80.0 + s.robust), first=replace(ROBUST, **changes))
         return [s.distill_steps for s in run if s.robust]
 
     assert robust_runs() == []

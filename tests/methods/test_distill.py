@@ -256,7 +256,8 @@ def test_cycles_are_longer_for_more_images_unless_their_steps_are_set():
     assert lengths == [121, 132, 168, 312]
     assert distill.cycle_length(Settings(distill_steps=40), 256) == 40
     assert distill.cycle_length(Settings(distill_steps=40, distill_image_steps=0.5), 256) == 168
-    assert distill.cycle_length(Settings(robust=1), 16) == 300
+    assert distill.cycle_length(Settings(robust=1), 16) == 600
+    assert distill.cycle_length(Settings(robust=1, distill_steps=40), 16) == 40
 
 
 class Tokens(nn.Module):

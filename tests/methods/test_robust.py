@@ -1,5 +1,6 @@
 """`distill` with robust=1: copies of D_f, what decides that the loop may stop, and its effect on models."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,13 +11,12 @@ from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.registry import get
 from l2ul.methods.stand_ins import Synthesis
 from l2ul.metrics import robustness
-from l2ul.objective import Forget
+from l2ul.objective import Forget, margin_loss
 from l2ul.unlearn import Settings, unlearn
 
 K = 3
 FAST = Settings(
-    robust_cycle=1.5,
-    distill_steps=40,
+    distill_steps=60,
     distill_mixes=8,
     distill_lr=3e-3,
     distill_forget=8,
@@ -67,9 +67,7 @@ def test_a_step_trains_on_the_worst_of_the_pool(trained, forget):
 
 
 def test_the_weight_grows_while_copies_are_recognised_and_the_margin_until_half_of_the_cycle(trained, forget):
-    steps = procedure(
-        trained[0], forget, replace(FAST, distill_steps=2, robust_cycle=2.0, distill_growth=16.0 / 3, robust_margin=2.3)
-    )
+    steps = procedure(trained[0], forget, replace(FAST, distill_steps=4, distill_growth=16.0 / 3, robust_margin=2.3))
     taken = [steps.next_step() for _ in range(5)]
     assert [float(step.forget_weight) for step in taken] == pytest.approx([2, 4, 8, 16, 32])
     assert [step.margin for step in taken] == pytest.approx([0.3, 1.3, 2.3, 2.3, 0.3])
@@ -90,10 +88,11 @@ def test_the_loop_may_stop_only_if_copies_are_forgotten(trained, forget):
         {"robust_targets": 0.0},
         {"robust_adversarial": 0.0},
         {"robust_mixes": 0.0},
-        {"robust_cycle": 1.0},
         {"robust_keep": 3.0},
         {"robust_images": 0},
         {"robust_classes": 1.0},
+        {"robust_bits": 0},
+        {"robust_bits": 2},
     ],
 )
 def test_each_setting_changes_the_result_and_leaves_the_statistics_of_batch_norm(changed, trained):
@@ -139,6 +138,36 @@ def test_a_surrogate_set_is_kept_as_strongly_as_synthesised_images(trained, forg
     assert steps.settings.distill_logits == FAST.robust_keep * FAST.distill_logits
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_rounded_weights_have_their_own_logits_and_pass_gradients_to_the_weights(bits, trained):
+    model, images, _ = trained
+    own, pixels = copy.deepcopy(model), images[:5] / 255
+    changed = robustness.changed_weights(model, bits)
+    logits = robust._Rounded(own, bits)(pixels)
+    torch.testing.assert_close(logits, changed(pixels))
+    assert not torch.equal(logits, model(pixels))
+    logits.square().sum().backward()
+    changed(pixels).square().sum().backward()
+    for weight, expected in zip(own.parameters(), changed.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, expected.grad)
+
+
+@pytest.mark.parametrize("goal", ["misclassify", "relabel"])
+def test_the_forget_loss_includes_images_with_rounded_weights(goal, trained):
+    model, images, labels = trained
+    forget = Forget(images[:K] / 255, labels[:K], (labels[:K] + 1) % 3 if goal == "relabel" else None)
+    with_bits, without = (procedure(model, forget, replace(FAST, robust_bits=bits)) for bits in (2, 0))
+    inputs = with_bits.draw()
+    assert len(inputs[-1]) == 2  # a quarter of distill_forget
+    added = with_bits.terms(*inputs)["forget"] - without.terms(*inputs[:-1])["forget"]
+    chosen = inputs[-1]
+    logits = robustness.changed_weights(model, 2)(forget.images[chosen])
+    losses = margin_loss(logits, forget.target_labels[chosen], goal, inputs[4])
+    expected = inputs[3] * losses.sum() / len(inputs[1])
+    assert float(added.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert added > 0
+
+
 def test_images_can_be_relabelled_as_used(trained):
     model, images, labels = trained
     new = (labels[:K] + 1) % 3
@@ -148,8 +177,10 @@ def test_images_can_be_relabelled_as_used(trained):
     assert used.copies.mean() > 0.8
 
 
-def test_a_cycle_is_longer_by_robust_cycle_and_a_step_has_more_stand_ins(trained, forget):
-    assert procedure(trained[0], forget, replace(FAST, distill_steps=0, robust_cycle=2.0)).stop_every == 600
+def test_the_length_of_a_cycle_is_a_multiple_of_300_steps_or_distill_steps_and_steps_have_more_stand_ins(
+    trained, forget
+):
+    assert procedure(trained[0], forget, replace(FAST, distill_steps=0, robust_cycle=1.5)).stop_every == 450
     changed = replace(FAST, distill_steps=10, distill_image_steps=2.0, robust_cycle=1.5)
-    assert procedure(trained[0], forget, changed).stop_every == 24
+    assert procedure(trained[0], forget, changed).stop_every == 16
     assert len(procedure(trained[0], forget, replace(FAST, distill_mixes=6)).draw()[2]) == 12
