@@ -192,12 +192,11 @@ def _step(net: nn.Module, images: Tensor, precision: str) -> None:
     torch.autograd.grad(loss, list(net.parameters()) if net.training else [pixels], allow_unused=True)
 
 
-def rounded(weights: Tensor, bits: int) -> Tensor:
-    """Return weights rounded to integers of this many bits, times a scale for each row, which is an output channel.
+def quantised(weights: Tensor, bits: int) -> Tensor:
+    """Return weights after symmetric quantisation to integers of this many bits, with a scale for each row.
 
-    weights  of any shape; those of one dimension (biases, scales) are returned as they are
-
-    The integers are those of symmetric quantisation, from -2^(bits-1) + 1 to 2^(bits-1) - 1.
+    weights  of any shape; a row is an output channel. Those of one dimension (biases, scales) are returned as they are
+    bits     at least 2; the integers are those from -2^(bits-1) + 1 to 2^(bits-1) - 1
     """
     if weights.ndim < 2:
         return weights

@@ -7,8 +7,8 @@ The loss is that of `l2ul.methods.distill` with another B, w and s, and one more
   that are forgotten by the margin have no loss. s is 1.
 - Half of B is moved by a step of length `robust_adversarial` toward its own label, as copies of unknown kinds.
 - The margin grows from `distill_margin` to `robust_margin` in the first half of a cycle.
-- w · |B'| / |B| times the mean margin loss on B' is added: `distill_forget` / ROUNDED images of D_f as stored, with
-  weights that are rounded to `robust_bits` bits, and gradients as if they were not.
+- w · `robust_int4` · |B'| / |B| times the mean margin loss on B' is added: `distill_forget` / QUANTISED images of D_f
+  as stored, with weights that are quantised to BITS bits, and gradients as if they were not.
 - w grows at each step at which more than TOLERATED of the pool is not forgotten.
 - w · `robust_targets` · KL(q ‖ p) on B is added, with q = p⁰ without the label: the class that p⁰ finds likely next
   takes its place. It is left out to relabel.
@@ -37,7 +37,7 @@ from l2ul import attack, objective
 from l2ul.common import seeds
 from l2ul.common.device import upload
 from l2ul.common.modes import batch_norms
-from l2ul.common.precision import rounded
+from l2ul.common.precision import quantised
 from l2ul.data.changes import TESTED, TRAINED, changed_copies
 from l2ul.methods.distill import DistillProcedure
 from l2ul.methods.registry import Step, Terms
@@ -47,7 +47,7 @@ from l2ul.objective import Batch
 
 STRENGTH = 1.2  # of the changes in training, relative to those in use
 STORED = 8
-ROUNDED = 4
+QUANTISED, BITS = 4, 4
 TOLERATED = 0.02
 REQUIRED, CHECKED = 0.95, 32
 CHUNK = 512  # copies that are checked at once
@@ -102,7 +102,7 @@ class RobustProcedure(DistillProcedure):
         """Return the inputs of the next step.
 
         They are copies of D_f, their labels, stand-ins, the weight, the margin, and the indices of images of D_f for
-        the passes with rounded weights.
+        the pass with quantised weights.
         """
         settings, goal = self.settings, self.forget.goal
         place = self.steps % self.stop_every / self.stop_every
@@ -120,9 +120,9 @@ class RobustProcedure(DistillProcedure):
             half = len(labels) // 2
             images = torch.cat([images[:half], self._toward_label(images[half:], labels[half:])])
         inputs = images, labels, self._stand_ins(), self.weight, torch.tensor(margin)
-        if not settings.robust_bits:
+        if not settings.robust_int4:
             return inputs
-        count = max(1, settings.distill_forget // ROUNDED)
+        count = max(1, settings.distill_forget // QUANTISED)
         return *inputs, torch.randperm(len(self.forget), generator=self.generator)[:count]
 
     def _step(
@@ -132,7 +132,7 @@ class RobustProcedure(DistillProcedure):
         stand_ins: Tensor,
         weight: Tensor,
         margin: Tensor,
-        _rounded: Tensor | None = None,
+        _quantised: Tensor | None = None,
     ) -> Step:
         return replace(self._step_on(Batch(images, labels), stand_ins, weight), margin=margin)
 
@@ -141,11 +141,12 @@ class RobustProcedure(DistillProcedure):
         step = self._step(*inputs)
         has_targets = self.settings.robust_targets and step.goal == "misclassify"
         terms = self._with_targets(step) if has_targets else self.method.terms(step)
-        if self.settings.robust_bits:
+        if self.settings.robust_int4:
             chosen = upload(inputs[-1], self.forget.images.device)
-            logits = self.in_parts(_Rounded(self.model, self.settings.robust_bits))(self.forget.images[chosen])
+            logits = self.in_parts(_Quantised(self.model))(self.forget.images[chosen])
             losses = objective.margin_loss(logits, self.forget.target_labels[chosen], step.goal, step.margin)
-            terms["forget"] = terms["forget"] + step.forget_weight / len(step.forget.labels) * losses.sum()
+            weight = self.settings.robust_int4 / len(step.forget.labels)
+            terms["forget"] = terms["forget"] + weight * step.forget_weight * losses.sum()
         return terms
 
     def _with_targets(self, step: Step) -> Terms:
@@ -211,16 +212,18 @@ class RobustProcedure(DistillProcedure):
         self.steps = state["steps"]
 
 
-class _Rounded(nn.Module):
-    """A model with rounded weights, whose gradients are those of the weights before rounding (Bengio et al. 2013)."""
+class _Quantised(nn.Module):
+    """A model with weights of BITS bits, which passes their gradients to the weights before rounding.
 
-    def __init__(self, model: nn.Module, bits: int):
+    This is the straight-through estimator of Bengio et al. (2013, arXiv 1308.3432).
+    """
+
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.bits = model, bits
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
         weights = {
-            name: weight + (rounded(weight, self.bits) - weight).detach()
-            for name, weight in self.model.named_parameters()
+            name: weight + (quantised(weight, BITS) - weight).detach() for name, weight in self.model.named_parameters()
         }
         return torch.func.functional_call(self.model, weights, (images,))

@@ -228,12 +228,11 @@ class Settings(_Declared):
     robust_cycle: float = _of_robust(
         2.0, "length of a cycle without distill_steps, in 300 steps", in_id="if not absent", above=0, absent=1.0
     )
-    robust_bits: int = _of_robust(
-        4,
-        "bits of the weights with which images of D_f as stored have to be forgotten, too; 0: none",
+    robust_int4: float = _of_robust(
+        1.0,
+        "weight of the margin loss on images of D_f as stored with weights quantised to 4 bits",
         in_id="if not absent",
-        maximum=16,
-        absent=0,
+        absent=0.0,
     )
     distill_stand_ins: str = _declare(
         "mixes+triples+patches+spectra+recoloured+crops",

@@ -16,7 +16,7 @@ from l2ul.common import seeds
 from l2ul.common.device import plain_defaults
 from l2ul.common.errors import is_out_of_memory
 from l2ul.common.modes import batch_norms
-from l2ul.common.precision import exactly, rounded
+from l2ul.common.precision import exactly, quantised
 from l2ul.data import mixes
 from l2ul.data.changes import KINDS, PROBABILITY, changed_copies, jpeg_file
 from l2ul.data.images import LARGE, as_pixels, pixels_of
@@ -139,14 +139,14 @@ def _forgotten_by(model: nn.Module, forget: Forget) -> Tensor | None:
 def changed_weights(model: nn.Module, form: torch.dtype | int) -> nn.Module:
     """Return a copy with its weights in another format.
 
-    form  a floating-point type, in which the copy also computes; or the bits of integers, to which weights are rounded
+    form  a floating-point type, in which the copy also computes; or the bits of integers, see `quantised`
     """
     if isinstance(form, torch.dtype):
         return _InType(copy.deepcopy(model).to(form), form)
     result = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in result.parameters():
-            parameter.copy_(rounded(parameter, form))
+            parameter.copy_(quantised(parameter, form))
     return result
 
 

@@ -91,8 +91,8 @@ def test_the_loop_may_stop_only_if_copies_are_forgotten(trained, forget):
         {"robust_keep": 3.0},
         {"robust_images": 0},
         {"robust_classes": 1.0},
-        {"robust_bits": 0},
-        {"robust_bits": 2},
+        {"robust_int4": 0.0},
+        {"robust_int4": 3.0},
     ],
 )
 def test_each_setting_changes_the_result_and_leaves_the_statistics_of_batch_norm(changed, trained):
@@ -138,12 +138,11 @@ def test_a_surrogate_set_is_kept_as_strongly_as_synthesised_images(trained, forg
     assert steps.settings.distill_logits == FAST.robust_keep * FAST.distill_logits
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_rounded_weights_have_their_own_logits_and_pass_gradients_to_the_weights(bits, trained):
+def test_quantised_weights_have_their_own_logits_and_pass_gradients_to_the_weights(trained):
     model, images, _ = trained
     own, pixels = copy.deepcopy(model), images[:5] / 255
-    changed = robustness.changed_weights(model, bits)
-    logits = robust._Rounded(own, bits)(pixels)
+    changed = robustness.changed_weights(model, 4)
+    logits = robust._Quantised(own)(pixels)
     torch.testing.assert_close(logits, changed(pixels))
     assert not torch.equal(logits, model(pixels))
     logits.square().sum().backward()
@@ -153,17 +152,17 @@ def test_rounded_weights_have_their_own_logits_and_pass_gradients_to_the_weights
 
 
 @pytest.mark.parametrize("goal", ["misclassify", "relabel"])
-def test_the_forget_loss_includes_images_with_rounded_weights(goal, trained):
+def test_the_forget_loss_includes_images_with_quantised_weights(goal, trained):
     model, images, labels = trained
     forget = Forget(images[:K] / 255, labels[:K], (labels[:K] + 1) % 3 if goal == "relabel" else None)
-    with_bits, without = (procedure(model, forget, replace(FAST, robust_bits=bits)) for bits in (2, 0))
-    inputs = with_bits.draw()
+    included, without = (procedure(model, forget, replace(FAST, robust_int4=weight)) for weight in (3.0, 0.0))
+    inputs = included.draw()
     assert len(inputs[-1]) == 2  # a quarter of distill_forget
-    added = with_bits.terms(*inputs)["forget"] - without.terms(*inputs[:-1])["forget"]
+    added = included.terms(*inputs)["forget"] - without.terms(*inputs[:-1])["forget"]
     chosen = inputs[-1]
-    logits = robustness.changed_weights(model, 2)(forget.images[chosen])
+    logits = robustness.changed_weights(model, 4)(forget.images[chosen])
     losses = margin_loss(logits, forget.target_labels[chosen], goal, inputs[4])
-    expected = inputs[3] * losses.sum() / len(inputs[1])
+    expected = 3 * inputs[3] * losses.sum() / len(inputs[1])
     assert float(added.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert added > 0
 
