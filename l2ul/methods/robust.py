@@ -9,7 +9,7 @@ The loss is that of `l2ul.methods.distill` with another B, w and s, and one more
 - The margin grows from `distill_margin` to `robust_margin` in the first half of a cycle.
 - w · `robust_int4` · |B'| / |B| times the mean margin loss on B' is added: `distill_forget` / QUANTISED images of D_f
   as stored, with weights that are quantised to BITS bits, and gradients as if they were not.
-- w grows at each step at which more than TOLERATED of the pool is not forgotten.
+- w grows at each step at which more than `robust_tolerance` of the pool is not forgotten.
 - w · `robust_targets` · KL(q ‖ p) on B is added, with q = p⁰ without the label: the class that p⁰ finds likely next
   takes its place. It is left out to relabel.
 - The stand-ins are made of `robust_images` images in place of D_f, which are synthesised with the weight
@@ -48,7 +48,6 @@ from l2ul.objective import Batch
 STRENGTH = 1.2  # of the changes in training, relative to those in use
 STORED = 8
 QUANTISED, BITS = 4, 4
-TOLERATED = 0.02
 REQUIRED, CHECKED = 0.95, 32
 CHUNK = 512  # copies that are checked at once
 MORE_STAND_INS = 2
@@ -113,7 +112,8 @@ class RobustProcedure(DistillProcedure):
             logits = self.model(images)
         losses = objective.margin_loss(logits, labels, goal, margin)
         recognised = ~objective.is_forgotten(logits.argmax(1), labels, goal)
-        self.weight = self.weight * torch.where(recognised.float().mean() > TOLERATED, self.growth, 1.0)
+        grows = recognised.float().mean() > settings.robust_tolerance
+        self.weight = self.weight * torch.where(grows, self.growth, 1.0)
         worst = losses.topk(min(settings.distill_forget, len(losses))).indices
         images, labels = images[worst], labels[worst]
         if settings.robust_adversarial:

@@ -206,6 +206,9 @@ class Settings(_Declared):
         minimum=2,
     )
     robust_margin: float = _of_robust(1.0, "margin on the copies in the second half of a cycle", unit="logits")
+    robust_tolerance: float = _of_robust(
+        0.02, "the weight of the forget loss grows while more than this share of the copies is recognised", maximum=1
+    )
     robust_adversarial: float = _of_robust(
         0.05,
         "length of an adversarial step toward the label, for half of the copies",
@@ -226,7 +229,7 @@ class Settings(_Declared):
         absent=1.0,
     )
     robust_cycle: float = _of_robust(
-        2.0, "length of a cycle without distill_steps, in 300 steps", in_id="if not absent", above=0, absent=1.0
+        2.0, "steps per cycle if distill_steps is 0, in multiples of 300", in_id="if not absent", above=0, absent=1.0
     )
     robust_int4: float = _of_robust(
         1.0,

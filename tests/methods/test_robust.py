@@ -71,6 +71,8 @@ def test_the_weight_grows_while_copies_are_recognised_and_the_margin_until_half_
     taken = [steps.next_step() for _ in range(5)]
     assert [float(step.forget_weight) for step in taken] == pytest.approx([2, 4, 8, 16, 32])
     assert [step.margin for step in taken] == pytest.approx([0.3, 1.3, 2.3, 2.3, 0.3])
+    tolerant = procedure(trained[0], forget, replace(FAST, robust_tolerance=1.0))
+    assert [float(tolerant.next_step().forget_weight) for _ in range(3)] == [1, 1, 1]
 
 
 def test_the_loop_may_stop_only_if_copies_are_forgotten(trained, forget):
@@ -89,6 +91,7 @@ def test_the_loop_may_stop_only_if_copies_are_forgotten(trained, forget):
         {"robust_adversarial": 0.0},
         {"robust_mixes": 0.0},
         {"robust_keep": 3.0},
+        {"robust_tolerance": 1.0},
         {"robust_images": 0},
         {"robust_classes": 1.0},
         {"robust_int4": 0.0},
