@@ -551,7 +551,7 @@ def _not_as_used(first: Settings, candidates: list[Candidate], budget: TimeBudge
         )
     else:
         why = "there was too little time to forget the images as they are used"
-    minutes = math.ceil((budget.used + 2 * seconds_per_step * _cost(first)) / 60)
+    minutes = math.ceil((budget.used + seconds_per_step * _cost(first)) / 60)
     return (
         f"{why}: use --minutes {minutes} or more, --surrogate with a folder of other images, or --setting robust=0 to "
         "forget them as they are stored only"

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass, field, replace
+import re
 import time
 
 from conftest import CLASSES
@@ -269,6 +270,17 @@ def test_a_cycle_with_robust_is_shortened_but_keeps_its_batches_and_rate(monkeyp
     assert short == replace(ROBUST, distill_steps=short.distill_steps, robust_images=short.robust_images)
     assert candidates[0].settings == short
     assert now <= 15 * 60
+
+
+def test_the_advised_time_suffices_for_a_cycle_with_robust(monkeypatch):
+    ended = []
+    run, _, _ = run_search(monkeypatch, 2, lambda s: (True, 90.0), first=ROBUST, ended=ended)
+    assert [s.robust for s in run] == [0]
+    advised = int(re.search(r"--minutes (\d+)", ended[0])[1])
+    run, candidates, _ = run_search(monkeypatch, advised, lambda s: (True, 90.0 + s.robust), first=ROBUST)
+    assert run[1].robust == 1
+    assert run[1].distill_steps > 2 * search.MIN_CYCLE * OWN.distill_steps
+    assert candidates[0].settings == run[1]
 
 
 @pytest.mark.parametrize("synthesis", [0.5, 1.0, 2.0])
