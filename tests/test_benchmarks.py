@@ -1,5 +1,6 @@
 """The benchmark runs to its end, and what it acts out computes what the released scripts compute."""
 
+from dataclasses import replace
 import json
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from l2ul import attack, importance
+from l2ul.methods import robust
 from l2ul.unlearn import Settings, unlearn
 
 
@@ -98,3 +100,38 @@ def test_the_steps_acted_out_are_the_steps(released, trained, method):
     counted = released.importance(released.as_built(model), released.PilImages(*forget), torch.device("cpu"))
     for name, value in importance.mas_importance(model, forget[0]).items():
         assert torch.allclose(counted[name], value, atol=1e-5 * value.max().clamp_min(1))
+
+
+def test_the_steps_of_distill_are_compared_and_recorded(released, script, few_digits, tmp_path, monkeypatch):
+    import distill_steps
+
+    few = {"distill_mixes": 4, "distill_forget": 4, "robust_pool": 4, "robust_images": 4}
+    usual = distill_steps.variants
+    monkeypatch.setattr(
+        distill_steps,
+        "variants",
+        lambda *options: {name: replace(settings, **few) for name, settings in usual(*options).items()},
+    )
+    monkeypatch.setattr(distill_steps, "precisions", lambda device: ("fp32",))
+    monkeypatch.setattr(distill_steps, "BATCH", 4)
+    monkeypatch.setattr(robust, "ITERATIONS", 2)
+    record = tmp_path / "steps.json"
+    small = ("--unlearn-k", 2, "--steps", 1, "--repeats", 2, "--output", record)
+    code, out, err = script(distill_steps.main, "--dataset", "digits", "--model", "resnet20", *small)
+    assert code == 0, err
+    content = json.loads(record.read_text())
+    assert set(content["seconds"]) == {
+        "robust=0, fp32",
+        "robust=0, fp32, frozen",
+        "robust=1, fp32",
+        "robust=1, fp32, frozen",
+        "synthesis of an image, fp32",
+    }
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in content["seconds"].values())
+    slow, fast = (content["seconds"][name] for name in ("robust=1, fp32", "robust=0, fp32"))
+    expected = sorted(one / other for one, other in zip(slow, fast, strict=True))
+    median, least, most = content["ratios"]["robust=1, fp32 / robust=0, fp32"]
+    assert [least, most] == pytest.approx(expected)
+    assert median == pytest.approx(sum(expected) / 2)
+    assert f"robust=1, fp32 / robust=0, fp32: {median:.2f}" in out
+    assert len(content["ratios"]) == 6
