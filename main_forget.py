@@ -329,11 +329,14 @@ def log_candidate(candidate, recognised) -> None:
     """Print a finished candidate of the search. Only images that the original model recognised count as forgotten."""
     from l2ul.deletion.search import describe
 
+    limit = f"; --minutes or --max-steps stopped it at step {candidate.steps}" if candidate.status == STOPPED else ""
     agreement = ", ".join(f"agreement {kept.percent:.1f} % ({kept.name})" for kept in candidate.kept)
     forgotten = f"{int((candidate.forgotten & recognised).sum())} of {int(recognised.sum())} forgotten"
     if candidate.stored is not None and not candidate.stored.equal(candidate.forgotten):
         forgotten += f" as used, {int((candidate.stored & recognised).sum())} as stored"
-    log(f"{describe(candidate.changed)}: {forgotten}, {agreement or candidate.status}, {candidate.seconds:.0f} s")
+    log(
+        f"{describe(candidate.changed)}: {forgotten}, {agreement or candidate.status}, {candidate.seconds:.0f} s{limit}"
+    )
 
 
 if __name__ == "__main__":

@@ -467,4 +467,4 @@ def test_a_line_of_a_candidate_counts_recognised_images_as_used_and_as_stored(ca
     stored = None if stored is None else torch.tensor(stored)
     candidate = search.Candidate(Settings(), {"robust": 0}, "stopped", 3, 2.0, used, [], None, stored)
     main_forget.log_candidate(candidate, torch.tensor([True, True, True, False]))
-    assert f"robust 0: {expected}, 2 s" in capsys.readouterr().out
+    assert f"robust 0: {expected}, 2 s; --minutes or --max-steps stopped it at step 3" in capsys.readouterr().out

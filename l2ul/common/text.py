@@ -48,6 +48,11 @@ def normal_form(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def is_number(text: str) -> bool:
+    """Return whether a text is a whole number of at most 18 digits. Python refuses to read numbers of thousands."""
+    return text.isdecimal() and len(text) <= 18
+
+
 def shortened(text: str, most: int = 120) -> str:
     """Return a text for display on one line, at most `most` characters long.
 

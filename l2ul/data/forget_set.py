@@ -173,12 +173,14 @@ def _index_by_name(files: Sequence[str]) -> Callable[[str], int]:
     """Return a function that reads an index, or the last parts of the path of one of the files."""
     positions = defaultdict(list)
     for position, file in enumerate(files):
-        positions[Path(file).name].append(position)
+        positions[normal_form(Path(file).name)].append(position)
 
     def read(text: str) -> int:
-        parts = Path(text.strip()).parts
+        parts = Path(normal_form(text.strip())).parts
         fitting = [
-            i for i in positions.get(parts[-1] if parts else "", ()) if Path(files[i]).parts[-len(parts) :] == parts
+            place
+            for place in positions.get(parts[-1] if parts else "", ())
+            if Path(normal_form(files[place])).parts[-len(parts) :] == parts
         ]
         if len(fitting) > 1:
             raise InputError(

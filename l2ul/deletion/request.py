@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from l2ul.common.choices import EXIF_ORIENTATIONS
 from l2ul.common.errors import InputError, first_line
 from l2ul.common.files import file_sha256
-from l2ul.common.text import normal_form, read_text, require_utf8_name
+from l2ul.common.text import is_number, normal_form, read_text, require_utf8_name
 from l2ul.data.image_files import ImageReader, UnreadableImage
 from l2ul.data.images import Split, pixels_of
 from l2ul.deletion import states
@@ -220,7 +220,7 @@ def order_classes(names: Sequence[str], order: str) -> list[str]:
     names = numbers if list(names) == [f"LABEL_{number}" for number in numbers] else list(names)
     if order == "string":
         return sorted(names)
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
+    return sorted(names, key=int) if all(map(is_number, names)) else names
 
 
 def labels_of_earlier_requests(
@@ -449,14 +449,17 @@ def _read_labels(table: Path, files: dict[str, str | None], folder: Path) -> dic
             rows = pd.read_csv(text, dtype=str, keep_default_na=False, skipinitialspace=True, index_col=False)
             rows = rows.fillna("")  # rows with fewer fields than columns
     except (OSError, ValueError, pd.errors.ParserWarning) as error:
+        long_row = isinstance(error, pd.errors.ParserWarning)
+        reason = "a row has more fields than the first one" if long_row else first_line(error)
         raise InputError(
-            f"cannot read the label table {table} ({first_line(error)}); expected CSV with the "
-            f"columns file, label, new_label"
+            f"cannot read the label table {table} ({reason}); expected CSV in UTF-8 with the columns file, label, "
+            f"new_label"
         ) from None
     unknown = set(rows.columns) - {"file", "label", "new_label"}
     if "file" not in rows or len(rows.columns) == 1 or unknown:
         raise InputError(
-            f"{table} has the columns {', '.join(rows.columns)}; expected file, and label or new_label or both"
+            f"{table} has the columns {', '.join(rows.columns)}; expected file, and label or new_label or both, "
+            f"separated by commas"
         )
     rows.file = rows.file.map(normal_form)
     by_name: dict[str, str] = {}
@@ -468,10 +471,10 @@ def _read_labels(table: Path, files: dict[str, str | None], folder: Path) -> dic
             )
     repeated = rows.file[rows.file.duplicated()]
     if len(repeated):
-        raise InputError(f"{table} lists {repeated.iloc[0]} more than once; list each image once")
+        raise InputError(f"{table} lists {repeated.iloc[0]!r} more than once; list each image once")
     missing = sorted(set(rows.file) - by_name.keys())
     if missing:
-        raise InputError(f"{table} lists {missing[0]}, which is not in {folder}; correct the name or remove the row")
+        raise InputError(f"{table} lists {missing[0]!r}, which is not in {folder}; correct the name or remove the row")
     labels = {}
     for row in rows.to_dict("records"):
         file = by_name[row["file"]]
@@ -538,7 +541,7 @@ def class_indices(names: Sequence[str | None], class_names: Sequence[str], defau
             raise InputError(f"{what} {name!r} is the name of several classes; give the number of the class")
         elif name in known:
             indices.append(known[name])
-        elif name.isdecimal() and int(name) < len(class_names):
+        elif is_number(name) and int(name) < len(class_names):
             indices.append(int(name))
         else:
             shown = ", ".join(map(repr, list(class_names)[:3]))

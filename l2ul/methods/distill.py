@@ -50,6 +50,7 @@ from l2ul.methods.settings import Settings, override
 from l2ul.methods.stand_ins import StandIns, Synthesis
 from l2ul.objective import Batch, Forget
 
+LONGEST = 10**15  # steps of a cycle; products of settings can be infinite
 VARIANCE_IMAGES = 256  # images of D_f, at most, that variances of features are computed on
 
 
@@ -240,8 +241,9 @@ class Teacher:
 
 def cycle_length(settings: Settings, k: int) -> int:
     """Return the steps of a cycle for k images."""
-    usual = round(300 * settings.robust_cycle) if settings.robust else 120 + round(0.75 * k)
-    return max(1, (settings.distill_steps or usual) + round(settings.distill_image_steps * k))
+    usual = min(300 * settings.robust_cycle, LONGEST) if settings.robust else 120 + round(0.75 * k)
+    more = min(settings.distill_image_steps * k, LONGEST)
+    return max(1, (settings.distill_steps or round(usual)) + round(more))
 
 
 def one_cycle(step: int, length: int) -> float:

@@ -9,6 +9,7 @@ import contextlib
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 import torch.nn.functional as F
 
 from l2ul import Progress, ProgressBar
@@ -215,7 +216,12 @@ class _Statistics:
         channel = features.ndim - 1 if isinstance(self.model.get_submodule(name), nn.Linear) else 1
         others = [axis for axis in range(features.ndim) if axis != channel]
         features = features.float()  # of bf16 passes
-        return features.mean(others), features.var(others, correction=0)
+        with saved_tensors_hooks(_same, _same):  # not those of a checkpoint, which recomputes without this function
+            return features.mean(others), features.var(others, correction=0)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _total_variation(images: Tensor) -> Tensor:

@@ -181,7 +181,8 @@ def recalibrated(model: nn.Module, images: Tensor) -> nn.Module:
         norm.train()
         norm.momentum = None  # the mean over all batches
     if norms:
-        for part in images.split(BATCH_SIZE):
+        images = images.expand(2, *images.shape[1:]) if len(images) == 1 else images  # variances need two values
+        for part in images.tensor_split(-(-len(images) // BATCH_SIZE)):  # of nearly equal size
             result(as_pixels(part.to(device)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -8,7 +8,7 @@ import torch
 
 from l2ul.common import pages
 from l2ul.common.errors import InputError
-from l2ul.common.text import read_text, shortened
+from l2ul.common.text import is_number, read_text, shortened
 from l2ul.data.images import Images
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
@@ -139,7 +139,7 @@ def _forget_set(run: Record, notes: list[str]) -> tuple[list[int | str], list[in
     except (OSError, UnicodeDecodeError):
         notes.append(f"The images of D_f are not known: {file} cannot be read.")
         lines = []
-    names = [int(line) if line.isdecimal() and len(line) < 19 else line for line in map(str.strip, lines) if line]
+    names = [int(line) if is_number(line) else line for line in map(str.strip, lines) if line]
     count = max(len(some) for some in (before or (), after or (), () if before or after else names))
     return names[-count:] if count else [], before, after  # in a continual run, images of earlier steps come first
 

@@ -67,6 +67,10 @@ def test_a_forget_file_may_name_files(tmp_path):
     assert forget_set.read_forget(path, 4, FILES).tolist() == [2, 0, 1]
     path.write_text("a b.png\n")
     assert forget_set.read_forget(path, 4, FILES).tolist() == [3]
+    composed, decomposed = "d/train/chat\u00e9/1.png", "d/train/chate\u0301/1.png"  # as on Linux, as on macOS
+    for name, file in ((composed, decomposed), (decomposed, composed)):
+        path.write_text(name.removeprefix("d/train/"))
+        assert forget_set.read_forget(path, 2, ["d/train/cat/1.png", file]).tolist() == [1]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from conftest import CLASSES
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from l2ul.common.cache import Cache
 from l2ul.common.choices import STAND_INS
@@ -180,3 +181,16 @@ def test_synthesis_shows_its_progress(trained, monkeypatch):
         synthesis.images(model, images[:2] / 255, Settings(), 7, 3)
     assert bars == [("synthesise 7 images, 3 iterations each", 21)]
     assert done == [4, 4, 4, 3, 3, 3]
+
+
+def test_images_are_synthesised_for_a_model_that_recomputes_its_activations(trained):
+    class Recomputing(nn.Sequential):
+        def forward(self, images):
+            return checkpoint(super().forward, images, use_reentrant=False)
+
+    model, images, _ = trained
+    pixels = images[:4] / 255
+    made = [
+        Synthesis().images(net.eval(), pixels, Settings(), 5, 3) for net in (nn.Sequential(model), Recomputing(model))
+    ]
+    assert torch.equal(*made)

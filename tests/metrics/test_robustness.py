@@ -105,3 +105,13 @@ def test_recalibration_replaces_the_statistics_of_batch_norm(has_counter):
     assert model[1].running_mean.abs().max() == 0
     assert not result[1].training
     assert result[1].momentum == model[1].momentum
+
+
+@pytest.mark.parametrize("count", [1, robustness.BATCH_SIZE + 1])
+def test_recalibration_leaves_no_batch_of_one_image(count):
+    """A batch-norm of vectors has no variance there."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4)).eval()
+    images = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    result = robustness.recalibrated(model, images)
+    expected = model[:2](images).mean(0)
+    assert torch.allclose(result[2].running_mean, expected, atol=1e-3)
