@@ -56,8 +56,9 @@ def add_data(parser: Parser, dataset: str = "digits", model: str | None = None) 
     add(
         group,
         "--image-size",
-        "side of the square crop of images in a folder, in pixels (default: 224; for hf: only if the images are not "
-        "squares of one size); for utkface the side before cropping to 15/16 of it (default: 128)",
+        "side of the square crop of images in a folder, in pixels (default: 224, or that of images which are smaller "
+        "squares of one size; for hf: only if the images are not squares of one size); for utkface the side before "
+        "cropping to 15/16 of it (default: 128)",
         type=positive_int,
     )
     for flag, text, kind in (

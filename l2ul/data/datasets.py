@@ -21,6 +21,7 @@ from l2ul.data.folder import PREFETCH, FolderImages
 from l2ul.data.image_files import OTHER_SUFFIXES, ImageReader
 from l2ul.data.images import Images, Split
 
+DEFAULT_SIZE = 224  # side of the images of a folder
 WNIDS = Path(__file__).with_name("imagenet_wnids.txt")  # the 1,000 classes of ImageNet-1k, in order
 
 Loader = Callable[..., Images]
@@ -52,7 +53,8 @@ def load(
     name               `digits`, `cifar10`, `cifar100`, `mnist`, `fashion_mnist`, `utkface`, a name registered with
                        `dataset`, `hf:NAME_OR_FOLDER`, or a folder
     data_dir           the folder that holds the data set
-    image_size         side of the square images of a folder (default 224), of UTKFace (default 128) or of `hf:`
+    image_size         side of the square images of a folder (default 224), of UTKFace (default 128) or of `hf:`. In a
+                       folder, square images of this size stay as they are, by default also smaller ones of one size
     age_grouping, split_seed, whole_train, workers, progress   of UTKFace, see `utkface.load`
     download           whether a missing data set of torchvision or of the hub is downloaded
     prefetch, decoder  of images on disk, see `folder.FolderImages`
@@ -78,7 +80,7 @@ def load(
         options = {"image_size": image_size, "age_grouping": age_grouping, "split_seed": split_seed}
         options |= {"whole_train": whole_train, "workers": workers, "download": download, "progress": progress}
         return LOADERS[name](data_dir, **options, **reading)
-    return _image_folder(name, data_dir / name, image_size or 224, **reading)
+    return _image_folder(name, data_dir / name, image_size, **reading)
 
 
 def dataset(name: str) -> Callable[[Loader], Loader]:
@@ -179,7 +181,7 @@ def _socket_timeout(seconds: float = 30) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _image_folder(name: str, folder: Path, size: int, *, reader: ImageReader, **reading) -> Images:
+def _image_folder(name: str, folder: Path, size: int | None, *, reader: ImageReader, **reading) -> Images:
     if not (folder / "train").is_dir():
         raise InputError(
             f"there is no data set {name!r}: expected {', '.join(LOADERS)}, hf:NAME, or the name of a folder with "
@@ -196,14 +198,17 @@ def _image_folder(name: str, folder: Path, size: int, *, reader: ImageReader, **
             raise InputError(
                 f"{part.root} has a class {unknown[0]!r}; expected {expected}: rename or remove its folder"
             )
+    files = [[file for file, _ in part.samples] for part in (train, test)]
+    side = reader.common_side([*files[0], *files[1]]) if name != "imagenet" else None
+    stays = side is not None and (side == size or (size is None and side <= DEFAULT_SIZE))
+    size = side if stays else size or DEFAULT_SIZE
     splits = [
-        Split(FolderImages([file for file, _ in part.samples], size, reader=reader, **reading), _labels(part, classes))
-        for part in (train, test)
+        Split(FolderImages(some, size, size if stays else None, reader=reader, **reading), _labels(part, classes))
+        for some, part in zip(files, (train, test), strict=True)
     ]
     notes = [f"{part.root}: {note}" for part in (train, test) for note in _notes(part, reader)]
-    return Images(
-        name, len(classes), classes, *splits, settings={"image_size": size} | reader.settings, notes=tuple(notes)
-    )
+    settings = ({} if stays else {"image_size": size}) | reader.settings
+    return Images(name, len(classes), classes, *splits, settings=settings, notes=tuple(notes))
 
 
 def _read_image_folder(folder: Path) -> torchvision_datasets.ImageFolder:

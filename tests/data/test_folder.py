@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 import pickle
 
-from helpers import load_records
+from helpers import load_records, write_image
 import numpy as np
 from PIL import Image
 import pytest
@@ -211,3 +211,22 @@ def test_a_real_gpu_decodes_nearly_equal_images(photos):
     assert batch.device.type == "cuda"
     difference = (batch.cpu().float() - images[torch.arange(5)].float()).abs()
     assert difference.mean() < 2
+
+
+@pytest.mark.parametrize(
+    ("stored", "image_size", "side", "recorded"),
+    [(32, None, 32, None), (32, 32, 32, None), (32, 28, 28, 28), (224, None, 224, None), (256, None, 224, 224)],
+)
+def test_square_images_of_the_size_of_the_crop_or_smaller_stay_as_they_are(
+    tmp_path, stored, image_size, side, recorded
+):
+    for part in ("train", "val"):
+        write_image(tmp_path / "set" / part / "class" / "0.png", (stored, stored))
+    found = datasets.load("set", tmp_path, image_size=image_size)
+    assert (found.side, found.settings.get("image_size")) == (side, recorded)
+    pixels = found.train.images[0]
+    as_stored = torch.from_numpy(np.array(Image.open(tmp_path / "set" / "train" / "class" / "0.png"))).permute(2, 0, 1)
+    assert (pixels.shape == as_stored.shape and bool((pixels == as_stored).all())) == (recorded is None)
+    if recorded is None:
+        write_image(tmp_path / "set" / "train" / "class" / "1.png", (40, 60))  # now sizes differ
+        assert datasets.load("set", tmp_path, image_size=image_size).settings["image_size"] == (image_size or 224)
