@@ -185,7 +185,8 @@ def _image_folder(name: str, folder: Path, size: int | None, *, reader: ImageRea
     if not (folder / "train").is_dir():
         raise InputError(
             f"there is no data set {name!r}: expected {', '.join(LOADERS)}, hf:NAME, or the name of a folder with "
-            f"the subfolders train and val, but {folder / 'train'} does not exist"
+            f"the subfolders train and val, but {folder / 'train'} does not exist; name the folder above it with "
+            f"--data-dir"
         )
     held_out = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), folder / "val")
     train, test = _read_image_folder(folder / "train"), _read_image_folder(held_out)
