@@ -75,6 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("--repeats", 5, "measurements of each variant"),
     ):
         group.add_argument(flag, type=positive_int, default=default, help=f"{text} (default: {default})")
+    group.add_argument("--robust", type=int, nargs="+", choices=(0, 1), default=[0, 1], help="values of the setting")
     group.add_argument("--output", type=Path, default=Path("result_data/benchmarks/distill_steps.json"), metavar="FILE")
     opts = parser.parse_args(argv)
     require_writable(opts.output.parent)
@@ -100,7 +101,7 @@ def variants(opts: argparse.Namespace, device: torch.device) -> dict[str, Settin
         f"robust={robust}, {name}{', frozen' if share else ''}": replace(
             usual, robust=robust, loop_precision="bf16" if name == "bf16" else "full", distill_frozen=share
         )
-        for robust in (0, 1)
+        for robust in opts.robust
         for name in precisions(device)
         for share in (0.0, FROZEN)
     }
