@@ -210,7 +210,11 @@ CASES = [
     (table("file;label\n0.png;1\n"), f"{TINY} {REST}", "separated by commas"),
     (table(f"file,label\n0.png,{'9' * 5000}\n"), f"{TINY} {REST}", "is not a class of the model"),
     (table("file,label\n0.png,9\n"), f"{TINY} {REST}", "label '9' is not a class of the model"),
-    (table("file,new_label\n0.png,1\n"), f"{TINY} {REST}", "an image has no new_label"),
+    (
+        table("file,new_label\n0.png,1\n"),
+        f"{TINY} {REST}",
+        "1.png has no new_label; give one for every image, or for none",
+    ),
     (table("file,label,new_label\n0.png,1,1\n1.png,1,2\n"), f"{TINY} {REST}", "give another class"),
     (table(""), f"{TINY} {REST}", "cannot read the label table"),
     (full_output, f"{TINY} {REST}", "exists already; give a new folder"),

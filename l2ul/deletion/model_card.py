@@ -6,6 +6,7 @@ from l2ul.deletion.report_schema import Report
 from l2ul.deletion.states import readable_time
 from l2ul.experiments.model_card import UNIFORM, Card, Table, library_of, method_sentence, opening
 from l2ul.methods import registry
+from l2ul.methods.settings import SHARED, has_effect
 
 
 def of_report(report: Report, weights_sha256: str, file: str | None) -> Card:
@@ -33,8 +34,13 @@ def of_report(report: Report, weights_sha256: str, file: str | None) -> Card:
         (f"{row['count']} {row['name']}", f"{row['percent']:.1f} %", f"{row['low']:.1f} to {row['high']:.1f} %")
         for row in report["damage"]
     ]
-    settings = registry.loop_settings(request["method"], report["chosen"] or {})
-    chosen = method_sentence(request["method"], request["seed"], settings)
+    chosen = report["chosen"] or {}
+    settings = {
+        name: value
+        for name, value in registry.loop_settings(request["method"], chosen).items()
+        if name not in SHARED or has_effect(name, chosen)
+    }
+    method = method_sentence(request["method"], request["seed"], settings)
     opened_by, num_classes = report["model"]["opened_by"], len(report["model"]["classes"])
     model, statistics = opened_by["model"], (opened_by["mean"], opened_by["std"])
     return Card(
@@ -45,7 +51,7 @@ def of_report(report: Report, weights_sha256: str, file: str | None) -> Card:
         outcome=counts.outcome,
         tables=[Table(("images of the request", "number"), rows)]
         + ([Table(("images", "agreement with the original model", "95 % interval"), damage)] if damage else []),
-        method=chosen if report["chosen"] else "The weights are those of the original model.",
+        method=method if chosen else "The weights are those of the original model.",
         hashes={
             f"original, {UNIFORM}": report["model"]["before"]["weights_sha256"],
             f"this model, {UNIFORM}": weights_sha256,

@@ -178,6 +178,9 @@ def make_request(
         )
     preflight.check_alone(model.classifier, images, before)
     names = [image.new_label for image in read.files]
+    if any(names) and not all(names):
+        file = read.files[names.index(None)].file
+        raise InputError(f"{file} has no new_label; give one for every image, or for none")
     new_labels = class_indices(names, class_names, None, "new_label").to(images.device) if any(names) else None
     earlier_labels = labels_of_earlier_requests(earlier, read.files, new_labels)
     default = before.argmax(1)

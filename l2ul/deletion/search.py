@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from l2ul import ProgressBar, attack, unlearn
 from l2ul.common import precision as precisions
-from l2ul.common.choices import AUTO, BF16
+from l2ul.common.choices import AUTO, BF16, STOPPED
 from l2ul.common.errors import Diverged, InputError
 from l2ul.data.images import stored
 from l2ul.importance import mas_importance
@@ -361,7 +361,8 @@ def find_candidates(
     fixed         the settings that the user chose, part of `first`: then this is the only candidate
     keep_images   (n, 3, H, W) images that must keep their predictions: a further probe
     on_candidate  called with each candidate when it is finished
-    on_early_end  called with a sentence if the search ends before the time is up, see `search`
+    on_early_end  called with a sentence if the search ends before the time is up, see `search`, or if the limit of time
+                  or steps stops the run with the user's settings
     """
     if unlearner.uses_teacher:
         length = cycle_length(first, len(unlearner.train_set))
@@ -377,6 +378,8 @@ def find_candidates(
     if fixed:
         candidate = unlearner.run_candidate(first, fixed, budget.part(SEARCH_SHARE))
         on_candidate(candidate)
+        if candidate.status == STOPPED:
+            on_early_end(f"--minutes or --max-steps stopped the run at step {candidate.steps}: use a larger limit")
         return [candidate]
     return search(unlearner, first, budget.part(SEARCH_SHARE), seconds_per_step, on_candidate, on_early_end)
 

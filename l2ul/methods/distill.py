@@ -241,7 +241,7 @@ class Teacher:
 
 def cycle_length(settings: Settings, k: int) -> int:
     """Return the steps of a cycle for k images."""
-    usual = min(300 * settings.robust_cycle, LONGEST) if settings.robust else 120 + round(0.75 * k)
+    usual = min(settings.robust_cycle * max(300, 7 * k), LONGEST) if settings.robust else 120 + 0.75 * k
     more = min(settings.distill_image_steps * k, LONGEST)
     return max(1, (settings.distill_steps or round(usual)) + round(more))
 

@@ -22,9 +22,9 @@ The loss is that of `l2ul.methods.distill` with another B, w and s, and one more
 - The share `robust_mixes` of the stand-ins is changed like the copies, so that the model learns the images and not the
   changes.
 
-A cycle has 300 · `robust_cycle` steps, and a step has MORE_STAND_INS times as many stand-ins. The loop stops at the
-end of a cycle if at least REQUIRED of the images are forgotten in at least REQUIRED of CHECKED other copies, and gives
-up after `distill_cycles` cycles.
+A cycle has `robust_cycle` · max(300, 7 k) steps for k images, and a step has MORE_STAND_INS times as many stand-ins.
+The loop stops at the end of a cycle if at least REQUIRED of the images are forgotten in at least REQUIRED of CHECKED
+other copies, and gives up after `distill_cycles` cycles.
 """
 
 from dataclasses import replace

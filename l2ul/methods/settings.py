@@ -174,7 +174,7 @@ class Settings(_Declared):
     distill_lr: float = _declare(3e-4, "highest learning rate of a cycle of Adam", "teacher", above=0)
     distill_steps: int = _declare(
         0,
-        "steps per cycle; 0: 120 plus 0.75 for each image of D_f, with robust=1 300 · robust_cycle",
+        "steps per cycle; 0: 120 plus 0.75 for each image of D_f, with robust=1 see robust_cycle",
         "teacher",
     )
     distill_cycles: int = _declare(
@@ -229,7 +229,11 @@ class Settings(_Declared):
         absent=1.0,
     )
     robust_cycle: float = _of_robust(
-        2.0, "steps per cycle if distill_steps is 0, in multiples of 300", in_id="if not absent", above=0, absent=1.0
+        2.0,
+        "steps per cycle if distill_steps is 0, in multiples of 300, or of 7 for each image of D_f if this is more",
+        in_id="if not absent",
+        above=0,
+        absent=1.0,
     )
     robust_int4: float = _of_robust(
         1.0,

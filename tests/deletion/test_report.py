@@ -363,6 +363,7 @@ def test_a_hugging_face_folder_gets_a_model_card_without_names_and_pictures(scri
     assert report["model"]["after"]["weights_sha256"] in card
     assert not any(row[key] in card for row in report["images"] for key in ("file", "sha256", "pixels_sha256"))
     assert "data:image" not in card
+    assert ("robust_pool" in card) == bool(report["chosen"]["robust"])
     assert report["recalibration"] is None  # no batch-norm
     words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", "--again"]
     code, out, err = script(main_forget.main, *words)

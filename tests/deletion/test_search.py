@@ -355,3 +355,16 @@ def test_no_time_is_planned_for_a_synthesis_that_does_not_take_place(monkeypatch
         unlearner = search.Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, surrogate=given)
         search.find_candidates(unlearner, first, search.TimeBudget(60, time.perf_counter()))
     assert [(one.robust, one.robust_images) for one in planned] == [(1, 0), (1, first.robust_images)]
+
+
+@pytest.mark.parametrize("max_steps", [None, 2])
+def test_a_limit_that_stops_a_run_with_settings_of_the_user_is_stated(max_steps, trained):
+    model, images, labels = trained
+    forget, ended = Forget(images[:2] / 255, labels[:2]), []
+    unlearner = search.Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, max_steps=max_steps)
+    first = Settings(distill_steps=4, distill_cycles=1, distill_mixes=4)
+    options = {"fixed": {"distill_steps": 4}, "on_early_end": ended.append}
+    (one,) = search.find_candidates(unlearner, first, search.TimeBudget(60, time.perf_counter()), **options)
+    assert one.steps == (max_steps or 4)
+    stated = ["--minutes or --max-steps stopped the run at step 2: use a larger limit"]
+    assert ended == (stated if max_steps else [])

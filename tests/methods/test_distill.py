@@ -256,7 +256,7 @@ def test_cycles_are_longer_for_more_images_unless_their_steps_are_set():
     assert lengths == [121, 132, 168, 312]
     assert distill.cycle_length(Settings(distill_steps=40), 256) == 40
     assert distill.cycle_length(Settings(distill_steps=40, distill_image_steps=0.5), 256) == 168
-    assert distill.cycle_length(Settings(robust=1), 16) == 600
+    assert [distill.cycle_length(Settings(robust=1), k) for k in (1, 16, 42, 64)] == [600, 600, 600, 896]
     assert distill.cycle_length(Settings(robust=1, distill_steps=40), 16) == 40
     for settings in (Settings(robust=1, robust_cycle=1e307), Settings(distill_image_steps=1e308)):
         assert distill.cycle_length(settings, 16) >= distill.LONGEST
