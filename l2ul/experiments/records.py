@@ -278,6 +278,24 @@ NOT_FORGOTTEN = (CAP, DIVERGED, FAILED)
 ACCURACIES = ("acc_forget", "acc_retain", "acc_test")  # null only where a run diverged or failed
 
 
+def gave_up(record: Record) -> bool:
+    """Return whether a run stopped at the cap before D_f was forgotten as stored.
+
+    With robust=1, the status is also cap if D_f is forgotten as stored, but too few changed copies of it are.
+    """
+    return record["status"] == CAP and not (record.get("robust") == 1 and forgets_all(record))
+
+
+def counts(record: Record) -> bool:
+    """Return whether a run is part of the means of tables: it has ended, and did not give up."""
+    return record["status"] not in (DIVERGED, FAILED) and not gave_up(record)
+
+
+def forgets_all(record: Record) -> bool:
+    """Return whether all of D_f is misclassified, or relabelled, as stored."""
+    return record.get("acc_relabel") == 100 if record["goal"] == "relabel" else record["acc_forget"] == 0
+
+
 def lookup(name: str) -> Key:
     """Return the schema of a key. A key that SCHEMA does not have is a result if its name says so, else role None."""
     if name in SCHEMA:

@@ -48,10 +48,7 @@ class Comparison:
 
         Runs that stopped at the cap are left out where any run of both sides was finished, as in the tables.
         """
-        finished = [
-            [record for record in some if record["status"] not in records.NOT_FORGOTTEN]
-            for some in (self.runs, self.references)
-        ]
+        finished = [[record for record in some if records.counts(record)] for some in (self.runs, self.references)]
         chosen = finished if all(finished) else (self.runs, self.references)
         ours, theirs = ([record[key] for record in some if record.get(key) is not None] for some in chosen)
         return ours, theirs

@@ -88,7 +88,8 @@ def means(runs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     Runs that stopped at the cap (`capped`) have rows of their own. Runs without accuracies are left out.
     """
     ended = runs[runs["status"].isin(WITH_ACCURACIES)]
-    ended = ended.assign(capped=ended["status"] == records.CAP).astype(dict.fromkeys(MEASURED, float))
+    capped = [records.gave_up(run) for run in ended.to_dict("records")]
+    ended = ended.assign(capped=capped).astype(dict.fromkeys(MEASURED, float))
     groups = ended.groupby([*by, "capped"], sort=False)
     table = groups.size().rename("runs").to_frame()
     for name in MEASURED:

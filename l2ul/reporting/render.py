@@ -268,7 +268,7 @@ def _notes_on_marks(rows: pd.DataFrame) -> list[str]:
 def _notes_on_caps(rows: pd.DataFrame, blocks: list[Block]) -> list[str]:
     if not rows["cap"].any():
         return []
-    capped = [run for block in _of(rows, blocks) for run in block.records if run["status"] == records.CAP]
+    capped = [run for block in _of(rows, blocks) for run in block.records if records.gave_up(run)]
     passes = sorted({run["max_passes"] for run in capped if run.get("max_passes") is not None})
     cap = f" (max_passes = {', '.join(map(str, passes))})" if passes else ""
     return [f"cap: the run reached the cap{cap} before all of D_f was forgotten. †: the mean is over such runs only."]

@@ -1,6 +1,6 @@
 """The numbers of all tables: mean and standard deviation of each row and column, and how the runs ended."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 import json
@@ -18,7 +18,6 @@ from l2ul.reporting.rows import BLOCK, Block, place
 
 CELL = (*BLOCK, "continual", "k", "continual_step")  # with a metric, the values that are compared
 SHORT = {records.CAP: "cap", records.DIVERGED: "diverged", records.FAILED: "failed"}  # status: column of its count
-ENDED = {records.CAP: "not forgotten"}  # as `brief` shows it
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,8 @@ def _about(block: Block, runs: list[Record]) -> Record:
         **{name: first[name] for name in ("k", "continual_step", "method", "row")},
         "settings": json.dumps(first["differs"], sort_keys=True),
         "runs": len(runs),
-        **{name: sum(run["status"] == status for run in runs) for status, name in SHORT.items()},
+        "cap": sum(map(records.gave_up, runs)),
+        **{status: sum(run["status"] == status for run in runs) for status in (records.DIVERGED, records.FAILED)},
         "needs": needs(first),
         "forgot": all(_forgot(run) for run in runs),
     }
@@ -144,18 +144,15 @@ def needs(run: Record) -> str:
 
 def _statistics(runs: list[Record], metric: str) -> Record:
     values = pd.Series([run.get(metric) for run in runs], dtype=float)
-    status = pd.Series([run["status"] for run in runs])
-    good = values[status.isin([records.FORGOTTEN, records.DONE])].dropna()
-    capped = values[status == records.CAP].dropna()
+    good = values[[records.counts(run) for run in runs]].dropna()
+    capped = values[[records.gave_up(run) for run in runs]].dropna()
     means = {"mean": good.mean(), "std": good.std(), "n": len(good)}
     return means | {"mean_cap": capped.mean(), "std_cap": capped.std(), "published": None}
 
 
 def _forgot(run: Record) -> bool:
-    """Return whether all of D_f was forgotten. For a method of fixed length, the accuracy decides."""
-    if run["status"] != records.DONE:
-        return run["status"] == records.FORGOTTEN
-    return run.get("acc_relabel") == 100 if run["goal"] == "relabel" else run["acc_forget"] == 0
+    """Return whether all of D_f was forgotten as stored. If the loop did not measure this, the accuracy decides."""
+    return records.counts(run) and (run["status"] != records.DONE or records.forgets_all(run))
 
 
 def _best(frame: pd.DataFrame) -> pd.Series:
@@ -220,11 +217,18 @@ def brief(results: list[Record]) -> pd.DataFrame:
         row = {"method": method, "k": k} | {_heading(column): _mean(runs[column.key]) for column in shown}
         row["steps"] = _mean(runs["steps"]) if len(runs) > 1 else str(runs["steps"].iloc[0])
         row["seconds"] = _mean(runs.filter(like="seconds_").sum(axis=1))
-        counts = runs["status"][runs["status"].isin(records.NOT_FORGOTTEN)].value_counts()
-        others = ", ".join(f"{count} {ENDED.get(status, status)}" for status, count in counts.items())
+        counts = Counter(ending for run in runs.to_dict("records") if (ending := _ending(run)))
+        others = ", ".join(f"{count} {ending}" for ending, count in counts.most_common())
         row["seeds"] = " ".join(map(str, runs["seed"].unique()))
         rows.append(row | {"runs": f"{len(runs)} ({others})" if others else f"{len(runs)}"})
     return pd.DataFrame(rows)
+
+
+def _ending(run: Record) -> str:
+    """Return how a run ended that did not forget all of D_f, "" for another."""
+    if run["status"] != records.CAP:
+        return run["status"] if run["status"] in records.NOT_FORGOTTEN else ""
+    return "not forgotten" if records.gave_up(run) else "not forgotten as used"
 
 
 def _heading(column: Column) -> str:

@@ -323,3 +323,34 @@ def test_the_table_on_the_screen_has_means_over_seeds_and_counts_runs_that_did_n
     assert (second["D_test %"], second["runs"]) == ("-", "1 (1 diverged)")
     (row,) = summary.brief([record]).to_dict("records")
     assert (row["steps"], row["runs"]) == (str(record["steps"]), "1")
+
+
+def test_runs_of_robust_that_forgot_as_stored_are_averaged_and_counted_as_not_forgotten_as_used(folder, tables):
+    robust = {"method": "distill", "robust": 1}
+    runs = [
+        robust | {"acc_test": 70.0},
+        robust | {"acc_test": 74.0, "seed": 1, "status": "cap"},  # too few copies are forgotten
+        robust | {"acc_test": 20.0, "seed": 2, "status": "cap", "acc_forget": 50.0},
+    ]
+    folder(*runs)
+    markdown = tables()
+    assert cells(markdown, "distill")[2] == "72.00 ± 2.83 (2 of 3; 1 cap)"
+    (row,) = summary.brief([tabled.RECORD | {"seconds_unlearn": 1.0} | run for run in runs]).to_dict("records")
+    assert row["runs"] == "3 (1 not forgotten as used, 1 not forgotten)"
+
+
+def test_settings_without_effect_name_no_row(folder, tables):
+    usual = {"robust_keep": 5.0, "robust_pool": 512}
+    without = {"method": "distill", "robust": 0, "robust_keep": None, "robust_pool": None}
+    robust = {"method": "distill", "robust": 1} | usual
+    folder(
+        *(without | {"seed": seed} for seed in range(3)),
+        {"method": "distill", "seed": 3},  # from before these settings
+        robust,
+        robust | {"seed": 1},
+        robust | {"seed": 2, "robust_keep": 10.0},
+    )
+    markdown = tables()
+    assert cells(markdown, "distill")[2] == "**70.00 ± 0.00**"
+    assert cells(markdown, "distill (robust=1)")[2] == "**70.00 ± 0.00** (n=2)"
+    assert cells(markdown, "distill (robust=1, robust_keep=10)")[2] == "**70.00** (n=1)"
