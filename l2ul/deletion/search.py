@@ -43,6 +43,8 @@ WORTHWHILE = 0.5  # of the images, forgotten as used: fewer count as none, as th
 ACCEPTABLE = 50.0  # percent of agreement: with less, no image counts as forgotten as used, as the model is too damaged
 FREE = ("robust", "loop_precision", "distill_frozen")  # settings that the user may set without ending the search
 MIN_CYCLE, MIN_IMAGES = 1 / 6, 1 / 3  # of the steps and synthesised images with robust=1: the fewest that were measured
+AS_STORED = 1 / 3  # of the time, at most: for the run with robust=0 before one with robust=1
+ROBUST_STEP = 2  # steps with robust=0 that take the time of one with robust=1, at least
 SYNTHESIS = 5  # images that are synthesised in the time of a step with robust=1
 PLANNED = 0.85  # of the time left: the part that a shortened cycle with robust=1 is planned for
 MAX_ENLARGED = 3  # times that the learning rate is raised while images are not forgotten
@@ -451,11 +453,13 @@ def search(
     """
     candidates: list[Candidate] = []
     left_out: list[Settings] = []
-    time_is_up = False
+    time_is_up, used_before = False, budget.used
     as_stored, has_time = [], True
     if first.robust:
-        has_time = bool(_initial_queue(unlearner, first, 2 / 3 * budget.left, seconds_per_step))
-        as_stored = [_run_as_stored(unlearner, first, budget, seconds_per_step, 1 / 3 if has_time else PLANNED)]
+        rest = budget.left - _seconds_as_stored(unlearner, first, budget.left, seconds_per_step)
+        has_time = bool(_initial_queue(unlearner, first, rest, seconds_per_step))
+        share = AS_STORED if has_time else PLANNED
+        as_stored = [_run_as_stored(unlearner, first, budget, seconds_per_step, share)]
         on_candidate(as_stored[0])
     queue = deque(_initial_queue(unlearner, first, budget.left, seconds_per_step) if has_time else [])
     while queue:
@@ -483,7 +487,7 @@ def search(
         elif not succeeded and settings != first:
             queue = deque(_around(unlearner, first, budget.left, candidates))
     if first.robust and not any(candidate.rank[1] for candidate in candidates):
-        on_early_end(_not_as_used(first, candidates, budget, seconds_per_step))
+        on_early_end(_not_as_used(first, candidates, used_before, seconds_per_step))
     elif left_out and not time_is_up:
         on_early_end(_early_end(first, left_out, candidates))
     return sorted([*as_stored, *candidates], key=lambda candidate: candidate.rank, reverse=True)  # stable
@@ -494,12 +498,20 @@ def _run_as_stored(
 ) -> Candidate:
     """Run the method with robust=0, in this share of the time and at most half as much again.
 
-    seconds_per_step  with robust=1, where a step takes more than twice as long
+    seconds_per_step  with robust=1
     """
-    usual = replace(first, robust=0, distill_steps=0)
-    usual = replace(usual, distill_steps=cycle_length(usual, len(unlearner.train_set)))
-    settings = fit_to_time(usual, share * budget.left, seconds_per_step / 2)
+    usual = replace(first, robust=0, distill_steps=_steps_as_stored(unlearner, first))
+    settings = fit_to_time(usual, share * budget.left, seconds_per_step / ROBUST_STEP)
     return unlearner.run_candidate(settings, _changed(first, settings), budget, max(0.0, 1 - 1.5 * share) * budget.left)
+
+
+def _steps_as_stored(unlearner: Unlearner, first: Settings) -> int:
+    return cycle_length(replace(first, robust=0, distill_steps=0), len(unlearner.train_set))
+
+
+def _seconds_as_stored(unlearner: Unlearner, first: Settings, left: float, seconds_per_step: float) -> float:
+    """Estimate the seconds of the run with robust=0, from those of a step with robust=1."""
+    return min(AS_STORED * left, _steps_as_stored(unlearner, first) * seconds_per_step / ROBUST_STEP)
 
 
 def _successes(candidates: list[Candidate]) -> list[Candidate]:
@@ -543,8 +555,11 @@ def _early_end(first: Settings, left_out: list[Settings], candidates: list[Candi
     )
 
 
-def _not_as_used(first: Settings, candidates: list[Candidate], budget: TimeBudget, seconds_per_step: float) -> str:
-    """Return why no candidate counts as forgotten as used, and what to do."""
+def _not_as_used(first: Settings, candidates: list[Candidate], used_before: float, seconds_per_step: float) -> str:
+    """Return why no candidate counts as forgotten as used, and what to do.
+
+    used_before  seconds that the command took before the search
+    """
     damaged = [candidate for candidate in candidates if candidate.is_damaged]
     if damaged:
         best = max(damaged, key=lambda candidate: (int(candidate.forgotten.sum()), candidate.agreement))
@@ -554,7 +569,10 @@ def _not_as_used(first: Settings, candidates: list[Candidate], budget: TimeBudge
         )
     else:
         why = "there was too little time to forget the images as they are used"
-    minutes = math.ceil((budget.used + seconds_per_step * _cost(first)) / 60)
+    # for a run with robust=1 of twice the shortest length, or of twice the usual length if that was too damaging
+    longer = 2 * _cost(first) if damaged else 2 * _cost(fit_to_time(first, 0.0, seconds_per_step))
+    seconds = used_before + seconds_per_step * longer / PLANNED / (1 - AS_STORED)
+    minutes = math.ceil(seconds / SEARCH_SHARE / 60)
     return (
         f"{why}: use --minutes {minutes} or more, --surrogate with a folder of other images, or --setting robust=0 to "
         "forget them as they are stored only"
