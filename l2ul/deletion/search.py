@@ -372,8 +372,7 @@ def find_candidates(
     if first.robust:
         images = synthesised_images(first, unlearner.model, unlearner.surrogate)
         first = replace(first, robust_images=images)  # the time of a synthesis is not planned where there is none
-    few = min(first.robust_images, MIN_BATCH)
-    seconds_per_step = _measure_step(unlearner, replace(first, robust_images=few))
+    seconds_per_step = _measure_step(unlearner, _with_few_images(first))
     unlearner.probes.append(_held_out_probe(unlearner, first, budget, seconds_per_step))
     if keep_images is not None:
         unlearner.probes.append(agreement.make_probe("images to keep", unlearner.model, keep_images))
@@ -413,6 +412,11 @@ def _measure_step(unlearner: Unlearner, settings: Settings) -> float:
     return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
 
 
+def _with_few_images(settings: Settings) -> Settings:
+    """Return settings with few synthesised images, whose number does not change the time of a step."""
+    return replace(settings, robust_images=min(settings.robust_images, MIN_BATCH))
+
+
 def _held_out_probe(unlearner: Unlearner, settings: Settings, budget: TimeBudget, seconds_per_step: float) -> Probe:
     """Return held-out adversarial examples, as many as PROBE_SHARE of the time allows."""
     passes = settings.distill_forget + 1.5 * settings.distill_mixes  # forward and backward, of images per step
@@ -440,7 +444,8 @@ def search(
 
     With robust=1, a candidate with robust=0 comes before: it forgets the images as they are stored in a third of the
     time. Then the cycle with robust=1 is as long as there is time for once its images are synthesised. Without time for
-    MIN_CYCLE of its steps, it does not run, and the candidate with robust=0 gets all of the time.
+    MIN_CYCLE of its steps, the candidate with robust=0 gets all of the time, and the cycle runs only if steps are then
+    measured to be faster than before.
 
     If time is short, the first candidate is a version of `first` that takes a third of it. Until a candidate has
     forgotten all images, each is followed by one with a larger learning rate, or with robust=1 by one of twice the
@@ -454,14 +459,16 @@ def search(
     candidates: list[Candidate] = []
     left_out: list[Settings] = []
     time_is_up, used_before = False, budget.used
-    as_stored, has_time = [], True
+    as_stored = []
     if first.robust:
         rest = budget.left - _seconds_as_stored(unlearner, first, budget.left, seconds_per_step)
         has_time = bool(_initial_queue(unlearner, first, rest, seconds_per_step))
         share = AS_STORED if has_time else PLANNED
         as_stored = [_run_as_stored(unlearner, first, budget, seconds_per_step, share)]
         on_candidate(as_stored[0])
-    queue = deque(_initial_queue(unlearner, first, budget.left, seconds_per_step) if has_time else [])
+        if not has_time:  # unless other processes have made the steps slow that were measured
+            seconds_per_step = min(seconds_per_step, _measure_step(unlearner, _with_few_images(first)))
+    queue = deque(_initial_queue(unlearner, first, budget.left, seconds_per_step))
     while queue:
         settings = queue.popleft()
         succeeded = any(candidate.succeeded for candidate in candidates)

@@ -70,7 +70,9 @@ class Clock:
     now = 0.0
 
 
-def run_search(monkeypatch, minutes, outcome, method="distill", cycles=1, ended=None, first=OWN, synthesis=1.0):
+def run_search(
+    monkeypatch, minutes, outcome, method="distill", cycles=1, ended=None, first=OWN, synthesis=1.0, measured=None
+):
     clock = Clock()
     monkeypatch.setattr(search.time, "perf_counter", lambda: clock.now)
     unlearner = FakeUnlearner(outcome, clock, method, method == "distill", method == "jit", cycles, synthesis)
@@ -79,7 +81,7 @@ def run_search(monkeypatch, minutes, outcome, method="distill", cycles=1, ended=
         unlearner,
         first,
         budget,
-        1.0 + first.robust,
+        measured or 1.0 + first.robust,
         lambda candidate: None,
         (ended if ended is not None else []).append,
     )
@@ -269,6 +271,15 @@ def test_a_cycle_with_robust_is_shortened_but_keeps_its_batches_and_rate(monkeyp
     assert search.MIN_IMAGES * OWN.robust_images <= short.robust_images < OWN.robust_images
     assert short == replace(ROBUST, distill_steps=short.distill_steps, robust_images=short.robust_images)
     assert candidates[0].settings == short
+    assert now <= 15 * 60
+
+
+def test_steps_that_were_slow_when_first_measured_are_measured_again(monkeypatch):
+    run, candidates, now = run_search(monkeypatch, 15, lambda s: (True, 80.0 + s.robust), first=ROBUST, measured=20.0)
+    assert [s.robust for s in run[:2]] == [0, 1]
+    assert run[0].distill_steps < 132  # for which there is no time at that rate
+    assert run[1].distill_steps > search.MIN_CYCLE * OWN.distill_steps
+    assert candidates[0].settings == run[1]
     assert now <= 15 * 60
 
 
