@@ -466,7 +466,7 @@ def search(
         share = AS_STORED if has_time else PLANNED
         as_stored = [_run_as_stored(unlearner, first, budget, seconds_per_step, share)]
         on_candidate(as_stored[0])
-        if not has_time:  # unless other processes have made the steps slow that were measured
+        if not has_time and 3 * seconds_per_step < budget.left:  # other processes may have slowed the steps measured
             seconds_per_step = min(seconds_per_step, _measure_step(unlearner, _with_few_images(first)))
     queue = deque(_initial_queue(unlearner, first, budget.left, seconds_per_step))
     while queue:
