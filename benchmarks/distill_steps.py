@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 import json
 from pathlib import Path
-import statistics
 import sys
 import time
 
@@ -19,18 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import l2ul  # noqa: F401, I001  # first: it sets the environment before torch is imported
 
+from parts import load, parser_of, ratio
 import torch
 from torch import Tensor, nn
 
-from l2ul import models
-from l2ul.cli import exit_codes, options
-from l2ul.cli.parser import Parser, positive_int
+from l2ul.cli import exit_codes
 from l2ul.common import device as device_module
 from l2ul.common import precision
 from l2ul.common.files import atomic, require_writable
 from l2ul.methods.robust import ITERATIONS
 from l2ul.methods.stand_ins import BATCH, Synthesis
-from l2ul.models import checkpoint
 from l2ul.unlearn import Settings, unlearn
 
 FROZEN = 0.35  # distill_frozen of the variants with frozen layers
@@ -42,7 +39,8 @@ IMAGES = 32  # synthesised for a variant with robust=1; their number does not ch
 def main() -> None:
     opts = parse()
     device = device_module.choose_device(opts.device, opts.no_cuda, opts.threads)
-    model, images, labels = load(opts, device)
+    model, data, _ = load(opts, device)
+    images, labels = data.train.images[: opts.unlearn_k], data.train.labels[: opts.unlearn_k]
     seconds: dict[str, list[float]] = {}
     synthesis = Synthesis()  # keeps the images of the first repeat
     for repeat in range(opts.repeats):
@@ -64,34 +62,17 @@ def main() -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__.split("\n")[0], prog="distill_steps.py")
-    options.add_data(parser, dataset="cifar10", model="resnet20")
-    options.add_weights(parser)
-    options.add_machine(parser)
-    group = parser.add_argument_group("benchmark")
-    for flag, default, text in (
+    counts = (
         ("--unlearn-k", 16, "images of D_f"),
         ("--steps", 2, "steps of a variant per repeat"),
         ("--repeats", 5, "measurements of each variant"),
-    ):
-        group.add_argument(flag, type=positive_int, default=default, help=f"{text} (default: {default})")
+    )
+    parser, group = parser_of(__doc__.split("\n")[0], "distill_steps.py", "resnet20", counts)
     group.add_argument("--robust", type=int, nargs="+", choices=(0, 1), default=[0, 1], help="values of the setting")
     group.add_argument("--output", type=Path, default=Path("result_data/benchmarks/distill_steps.json"), metavar="FILE")
     opts = parser.parse_args(argv)
     require_writable(opts.output.parent)
     return opts
-
-
-def load(opts: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return the model, untrained without weights, and the first training images with their labels."""
-    data = options.load_data(opts).to(device)
-    path = opts.checkpoint or checkpoint.find(opts.dataset, opts.model, opts.data_dir)
-    if path:
-        model = models.load(opts.model, data.num_classes, path, opts.mean, opts.std)
-    else:
-        model = models.build(opts.model, data.num_classes).eval()
-    k = opts.unlearn_k
-    return model.to(device, memory_format=torch.channels_last), data.train.images[:k], data.train.labels[:k]
 
 
 def variants(opts: argparse.Namespace, device: torch.device) -> dict[str, Settings]:
@@ -143,12 +124,6 @@ def seconds_per_image(model: nn.Module, images: Tensor) -> float:
 def clock(device: torch.device) -> Callable[[], float]:
     """Return a function that returns CPU seconds of this process, or on a GPU the time after all submitted work."""
     return time.process_time if device.type == "cpu" else lambda: device_module.clock(device)
-
-
-def ratio(slow: list[float], fast: list[float]) -> tuple[float, float, float]:
-    """Return the median, the smallest and the largest ratio of pairs."""
-    ratios = [one / other for one, other in zip(slow, fast, strict=True)]
-    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 if __name__ == "__main__":

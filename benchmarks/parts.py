@@ -1,7 +1,7 @@
 """What `speed.py` measures: each part in our way, in the released scripts' order of work, and at the net's own cost."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import itertools
 import math
 from pathlib import Path
@@ -10,18 +10,19 @@ import tempfile
 
 import released
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 import torch.nn.functional as F
 
 from l2ul import models
 from l2ul.attack import adversarial_set
 from l2ul.cli import options
+from l2ul.cli.parser import Parser, positive_int
 from l2ul.common import device as device_module
 from l2ul.common import precision
 from l2ul.common.bn_folding import folded
 from l2ul.common.cache import Cache
 from l2ul.common.modes import frozen
-from l2ul.data.images import as_pixels
+from l2ul.data.images import Images, as_pixels
 from l2ul.experiments.adversarial_sets import Attack
 from l2ul.importance import mas_importance
 from l2ul.methods.settings import AttackSettings
@@ -51,19 +52,46 @@ def interleaved(
     return seconds
 
 
+def ratio(slow: list[float], fast: list[float]) -> tuple[float, float, float]:
+    """Return the median, the smallest and the largest ratio of pairs."""
+    ratios = [one / other for one, other in zip(slow, fast, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def parser_of(
+    description: str, prog: str, model: str, counts: Iterable[tuple[str, int, str]]
+) -> tuple[Parser, argparse._ArgumentGroup]:
+    """Return a parser of flags for data, weights and machine, and its group of flags of the benchmark.
+
+    counts  flag, default and help text of the flags that are positive whole numbers
+    """
+    parser = Parser(description, prog=prog)
+    options.add_data(parser, dataset="cifar10", model=model)
+    options.add_weights(parser)
+    options.add_machine(parser)
+    group = parser.add_argument_group("benchmark")
+    for flag, default, text in counts:
+        group.add_argument(flag, type=positive_int, default=default, help=f"{text} (default: {default})")
+    return parser, group
+
+
+def load(opts: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Images, bool]:
+    """Return the model, the data set and whether the model is trained; without weights it is not."""
+    path = opts.checkpoint or checkpoint.find(opts.dataset, opts.model, opts.data_dir)
+    images = options.load_data(opts).to(device)
+    if path:
+        model = models.load(opts.model, images.num_classes, path, opts.mean, opts.std)
+    else:
+        model = models.build(opts.model, images.num_classes).eval()
+    return model.to(device, memory_format=torch.channels_last), images, path is not None
+
+
 class Bench:
     """The nets, the pixels and the parts that are measured."""
 
     def __init__(self, opts: argparse.Namespace, device: torch.device):
         self.opts, self.device = opts, device
-        path = opts.checkpoint or checkpoint.find(opts.dataset, opts.model, opts.data_dir)
-        self.images = options.load_data(opts).to(device)
-        self.trained = path is not None
-        if path:
-            self.ours = models.load(opts.model, self.images.num_classes, path, opts.mean, opts.std)
-        else:
-            self.ours = models.build(opts.model, self.images.num_classes).eval()
-        self.ours = self.ours.to(device, memory_format=torch.channels_last)
+        self.ours, self.images, self.trained = load(opts, device)
         self.theirs = released.as_built(self.ours)
         self.fresh = itertools.count()
 

@@ -19,17 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import l2ul  # noqa: F401, I001  # first: it sets the environment before torch is imported
 
 import pandas as pd
-from parts import DRAWS, ITERATIONS, Bench, Measured
+from parts import DRAWS, ITERATIONS, Bench, Measured, parser_of, ratio
 import torch
 
-from l2ul.cli import options
 from l2ul.common import choices, precision
 from l2ul.experiments import records
 from l2ul.cli import exit_codes
 from l2ul.common import device as device_module
 from l2ul.common.errors import InputError
 from l2ul.common.files import atomic, require_writable
-from l2ul.cli.parser import Parser, nonnegative_int, positive_int
+from l2ul.cli.parser import nonnegative_int
 
 SIZES = (16, 64, 128, 256)
 METHODS = ("neggrad", "adv", "adv_imp")
@@ -82,13 +81,7 @@ def measure(opts: argparse.Namespace, device: torch.device) -> tuple[Bench, dict
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(__doc__.split("\n")[0], prog="speed.py")
-    options.add_data(parser, dataset="cifar10", model="resnet18")
-    options.add_weights(parser)
-    options.add_machine(parser)
-    group = parser.add_argument_group("benchmark")
-    group.add_argument("--precision", choices=choices.PRECISIONS, default="fp32", help="of ours, on a GPU")
-    for flag, default, text in (
+    counts = (
         ("--repeats", 5, "of each part"),
         ("--pairs", 128, "examples attacked a repeat, a multiple of 32"),
         ("--released-pairs", 128, "of these, attacked a repeat in the released order, a multiple of 32"),
@@ -98,8 +91,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("--adv-batch-size", 256, "images of D_adv a step"),
         ("--eval-images", 6000, "images measured a repeat"),
         ("--cut", 20, "by how much everything in the whole run of k = 16 is cut"),
-    ):
-        group.add_argument(flag, type=positive_int, default=default, help=f"{text} (default: {default})")
+    )
+    parser, group = parser_of(__doc__.split("\n")[0], "speed.py", "resnet18", counts)
+    group.add_argument("--precision", choices=choices.PRECISIONS, default="fp32", help="of ours, on a GPU")
     group.add_argument(
         "--workers-of-loader",
         type=nonnegative_int,
@@ -122,12 +116,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def summary(name: str, measured: Measured) -> dict[str, object]:
     """Medians in seconds, the ratio of released to ours with its least and most, and the part of the floor."""
-    ratios = [a / b for a, b in zip(measured["released"], measured["ours"], strict=True)]
     found = {"item": name} | {part: statistics.median(measured[part]) for part in ("released", "ours")}
-    found |= {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+    found |= dict(zip(("ratio", "least", "most"), ratio(measured["released"], measured["ours"]), strict=True))
     if "floor" in measured:
-        shares = [a / b for a, b in zip(measured["floor"], measured["ours"], strict=True)]
-        found["of the floor"] = statistics.median(shares)
+        found["of the floor"], *_ = ratio(measured["floor"], measured["ours"])
     return found
 
 

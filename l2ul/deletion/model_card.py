@@ -6,7 +6,7 @@ from l2ul.deletion.report_schema import Report
 from l2ul.deletion.states import readable_time
 from l2ul.experiments.model_card import UNIFORM, Card, Table, library_of, method_sentence, opening
 from l2ul.methods import registry
-from l2ul.methods.settings import SHARED, has_effect
+from l2ul.methods.settings import has_effect
 
 
 def of_report(report: Report, weights_sha256: str, file: str | None) -> Card:
@@ -38,7 +38,7 @@ def of_report(report: Report, weights_sha256: str, file: str | None) -> Card:
     settings = {
         name: value
         for name, value in registry.loop_settings(request["method"], chosen).items()
-        if name not in SHARED or has_effect(name, chosen)
+        if has_effect(name, chosen)
     }
     method = method_sentence(request["method"], request["seed"], settings)
     opened_by, num_classes = report["model"]["opened_by"], len(report["model"]["classes"])

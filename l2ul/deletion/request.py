@@ -524,7 +524,7 @@ def class_indices(names: Sequence[str | None], class_names: Sequence[str], defau
     """Return the class index (n,) int64 of each name, or of its `default` where the name is None.
 
     names    names or numbers of classes; a name takes precedence over a number
-    default  (n,) int64, or None if every image needs a name
+    default  (n,) int64, or None if every image has a name
     what     "label" or "new_label", for messages
 
     Raises InputError for a name that no class has, or several classes have.
@@ -537,8 +537,6 @@ def class_indices(names: Sequence[str | None], class_names: Sequence[str], defau
     indices = []
     for position, name in enumerate(None if name is None else normal_form(name) for name in names):
         if name is None:
-            if default is None:
-                raise InputError(f"an image has no {what}; give one for every image")
             indices.append(int(default[position]))
         elif name in ambiguous:
             raise InputError(f"{what} {name!r} is the name of several classes; give the number of the class")

@@ -420,8 +420,8 @@ def _number(text: str) -> Value:
 
 
 def has_effect(name: str, values: Mapping[str, object]) -> bool:
-    """Return whether a shared setting has an effect beside these values of the others."""
-    other = SHARED[name].only_with
+    """Return whether a setting has an effect beside these values of the others. One of a single method always has."""
+    other = SHARED[name].only_with if name in SHARED else None
     return other is None or bool(values.get(other))
 
 

@@ -13,7 +13,7 @@ from l2ul.metrics import columns
 from l2ul.metrics.columns import Column
 from l2ul.reporting import published
 from l2ul.reporting.rows import Block
-from l2ul.reporting.summary import SHORT, row_order
+from l2ul.reporting.summary import row_order
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _other_tables(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         size = "continual_size" if continual else "k"
         for (data, count), some in rows.groupby(["data", size], sort=False):
             measured = some["n"].gt(0) | some["mean_cap"].notna()
-            ended = some[list(SHORT.values())].sum(axis=1) > 0
+            ended = some[list(records.NOT_FORGOTTEN)].sum(axis=1) > 0
             shown = some[some["metric"].isin(some.loc[measured, "metric"]) & (measured | ended)]
             if len(shown):
                 k = f"{int(count)} images per step" if continual else f"k = {count}"
@@ -163,7 +163,7 @@ def line(row: Record) -> str:
 
 def cell(row: Record, usual: int, style: Style) -> str:
     """Return a mean, with the number of runs where it is not the usual one, or how all runs ended."""
-    bad = {name: row[name] for name in SHORT.values() if row[name]}
+    bad = {name: row[name] for name in records.NOT_FORGOTTEN if row[name]}
     counted = ", ".join(f"{count} {name}" for name, count in bad.items())
     if row["n"]:
         text = _mean(row, "", style)

@@ -10,7 +10,7 @@ from l2ul.common.text import shortened
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.methods import registry
-from l2ul.methods.settings import SHARED, from_text, has_effect
+from l2ul.methods.settings import from_text, has_effect
 
 LONGEST = 400  # characters of the settings in the name of a row
 BLOCK = ("goal", "continual_size", "dataset", "age_grouping", "model")
@@ -85,7 +85,7 @@ def _name_rows(block: Block) -> None:
     for name in sorted(users):
         key = records.lookup(name)
         default, absent = key.default_for(block.dataset), key.absent_for(block.dataset)
-        using = [own for record, own in pairs if record["method"] in users[name] and _has_effect(name, own)]
+        using = [own for record, own in pairs if record["method"] in users[name] and has_effect(name, own)]
         for own in using if absent is not None else ():
             own.setdefault(name, absent)  # older records lack settings that were added later
         block.usual[name] = _most_frequent([own.get(name) for own in using], default)
@@ -93,17 +93,12 @@ def _name_rows(block: Block) -> None:
         record["differs"] = {
             name: own.get(name)
             for name, usual in block.usual.items()
-            if record["method"] in users[name] and _has_effect(name, own) and own.get(name) != usual
+            if record["method"] in users[name] and has_effect(name, own) and own.get(name) != usual
         }
     _separate_forget_sets(block.records)
     for record in block.records:
         differs = shortened(", ".join(_describe(name, value) for name, value in record["differs"].items()), LONGEST)
         record["row"] = record["method"] + (f" ({differs})" if differs else "")
-
-
-def _has_effect(name: str, values: Record) -> bool:
-    """Return whether a setting has an effect beside these values of the others."""
-    return name not in SHARED or has_effect(name, values)
 
 
 def _most_frequent(values: list, default: object) -> object:

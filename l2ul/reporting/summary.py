@@ -17,7 +17,6 @@ from l2ul.reporting import published
 from l2ul.reporting.rows import BLOCK, Block, place
 
 CELL = (*BLOCK, "continual", "k", "continual_step")  # with a metric, the values that are compared
-SHORT = {records.CAP: "cap", records.DIVERGED: "diverged", records.FAILED: "failed"}  # status: column of its count
 
 
 @dataclass(frozen=True)
@@ -128,8 +127,8 @@ def _about(block: Block, runs: list[Record]) -> Record:
         **{name: first[name] for name in ("k", "continual_step", "method", "row")},
         "settings": json.dumps(first["differs"], sort_keys=True),
         "runs": len(runs),
-        "cap": sum(map(records.gave_up, runs)),
-        **{status: sum(run["status"] == status for run in runs) for status in (records.DIVERGED, records.FAILED)},
+        **{status: sum(run["status"] == status for run in runs) for status in records.NOT_FORGOTTEN},
+        records.CAP: sum(map(records.gave_up, runs)),
         "needs": needs(first),
         "forgot": all(_forgot(run) for run in runs),
     }
@@ -185,7 +184,9 @@ def _published(block: Block, numbers: list[Record]) -> list[Record]:
 
 
 def _without_runs(like: Record, method: str) -> Record:
-    none = dict.fromkeys(("runs", *SHORT.values(), "n"), 0) | dict.fromkeys(("mean", "std", "mean_cap", "std_cap"))
+    none = dict.fromkeys(("runs", *records.NOT_FORGOTTEN, "n"), 0) | dict.fromkeys(
+        ("mean", "std", "mean_cap", "std_cap")
+    )
     return like | none | {"method": method, "row": method, "settings": "{}", "needs": "D_f", "forgot": False}
 
 
@@ -194,7 +195,7 @@ def to_csv(frame: pd.DataFrame) -> str:
     names = [
         *BLOCK,
         *("continual_step", "k", "method", "row", "settings", "needs", "metric", "mean", "std", "n", "runs"),
-        *SHORT.values(),
+        *records.NOT_FORGOTTEN,
         *("mean_cap", "std_cap", "bold", "published", "published_source"),
     ]
     integers = ["continual_size", "continual_step"]
