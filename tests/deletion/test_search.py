@@ -283,6 +283,13 @@ def test_steps_that_were_slow_when_first_measured_are_measured_again(monkeypatch
     assert now <= 15 * 60
 
 
+def test_steps_are_not_measured_again_when_the_time_is_up(monkeypatch):
+    monkeypatch.setattr(FakeUnlearner, "unlearn", None)  # not called
+    run, _, now = run_search(monkeypatch, 2, lambda s: (True, 90.0), first=ROBUST, measured=100.0)
+    assert [s.robust for s in run] == [0]
+    assert now <= 120
+
+
 def test_the_advised_time_suffices_for_a_cycle_with_robust(monkeypatch):
     ended = []
     run, _, _ = run_search(monkeypatch, 2, lambda s: (True, 90.0), first=ROBUST, ended=ended)
