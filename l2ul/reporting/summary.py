@@ -184,10 +184,9 @@ def _published(block: Block, numbers: list[Record]) -> list[Record]:
 
 
 def _without_runs(like: Record, method: str) -> Record:
-    none = dict.fromkeys(("runs", *records.NOT_FORGOTTEN, "n"), 0) | dict.fromkeys(
-        ("mean", "std", "mean_cap", "std_cap")
-    )
-    return like | none | {"method": method, "row": method, "settings": "{}", "needs": "D_f", "forgot": False}
+    counts = dict.fromkeys(("runs", *records.NOT_FORGOTTEN, "n"), 0)
+    values = dict.fromkeys(("mean", "std", "mean_cap", "std_cap"))
+    return like | counts | values | {"method": method, "row": method, "settings": "{}", "needs": "D_f", "forgot": False}
 
 
 def to_csv(frame: pd.DataFrame) -> str:
