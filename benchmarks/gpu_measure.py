@@ -430,8 +430,12 @@ def never_forgotten():
         objective.Forget.is_forgotten = decide
 
 
+ROBUST = "distill, robust=1"
+
+
 def steps_of(method: str, inputs, steps: int, k: int, keep: int, on_step=None, go_on=None, **options):
     net, images, labels, adv, omega = inputs
+    as_used = {"robust": 1, "robust_images": 8, "robust_pool": 16} if OPTS.tiny else {"robust": 1, "robust_images": 256}
     settings = Settings(
         unlearn_lr=1e-12,
         adv_batch_size=keep,
@@ -441,7 +445,9 @@ def steps_of(method: str, inputs, steps: int, k: int, keep: int, on_step=None, g
         distill_cycles=1,
         distill_forget=64 if not OPTS.tiny else 4,
         distill_mixes=192 if not OPTS.tiny else 8,
+        **(as_used if method == ROBUST else {}),
     )
+    method = method.partition(",")[0]
     given = options | ({"adv": adv} if method in ("adv", "adv_imp") else {})
     given |= {"importance": omega} if method == "adv_imp" else {}
     with never_forgotten():
@@ -535,6 +541,7 @@ def report(what: str, precision: str, wall: float, steps: int, profiler) -> None
 def graph() -> None:
     """Time the steps of the loop eagerly and as CUDA graphs, and compare the terms of their losses."""
     both = ("tf32", "fp32") if DEVICE.type == "cuda" else ("fp32",)
+    step_rows(*(SMALL_STEP[0] if OPTS.tiny else STEPS[0]), both[0], (ROBUST,))
     for precision in both:
         for name, side, k, keep in SMALL_STEP if OPTS.tiny else STEPS[:3]:
             step_rows(name, side, k, keep, precision)
@@ -558,7 +565,7 @@ def step_rows(
             return
         values = eager_and_graph(method, inputs, k, keep, 4 if OPTS.tiny else steps)
         if "graph_ms" in values:
-            sizes = {"adv_imp": (min(k, 32), keep), "distill": (256,), "neggrad": (min(k, 32),)}[method]
+            sizes = {"adv_imp": (min(k, 32), keep), "distill": (256,), "neggrad": (min(k, 32),), ROBUST: (512,)}[method]
             values |= step_floor(inputs[0], side, (4,) if OPTS.tiny else sizes)
             values["of_floor"] = values["floor_ms"] / min(values["eager_ms"], values["graph_ms"])
         row(net=name, k=k, precision=precision, method=method, **values)
