@@ -369,6 +369,21 @@ def test_a_step_as_a_graph_has_as_few_launches_with_every_kind_of_stand_ins(trai
         assert graphed == pytest.approx(eager, **CLOSE)
 
 
+@counts_kernels
+def test_a_step_on_changed_copies_as_a_graph_has_few_launches(trained, monkeypatch):
+    monkeypatch.setattr(robust, "ITERATIONS", 2)
+    monkeypatch.setattr(robust.RobustProcedure, "may_stop", lambda self: False)
+    model, images, labels = (part.to(CUDA) for part in trained)
+    settings = Settings(**LOOP | {"robust": 1, "robust_pool": 8, "robust_images": 8, "distill_steps": 6})
+    after = []
+    with emulated_cuda.counting() as counts:
+        on_step = lambda row: after.append(counts.copy())  # noqa: E731
+        unlearn.unlearn(model, images[:4], labels[:4], "distill", settings=settings, on_step=on_step, cuda_graph=True)
+    step = after[-1] - after[-2]
+    assert step.kernels.total() <= 13, step.kernels
+    assert step.synchronisations.total() == 1
+
+
 def test_a_model_that_waits_for_the_gpu_runs_without_graphs(trained):
     model, images, labels = (part.to(CUDA) for part in trained)
     model.register_forward_hook(waits)

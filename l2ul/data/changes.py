@@ -1,9 +1,11 @@
 """Random changed copies of images, as images reach a deployed model: cropped, resized, compressed and so on.
 
-A copy is the image after some of these changes. All kinds are vectorised on the device of the images. The strength of
-each change is drawn on the CPU from a generator, so that it does not depend on the device.
+A copy is the image after some of these changes. `Changes.draw` draws which changes a copy has and how strong they are,
+on the CPU from a generator, so that they do not depend on the device. `Changes.make` computes all copies at once on the
+device of the images.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
 from io import BytesIO
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as transforms
 
 from l2ul.common.device import upload
+from l2ul.common.nested import Nested
 
 TESTED = ("mirrored", "shifted", "cropped", "resized", "brightness", "noise", "jpeg")  # of images in use
 TESTED_ONLY = ("blurred", "distorted")  # kinds on which no method trains
@@ -34,50 +37,74 @@ QUALITY = (40, 95)  # of JPEG
 BLUR = (0.3, 0.7)  # standard deviation of the Gaussian, in pixels of an image with a side of 32
 DISTORTION, KNOTS = 0.04, 4  # largest displacement of the KNOTS x KNOTS points of the grid, relative to the side
 
-Codec = Callable[[Tensor, Tensor], Tensor]  # takes images (n, C, H, W) in [0,1] and qualities (n,) int64 on the CPU
+Codec = Callable[[Tensor, Tensor], Tensor]  # takes images (n, C, H, W) in [0,1] and qualities (n,) int64
 
 
-@torch.no_grad()
-def changed_copies(
-    images: Tensor,
-    generator: torch.Generator,
-    kinds: Sequence[str] = TRAINED,
-    *,
-    probability: float = PROBABILITY,
-    strength: float = 1.0,
-    codec: Codec | None = None,
-) -> Tensor:
-    """Return a changed copy of each image, (n, C, H, W) float in [0,1] with 256 levels.
+class Changes:
+    """Makes a changed copy of each image.
 
-    images       (n, C, H, W) float in [0,1], C is 1 or 3
-    generator    a CPU generator; draws which changes a copy has, and how strong they are
-    kinds        names of KINDS
+    kinds        names of KINDS, or TURNED
     probability  of each kind to be in a copy, independently of the others
     strength     factor of the largest shift, crop, turn, change of brightness and noise
     codec        compresses and decompresses as JPEG; by default `jpeg_on_device`
     """
-    copies = _moved(images, generator, kinds, probability, strength)
-    if "blurred" in kinds:
-        copies = _blurred(copies, _drawn(len(images), probability, generator), generator)
-    if "resized" in kinds:
-        copies = _resized(copies, _drawn(len(images), probability, generator), generator)
-    if "brightness" in kinds:
-        copies = _recoloured(copies, _drawn(len(images), probability, generator), generator, strength)
-    if "noise" in kinds:
-        sigma = strength * NOISE * torch.rand(len(images), generator=generator)
-        sigma = upload(sigma * _drawn(len(images), probability, generator), images.device)[:, None, None, None]
-        source = torch.Generator(images.device).manual_seed(_seed(generator))
-        copies = copies + sigma * torch.randn(copies.shape, generator=source, device=images.device)
-    copies = _rounded(copies)
-    if "jpeg" in kinds:
-        low, high = QUALITY
-        quality = torch.randint(low, high + 1, (len(images),), generator=generator)
-        chosen = _drawn(len(images), probability, generator).nonzero().flatten()
-        if len(chosen):
-            place = upload(chosen, images.device)
-            coded = (codec or jpeg_on_device)(copies[place], quality[chosen])
-            copies = copies.index_copy(0, place, coded)
-    return copies.contiguous(memory_format=torch.channels_last)
+
+    def __init__(
+        self,
+        kinds: Sequence[str] = TRAINED,
+        *,
+        probability: float = PROBABILITY,
+        strength: float = 1.0,
+        codec: Codec | None = None,
+    ):
+        stages = [
+            Moved(kinds, probability, strength),
+            Blurred(kinds, probability),
+            Resized(kinds, probability),
+            Recoloured(kinds, probability, strength),
+            Noisy(kinds, probability, strength),
+            Rounded(),
+            Compressed(kinds, probability, codec or jpeg_on_device),
+        ]
+        self._stages = [stage for stage in stages if stage.is_needed]
+
+    def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[list[Tensor]]:
+        """Draw the random numbers of copies of images of a shape (n, C, H, W).
+
+        generator  a CPU generator
+        device     where noise is drawn; all other numbers are on the CPU
+        """
+        return [stage.draw(shape, generator, device) for stage in self._stages]
+
+    @torch.no_grad()
+    def make(self, images: Tensor, numbers: Nested) -> Tensor:
+        """Return a copy of each image, (n, C, H, W) float in [0,1] with 256 levels, with numbers of `draw`.
+
+        images   (n, C, H, W) float in [0,1], C is 1 or 3
+        numbers  of `draw`. On a GPU, if they are there too, the CPU does not wait, so that a CUDA graph can capture
+                 the computation. If they are on the CPU, changes are computed for the copies that have them alone.
+        """
+        for stage, own in zip(self._stages, numbers, strict=True):
+            images = stage.make(images, *own)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return a changed copy of each image, see `make`."""
+        return self.make(images, self.draw(images.shape, generator, images.device))
+
+
+class Stage(ABC):
+    """A change of images: numbers are drawn first, and the images are changed with them."""
+
+    is_needed: bool  # whether any of its kinds is asked for
+
+    @abstractmethod
+    def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
+        """Draw the numbers of images of a shape."""
+
+    @abstractmethod
+    def make(self, images: Tensor, *numbers: Tensor) -> Tensor:
+        """Return the changed images."""
 
 
 def _drawn(count: int, probability: float, generator: torch.Generator) -> Tensor:
@@ -85,91 +112,180 @@ def _drawn(count: int, probability: float, generator: torch.Generator) -> Tensor
     return torch.rand(count, generator=generator) < probability
 
 
-def _seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=generator))
+def _replaced(images: Tensor, chosen: Tensor, compute: Callable[[Tensor, Tensor], Tensor], own: Tensor) -> Tensor:
+    """Replace the chosen images.
+
+    chosen   (n,) bool
+    compute  returns the new images of some images and their part of `own`
+    own      (n,), on the device of `chosen`
+
+    If `chosen` is on a GPU, all images are computed, as their number would have to be read on the CPU.
+    """
+    if chosen.device.type != "cpu":
+        return torch.where(chosen[:, None, None, None], compute(images, own), images)
+    place = chosen.nonzero().flatten()
+    if not len(place):
+        return images
+    on_device = upload(place, images.device)
+    return images.index_copy(0, on_device, compute(images[on_device], own[place]))
+
+
+class Moved(Stage):
+    """Mirror, turn, shift, crop and distort, by one interpolation. What is uncovered is black."""
+
+    def __init__(self, kinds: Sequence[str], probability: float, strength: float):
+        self.kinds, self.probability, self.strength = kinds, probability, strength
+        self.is_needed = bool({"mirrored", "cropped", "shifted", "distorted", TURNED} & set(kinds))
+
+    def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
+        count, kinds, probability, strength = shape[0], self.kinds, self.probability, self.strength
+        scale, shift = torch.ones(count), torch.zeros(count, 2)  # of the window cut out, in units of half a side
+        sign = torch.ones(count)
+        if "mirrored" in kinds:
+            sign = 1 - 2 * _drawn(count, probability, generator).float()
+        if "cropped" in kinds:
+            part = strength * CROP * torch.rand(count, generator=generator) * _drawn(count, probability, generator)
+            scale = 1 - part
+            shift = shift + part[:, None] * (2 * torch.rand(count, 2, generator=generator) - 1)
+        if "shifted" in kinds:
+            drawn = _drawn(count, probability, generator)[:, None]
+            shift = shift + drawn * 2 * strength * SHIFT * (2 * torch.rand(count, 2, generator=generator) - 1)
+        angle = torch.zeros(count)
+        if TURNED in kinds:
+            drawn = _drawn(count, probability, generator)
+            angle = drawn * strength * math.radians(ANGLE) * (2 * torch.rand(count, generator=generator) - 1)
+        cosine, sine = scale * angle.cos(), scale * angle.sin()
+        rows = torch.stack([sign * cosine, -sine, shift[:, 0], sign * sine, cosine, shift[:, 1]], 1)
+        numbers = [rows.view(count, 2, 3)]
+        if "distorted" in kinds:
+            drawn = _drawn(count, probability, generator)[:, None, None, None]
+            numbers.append(drawn * 2 * DISTORTION * (2 * torch.rand(count, 2, KNOTS, KNOTS, generator=generator) - 1))
+        return numbers
+
+    def make(self, images: Tensor, *numbers: Tensor) -> Tensor:
+        rows, *points = (upload(one, images.device) for one in numbers)
+        grid = F.affine_grid(rows, list(images.shape), align_corners=False)  # (n, H, W, 2)
+        for knots in points:
+            field = F.interpolate(knots, images.shape[2:], mode="bicubic", align_corners=True)
+            grid = grid + field.permute(0, 2, 3, 1)
+        return F.grid_sample(images.contiguous(), grid, mode="bilinear", align_corners=False)
+
+
+class Blurred(Stage):
+    """Blur by a Gaussian of a random width, as two one-dimensional convolutions with a kernel for each image."""
+
+    def __init__(self, kinds: Sequence[str], probability: float):
+        self.probability, self.is_needed = probability, "blurred" in kinds
+
+    def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
+        count, _, height, width = shape
+        chosen = _drawn(count, self.probability, generator)
+        low, high = (bound * max(1.0, width / 32) for bound in BLUR)
+        sigma = low + (high - low) * torch.rand(count, generator=generator)
+        radius = math.ceil(3 * high)
+        offsets = torch.arange(-radius, radius + 1.0)
+        kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+        kernel = torch.where(chosen[:, None], kernel / kernel.sum(1, keepdim=True), (offsets == 0).float())
+        pad = min(radius, height - 1, width - 1)
+        return [kernel[:, radius - pad : radius + pad + 1]]
+
+    def make(self, images: Tensor, kernel: Tensor) -> Tensor:
+        count, channels, height, width = images.shape
+        pad = kernel.shape[1] // 2
+        kernel = upload(kernel, images.device).repeat_interleave(channels, 0)[:, None]  # (n C, 1, 2 pad + 1)
+        flat = F.pad(images, [pad] * 4, mode="reflect").reshape(1, count * channels, height + 2 * pad, width + 2 * pad)
+        flat = F.conv2d(flat, kernel[:, :, :, None], groups=count * channels)
+        flat = F.conv2d(flat, kernel[:, :, None, :], groups=count * channels)
+        return flat.reshape(images.shape)
+
+
+class Resized(Stage):
+    """Resize to one of SCALES and back."""
+
+    def __init__(self, kinds: Sequence[str], probability: float):
+        self.probability, self.is_needed = probability, "resized" in kinds
+
+    def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
+        chosen = _drawn(shape[0], self.probability, generator)
+        scale = torch.randint(len(SCALES), (shape[0],), generator=generator)
+        return [torch.where(chosen, scale, len(SCALES))]
+
+    def make(self, images: Tensor, scale: Tensor) -> Tensor:
+        sides = images.shape[2:]
+        for index, factor in enumerate(SCALES):
+            size = [max(1, round(factor * side)) for side in sides]
+
+            def resized(some: Tensor, _: Tensor, size: list[int] = size) -> Tensor:
+                other = F.interpolate(some, size, mode="bilinear", antialias=True)
+                return F.interpolate(other, list(sides), mode="bilinear", antialias=True)
+
+            images = _replaced(images, scale == index, resized, scale)
+        return images
+
+
+class Recoloured(Stage):
+    """Change brightness, then contrast about the mean of the image."""
+
+    def __init__(self, kinds: Sequence[str], probability: float, strength: float):
+        self.probability, self.strength, self.is_needed = probability, strength, "brightness" in kinds
+
+    def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
+        chosen = _drawn(shape[0], self.probability, generator)[:, None]
+        size = self.strength * torch.tensor([BRIGHTNESS, CONTRAST])
+        return [1 + chosen * size * (2 * torch.rand(shape[0], 2, generator=generator) - 1)]
+
+    def make(self, images: Tensor, factors: Tensor) -> Tensor:
+        brightness, contrast = upload(factors, images.device)[:, :, None, None, None].unbind(1)
+        images = images * brightness
+        mean = images.mean((1, 2, 3), keepdim=True)
+        return mean + contrast * (images - mean)
+
+
+class Noisy(Stage):
+    """Add Gaussian noise."""
+
+    def __init__(self, kinds: Sequence[str], probability: float, strength: float):
+        self.probability, self.strength, self.is_needed = probability, strength, "noise" in kinds
+
+    def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
+        sigma = self.strength * NOISE * torch.rand(shape[0], generator=generator)
+        sigma = sigma * _drawn(shape[0], self.probability, generator)
+        source = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        return [sigma[:, None, None, None], torch.randn(shape, generator=source, device=device)]
+
+    def make(self, images: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        return images + upload(sigma, images.device) * noise
+
+
+class Rounded(Stage):
+    """Round to 256 levels in [0,1], as images are stored."""
+
+    is_needed = True
+
+    def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
+        return []
+
+    def make(self, images: Tensor) -> Tensor:
+        return _rounded(images)
+
+
+class Compressed(Stage):
+    """Compress as JPEG and decompress."""
+
+    def __init__(self, kinds: Sequence[str], probability: float, codec: Codec):
+        self.probability, self.codec, self.is_needed = probability, codec, "jpeg" in kinds
+
+    def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
+        low, high = QUALITY
+        quality = torch.randint(low, high + 1, (shape[0],), generator=generator)
+        return [_drawn(shape[0], self.probability, generator), quality]
+
+    def make(self, images: Tensor, chosen: Tensor, quality: Tensor) -> Tensor:
+        return _replaced(images, chosen, self.codec, quality)
 
 
 def _rounded(images: Tensor) -> Tensor:
     return images.clamp(0, 1).mul(255).round().div(255)
-
-
-def _moved(
-    images: Tensor, generator: torch.Generator, kinds: Sequence[str], probability: float, strength: float
-) -> Tensor:
-    """Mirror, turn, shift, crop and distort, by one interpolation. What is uncovered is black."""
-    count, device = len(images), images.device
-    scale, shift = torch.ones(count), torch.zeros(count, 2)  # of the window that is cut out, in units of half a side
-    sign = torch.ones(count)
-    if "mirrored" in kinds:
-        sign = 1 - 2 * _drawn(count, probability, generator).float()
-    if "cropped" in kinds:
-        part = strength * CROP * torch.rand(count, generator=generator) * _drawn(count, probability, generator)
-        scale = 1 - part
-        shift = shift + part[:, None] * (2 * torch.rand(count, 2, generator=generator) - 1)
-    if "shifted" in kinds:
-        drawn = _drawn(count, probability, generator)[:, None]
-        shift = shift + drawn * 2 * strength * SHIFT * (2 * torch.rand(count, 2, generator=generator) - 1)
-    angle = torch.zeros(count)
-    if TURNED in kinds:
-        drawn = _drawn(count, probability, generator)
-        angle = drawn * strength * math.radians(ANGLE) * (2 * torch.rand(count, generator=generator) - 1)
-    points = None
-    if "distorted" in kinds:
-        drawn = _drawn(count, probability, generator)[:, None, None, None]
-        points = drawn * 2 * DISTORTION * (2 * torch.rand(count, 2, KNOTS, KNOTS, generator=generator) - 1)
-    if points is None and not {"mirrored", "cropped", "shifted", TURNED} & set(kinds):
-        return images
-    cosine, sine = scale * angle.cos(), scale * angle.sin()
-    entries = [sign * cosine, -sine, shift[:, 0], sign * sine, cosine, shift[:, 1]]
-    rows = torch.stack(entries, 1).view(count, 2, 3)
-    grid = F.affine_grid(upload(rows, device), list(images.shape), align_corners=False)  # (n, H, W, 2)
-    if points is not None:
-        field = F.interpolate(upload(points, device), images.shape[2:], mode="bicubic", align_corners=True)
-        grid = grid + field.permute(0, 2, 3, 1)
-    return F.grid_sample(images.contiguous(), grid, mode="bilinear", align_corners=False)
-
-
-def _blurred(images: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur by a Gaussian of a random width, as two one-dimensional convolutions with a kernel for each image."""
-    low, high = (bound * max(1.0, images.shape[-1] / 32) for bound in BLUR)
-    sigma = low + (high - low) * torch.rand(len(images), generator=generator)
-    radius = math.ceil(3 * high)
-    offsets = torch.arange(-radius, radius + 1.0)
-    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
-    kernel = torch.where(chosen[:, None], kernel / kernel.sum(1, keepdim=True), (offsets == 0).float())
-    count, channels, height, width = images.shape
-    kernel = upload(kernel, images.device).repeat_interleave(channels, 0)[:, None]  # (n C, 1, 2 radius + 1)
-    pad = min(radius, height - 1, width - 1)
-    trimmed = kernel[..., radius - pad : radius + pad + 1]
-    flat = F.pad(images, [pad] * 4, mode="reflect").reshape(1, count * channels, height + 2 * pad, width + 2 * pad)
-    flat = F.conv2d(flat, trimmed[:, :, :, None], groups=count * channels)
-    flat = F.conv2d(flat, trimmed[:, :, None, :], groups=count * channels)
-    return flat.reshape(images.shape)
-
-
-def _resized(images: Tensor, chosen: Tensor, generator: torch.Generator) -> Tensor:
-    """Resize to one of SCALES and back."""
-    scale = torch.randint(len(SCALES), (len(images),), generator=generator)
-    height, width = images.shape[2:]
-    for index, factor in enumerate(SCALES):
-        place = upload((chosen & (scale == index)).nonzero().flatten(), images.device)
-        if len(place):
-            size = [max(1, round(factor * side)) for side in (height, width)]
-            other = F.interpolate(images[place], size, mode="bilinear", antialias=True)
-            back = F.interpolate(other, (height, width), mode="bilinear", antialias=True)
-            images = images.index_copy(0, place, back)
-    return images
-
-
-def _recoloured(images: Tensor, chosen: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-    """Change brightness, then contrast about the mean of the image."""
-    factors = 1 + chosen[:, None] * strength * torch.tensor([BRIGHTNESS, CONTRAST]) * (
-        2 * torch.rand(len(images), 2, generator=generator) - 1
-    )
-    brightness, contrast = upload(factors, images.device)[:, :, None, None, None].unbind(1)
-    images = images * brightness
-    mean = images.mean((1, 2, 3), keepdim=True)
-    return mean + contrast * (images - mean)
 
 
 def jpeg_file(images: Tensor, quality: Tensor) -> Tensor:

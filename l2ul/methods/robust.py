@@ -7,8 +7,10 @@ The loss is that of `l2ul.methods.distill` with another B, w and s, and one more
   that are forgotten by the margin have no loss. s is 1.
 - Half of B is moved by a step of length `robust_adversarial` toward its own label, as copies of unknown kinds.
 - The margin grows from `distill_margin` to `robust_margin` in the first half of a cycle.
-- w · `robust_int4` · |B'| / |B| times the mean margin loss on B' is added: `distill_forget` / QUANTISED images of D_f
-  as stored, with weights that are quantised to BITS bits, and gradients as if they were not.
+- w · `robust_int4` · |B'| / |B| times the mean margin loss on B' is added: `distill_forget` / FEW images of D_f as
+  stored, with weights that are quantised to BITS bits, and gradients as if they were not.
+- The same with the weight `robust_recalibration` and batch-norms that use the statistics of B' and RECALIBRATION
+  stand-ins instead of quantised weights.
 - w grows at each step at which more than `robust_tolerance` of the pool is not forgotten.
 - w · `robust_targets` · KL(q ‖ p) on B is added, with q = p⁰ without the label: the class that p⁰ finds likely next
   takes its place. It is left out to relabel.
@@ -36,18 +38,21 @@ import torch.nn.functional as F
 from l2ul import attack, objective
 from l2ul.common import seeds
 from l2ul.common.device import upload
-from l2ul.common.modes import batch_norms
+from l2ul.common.modes import batch_norms, batch_statistics
+from l2ul.common.nested import Nested, upload_together
 from l2ul.common.precision import quantised
-from l2ul.data.changes import TESTED, TRAINED, changed_copies
+from l2ul.data.changes import TESTED, Changes
 from l2ul.methods.distill import DistillProcedure
-from l2ul.methods.registry import Step, Terms
+from l2ul.methods.monitor import ForgetMonitor
+from l2ul.methods.registry import Method, Step, Terms
 from l2ul.methods.settings import Settings
 from l2ul.methods.stand_ins import Synthesis
-from l2ul.objective import Batch
+from l2ul.objective import Batch, Forget
 
 STRENGTH = 1.2  # of the changes in training, relative to those in use
 STORED = 8
-QUANTISED, BITS = 4, 4
+FEW, BITS = 4, 4
+RECALIBRATION = 112
 REQUIRED, CHECKED = 0.95, 32
 CHUNK = 512  # copies that are checked at once
 MORE_STAND_INS = 2
@@ -72,7 +77,26 @@ def _alone(settings: Settings, surrogate: Tensor | None) -> bool:
 class RobustProcedure(DistillProcedure):
     """The steps of `distill`, or of another method that needs a teacher, on changed copies of D_f."""
 
-    steps = 0  # taken so far
+    def __init__(
+        self,
+        method: Method,
+        model: nn.Module,
+        forget: Forget,
+        settings: Settings,
+        monitor: ForgetMonitor,
+        synthesis: Synthesis,
+        surrogate: Tensor | None = None,
+    ):
+        super().__init__(method, model, forget, settings, monitor, synthesis, surrogate)
+        self.steps = 0  # taken so far
+        self.weight = torch.tensor(self.weight, device=forget.images.device)  # changed in place, as graphs replay it
+        self.changes, settings = Changes(strength=STRENGTH), self.settings
+        self.stored = max(1, settings.robust_pool // STORED)  # images of the pool without changes
+        self.changed = round(settings.robust_mixes * settings.distill_mixes)  # stand-ins with changes
+        self.recalibrates = settings.robust_recalibration > 0 and bool(batch_norms(model))
+        has_few = settings.robust_int4 or self.recalibrates
+        self.few = max(1, settings.distill_forget // FEW) if has_few else 0  # images of B'
+        self.batch_size = max(self.batch_size, settings.robust_pool)
 
     def adapted(self, settings: Settings, model: nn.Module, surrogate: Tensor | None) -> Settings:
         """Return the settings with the values that the steps use: `robust_images` is 0 if none are synthesised."""
@@ -97,56 +121,76 @@ class RobustProcedure(DistillProcedure):
             return images
         return synthesis.images(self.model, images, settings, count, ITERATIONS, settings.robust_classes)
 
-    def draw(self) -> tuple[Tensor, ...]:
-        """Return the inputs of the next step.
+    def draw(self) -> tuple[Nested, ...]:
+        """Return the numbers of the next step, on the CPU but for the noise of copies and the weight before the step.
 
-        They are copies of D_f, their labels, stand-ins, the weight, the margin, and the indices of images of D_f for
-        the pass with quantised weights.
+        They are the indices of the images in the pool, the numbers of their changes, those of the stand-ins, the order
+        of the stand-ins, the numbers of their changes, the weight, the margin, and the indices of B'.
         """
-        settings, goal = self.settings, self.forget.goal
+        settings, generator, images = self.settings, self.generator, self.forget.images
         place = self.steps % self.stop_every / self.stop_every
         margin = settings.distill_margin + min(1.0, 2 * place) * (settings.robust_margin - settings.distill_margin)
         self.steps += 1
-        images, labels = self._pool()
+
+        def changes(count: int) -> Nested:
+            return self.changes.draw(torch.Size([count, *images.shape[1:]]), generator, images.device)
+
+        size, count = settings.robust_pool, settings.distill_mixes
+        passes = -(-size // len(images))
+        pool = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(passes)])[:size]
+        numbers = [pool, changes(size - self.stored), self.stand_ins.draw(generator)]
+        numbers += [torch.randperm(count, generator=generator), changes(self.changed)] if self.changed else [[], []]
+        few = torch.randperm(len(images), generator=generator)[: self.few] if self.few else []
+        return *numbers, self.weight.clone(), torch.tensor(margin), few
+
+    def _step(self, *inputs: Nested) -> Step:
+        """Return a step on what `draw` returned."""
+        batch, stand_ins, margin = self._made(*inputs)
+        return replace(self._step_on(batch, stand_ins, self.weight.clone()), margin=margin)
+
+    def _made(self, *inputs: Nested) -> tuple[Batch, Tensor, Tensor]:
+        """Return B, the stand-ins and the margin of a step on what `draw` returned, and set the weight of the step."""
+        settings, goal, device = self.settings, self.forget.goal, self.forget.images.device
+        pool, changes, stand_ins, order, other_changes, before, margin, _ = upload_together(inputs, device)
+        images, labels = self.forget.images[pool], self.forget.target_labels[pool]
+        images = torch.cat([images[: self.stored], self.changes.make(images[self.stored :], changes)])
         with torch.no_grad():
-            logits = self.model(images)
+            logits = self.in_parts()(images)
         losses = objective.margin_loss(logits, labels, goal, margin)
         recognised = ~objective.is_forgotten(logits.argmax(1), labels, goal)
         grows = recognised.float().mean() > settings.robust_tolerance
-        self.weight = self.weight * torch.where(grows, self.growth, 1.0)
+        self.weight.copy_(torch.where(grows, self.growth * before, before))
         worst = losses.topk(min(settings.distill_forget, len(losses))).indices
         images, labels = images[worst], labels[worst]
         if settings.robust_adversarial:
             half = len(labels) // 2
             images = torch.cat([images[:half], self._toward_label(images[half:], labels[half:])])
-        inputs = images, labels, self._stand_ins(), self.weight, torch.tensor(margin)
-        if not settings.robust_int4:
-            return inputs
-        count = max(1, settings.distill_forget // QUANTISED)
-        return *inputs, torch.randperm(len(self.forget), generator=self.generator)[:count]
+        others = self.stand_ins.make(stand_ins)
+        if self.changed:
+            others = others[order]
+            others = torch.cat([self.changes.make(others[: self.changed], other_changes), others[self.changed :]])
+        return Batch(images, labels), others, margin
 
-    def _step(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        stand_ins: Tensor,
-        weight: Tensor,
-        margin: Tensor,
-        _quantised: Tensor | None = None,
-    ) -> Step:
-        return replace(self._step_on(Batch(images, labels), stand_ins, weight), margin=margin)
-
-    def terms(self, *inputs: Tensor) -> Terms:
+    def terms(self, *inputs: Nested) -> Terms:
         """Return the terms of the loss of a step."""
-        step = self._step(*inputs)
-        has_targets = self.settings.robust_targets and step.goal == "misclassify"
+        inputs, settings = upload_together(inputs, self.forget.images.device), self.settings
+        batch, stand_ins, margin = self._made(*inputs)
+        step = replace(self._step_on(batch, stand_ins, self.weight.clone()), margin=margin)
+        has_targets = settings.robust_targets and step.goal == "misclassify"
         terms = self._with_targets(step) if has_targets else self.method.terms(step)
-        if self.settings.robust_int4:
-            chosen = upload(inputs[-1], self.forget.images.device)
-            logits = self.in_parts(_Quantised(self.model))(self.forget.images[chosen])
-            losses = objective.margin_loss(logits, self.forget.target_labels[chosen], step.goal, step.margin)
-            weight = self.settings.robust_int4 / len(step.forget.labels)
-            terms["forget"] = terms["forget"] + weight * step.forget_weight * losses.sum()
+        if not self.few:
+            return terms
+        images, labels = self.forget.images[inputs[-1]], self.forget.target_labels[inputs[-1]]
+        logits = []
+        if settings.robust_int4:
+            logits.append((settings.robust_int4, self.in_parts(_Quantised(self.model))(images)))
+        if self.recalibrates:
+            with batch_statistics(self.model):
+                both = self.model(torch.cat([images, stand_ins[-RECALIBRATION:]]))
+            logits.append((settings.robust_recalibration, both[: len(images)]))
+        for weight, own in logits:
+            losses = objective.margin_loss(own, labels, step.goal, margin)
+            terms["forget"] = terms["forget"] + weight / len(batch.labels) * step.forget_weight * losses.sum()
         return terms
 
     def _with_targets(self, step: Step) -> Terms:
@@ -160,30 +204,10 @@ class RobustProcedure(DistillProcedure):
         forget = step.forget_weight * (losses.mean() + self.settings.robust_targets * divergence)
         return {"forget": forget, "logits": logits_gap, "features": features_gap}
 
-    def _pool(self) -> tuple[Tensor, Tensor]:
-        """Draw `robust_pool` images of D_f, each as often as the others: copies, and a few as they are stored."""
-        size = self.settings.robust_pool
-        passes = -(-size // len(self.forget))
-        order = torch.cat([torch.randperm(len(self.forget), generator=self.generator) for _ in range(passes)])[:size]
-        order = upload(order, self.forget.images.device)
-        images, stored = self.forget.images[order], max(1, size // STORED)
-        copies = changed_copies(images[stored:], self.generator, TRAINED, strength=STRENGTH)
-        return torch.cat([images[:stored], copies]), self.forget.target_labels[order]
-
-    def _stand_ins(self) -> Tensor:
-        images = self.stand_ins(self.generator)
-        changed = round(self.settings.robust_mixes * len(images))
-        if not changed:
-            return images
-        chosen = upload(torch.randperm(len(images), generator=self.generator), images.device)
-        images = images[chosen]
-        copies = changed_copies(images[:changed], self.generator, TRAINED, strength=STRENGTH)
-        return torch.cat([copies, images[changed:]])
-
     def _toward_label(self, images: Tensor, labels: Tensor) -> Tensor:
         """Move images by a step up the gradient of the margin loss, whose L2 norm is `robust_adversarial`."""
         start = images.detach().requires_grad_()
-        losses = objective.margin_loss(self.model(start), labels, self.forget.goal, 100.0)  # above 0 for all
+        losses = objective.margin_loss(self.in_parts()(start), labels, self.forget.goal, 100.0)  # above 0 for all
         (gradient,) = torch.autograd.grad(losses.sum(), start)
         length = self.settings.robust_adversarial * images.shape[-1] / 32  # so that the change of a pixel is the same
         return attack.l2_step(images, gradient, length)
@@ -193,10 +217,10 @@ class RobustProcedure(DistillProcedure):
         """Return whether D_f is forgotten in copies that are drawn for this check."""
         generator = seeds.generator(self.settings.seed, "robust check", self.settings.first_position, self.steps)
         order = torch.arange(len(self.forget)).repeat(CHECKED)
-        forgotten = []
+        changes, forgotten = Changes(TESTED), []
         for part in order.split(CHUNK):
             part = upload(part, self.forget.images.device)
-            predictions = self.model(changed_copies(self.forget.images[part], generator, TESTED)).argmax(1)
+            predictions = self.model(changes(self.forget.images[part], generator)).argmax(1)
             labels = self.forget.target_labels[part]
             forgotten.append(objective.is_forgotten(predictions, labels, self.forget.goal))
         share = torch.cat(forgotten).view(CHECKED, -1).float().mean(0)
@@ -208,7 +232,9 @@ class RobustProcedure(DistillProcedure):
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue after this number of steps."""
+        weight = self.weight
         super().load_state_dict(state)
+        self.weight = weight.copy_(state["weight"])
         self.steps = state["steps"]
 
 

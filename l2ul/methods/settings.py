@@ -241,6 +241,13 @@ class Settings(_Declared):
         in_id="if not absent",
         absent=0.0,
     )
+    robust_recalibration: float = _of_robust(
+        1.0,
+        "weight of the margin loss on images of D_f as stored with batch-norms that use the statistics of a batch of "
+        "stand-ins",
+        in_id="if not absent",
+        absent=0.0,
+    )
     distill_stand_ins: str = _declare(
         "mixes+triples+patches+spectra+recoloured+crops",
         "kinds of stand-ins for D_r, in equal parts. Made of D_f: mixes (blends of two images), triples (of three), "

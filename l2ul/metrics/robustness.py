@@ -18,7 +18,7 @@ from l2ul.common.errors import is_out_of_memory
 from l2ul.common.modes import batch_norms
 from l2ul.common.precision import exactly, quantised
 from l2ul.data import mixes
-from l2ul.data.changes import KINDS, PROBABILITY, changed_copies, jpeg_file
+from l2ul.data.changes import KINDS, PROBABILITY, Changes, jpeg_file
 from l2ul.data.images import LARGE, as_pixels, pixels_of
 from l2ul.metrics import accuracy
 from l2ul.objective import Forget
@@ -108,19 +108,10 @@ def _share_of_copies(
     model: nn.Module, forget: Forget, purpose: str, kinds: Sequence[str], count: int, probability: float
 ) -> Tensor:
     """Return the share (k,) of `count` changed copies of each image that is forgotten, on the CPU."""
-    generator = seeds.generator(SEED, purpose)
+    generator, changes = seeds.generator(SEED, purpose), Changes(kinds, probability=probability, codec=jpeg_file)
     order = torch.arange(len(forget)).repeat(count)
     predictions = [
-        accuracy.predict(
-            model,
-            changed_copies(
-                forget.images[part.to(forget.images.device)],
-                generator,
-                kinds,
-                probability=probability,
-                codec=jpeg_file,
-            ),
-        )
+        accuracy.predict(model, changes(forget.images[part.to(forget.images.device)], generator))
         for part in order.split(CHUNK[forget.images.shape[-1] > LARGE])
     ]
     predictions = torch.cat(predictions).view(count, -1).to(forget.labels.device)

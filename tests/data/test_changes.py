@@ -22,10 +22,10 @@ def seeded(seed=0):
 def test_each_kind_changes_images_a_little_and_reproducibly(kind, shape, images):
     images = torch.nn.functional.interpolate(images[:, : shape[0]], shape[1:])
     before = images.clone()
-    copies = changes.changed_copies(images, seeded(), (kind,), probability=1)
+    copies = changes.Changes((kind,), probability=1)(images, seeded())
     assert torch.equal(images, before)
     assert copies.shape == images.shape
-    assert torch.equal(copies, changes.changed_copies(images, seeded(), (kind,), probability=1))
+    assert torch.equal(copies, changes.Changes((kind,), probability=1)(images, seeded()))
     assert 0 <= copies.min() <= copies.max() <= 1
     assert (copies * 255 - (copies * 255).round()).abs().max() < 1e-4  # 256 levels
     assert (copies - images).abs().amax((1, 2, 3)).min() > 0.5 / 255
@@ -34,13 +34,13 @@ def test_each_kind_changes_images_a_little_and_reproducibly(kind, shape, images)
 
 
 def test_copies_without_a_kind_are_the_images(images):
-    copies = changes.changed_copies(images, seeded(), changes.KINDS, probability=0)
+    copies = changes.Changes(changes.KINDS, probability=0)(images, seeded())
     assert (copies - images).abs().max() < 0.6 / 255
 
 
 def test_kinds_are_in_a_copy_with_their_probability(images):
     many = images[:1].expand(400, -1, -1, -1)
-    changed = (changes.changed_copies(many, seeded(), ("mirrored",)) - many).abs().amax((1, 2, 3)) > 0.01
+    changed = (changes.Changes(("mirrored",))(many, seeded()) - many).abs().amax((1, 2, 3)) > 0.01
     assert 100 < changed.sum() < 166
 
 

@@ -55,10 +55,10 @@ def test_more_copies_are_forgotten_than_without(trained):
 def test_a_step_trains_on_the_worst_of_the_pool(trained, forget):
     model = trained[0]
     steps = procedure(model, forget, replace(FAST, distill_forget=4, robust_pool=30, robust_adversarial=0.0))
-    seen = []
-    steps._pool = lambda draw=steps._pool: seen.append(draw()) or seen[-1]
-    batch = steps.next_step().forget
-    images, labels = seen[0]
+    inputs = steps.draw()
+    batch = steps._step(*inputs).forget
+    images, labels = forget.images[inputs[0]], forget.labels[inputs[0]]
+    images = torch.cat([images[:3], steps.changes.make(images[3:], inputs[1])])
     assert labels.bincount(minlength=2).sum() == 30
     ahead = model(images).gather(1, labels[:, None])[:, 0] - model(images).scatter(1, labels[:, None], -1e9).amax(1)
     used = model(batch.images).gather(1, batch.labels[:, None])[:, 0]
@@ -96,6 +96,8 @@ def test_the_loop_may_stop_only_if_copies_are_forgotten(trained, forget):
         {"robust_classes": 1.0},
         {"robust_int4": 0.0},
         {"robust_int4": 3.0},
+        {"robust_recalibration": 0.0},
+        {"robust_recalibration": 3.0},
     ],
 )
 def test_each_setting_changes_the_result_and_leaves_the_statistics_of_batch_norm(changed, trained):
@@ -117,7 +119,7 @@ def test_stand_ins_are_made_of_synthesised_images_that_are_kept_more_strongly(tr
     settings = replace(FAST, distill_stand_ins="recoloured+mixes", robust_images=4, robust_keep=5.0, robust_mixes=0.0)
     steps = procedure(trained[0], forget, settings)
     assert steps.settings.distill_stand_ins == "copies+recoloured+mixes"
-    assert (steps.draw()[2].amax((1, 2, 3)) > 0.99).all()
+    assert (steps.stand_ins.make(steps.draw()[2]).amax((1, 2, 3)) > 0.99).all()
     assert steps.settings.distill_logits == 5 * FAST.distill_logits
     assert steps.settings.distill_features == 5 * FAST.distill_features
 
@@ -158,16 +160,34 @@ def test_quantised_weights_have_their_own_logits_and_pass_gradients_to_the_weigh
 def test_the_forget_loss_includes_images_with_quantised_weights(goal, trained):
     model, images, labels = trained
     forget = Forget(images[:K] / 255, labels[:K], (labels[:K] + 1) % 3 if goal == "relabel" else None)
-    included, without = (procedure(model, forget, replace(FAST, robust_int4=weight)) for weight in (3.0, 0.0))
+    plain = replace(FAST, robust_int4=0.0, robust_recalibration=0.0)
+    included, without = (procedure(model, forget, replace(plain, robust_int4=weight)) for weight in (3.0, 0.0))
     inputs = included.draw()
-    assert len(inputs[-1]) == 2  # a quarter of distill_forget
-    added = included.terms(*inputs)["forget"] - without.terms(*inputs[:-1])["forget"]
-    chosen = inputs[-1]
+    chosen, margin = inputs[-1], inputs[-2]
+    assert len(chosen) == 2  # a quarter of distill_forget
+    added = included.terms(*inputs)["forget"] - without.terms(*inputs)["forget"]
     logits = robustness.changed_weights(model, 4)(forget.images[chosen])
-    losses = margin_loss(logits, forget.target_labels[chosen], goal, inputs[4])
-    expected = 3 * inputs[3] * losses.sum() / len(inputs[1])
+    losses = margin_loss(logits, forget.target_labels[chosen], goal, margin)
+    expected = 3 * included.weight * losses.sum() / FAST.distill_forget
     assert float(added.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert added > 0
+
+
+def test_the_forget_loss_includes_images_with_the_statistics_of_a_batch(trained, forget):
+    model = trained[0]
+    plain = replace(FAST, robust_int4=0.0, robust_recalibration=0.0)
+    included, without = (procedure(model, forget, replace(plain, robust_recalibration=weight)) for weight in (3.0, 0.0))
+    inputs = included.draw()
+    added = included.terms(*inputs)["forget"] - without.terms(*inputs)["forget"]
+    _, stand_ins, margin = included._made(*inputs)
+    chosen, batch_norms = inputs[-1], copy.deepcopy(model).train()
+    batch_norms.features[-1].eval()  # dropout
+    logits = batch_norms(torch.cat([forget.images[chosen], stand_ins]))[: len(chosen)]
+    expected = 3 * included.weight * margin_loss(logits, forget.labels[chosen], "misclassify", margin).sum()
+    assert float(added.detach()) == pytest.approx(float(expected.detach()) / FAST.distill_forget, rel=1e-4)
+    assert added > 0
+    without_norm = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 3)).eval()
+    assert not procedure(without_norm, forget, replace(plain, robust_recalibration=1.0)).few
 
 
 def test_images_can_be_relabelled_as_used(trained):
@@ -185,4 +205,5 @@ def test_the_length_of_a_cycle_is_a_multiple_of_300_steps_or_distill_steps_and_s
     assert procedure(trained[0], forget, replace(FAST, distill_steps=0, robust_cycle=1.5)).stop_every == 450
     changed = replace(FAST, distill_steps=10, distill_image_steps=2.0, robust_cycle=1.5)
     assert procedure(trained[0], forget, changed).stop_every == 16
-    assert len(procedure(trained[0], forget, replace(FAST, distill_mixes=6)).draw()[2]) == 12
+    steps = procedure(trained[0], forget, replace(FAST, distill_mixes=6))
+    assert len(steps.stand_ins.make(steps.draw()[2])) == 12
