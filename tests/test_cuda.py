@@ -209,7 +209,7 @@ def test_scripts_train_unlearn_and_measure(script, run, small, tmp_path):
 
 
 @pytest.mark.usefixtures("fast_metrics")
-@pytest.mark.parametrize("words", [[], ["--method", "adv_imp", "--setting", "unlearn_lr=0.01"]])
+@pytest.mark.parametrize("words", [[], ["--method", "adv_imp", "--setting", "unlearn_lr=0.03", "momentum=0"]])
 def test_a_request_is_carried_out_and_verified(forget, script, tmp_path, words):
     code, report, printed = forget("--device", "cuda", *words)
     assert code == 0, printed

@@ -70,20 +70,6 @@ def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
     }
 
 
-@contextlib.contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Let batch-norms use the statistics of their batch inside the block. The running statistics stay as they are."""
-    norms = list(batch_norms(model).values())
-    modes = [norm.training for norm in norms]
-    for norm in norms:
-        norm.training, norm.track_running_stats = True, False
-    try:
-        yield
-    finally:
-        for norm, mode in zip(norms, modes, strict=True):
-            norm.training, norm.track_running_stats = mode, True
-
-
 def frozen_copy(model: nn.Module) -> nn.Module:
     """Return a copy of the model in eval mode whose parameters require no gradient, to serve as a teacher."""
     return copy.deepcopy(model).eval().requires_grad_(False)

@@ -144,6 +144,7 @@ class Setup:
         used = method.all_settings
         own = setting_values.override(method.settings, self.hyper["method_settings"])
         surrogate = self.surrogate if "teacher" in method.needs else None
+        values = self.hyper | {"k": step[1] if step else k}
         images, normalize = self.images, self.classifier.normalize
         statistics = {
             name: " ".join(f"{value:g}" for value in getattr(normalize, name).flatten().tolist())
@@ -160,7 +161,7 @@ class Setup:
             "seed": seed,
             "continual_step": step[0] if step else None,
             **{
-                name: self.hyper[name] if name in used and setting_values.has_effect(name, self.hyper) else None
+                name: self.hyper[name] if name in used and setting_values.has_effect(name, values) else None
                 for name in SHARED
             },
             **(_of_fixed_length(own) if method.is_fixed_length else _of_own_flags(own)),

@@ -24,8 +24,9 @@ p = softmax(z) and x̃ stand-ins for D_r, a step minimises
   step then needs no backward pass through them, and f_l are the features behind them.
 - The model is in eval mode, so running statistics of batch-norm stay and dropout is off.
 
-Adam follows a learning rate that rises to `distill_lr` and falls to nearly 0 in each cycle. A cycle has 120 steps and
-0.75 for each image of D_f, or `distill_steps`: the more images, the more steps to forget them gently.
+Adam follows a learning rate that rises to `distill_lr` and falls to nearly 0 in each cycle. A cycle has 120 steps, 0.75
+for each image of D_f and `distill_further_steps` for each after the 64th, or `distill_steps`: the more images, the more
+steps to forget them gently.
 The loop stops at the end of a cycle if all of D_f is forgotten, and gives up after `distill_cycles` cycles.
 """
 
@@ -46,7 +47,7 @@ from l2ul.common.nested import Nested, upload_together
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import Procedure
 from l2ul.methods.registry import BUILT_IN, Method, Step, Terms
-from l2ul.methods.settings import Settings, override
+from l2ul.methods.settings import SMALL_SET, Settings, override
 from l2ul.methods.stand_ins import StandIns, Synthesis
 from l2ul.objective import Batch, Forget
 
@@ -241,7 +242,9 @@ class Teacher:
 
 def cycle_length(settings: Settings, k: int) -> int:
     """Return the steps of a cycle for k images."""
-    usual = min(settings.robust_cycle * max(300, 7 * k), LONGEST) if settings.robust else 120 + 0.75 * k
+    further = settings.distill_further_steps * max(0, k - SMALL_SET)
+    usual = settings.robust_cycle * max(300, 7 * k) if settings.robust else 120 + 0.75 * k + further
+    usual = min(usual, LONGEST)
     more = min(settings.distill_image_steps * k, LONGEST)
     return max(1, (settings.distill_steps or round(usual)) + round(more))
 

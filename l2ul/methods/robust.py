@@ -7,10 +7,8 @@ The loss is that of `l2ul.methods.distill` with another B, w and s, and one more
   that are forgotten by the margin have no loss. s is 1.
 - Half of B is moved by a step of length `robust_adversarial` toward its own label, as copies of unknown kinds.
 - The margin grows from `distill_margin` to `robust_margin` in the first half of a cycle.
-- w · `robust_int4` · |B'| / |B| times the mean margin loss on B' is added: `distill_forget` / FEW images of D_f as
-  stored, with weights that are quantised to BITS bits, and gradients as if they were not.
-- The same with the weight `robust_recalibration` and batch-norms that use the statistics of B' and RECALIBRATION
-  stand-ins instead of quantised weights.
+- w · `robust_int4` · |B'| / |B| times the mean margin loss on B' is added: `distill_forget` / QUANTISED images of D_f
+  as stored, with weights that are quantised to BITS bits, and gradients as if they were not.
 - w grows at each step at which more than `robust_tolerance` of the pool is not forgotten.
 - w · `robust_targets` · KL(q ‖ p) on B is added, with q = p⁰ without the label: the class that p⁰ finds likely next
   takes its place. It is left out to relabel.
@@ -38,7 +36,7 @@ import torch.nn.functional as F
 from l2ul import attack, objective
 from l2ul.common import seeds
 from l2ul.common.device import upload
-from l2ul.common.modes import batch_norms, batch_statistics
+from l2ul.common.modes import batch_norms
 from l2ul.common.nested import Nested, upload_together
 from l2ul.common.precision import quantised
 from l2ul.data.changes import TESTED, Changes
@@ -51,8 +49,7 @@ from l2ul.objective import Batch, Forget
 
 STRENGTH = 1.2  # of the changes in training, relative to those in use
 STORED = 8
-FEW, BITS = 4, 4
-RECALIBRATION = 112
+QUANTISED, BITS = 4, 4
 REQUIRED, CHECKED = 0.95, 32
 CHUNK = 512  # copies that are checked at once
 MORE_STAND_INS = 2
@@ -93,9 +90,7 @@ class RobustProcedure(DistillProcedure):
         self.changes, settings = Changes(strength=STRENGTH), self.settings
         self.stored = max(1, settings.robust_pool // STORED)  # images of the pool without changes
         self.changed = round(settings.robust_mixes * settings.distill_mixes)  # stand-ins with changes
-        self.recalibrates = settings.robust_recalibration > 0 and bool(batch_norms(model))
-        has_few = settings.robust_int4 or self.recalibrates
-        self.few = max(1, settings.distill_forget // FEW) if has_few else 0  # images of B'
+        self.quantised = max(1, settings.distill_forget // QUANTISED) if settings.robust_int4 else 0  # images of B'
         self.batch_size = max(self.batch_size, settings.robust_pool)
 
     def adapted(self, settings: Settings, model: nn.Module, surrogate: Tensor | None) -> Settings:
@@ -140,16 +135,11 @@ class RobustProcedure(DistillProcedure):
         pool = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(passes)])[:size]
         numbers = [pool, changes(size - self.stored), self.stand_ins.draw(generator)]
         numbers += [torch.randperm(count, generator=generator), changes(self.changed)] if self.changed else [[], []]
-        few = torch.randperm(len(images), generator=generator)[: self.few] if self.few else []
+        few = torch.randperm(len(images), generator=generator)[: self.quantised] if self.quantised else []
         return *numbers, self.weight.clone(), torch.tensor(margin), few
 
     def _step(self, *inputs: Nested) -> Step:
-        """Return a step on what `draw` returned."""
-        batch, stand_ins, margin = self._made(*inputs)
-        return replace(self._step_on(batch, stand_ins, self.weight.clone()), margin=margin)
-
-    def _made(self, *inputs: Nested) -> tuple[Batch, Tensor, Tensor]:
-        """Return B, the stand-ins and the margin of a step on what `draw` returned, and set the weight of the step."""
+        """Return a step on what `draw` returned, and set the weight."""
         settings, goal, device = self.settings, self.forget.goal, self.forget.images.device
         pool, changes, stand_ins, order, other_changes, before, margin, _ = upload_together(inputs, device)
         images, labels = self.forget.images[pool], self.forget.target_labels[pool]
@@ -169,28 +159,20 @@ class RobustProcedure(DistillProcedure):
         if self.changed:
             others = others[order]
             others = torch.cat([self.changes.make(others[: self.changed], other_changes), others[self.changed :]])
-        return Batch(images, labels), others, margin
+        return replace(self._step_on(Batch(images, labels), others, self.weight.clone()), margin=margin)
 
     def terms(self, *inputs: Nested) -> Terms:
         """Return the terms of the loss of a step."""
         inputs, settings = upload_together(inputs, self.forget.images.device), self.settings
-        batch, stand_ins, margin = self._made(*inputs)
-        step = replace(self._step_on(batch, stand_ins, self.weight.clone()), margin=margin)
+        step = self._step(*inputs)
         has_targets = settings.robust_targets and step.goal == "misclassify"
         terms = self._with_targets(step) if has_targets else self.method.terms(step)
-        if not self.few:
-            return terms
-        images, labels = self.forget.images[inputs[-1]], self.forget.target_labels[inputs[-1]]
-        logits = []
-        if settings.robust_int4:
-            logits.append((settings.robust_int4, self.in_parts(_Quantised(self.model))(images)))
-        if self.recalibrates:
-            with batch_statistics(self.model):
-                both = self.model(torch.cat([images, stand_ins[-RECALIBRATION:]]))
-            logits.append((settings.robust_recalibration, both[: len(images)]))
-        for weight, own in logits:
-            losses = objective.margin_loss(own, labels, step.goal, margin)
-            terms["forget"] = terms["forget"] + weight / len(batch.labels) * step.forget_weight * losses.sum()
+        if self.quantised:
+            chosen = inputs[-1]
+            logits = self.in_parts(_Quantised(self.model))(self.forget.images[chosen])
+            losses = objective.margin_loss(logits, self.forget.target_labels[chosen], step.goal, step.margin)
+            weight = settings.robust_int4 / len(step.forget.labels)
+            terms["forget"] = terms["forget"] + weight * step.forget_weight * losses.sum()
         return terms
 
     def _with_targets(self, step: Step) -> Terms:

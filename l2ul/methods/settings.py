@@ -27,6 +27,7 @@ from l2ul.common.choices import (
 from l2ul.common.errors import InputError
 
 Value = int | float | str
+SMALL_SET = 64  # images of D_f for which distill_further_steps has no effect
 ID_RULES = ("always", "if used", "if changed", "if not absent")
 
 
@@ -48,6 +49,8 @@ class Setting:
               the first records, whose ids must not change, and the last one for a default that was changed.
     absent    value in records without the setting, which were written before it existed; None: the default
     only_with name of a setting without which (at 0) this one has no effect
+    without   names of settings with which (not at 0) this one has no effect
+    more_than number of images of D_f up to which it has no effect
     """
 
     name: str
@@ -63,6 +66,8 @@ class Setting:
     in_id: str = "if used"
     absent: Value | None = None
     only_with: str | None = None
+    without: tuple[str, ...] = ()
+    more_than: int = 0
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -174,7 +179,8 @@ class Settings(_Declared):
     distill_lr: float = _declare(3e-4, "highest learning rate of a cycle of Adam", "teacher", above=0)
     distill_steps: int = _declare(
         0,
-        "steps per cycle; 0: 120 plus 0.75 for each image of D_f, with robust=1 see robust_cycle",
+        "steps per cycle; 0: 120 plus 0.75 for each image of D_f, plus distill_further_steps, with robust=1 see "
+        "robust_cycle",
         "teacher",
     )
     distill_cycles: int = _declare(
@@ -241,13 +247,6 @@ class Settings(_Declared):
         in_id="if not absent",
         absent=0.0,
     )
-    robust_recalibration: float = _of_robust(
-        1.0,
-        "weight of the margin loss on images of D_f as stored with batch-norms that use the statistics of a batch of "
-        "stand-ins",
-        in_id="if not absent",
-        absent=0.0,
-    )
     distill_stand_ins: str = _declare(
         "mixes+triples+patches+spectra+recoloured+crops",
         "kinds of stand-ins for D_r, in equal parts. Made of D_f: mixes (blends of two images), triples (of three), "
@@ -294,6 +293,15 @@ class Settings(_Declared):
     )
     distill_image_steps: float = _declare(
         0.0, "additional steps of a cycle for each image of D_f", "teacher", in_id="if changed"
+    )
+    distill_further_steps: float = _declare(
+        1.5,
+        "additional steps of a cycle for each image of D_f after the 64th, if robust and distill_steps are 0",
+        "teacher",
+        in_id="if not absent",
+        absent=0.0,
+        without=("robust", "distill_steps"),
+        more_than=SMALL_SET,
     )
     loop_precision: str = _declare(
         "full",
@@ -427,9 +435,17 @@ def _number(text: str) -> Value:
 
 
 def has_effect(name: str, values: Mapping[str, object]) -> bool:
-    """Return whether a setting has an effect beside these values of the others. One of a single method always has."""
-    other = SHARED[name].only_with if name in SHARED else None
-    return other is None or bool(values.get(other))
+    """Return whether a setting has an effect beside these values. One of a single method always has.
+
+    values  of the other settings, and the number of images `k`, or `continual_size` in a step of a continual run. A
+            number that is not known counts as large.
+    """
+    if name not in SHARED:
+        return True
+    setting, images = SHARED[name], values.get("continual_size") or values.get("k")
+    if setting.only_with and not values.get(setting.only_with):
+        return False
+    return not any(map(values.get, setting.without)) and (images is None or images > setting.more_than)
 
 
 def is_part_of_id(name: str, value: object) -> bool:

@@ -1,7 +1,7 @@
 """Rows of the tables: one for each method, and one for each other combination of settings it was run with."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from itertools import groupby
 import json
@@ -85,7 +85,7 @@ def _name_rows(block: Block) -> None:
     for name in sorted(users):
         key = records.lookup(name)
         default, absent = key.default_for(block.dataset), key.absent_for(block.dataset)
-        using = [own for record, own in pairs if record["method"] in users[name] and has_effect(name, own)]
+        using = [own for record, own in pairs if _is_used(name, record, own, users)]
         for own in using if absent is not None else ():
             own.setdefault(name, absent)  # older records lack settings that were added later
         block.usual[name] = _most_frequent([own.get(name) for own in using], default)
@@ -93,12 +93,18 @@ def _name_rows(block: Block) -> None:
         record["differs"] = {
             name: own.get(name)
             for name, usual in block.usual.items()
-            if record["method"] in users[name] and has_effect(name, own) and own.get(name) != usual
+            if _is_used(name, record, own, users) and own.get(name) != usual
         }
     _separate_forget_sets(block.records)
     for record in block.records:
         differs = shortened(", ".join(_describe(name, value) for name, value in record["differs"].items()), LONGEST)
         record["row"] = record["method"] + (f" ({differs})" if differs else "")
+
+
+def _is_used(name: str, record: Record, own: Mapping[str, object], users: Mapping[str, Set[str]]) -> bool:
+    """Return whether a setting has an effect on a run; `own` are its settings, `users` the methods that use each."""
+    images = {key: record.get(key) for key in ("k", "continual_size")}
+    return record["method"] in users[name] and has_effect(name, {**own, **images})
 
 
 def _most_frequent(values: list, default: object) -> object:

@@ -96,8 +96,6 @@ def test_the_loop_may_stop_only_if_copies_are_forgotten(trained, forget):
         {"robust_classes": 1.0},
         {"robust_int4": 0.0},
         {"robust_int4": 3.0},
-        {"robust_recalibration": 0.0},
-        {"robust_recalibration": 3.0},
     ],
 )
 def test_each_setting_changes_the_result_and_leaves_the_statistics_of_batch_norm(changed, trained):
@@ -160,8 +158,7 @@ def test_quantised_weights_have_their_own_logits_and_pass_gradients_to_the_weigh
 def test_the_forget_loss_includes_images_with_quantised_weights(goal, trained):
     model, images, labels = trained
     forget = Forget(images[:K] / 255, labels[:K], (labels[:K] + 1) % 3 if goal == "relabel" else None)
-    plain = replace(FAST, robust_int4=0.0, robust_recalibration=0.0)
-    included, without = (procedure(model, forget, replace(plain, robust_int4=weight)) for weight in (3.0, 0.0))
+    included, without = (procedure(model, forget, replace(FAST, robust_int4=weight)) for weight in (3.0, 0.0))
     inputs = included.draw()
     chosen, margin = inputs[-1], inputs[-2]
     assert len(chosen) == 2  # a quarter of distill_forget
@@ -171,23 +168,6 @@ def test_the_forget_loss_includes_images_with_quantised_weights(goal, trained):
     expected = 3 * included.weight * losses.sum() / FAST.distill_forget
     assert float(added.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert added > 0
-
-
-def test_the_forget_loss_includes_images_with_the_statistics_of_a_batch(trained, forget):
-    model = trained[0]
-    plain = replace(FAST, robust_int4=0.0, robust_recalibration=0.0)
-    included, without = (procedure(model, forget, replace(plain, robust_recalibration=weight)) for weight in (3.0, 0.0))
-    inputs = included.draw()
-    added = included.terms(*inputs)["forget"] - without.terms(*inputs)["forget"]
-    _, stand_ins, margin = included._made(*inputs)
-    chosen, batch_norms = inputs[-1], copy.deepcopy(model).train()
-    batch_norms.features[-1].eval()  # dropout
-    logits = batch_norms(torch.cat([forget.images[chosen], stand_ins]))[: len(chosen)]
-    expected = 3 * included.weight * margin_loss(logits, forget.labels[chosen], "misclassify", margin).sum()
-    assert float(added.detach()) == pytest.approx(float(expected.detach()) / FAST.distill_forget, rel=1e-4)
-    assert added > 0
-    without_norm = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 3)).eval()
-    assert not procedure(without_norm, forget, replace(plain, robust_recalibration=1.0)).few
 
 
 def test_images_can_be_relabelled_as_used(trained):

@@ -169,4 +169,14 @@ def test_the_documentation_has_this_table():
 def test_settings_of_copies_have_no_effect_without_robust():
     names = {name for name in SHARED if not has_effect(name, {"robust": 0})}
     assert names == {name for name in SHARED if name.startswith("robust_")}
-    assert all(has_effect(name, {"robust": 1}) for name in SHARED)
+    assert {name for name in SHARED if not has_effect(name, {"robust": 1})} == {"distill_further_steps"}
+
+
+def test_further_steps_have_an_effect_on_large_forget_sets_alone():
+    def affects(**values):
+        return has_effect("distill_further_steps", {"robust": 0, "distill_steps": 0} | values)
+
+    assert [affects(k=k) for k in (1, 64, 65, 256)] == [False, False, True, True]
+    assert not affects(k=256, continual_size=16)
+    assert not affects(k=256, distill_steps=300)
+    assert affects()
