@@ -18,6 +18,7 @@ from l2ul.common import precision
 from l2ul.common.choices import STAND_INS
 from l2ul.common.nested import upload_together
 from l2ul.data import storage
+from l2ul.data.changes import KINDS, Changes
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
 from l2ul.methods import registry, robust
@@ -367,6 +368,16 @@ def test_a_step_as_a_graph_has_as_few_launches_with_every_kind_of_stand_ins(trai
     assert step.synchronisations.total() == 1
     for eager, graphed in zip(*curves, strict=True):
         assert graphed == pytest.approx(eager, **CLOSE)
+
+
+def test_changed_copies_are_those_of_the_cpu():
+    images = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    changes = Changes([kind for kind in KINDS if kind != "noise"], probability=0.5)  # each device has its own noise
+    numbers = changes.draw(images.shape, torch.Generator().manual_seed(1), CUDA)
+    expected = changes.make(images, numbers)
+    for own in (numbers, upload_together(numbers, CUDA)):  # chosen on the CPU, and on the GPU
+        copies = changes.make(images.to(CUDA), own).cpu()
+        assert ((copies - expected).abs() > 1.5 / 255).float().mean() < 0.01  # rounded to 256 levels
 
 
 @counts_kernels
