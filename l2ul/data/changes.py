@@ -27,6 +27,7 @@ TURNED = "turned"  # the kind on which methods train only
 TRAINED = (*TESTED, TURNED)
 KINDS = (*TESTED, *TESTED_ONLY)
 PROBABILITY = 1 / 3  # of each kind to be in a copy
+AT_ONCE = 2**24  # values of pixels that are changed at once, which limits the memory
 
 SHIFT, CROP = 0.15, 0.15  # largest shift, and largest part of a side that a crop removes, relative to the side
 SCALES = (0.625, 0.75, 0.875, 1.25, 1.5, 2.0)  # sides to which images are resized and back, relative to the side
@@ -84,6 +85,15 @@ class Changes:
         numbers  of `draw`. On a GPU, if they are there too, the CPU does not wait, so that a CUDA graph can capture
                  the computation. If they are on the CPU, changes are computed for the copies that have them alone.
         """
+        size = max(1, AT_ONCE // max(1, images[:1].numel()))
+        parts = [[one.split(size) for one in own] for own in numbers]
+        made = [
+            self._make(part, [[one[place] for one in own] for own in parts])
+            for place, part in enumerate(images.split(size))
+        ]
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def _make(self, images: Tensor, numbers: Nested) -> Tensor:
         for stage, own in zip(self._stages, numbers, strict=True):
             images = stage.make(images, *own)
         return images.contiguous(memory_format=torch.channels_last)

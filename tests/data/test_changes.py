@@ -38,6 +38,16 @@ def test_copies_without_a_kind_are_the_images(images):
     assert (copies - images).abs().max() < 0.6 / 255
 
 
+def test_images_are_changed_in_parts_with_the_same_result(images, monkeypatch):
+    make = changes.Changes(changes.KINDS, probability=0.5)
+    whole = make(images, seeded())
+    monkeypatch.setattr(changes, "AT_ONCE", 2 * images[0].numel())
+    sizes, rounded = [], changes.Rounded.make
+    monkeypatch.setattr(changes.Rounded, "make", lambda self, part: sizes.append(len(part)) or rounded(self, part))
+    assert torch.equal(make(images, seeded()), whole)
+    assert sizes == [2, 2, 2]
+
+
 def test_kinds_are_in_a_copy_with_their_probability(images):
     many = images[:1].expand(400, -1, -1, -1)
     changed = (changes.Changes(("mirrored",))(many, seeded()) - many).abs().amax((1, 2, 3)) > 0.01
