@@ -17,11 +17,12 @@ from l2ul import ProgressBar, attack, unlearn
 from l2ul.common import precision as precisions
 from l2ul.common.choices import AUTO, BF16, STOPPED
 from l2ul.common.errors import Diverged, InputError
+from l2ul.common.modes import batch_norms
 from l2ul.data.images import stored
 from l2ul.importance import mas_importance
 from l2ul.methods import registry
 from l2ul.methods.distill import cycle_length
-from l2ul.methods.robust import synthesised_images
+from l2ul.methods.robust import ITERATIONS, synthesised_images
 from l2ul.methods.settings import ATTACK as ATTACK_SETTINGS
 from l2ul.methods.settings import SHARED, Value
 from l2ul.methods.stand_ins import Synthesis
@@ -38,6 +39,7 @@ SEARCH_SHARE = 0.8  # of the time: the search ends then
 FIRST_SHARE = 0.6  # of the time left: the most that one candidate takes while none has forgotten all images
 PROBE_SHARE = 0.08  # of the time: for making the examples on which agreement is measured
 MIN_EXAMPLES, MAX_EXAMPLES = 64, 1024  # of that probe
+PROBE_IMAGES, PROBE_ITERATIONS = (16, 128), 25  # fewest and most images synthesised for it, and iterations of each
 ENOUGH = 0.9  # of the images, forgotten as used: then the search goes on to less damage
 WORTHWHILE = 0.5  # of the images, forgotten as used: fewer count as none, as they cost accuracy and fulfil no request
 ACCEPTABLE = 50.0  # percent of agreement: with less, no image counts as forgotten as used, as the model is too damaged
@@ -418,11 +420,22 @@ def _with_few_images(settings: Settings) -> Settings:
 
 
 def _held_out_probe(unlearner: Unlearner, settings: Settings, budget: TimeBudget, seconds_per_step: float) -> Probe:
-    """Return held-out adversarial examples, as many as PROBE_SHARE of the time allows."""
+    """Return held-out adversarial examples, as many as PROBE_SHARE of the time allows.
+
+    They are made of D_f. With robust=1, copies of D_f are forgotten, and many mixes of D_f with them. So the examples
+    are made of images that are synthesised for this purpose, unless the model has no batch-norm.
+    """
     passes = settings.distill_forget + 1.5 * settings.distill_mixes  # forward and backward, of images per step
     count = int(PROBE_SHARE * budget.left / max(seconds_per_step / passes * agreement.STEPS, 1e-9))
     count = min(MAX_EXAMPLES, max(MIN_EXAMPLES, count))
     images, num_classes = unlearner.forget.images, unlearner.num_classes
+    if settings.robust and batch_norms(unlearner.model):
+        fewest, most = PROBE_IMAGES
+        a_step = SYNTHESIS * ITERATIONS / PROBE_ITERATIONS  # images in the time of a step
+        steps = PROBE_SHARE * budget.left / max(seconds_per_step, 1e-9)
+        other = replace(settings, seed=unlearner.seed + agreement.SEED_OFFSET)
+        size = max(fewest, int(min(most, a_step * steps)))
+        images = unlearner.synthesis.images(unlearner.model, images, other, size, PROBE_ITERATIONS, 0.0)
     with unlearner.show_progress("examples for agreement, PGD steps", count * agreement.STEPS) as advance:
         return agreement.held_out(
             unlearner.model, images, num_classes, count=count, seed=unlearner.seed, progress=advance

@@ -58,10 +58,10 @@ def held_out(
     seed: int,
     progress: Progress | None = None,
 ) -> Probe:
-    """Make a probe of adversarial examples, with random targets, of mixes of D_f that no method trains on.
+    """Make a probe of adversarial examples, with random targets, of mixes of images that no method trains on.
 
     model     the original model
-    images    D_f (k, 3, H, W), uint8 or float in [0,1], on the model's device
+    images    D_f or other images (k, 3, H, W), uint8 or float in [0,1], on the model's device
     count     number of examples
     progress  called with the number of examples times steps (STEPS) done since the last call
 

@@ -375,6 +375,25 @@ def test_no_time_is_planned_for_a_synthesis_that_does_not_take_place(monkeypatch
     assert [(one.robust, one.robust_images) for one in planned] == [(1, 0), (1, first.robust_images)]
 
 
+def test_agreement_is_measured_on_synthesised_images_where_copies_are_forgotten(monkeypatch, trained):
+    model, images, labels = trained
+    forget, made_of, synthesised = Forget(images[:2] / 255, labels[:2]), [], []
+    monkeypatch.setattr(
+        search.Synthesis,
+        "images",
+        lambda self, model, images, settings, count, *how: synthesised.append((settings.seed, count, *how)) or count,
+    )
+    monkeypatch.setattr(search.agreement, "held_out", lambda model, images, *_, **options: made_of.append(images))
+    without_norm = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, CLASSES))
+    for net, robust, seconds_per_step in ((model, 0, 1), (without_norm, 1, 1), (model, 1, 1), (model, 1, 1e4)):
+        unlearner = search.Unlearner(net, forget, forget, "distill", CLASSES, 3, lambda model: model)
+        budget = search.TimeBudget(60, time.perf_counter())
+        search._held_out_probe(unlearner, Settings(robust=robust), budget, seconds_per_step)
+    of_few_steps = int(0.08 * 59.99 * 20)  # 20 images with 25 iterations in the time of a step
+    assert made_of == [forget.images, forget.images, of_few_steps, 16]
+    assert synthesised == [(3 + 7_919, count, 25, 0.0) for count in made_of[2:]]
+
+
 @pytest.mark.parametrize("max_steps", [None, 2])
 def test_a_limit_that_stops_a_run_with_settings_of_the_user_is_stated(max_steps, trained):
     model, images, labels = trained
