@@ -27,6 +27,14 @@ def test_a_batch_of_one_image_that_batch_norm_cannot_use(run, tmp_path):
     assert run(*net, "--method", "neggrad", "--unlearn-k", 1, "--bn", "eval")[0] == 0
 
 
+def test_a_reference_model_with_several_weights_is_refused_without_advice_for_others(run, tmp_path):
+    state = load_file(ROOT / "data" / "weights" / "digits_resnet20.safetensors")
+    torch.save({"state_dict": state, "ema": {name: 2 * one for name, one in state.items()}}, tmp_path / "two.pt")
+    code, _, err = run("--retrained", tmp_path / "two.pt", "--evaluate", "retrained", "--method", "neggrad")
+    assert (code, "several weights that fit: state_dict, ema; give files with one set of weights" in err) == (2, True)
+    assert "--weights-key" not in err
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_in_a_folder_is_one_sentence(script, tmp_path, workers):
     write_folder(tmp_path / "insects", size=(80, 64))

@@ -14,6 +14,7 @@ from l2ul import attack, models
 from l2ul.cli import options, push
 from l2ul.cli.unlearn_options import PROGRAM
 from l2ul.common import distributed, precision
+from l2ul.common.advice import fitting
 from l2ul.common.cache import GIB, PREFIX, Cache
 from l2ul.common.choices import AUTO, BF16, FULL
 from l2ul.common.device import device_name
@@ -363,7 +364,11 @@ def _load_reference_models(opts: argparse.Namespace, setup: Setup, device: torch
         if path.is_dir():  # of a Hugging Face model
             model = models.load_saved(path, setup.classifier)
         else:
-            model = models.load(opts.model, setup.images.num_classes, path, opts.mean, opts.std)
+            try:
+                model = models.load(opts.model, setup.images.num_classes, path, opts.mean, opts.std)
+            except InputError as error:  # --weights-key is that of --checkpoint
+                instead = "give files with one set of weights as --retrained and --references"
+                raise InputError(fitting(str(error), ("--checkpoint", "--weights-key"), instead)) from None
             model.outputs = setup.classifier.outputs
         preflight.check_trained_on(setup.images, model.metadata, str(path))
         # a file of a main_pretrain script that names no excluded images was trained on all of them
@@ -380,7 +385,7 @@ def _read_folder(opts: argparse.Namespace, setup: Setup) -> tuple[Split, Tensor]
     """Return the images of --forget-dir with the classes of their folders, and the model's predictions for them."""
     reader = options.image_reader(opts)
     split = forget_set.read_folder(opts.forget_dir, setup.images, reader)
-    for note in reader.examine(split.images.files):
+    for note in reader.examine(split.images.files, split.images.short_side):
         print(f"{opts.forget_dir}: {note}")
     return split, accuracy.predict(
         setup.classifier, split.images, batch_size=opts.test_batch_size, workers=opts.workers

@@ -207,7 +207,9 @@ def _image_folder(name: str, folder: Path, size: int | None, *, reader: ImageRea
         Split(FolderImages(some, size, size if stays else None, reader=reader, **reading), _labels(part, classes))
         for some, part in zip(files, (train, test), strict=True)
     ]
-    notes = [f"{part.root}: {note}" for part in (train, test) for note in _notes(part, reader)]
+    notes = [
+        f"{part.root}: {note}" for part in (train, test) for note in _notes(part, reader, splits[0].images.short_side)
+    ]
     settings = ({} if stays else {"image_size": size}) | reader.settings
     return Images(name, len(classes), classes, *splits, settings=settings, notes=tuple(notes))
 
@@ -228,9 +230,9 @@ def _read_image_folder(folder: Path) -> torchvision_datasets.ImageFolder:
     return part
 
 
-def _notes(part: torchvision_datasets.ImageFolder, reader: ImageReader) -> list[str]:
+def _notes(part: torchvision_datasets.ImageFolder, reader: ImageReader, short_side: int) -> list[str]:
     """Return sentences about images that other software may read differently, and images that are not read."""
-    notes = reader.examine([file for file, _ in part.samples])
+    notes = reader.examine([file for file, _ in part.samples], short_side)
     other = [
         file
         for label in part.classes

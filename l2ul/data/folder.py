@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from l2ul import ProgressBar
 from l2ul.common.choices import PREFETCH
 from l2ul.common.errors import InputError, first_line
+from l2ul.common.image_sizes import TooLarge, check_resize
 from l2ul.data.image_files import ImageFile, ImageReader, UnreadableImage, read_bytes, unreadable, version
 from l2ul.data.storage import DecodedImages
 
@@ -135,8 +136,16 @@ class FolderImages(Dataset):
         if isinstance(index, Tensor) and index.ndim:
             return torch.stack([self[i] for i in index.tolist()])
         try:
-            return self.transform(self.reader.read(self.files[index]))
+            image = self.reader.read(self.files[index])
         except UnreadableImage as error:
+            raise unreadable(self.files[index], error) from None
+        self._check_size(index, *image.size)
+        return self.transform(image)
+
+    def _check_size(self, index: int | Tensor, width: int, height: int) -> None:
+        try:
+            check_resize(width, height, self.short_side)
+        except TooLarge as error:
             raise unreadable(self.files[index], error) from None
 
     def loader(
@@ -183,6 +192,8 @@ class FolderImages(Dataset):
             if encoded:
                 images, refused = _decode_batch(_separate(*batch), device)
                 self.refused.update(str(self.files[indices[position]]) for position in refused)
+                for index, image in zip(indices, images, strict=True):
+                    self._check_size(index, image.shape[2], image.shape[1])
                 yield torch.stack([self.resize(image.to(device)) for image in images])
             else:
                 yield batch.to(device, non_blocking=device.type == "cuda")

@@ -32,6 +32,7 @@ from PIL import Image
 
 from l2ul.common.choices import EXIF_ORIENTATIONS, MAX_IMAGE_PIXELS
 from l2ul.common.errors import InputError, first_line
+from l2ul.common.image_sizes import TooLarge, check_resize
 from l2ul.common.installation import import_package
 from l2ul.common.text import first_three
 
@@ -167,21 +168,24 @@ class ImageReader:
             is_turned = self.exif_orientation == "obey" and _orientation(image) in UPRIGHT
             return image.format != "JPEG" or image.mode not in ("RGB", "L") or is_turned
 
-    def examine(self, files: Sequence[ImageFile]) -> list[str]:
+    def examine(self, files: Sequence[ImageFile], short_side: int | None = None) -> list[str]:
         """Return the sentences of `notes` about image files, from their headers.
+
+        short_side  length to which the short side of the images is resized; None: they are not resized
 
         Of more than EXAMINED files, as many are examined, evenly spread. Of images with more than 8 bits a channel, at
         most MEASURED are decoded. Files that cannot be read are left to `read`, except that InputError is raised for
-        images with too many pixels or with grey levels outside the range.
+        images with too many pixels, also after they are resized, or with grey levels outside the range.
         """
         properties: list[tuple[str, ImageProperties]] = []
         deep = []
         for file in _spread(files, EXAMINED):
             try:
                 with self._open(file) as image:
+                    check_resize(*image.size, short_side)
                     orientation = 1 if _is_turned_by_pillow(image) else _orientation(image)
                     is_deep = _has_deep_channels(image)
-            except TooManyPixels as error:
+            except (TooManyPixels, TooLarge) as error:
                 raise unreadable(file, error) from None
             except UnreadableImage:
                 continue
@@ -277,7 +281,7 @@ class ImageReader:
             raise TooManyPixels(
                 f"{count} pixels, above the limit of {self.max_pixels}: raise it with --max-image-pixels {count}"
             ) from None
-        except (UnreadableImage, MemoryError):
+        except (UnreadableImage, TooLarge, MemoryError):
             raise
         except Exception as error:  # the decoders raise many types
             if getattr(error, "errno", None):

@@ -48,7 +48,7 @@ def load(
     """
     reader = reader or ImageReader()
     files, notes = _files(Path(data_dir))
-    notes += tuple(f"UTKFace: {note}" for note in reader.examine(files))
+    notes += tuple(f"UTKFace: {note}" for note in reader.examine(files, image_size))
     parts = split_files([file.name for file in files], split_seed)
     labels = torch.tensor([age_class(_age(file.name), grouping) for file in files])
     images = FolderImages([str(file) for file in files], image_size, image_size, reader=reader)

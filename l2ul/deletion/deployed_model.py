@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from l2ul import models
 from l2ul.common.errors import InputError, is_out_of_memory
 from l2ul.common.files import file_sha256, tensors_sha256
+from l2ul.common.image_sizes import checked
 from l2ul.common.text import read_text
 from l2ul.data.images import as_pixels
 from l2ul.deletion.report_schema import REPORT, OpenedBy, WrittenModelHashes, read_report
@@ -437,7 +438,7 @@ def _without_resizing(loaded: Classifier) -> Classifier:
 def _central_square(size: int | None) -> Callable[[Image], Tensor]:
     """Return a function from an RGB image to the pixels of its central square, or of all of it for None."""
     steps = [v2.Resize(size), v2.CenterCrop(size)] if size else []
-    return v2.Compose([*steps, v2.PILToTensor()])
+    return checked(v2.Compose([*steps, v2.PILToTensor()]), size)
 
 
 def _in_channels(to_pixels: Callable[[Image], Tensor], classifier: Classifier) -> Callable[[Image], Tensor]:

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from l2ul.common import precision
+from l2ul.common.advice import FLAG, fitting
 from l2ul.common.choices import Number, did_you_mean
 from l2ul.common.device import plain_defaults
 from l2ul.common.errors import InputError
+from l2ul.common.image_sizes import TooLarge
 from l2ul.common.progress import progress_bar
 from l2ul.data.image_files import ImageReader, UnreadableImage, unreadable
 from l2ul.deletion import checks, plausibility, search, states
@@ -367,7 +369,8 @@ class _PixelReader:
             if self.resize and pixels.dtype != torch.uint8:
                 raise InputError(f"{what} has float pixels; the processor takes 8-bit images: pass uint8")
             names = [f"image {index} of {what}" for index in range(len(pixels))]
-            pixels = torch.stack([self.resize(one) for one in pixels]) if self.resize else pixels
+            if self.resize:
+                pixels = torch.stack([self._resized(one, name) for one, name in zip(pixels, names, strict=True)])
         elif isinstance(images, list | tuple) and all(isinstance(one, Image.Image | str | Path) for one in images):
             if not images:
                 raise InputError(f"{what} contains no image; pass at least one")
@@ -406,7 +409,13 @@ class _PixelReader:
         if image.mode.startswith(("I", "F")):
             raise InputError(f"{name} has more than 8 bits (mode {image.mode}); pass its file name, or convert it")
         image = image.convert("RGB" if self.channels == 3 else "L")
-        return self.resize(image) if self.resize else transforms.pil_to_tensor(image)
+        return self._resized(image, name) if self.resize else transforms.pil_to_tensor(image)
+
+    def _resized(self, image: Image.Image | Tensor, name: str) -> Tensor:
+        try:
+            return self.resize(image)
+        except TooLarge as error:
+            raise InputError(f"{name} has {error}") from None
 
 
 def _channels(count: int) -> str:
@@ -563,8 +572,8 @@ def _arguments_in_messages() -> Iterator[None]:
 def in_python(sentence: str) -> str:
     """Return a sentence for users of the scripts as one for callers of `forget`.
 
-    `--min-known 0` becomes `min_known=0`, `--mean 0.1 0.2 0.3` becomes `mean=(0.1, 0.2, 0.3)`. Flags without an
-    argument of that name are left out with the parentheses around them.
+    `--min-known 0` becomes `min_known=0`, `--mean 0.1 0.2 0.3` becomes `mean=(0.1, 0.2, 0.3)`, `--setting robust=0`
+    becomes `robust=0`. Advice that names a flag without an argument of that name is left out.
     """
     sentence = re.sub(r" \((?:--(?:image-size|model|class-order|class-names)(?:, )?)+\)", "", sentence)
     own_module = "build this into a module of your own and give it as --build"
@@ -572,6 +581,11 @@ def in_python(sentence: str) -> str:
     sentence = sentence.replace("name the labels by folders", "pass labels")
     sentence = sentence.replace("or use --device cpu", "or move the model to the CPU")
     sentence = sentence.replace("--single-label", "single_label=True")
+    sentence = re.sub(r"--setting (\w+)=([a-z]\w*)", r'\1="\2"', sentence).replace("--setting ", "")
+    sentence = re.sub(r"uv run --extra \S+(?: …)?, or ", "", sentence)
+    sentence = sentence.replace("--surrogate with a folder of other images", "surrogate with other images")
+    arguments = {f"--{name.replace('_', '-')}" for name in inspect.signature(forget).parameters}
+    sentence = fitting(sentence, set(FLAG.findall(sentence)) - arguments)
 
     def argument(match: re.Match[str]) -> str:
         name, values = match[1].replace("-", "_"), match[2].split()

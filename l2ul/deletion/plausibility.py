@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from l2ul import models
 from l2ul.common.errors import InputError, is_out_of_memory
+from l2ul.common.image_sizes import TooLarge, check_resize
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.request import Request, class_indices, logits, order_classes
 from l2ul.models import outputs, zoo
@@ -262,6 +263,7 @@ def _alternatives(model: DeployedModel, images: Tensor) -> Iterator[tuple[int, A
     sizes = sorted(
         {side * 2, side // 2, *SIZES} - {side, 0}, key=lambda size: (size not in (2 * side, side // 2), size)
     )
+    sizes = [size for size in sizes if _can_resize(images, size)]
     resizings = [(*nothing, lambda images: images)]
     resizings += [(f"images of {size} pixels", f"--image-size {size}", _resize(size)) for size in sizes]
     groups = [list(enumerate(group)) for group in (nets, normalisations, changes, resizings)]
@@ -281,6 +283,14 @@ def _computation(classifier: Classifier, net: nn.Module, normalize: nn.Module, c
     other = Classifier(classifier.name, classifier.num_classes, net, nn.Sequential(normalize))
     other.outputs = classifier.outputs
     return lambda images: logits(other, resize(change(images)))
+
+
+def _can_resize(images: Tensor, size: int) -> bool:
+    try:
+        check_resize(images.shape[3], images.shape[2], size)
+    except TooLarge:
+        return False
+    return True
 
 
 def _resize(size: int) -> Callable[[Tensor], Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from l2ul.common.choices import EXIF_ORIENTATIONS
 from l2ul.common.errors import InputError, first_line
 from l2ul.common.files import file_sha256
+from l2ul.common.image_sizes import TooLarge
 from l2ul.common.text import is_number, normal_form, read_text, require_utf8_name
 from l2ul.data.image_files import ImageReader, UnreadableImage
 from l2ul.data.images import Split, pixels_of
@@ -381,12 +382,12 @@ def read_images(
     for file, label in listed.items():
         try:
             image, about = reader.read_with_properties(folder / file)
-        except UnreadableImage as error:
+            small = to_pixels(image)
+        except (UnreadableImage, TooLarge) as error:
             unreadable.append(UnreadableFile(file, str(error)))
             continue
         properties.append((file, about))
         files.append(ImageFile(file, file_sha256(folder / file), _sha256(image), *labels.get(file, (label, None))))
-        small = to_pixels(image)
         if len(files) == 1:
             pixels = torch.empty(len(listed), *small.shape, dtype=small.dtype)
         if small.shape == pixels.shape[1:]:

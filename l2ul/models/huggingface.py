@@ -14,6 +14,7 @@ from torchvision.transforms import InterpolationMode
 
 from l2ul.common.errors import InputError, first_line, is_out_of_memory
 from l2ul.common.files import other_files
+from l2ul.common.image_sizes import checked
 from l2ul.models.classifier import Normalize, check_weights, statistics
 from l2ul.models.preprocessing import CenterCrop, Resize, agree, smooth_image
 
@@ -74,7 +75,8 @@ def resize_and_crop(processor) -> Callable[[Image | Tensor], Tensor]:
         pixels = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
         return pixels.round().clamp(0, 255).to(torch.uint8)
 
-    return pixels_of
+    size, _ = _resize_and_crop_sizes(processor)
+    return checked(pixels_of, size if isinstance(size, int) else None)
 
 
 def build(name: str, num_classes: int) -> tuple[nn.Module, nn.Module]:
@@ -162,8 +164,8 @@ def _check_folder(folder: Path) -> None:
     for file, library in OTHER_LIBRARIES.items():
         if (folder / file).exists():
             raise InputError(
-                f"{folder} is a model folder of {library} ({file}); expected one of transformers, or give a function "
-                f"that builds the classifier as --build and its weights as --checkpoint"
+                f"{folder} is a model folder of {library} ({file}); expected one of transformers; main_forget.py "
+                f"also takes a function that builds the classifier and a file of its weights"
             )
 
 
@@ -254,11 +256,7 @@ def processor_layers(processor, name: str, channels: int = 3) -> nn.Sequential:
     Raises InputError if the processor does more.
     """
     layers: list[nn.Module] = []
-    size = _sides(processor, "size") if getattr(processor, "do_resize", False) else None
-    crop = _sides(processor, "crop_size") if getattr(processor, "do_center_crop", False) else None
-    part = getattr(processor, "crop_pct", None)
-    if part and isinstance(size, int):  # the convention of ConvNeXt: small sizes are cropped from a larger image
-        size, crop = (int(size / part), [size, size]) if size < 384 else ([size, size], None)
+    size, crop = _resize_and_crop_sizes(processor)
     if size is not None:
         layers.append(Resize(size, INTERPOLATION.get(processor.resample, InterpolationMode.BILINEAR)))
     if crop is not None:
@@ -275,6 +273,16 @@ def processor_layers(processor, name: str, channels: int = 3) -> nn.Sequential:
     preprocess = nn.Sequential(*layers)
     _check_layers(name, processor, preprocess, channels)
     return preprocess
+
+
+def _resize_and_crop_sizes(processor) -> tuple[list[int] | int | None, list[int] | int | None]:
+    """Return to what a processor resizes and crops: [height, width], the length of the short side, or None."""
+    size = _sides(processor, "size") if getattr(processor, "do_resize", False) else None
+    crop = _sides(processor, "crop_size") if getattr(processor, "do_center_crop", False) else None
+    part = getattr(processor, "crop_pct", None)
+    if part and isinstance(size, int):  # the convention of ConvNeXt: small sizes are cropped from a larger image
+        size, crop = (int(size / part), [size, size]) if size < 384 else ([size, size], None)
+    return size, crop
 
 
 def _check_layers(name: str, processor, preprocess: nn.Sequential, channels: int) -> None:

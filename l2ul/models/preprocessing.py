@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 import torchvision.transforms.v2.functional as transforms
 
+from l2ul.common.image_sizes import check_resize
+
 LEVELS = 4  # of 255 by which layers may differ from transforms, which round to 8 bits after each pass of a resize
 
 
@@ -22,6 +24,8 @@ class Resize(nn.Module):
         return f"{self.size}, {self.interpolation.value}"
 
     def forward(self, pixels: Tensor) -> Tensor:
+        if isinstance(self.size, int):
+            check_resize(pixels.shape[3], pixels.shape[2], self.size)
         resized = transforms.resize(pixels, self.size, self.interpolation, antialias=True)
         return resized.clamp(0, 1)  # bicubic interpolation overshoots; the 8-bit pixels of a transform cannot
 

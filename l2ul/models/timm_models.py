@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from l2ul.common.errors import InputError, first_line, is_out_of_memory
 from l2ul.common.files import other_files
+from l2ul.common.image_sizes import checked
 from l2ul.common.installation import require
 from l2ul.common.modes import eval_mode
 from l2ul.common.text import read_text
@@ -288,11 +289,10 @@ def data_layers(name: str, net: nn.Module) -> tuple[list[nn.Module], tuple[float
     Raises InputError if layers cannot express timm's transform, or if the network does not classify its images.
     """
     config = _data_config(net)
-    (channels, *size), part = config["input_size"], config["crop_pct"]
+    channels, size, scaled = _sizes(config)
     if channels not in (1, 3):
         raise InputError(f"{name} takes images of {channels} channels; expected 1 (grey) or 3 (colour)")
-    scaled = [math.floor(side / part) for side in size]
-    resize = Resize(scaled if config["crop_mode"] == "squash" else scaled[0], INTERPOLATION[config["interpolation"]])
+    resize = Resize(scaled, INTERPOLATION[config["interpolation"]])
     statistics = [tuple(config[key]) for key in ("mean", "std")]
     preprocess = nn.Sequential(resize, CenterCrop(size), Normalize(*statistics))
     pixels = smooth_image(channels, 80, 64)
@@ -305,6 +305,13 @@ def data_layers(name: str, net: nn.Module) -> tuple[list[nn.Module], tuple[float
         )
     _check_logits(name, net, preprocess(pixels[None] / 255))
     return list(preprocess[:-1]), *statistics
+
+
+def _sizes(config: dict) -> tuple[int, list[int], list[int] | int]:
+    """Return channels, [height, width] of the crop, and the size before it: [height, width], or the short side."""
+    (channels, *size), part = config["input_size"], config["crop_pct"]
+    scaled = [math.floor(side / part) for side in size]
+    return channels, size, scaled if config["crop_mode"] == "squash" else scaled[0]
 
 
 def _data_config(net: nn.Module) -> dict:
@@ -332,7 +339,9 @@ def _check_logits(name: str, net: nn.Module, inputs: Tensor) -> None:
 
 def transform(net: nn.Module) -> Callable[[Image], Tensor]:
     """Return timm's resize and crop as a function from images to uint8 pixels (C, H, W)."""
-    return _timm().data.create_transform(**_data_config(net), normalize=False)
+    config = _data_config(net)
+    _, _, size = _sizes(config)
+    return checked(_timm().data.create_transform(**config, normalize=False), size if isinstance(size, int) else None)
 
 
 def class_names(name: str, net: nn.Module) -> list[str]:

@@ -1,12 +1,15 @@
 """torchvision's classification networks, with torchvision's pretrained weights or those of a file."""
 
+from collections.abc import Callable
 from urllib.error import URLError
 
+from PIL.Image import Image
 from torch import Tensor, nn
 import torchvision
 from torchvision.transforms import v2
 
 from l2ul.common.errors import InputError
+from l2ul.common.image_sizes import checked
 
 PREFIX = "torchvision:"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
@@ -67,8 +70,9 @@ def pretrained_weights(name: str, choice: str | None = None) -> torchvision.mode
     return weights[choice] if choice else next(iter(weights))
 
 
-def transform(name: str, choice: str | None = None) -> v2.Compose:
+def transform(name: str, choice: str | None = None) -> Callable[[Image], Tensor]:
     """Return the transform from RGB images to uint8 pixels (3, H, W) that belongs to the pretrained weights."""
     preset = pretrained_weights(name, choice).transforms()
     resize = v2.Resize(preset.resize_size, preset.interpolation, antialias=preset.antialias)
-    return v2.Compose([resize, v2.CenterCrop(preset.crop_size), v2.PILToTensor()])
+    short_side = preset.resize_size[0] if len(preset.resize_size) == 1 else None
+    return checked(v2.Compose([resize, v2.CenterCrop(preset.crop_size), v2.PILToTensor()]), short_side)

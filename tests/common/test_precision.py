@@ -381,7 +381,7 @@ def test_the_user_decides_the_precision_of_the_search(trained, monkeypatch, bf16
     result = l2ul.forget(model, images[:2], labels[:2], mean=(0, 0, 0), std=(1, 1, 1), loop_precision="full", **named)
     assert (bf16_is_faster, result.settings["loop_precision"]) == ([], "full")
     monkeypatch.setattr(precision, "has_bf16", lambda: False)
-    with pytest.raises(InputError, match=r"bf16 needs a CUDA GPU.*use setting loop_precision=full"):
+    with pytest.raises(InputError, match=r"bf16 needs a CUDA GPU.*use loop_precision=\"full\""):
         l2ul.forget(model, images[:2], labels[:2], mean=(0, 0, 0), std=(1, 1, 1), loop_precision="bf16", **named)
 
 

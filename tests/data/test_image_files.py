@@ -1,5 +1,7 @@
 """One reader of image files: the same pixels in every script, EXIF orientation, deep images, limits, names."""
 
+import json
+import shutil
 import sys
 
 from helpers import write_folder, write_image
@@ -8,17 +10,18 @@ from PIL import Image, ImageOps
 import pytest
 import torch
 from torchvision.datasets.folder import pil_loader
+from torchvision.transforms import InterpolationMode
 
 from l2ul.cli import unlearn_options
 from l2ul.cli.options import image_reader, load_data
 from l2ul.common import text
 from l2ul.common.errors import InputError
-from l2ul.data import datasets, forget_set, image_files, utkface
+from l2ul.data import datasets, folder, forget_set, image_files, utkface
 from l2ul.data.folder import FolderImages
 from l2ul.data.image_files import ImageReader, UnreadableImage
-from l2ul.deletion import deployed_model, options, request
+from l2ul.deletion import deployed_model, forget, options, request
 from l2ul.metrics import preflight
-from l2ul.models import checkpoint
+from l2ul.models import checkpoint, huggingface, preprocessing, timm_models, zoo
 from l2ul.training import pretrain
 import main_unlearn
 
@@ -190,6 +193,56 @@ def test_images_above_the_limit_are_refused_with_the_flag_that_raises_it(tmp_pat
         request.read_images(tmp_path / "set" / "train", deployed_model._central_square(None), reader=small)
     assert Image.MAX_IMAGE_PIXELS == image_files.MAX_IMAGE_PIXELS  # as before
     assert ImageReader(max_pixels=2400).read(file).size == (60, 40)
+
+
+NARROW = r"1 x 60000 pixels, which resizing the short side to 64 enlarges to 245,760,000, above the limit of 89,478,485"
+
+
+def test_images_that_would_be_too_large_after_resizing_are_refused(tmp_path, monkeypatch):
+    def resize(*arguments, **options):
+        raise AssertionError("the image was resized")
+
+    write_folder(tmp_path / "set")
+    path = write_image(tmp_path / "set" / "val" / "ant" / "narrow.png", (1, 60000))
+    whole = write_image(tmp_path / "wide" / "wide.png", (1200, 40))
+    assert FolderImages([str(whole)], 56)[0].shape == (3, 56, 56)
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    monkeypatch.setattr(torch.nn.functional, "interpolate", resize)
+    sentence = f"cannot read the image .*narrow.png .{NARROW}: crop it.; replace or remove it"
+    with pytest.raises(InputError, match=sentence):
+        datasets.load("set", tmp_path, image_size=56)
+    with pytest.raises(InputError, match=sentence):
+        FolderImages([str(path)], 56)[0]
+    monkeypatch.setattr(folder, "_decode_batch", lambda batch, device: ([torch.zeros(3, 60000, 1)], []))  # by nvJPEG
+    decoded = FolderImages([str(path)], 56, decoder="gpu").loader([torch.tensor([0])], CPU)
+    with pytest.raises(InputError, match=sentence):
+        next(decoded)
+    path.rename(whole)
+    with pytest.raises(InputError, match=f"1 of 1 files .*wide.png: {NARROW}: crop it.; repair"):
+        request.read_images(whole.parent, deployed_model._central_square(64))
+    with pytest.raises(InputError, match=NARROW):
+        preprocessing.Resize(64, InterpolationMode.BILINEAR)(torch.zeros(1, 3, 60000, 1))
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm", "transformers"])
+def test_the_transforms_of_other_libraries_enlarge_no_narrow_image(library, vit_folder, tmp_path):
+    if library == "transformers":
+        shutil.copytree(vit_folder, tmp_path / "vit")
+        config = json.loads((vit_folder / "preprocessor_config.json").read_text())
+        config |= {"size": {"shortest_edge": 64}, "do_center_crop": True, "crop_size": {"height": 48, "width": 48}}
+        config["image_processor_type"] = "CLIPImageProcessor"
+        (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(config))
+        transform = huggingface.transform(f"hf:{tmp_path / 'vit'}")
+        assert transform(Image.new("RGB", (80, 70))).shape == (3, 48, 48)
+    elif library == "timm":
+        transform = timm_models.transform(pytest.importorskip("timm").create_model("resnet18"))
+    else:
+        transform = zoo.transform("torchvision:resnet18")
+    with pytest.raises(InputError, match="60000 x 1 pixels, which resizing the short side to"):
+        transform(Image.new("RGB", (60000, 1)))
+    for images in ([Image.new("RGB", (60000, 1))], torch.full((1, 3, 1, 60000), 9, dtype=torch.uint8)):
+        with pytest.raises(InputError, match="image 0 of images has 60000 x 1 pixels, which resizing"):
+            forget._PixelReader(3, transform).read(images, "images")
 
 
 def test_heic_names_the_package_that_reads_it(tmp_path, monkeypatch):

@@ -446,6 +446,12 @@ def test_messages_of_the_scripts_name_arguments():
         ("size (--image-size), order (--class-order, --class-names)", "size, order"),
         ("or add --single-label if", "or add single_label=True if"),
         ("(--mean, --std; --std 0.1 0.1 0.1 for", "(mean, std; std=(0.1, 0.1, 0.1) for"),
+        ("a: 9 pixels, above 3: raise it with --max-image-pixels 9; leave it", "a: 9 pixels, above 3; leave it"),
+        ("grey: give white as --white-level, or convert the file", "grey: convert the file"),
+        ("use --setting loop_precision=full", 'use loop_precision="full"'),
+        ("use --minutes 3 or more, or --setting robust=0 to", "use minutes=3 or more, or robust=0 to"),
+        ("--surrogate with a folder of other images", "surrogate with other images"),
+        ("install it (uv run --extra timm …, or pip install timm)", "install it (pip install timm)"),
     ):
         assert in_python(sentence) == expected
 

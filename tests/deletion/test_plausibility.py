@@ -9,7 +9,9 @@ from torch import nn
 import torch.nn.functional as F
 
 from l2ul import models
+from l2ul.deletion import plausibility
 from l2ul.deletion.request import order_classes
+from l2ul.models.classifier import Classifier, Normalize
 
 COUNT = 12  # classes, so that their order as text is not their order as numbers
 
@@ -165,3 +167,15 @@ def test_orders_of_class_names():
     long = ["2", "1", "9" * 5000]  # a text, as Python reads no such number
     assert order_classes(long, "numeric") == long
     assert order_classes(["cat", "ant"], "numeric") == ["cat", "ant"]
+
+
+def test_alternatives_enlarge_no_narrow_image():
+    classifier = Classifier("x", CLASSES, tiny_net(), nn.Sequential(Normalize([0.0] * 3, [1.0] * 3)))
+    model = SimpleNamespace(classifier=classifier, opened_by={"model": "build"})
+
+    def sizes(height):
+        found = plausibility._alternatives(model, torch.zeros(1, 3, height, 8, dtype=torch.uint8))
+        return [words for _, one in found for words in one.words if words.startswith("images of")]
+
+    assert "images of 224 pixels" in sizes(8)
+    assert "images of 224 pixels" not in sizes(80000)
