@@ -24,6 +24,7 @@ from l2ul.deletion import options
 PROGRAM = "main_forget.py"
 NOT_FORGOTTEN = 3  # exit code
 LESS_MEMORY = "forget fewer images per request, or use --device cpu"
+LESS_MEMORY_TO_VERIFY = "give fewer folders of --images at once, or use --device cpu"
 PASSED = {True: "ok", False: "FAILED", None: "?"}
 
 
@@ -233,6 +234,7 @@ def make_unlearner(args: argparse.Namespace, model, request, settings, precision
     )
 
 
+@exit_codes.clean_exit(PROGRAM, exit_codes.NOTHING_WRITTEN, less_memory=LESS_MEMORY_TO_VERIFY)
 def verify(args: argparse.Namespace) -> int:
     """Check a report, its model and its images; return the exit code."""
     from l2ul.common import device as devices
@@ -240,25 +242,30 @@ def verify(args: argparse.Namespace) -> int:
     from l2ul.deletion import signature
     from l2ul.deletion import verify as verification
 
-    repeated = recorded_request(args) if args.again else None
+    with advising_to_repeat():
+        repeated = recorded_request(args) if args.again else None
     if repeated:
         args.device, args.threads = args.device or repeated.device, args.threads or repeated.threads
+        repeated.max_image_pixels = max(args.max_image_pixels, repeated.max_image_pixels)
     device = devices.choose_device(args.device, args.no_cuda, args.threads)
     precision.use(device, "fp32")
     key = signature.public_key(args.public_key) if args.public_key else None
     repository = push.open_repository(args)
     model = Path(args.model) if args.model else None
-    results = verification.verify(
-        args.verify,
-        model=model,
-        build=args.build,
-        image_folders=args.images or (),
-        key=key,
-        device=device,
-        max_pixels=args.max_image_pixels,
-    )
+    remedy = "give the images of the requests as --images, and the model in use as --model"
+    with options.advising(options.OF_VERIFY, remedy):
+        results = verification.verify(
+            args.verify,
+            model=model,
+            build=args.build,
+            image_folders=args.images or (),
+            key=key,
+            device=device,
+            max_pixels=args.max_image_pixels,
+        )
     if repeated:
-        results += repeat(repeated, args.verify, device)
+        with advising_to_repeat():
+            results += repeat(repeated, args.verify, device)
     for check in results:
         print(one_line(f"{PASSED[check.passed]:6} {check.name}: {check.finding}"))
     failed = [check.name for check in results if check.passed is False]
@@ -283,6 +290,12 @@ def recorded_request(args: argparse.Namespace) -> argparse.Namespace:
     )
 
 
+def advising_to_repeat():
+    """Return a context manager: in messages, only advice that holds for --verify --again."""
+    remedy = "to repeat the request, restore its files, or name its images with --images and its model with --original"
+    return options.advising(options.OF_AGAIN, remedy)
+
+
 def repeat(args: argparse.Namespace, path: Path, device) -> list:
     """Carry out the request of a report again and return the checks of its result. Nothing is written."""
     from l2ul.common import precision
@@ -294,7 +307,8 @@ def repeat(args: argparse.Namespace, path: Path, device) -> list:
 
     report = read_report(path)
     try:
-        model, chain = open_original(args)
+        with advising_to_repeat():
+            model, chain = open_original(args)
     except InputError as error:
         if not Path(args.checkpoint or args.model or "").exists():
             raise

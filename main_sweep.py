@@ -21,7 +21,7 @@ from l2ul.sweeps import options, slurm
 PROGRAM = options.PROGRAM
 
 
-@exit_codes.clean_exit(PROGRAM, exit_codes.CONTINUES)
+@exit_codes.clean_exit(PROGRAM, exit_codes.CONTINUES, larger_batches=exit_codes.LARGER_BATCHES)
 def main() -> None:
     sweep = options.parse(description=__doc__)
     if sweep.opts.slurm:

@@ -22,7 +22,7 @@ from l2ul.cli import exit_codes, unlearn_options
 PROGRAM = unlearn_options.PROGRAM
 
 
-@exit_codes.clean_exit(PROGRAM, exit_codes.CONTINUES, shared=True)
+@exit_codes.clean_exit(PROGRAM, exit_codes.CONTINUES, shared=True, larger_batches=exit_codes.LARGER_BATCHES)
 def main() -> None:
     opts = unlearn_options.parse(description=__doc__)
     run(opts)  # imports torch: after parsing, so that --help answers at once

@@ -26,6 +26,9 @@ from l2ul.common.text import one_line
 
 _sigterm_received = threading.Event()
 CONTINUES = "finished runs are kept; the same command continues"  # of commands that carry out runs
+LARGER_BATCHES = (
+    "choose a --batch-size that leaves no batch of one image, or unlearn with --bn eval"  # with these flags
+)
 NOTHING_WRITTEN = "nothing was written; the same command starts again"
 
 
@@ -35,16 +38,21 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def clean_exit(
-    program: str, after_stop: str, shared: bool = False, less_memory: str = "use smaller batches"
+    program: str,
+    after_stop: str,
+    shared: bool = False,
+    less_memory: str = "use smaller batches",
+    larger_batches: str = "choose a --batch-size that leaves no batch of one image",
 ) -> Iterator[None]:
     """Turn errors that a user can act on into one sentence and an exit code. Other errors keep their traceback.
 
-    program      name of the script, which begins the sentence
-    after_stop   what is kept after Ctrl-C or SIGTERM, and how to continue
-    shared       whether torchrun may start the script in several processes. The script then calls
-                 `distributed.process_group()` after it has parsed its command line. Only the first process to end
-                 prints its sentence; torchrun ends the others
-    less_memory  what to do when memory runs out, with flags that the script has
+    program         name of the script, which begins the sentence
+    after_stop      what is kept after Ctrl-C or SIGTERM, and how to continue
+    shared          whether torchrun may start the script in several processes. The script then calls
+                    `distributed.process_group()` after it has parsed its command line. Only the first process to end
+                    prints its sentence; torchrun ends the others
+    less_memory     what to do when memory runs out, with flags that the script has
+    larger_batches  what to do when batch-norm cannot train on a batch of one image, likewise
     """
     with shown_text(), sigterm_as_exception():
         try:
@@ -67,8 +75,7 @@ def clean_exit(
             _exit(
                 2,
                 f"{program}: batch-norm in train mode needs more than one value per channel, which a batch of one "
-                f"image does not give this model; choose a --batch-size that leaves no batch of one image, or unlearn "
-                f"with --bn eval",
+                f"image does not give this model; {larger_batches}",
             )
         except (MemoryError, RuntimeError, OSError) as error:
             if is_out_of_memory(error):

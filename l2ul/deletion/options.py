@@ -1,7 +1,8 @@
 """The command line of `main_forget.py`. This module does not import torch, so that `--help` is quick."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import datetime
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from l2ul.cli import options, push
 from l2ul.cli.options import Parser
 from l2ul.cli.parser import finite_float, nonnegative_int, positive_float, positive_int, setting
+from l2ul.common.advice import fitting
 from l2ul.common.choices import CHANGES, CLASS_ORDERS, InvalidValue, Number
 from l2ul.common.errors import InputError
 from l2ul.deletion.report_schema import is_date
@@ -57,19 +59,28 @@ NOT_REPEATED = {
     *("request_id", "controller", "requested_on", "inventory", "no_thumbnails", "sign", "push", "push_public"),
     *("verify", "public_key", "again", "original", "device", "no_cuda", "threads"),
 }
+# Flags that --verify takes, and those of them that say how --again carries out the request.
+OF_VERIFY = {
+    *("verify", "images", "model", "build", "public_key", "again", "original", "push", "push_public"),
+    *("max_image_pixels", "device", "no_cuda", "threads"),
+}
+OF_AGAIN = OF_VERIFY - {"model", "public_key", "push", "push_public"}
 REPEATED_BESIDES = ("--output", "--min-known", "--setting", "--minutes", "--max-steps", "--device", "--threads")
 
 
 def parse(program: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of a command line, by default of this process. Raise InputError if they contradict."""
-    args = parser(program).parse_args(arguments)
+    parsed = parser(program)
+    args = parsed.parse_args(arguments)
     if args.verify:
-        if args.dry_run:
-            raise InputError("--dry-run is for requests; leave it out with --verify")
+        given = (action for action in parsed.flags if getattr(args, action.dest) != action.default)
+        other = next((action.option_strings[0] for action in given if action.dest not in OF_VERIFY), None)
+        if other:
+            raise InputError(f"{other} is for requests; leave it out with --verify")
         if args.original and not args.again:
             raise InputError("--original is for --again; leave it out, or add --again")
         return args
-    for flag, value in (("--again", args.again), ("--original", args.original)):
+    for flag, value in (("--again", args.again), ("--original", args.original), ("--public-key", args.public_key)):
         if value:
             raise InputError(f"{flag} is for --verify; leave it out, or give the report as --verify REPORT")
     if not (args.images and args.output):
@@ -136,6 +147,20 @@ def parse_again(
     elif original:
         args.model = str(original)
     return args
+
+
+@contextlib.contextmanager
+def advising(flags: set[str], instead: str) -> Iterator[None]:
+    """Leave out of InputErrors inside the block the advice that names other flags of the script.
+
+    flags    names of the values of flags that are taken, such as OF_VERIFY
+    instead  the advice in its place
+    """
+    foreign = {action.option_strings[0] for action in parser("").flags if action.dest not in flags}
+    try:
+        yield
+    except InputError as error:
+        raise InputError(fitting(str(error), foreign, instead)) from None
 
 
 def _is_number(word: str) -> bool:

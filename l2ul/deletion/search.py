@@ -316,11 +316,13 @@ def choose_settings(method: str, chosen: Sequence[tuple[str, str]], seed: int) -
     fixed = registry.parse_settings(chosen, [method])
     for name in fixed.keys() & ATTACK_SETTINGS.keys():
         raise InputError(f"setting {name} cannot be changed here: deletion requests use a fixed attack; leave it out")
+    if fixed.get("bn", "eval") != "eval":
+        raise InputError("setting bn is train, but deletion requests leave the statistics of batch-norm; leave it out")
     loop = {name: value for name, value in fixed.items() if name in SHARED}
     own = {name: value for name, value in fixed.items() if name not in SHARED}
     loop = {"robust": int("robust" in registry.get(method).all_settings)} | loop
     fixed = {name: value for name, value in fixed.items() if name not in FREE}
-    return Settings(bn="eval", seed=seed, **loop, method_settings=own), fixed
+    return Settings(**{"bn": "eval"} | loop, seed=seed, method_settings=own), fixed
 
 
 def choose_precision(settings: Settings, is_chosen: bool, model: nn.Module, images: Tensor) -> tuple[Settings, str]:

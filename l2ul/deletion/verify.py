@@ -102,6 +102,9 @@ def verify(
         checks += check_predictions(report, outputs)
         predictions = [(image, int(each.argmax())) for image, each in outputs]
         checks += check_images(requirements([*earlier, report]), predictions)
+        unreadable = [f"{file.file}: {file.why}" for folder in images for file in folder.unreadable]
+        if unreadable:
+            checks.append(Check("files that cannot be read", None, f"{len(unreadable)} ({first_three(unreadable)})"))
     return checks
 
 

@@ -227,7 +227,7 @@ def predictions(path: Path, names: Container[str] | None = None) -> dict[str, np
             chosen = [name for name in kept if names is None or name in names]
             return {name: kept[name].astype(np.int64).ravel() for name in chosen}
     except (OSError, ValueError, zipfile.BadZipFile, *DAMAGED) as error:
-        raise InputError(f"{path} is damaged ({error}); repeat its run with --rerun") from None
+        raise InputError(f"{path} is damaged ({error}); repeat its run with main_unlearn.py --rerun") from None
 
 
 def curve(path: Path) -> pd.DataFrame:
@@ -244,7 +244,7 @@ def curve(path: Path) -> pd.DataFrame:
         reason = error.strerror if isinstance(error, OSError) else "it is not a table"
         raise InputError(f"the curve {path} cannot be read: {reason}") from None
     if "step" not in table:
-        raise InputError(f"the curve {path} has no column step; repeat its run with --rerun")
+        raise InputError(f"the curve {path} has no column step; repeat its run with main_unlearn.py --rerun")
     table = table.where(np.isfinite(table))
     return table[table["step"].between(1, 2**53)].reset_index(drop=True)
 

@@ -22,6 +22,7 @@ import torch
 from l2ul import attack, models
 from l2ul.common import device as devices
 from l2ul.common import precision as precisions
+from l2ul.common.advice import fitting
 from l2ul.common.choices import HUB_OPTIONS
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
@@ -41,6 +42,10 @@ MOST_METHODS = 4  # in figures 3 to 5, unless methods are named
 SHOWN_IMAGES, SHOWN_EXAMPLES = 4, 3  # of figure 2
 DOWNLOADED = "could not be downloaded"  # in messages of `models.load`
 LONGEST = 160  # bytes of the beginning of a file name
+FLAGS_OF_RUNS = {  # which decide how data and models are read, in messages of code that other scripts use too
+    *("--image-size", "--image-column", "--label-column", "--train-split", "--test-split", "--weights-key"),
+    *("--mean", "--std", "--exif-orientation", "--white-level", "--max-image-pixels"),
+}
 DATA_KEYS = ("image_size", "age_grouping", "split_seed", *HUB_OPTIONS)  # keys of a record to load its data set with
 
 
@@ -122,13 +127,25 @@ def load_images(run: Record, data_dir: Path, download: bool = False) -> Images:
     """
     chosen = {key: run[key] for key in DATA_KEYS if run.get(key) is not None}
     reader = ImageReader(**{key: run[key] for key in ImageReader().options if run.get(key) is not None})
-    images = datasets.load(run["dataset"], data_dir, download=download, progress=progress_bar, reader=reader, **chosen)
+    with _advice():
+        images = datasets.load(
+            run["dataset"], data_dir, download=download, progress=progress_bar, reader=reader, **chosen
+        )
     if run.get("num_train") not in (None, len(images.train)):
         raise InputError(
             f"{run['dataset']} has {len(images.train)} training images, but the records are of a training set of "
             f"{run['num_train']}; name the folder of that one with --data-dir"
         )
     return images.with_channels(len((run.get("mean") or "R G B").split()))
+
+
+@contextlib.contextmanager
+def _advice() -> Iterator[None]:
+    """Leave out of InputErrors inside the block the advice that names flags which main_tables.py does not have."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(fitting(str(error), FLAGS_OF_RUNS)) from None
 
 
 def stem(block: rows.Block, number: int) -> str:
@@ -172,10 +189,11 @@ class Subject:
     def reading(self) -> Iterator[None]:
         """Load models inside the block. Their names come from records, so nothing is downloaded without permission."""
         if self.options.download:
-            yield
+            with _advice():
+                yield
             return
         try:
-            with offline(), contextlib.redirect_stdout(io.StringIO()):  # torch.hub prints that it downloads
+            with _advice(), offline(), contextlib.redirect_stdout(io.StringIO()):  # torch.hub prints that it downloads
                 yield
         except InputError as error:
             allow = "; add --download to allow it" if DOWNLOADED in str(error) else ""

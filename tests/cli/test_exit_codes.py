@@ -47,6 +47,14 @@ def test_an_error_that_a_user_can_act_on_is_one_sentence(capsys, error, code, se
     assert capsys.readouterr() == ("", sentence)
 
 
+def test_the_advice_for_batches_of_one_image_names_only_flags_of_the_script(capsys):
+    error = ValueError("Expected more than 1 value per channel when training, got input size [1, 3]")
+    for options, has_bn in (({}, False), ({"larger_batches": exit_codes.LARGER_BATCHES}, True)):
+        assert ending(error, **options) == 2
+        sentence = capsys.readouterr().err
+        assert ("--batch-size" in sentence, "--bn eval" in sentence) == (True, has_bn)
+
+
 def test_no_name_reaches_the_terminal_as_a_command(capsys):
     with exit_codes.clean_exit("script.py", ""):
         print("a\x1b[31m\udcff\u2028b\tc\nd")

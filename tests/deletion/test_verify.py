@@ -134,6 +134,43 @@ def test_a_damaged_model_fails(requested, script, tmp_path):
     assert "FAILED weights: cannot be read" in out
 
 
+def test_verify_advises_only_what_it_takes(forget, script, tiny, tmp_path):
+    save_images(tmp_path / "others", tiny[1][20:30])
+    settings = ["robust=0", "distill_steps=16", "distill_mixes=16", "distill_lr=0.02"]
+    code, _, printed = forget("--surrogate", tmp_path / "others", "--setting", *settings)
+    assert code == 0, printed
+    words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", *BUILT]
+    remedy = (
+        "; to repeat the request, restore its files, or name its images with --images and its model with --original"
+    )
+    for change in (
+        lambda: (tmp_path / "others").rename(tmp_path / "elsewhere"),
+        lambda: (tmp_path / "in" / "0.png").write_text("damaged"),
+        lambda: (tmp_path / "tiny.pth").unlink(),
+    ):
+        change()
+        code, _, err = script(main_forget.main, *words, "--again")
+        assert (code, remedy in err) == (2, True), err
+        assert not {"--skip-bad", "--checkpoint", "--image-size"} & set(re.findall(r"--[a-z-]+", err))
+    code, out, _ = script(main_forget.main, *words)
+    assert (code, "?      files that cannot be read: 1 (0.png: no image of a known format)" in out) == (3, True)
+    for given in (["--skip-bad"], ["--minutes", 3], ["--dry-run"]):
+        code, _, err = script(main_forget.main, *words, *given)
+        assert (code, f"{given[0]} is for requests; leave it out with --verify" in err) == (2, True)
+    code, _, err = script(main_forget.main, "--public-key", "key.pem")
+    assert (code, "--public-key is for --verify" in err) == (2, True)
+
+
+def test_a_request_with_another_method_is_repeated(forget, script, tmp_path):
+    _, report, printed = forget("--method", "adv", "--setting", "unlearn_lr=0.01", "max_passes=20", "bn=eval")
+    assert report["chosen"]["bn"] == "eval", printed
+    words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", *BUILT]
+    _, out, err = script(main_forget.main, *words, "--again")
+    assert "ok     weights again" in out, err
+    code, _, printed = forget("--method", "adv", "--setting", "bn=train", output="other")
+    assert (code, "setting bn is train, but deletion requests leave" in printed) == (2, True)
+
+
 def places(value, way=()):
     """Yield the paths of keys to all values of a report."""
     yield way

@@ -516,3 +516,12 @@ def test_a_size_beyond_any_training_set_is_drawn(tmp_path):
         (tmp_path / "runs" / f"{place}.json").write_text(json.dumps(record | {"k": k, "acc_forget": 0.0}))
     made = draw([tmp_path], tmp_path, [1])
     assert pd.read_csv(made[2], dtype=str)["k"].dropna().tolist() == ["16", "9223372036854775808"]
+
+
+def test_messages_about_data_advise_no_flag_of_other_scripts(tmp_path, monkeypatch):
+    def load(*arguments, **options):
+        raise InputError("the splits differ; name other splits with --train-split, or save it with equal features")
+
+    monkeypatch.setattr(figure_set.datasets, "load", load)
+    with pytest.raises(InputError, match="^the splits differ; save it with equal features$"):
+        figure_set.load_images({"dataset": "pets"}, tmp_path)
