@@ -62,6 +62,10 @@ def clean_exit(
         except InputError as error:
             # an error from a worker of a data loader has a traceback before its message
             _exit(2, f"{program}: {str(error).rpartition('l2ul.common.errors.InputError: ')[2].strip()}")
+        except SystemExit as end:
+            if isinstance(end.code, str):  # which Python prints, and exits with 1
+                _exit(1, end.code)
+            raise
         except Diverged as error:
             _exit(1, f"{program}: {error}")
         except KeyboardInterrupt as stop:

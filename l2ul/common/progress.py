@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from l2ul.common.text import one_line
+
 FIRST_LINE = 10.0  # seconds of work before the first line
 LONGEST_PAUSE = 300.0  # seconds between two lines, at most
 
@@ -29,6 +31,7 @@ def progress_bar(description: str, total: int | None = None) -> Iterator[Callabl
     """
     from l2ul.common import distributed  # imports torch
 
+    description = one_line(description)
     if not distributed.is_first():
         yield lambda count=1, note="", limit=None: None
         return
@@ -38,7 +41,7 @@ def progress_bar(description: str, total: int | None = None) -> Iterator[Callabl
             return
 
         def advance(count: int = 1, note: str = "", limit: int | None = None) -> None:
-            bar.set_postfix_str(f"at most {limit:,}, {note}" if limit else note, refresh=False)
+            bar.set_postfix_str(one_line(f"at most {limit:,}, {note}" if limit else note), refresh=False)
             if bar.n:
                 bar.update(count)
             elif count:
@@ -66,7 +69,8 @@ class ProgressLines:
         if self._rate_start is None and count:
             self._rate_start = now, self.done
         if now >= self._next_line and self.done != self.total:
-            print(f"{time.strftime('%H:%M:%S')}  {self.line(now, note, limit)}", file=sys.stderr, flush=True)
+            line = one_line(f"{time.strftime('%H:%M:%S')}  {self.line(now, note, limit)}")
+            print(line, file=sys.stderr, flush=True)
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
             self._next_line = now + self._pause
 

@@ -61,6 +61,24 @@ def test_no_name_reaches_the_terminal_as_a_command(capsys):
     assert capsys.readouterr().out == "a\ufffd[31m\ufffd\ufffdb\tc\nd\n"
 
 
+def test_no_name_reaches_standard_error_as_a_command(capsys):
+    with exit_codes.clean_exit("script.py", ""):
+        print("a\x1b[31m\u202eb\tc\nd", file=sys.stderr)
+    assert capsys.readouterr().err == "a\ufffd[31m\ufffdb\tc\nd\n"
+    with pytest.raises(SystemExit) as stop, exit_codes.clean_exit("script.py", ""):
+        raise SystemExit("script.py: f\x1b[2J failed")
+    assert (stop.value.code, capsys.readouterr().err) == (1, "script.py: f [2J failed\n")
+
+
+@pytest.mark.parametrize("code", ["raise KeyError(name)", "raise LookupError(name)", "raise SystemExit(name)"])
+def test_no_name_in_a_traceback_reaches_the_terminal_as_a_command(code):
+    code = f"from l2ul.cli import exit_codes\nname = 'e\x1b[2J'\nwith exit_codes.clean_exit('', ''): {code}"
+    made = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert made.returncode == 1
+    assert b"[2J" in made.stderr
+    assert b"\x1b" not in made.stderr
+
+
 def test_an_encoding_without_a_character_ends_no_script():
     code = "from l2ul.cli import exit_codes\nwith exit_codes.clean_exit('', ''): print('± → x')"
     made = subprocess.run(

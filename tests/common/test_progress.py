@@ -1,9 +1,13 @@
 """Progress lines in a log file: when they appear and what they say."""
 
+import io
 import re
+import sys
 
 import pytest
+from tqdm import tqdm
 
+from l2ul.cli.output import ShownText
 from l2ul.common import progress
 from l2ul.common.progress import format_duration, format_rate, progress_bar
 
@@ -38,6 +42,43 @@ def test_pauses_double_until_they_reach_five_minutes(clock, capsys):
             advance()
             moments += [second] * len(lines(capsys))
     assert moments == [10, 30, 70, 150, 310, 610, 910, 1210]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_names_on_progress_lines_and_bars_hold_no_control_characters(clock, capsys, monkeypatch):
+    with progress_bar("read a\x1b[31m.png", 10) as advance:
+        clock[0] = 11.0
+        advance(1, "b\n\x9b2J")
+    (line,) = lines(capsys)
+    assert line.startswith("read a [31m.png: 1 / 10 (10 %), b  2J")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress_bar("read a\x1b[31m.png", 10) as advance:
+        advance(1, "b\x1b[2J")
+        advance(1, "c\u202e")
+    assert "read a [31m.png" in sys.stderr.getvalue()
+    assert not re.search("[\x1b\x9b\u202e]", sys.stderr.getvalue())
+
+
+def test_bars_move_the_cursor_but_names_do_not():
+    terminal = Terminal()
+    stream = ShownText(terminal, bars=True)
+    with tqdm(desc="a", total=3, file=stream) as bar, tqdm(desc="b\x1b[A\rc", total=2, file=stream, position=1):
+        bar.update()
+    shown = terminal.getvalue()
+    assert "\x1b[A" in shown
+    assert "\rb\ufffd[A\ufffdc" in shown
+    for text in ("\rname\r", "a\x1b[A", "\x1b[A\x1b[31m", "\n\x1b[31m"):
+        assert not re.search("\x1b|.\r", _written(text))
+
+
+def _written(text):
+    stream = ShownText(io.StringIO(), bars=True)
+    stream.write(text)
+    return stream.stream.getvalue()
 
 
 def test_short_work_shows_no_line(clock, capsys):
