@@ -341,8 +341,11 @@ def run_line(record: dict[str, object]) -> str:
     parts += [f"step {record['continual_step']}"] if record["continual_step"] else []
     is_unchanged = record["status"] == "done" and not record["steps"]  # method `before`
     ending = "not changed" if is_unchanged else ENDINGS[record["status"]].format(steps=record["steps"])
-    # with robust=1, changed copies decide, and D_f as stored may be forgotten before them
-    parts += [ending.replace("forgotten", "forgotten as used") if record.get("robust") else ending]
+    if record.get("robust") and record["status"] == "forgotten":  # which the run checks in changed copies alone
+        ending += ", at least 95 % also in changed copies"
+    elif record.get("robust"):  # D_f as stored may be forgotten before changed copies are
+        ending = ending.replace("forgotten", "forgotten as used")
+    parts += [ending]
     parts += [f"{name} {record[key]:.2f}" for key, name in ACCURACIES.items() if record.get(key) is not None]
     seconds = sum(value for key, value in record.items() if key.startswith("seconds_") and value)
     return "  ".join([*parts, f"{seconds:.1f} s"])

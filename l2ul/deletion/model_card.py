@@ -2,9 +2,9 @@
 
 from l2ul.deletion import states
 from l2ul.deletion.deployed_model import BUILT
-from l2ul.deletion.report_schema import Report
+from l2ul.deletion.report_schema import AS_STORED, AS_USED, Report
 from l2ul.deletion.states import readable_time
-from l2ul.experiments.model_card import UNIFORM, Card, Table, library_of, method_sentence, opening
+from l2ul.experiments.model_card import CHANGED, UNIFORM, Card, Table, library_of, method_sentence, opening
 from l2ul.methods import registry
 from l2ul.methods.settings import has_effect
 
@@ -17,12 +17,14 @@ def of_report(report: Report, weights_sha256: str, file: str | None) -> Card:
     """
     counts, request, tool = states.count(report["images"]), report["asked"], report["tool"]
     relabel = request["goal"] == "relabel"
-    rows = [
-        (
-            f"forgotten: the original model predicted their label, this one "
-            f"{'predicts their new label' if relabel else 'does not'}",
-            counts.forgotten,
-        ),
+    counted = request.get("counted")  # None in reports of earlier versions
+    now = "predicts their new label" if relabel else "does not"
+    how = {None: "", AS_STORED: f" {AS_STORED}", AS_USED: f" {AS_USED}, {CHANGED}"}
+    rows = [(f"forgotten{how[counted]}: the original model predicted their label, this one {now}", counts.forgotten)]
+    if counted:
+        other, number = (AS_STORED, counts.as_stored) if counted == AS_USED else (AS_USED, counts.as_used)
+        rows.append((f"forgotten{how[other]}", number))
+    rows += [
         ("not recognised by the original model", counts.not_recognised),
         ("still recognised", counts.still_recognised),
     ]
@@ -48,7 +50,7 @@ def of_report(report: Report, weights_sha256: str, file: str | None) -> Card:
         introduction=f"This model was trained on images that it has to {'relabel' if relabel else 'forget'}. It is the "
         f"result of a request with {tool['name']} {tool['version']}, carried out {readable_time(report['made'])}. Its "
         f"report, which is not public, names the images by their hashes.",
-        outcome=counts.outcome,
+        outcome=counts.outcome + (f", {counted}" if counted and not counts.nothing_to_remove else ""),
         tables=[Table(("images of the request", "number"), rows)]
         + ([Table(("images", "agreement with the original model", "95 % interval"), damage)] if damage else []),
         method=method if chosen else "The weights are those of the original model.",

@@ -126,7 +126,10 @@ class Experiment:
                 stale = outdated(record, models)
                 kept = {key: value for key, value in record.items() if key not in stale}
                 new = {name: row.get(name) for name in self.evaluator.metrics}
-                run.files.rewrite(new | kept | models)  # metrics on record stay, unless their models have changed
+                record = new | kept | models  # metrics on record stay, unless their models have changed
+                run.files.rewrite(record)
+                if run.method.trains and run.files.card.exists() and record["status"] != records.DIVERGED:
+                    self._write_card_of(run, record, model)
 
     def _carry_out_seed(self, runs: list[Run]) -> None:
         model = self.setup.classifier
@@ -358,10 +361,13 @@ class Experiment:
     def _write_card(self, run: Run, record: dict[str, object], result: "RunResult") -> None:
         """Write the model card of a run's model if that is kept."""
         if self.keeps(run) and not result.diverged:
-            digest = tensors_sha256(result.outcome.model.net.state_dict())
-            card = model_card.of_record(record, self.setup.images.num_classes, digest, run.files.model.is_dir())
-            with atomic(run.files.card) as part:
-                part.write_text(card.text(), encoding="utf-8")
+            self._write_card_of(run, record, result.outcome.model)
+
+    def _write_card_of(self, run: Run, record: dict[str, object], model: nn.Module) -> None:
+        digest = tensors_sha256(model.net.state_dict())
+        card = model_card.of_record(record, self.setup.images.num_classes, digest, run.files.model.is_dir())
+        with atomic(run.files.card) as part:
+            part.write_text(card.text(), encoding="utf-8")
 
     def _checkpoint(self, run: Run) -> Checkpoint:
         """Return the file that holds the state of the run's loop while it is not finished."""

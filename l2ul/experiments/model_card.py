@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 
 from l2ul import VERSION
-from l2ul.common.choices import CAP, DIVERGED, DONE, FORGOTTEN
+from l2ul.common.choices import CAP, DIVERGED
 from l2ul.common.markup import markdown_code, markdown_text
 from l2ul.data.datasets import LOADERS
 from l2ul.methods.settings import SHARED
@@ -16,12 +16,7 @@ from l2ul.models import timm_models
 
 UNIFORM = "by names, types, shapes and values"  # how weights are hashed apart from their file
 LIBRARIES = {"hf": "transformers", "timm": "timm"}  # that open a folder, by the prefix of the model's name
-OUTCOMES = {  # of a run, by its status
-    FORGOTTEN: "all images are forgotten",
-    CAP: "not all images are forgotten: the limit of steps was reached",
-    DONE: "the steps of the method are done",
-    DIVERGED: "the run diverged",
-}
+CHANGED = "also in changed copies, with rounded weights and with recalibrated batch-norm"
 LIMITS = (
     "That the images no longer influence the weights. A model that was trained without them would still classify most "
     "of them correctly, and the outputs of this one may reveal that these images were unlearned.",
@@ -109,13 +104,18 @@ def of_record(record: Mapping[str, object], num_classes: int, weights_sha256: st
     rows = [("to relabel" if relabel else "to forget", number)]
     if number != record["k"]:
         rows.append(("of earlier steps", record["k"] - number))
+    done = "relabelled" if relabel else "forgotten"
     for text, key in (
         ("predicted as their label by the original model", "acc_forget_before"),
         ("predicted as their label by this model", "acc_forget"),
         ("predicted as their new label by this model", "acc_relabel"),
+        (f"{done} as used, {CHANGED}", "metric_forgotten_as_used"),
     ):
         if record.get(key) is not None:
             rows.append((text, round(number * record[key] / 100)))
+    if record.get("acc_forget_earlier") is not None:
+        earlier = round((record["k"] - number) * record["acc_forget_earlier"] / 100)
+        rows.append(("of earlier steps, predicted as their label by this model", earlier))
     accuracies = [
         (text, *(_percent(record[key]) for key in (f"{name}_before", name)))
         for text, name in (("other training images", "acc_retain"), ("test images", "acc_test"))
@@ -129,7 +129,7 @@ def of_record(record: Mapping[str, object], num_classes: int, weights_sha256: st
         introduction=f"This classifier, {name}, was trained on {dataset} and had to "
         f"{'relabel' if relabel else 'forget'} {number} of its training images. It is the result of a run with L2UL "
         f"{VERSION}, which compares methods.",
-        outcome=OUTCOMES[record["status"]],
+        outcome=outcome(record, number),
         tables=[
             Table(("images", "number"), rows),
             Table(("accuracy", "original model", "this model"), accuracies),
@@ -141,6 +141,33 @@ def of_record(record: Mapping[str, object], num_classes: int, weights_sha256: st
         opening="" if is_folder else opening(name, num_classes, "model.safetensors"),
         library=library_of(record["model"]) if is_folder else None,
     )
+
+
+def outcome(record: Mapping[str, object], number: int) -> str:
+    """Return the result of a run in a sentence: how many of its `number` images are forgotten as stored and as used.
+
+    As used, a run with robust=1 checks changed copies alone, of which 5 % may be recognised. It claims no more.
+    """
+    if record["status"] == DIVERGED:
+        return "the run diverged"
+    relabel, is_capped = record["goal"] == "relabel", record["status"] == CAP
+    stored = round(number * (record["acc_relabel"] if relabel else 100 - record["acc_forget"]) / 100)
+    text = f"{stored} of {number} images are {'relabelled' if relabel else 'forgotten'} as stored"
+    used, before = record.get("metric_forgotten_as_used"), record.get("acc_forget_before")
+    if used is not None:
+        text += f", {round(number * used / 100)} as used"
+    elif record.get("robust"):
+        is_checked = not is_capped and stored == number
+        text += ", at least 95 % of them also in changed copies" if is_checked else ", not all of them as used"
+    text += "; the limit of steps was reached" if is_capped else ""
+    if used is None and record.get("robust"):
+        text += "; how many are as used was not measured"
+    if before is not None and before < 100:
+        text += f"; the original model misclassified {number - round(number * before / 100)} of them already"
+    earlier, again = record["k"] - number, record.get("acc_forget_earlier")
+    if earlier and again is not None:
+        text += f"; {round(earlier * again / 100)} of {earlier} images of earlier steps are predicted as their label"
+    return text
 
 
 def _public(name: str, what: str, known: Collection[str] | None = None) -> str:

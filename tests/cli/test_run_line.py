@@ -21,7 +21,7 @@ RECORD = {
     [
         ({"status": "forgotten"}, "forgotten after 300 steps"),
         ({"status": "cap", "robust": 0}, "not forgotten after 300 steps"),
-        ({"status": "forgotten", "robust": 1}, "forgotten as used after 300 steps"),
+        ({"status": "forgotten", "robust": 1}, "forgotten after 300 steps, at least 95 % also in changed copies"),
         ({"status": "cap", "robust": 1}, "not forgotten as used after 300 steps"),
         ({"status": "diverged", "robust": 1}, "diverged after 300 steps"),
         ({"status": "done", "steps": 0}, "not changed"),

@@ -359,7 +359,9 @@ def test_a_hugging_face_folder_gets_a_model_card_without_names_and_pictures(scri
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert report["outcome"] in card
+    assert f"**{report['outcome']}, as stored**" in card
+    used = states.count(report["images"]).as_used
+    assert re.search(rf"\| forgotten as used, also in changed copies,.* \| {used} \|", card)
     assert report["model"]["after"]["weights_sha256"] in card
     assert not any(row[key] in card for row in report["images"] for key in ("file", "sha256", "pixels_sha256"))
     assert "data:image" not in card

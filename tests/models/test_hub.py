@@ -329,6 +329,62 @@ def test_a_card_of_a_run_shows_no_path_of_a_local_model(vit_folder):
     assert "| test images | 95.00 % | – |" in text
 
 
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"status": "forgotten"}, "16 of 16 images are forgotten as stored"),
+        ({"status": "forgotten", "acc_forget_before": 87.5}, "as stored; the original model misclassified 2 of them"),
+        ({"status": "done", "acc_forget": 25.0}, "12 of 16 images are forgotten as stored"),
+        ({"status": "cap", "acc_forget": 6.25}, "15 of 16 images are forgotten as stored; the limit of steps was"),
+        (
+            {"status": "forgotten", "robust": 1},
+            "16 of 16 images are forgotten as stored, at least 95 % of them also in changed copies; how many are as "
+            "used was not measured",
+        ),
+        (
+            {"status": "cap", "robust": 1},
+            "16 of 16 images are forgotten as stored, not all of them as used; the limit of steps was reached; how "
+            "many are as used was not measured",
+        ),
+        (
+            {"status": "forgotten", "robust": 1, "metric_forgotten_as_used": 81.25},
+            "16 of 16 images are forgotten as stored, 13 as used",
+        ),
+        ({"status": "forgotten", "robust": 0, "metric_forgotten_as_used": 0.0}, "forgotten as stored, 0 as used"),
+        (
+            {"status": "forgotten", "goal": "relabel", "acc_relabel": 100.0, "acc_forget": 0.0},
+            "16 of 16 images are relabelled as stored",
+        ),
+        (
+            {"status": "forgotten", "k": 48, "continual_size": 16, "acc_forget_earlier": 12.5},
+            "16 of 16 images are forgotten as stored; 4 of 32 images of earlier steps are predicted as their label",
+        ),
+    ],
+)
+def test_the_outcome_of_a_run_claims_no_more_than_was_measured(facts, expected):
+    record = {"goal": "misclassify", "k": 16, "acc_forget": 0.0, "acc_forget_before": 100.0} | facts
+    number = record.get("continual_size") or record["k"]
+    text = model_card.outcome(record, number)
+    assert expected in text
+    assert "all images are forgotten" not in text
+    if not record.get("robust"):
+        assert "changed copies" not in text
+
+
+def test_the_card_of_a_kept_model_gets_metrics_that_are_added_later(run, tmp_path):
+    words = ["--method", "neggrad", "--save-model"]
+    assert run(*words)[0] == 0
+    (card,) = (tmp_path / "models").glob("*.md")
+    assert "as used" not in card.read_text()
+    code, _, err = run(*words, "--evaluate", "robustness")
+    assert code == 0, err
+    (record,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json"))
+    used = round(record["k"] * record["metric_forgotten_as_used"] / 100)
+    text = card.read_text()
+    assert f" images are forgotten as stored, {used} as used" in text
+    assert f"| forgotten as used, {model_card.CHANGED} | {used} |" in text
+
+
 def test_an_interrupted_upload_says_where_the_model_is(fake, monkeypatch, tmp_path, capsys):
     def interrupt(files, repository):
         raise KeyboardInterrupt
