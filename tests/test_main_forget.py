@@ -17,7 +17,7 @@ import torch
 from l2ul.common import progress
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
-from l2ul.deletion import checks, output, search
+from l2ul.deletion import checks, output, search, states
 from l2ul.metrics import preflight
 from l2ul.unlearn import Settings
 import main_forget
@@ -216,13 +216,22 @@ def test_images_are_forgotten_as_used_by_default(forget, tmp_path):
     assert re.search(rf"{number} of 6 images are forgotten as used \(6 as stored\), 0 were not recognised before", page)
 
 
-def test_an_image_whose_copies_are_recognised_is_still_recognised(forget):
+def test_an_image_whose_copies_are_recognised_is_still_recognised(forget, tmp_path):
     code, report, printed = forget("--setting", "distill_steps=2", "distill_cycles=3", "distill_lr=0.02")
     rows = report["images"]
     short = [row for row in rows if row["copies_forgotten"] < 0.95]
     assert short, printed
     assert all(row["state"] == "still recognised" for row in short)
     assert code == 3
+    stored = sum(row["forgotten_as_stored"] for row in short)
+    count = states.count(report["images"])
+    page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
+    assert f"{count.still_recognised} are still recognised as used" in printed
+    assert page.count("still recognised as used</strong>") == stored > 0
+    assert f"| forgotten as stored | {count.as_stored} |" in card
+    assert f"| still recognised as used | {count.still_recognised} |" in card
+    if not count.forgotten:
+        assert page.count("This was not measured, as no image counts as forgotten.") == 2
 
 
 def test_changed_copies_are_forgotten_with_also(forget, tmp_path):
@@ -422,7 +431,7 @@ def test_a_dry_run_checks_the_request_and_writes_nothing(forget, tiny, tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
     counts = tiny[2][:6].bincount().tolist()
     assert "6 images to forget, goal misclassify; distill; cpu" in printed
-    assert ", ".join(f"{label} ({count})" for label, count in enumerate(counts)) in printed
+    assert ", ".join(f"{label} ({count} image{'s' * (count != 1)})" for label, count in enumerate(counts)) in printed
     assert "predictions: 6 of 6 images are classified as their label" in printed
     assert re.search(r"  0.png: predicted as 0 \([\d.]+ %\), label 0$", printed, re.MULTILINE)
     assert "recognised before: 6 of 6 images\nto be unlearned: 6 of 6 images\n" in printed

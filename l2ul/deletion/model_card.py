@@ -21,12 +21,12 @@ def of_report(report: Report, weights_sha256: str, file: str | None) -> Card:
     now = "predicts their new label" if relabel else "does not"
     how = {None: "", AS_STORED: f" {AS_STORED}", AS_USED: f" {AS_USED}, {CHANGED}"}
     rows = [(f"forgotten{how[counted]}: the original model predicted their label, this one {now}", counts.forgotten)]
-    if counted:
-        other, number = (AS_STORED, counts.as_stored) if counted == AS_USED else (AS_USED, counts.as_used)
+    other, number = (AS_STORED, counts.as_stored) if counted == AS_USED else (AS_USED, counts.as_used)
+    if number is not None:
         rows.append((f"forgotten{how[other]}", number))
     rows += [
         ("not recognised by the original model", counts.not_recognised),
-        ("still recognised", counts.still_recognised),
+        (f"still recognised{f' {AS_USED}' if counted == AS_USED else ''}", counts.still_recognised),
     ]
     rows += [
         (f"earlier request of {readable_time(row['made'])}: forgotten then", f"{row['forgotten']} of {row['images']}")

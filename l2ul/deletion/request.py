@@ -120,7 +120,9 @@ class Request:
     def summary(self, max_images: int = 20) -> list[str]:
         """Return lines about the labels and the present predictions, with a line for each of the first images."""
         labels = self.forget.labels.cpu()
-        counts = {self.class_names[index]: int((labels == index).sum()) for index in labels.unique().tolist()}
+        counts = {
+            self.class_names[index]: states.images(int((labels == index).sum())) for index in labels.unique().tolist()
+        }
         probability, predictions = self.logits_before.double().softmax(1).max(1)
         lines = [
             f"labels, from {self.label_source}: {', '.join(f'{name} ({count})' for name, count in counts.items())}",

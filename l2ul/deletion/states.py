@@ -121,7 +121,7 @@ def headline(rows: Sequence[ImageRow], goal: str, also: Sequence[str] = (), coun
     verb = "is" if len(rows) == 1 else "are"
     return (
         f"{counts.outcome}: {counts.forgotten} of {total} {verb} forgotten{how}{changed}, {parts}, "
-        f"{counts.still_recognised} {still} still recognised"
+        f"{counts.still_recognised} {still} still recognised{f' {counted}' if counted == AS_USED else ''}"
     )
 
 
