@@ -70,6 +70,8 @@ def run(opts: argparse.Namespace) -> None:
                 if note := command.divergence_note(results):
                     print(note)
                 print(f"records: {opts.result_dir / 'runs'}")
+                if opts.save_model:
+                    print(f"models and their cards: {opts.result_dir / 'models'}")
             if repository:
                 command.push_model(runs[0], setup, repository)
 

@@ -373,7 +373,8 @@ def test_the_outcome_of_a_run_claims_no_more_than_was_measured(facts, expected):
 
 def test_the_card_of_a_kept_model_gets_metrics_that_are_added_later(run, tmp_path):
     words = ["--method", "neggrad", "--save-model"]
-    assert run(*words)[0] == 0
+    code, out, _ = run(*words)
+    assert (code, f"\nmodels and their cards: {tmp_path / 'models'}\n" in out) == (0, True)
     (card,) = (tmp_path / "models").glob("*.md")
     assert "as used" not in card.read_text()
     code, _, err = run(*words, "--evaluate", "robustness")
