@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import hashlib
 import inspect
 from itertools import chain
@@ -54,7 +54,7 @@ class NotForgotten(UserWarning):
     """The warning that an image is not forgotten. `result` is what `forget` returns, also if the warning is raised."""
 
     def __init__(self, result: "Forgotten") -> None:
-        super().__init__(result.summary)
+        super().__init__("; ".join(filter(None, (result.summary, result.note))))
         self.result = result
 
 
@@ -66,6 +66,7 @@ class Forgotten:
     outcome              "removed from predictions", "partly removed from predictions", "not removed from predictions"
                          or "nothing to remove"
     summary              outcome, numbers of images and agreement in one sentence
+    note                 why the search ended before all images were forgotten, and what to do; "" for another end
     labels               (k,) int64: the labels that were passed, or the original model's predictions
     recognised           (k,) bool: the original model predicts the label. Only these images can count as forgotten
     forgotten            (k,) bool: forgotten as the settings demand, by default as used
@@ -94,6 +95,7 @@ class Forgotten:
     settings: Mapping[str, Value]
     steps: int
     seconds: float
+    note: str = ""
 
     @property
     def successful(self) -> bool:
@@ -188,12 +190,15 @@ def forget(
 
             # Search settings, and judge the model that is returned.
             before = unlearner.forgotten(opened.classifier)
-            _, best = search.find_best(unlearner, chosen, budget, before, fixed=fixed, keep_images=keep)
+            ends: list[str] = []
+            options = {"fixed": fixed, "keep_images": keep, "on_early_end": ends.append}
+            _, best = search.find_best(unlearner, chosen, budget, before, **options)
             unlearned = unwrapped(copied(model))
             if best:
                 _copy_weights(best.model if isinstance(unlearned, Classifier) else best.model.net, unlearned)
             result = _result(unlearner, request, unlearned, best, time.perf_counter() - started)
     if not result.successful:
+        result = replace(result, note="; ".join(map(in_python, ends)))
         warnings.warn(NotForgotten(result), stacklevel=2)
     return result
 
@@ -583,6 +588,7 @@ def in_python(sentence: str) -> str:
     sentence = sentence.replace("--single-label", "single_label=True")
     sentence = re.sub(r"--setting (\w+)=([a-z]\w*)", r'\1="\2"', sentence).replace("--setting ", "")
     sentence = re.sub(r"uv run --extra \S+(?: …)?, or ", "", sentence)
+    sentence = sentence.replace("--minutes or --max-steps", "minutes")
     sentence = sentence.replace("--surrogate with a folder of other images", "surrogate with other images")
     arguments = {f"--{name.replace('_', '-')}" for name in inspect.signature(forget).parameters}
     sentence = fitting(sentence, set(FLAG.findall(sentence)) - arguments)

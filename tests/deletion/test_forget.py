@@ -117,6 +117,16 @@ def test_the_result_is_kept_where_warnings_are_errors(trained):
     assert caught.value.result.summary == str(caught.value)
 
 
+def test_the_warning_says_why_images_are_not_forgotten_and_what_to_do(trained, monkeypatch):
+    model, images, labels = trained
+    monkeypatch.setattr(search, "_initial_queue", lambda *arguments: [])  # no time for robust=1
+    with pytest.warns(NotForgotten, match="; there was too little time to forget .*: use minutes=") as caught:
+        result = l2ul.forget(model, images[:2], labels[:2], minutes=0.2)
+    assert re.search(r"use minutes=\d+ or more, surrogate with other images, or robust=0 to", result.note)
+    assert str(caught[0].message) == f"{result.summary}; {result.note}"
+    assert "--" not in result.note
+
+
 def test_inside_of_inference_mode(trained):
     model, images, labels = trained
     with torch.inference_mode():
@@ -451,6 +461,7 @@ def test_messages_of_the_scripts_name_arguments():
         ("use --setting loop_precision=full", 'use loop_precision="full"'),
         ("use --minutes 3 or more, or --setting robust=0 to", "use minutes=3 or more, or robust=0 to"),
         ("--surrogate with a folder of other images", "surrogate with other images"),
+        ("--minutes or --max-steps stopped the run", "minutes stopped the run"),
         ("install it (uv run --extra timm …, or pip install timm)", "install it (pip install timm)"),
     ):
         assert in_python(sentence) == expected
