@@ -37,8 +37,8 @@ glossary:
   forgotten   the model misclassifies the image: it predicts another class than its label. With a new label: it
               predicts the new label
   as stored   the pixels of the file decide
-  as used     these, at least 95 % of 64 random copies (mirrored, cropped, compressed, …), weights rounded to 16, 8 and
-              4 bits, and recalibrated batch-norm decide
+  as used     also in at least 95 % of 64 random copies (mirrored, cropped, compressed, …), with weights rounded to 16,
+              8 and 4 bits, and with recalibrated batch-norm
   D_f         the images to forget
   agreement   share of images for which the unlearned model predicts the same class as the original model
   distill     the method of this project: it keeps the outputs on images made from D_f and the model, and needs no other

@@ -24,9 +24,9 @@ p = softmax(z) and x̃ stand-ins for D_r, a step minimises
   step then needs no backward pass through them, and f_l are the features behind them.
 - The model is in eval mode, so running statistics of batch-norm stay and dropout is off.
 
-Adam follows a learning rate that rises to `distill_lr` and falls to nearly 0 in each cycle. A cycle has 120 steps, 0.75
-for each image of D_f and `distill_further_steps` for each after the 64th, or `distill_steps`: the more images, the more
-steps to forget them gently.
+Adam follows a learning rate that rises to `distill_lr` and falls to nearly 0 in each cycle. A cycle has 120 steps, plus
+0.75 for each image of D_f, plus `distill_further_steps` for each after the 64th, or `distill_steps`: the more images,
+the more steps to forget them gently.
 The loop stops at the end of a cycle if all of D_f is forgotten, and gives up after `distill_cycles` cycles.
 """
 

@@ -179,8 +179,8 @@ class Settings(_Declared):
     distill_lr: float = _declare(3e-4, "highest learning rate of a cycle of Adam", "teacher", above=0)
     distill_steps: int = _declare(
         0,
-        "steps per cycle; 0: 120 plus 0.75 for each image of D_f, plus distill_further_steps, with robust=1 see "
-        "robust_cycle",
+        "steps per cycle; 0: 120 plus 0.75 for each image of D_f, plus distill_further_steps for each after the 64th, "
+        "with robust=1 see robust_cycle",
         "teacher",
     )
     distill_cycles: int = _declare(
