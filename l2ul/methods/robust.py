@@ -28,6 +28,7 @@ other copies, and gives up after `distill_cycles` cycles.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +42,10 @@ from l2ul.common.nested import Nested, upload_together
 from l2ul.common.precision import quantised
 from l2ul.data.changes import TESTED, Changes
 from l2ul.methods.distill import DistillProcedure
-from l2ul.methods.monitor import ForgetMonitor
-from l2ul.methods.registry import Method, Step, Terms
+from l2ul.methods.registry import Step, Terms
 from l2ul.methods.settings import Settings
 from l2ul.methods.stand_ins import Synthesis
-from l2ul.objective import Batch, Forget
+from l2ul.objective import Batch
 
 STRENGTH = 1.2  # of the changes in training, relative to those in use
 STORED = 8
@@ -74,24 +74,28 @@ def _alone(settings: Settings, surrogate: Tensor | None) -> bool:
 class RobustProcedure(DistillProcedure):
     """The steps of `distill`, or of another method that needs a teacher, on changed copies of D_f."""
 
-    def __init__(
-        self,
-        method: Method,
-        model: nn.Module,
-        forget: Forget,
-        settings: Settings,
-        monitor: ForgetMonitor,
-        synthesis: Synthesis,
-        surrogate: Tensor | None = None,
-    ):
-        super().__init__(method, model, forget, settings, monitor, synthesis, surrogate)
-        self.steps = 0  # taken so far
-        self.weight = torch.tensor(self.weight, device=forget.images.device)  # changed in place, as graphs replay it
-        self.changes, settings = Changes(strength=STRENGTH), self.settings
-        self.stored = max(1, settings.robust_pool // STORED)  # images of the pool without changes
-        self.changed = round(settings.robust_mixes * settings.distill_mixes)  # stand-ins with changes
-        self.quantised = max(1, settings.distill_forget // QUANTISED) if settings.robust_int4 else 0  # images of B'
-        self.batch_size = max(self.batch_size, settings.robust_pool)
+    steps = 0  # taken so far
+    changes = Changes(strength=STRENGTH)
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.weight = torch.tensor(self.weight, device=self.forget.images.device)  # set in place, as graphs replay it
+        self.batch_size = max(self.batch_size, self.settings.robust_pool)
+
+    @property
+    def stored(self) -> int:
+        """Images of the pool without changes."""
+        return max(1, self.settings.robust_pool // STORED)
+
+    @property
+    def changed(self) -> int:
+        """Stand-ins with changes."""
+        return round(self.settings.robust_mixes * self.settings.distill_mixes)
+
+    @property
+    def quantised(self) -> int:
+        """Images of B'."""
+        return max(1, self.settings.distill_forget // QUANTISED) if self.settings.robust_int4 else 0
 
     def adapted(self, settings: Settings, model: nn.Module, surrogate: Tensor | None) -> Settings:
         """Return the settings with the values that the steps use: `robust_images` is 0 if none are synthesised."""
@@ -163,12 +167,11 @@ class RobustProcedure(DistillProcedure):
 
     def terms(self, *inputs: Nested) -> Terms:
         """Return the terms of the loss of a step."""
-        inputs, settings = upload_together(inputs, self.forget.images.device), self.settings
-        step = self._step(*inputs)
+        step, settings = self._step(*inputs), self.settings
         has_targets = settings.robust_targets and step.goal == "misclassify"
         terms = self._with_targets(step) if has_targets else self.method.terms(step)
         if self.quantised:
-            chosen = inputs[-1]
+            chosen = upload(inputs[-1], self.forget.images.device)
             logits = self.in_parts(_Quantised(self.model))(self.forget.images[chosen])
             losses = objective.margin_loss(logits, self.forget.target_labels[chosen], step.goal, step.margin)
             weight = settings.robust_int4 / len(step.forget.labels)
