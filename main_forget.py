@@ -282,7 +282,7 @@ def recorded_request(args: argparse.Namespace) -> argparse.Namespace:
 
     report = read_report(args.verify)
     if "again" not in report:
-        raise InputError(f"{args.verify} does not say how to repeat the request; leave out --again")
+        raise InputError(f"{args.verify} does not say how to repeat the request", "leave out --again")
     folders = args.images or [None]
     own = next((one for one in folders if one and one.resolve().name == report["asked"].get("images")), folders[0])
     return options.parse_again(

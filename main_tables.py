@@ -118,8 +118,8 @@ def make(opts: argparse.Namespace) -> list[Path]:
 
     if opts.expected and not opts.expected.is_dir():
         raise InputError(
-            f"there is no folder {opts.expected}; name one with reference records with --expected FOLDER, such as "
-            f"result_data/reference of a clone"
+            f"there is no folder {opts.expected}",
+            "name one with reference records with --expected FOLDER, such as result_data/reference of a clone",
         )
     records, problems = read_records.read(opts.result_dir)
     output = open_output(opts)

@@ -106,10 +106,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     opts = parser.parse_args(argv)
     unknown = sorted(set(opts.part or ()) - set(PARTS))
     if unknown:
-        raise InputError(f"--part names {unknown[0]!r}; expected some of {', '.join(PARTS)}")
+        raise InputError(f"--part names {unknown[0]!r}", f"expected some of {', '.join(PARTS)}")
     for flag, count in (("--pairs", opts.pairs), ("--released-pairs", opts.released_pairs)):
         if count % 32:
-            raise InputError(f"{flag} is {count}; expected a multiple of 32")
+            raise InputError(f"{flag} is {count}", "expected a multiple of 32")
     require_writable(opts.output.parent)
     return opts
 

@@ -60,8 +60,7 @@ def clean_exit(
                 _require_one_process()
             yield
         except InputError as error:
-            # an error from a worker of a data loader has a traceback before its message
-            _exit(2, f"{program}: {str(error).rpartition('l2ul.common.errors.InputError: ')[2].strip()}")
+            _exit(2, f"{program}: {error}")
         except SystemExit as end:
             if isinstance(end.code, str):  # which Python prints, and exits with 1
                 _exit(1, end.code)
@@ -135,7 +134,7 @@ def handle_sigterm() -> None:
 def _require_one_process() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
-            "torchrun started this script in several processes, but it uses one; start it without torchrun"
+            "torchrun started this script in several processes, but it uses one", "start it without torchrun"
         )
 
 

@@ -429,7 +429,7 @@ def method_name(text: str) -> str:
     try:
         return registry.get(text).name
     except InputError as error:
-        raise choices.InvalidValue(str(error)) from None
+        raise choices.InvalidValue(error.problem, *error.advice) from None
 
 
 def load_data(options: argparse.Namespace, whole_train: bool = False) -> "Images":
@@ -494,7 +494,7 @@ def fill_defaults(options: argparse.Namespace) -> None:
         by_flag = own.get(name) if name not in SHARED else getattr(options, name)
         if by_flag not in (None, value):
             flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} {by_flag} and --setting {name}={value} contradict each other; give one of them")
+            raise InputError(f"{flag} {by_flag} and --setting {name}={value} contradict each other", "give one of them")
         if name in SHARED:
             setattr(options, name, value)
         else:
@@ -516,7 +516,7 @@ def settings_as_flags(flags: dict[str, object]) -> dict[str, object]:
     for name, text in flags.pop("setting", []):
         if name in SHARED or name in own:
             if name in flags:
-                raise InputError(f"--{name.replace('_', '-')} and --setting {name}={text} are both given; give one")
+                raise InputError(f"--{name.replace('_', '-')} and --setting {name}={text} are both given", "give one")
             flags.setdefault(f"setting {name}", []).append(_values(name, text))
         else:
             pairs.append((name, text))

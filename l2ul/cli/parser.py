@@ -135,7 +135,7 @@ def setting(text: str) -> tuple[str, str]:
     """Split `NAME=VALUE`, with dashes or underscores in the name. Raises InvalidValue for another text."""
     name, equals, value = text.partition("=")
     if not (name and equals and value):
-        raise InvalidValue(f"{text!r} is not allowed; expected NAME=VALUE, such as epochs=3")
+        raise InvalidValue(f"{text!r} is not allowed", "expected NAME=VALUE, such as epochs=3")
     return name.replace("-", "_"), value
 
 

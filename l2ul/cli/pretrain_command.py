@@ -133,13 +133,13 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
 
     models.check_name(opts.model)
     if opts.model.startswith("hf:"):
-        raise InputError(f"--model is {opts.model}; Hugging Face models are trained with transformers, not here")
+        raise InputError(f"--model is {opts.model}", "Hugging Face models are trained with transformers, not here")
     with distributed.process_group():
         device = devices.choose_device(opts.device, opts.no_cuda, opts.threads, print)
         folder.check_decoder(opts.decoder, device)
         output = opts.output or checkpoint.candidates(options.data_label(opts), opts.model, opts.data_dir)[0]
         if output.suffix != ".safetensors":
-            raise InputError(f"--output is {output}; expected a name that ends in .safetensors")
+            raise InputError(f"--output is {output}", "expected a name that ends in .safetensors")
         if opts.exclude:
             forget_set.check_forget_file(opts.exclude)  # before the data set is loaded
         names = opts.tracker if distributed.is_first() else ()
@@ -252,7 +252,7 @@ def excluded_indices(opts: argparse.Namespace, train: "Split") -> "Tensor | None
     from l2ul.data import forget_set
 
     if opts.exclude and opts.exclude_k:
-        raise InputError("--exclude and --exclude-k both choose the images to leave out; use one of them")
+        raise InputError("--exclude and --exclude-k both choose the images to leave out", "use one of them")
     if opts.exclude_k:
         return forget_set.choose_forget(len(train), opts.exclude_k, opts.exclude_seed)
     if not opts.exclude:

@@ -37,7 +37,7 @@ def open_repository(options: argparse.Namespace) -> "Repository | None":
     """
     if options.push is None:
         if options.push_public:
-            raise InputError("--push-public is for --push; leave it out, or name a repository with --push NAME")
+            raise InputError("--push-public is for --push", "leave it out", "name a repository with --push NAME")
         return None
     from l2ul.models import hub  # imports torch
 

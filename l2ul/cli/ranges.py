@@ -45,26 +45,27 @@ def values(text: str, kind: Callable[[str], object]) -> list[object]:
     rest = words[2] if len(words) == 3 else ""
     log = rest.startswith("log")
     count = rest.removeprefix("log")
-    fault = _fault(text, words, low, high, log, count)
-    if fault:
-        raise InvalidValue(fault)
+    _check(text, words, low, high, log, count)
     whole = isinstance(low, int)
     if not count:
         return [Interval(low, high, log, whole)]
     return list(dict.fromkeys(kind(word) for word in _points(low, high, int(count), log, whole)))
 
 
-def _fault(text: str, words: list[str], low: object, high: object, log: bool, count: str) -> str | None:
-    """Return what is wrong with a range, or None."""
+def _check(text: str, words: list[str], low: object, high: object, log: bool, count: str) -> None:
+    """Raise InvalidValue if a text is not a range."""
     if len(words) > 3 or not (isinstance(low, int | float) and isinstance(high, int | float)):
-        return f"{text!r} is not a range; expected lo:hi:n or lo:hi:logn, such as 1:5:9 or 1e-4:1e-3:log5"
+        raise InvalidValue(
+            f"{text!r} is not a range", "expected lo:hi:n or lo:hi:logn, such as 1:5:9 or 1e-4:1e-3:log5"
+        )
     if len(words) == 3 and not (log and not count) and not (count.isdecimal() and 2 <= int(count) <= MAX_POINTS):
-        return f"{text!r} ends in {words[2]!r}; expected a number from 2 to {MAX_POINTS}, or log and a number"
+        raise InvalidValue(
+            f"{text!r} ends in {words[2]!r}", f"expected a number from 2 to {MAX_POINTS}, or log and a number"
+        )
     if not low < high:
-        return f"{text!r} goes from {words[0]} to {words[1]}; expected a second number above the first"
+        raise InvalidValue(f"{text!r} goes from {words[0]} to {words[1]}", "expected a second number above the first")
     if log and low <= 0:
-        return f"{text!r} is logarithmic and begins at {words[0]}; expected a range that begins above 0"
-    return None
+        raise InvalidValue(f"{text!r} is logarithmic and begins at {words[0]}", "expected a range that begins above 0")
 
 
 def _points(low: float, high: float, count: int, log: bool, whole: bool) -> Iterator[str]:

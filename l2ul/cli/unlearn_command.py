@@ -14,7 +14,6 @@ from l2ul import attack, models
 from l2ul.cli import options, push
 from l2ul.cli.unlearn_options import PROGRAM
 from l2ul.common import distributed, precision
-from l2ul.common.advice import fitting
 from l2ul.common.cache import GIB, PREFIX, Cache
 from l2ul.common.choices import AUTO, BF16, FULL
 from l2ul.common.device import device_name
@@ -108,8 +107,9 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
     if path is None and opts.model in models.OWN:
         candidates = checkpoint.candidates(label, opts.model, opts.data_dir)
         raise InputError(
-            f"no weights of {opts.model} for {label}: looked for {', '.join(map(str, candidates))}; "
-            f"train them with: {shlex.join(pretraining(opts))}, or name a file with --checkpoint"
+            f"no weights of {opts.model} for {label}: looked for {', '.join(map(str, candidates))}",
+            f"train them with: {shlex.join(pretraining(opts))}",
+            "name a file with --checkpoint",
         )
     images, chosen = images or options.load_data(opts), None
     for note in images.notes:
@@ -159,7 +159,7 @@ def check_files(opts: argparse.Namespace) -> None:
     retrained = [("--retrained", opts.retrained)] if opts.retrained else []
     for flag, path in (*retrained, *(("--references", path) for path in opts.references or ())):
         if not path.exists():
-            raise InputError(f"there is no {path}; expected weights of a model trained without D_f for {flag}")
+            raise InputError(f"there is no {path}", f"expected weights of a model trained without D_f for {flag}")
     if opts.forget_file:
         forget_set.check_forget_file(opts.forget_file)
     if opts.relabel_file:
@@ -212,8 +212,8 @@ def plan_runs(opts: argparse.Namespace, setup: Setup) -> list[Run]:
             raise InputError(f"--unlearn-k is {max(sizes)}, but {source} has {len(forget)} images to forget")
         if opts.continual_step and len(forget) % opts.continual_step and not sizes:
             raise InputError(
-                f"--continual-step is {opts.continual_step} and there are {len(forget)} images to forget; "
-                f"add --unlearn-k with a multiple of the step"
+                f"--continual-step is {opts.continual_step} and there are {len(forget)} images to forget",
+                "add --unlearn-k with a multiple of the step",
             )
         runs += setup.plan(opts.method, sizes or [len(forget)], seed, forget, opts.continual_step)
     return runs
@@ -371,7 +371,7 @@ def _load_reference_models(opts: argparse.Namespace, setup: Setup, device: torch
                 model = models.load(opts.model, setup.images.num_classes, path, opts.mean, opts.std)
             except InputError as error:  # --weights-key is that of --checkpoint
                 instead = "give files with one set of weights as --retrained and --references"
-                raise InputError(fitting(str(error), ("--checkpoint", "--weights-key"), instead)) from None
+                raise error.without(("--checkpoint", "--weights-key"), instead) from None
             model.outputs = setup.classifier.outputs
         preflight.check_trained_on(setup.images, model.metadata, str(path))
         # a file of a main_pretrain script that names no excluded images was trained on all of them

@@ -30,7 +30,7 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> argparse.
     opts = parser.parse_args(argv)
     options.fill_defaults(opts)
     if opts.unlearn_k and min(opts.unlearn_k) < 1:
-        raise InputError(f"--unlearn-k is {min(opts.unlearn_k)}; expected 1 or more images to forget")
+        raise InputError(f"--unlearn-k is {min(opts.unlearn_k)}", "expected 1 or more images to forget")
     _check_forget_set(opts)
     _check_evaluations(opts)
     tracking.require_packages(opts.tracker)
@@ -41,16 +41,16 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> argparse.
 def _check_forget_set(opts: argparse.Namespace) -> None:
     """Raise InputError if the options about D_f contradict each other."""
     if opts.relabel_file and opts.goal != "relabel":
-        raise InputError("--relabel-file is given but the goal is misclassify; add --goal relabel")
+        raise InputError("--relabel-file is given but the goal is misclassify", "add --goal relabel")
     if opts.relabel_file and not opts.forget_file and len(opts.seed) > 1:
-        raise InputError("--relabel-file fits one D_f, but each of several seeds chooses another; add --forget-file")
+        raise InputError("--relabel-file fits one D_f, but each of several seeds chooses another", "add --forget-file")
     if opts.forget_dir and (opts.forget_file or opts.relabel_file):
-        raise InputError("--forget-dir names images and their classes; leave out --forget-file and --relabel-file")
+        raise InputError("--forget-dir names images and their classes", "leave out --forget-file and --relabel-file")
     step = opts.continual_step
     if step and opts.unlearn_k and (len(opts.unlearn_k) > 1 or opts.unlearn_k[0] % step):
         raise InputError(
-            f"--continual-step is {step} and --unlearn-k is {' '.join(map(str, opts.unlearn_k))}; "
-            f"expected one multiple of the step, such as {4 * step}"
+            f"--continual-step is {step} and --unlearn-k is {' '.join(map(str, opts.unlearn_k))}",
+            f"expected one multiple of the step, such as {4 * step}",
         )
 
 
@@ -59,14 +59,14 @@ def _check_push(opts: argparse.Namespace) -> None:
     if opts.push is None:
         return
     if not opts.save_model:
-        raise InputError(f"--push {opts.push} uploads the unlearned model, which is not saved; add --save-model")
+        raise InputError(f"--push {opts.push} uploads the unlearned model, which is not saved", "add --save-model")
     several = {"method": opts.method, "unlearn-k": opts.unlearn_k or (), "seed": opts.seed}
     flag = next((flag for flag, values in several.items() if len(values) > 1), None)
     if flag:
         values = " ".join(map(str, several[flag]))
-        raise InputError(f"--push {opts.push} uploads one model, but --{flag} is {values}; give one of them")
+        raise InputError(f"--push {opts.push} uploads one model, but --{flag} is {values}", "give one of them")
     if opts.continual_step:
-        raise InputError(f"--push {opts.push} uploads one model, but --continual-step makes several; leave out one")
+        raise InputError(f"--push {opts.push} uploads one model, but --continual-step makes several", "leave out one")
     if not registry.get(opts.method[0], opts.goal).trains:
         raise InputError(f"--push {opts.push} uploads an unlearned model, but {opts.method[0]} makes none")
 
@@ -81,9 +81,9 @@ def _check_evaluations(opts: argparse.Namespace) -> None:
         lacking = [name for name in opts.evaluate if all(compares[name]) and not paths]
         if lacking:
             raise InputError(
-                f"--evaluate {lacking[0]} compares with models trained without D_f; train them with a main_pretrain "
-                f"script and --exclude, and name their weights with --{flag}"
+                f"--evaluate {lacking[0]} compares with models trained without D_f",
+                f"train them with a main_pretrain script and --exclude, and name their weights with --{flag}",
             )
         if paths and not any(any(compares[name]) for name in opts.evaluate):
             groups = " or ".join(f"--evaluate {name}" for name, uses in compares.items() if any(uses))
-            raise InputError(f"--{flag} is given, but no metric uses it; add {groups}")
+            raise InputError(f"--{flag} is given, but no metric uses it", f"add {groups}")

@@ -76,16 +76,16 @@ class Number:
         try:
             return self.check(self.kind(text))
         except ValueError:  # InvalidValue is one too
-            raise InvalidValue(f"{text!r} is not allowed; expected {self.expected}") from None
+            raise InvalidValue(f"{text!r} is not allowed", f"expected {self.expected}") from None
 
     def check(self, value: object) -> int | float:
         """Return a value as a number of this kind. Raises InvalidValue if it is not one, or outside the range."""
         number = isinstance(value, int | float) and not isinstance(value, bool)
         number = number and abs(value) <= sys.float_info.max  # larger whole numbers cannot be converted to float
         if not number or (self.kind is int and (value != int(value) or abs(value) >= 2**63)):
-            raise InvalidValue(f"{value!r} is not allowed; expected {self.expected}")
+            raise InvalidValue(f"{value!r} is not allowed", f"expected {self.expected}")
         if not (value > self.minimum if self.open else value >= self.minimum) or value > self.maximum:
-            raise InvalidValue(f"{value!r} is not allowed; expected {self.expected}")
+            raise InvalidValue(f"{value!r} is not allowed", f"expected {self.expected}")
         return self.kind(value)
 
     @property
@@ -113,7 +113,7 @@ class _Names:
         for part in self.parts(value):
             if part not in self.names:
                 hint = did_you_mean(str(part), self.names)
-                raise InvalidValue(f"{value!r} is not allowed; expected {self.expected}{hint}")
+                raise InvalidValue(f"{value!r} is not allowed", f"expected {self.expected}{hint}")
         return value
 
 

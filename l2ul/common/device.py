@@ -60,11 +60,11 @@ def choose_device(
     is_available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if no_cuda:
         if name == "cuda":
-            raise InputError("--device cuda and --no-cuda contradict each other; give one of them")
+            raise InputError("--device cuda and --no-cuda contradict each other", "give one of them")
         is_available["cuda"] = False
     available = [device for device, there in is_available.items() if there]
     if name and name not in available:
-        raise InputError(f"--device {name} is not available on this machine; expected one of {', '.join(available)}")
+        raise InputError(f"--device {name} is not available on this machine", f"expected one of {', '.join(available)}")
     if threads:
         torch.set_num_threads(threads)
     if (name or available[0]) == "cuda" and distributed.size() > 1:
@@ -111,8 +111,8 @@ def _own_gpu() -> torch.device:
     number, count = distributed.local_rank(), torch.cuda.device_count()
     if number >= count:
         raise InputError(
-            f"torchrun started more than {count} processes on a machine with {count} GPUs; give it "
-            f"--nproc-per-node {count}"
+            f"torchrun started more than {count} processes on a machine with {count} GPUs",
+            f"give it --nproc-per-node {count}",
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)

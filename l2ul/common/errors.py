@@ -1,5 +1,10 @@
 """Exceptions that end a run with one sentence, and how to recognise that memory ran out."""
 
+from collections.abc import Container
+import re
+from typing import Self
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*")
 OUT_OF_MEMORY = (  # in messages, in lower case
     "can't allocate memory",  # torch on a CPU
     "not enough memory",  # torch on a CPU, on Windows
@@ -15,11 +20,51 @@ OUT_OF_MEMORY = (  # in messages, in lower case
 
 
 class InputError(ValueError):
-    """Bad input. The message is one sentence: the value, what was expected, how to fix it. Scripts exit with code 2."""
+    """Bad input. Scripts print the message, which is one sentence, and exit with code 2.
+
+    problem  names the value and what is wrong with it
+    advice   alternatives, each of which corrects it or says what was expected; may be empty
+
+    The message is "PROBLEM; ADVICE, or ADVICE".
+    """
+
+    mark = "; "  # between the problem and the advice
+
+    def __init__(self, problem: str, *advice: str):
+        super().__init__(problem, *advice)  # all of them, for copies and pickles
+        self.problem, self.advice = problem, advice
+
+    def __str__(self) -> str:
+        return self.mark.join([self.problem, ", or ".join(self.advice)]) if self.advice else self.problem
+
+    def without(self, flags: Container[str], instead: str = "") -> Self:
+        """Return the error for a command that lacks some flags: without the advice that names one of them.
+
+        instead  advice in place of all others if one was left out, or if the problem names such a flag
+        """
+
+        def is_fit(text: str) -> bool:
+            return not any(flag in flags for flag in flags_in(text))
+
+        advice = tuple(filter(is_fit, self.advice))
+        if instead and not (advice == self.advice and is_fit(self.problem)):
+            advice = (instead,)
+        return type(self)(self.problem, *advice)
+
+
+class Reason(InputError):
+    """Why something cannot be used, in words for the inside of a sentence: "PROBLEM: ADVICE, or ADVICE"."""
+
+    mark = ": "
 
 
 class Diverged(ArithmeticError):
     """The model's logits or the loss are not finite. Scripts exit with code 1."""
+
+
+def flags_in(text: str) -> list[str]:
+    """Return the flags that a text names, such as --skip-bad."""
+    return FLAG.findall(text)
 
 
 def first_line(error: BaseException) -> str:

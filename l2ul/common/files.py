@@ -113,8 +113,8 @@ def require_writable(folder: Path, *names: str) -> None:
             part.unlink()
     except OSError as error:
         raise InputError(
-            f"cannot write to {folder} ({error.strerror}); choose a folder with write permission"
+            f"cannot write to {folder} ({error.strerror})", "choose a folder with write permission"
         ) from None
     for path in (folder / name for name in names):
         if path.is_dir():
-            raise InputError(f"{path} is a folder; a file is written there, so rename it or choose another place")
+            raise InputError(f"{path} is a folder", "a file is written there, so rename it or choose another place")

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from l2ul.common.choices import MAX_IMAGE_PIXELS
-from l2ul.common.errors import InputError
+from l2ul.common.errors import Reason
 
 Image = TypeVar("Image")  # of Pillow, or a tensor (…, height, width)
 
 
-class TooLarge(InputError):
-    """The image would be too large after resizing. The message is for the inside of a sentence."""
+class TooLarge(Reason):
+    """The image would be too large after resizing."""
 
 
 def check_resize(width: int, height: int, short_side: int | None) -> None:
@@ -26,7 +26,8 @@ def check_resize(width: int, height: int, short_side: int | None) -> None:
     if count > max(MAX_IMAGE_PIXELS, width * height):
         raise TooLarge(
             f"{width} x {height} pixels, which resizing the short side to {short_side} enlarges to {count:,}, above "
-            f"the limit of {MAX_IMAGE_PIXELS:,}: crop it"
+            f"the limit of {MAX_IMAGE_PIXELS:,}",
+            "crop it",
         )
 
 

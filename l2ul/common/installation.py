@@ -41,7 +41,8 @@ def require(package: str, feature: str) -> ModuleType:
         return import_package(package)
     except ImportError:
         raise InputError(
-            f"{feature} needs the package {package}; install it (uv run --extra {package} …, or pip install {package})"
+            f"{feature} needs the package {package}",
+            f"install it (uv run --extra {package} …, or pip install {package})",
         ) from None
 
 

@@ -66,7 +66,7 @@ def require(device: torch.device, precision: str, remedy: str) -> None:
     """Raise InputError, which ends with the remedy, if the device has no hardware for the precision."""
     if not is_supported(device, precision):
         needed = "a CUDA GPU" + (", or a CPU with AMX or AVX512-BF16" if precision == BF16 else "")
-        raise InputError(f"{precision} needs {needed}; {remedy}")
+        raise InputError(f"{precision} needs {needed}", remedy)
 
 
 def is_supported(device: torch.device, precision: str) -> bool:

@@ -70,7 +70,7 @@ def require_utf8_name(path: Path) -> Path:
         path.name.encode()
     except UnicodeEncodeError:
         shown = path.name.encode(errors="surrogateescape").decode(errors="replace")
-        raise InputError(f"the name {shown} in {path.parent} is not UTF-8; rename the file or folder") from None
+        raise InputError(f"the name {shown} in {path.parent} is not UTF-8", "rename the file or folder") from None
     return path
 
 

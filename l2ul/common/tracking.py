@@ -133,7 +133,7 @@ class Wandb:
         self.wandb = wandb
         if self.mode == "online" and not wandb.login(prompt=False):
             raise InputError(
-                "WANDB_MODE is online but you are not logged in to wandb; run wandb login, or unset WANDB_MODE"
+                "WANDB_MODE is online but you are not logged in to wandb", "run wandb login", "unset WANDB_MODE"
             )
 
     def start(self, identity: str, name: str, settings: Values) -> None:
@@ -280,8 +280,9 @@ class Trackers:
 
 def _missing(name: str) -> InputError:
     return InputError(
-        f"--tracker {name} needs the package {name}; install it (uv run --extra {name} …, or pip install {name}), or "
-        f"leave out {name}"
+        f"--tracker {name} needs the package {name}",
+        f"install it (uv run --extra {name} …, or pip install {name})",
+        f"leave out {name}",
     )
 
 

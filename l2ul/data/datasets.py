@@ -75,7 +75,7 @@ def load(
         return huggingface.load(name, data_dir, download=download, **table, **decoding)
     flag = next((flag for flag, value in table.items() if value is not None), None)
     if flag:
-        raise InputError(f"--{flag.replace('_', '-')} is for --dataset hf:NAME_OR_FOLDER, not {name}; leave it out")
+        raise InputError(f"--{flag.replace('_', '-')} is for --dataset hf:NAME_OR_FOLDER, not {name}", "leave it out")
     if name in LOADERS:
         options = {"image_size": image_size, "age_grouping": age_grouping, "split_seed": split_seed}
         options |= {"whole_train": whole_train, "workers": workers, "download": download, "progress": progress}
@@ -130,8 +130,9 @@ def _mnist(name: str, kind: type[torchvision_datasets.MNIST], data_dir: Path, *,
         shape, labels = tuple(part.data.shape), part.targets
         if len(shape) != 3 or not 0 < shape[0] == len(labels) or shape[1] != shape[2] or labels.max() >= 10:
             raise InputError(
-                f"{name} in {folder} has images of the shape {shape} and {len(labels)} labels; expected square images "
-                f"(N, 28, 28) and N labels from 0 to 9: delete the folder, so that it is downloaded again"
+                f"{name} in {folder} has images of the shape {shape} and {len(labels)} labels",
+                "expected square images (N, 28, 28) and N labels from 0 to 9: delete the folder, so that it is "
+                "downloaded again",
             )
     return Images(name, 10, kind.classes, *(Split(part.data[:, None], part.targets) for part in parts))
 
@@ -165,8 +166,9 @@ def _of_torchvision(
         reason = next(iter(str(error).splitlines()), "damaged files")  # an AssertionError has no message
         problem = "could not be downloaded" if download else "is downloaded with --download only"
         raise InputError(
-            f"{name} is not complete in {folder} and {problem} ({reason}); put {content} there, or name "
-            f"the folder that holds it with --data-dir"
+            f"{name} is not complete in {folder} and {problem} ({reason})",
+            f"put {content} there",
+            "name the folder that holds it with --data-dir",
         ) from None
 
 
@@ -184,9 +186,9 @@ def _socket_timeout(seconds: float = 30) -> Iterator[None]:
 def _image_folder(name: str, folder: Path, size: int | None, *, reader: ImageReader, **reading) -> Images:
     if not (folder / "train").is_dir():
         raise InputError(
-            f"there is no data set {name!r}: expected {', '.join(LOADERS)}, hf:NAME, or the name of a folder with "
-            f"the subfolders train and val, but {folder / 'train'} does not exist; name the folder above it with "
-            f"--data-dir"
+            f"there is no data set {name!r}: expected {', '.join(LOADERS)}, hf:NAME, or the name of a folder with the "
+            f"subfolders train and val, but {folder / 'train'} does not exist",
+            "name the folder above it with --data-dir",
         )
     held_out = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), folder / "val")
     train, test = _read_image_folder(folder / "train"), _read_image_folder(held_out)
@@ -197,7 +199,7 @@ def _image_folder(name: str, folder: Path, size: int | None, *, reader: ImageRea
         if unknown:
             expected = "an ImageNet-1k class, n01440764 …" if name == "imagenet" else f"a class of {train.root}"
             raise InputError(
-                f"{part.root} has a class {unknown[0]!r}; expected {expected}: rename or remove its folder"
+                f"{part.root} has a class {unknown[0]!r}", f"expected {expected}: rename or remove its folder"
             )
     files = [[file for file, _ in part.samples] for part in (train, test)]
     side = reader.common_side([*files[0], *files[1]]) if name != "imagenet" else None
@@ -225,7 +227,8 @@ def _read_image_folder(folder: Path) -> torchvision_datasets.ImageFolder:
         if first.setdefault(normal_form(name), name) != name:
             raise InputError(
                 f"{folder} has two subfolders {normal_form(name)!r} whose names differ only in their Unicode normal "
-                f"form; move their images into one subfolder"
+                f"form",
+                "move their images into one subfolder",
             )
     return part
 

@@ -1,8 +1,10 @@
 """Images in a folder on disk, decoded when they are needed: by worker processes, or by the GPU."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import copy
+from dataclasses import dataclass
+import functools
 import hashlib
 from io import BytesIO
 import itertools
@@ -12,7 +14,7 @@ import warnings
 from PIL import Image
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import io
 from torchvision.transforms import v2
 
@@ -31,14 +33,14 @@ def check_decoder(decoder: str, device: torch.device) -> None:
     if decoder != "gpu":
         return
     if device.type != "cuda":
-        raise InputError("--decoder gpu needs a CUDA GPU; leave it out on this device")
+        raise InputError("--decoder gpu needs a CUDA GPU", "leave it out on this device")
     jpeg = BytesIO()
     Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
     try:
         _decode([_as_tensor(jpeg.getvalue())], device)
     except RuntimeError as error:
         why = first_line(error)
-        raise InputError(f"--decoder gpu: nvJPEG cannot decode on this GPU ({why}); leave it out") from None
+        raise InputError(f"--decoder gpu: nvJPEG cannot decode on this GPU ({why})", "leave it out") from None
 
 
 class FolderImages(Dataset):
@@ -115,7 +117,7 @@ class FolderImages(Dataset):
         pixels = torch.empty(len(self), self.channels, self.size, self.size, dtype=torch.uint8)
         done = 0
         with progress("read images", len(self)) if progress else contextlib.nullcontext() as advance:
-            for batch in DataLoader(self, 64, num_workers=workers):
+            for batch in _batches(self, batch_size=64, num_workers=workers):
                 pixels[done : done + len(batch)] = batch
                 done += len(batch)
                 if advance:
@@ -179,13 +181,13 @@ class FolderImages(Dataset):
     def _read(self, batches: Sequence[Tensor], device: torch.device, workers: int) -> Iterator[Tensor]:
         encoded = self.decoder == "gpu"
         workers = min(workers, len(batches))
-        source = DataLoader(
+        source = _batches(
             _Encoded(self) if encoded else self,
+            _join if encoded else default_collate,
             batch_sampler=[indices.tolist() for indices in batches],
             num_workers=workers,
             prefetch_factor=self.prefetch if workers else None,
             pin_memory=device.type == "cuda" and not encoded,
-            collate_fn=_join if encoded else None,
             generator=torch.Generator(),
         )
         for indices, batch in zip(batches, source, strict=True):
@@ -197,6 +199,41 @@ class FolderImages(Dataset):
                 yield torch.stack([self.resize(image.to(device)) for image in images])
             else:
                 yield batch.to(device, non_blocking=device.type == "cuda")
+
+
+def _batches(images: Dataset, collate: Callable[[list], object] = default_collate, **options) -> Iterator:
+    """Yield the batches of a DataLoader. Raise the InputError of an image as it is, also from a worker process.
+
+    DataLoader itself would raise another one, whose only argument is the traceback of the worker as a text.
+
+    collate  makes a batch of several images
+    options  of DataLoader
+    """
+    for batch in DataLoader(_Caught(images), collate_fn=functools.partial(_collate, collate), **options):
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+@dataclass(frozen=True)
+class _Caught(Dataset):
+    """The images of a data set, and an InputError in place of each that cannot be read."""
+
+    images: Dataset
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> object:
+        try:
+            return self.images[index]
+        except InputError as error:
+            return error
+
+
+def _collate(collate: Callable[[list], object], images: list) -> object:
+    """Return a batch, or the first InputError in it."""
+    return next((image for image in images if isinstance(image, InputError)), None) or collate(images)
 
 
 class _Encoded(Dataset):
@@ -266,7 +303,7 @@ def _decode_one(image: Tensor, device: torch.device) -> tuple[Tensor, bool]:
             return _decode([image], torch.device("cpu"))[0], True
         except RuntimeError as error:
             why = first_line(error)
-            raise InputError(f"an image of the folder is damaged ({why}); replace or remove it") from None
+            raise InputError(f"an image of the folder is damaged ({why})", "replace or remove it") from None
 
 
 def _decode(images: list[Tensor], device: torch.device) -> list[Tensor]:

@@ -83,7 +83,7 @@ def choose_forget(num_images: int, k: int, seed: int) -> Tensor:
     """
     if not 1 <= k < num_images:
         raise InputError(
-            f"k is {k}; expected 1 to {num_images - 1}, as some of the {num_images} training images must remain"
+            f"k is {k}", f"expected 1 to {num_images - 1}, as some of the {num_images} training images must remain"
         )
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))[:k]
 
@@ -108,7 +108,7 @@ def read_integers(path: Path, what: str, read: Callable[[str], int] = int, expec
         except InputError:  # a ValueError too, with a sentence of its own
             raise
         except (ValueError, OverflowError):
-            raise InputError(f"line {number} of the {what} file {path} is {line!r}; expected {expected}") from None
+            raise InputError(f"line {number} of the {what} file {path} is {line!r}", f"expected {expected}") from None
     return torch.tensor(numbers)
 
 
@@ -126,7 +126,7 @@ def read_lines(path: Path, what: str, expected: str) -> dict[int, str]:
         raise InputError(f"cannot read the {what} file {path}: {reason}") from None
     filled = {number: line for number, line in enumerate(lines, start=1) if line.strip()}
     if not filled:
-        raise InputError(f"the {what} file {path} is empty; expected {expected} per line")
+        raise InputError(f"the {what} file {path} is empty", f"expected {expected} per line")
     return filled
 
 
@@ -153,13 +153,13 @@ def read_forget(path: Path, num_images: int, files: Sequence[str] = ()) -> Tenso
     outside = indices[(indices < 0) | (indices >= num_images)]
     if len(outside):
         raise InputError(
-            f"{path} has index {outside[0]}; expected 0 to {num_images - 1}, the indices of the training images"
+            f"{path} has index {outside[0]}", f"expected 0 to {num_images - 1}, the indices of the training images"
         )
     values, counts = indices.unique(return_counts=True)
     if (counts > 1).any():
-        raise InputError(f"{path} has index {values[counts > 1][0]} more than once; list each image once")
+        raise InputError(f"{path} has index {values[counts > 1][0]} more than once", "list each image once")
     if len(indices) == num_images:
-        raise InputError(f"{path} lists all {num_images} training images; leave out some, which remain")
+        raise InputError(f"{path} lists all {num_images} training images", "leave out some, which remain")
     return indices
 
 
@@ -184,8 +184,8 @@ def _index_by_name(files: Sequence[str]) -> Callable[[str], int]:
         ]
         if len(fitting) > 1:
             raise InputError(
-                f"{text.strip()!r} fits several training images, such as {files[fitting[0]]} and {files[fitting[1]]}; "
-                f"give more of the path"
+                f"{text.strip()!r} fits several training images, such as {files[fitting[0]]} and {files[fitting[1]]}",
+                "give more of the path",
             )
         return fitting[0] if fitting else int(text)
 
@@ -199,13 +199,15 @@ def read_new_labels(path: Path, labels: Tensor, num_classes: int) -> Tensor:
     """
     new = read_integers(path, "relabel")
     if len(new) != len(labels):
-        raise InputError(f"{path} has {len(new)} labels, but D_f has {len(labels)} images; give one label per image")
+        raise InputError(f"{path} has {len(new)} labels, but D_f has {len(labels)} images", "give one label per image")
     outside = new[(new < 0) | (new >= num_classes)]
     if len(outside):
-        raise InputError(f"{path} has label {outside[0]}; expected a class, 0 to {num_classes - 1}")
+        raise InputError(f"{path} has label {outside[0]}", f"expected a class, 0 to {num_classes - 1}")
     same = (new == labels).nonzero().flatten()
     if len(same):
-        raise InputError(f"label {same[0] + 1} of {path} is the image's true label {new[same[0]]}; give another class")
+        raise InputError(
+            f"label {same[0] + 1} of {path} is the image's true label {new[same[0]]}", "give another class"
+        )
     return new
 
 
@@ -246,8 +248,8 @@ def read_folder(folder: Path, images: Images, reader: ImageReader | None = None)
     unknown = [name for name in image_folder.classes if normal_form(name) not in index]
     if unknown:
         raise InputError(
-            f"--forget-dir {folder} has a subfolder {unknown[0]!r}, which is no class of the data set; "
-            f"expected names such as {', '.join(map(repr, images.classes[:3]))}"
+            f"--forget-dir {folder} has a subfolder {unknown[0]!r}, which is no class of the data set",
+            f"expected names such as {', '.join(map(repr, images.classes[:3]))}",
         )
     folder_images = images.from_files([file for file, _ in image_folder.samples], reader)
     reject_own(folder_images, images, "choose training images with --forget-file, and leave out test images")
@@ -272,7 +274,7 @@ def reject_own(folder_images: FolderImages, images: Images, advice: str) -> None
             own = {image.tobytes() for image in split.images.cpu().numpy()}
             same = [file for i, file in enumerate(folder_images.files) if folder_images[i].numpy().tobytes() in own]
         if same:
-            raise InputError(f"{same[0]} is a {what} image of the data set; {advice}")
+            raise InputError(f"{same[0]} is a {what} image of the data set", advice)
 
 
 def from_folder(images: Split, predictions: Tensor, goal: str, seed: int, folder: Path) -> ForgetSet:

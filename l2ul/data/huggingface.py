@@ -146,8 +146,8 @@ def load(
     test = _part(splits, shown, "test", test_split, TEST_SPLITS)
     if train.split == test.split and train.first < test.last and test.first < train.last:
         raise InputError(
-            f"--train-split {train.spec} and --test-split {test.spec} of {shown} have images in common; name other "
-            f"splits, or parts such as train[:80%] and train[80%:]"
+            f"--train-split {train.spec} and --test-split {test.spec} of {shown} have images in common",
+            "name other splits, or parts such as train[:80%] and train[80%:]",
         )
     features = train.rows.features
     image = _image_column(features, shown, image_column)
@@ -156,7 +156,9 @@ def load(
         if test.rows.features.get(column) != features[column]:
             raise InputError(
                 f"the column {column} of {shown} differs between its splits {train.spec} and {test.spec} in type or "
-                f"class names; name other splits with --train-split and --test-split, or save it with equal features"
+                f"class names",
+                "name other splits with --train-split and --test-split",
+                "save it with equal features",
             )
     classes, labels = _labels(shown, train, test, label)
     files = [_files(shown, part, image) for part in (train, test)]
@@ -197,7 +199,7 @@ def _open(name: str, data_dir: Path, download: bool) -> "Mapping[str, Dataset]":
     folder, configuration = _find(name, Path(data_dir))
     place = str(folder) if folder else name.removeprefix(PREFIX).removesuffix(f":{configuration}")
     if not place:
-        raise InputError(f"--dataset is {name}; expected hf:NAME of a data set on the hub, or hf:FOLDER")
+        raise InputError(f"--dataset is {name}", "expected hf:NAME of a data set on the hub, or hf:FOLDER")
     datasets = _package()
     try:
         if folder and any((folder / file).is_file() for file in SAVED):
@@ -217,14 +219,17 @@ def _open(name: str, data_dir: Path, download: bool) -> "Mapping[str, Dataset]":
     except Exception as error:  # datasets, huggingface_hub, pyarrow and fsspec each raise their own exceptions
         if is_out_of_memory(error):
             raise
+        advice = ()
         if folder:
-            hint = "expected what save_to_disk of datasets writes, or a copy of a data set of the hub"
+            problem = "expected what save_to_disk of datasets writes, or a copy of a data set of the hub"
+        elif download:
+            problem = "there is no such folder, and it cannot be read from the hub"
+            advice = (
+                "expected hf:NAME or hf:FOLDER, or hf:NAME:CONFIGURATION for a data set with several configurations",
+            )
         else:
-            hint = "there is no such folder, and it cannot be read from the hub; expected hf:NAME or hf:FOLDER, or "
-            hint += "hf:NAME:CONFIGURATION for a data set with several configurations"
-            if not download:
-                hint = "it is no folder on this machine, and it is downloaded with --download only"
-        raise InputError(f"cannot load the data set {name}: {hint} ({first_line(error)[:200]})") from None
+            problem = "it is no folder on this machine, and it is downloaded with --download only"
+        raise InputError(f"cannot load the data set {name}: {problem} ({first_line(error)[:200]})", *advice) from None
     return splits if isinstance(splits, dict) else {str(splits.split or "train"): splits}
 
 
@@ -232,7 +237,7 @@ def _check_saved(folder: Path, name: str) -> None:
     """Raise InputError if a split in a folder of save_to_disk has no file, which datasets does not explain."""
     for state in sorted(folder.glob("**/state.json")):
         if json.loads(state.read_text()).get("_data_files") == []:
-            raise InputError(f"the split {state.parent.name} of {name} is empty; save the data set without it")
+            raise InputError(f"the split {state.parent.name} of {name} is empty", "save the data set without it")
 
 
 def _check_addresses(folder: Path, name: str) -> None:
@@ -247,8 +252,8 @@ def _check_addresses(folder: Path, name: str) -> None:
         address = next((text for text in _texts((content or {}).get("configs")) if "://" in text), None)
         if address:
             raise InputError(
-                f"{name} names files that are not in its folder ({address[:100]}); download them to the folder, and "
-                f"name them there with relative paths"
+                f"{name} names files that are not in its folder ({address[:100]})",
+                "download them to the folder, and name them there with relative paths",
             )
 
 
@@ -266,8 +271,8 @@ def _package():
     datasets = require("datasets", "--dataset hf:…")
     if int(datasets.__version__.split(".")[0]) < OLDEST:
         raise InputError(
-            f"datasets {datasets.__version__} is installed, which may run code of a data set; expected version "
-            f"{OLDEST} or newer: pip install -U datasets"
+            f"datasets {datasets.__version__} is installed, which may run code of a data set",
+            f"expected version {OLDEST} or newer: pip install -U datasets",
         )
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -284,18 +289,18 @@ def _part(splits: "Mapping[str, Dataset]", shown: str, what: str, spec: str | No
     if spec is None:
         spec = next((name for name in usual if name in splits), None)
         if spec is None:
-            raise InputError(f"{shown} has no split {' or '.join(usual[:2])}, {names}; {advice}")
+            raise InputError(f"{shown} has no split {' or '.join(usual[:2])}, {names}", advice)
     if spec in splits:
         part = Part(spec, splits[spec], spec, 0, len(splits[spec]))
     else:
         try:
             (place,) = ReadInstruction.from_spec(spec).to_absolute({name: len(rows) for name, rows in splits.items()})
         except (ValueError, AssertionError):
-            raise InputError(f"{flag} is {spec}, but {shown} has no such split, {names}; {advice}") from None
+            raise InputError(f"{flag} is {spec}, but {shown} has no such split, {names}", advice) from None
         rows = splits[place.splitname].select(range(place.from_, place.to))
         part = Part(spec, rows, place.splitname, place.from_, place.to)
     if not len(part.rows):
-        raise InputError(f"the split {spec} of {shown} is empty, {names}; {advice}")
+        raise InputError(f"the split {spec} of {shown} is empty, {names}", advice)
     return part
 
 
@@ -326,15 +331,17 @@ def _column(
     listed = ", ".join(f"{name} ({_type_name(kind)})" for name, kind in features.items())
     flag = f"--{what}-column"
     if chosen is not None and chosen not in features:
-        raise InputError(f"{flag} is {chosen}, but {shown} has no such column; expected one of {listed}")
+        raise InputError(f"{flag} is {chosen}, but {shown} has no such column", f"expected one of {listed}")
     names = [chosen] if chosen is not None else list(features)
     fitting = next(filter(None, ([name for name in names if fits(features[name])] for fits in kinds)), [])
     if not fitting and chosen is not None:
-        raise InputError(f"{flag} is {chosen}, a column of type {_type_name(features[chosen])}; {remedy}")
+        raise InputError(f"{flag} is {chosen}, a column of type {_type_name(features[chosen])}", remedy)
     if not fitting:
-        raise InputError(f"{shown} has no column of {what}s among {listed}; {remedy}, and flatten() opens nested ones")
+        raise InputError(
+            f"{shown} has no column of {what}s among {listed}", f"{remedy}, and flatten() opens nested ones"
+        )
     if len(fitting) > 1 and what not in fitting:
-        raise InputError(f"{shown} has several columns of {what}s, {', '.join(fitting)}; choose one with {flag}")
+        raise InputError(f"{shown} has several columns of {what}s, {', '.join(fitting)}", f"choose one with {flag}")
     return what if what in fitting else fitting[0]
 
 
@@ -350,14 +357,14 @@ def _labels(shown: str, train: Part, test: Part, column: str) -> tuple[list[str]
     classes = list(names) if names else [str(number) for number in range(int(labels[0].max()) + 1)]
     if not names and not np.array_equal(np.unique(labels[0]), np.arange(len(classes))):
         raise InputError(
-            f"the labels in the column {column} of {shown} are {labels[0].min()} to {labels[0].max()} with gaps; "
-            f"expected 0, 1, …, or a column of type ClassLabel: class_encode_column({column!r}) of datasets"
+            f"the labels in the column {column} of {shown} are {labels[0].min()} to {labels[0].max()} with gaps",
+            f"expected 0, 1, …, or a column of type ClassLabel: class_encode_column({column!r}) of datasets",
         )
     for part, values in zip((train, test), labels, strict=True):
         if values.max() >= len(classes):
             raise InputError(
-                f"row {values.argmax()} of the split {part.spec} of {shown} has label {values.max()}; expected 0 to "
-                f"{len(classes) - 1}, {'its classes' if names else 'as in the training set'}"
+                f"row {values.argmax()} of the split {part.spec} of {shown} has label {values.max()}",
+                f"expected 0 to {len(classes) - 1}, {'its classes' if names else 'as in the training set'}",
             )
     return classes, [torch.tensor(values) for values in labels]
 
@@ -369,7 +376,9 @@ def _column_labels(shown: str, part: Part, column: str) -> np.ndarray:
     if len(missing):
         raise InputError(
             f"{len(missing)} labels in the split {part.spec} of {shown} are missing or negative, such as that of row "
-            f"{missing[0]}; name a split with labels (--train-split, --test-split), or remove these rows"
+            f"{missing[0]}",
+            "name a split with labels (--train-split, --test-split)",
+            "remove these rows",
         )
     return labels
 

@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from l2ul.common.choices import EXIF_ORIENTATIONS, MAX_IMAGE_PIXELS
-from l2ul.common.errors import InputError, first_line
+from l2ul.common.errors import InputError, Reason, first_line
 from l2ul.common.image_sizes import TooLarge, check_resize
 from l2ul.common.installation import import_package
 from l2ul.common.text import first_three
@@ -55,8 +55,8 @@ MEASURED = 32  # most images that it decodes to measure their grey levels
 DARK = 1 / 4  # grey levels below this share of white indicate another level of white
 
 
-class UnreadableImage(Exception):
-    """Why a file cannot be read as an image, in words for the inside of a sentence."""
+class UnreadableImage(Reason):
+    """Why a file cannot be read as an image."""
 
 
 class TooManyPixels(UnreadableImage):
@@ -95,7 +95,7 @@ def version(file: ImageFile) -> str:
     try:
         status = os.stat(file)
     except OSError as error:
-        raise unreadable(file, error.strerror) from None
+        raise unreadable(file, UnreadableImage(error.strerror)) from None
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
@@ -279,7 +279,8 @@ class ImageReader:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             count = re.search(r"\d+", str(error))[0]
             raise TooManyPixels(
-                f"{count} pixels, above the limit of {self.max_pixels}: raise it with --max-image-pixels {count}"
+                f"{count} pixels, above the limit of {self.max_pixels}",
+                f"raise the limit with --max-image-pixels {count}",
             ) from None
         except (UnreadableImage, TooLarge, MemoryError):
             raise
@@ -302,8 +303,9 @@ class ImageReader:
             raise UnreadableImage("grey levels that are not finite")
         if low < 0 or peak > white:
             raise UnreadableImage(
-                f"grey levels from {low:g} to {peak:g}, expected 0 to {white:g}: give the level of white as "
-                f"--white-level, or convert the file to 8 bits"
+                f"grey levels from {low:g} to {peak:g}, expected 0 to {white:g}",
+                "give the level of white as --white-level",
+                "convert the file to 8 bits",
             )
         if values.dtype.kind in "iu" and peak < 2**16:
             table = np.arange(int(peak) + 1)
@@ -313,9 +315,9 @@ class ImageReader:
         return Image.fromarray(levels), peak, white
 
 
-def unreadable(file: ImageFile, reason: object) -> InputError:
+def unreadable(file: ImageFile, reason: Reason) -> InputError:
     """Return the error for an image file that a data set needs and that cannot be read."""
-    return InputError(f"cannot read the image {file} ({reason}); replace or remove it")
+    return InputError(f"cannot read the image {file} ({reason.problem})", *reason.advice, "replace or remove it")
 
 
 def _identify(file: ImageFile) -> Image.Image:
@@ -332,7 +334,8 @@ def _identify(file: ImageFile) -> Image.Image:
         pillow_heif = import_package("pillow_heif")
     except ImportError:
         raise UnreadableImage(
-            "a HEIC image, which needs the package pillow-heif: uv run --extra heic, or pip install pillow-heif"
+            "a HEIC image, which needs the package pillow-heif",
+            "install it (uv run --extra heic …, or pip install pillow-heif)",
         ) from None
     pillow_heif.register_heif_opener()
     return Image.open(source)

@@ -37,8 +37,9 @@ def empty_images(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     free = shutil.disk_usage(folder).free
     if size > free:
         raise InputError(
-            f"the adversarial examples need {size / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f} GiB free; "
-            f"free some space, or use a smaller --num-adv-images, --unlearn-k or --adv-dtype"
+            f"the adversarial examples need {size / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f} GiB free",
+            "free some space",
+            "use a smaller --num-adv-images, --unlearn-k or --adv-dtype",
         )
     return _memory_mapped(shape, dtype, size, folder)
 

@@ -58,7 +58,7 @@ def read(
     if Path(name).is_dir():
         files = sorted(str(file) for file in Path(name).rglob("*") if file.is_file() and is_image_name(file.name))
         if not files:
-            raise InputError(f"--surrogate {name} holds no images; expected image files, in subfolders or not")
+            raise InputError(f"--surrogate {name} holds no images", "expected image files, in subfolders or not")
         chosen = images.from_files(files, reader)
         reject_own(chosen, images, "a surrogate set must not hold such images: remove it from the folder")
         return Surrogate(Path(name).name, _in_memory(chosen)), images
@@ -66,23 +66,24 @@ def read(
         other = load(name).with_channels(images.channels).train.images
         return Surrogate(name, _resized(_in_memory(other), images.side)), images
     raise InputError(
-        f"--surrogate is {name}; expected a folder of images, test or validation with or without a range such as "
-        f"test:0-5000, or the name of another data set: {', '.join(one for one in LOADERS if one != images.name)}"
+        f"--surrogate is {name}",
+        f"expected a folder of images, test or validation with or without a range such as test:0-5000, or the name of "
+        f"another data set: {', '.join(one for one in LOADERS if one != images.name)}",
     )
 
 
 def _part_of(images: Images, name: str, part: str, first: str | None, last: str | None) -> tuple[Surrogate, Images]:
     split: Split | None = getattr(images, part)
     if split is None:
-        raise InputError(f"--surrogate is {name}, but {images.name} has no validation set; use test or a folder")
+        raise InputError(f"--surrogate is {name}, but {images.name} has no validation set", "use test or a folder")
     start, stop = (0, len(split)) if first is None else (int(first), int(last))
     if not start < stop <= len(split):
         raise InputError(
-            f"--surrogate is {name}; expected a range within 0-{len(split)}, such as {part}:0-{len(split) // 2}"
+            f"--surrogate is {name}", f"expected a range within 0-{len(split)}, such as {part}:0-{len(split) // 2}"
         )
     if part == "test" and stop - start == len(split):
         raise InputError(
-            f"--surrogate {name} leaves no test images to measure on; give a range such as test:0-{stop // 2}"
+            f"--surrogate {name} leaves no test images to measure on", f"give a range such as test:0-{stop // 2}"
         )
     inside = torch.zeros(len(split), dtype=torch.bool)
     inside[start:stop] = True

@@ -101,15 +101,16 @@ def _files(data_dir: Path) -> tuple[list[Path], tuple[str, ...]]:
     folder = next((data_dir / name for name in FOLDERS if (data_dir / name).is_dir()), None)
     if folder is None:
         raise InputError(
-            f"there is no folder {data_dir / FOLDERS[0]}; put the aligned and cropped UTKFace images there, "
-            f"or name the folder that holds utkface with --data-dir"
+            f"there is no folder {data_dir / FOLDERS[0]}",
+            "put the aligned and cropped UTKFace images there",
+            "name the folder that holds utkface with --data-dir",
         )
     images = sorted((f for f in folder.rglob("*") if f.suffix.lower() == ".jpg"), key=lambda file: file.name)
     files = [file for file in images if _age(file.name) is not None]
     if len({file.name for file in files}) < len(files):
-        raise InputError(f"{folder} has two files of the same name; keep each image in one subfolder only")
+        raise InputError(f"{folder} has two files of the same name", "keep each image in one subfolder only")
     if len(files) < 10:
-        raise InputError(f"{folder} has {len(files)} images whose names begin with an age; expected at least 10")
+        raise InputError(f"{folder} has {len(files)} images whose names begin with an age", "expected at least 10")
     malformed = [file.name for file in files if not REGULAR.fullmatch(file.name)]
     notes = []
     if malformed:

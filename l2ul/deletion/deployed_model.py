@@ -150,11 +150,11 @@ def open_model(
             opened.class_names = read_text(class_names).splitlines()
         except (OSError, UnicodeDecodeError):
             raise InputError(
-                f"cannot read --class-names {class_names}; give a UTF-8 text file with one class name per line"
+                f"cannot read --class-names {class_names}", "give a UTF-8 text file with one class name per line"
             ) from None
     channels = opened.classifier.channels
     if channels not in (1, 3):
-        raise InputError(f"the model takes images of {channels} channels; expected 1 (grey) or 3 (colour)")
+        raise InputError(f"the model takes images of {channels} channels", "expected 1 (grey) or 3 (colour)")
     return opened
 
 
@@ -167,15 +167,15 @@ def _open(
 ) -> DeployedModel:
     if build and (model is None or not is_output(Path(model))):
         if model:
-            raise InputError(f"--model {model} and --build {build} both name a classifier; give one of them")
+            raise InputError(f"--model {model} and --build {build} both name a classifier", "give one of them")
         return _open_built(build, checkpoint, input_format, weights_key)
     if model is None:
-        raise InputError("no classifier is named; give --model, or --build for a module of your own")
+        raise InputError("no classifier is named", "give --model, or --build for a module of your own")
     path = Path(model)
     if path.is_file():
         weight_files.kind(path)
         raise InputError(
-            f"--model {model} is a file; give the architecture as --model and the file of weights as --checkpoint"
+            f"--model {model} is a file", "give the architecture as --model and the file of weights as --checkpoint"
         )
     if is_output(path):
         unused = {"--checkpoint": checkpoint, "--weights-key": weights_key} | input_format.flags
@@ -200,7 +200,7 @@ def _refuse_flags(values: dict[str, object], what: str) -> None:
     """Raise InputError for the first flag that has a value."""
     flag = next((flag for flag, value in values.items() if value), None)
     if flag:
-        raise InputError(f"{flag} cannot be used with {what}; leave it out")
+        raise InputError(f"{flag} cannot be used with {what}", "leave it out")
 
 
 def is_output(folder: Path) -> bool:
@@ -212,7 +212,7 @@ def open_output(folder: Path, build: str | None = None) -> DeployedModel:
     """Open the model in the output folder of a request; one that was built by `--build` needs `build` again."""
     report, written = read_report(folder / REPORT)["model"], written_models(folder)
     if len(written) != 1:
-        raise InputError(f"{folder} contains {len(written)} models; expected the one that its report describes")
+        raise InputError(f"{folder} contains {len(written)} models", "expected the one that its report describes")
     return reopen(report["opened_by"], report["classes"], written[0], build)
 
 
@@ -233,7 +233,7 @@ def reopen(opened_by: OpenedBy, class_names: list[str], path: Path, build: str |
         opened = _open_timm(f"{model}{path}", input_format)
     elif model == BUILT:
         if build is None:
-            raise InputError(f"the model {path} needs code of your own; give the function that builds it as --build")
+            raise InputError(f"the model {path} needs code of your own", "give the function that builds it as --build")
         opened = _open_built(build, path, input_format)
     else:
         opened = _open_named(model, path, input_format)
@@ -295,7 +295,7 @@ def _open_named(
         num_classes = len(class_names)
         _refuse_flags({"--weights-key": weights_key}, f"the published weights of {model}")
     elif checkpoint is None:
-        raise InputError(f"no weights are given for {model}; give their file as --checkpoint")
+        raise InputError(f"no weights are given for {model}", "give their file as --checkpoint")
     else:
         path, class_names = Path(checkpoint), []
         state, _ = checkpoints.read(path, weights_key, functools.partial(models.fitting_prefixes, model))
@@ -341,8 +341,8 @@ def _open_built(
     weights = tensors_sha256(net.state_dict())
     if tensors_sha256(net.eval().state_dict()) != weights:
         raise InputError(
-            f"the module that {build} returns changes its weights in eval(), as adapters that are merged do; return "
-            f"it with the weights merged for good"
+            f"the module that {build} returns changes its weights in eval(), as adapters that are merged do",
+            "return it with the weights merged for good",
         )
     net = net.to(memory_format=torch.channels_last)
     classifier = Classifier(build, 0, net, nn.Sequential(normalize))
@@ -360,7 +360,7 @@ def normalization(net: nn.Module, mean: Sequence[float] | None, std: Sequence[fl
     numbers = mean or std
     if numbers and len(numbers) not in (1, 3):
         raise InputError(
-            f"--{'mean' if mean else 'std'} has {len(numbers)} values; expected 1 for grey or 3 for colour"
+            f"--{'mean' if mean else 'std'} has {len(numbers)} values", "expected 1 for grey or 3 for colour"
         )
     channels = len(numbers) if numbers else input_channels(net)
     pairs = (((0.0,), "--mean", mean), ((1.0,), "--std", std))
@@ -390,18 +390,18 @@ def _build(build: str) -> nn.Module:
     """Return the module of `package.module:function`. Modules in the working folder are found, as with `python -m`."""
     module, colon, function = build.partition(":")
     if not (module and colon and function):
-        raise InputError(f"--build {build} is not valid; expected package.module:function")
+        raise InputError(f"--build {build} is not valid", "expected package.module:function")
     sys.path.insert(0, os.getcwd())
     try:
         net = getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"--build {build} cannot be imported ({error}); run the command in the folder that contains it"
+            f"--build {build} cannot be imported ({error})", "run the command in the folder that contains it"
         ) from None
     except Exception as error:  # the user's code may raise anything
         if is_out_of_memory(error):
             raise
-        raise InputError(f"--build {build} failed ({type(error).__name__}: {error}); correct the function") from None
+        raise InputError(f"--build {build} failed ({type(error).__name__}: {error})", "correct the function") from None
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(os.getcwd())
@@ -415,17 +415,17 @@ def check_module(net: object, what: str) -> None:
     what  names it, as the start of messages
     """
     if not isinstance(net, nn.Module):
-        raise InputError(f"{what} is a {type(net).__name__}; expected a torch.nn.Module")
+        raise InputError(f"{what} is a {type(net).__name__}", "expected a torch.nn.Module")
     if any(isinstance(module, torch.jit.ScriptModule) for module in net.modules()):
         raise InputError(
-            f"{what} is scripted or traced by torch.jit, or a module in it is, which cannot be copied and trained; "
-            f"expected the torch.nn.Module that it was made from"
+            f"{what} is scripted or traced by torch.jit, or a module in it is, which cannot be copied and trained",
+            "expected the torch.nn.Module that it was made from",
         )
     if next(net.parameters(), None) is None and next(net.buffers(), None) is None:
-        raise InputError(f"{what} has no weights; expected a classifier")
+        raise InputError(f"{what} has no weights", "expected a classifier")
     check_weights(net, what)
     if next(net.parameters(), None) is None:
-        raise InputError(f"{what} has weights that are no parameters; expected nn.Parameter")
+        raise InputError(f"{what} has weights that are no parameters", "expected nn.Parameter")
 
 
 def _without_resizing(loaded: Classifier) -> Classifier:

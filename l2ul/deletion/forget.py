@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from l2ul.common import precision
-from l2ul.common.advice import FLAG, fitting
 from l2ul.common.choices import Number, did_you_mean
 from l2ul.common.device import plain_defaults
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, flags_in
 from l2ul.common.image_sizes import TooLarge
 from l2ul.common.progress import progress_bar
 from l2ul.data.image_files import ImageReader, UnreadableImage, unreadable
@@ -158,15 +157,17 @@ def forget(
                 _in_range("min_known", min_known, Number(float, 0, maximum=1), "a number from 0 to 1")
             chosen, fixed = _read_settings(method, settings, seed)
             if surrogate is not None and "teacher" not in registry.get(method).needs:
-                raise InputError(f"surrogate is for methods with a teacher such as distill, not {method}; leave it out")
+                raise InputError(
+                    f"surrogate is for methods with a teacher such as distill, not {method}", "leave it out"
+                )
 
             # The original model and the request.
             opened, reader = _open(model, images, mean, std, processor)
             request = make_request(_read_folder(images, labels, new_labels, reader), opened)
             if opened.classifier.outputs != LOGITS:
                 raise InputError(
-                    "the model returns probabilities, which sum to 1 over the classes; return logits, the output of "
-                    "its last linear layer, without the Softmax at the end"
+                    "the model returns probabilities, which sum to 1 over the classes",
+                    "return logits, the output of its last linear layer, without the Softmax at the end",
                 )
             plausibility.check(request, opened, min_known, single_label, flags=("--mean", "--std"))
             search.check_method(method, request.forget.goal)
@@ -242,11 +243,11 @@ def _device_of(model: nn.Module) -> torch.device:
     devices = {tensor.device for tensor in _tensors(model)}
     if len(devices) > 1 or next(iter(devices)).type == "meta":
         names = " and ".join(sorted(map(str, devices)))
-        raise InputError(f"the model has weights on {names}; move it to one device with model.to(device)")
+        raise InputError(f"the model has weights on {names}", "move it to one device with model.to(device)")
     types = {tensor.dtype for tensor in _tensors(model) if tensor.is_floating_point()} - {torch.float32}
     if types:
         name = str(types.pop()).removeprefix("torch.")
-        raise InputError(f"the model has weights in {name}; pass model.float(), and convert the unlearned model back")
+        raise InputError(f"the model has weights in {name}", "pass model.float(), and convert the unlearned model back")
     return devices.pop()
 
 
@@ -279,13 +280,13 @@ def _open(
     """Return a copy of the model behind its normalisation, and what reads images for it."""
     net = unwrapped(copied(model))
     if (mean is None) != (std is None):
-        raise InputError(f"{'std' if mean is None else 'mean'} is given alone; pass both mean and std")
+        raise InputError(f"{'std' if mean is None else 'mean'} is given alone", "pass both mean and std")
     if processor is not None and mean is not None:
-        raise InputError("processor and mean both define the normalisation; leave out mean and std")
+        raise InputError("processor and mean both define the normalisation", "leave out mean and std")
     if isinstance(net, Classifier):
         if mean is not None or processor is not None:
             raise InputError(
-                "a classifier of l2ul.models contains its normalisation; leave out mean, std and processor"
+                "a classifier of l2ul.models contains its normalisation", "leave out mean, std and processor"
             )
         return _deployed(net), _PixelReader(net.channels)
     config = getattr(net, "config", None)
@@ -294,7 +295,9 @@ def _open(
     name, resize = type(net).__name__, None
     if processor is not None:
         if not hasattr(processor, "image_mean"):
-            raise InputError(f"processor is a {type(processor).__name__}; expected an image processor of transformers")
+            raise InputError(
+                f"processor is a {type(processor).__name__}", "expected an image processor of transformers"
+            )
         channels = huggingface.channels(config)
         normalize = next(
             layer for layer in huggingface.processor_layers(processor, name, channels) if isinstance(layer, Normalize)
@@ -331,8 +334,9 @@ def _check_normalised(net: nn.Module, mean: object) -> None:
     library = next((name for name in libraries if name in NORMALISED), None)
     if mean is None and library:
         raise InputError(
-            f"model is a {type(net).__name__} of {library}, which usually takes normalised pixels; pass the mean and "
-            f"std of its training ({NORMALISED[library]}), or mean=(0, 0, 0), std=(1, 1, 1) if it takes pixels in [0,1]"
+            f"model is a {type(net).__name__} of {library}, which usually takes normalised pixels",
+            f"pass the mean and std of its training ({NORMALISED[library]}), or mean=(0, 0, 0), std=(1, 1, 1) if it "
+            f"takes pixels in [0,1]",
         )
 
 
@@ -343,10 +347,10 @@ def _numbers(name: str, values: object) -> list[float] | None:
     try:
         numbers = [float(value) for value in values]
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise InputError(f"{name} is {values!r}; expected one number per channel, such as (0.5, 0.5, 0.5)") from None
+        raise InputError(f"{name} is {values!r}", "expected one number per channel, such as (0.5, 0.5, 0.5)") from None
     if not all(abs(value) < float("inf") and (value > 0 or name == "mean") for value in numbers):
         kind = "finite numbers" if name == "mean" else "numbers above 0"
-        raise InputError(f"{name} is {values!r}; expected {kind}")
+        raise InputError(f"{name} is {values!r}", f"expected {kind}")
     return numbers
 
 
@@ -372,13 +376,13 @@ class _PixelReader:
         if isinstance(images, Tensor):
             pixels = _checked_pixels(images, what)
             if self.resize and pixels.dtype != torch.uint8:
-                raise InputError(f"{what} has float pixels; the processor takes 8-bit images: pass uint8")
+                raise InputError(f"{what} has float pixels", "the processor takes 8-bit images: pass uint8")
             names = [f"image {index} of {what}" for index in range(len(pixels))]
             if self.resize:
                 pixels = torch.stack([self._resized(one, name) for one, name in zip(pixels, names, strict=True)])
         elif isinstance(images, list | tuple) and all(isinstance(one, Image.Image | str | Path) for one in images):
             if not images:
-                raise InputError(f"{what} contains no image; pass at least one")
+                raise InputError(f"{what} contains no image", "pass at least one")
             names = [
                 f"image {index} of {what}" if isinstance(one, Image.Image) else str(one)
                 for index, one in enumerate(images)
@@ -388,13 +392,14 @@ class _PixelReader:
             if odd is not None:
                 sizes = [" x ".join(map(str, reversed(one.shape[1:]))) for one in (parts[0], parts[odd])]
                 raise InputError(
-                    f"{names[0]} has {sizes[0]} pixels, {names[odd]} has {sizes[1]}; resize all images to the size "
-                    f"that the model takes"
+                    f"{names[0]} has {sizes[0]} pixels, {names[odd]} has {sizes[1]}",
+                    "resize all images to the size that the model takes",
                 )
             pixels = torch.stack(parts)
         else:
             raise InputError(
-                f"{what} is a {_type_of(images)}; expected a tensor (k, C, H, W), or a list of PIL images or file names"
+                f"{what} is a {_type_of(images)}",
+                "expected a tensor (k, C, H, W), or a list of PIL images or file names",
             )
         if pixels.shape[1] != self.channels:
             raise InputError(f"{what} has {_channels(pixels.shape[1])}, but the model takes {_channels(self.channels)}")
@@ -410,9 +415,9 @@ class _PixelReader:
         try:
             image.load()
         except Exception as error:  # the decoders raise many types
-            raise InputError(f"{name} cannot be decoded ({str(error).split(chr(10))[0]}); leave it out") from None
+            raise InputError(f"{name} cannot be decoded ({str(error).split(chr(10))[0]})", "leave it out") from None
         if image.mode.startswith(("I", "F")):
-            raise InputError(f"{name} has more than 8 bits (mode {image.mode}); pass its file name, or convert it")
+            raise InputError(f"{name} has more than 8 bits (mode {image.mode})", "pass its file name", "convert it")
         image = image.convert("RGB" if self.channels == 3 else "L")
         return self._resized(image, name) if self.resize else transforms.pil_to_tensor(image)
 
@@ -420,7 +425,7 @@ class _PixelReader:
         try:
             return self.resize(image)
         except TooLarge as error:
-            raise InputError(f"{name} has {error}") from None
+            raise InputError(f"{name} has {error.problem}", *error.advice) from None
 
 
 def _channels(count: int) -> str:
@@ -443,22 +448,22 @@ def _checked_pixels(images: Tensor, what: str) -> Tensor:
         elif images.ndim == 4 and images.shape[3] in (1, 3):
             hint = f": pass {what}.permute(0, 3, 1, 2)"
         raise InputError(
-            f"{what} has the shape {shape}; expected (k, C, H, W) with C of 3 or 1 and k of at least 1{hint}"
+            f"{what} has the shape {shape}", f"expected (k, C, H, W) with C of 3 or 1 and k of at least 1{hint}"
         )
     if images.dtype != torch.uint8 and not images.is_floating_point():
         name = str(images.dtype).removeprefix("torch.")
-        raise InputError(f"{what} has the type {name}; expected uint8, or float in [0,1]")
+        raise InputError(f"{what} has the type {name}", "expected uint8, or float in [0,1]")
     pixels = images.detach().cpu().clone()
     if pixels.dtype == torch.uint8:
         if pixels.max() <= 1:
             raise InputError(
-                f"{what} is uint8 with no value above 1, where white is 255; pass pixels in [0,1] as float"
+                f"{what} is uint8 with no value above 1, where white is 255", "pass pixels in [0,1] as float"
             )
         return pixels
     pixels = pixels.float()
     if not pixels.isfinite().all():
         index = int((~pixels.isfinite()).flatten(1).any(1).nonzero()[0])
-        raise InputError(f"image {index} of {what} has values that are not finite; pass pixels in [0,1]")
+        raise InputError(f"image {index} of {what} has values that are not finite", "pass pixels in [0,1]")
     low, high = float(pixels.min()), float(pixels.max())
     if low < -TOLERANCE or high > 1 + TOLERANCE:
         if low >= 0 and high > 2:
@@ -467,20 +472,20 @@ def _checked_pixels(images: Tensor, what: str) -> Tensor:
             hint = "leave out the normalisation, and pass it as mean and std"
         else:
             hint = "clamp them, or leave out the normalisation and pass it as mean and std"
-        raise InputError(f"{what} has values from {low:.3g} to {high:.3g}; expected pixels in [0,1]: {hint}")
+        raise InputError(f"{what} has values from {low:.3g} to {high:.3g}", f"expected pixels in [0,1]: {hint}")
     if high <= DARK:
-        raise InputError(f"{what} has no value above {high:.2g}, so all are black; divide by 255 only once")
+        raise InputError(f"{what} has no value above {high:.2g}, so all are black", "divide by 255 only once")
     return pixels.clamp(0, 1)
 
 
 def _check_values(tensor: Tensor, what: str) -> None:
     """Raise InputError unless a tensor is dense and has values."""
     if tensor.is_nested:
-        raise InputError(f"{what} is a nested tensor; pass images of one size, as torch.stack returns them")
+        raise InputError(f"{what} is a nested tensor", "pass images of one size, as torch.stack returns them")
     if tensor.layout != torch.strided:
-        raise InputError(f"{what} is a sparse tensor; pass {what}.to_dense()")
+        raise InputError(f"{what} is a sparse tensor", f"pass {what}.to_dense()")
     if tensor.is_meta:
-        raise InputError(f"{what} is on the device meta, where tensors have no values; load it on another one")
+        raise InputError(f"{what} is on the device meta, where tensors have no values", "load it on another one")
 
 
 def _digest(image: Tensor) -> str:
@@ -500,7 +505,7 @@ def _read_folder(images: ImageSource, labels: object, new_labels: object, reader
         digest = _digest(image)
         other = first.setdefault(digest, (name, own))
         if other[1] != own:
-            raise InputError(f"{other[0]} and {name} are the same image with different labels; correct one of them")
+            raise InputError(f"{other[0]} and {name} are the same image with different labels", "correct one of them")
         files.append(ImageFile(name, digest, digest, *own))
     return ImageFolder(Path(), files, pixels)
 
@@ -512,17 +517,17 @@ def _class_texts(what: str, values: object, count: int) -> list[str | None]:
     try:
         numbers = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise InputError(f"{what} is a {_type_of(values)}; expected {count} whole numbers") from None
+        raise InputError(f"{what} is a {_type_of(values)}", f"expected {count} whole numbers") from None
     _check_values(numbers, what)
     if numbers.ndim == 2 and len(numbers) == count:
         hint = f"{what}.squeeze(1)" if numbers.shape[1] == 1 else f"{what}.argmax(1) of one score per class"
-        raise InputError(f"{what} has a row for each image; expected class numbers: pass {hint}")
+        raise InputError(f"{what} has a row for each image", f"expected class numbers: pass {hint}")
     if numbers.shape != (count,):
         shape = " x ".join(map(str, numbers.shape)) or "of one number"
-        raise InputError(f"{what} has the shape {shape}; expected one class number for each of {count} images")
+        raise InputError(f"{what} has the shape {shape}", f"expected one class number for each of {count} images")
     if numbers.dtype == torch.bool or numbers.is_floating_point() or numbers.is_complex():
         name = str(numbers.dtype).removeprefix("torch.")
-        raise InputError(f"{what} has the type {name}; expected whole numbers, the classes from 0")
+        raise InputError(f"{what} has the type {name}", "expected whole numbers, the classes from 0")
     return [str(number) for number in numbers.tolist()]
 
 
@@ -532,11 +537,11 @@ def _read_others(what: str, images: ImageSource | None, reader: _PixelReader, re
         return None
     names, pixels = reader.read(images, what)
     if pixels.shape[1:] != request.images.shape[1:]:
-        raise InputError(f"{what} and images differ in size; resize them to the same")
+        raise InputError(f"{what} and images differ in size", "resize them to the same")
     forgotten = {image.pixels_sha256 for image in request.folder.files}
     for name, image in zip(names, pixels, strict=True):
         if _digest(image) in forgotten:
-            raise InputError(f"{name} is also an image to forget; leave it out")
+            raise InputError(f"{name} is also an image to forget", "leave it out")
     return pixels.to(request.images.device)
 
 
@@ -548,7 +553,7 @@ def _in_range(name: str, value: object, allowed: Number, expected: str = "") -> 
     try:
         return allowed.check(value)
     except InputError:
-        raise InputError(f"{name} is {value!r}; expected {expected or allowed.expected}") from None
+        raise InputError(f"{name} is {value!r}", f"expected {expected or allowed.expected}") from None
 
 
 def _read_settings(method: str, settings: Mapping[str, object], seed: object) -> tuple[Settings, dict[str, Value]]:
@@ -556,10 +561,10 @@ def _read_settings(method: str, settings: Mapping[str, object], seed: object) ->
     known = registry.get(method).all_settings
     for name in settings.keys() - known.keys():
         arguments = [one for one in inspect.signature(forget).parameters if one != "settings"]
-        hint = did_you_mean(name, [*arguments, *known]) or f"; its settings are {', '.join(known)}"
-        raise InputError(f"{name} is no argument of forget and no setting of method {method}{hint}")
+        hint = did_you_mean(name, [*arguments, *known]).removeprefix("; ") or f"its settings are {', '.join(known)}"
+        raise InputError(f"{name} is no argument of forget and no setting of method {method}", hint)
     if not isinstance(seed, int):
-        raise InputError(f"seed is {seed!r}; expected a whole number of at least 0")
+        raise InputError(f"seed is {seed!r}", "expected a whole number of at least 0")
     _in_range("seed", seed, Number(int, 0))
     pairs = [(name, str(int(value) if isinstance(value, bool) else value)) for name, value in settings.items()]
     return search.choose_settings(method, pairs, seed)
@@ -571,27 +576,37 @@ def _arguments_in_messages() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(in_python(str(error))) from None
+        reworded = InputError(*map(_reworded, error.args))
+        arguments = {f"--{name.replace('_', '-')}" for name in inspect.signature(forget).parameters}
+        own = reworded.without(set(flags_in(str(reworded))) - arguments)
+        raise InputError(*map(_with_arguments, own.args)) from None
 
 
 def in_python(sentence: str) -> str:
     """Return a sentence for users of the scripts as one for callers of `forget`.
 
     `--min-known 0` becomes `min_known=0`, `--mean 0.1 0.2 0.3` becomes `mean=(0.1, 0.2, 0.3)`, `--setting robust=0`
-    becomes `robust=0`. Advice that names a flag without an argument of that name is left out.
+    becomes `robust=0`.
     """
+    return _with_arguments(_reworded(sentence))
+
+
+def _reworded(sentence: str) -> str:
+    """Return a sentence in which callers of `forget` do what users of the scripts do with flags of other names."""
     sentence = re.sub(r" \((?:--(?:image-size|model|class-order|class-names)(?:, )?)+\)", "", sentence)
     own_module = "build this into a module of your own and give it as --build"
     sentence = sentence.replace(own_module, "change the model, the images or the labels accordingly")
     sentence = sentence.replace("name the labels by folders", "pass labels")
-    sentence = sentence.replace("or use --device cpu", "or move the model to the CPU")
+    sentence = sentence.replace("use --device cpu", "move the model to the CPU")
     sentence = sentence.replace("--single-label", "single_label=True")
     sentence = re.sub(r"--setting (\w+)=([a-z]\w*)", r'\1="\2"', sentence).replace("--setting ", "")
     sentence = re.sub(r"uv run --extra \S+(?: …)?, or ", "", sentence)
     sentence = sentence.replace("--minutes or --max-steps", "minutes")
-    sentence = sentence.replace("--surrogate with a folder of other images", "surrogate with other images")
-    arguments = {f"--{name.replace('_', '-')}" for name in inspect.signature(forget).parameters}
-    sentence = fitting(sentence, set(FLAG.findall(sentence)) - arguments)
+    return sentence.replace("--surrogate with a folder of other images", "surrogate with other images")
+
+
+def _with_arguments(sentence: str) -> str:
+    """Return a sentence with arguments in place of flags."""
 
     def argument(match: re.Match[str]) -> str:
         name, values = match[1].replace("-", "_"), match[2].split()

@@ -40,8 +40,8 @@ def read_inventory(path: Path) -> Inventory:
         error = f"it is not TOML: {failure}"
     if error:
         raise InputError(
-            f"cannot read the inventory {path} ({error}); expected TOML with tables such as [[backups]], each with "
-            f"name and action"
+            f"cannot read the inventory {path} ({error})",
+            "expected TOML with tables such as [[backups]], each with name and action",
         )
     return content
 

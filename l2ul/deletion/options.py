@@ -10,7 +10,6 @@ from pathlib import Path
 from l2ul.cli import options, push
 from l2ul.cli.options import Parser
 from l2ul.cli.parser import finite_float, nonnegative_int, positive_float, positive_int, setting
-from l2ul.common.advice import fitting
 from l2ul.common.choices import CHANGES, CLASS_ORDERS, InvalidValue, Number
 from l2ul.common.errors import InputError
 from l2ul.deletion.report_schema import is_date
@@ -79,21 +78,23 @@ def parse(program: str, arguments: Sequence[str] | None = None) -> argparse.Name
         given = (action for action in parsed.flags if getattr(args, action.dest) != action.default)
         other = next((action.option_strings[0] for action in given if action.dest not in OF_VERIFY), None)
         if other:
-            raise InputError(f"{other} is for requests; leave it out with --verify")
+            raise InputError(f"{other} is for requests", "leave it out with --verify")
         if args.original and not args.again:
-            raise InputError("--original is for --again; leave it out, or add --again")
+            raise InputError("--original is for --again", "leave it out", "add --again")
         return args
     for flag, value in (("--again", args.again), ("--original", args.original), ("--public-key", args.public_key)):
         if value:
-            raise InputError(f"{flag} is for --verify; leave it out, or give the report as --verify REPORT")
+            raise InputError(f"{flag} is for --verify", "leave it out", "give the report as --verify REPORT")
     if not (args.images and args.output):
         raise InputError("give --images FOLDER to forget and --output FOLDER to write to, or --verify REPORT")
     if len(args.images) > 1:
         raise InputError(
-            f"--images names {len(args.images)} folders; give one folder per request (only --verify takes several)"
+            f"--images names {len(args.images)} folders", "give one folder per request (only --verify takes several)"
         )
     if args.surrogate and "teacher" not in registry.get(args.method).needs:
-        raise InputError(f"--surrogate is for methods with a teacher such as distill, not {args.method}; leave it out")
+        raise InputError(
+            f"--surrogate is for methods with a teacher such as distill, not {args.method}", "leave it out"
+        )
     args.output = Path(os.path.realpath(args.output))
     return args
 
@@ -138,11 +139,11 @@ def parse_again(
     )
     if unknown is not None:
         raise InputError(
-            f"the command in the report has {unknown}, which is not a flag of a request; repair the report"
+            f"the command in the report has {unknown}, which is not a flag of a request", "repair the report"
         )
     args = parse(program, words)
     if args.build and not build:
-        raise InputError("the model of the request is built by code of yours; give its function as --build")
+        raise InputError("the model of the request is built by code of yours", "give its function as --build")
     args.build = build
     args.images = [images] if images else args.images
     if original and args.checkpoint:
@@ -163,7 +164,7 @@ def advising(flags: set[str], instead: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(fitting(str(error), foreign, instead)) from None
+        raise error.without(foreign, instead) from None
 
 
 def _is_number(word: str) -> bool:
@@ -177,18 +178,18 @@ def _is_number(word: str) -> bool:
 def _date(text: str) -> str:
     """Return a date such as 2026-11-20. Raise InvalidValue for another text or a date in the future."""
     if not is_date(text):
-        raise InvalidValue(f"{text!r} is not allowed; expected a date such as 2026-11-20")
+        raise InvalidValue(f"{text!r} is not allowed", "expected a date such as 2026-11-20")
     if datetime.date.fromisoformat(text) > datetime.date.today() + datetime.timedelta(
         days=1
     ):  # it may be tomorrow elsewhere
-        raise InvalidValue(f"{text!r} is in the future; expected the date on which the request was made")
+        raise InvalidValue(f"{text!r} is in the future", "expected the date on which the request was made")
     return text
 
 
 def _line(text: str) -> str:
     """Return a text. Raise InvalidValue if it is blank or has several lines."""
     if not text.strip() or not text.isprintable():
-        raise InvalidValue(f"{text!r} is not allowed; expected one line of text")
+        raise InvalidValue(f"{text!r} is not allowed", "expected one line of text")
     return text
 
 

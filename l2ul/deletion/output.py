@@ -33,14 +33,14 @@ def check_output(output: Path, inputs: Iterable[Path | str | None]) -> None:
     """
     try:
         if not _is_free(output) or output == Path.cwd():
-            raise InputError(f"--output {output} exists already; give a new folder, nothing is overwritten")
+            raise InputError(f"--output {output} exists already", "give a new folder, nothing is overwritten")
         output.with_name(f".{output.name}.{'0' * 12}.part").exists()  # as `atomic` names it
     except OSError as error:  # such as a name that is too long
-        raise InputError(f"cannot write to --output {output} ({error.strerror}); give another folder") from None
+        raise InputError(f"cannot write to --output {output} ({error.strerror})", "give another folder") from None
     for path in inputs:
         place = str(path or "").removeprefix(huggingface.PREFIX).removeprefix(timm_models.PREFIX)
         if place and output.is_relative_to(os.path.realpath(place.removeprefix(timm_models.FOLDER))):
-            raise InputError(f"--output {output} is inside {path}, which must stay unchanged; give another folder")
+            raise InputError(f"--output {output} is inside {path}, which must stay unchanged", "give another folder")
     require_writable(_existing_parent(output))
 
 

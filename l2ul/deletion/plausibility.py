@@ -88,15 +88,16 @@ def check(
         better = _better_order(request, places, known, flags)
         if better:
             raise InputError(
-                f"the model predicts the label of {known} of {len(places)} images, {better}; add --min-known 0 if the "
-                f"labels are right"
+                f"the model predicts the label of {known} of {len(places)} images, {better}",
+                "add --min-known 0 if the labels are right",
             )
         return
     start = f"the model predicts the label of {known} of {len(places)} images"
     if one_class:
         name = request.class_names[int(predictions.mode().values)]
         start += f" and class {name} for nearly all"
-    raise InputError(f"{start}, {_explanation(request, model, places, one_class, flags)}")
+    explanation, *advice = _explanation(request, model, places, one_class, flags)
+    raise InputError(f"{start}, {explanation}", *advice)
 
 
 def _better_order(request: Request, places: Sequence[int], known: int, available: Sequence[str] | None) -> str | None:
@@ -135,9 +136,10 @@ def _check_dependence(request: Request, before: Tensor) -> None:
         name = request.class_names[int(before[0].argmax())]
         raise InputError(
             f"the model predicts {name} for all {len(request)} images, and its outputs hardly depend on the image; "
-            f"likely causes are another input range or normalisation than in training (--mean, --std; --std 0.00392157 "
-            f"0.00392157 0.00392157 for pixels from 0 to 255) or another image size (--image-size); name the labels by "
-            f"folders to have alternatives tried, or add --min-known 0 to skip this check"
+            f"likely causes are another input range or normalisation than in training (--mean, --std; --std "
+            f"0.00392157 0.00392157 0.00392157 for pixels from 0 to 255) or another image size (--image-size)",
+            "name the labels by folders to have alternatives tried",
+            "add --min-known 0 to skip this check",
         )
 
 
@@ -160,8 +162,8 @@ def _explanation(
     places: Sequence[int],
     one_class: bool,
     available: Sequence[str] | None,
-) -> str:
-    """Return the rest of the sentence: the alternative that makes the labels right, or the likely causes."""
+) -> tuple[str, ...]:
+    """Return the rest of the problem, then advice: the alternative that makes the labels right, or likely causes."""
     step = math.ceil(len(places) / MAX_IMAGES)
     sample = list(places[::step])
     names = [request.folder.files[place].label for place in sample]
@@ -185,7 +187,7 @@ def _explanation(
             if known >= needed and (best is None or rank > best[0]):
                 all_words, all_flags = (*words, *alternative.words), (*flags, *alternative.flags)
                 best = rank, _sentence(all_words, all_flags, known, len(sample), available)
-    return best[1] if best else _causes(request, sample, one_class)
+    return (best[1],) if best else _causes(request, sample, one_class)
 
 
 def _sentence(
@@ -199,8 +201,8 @@ def _sentence(
     return f"but {known} of {total} with {' and '.join(words)}: {fix}"
 
 
-def _causes(request: Request, sample: Sequence[int], one_class: bool) -> str:
-    """Return the likely causes in the order of the evidence, when no alternative makes the labels right."""
+def _causes(request: Request, sample: Sequence[int], one_class: bool) -> tuple[str, str, str]:
+    """Return the likely causes in the order of the evidence, when no alternative makes the labels right, and advice."""
     labels, predictions = request.forget.labels.cpu()[sample], request.logits_before[sample].argmax(1)
     pairs = Counter(zip(labels.tolist(), predictions.tolist(), strict=True))
     is_renaming = len(pairs) == len(labels.unique()) == len(predictions.unique()) > 1  # one prediction for each label
@@ -213,7 +215,9 @@ def _causes(request: Request, sample: Sequence[int], one_class: bool) -> str:
     causes = [order, *inputs] if is_renaming and not one_class else [*inputs, order]
     return (
         f"but a classifier predicts most of its training images correctly; likely causes are {', '.join(causes)}, none "
-        f"of whose usual values makes the labels right, or wrong labels; correct them, or add --min-known 0 to go on"
+        f"of whose usual values makes the labels right, or wrong labels",
+        "correct them",
+        "add --min-known 0 to go on",
     )
 
 

@@ -362,7 +362,7 @@ def read_report(path: Path) -> Report:
         error = getattr(failure, "strerror", None) or "the file is not JSON text"
     if error:
         raise InputError(
-            f"{path} is not a report of a deletion request ({error}); give the report.json that main_forget.py wrote"
+            f"{path} is not a report of a deletion request ({error})", "give the report.json that main_forget.py wrote"
         )
     return report
 

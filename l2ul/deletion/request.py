@@ -177,13 +177,13 @@ def make_request(
     if not before.isfinite().all():
         index = int((~before.isfinite()).any(1).nonzero()[0])
         raise InputError(
-            f"the model returns logits that are not finite for {read.files[index].file}; check the model's weights"
+            f"the model returns logits that are not finite for {read.files[index].file}", "check the model's weights"
         )
     preflight.check_alone(model.classifier, images, before)
     names = [image.new_label for image in read.files]
     if any(names) and not all(names):
         file = read.files[names.index(None)].file
-        raise InputError(f"{file} has no new_label; give one for every image, or for none")
+        raise InputError(f"{file} has no new_label", "give one for every image, or for none")
     new_labels = class_indices(names, class_names, None, "new_label").to(images.device) if any(names) else None
     earlier_labels = labels_of_earlier_requests(earlier, read.files, new_labels)
     default = before.argmax(1)
@@ -193,7 +193,7 @@ def make_request(
     _check_first_labels(earlier, read.files, labels.tolist(), earlier_labels, class_names)
     if new_labels is not None and (new_labels == labels).any():
         index = int((new_labels == labels).nonzero()[0])
-        raise InputError(f"the new_label of {read.files[index].file} equals its label; give another class")
+        raise InputError(f"the new_label of {read.files[index].file} equals its label", "give another class")
     forget, gone = Forget(pixels_of(images), labels, new_labels), states.forgotten_images(earlier)
     places = frozenset(index for index, one in enumerate(read.files) if gone & {one.sha256, one.pixels_sha256})
     return Request(read, images, forget, class_names, before, earlier_labels, places)
@@ -210,7 +210,7 @@ def _check_class_names(names: list[str], num_classes: int) -> list[str]:
     if len(names) != num_classes:
         raise InputError(f"the model has {num_classes} classes, but {len(names)} class names are given")
     if num_classes < 2:
-        raise InputError("the model has one class; expected a classifier with at least 2 classes")
+        raise InputError("the model has one class", "expected a classifier with at least 2 classes")
     return names
 
 
@@ -264,7 +264,8 @@ def _check_first_labels(
         if first is not None and label not in (first, new):
             raise InputError(
                 f"{image.file} has the label {class_names[label]}, but {class_names[first]} in an earlier request, as "
-                f"which the model might recognise it again; leave out its label"
+                f"which the model might recognise it again",
+                "leave out its label",
             )
 
 
@@ -302,11 +303,11 @@ def _read_others(folder: Path, flag: str, model: DeployedModel, request: Request
     """
     read = read_images(folder, model.to_pixels, skip_bad=skip_bad, flag=flag, reader=request.folder.reader)
     if read.images.shape[1:] != request.images.shape[1:]:
-        raise InputError(f"the images of {flag} and of --images differ in size; give one size with --image-size")
+        raise InputError(f"the images of {flag} and of --images differ in size", "give one size with --image-size")
     forgotten = {image.pixels_sha256 for image in request.folder.files}
     common = next((image.file for image in read.files if image.pixels_sha256 in forgotten), None)
     if common:
-        raise InputError(f"{common} of {flag} is also an image to forget; remove it from one of the folders")
+        raise InputError(f"{common} of {flag} is also an image to forget", "remove it from one of the folders")
     return read
 
 
@@ -368,10 +369,10 @@ def read_images(
     Raises InputError if there is no image, one cannot be read, labels contradict each other or sizes differ.
     """
     if not folder.is_dir():
-        raise InputError(f"{flag} {folder} is not a folder; give the folder that contains the images")
+        raise InputError(f"{flag} {folder} is not a folder", "give the folder that contains the images")
     own = folder / LABELS
     if with_labels and not label_table and os.path.lexists(own) and not own.is_file():
-        raise InputError(f"{own} is a broken link or no regular file; replace it by a label table, or remove it")
+        raise InputError(f"{own} is a broken link or no regular file", "replace it by a label table", "remove it")
     table = label_table or (own if own.is_file() else None)
     place = os.path.realpath(table) if table else None
     listed = _list_files(folder, flag).items()
@@ -400,17 +401,19 @@ def read_images(
     if unreadable and not skip_bad:
         shown = "; ".join(f"{one.file}: {one.why}" for one in unreadable[:5]) + ("; …" if unreadable[5:] else "")
         raise InputError(
-            f"{len(unreadable)} of {len(listed)} files in {folder} cannot be read as images ({shown}); repair or "
-            f"remove them, or leave them out with --skip-bad"
+            f"{len(unreadable)} of {len(listed)} files in {folder} cannot be read as images ({shown})",
+            "repair or remove them",
+            "leave them out with --skip-bad",
         )
     if not files:
-        raise InputError(f"{flag} {folder} contains no image; give the folder that contains the images")
+        raise InputError(f"{flag} {folder} contains no image", "give the folder that contains the images")
     if odd_size:
         image, small = odd_size
         sizes = [" x ".join(map(str, reversed(shape[-2:]))) for shape in (pixels.shape, small.shape)]
         raise InputError(
             f"{files[0].file} has {sizes[0]} pixels, {image.file} has {sizes[1]}, and the model does not define the "
-            f"size that it takes; give it with --image-size"
+            f"size that it takes",
+            "give it with --image-size",
         )
     notes = reader.notes(properties, len(files))
     hidden = len([*folder.glob(".*"), *folder.glob("*/.*")])
@@ -429,7 +432,7 @@ def _list_files(folder: Path, flag: str) -> dict[str, str | None]:
         if path.is_dir():
             for inner in map(require_utf8_name, sorted(path.iterdir())):
                 if inner.is_dir() and not inner.name.startswith("."):
-                    raise InputError(f"{inner} is a folder inside the folder of a label; expected images in {path}")
+                    raise InputError(f"{inner} is a folder inside the folder of a label", f"expected images in {path}")
                 if not inner.name.startswith("."):
                     files[f"{path.name}/{inner.name}"] = normal_form(path.name)
         else:
@@ -437,8 +440,8 @@ def _list_files(folder: Path, flag: str) -> dict[str, str | None]:
     loose = [file for file, label in files.items() if label is None and file != LABELS]
     if loose and len(loose) < len(files) - (LABELS in files):
         raise InputError(
-            f"{flag} {folder} contains images beside folders of labels, such as {loose[0]}; put all images into "
-            f"folders, or none"
+            f"{flag} {folder} contains images beside folders of labels, such as {loose[0]}",
+            "put all images into folders, or none",
         )
     return files
 
@@ -458,37 +461,39 @@ def _read_labels(table: Path, files: dict[str, str | None], folder: Path) -> dic
         long_row = isinstance(error, pd.errors.ParserWarning)
         reason = "a row has more fields than the first one" if long_row else first_line(error)
         raise InputError(
-            f"cannot read the label table {table} ({reason}); expected CSV in UTF-8 with the columns file, label, "
-            f"new_label"
+            f"cannot read the label table {table} ({reason})",
+            "expected CSV in UTF-8 with the columns file, label, new_label",
         ) from None
     unknown = set(rows.columns) - {"file", "label", "new_label"}
     if "file" not in rows or len(rows.columns) == 1 or unknown:
         raise InputError(
-            f"{table} has the columns {', '.join(rows.columns)}; expected file, and label or new_label or both, "
-            f"separated by commas"
+            f"{table} has the columns {', '.join(rows.columns)}",
+            "expected file, and label or new_label or both, separated by commas",
         )
     rows.file = rows.file.map(normal_form)
     by_name: dict[str, str] = {}
     for file in files:
         if by_name.setdefault(normal_form(file), file) != file and normal_form(file) in set(rows.file):
             raise InputError(
-                f"{folder} has two files {normal_form(file)} whose names differ only in their Unicode normal form; "
-                f"rename one of them"
+                f"{folder} has two files {normal_form(file)} whose names differ only in their Unicode normal form",
+                "rename one of them",
             )
     repeated = rows.file[rows.file.duplicated()]
     if len(repeated):
-        raise InputError(f"{table} lists {repeated.iloc[0]!r} more than once; list each image once")
+        raise InputError(f"{table} lists {repeated.iloc[0]!r} more than once", "list each image once")
     missing = sorted(set(rows.file) - by_name.keys())
     if missing:
-        raise InputError(f"{table} lists {missing[0]!r}, which is not in {folder}; correct the name or remove the row")
+        raise InputError(
+            f"{table} lists {missing[0]!r}, which is not in {folder}", "correct the name or remove the row"
+        )
     labels = {}
     for row in rows.to_dict("records"):
         file = by_name[row["file"]]
         by_table, by_folder = normal_form(row.get("label", "").strip()) or None, files[file]
         if by_table and by_folder and by_table != by_folder:
             raise InputError(
-                f"{table} gives {row['file']} the label {by_table!r}, but its folder is {by_folder!r}; correct one of "
-                f"them"
+                f"{table} gives {row['file']} the label {by_table!r}, but its folder is {by_folder!r}",
+                "correct one of them",
             )
         labels[file] = (by_table or by_folder, normal_form(row.get("new_label", "").strip()) or None)
     return labels
@@ -517,7 +522,7 @@ def _merge_equal(files: list[ImageFile], pixels: Tensor) -> tuple[list[ImageFile
         first = kept[own]
         if (first.label, first.new_label) != (image.label, image.new_label):
             raise InputError(
-                f"{first.file} and {image.file} are the same image with different labels; correct one of them"
+                f"{first.file} and {image.file} are the same image with different labels", "correct one of them"
             )
         kept[own] = replace(first, same_as=(*first.same_as, image.file))
     return kept, pixels[: len(kept)]
@@ -542,7 +547,7 @@ def class_indices(names: Sequence[str | None], class_names: Sequence[str], defau
         if name is None:
             indices.append(int(default[position]))
         elif name in ambiguous:
-            raise InputError(f"{what} {name!r} is the name of several classes; give the number of the class")
+            raise InputError(f"{what} {name!r} is the name of several classes", "give the number of the class")
         elif name in known:
             indices.append(known[name])
         elif is_number(name) and int(name) < len(class_names):
@@ -550,7 +555,7 @@ def class_indices(names: Sequence[str | None], class_names: Sequence[str], defau
         else:
             shown = ", ".join(map(repr, list(class_names)[:3]))
             raise InputError(
-                f"{what} {name!r} is not a class of the model; expected a name such as {shown}, or a number from 0 to "
-                f"{len(class_names) - 1}"
+                f"{what} {name!r} is not a class of the model",
+                f"expected a name such as {shown}, or a number from 0 to {len(class_names) - 1}",
             )
     return torch.tensor(indices)

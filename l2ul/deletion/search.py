@@ -299,7 +299,7 @@ def check_method(method: str, goal: str | None = None) -> None:
     needs = registry.get(method, goal).needs
     if method == "before" or "retain" in needs:
         why = "forgets nothing" if method == "before" else "trains on the retain set, which a request does not have"
-        raise InputError(f"method {method} {why}; leave out --method, or name one such as distill or adv_imp")
+        raise InputError(f"method {method} {why}", "leave out --method", "name one such as distill or adv_imp")
 
 
 def choose_settings(method: str, chosen: Sequence[tuple[str, str]], seed: int) -> tuple[Settings, dict[str, Value]]:
@@ -315,9 +315,11 @@ def choose_settings(method: str, chosen: Sequence[tuple[str, str]], seed: int) -
     check_method(method)
     fixed = registry.parse_settings(chosen, [method])
     for name in fixed.keys() & ATTACK_SETTINGS.keys():
-        raise InputError(f"setting {name} cannot be changed here: deletion requests use a fixed attack; leave it out")
+        raise InputError(f"setting {name} cannot be changed here: deletion requests use a fixed attack", "leave it out")
     if fixed.get("bn", "eval") != "eval":
-        raise InputError("setting bn is train, but deletion requests leave the statistics of batch-norm; leave it out")
+        raise InputError(
+            "setting bn is train, but deletion requests leave the statistics of batch-norm", "leave it out"
+        )
     loop = {name: value for name, value in fixed.items() if name in SHARED}
     own = {name: value for name, value in fixed.items() if name not in SHARED}
     loop = {"robust": int("robust" in registry.get(method).all_settings)} | loop

@@ -71,7 +71,7 @@ def _serialization():
         from cryptography.hazmat.primitives import serialization
     except ImportError:
         raise InputError(
-            "signatures need the package cryptography; run uv run --extra sign, or pip install cryptography"
+            "signatures need the package cryptography", "run uv run --extra sign, or pip install cryptography"
         ) from None
     return serialization
 
@@ -85,11 +85,11 @@ def _read_key(path: Path, load, method: str, what: str):
     try:
         key = load(path.read_bytes())
     except OSError as error:
-        raise InputError(f"cannot read the key {path} ({error.strerror}); {expected}") from None
+        raise InputError(f"cannot read the key {path} ({error.strerror})", expected) from None
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise InputError(f"{path} is not a usable key ({first_line(error)[:80]}); {expected}") from None
+        raise InputError(f"{path} is not a usable key ({first_line(error)[:80]})", expected) from None
     if type(key).__name__ not in ("Ed25519PrivateKey", "Ed25519PublicKey") or not hasattr(key, method):
-        raise InputError(f"{path} contains a {type(key).__name__}; {expected}")
+        raise InputError(f"{path} contains a {type(key).__name__}", expected)
     return key
 
 

@@ -71,10 +71,10 @@ def verify(
     written = deployed_model.written_models(folder)
     if model is None and len(written) > 1:
         names = ", ".join(one.name for one in written)
-        raise InputError(f"there are {len(written)} models beside {path} ({names}); give the one in use as --model")
+        raise InputError(f"there are {len(written)} models beside {path} ({names})", "give the one in use as --model")
     model = model or next(iter(written), None)
     if model is None or not model.exists():
-        raise InputError(f"there is no model {model or f'beside {path}'}; give its path as --model")
+        raise InputError(f"there is no model {model or f'beside {path}'}", "give its path as --model")
     checks = check_files(report, folder, deployed_model.files_sha256(model))
     files_match = checks[0].passed
     earlier, chain_checks = check_chain(report, folder)
@@ -229,8 +229,9 @@ def read_chain(folder: str | Path | None) -> list[Report]:
     failed = next((check for check in checks if check.passed is False), None)
     if failed:
         raise InputError(
-            f"the chain of requests in {folder} is broken ({failed.name}: {failed.finding}); restore the files, or "
-            f"start a new chain with --checkpoint"
+            f"the chain of requests in {folder} is broken ({failed.name}: {failed.finding})",
+            "restore the files",
+            "start a new chain with --checkpoint",
         )
     return [*earlier, last]
 

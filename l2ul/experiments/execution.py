@@ -118,8 +118,8 @@ class Experiment:
                 if abs(record["acc_test"] - row["acc_test"]) > TOLERANCE:
                     raise InputError(
                         f"{run.files.model} is not the model of {run.files.record}: its accuracy on D_test is "
-                        f"{row['acc_test']:.2f} %, not {record['acc_test']:.2f} %; do the run again with --rerun "
-                        f"--save-model"
+                        f"{row['acc_test']:.2f} %, not {record['acc_test']:.2f} %",
+                        "do the run again with --rerun --save-model",
                     )
             if distributed.is_first():
                 models = self.evaluator.references.sha256

@@ -84,8 +84,8 @@ class Evaluator:
         """Raise InputError if the run forgets every image of the retain sample."""
         if not _retained(run, self.retain_sample).any():
             raise InputError(
-                f"--retain-sample is {self.setup.retain_sample}, and all of these images are to be forgotten; "
-                f"use a larger sample"
+                f"--retain-sample is {self.setup.retain_sample}, and all of these images are to be forgotten",
+                "use a larger sample",
             )
 
     def retain_set(self, run: Run) -> Split:

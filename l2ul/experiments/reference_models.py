@@ -52,9 +52,11 @@ class ReferenceModels:
         for flag, reference in (*named, *(("--references", reference) for reference in self.references)):
             name = f"{flag} {reference.source}"
             if reference.sha256 == original_sha256:
-                raise InputError(f"{name} is the original model, which was trained on D_f; name one trained without it")
+                raise InputError(
+                    f"{name} is the original model, which was trained on D_f", "name one trained without it"
+                )
             if not all(value.isfinite().all() for value in reference.model.state_dict().values()):
-                raise InputError(f"{name} has weights that are not finite; train it again")
+                raise InputError(f"{name} has weights that are not finite", "train it again")
             for run in runs if reference.excluded is not None else ():
                 _check_excluded(name, reference.excluded, run)
 
@@ -70,5 +72,6 @@ def _check_excluded(name: str, excluded: Tensor, run: Run) -> None:
     if len(seen):
         raise InputError(
             f"{name} was trained on {len(seen)} of the {len(indices)} images of D_f (k {run.k}, seed {run.seed}), "
-            f"such as image {seen[0]}; name a model trained with --exclude of all of them"
+            f"such as image {seen[0]}",
+            "name a model trained with --exclude of all of them",
         )

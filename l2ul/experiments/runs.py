@@ -131,7 +131,9 @@ class Setup:
         settings = self._settings(method, len(forget), seed, digest, step)
         for key, value in ((records.lookup(name), value) for name, value in settings.items()):
             if not key.accepts(value):
-                raise InputError(f"{key.name} is {shortened(repr(value))}; expected {key.expected}, as records require")
+                raise InputError(
+                    f"{key.name} is {shortened(repr(value))}", f"expected {key.expected}, as records require"
+                )
         files = records.RunFiles(self.result_dir, identity(settings), self.model_suffix)
         if step is None:
             return Run(method, seed, forget, settings, files)
@@ -194,5 +196,5 @@ def _of_own_flags(values: Mapping[str, object]) -> dict[str, object]:
     """
     clash = next((name for name in values if name in records.SCHEMA), None)
     if clash:
-        raise InputError(f"a method declares the setting {clash}, which is a key of every record; rename the setting")
+        raise InputError(f"a method declares the setting {clash}, which is a key of every record", "rename the setting")
     return {"course": None, "method_settings": " ".join(values) or None, **values}

@@ -95,8 +95,9 @@ class DistillProcedure(Procedure):
             parameter.requires_grad_(False)
         if frozen and not trainable(model):
             raise InputError(
-                f"with distill_frozen {settings.distill_frozen:g} no weight of the model changes, as its other weights "
-                f"do not require a gradient; use a smaller distill_frozen"
+                f"with distill_frozen {settings.distill_frozen:g} no weight of the model changes, as its other "
+                f"weights do not require a gradient",
+                "use a smaller distill_frozen",
             )
         self.generator = seeds.generator(settings.seed, "distill", settings.first_position)
         self.stand_ins = StandIns(self.model, self.sources(synthesis), settings, synthesis, surrogate)

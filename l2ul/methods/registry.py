@@ -249,9 +249,11 @@ def get(name: str, goal: str | None = None) -> Method:
     """Return a method by name. Raises InputError if there is none, or if it does not support the goal."""
     if not isinstance(name, str) or name not in METHODS:
         hint = did_you_mean(str(name), METHODS)
-        raise InputError(f"unknown method {name!r}; expected one of {', '.join(METHODS)}{hint}")
+        raise InputError(f"unknown method {name!r}", f"expected one of {', '.join(METHODS)}{hint}")
     if goal and goal not in METHODS[name].goals:
-        raise InputError(f"method {name} does not support the goal {goal}; expected one of {', '.join(of_goal(goal))}")
+        raise InputError(
+            f"method {name} does not support the goal {goal}", f"expected one of {', '.join(of_goal(goal))}"
+        )
     return METHODS[name]
 
 
@@ -283,7 +285,7 @@ def find_settings(name: str, methods: Sequence[str] | None = None) -> list[Setti
         who = f"none of the methods {' '.join(methods)} has a" if methods else "no method has a"
         who = f"method {methods[0]} has no" if methods and len(methods) == 1 else who
         expected = f"expected one of {', '.join(known)}" if known else "leave it out"
-        raise InputError(f"{who} setting {name}; {expected}{did_you_mean(name, known)}")
+        raise InputError(f"{who} setting {name}", f"{expected}{did_you_mean(name, known)}")
     return settings
 
 
@@ -312,5 +314,5 @@ def parse_settings(pairs: Iterable[tuple[str, str]], methods: Sequence[str]) -> 
         for setting in find_settings(name, methods):
             value = setting.parse(text)
             if values.setdefault(name, value) != value:
-                raise InputError(f"setting {name} has two values, {values[name]} and {value}; give one")
+                raise InputError(f"setting {name} has two values, {values[name]} and {value}", "give one")
     return values

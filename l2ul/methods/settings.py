@@ -102,7 +102,7 @@ class Setting:
         try:
             return read(value)
         except InvalidValue:
-            raise InputError(f"setting {self.name}={value} is not allowed; expected {self.type.expected}") from None
+            raise InputError(f"setting {self.name}={value} is not allowed", f"expected {self.type.expected}") from None
 
 
 def _declare(default: Value, help: str, *used_by: str, **options: Any) -> Any:

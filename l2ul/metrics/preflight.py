@@ -77,20 +77,21 @@ def check_trained_on(images: Images, metadata: dict[str, object], source: str) -
             flag = f"--{name.replace('_', '-')}"
             trained, here = (f"{flag} {value}" if value else f"no {flag}" for value in (trained, here))
             raise InputError(
-                f"{source} was trained with {trained}, not {here}; use the same option, or train a classifier for it"
+                f"{source} was trained with {trained}, not {here}", "use the same option", "train a classifier for it"
             )
     if not images.train_sha256:
         return
     for name, value in images.settings.items():
         if metadata.get(name) not in (None, value):
             raise InputError(
-                f"{source} was trained with --{name.replace('_', '-')} {metadata[name]}, not {value}; use that value, "
-                f"or train a classifier for {value}"
+                f"{source} was trained with --{name.replace('_', '-')} {metadata[name]}, not {value}",
+                "use that value",
+                f"train a classifier for {value}",
             )
     if metadata.get("train_sha256") not in (None, images.train_sha256):
         raise InputError(
-            f"{source} was trained on other images of {images.name}, which may be among the test images here; "
-            f"use the folder of images on which it was trained"
+            f"{source} was trained on other images of {images.name}, which may be among the test images here",
+            "use the folder of images on which it was trained",
         )
 
 
@@ -99,7 +100,8 @@ def check_fit(model: nn.Module, images: Tensor | FolderImages, num_classes: int,
     classes = check_model(model, images, precision)
     if classes != num_classes:
         raise InputError(
-            f"the model has {classes} classes, but the data set has {num_classes}; use weights trained on this data set"
+            f"the model has {classes} classes, but the data set has {num_classes}",
+            "use weights trained on this data set",
         )
 
 
@@ -136,62 +138,65 @@ def _check_outputs(model: nn.Module, pixels: Tensor) -> Tensor:
         if is_out_of_memory(error):
             raise
         # A net may return something from which Classifier cannot take logits.
-        raise InputError(_output_problem(outputs[0], len(pixels)) if outputs else _failed(pixels, error)) from None
+        refused = _output_error(outputs[0], len(pixels)) if outputs else None
+        raise refused or _failed(pixels, error) from None
     finally:
         handle.remove()
-    problem = _output_problem(outputs[0] if outputs else result, len(pixels))
-    if problem:
-        raise InputError(problem)
+    error = _output_error(outputs[0] if outputs else result, len(pixels))
+    if error:
+        raise error
     return logits_of(result).float()
 
 
-def _failed(pixels: Tensor, error: Exception) -> str:
-    """Return the sentence for a forward pass that raised an exception."""
+def _failed(pixels: Tensor, error: Exception) -> InputError:
+    """Return the error for a forward pass that raised an exception."""
     size, channels = " x ".join(map(str, pixels.shape[2:])), pixels.shape[1]
     why = first_line(error)[:200]
     if any(word in why for word in ("Half", "BFloat16", "Double", "dtype", "ByteTensor", "LongTensor")):
-        hint = "; the passes are in float32, so forward must not convert to other types"
+        advice = ("the passes are in float32, so forward must not convert to other types",)
     elif "same device" in why:
-        hint = "; keep every tensor that forward uses as a parameter or buffer of the model, or use --device cpu"
+        advice = "keep every tensor that forward uses as a parameter or buffer of the model", "use --device cpu"
     else:
-        hint = ""
-    return (
+        advice = ()
+    return InputError(
         f"the model does not accept images of {size} pixels and {channels} channel{'s' * (channels > 1)}, or returns "
-        f"no logits ({why}){hint}"
+        f"no logits ({why})",
+        *advice,
     )
 
 
-def _output_problem(output: object, count: int) -> str | None:
-    """Return a sentence if no logits (count, classes) can be taken from the output of a net; None if they can."""
+def _output_error(output: object, count: int) -> InputError | None:
+    """Return an error if no logits (count, classes) can be taken from the output of a net; None if they can."""
     try:
         logits = logits_of(output)
     except TypeError:
-        return (
-            f"the model returns {_describe(output)}, from which no logits can be taken; expected one tensor of logits, "
-            f"or an output with an entry `logits`: return only the logits in its forward"
+        return InputError(
+            f"the model returns {_describe(output)}, from which no logits can be taken",
+            "expected one tensor of logits, or an output with an entry `logits`: return only the logits in its forward",
         )
     if isinstance(output, list | tuple) and not hasattr(output, "logits"):
         others = [entry for entry in output[1:] if isinstance(entry, Tensor) and entry.ndim == 2]
         if others:
-            return (
-                f"the model returns {_describe(output)}, where several entries may be the logits; return only the "
-                f"logits in its forward, for example in a subclass"
+            return InputError(
+                f"the model returns {_describe(output)}, where several entries may be the logits",
+                "return only the logits in its forward, for example in a subclass",
             )
     if not logits.is_floating_point():
-        return (
-            f"the model returns {_describe(logits)}, which are class numbers or decisions; expected one logit per "
-            f"class: return the values before argmax or rounding"
+        return InputError(
+            f"the model returns {_describe(logits)}, which are class numbers or decisions",
+            "expected one logit per class: return the values before argmax or rounding",
         )
     is_single = logits.ndim < 2 or (logits.ndim == 2 and logits.shape[1] == 1)
     if is_single and logits.numel() == count:
-        return (
-            "the model returns one logit per image; expected one logit per class, at least 2: for a binary classifier "
-            "return torch.cat([torch.zeros_like(z), z], 1) in its forward, where z is its logit"
+        return InputError(
+            "the model returns one logit per image",
+            "expected one logit per class, at least 2: for a binary classifier return "
+            "torch.cat([torch.zeros_like(z), z], 1) in its forward, where z is its logit",
         )
     if logits.ndim != 2 or len(logits) != count or logits.shape[1] < 2:
-        return (
-            f"the model returns {_describe(logits)} for {count} images; expected one logit per class, a tensor of "
-            f"shape {count} x classes: {_shape_hint(logits, count)}"
+        return InputError(
+            f"the model returns {_describe(logits)} for {count} images",
+            f"expected one logit per class, a tensor of shape {count} x classes: {_shape_hint(logits, count)}",
         )
     return None
 
@@ -227,7 +232,8 @@ def _check_repeatable(model: nn.Module, pixels: Tensor, logits: Tensor, toleranc
     if not difference <= tolerance:
         raise InputError(
             f"the model is random in eval mode: two passes of the same images return logits that differ by "
-            f"{_percent(difference)}; turn dropout off in eval mode (F.dropout needs training=self.training)"
+            f"{_percent(difference)}",
+            "turn dropout off in eval mode (F.dropout needs training=self.training)",
         )
 
 
@@ -246,21 +252,23 @@ def check_alone(model: nn.Module, images: Tensor, logits: Tensor, precision: str
 
     The model is in eval mode.
     """
-    with eval_mode(model), _rejected("the model does not accept a batch of one image ({error})"):
+    with eval_mode(model), _rejected("the model does not accept a batch of one image"):
         for index in sorted({place * len(images) // MOST_ALONE for place in range(MOST_ALONE)}):
             image, expected = as_pixels(images[index : index + 1]), logits[index : index + 1]
             alone = logits_of(model(image))
             if alone.shape != expected.shape:
                 raise InputError(
-                    f"the model returns {_describe(alone)} for a batch of one image; expected a tensor of shape 1 x "
-                    f"{logits.shape[1]}: leave the batch dimension when it squeezes its output"
+                    f"the model returns {_describe(alone)} for a batch of one image",
+                    f"expected a tensor of shape 1 x {logits.shape[1]}: leave the batch dimension when it squeezes "
+                    f"its output",
                 )
             difference = _difference(expected, alone.float().to(expected.device))
             if not difference <= ALONE[precision]:
                 raise InputError(
                     f"the logits of an image depend on the other images of its batch, on earlier passes or on chance: "
-                    f"they differ by {_percent(difference)} from those of the image alone; in eval mode, batch-norm "
-                    f"needs running statistics (track_running_stats=True), and a module must not keep values of passes"
+                    f"they differ by {_percent(difference)} from those of the image alone",
+                    "in eval mode, batch-norm needs running statistics (track_running_stats=True), and a module must "
+                    "not keep values of passes",
                 )
 
 
@@ -269,9 +277,10 @@ def _check_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
     changed = next((name for name in before if not torch.equal(before[name], now[name])), None)
     if changed:
         raise InputError(
-            f"a pass in eval mode changes {changed.removeprefix('net.')}, a buffer that is stored with the weights, so "
-            f"predictions may depend on earlier images; update it in train mode only (observers of quantisation: "
-            f"model.apply(torch.ao.quantization.disable_observer))"
+            f"a pass in eval mode changes {changed.removeprefix('net.')}, a buffer that is stored with the weights, "
+            f"so predictions may depend on earlier images",
+            "update it in train mode only (observers of quantisation: "
+            "model.apply(torch.ao.quantization.disable_observer))",
         )
 
 
@@ -288,14 +297,14 @@ def _check_gradients(model: nn.Module, pixels: Tensor) -> None:
     pixels = pixels.detach().clone().requires_grad_()
     weights = trainable(model)
     if not weights:
-        raise InputError("no weight of the model requires a gradient, so none can be unlearned; use requires_grad_()")
-    failure = "the backward pass of the model fails ({error}); its forward must be differentiable"
-    with _rejected(failure), torch.enable_grad():
+        raise InputError("no weight of the model requires a gradient, so none can be unlearned", "use requires_grad_()")
+    failure = "the backward pass of the model fails", "its forward must be differentiable"
+    with _rejected(*failure), torch.enable_grad():
         logits = logits_of(model(pixels)).float()
         if not logits.requires_grad:
             raise InputError(
-                "the logits of the model have no gradient; remove torch.no_grad, torch.inference_mode and .detach() "
-                "from its forward"
+                "the logits of the model have no gradient",
+                "remove torch.no_grad, torch.inference_mode and .detach() from its forward",
             )
         # Different factors, so that the gradients of the logits do not cancel.
         factors = torch.linspace(1, 2, logits.numel(), device=logits.device).view_as(logits)
@@ -303,36 +312,38 @@ def _check_gradients(model: nn.Module, pixels: Tensor) -> None:
         of_pixels, *of_weights = torch.autograd.grad(loss, [pixels, *weights], allow_unused=True)
     if of_pixels is None or not of_pixels.any():
         raise InputError(
-            "the gradient of the logits with respect to the pixels is zero, so no adversarial examples can be made; "
-            "remove .detach(), rounding and conversion to integers or NumPy from the forward of the model"
+            "the gradient of the logits with respect to the pixels is zero, so no adversarial examples can be made",
+            "remove .detach(), rounding and conversion to integers or NumPy from the forward of the model",
         )
     reached = [gradient for gradient in of_weights if gradient is not None]
     if not reached:
         raise InputError(
-            "no gradient reaches a weight of the model, so none can be unlearned; its forward must use its parameters "
-            "without torch.no_grad, .detach() or .data, and by self, as a function that refers to the module by name "
-            "uses its weights in copies too"
+            "no gradient reaches a weight of the model, so none can be unlearned",
+            "its forward must use its parameters without torch.no_grad, .detach() or .data, and by self, as a "
+            "function that refers to the module by name uses its weights in copies too",
         )
     if not all(gradient.isfinite().all() for gradient in (of_pixels, *reached)):
         raise InputError(
-            "the gradients of the model are not finite, so it cannot be unlearned; check its forward for a root or "
-            "logarithm of zero, and its weights for values beyond the range of their type"
+            "the gradients of the model are not finite, so it cannot be unlearned",
+            "check its forward for a root or logarithm of zero, and its weights for values beyond the range of their "
+            "type",
         )
 
 
 def copied(model: nn.Module) -> nn.Module:
     """Return a copy of a model. Raise InputError if it cannot be copied."""
     failure = (
-        "the model cannot be copied with copy.deepcopy ({error}); keep no tensors with a history in its attributes (of "
-        "weight_norm, spectral_norm and pruning: run a pass under torch.no_grad() first)"
+        "the model cannot be copied with copy.deepcopy",
+        "keep no tensors with a history in its attributes (of weight_norm, spectral_norm and pruning: run a pass under "
+        "torch.no_grad() first)",
     )
-    with _rejected(failure):
+    with _rejected(*failure):
         copy_of_model = copy.deepcopy(model)
     shared = {one.data_ptr() for one in model.parameters()} & {one.data_ptr() for one in copy_of_model.parameters()}
     if shared - {0}:
         raise InputError(
-            "copy.deepcopy of the model returns a model with the same weights, so the original could not be kept; "
-            "remove its __deepcopy__, or let that copy the parameters"
+            "copy.deepcopy of the model returns a model with the same weights, so the original could not be kept",
+            "remove its __deepcopy__, or let that copy the parameters",
         )
     return copy_of_model
 
@@ -355,8 +366,8 @@ def trial_write(name: str, path: Path) -> Iterator[Path]:
                 raise
             cause = error.__cause__ or error
             raise InputError(
-                f"{name} cannot be written again in its form ({type(cause).__name__}: {first_line(cause)}); correct "
-                f"the model, so that its own library can save and open it"
+                f"{name} cannot be written again in its form ({type(cause).__name__}: {first_line(cause)})",
+                "correct the model, so that its own library can save and open it",
             ) from None
 
 
@@ -380,15 +391,15 @@ def check_same_model(written: nn.Module, read: nn.Module, images: Tensor) -> Non
             f"differs in {', '.join(different[:3])}" if different else f"returns logits that differ by {difference:.1%}"
         )
         raise InputError(
-            f"the model read from the written files {what}, so nothing was written; a module must give back the "
-            f"weights that it loads, and must not keep values of earlier passes"
+            f"the model read from the written files {what}, so nothing was written",
+            "a module must give back the weights that it loads, and must not keep values of earlier passes",
         )
     check_alone(read, images, before)
 
 
 @contextlib.contextmanager
-def _rejected(sentence: str) -> Iterator[None]:
-    """Turn an exception of the model, which may be the user's own, into an InputError; `{error}` is its first line."""
+def _rejected(problem: str, *advice: str) -> Iterator[None]:
+    """Turn an exception of the model, which may be the user's own, into an InputError with its first line."""
     try:
         yield
     except InputError:
@@ -396,4 +407,4 @@ def _rejected(sentence: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise InputError(sentence.replace("{error}", first_line(error)[:200])) from None
+        raise InputError(f"{problem} ({first_line(error)[:200]})", *advice) from None

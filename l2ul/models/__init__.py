@@ -162,7 +162,7 @@ def load(
 
 def _published(name: str, num_classes: int, choice: str | None) -> Classifier:
     if name in OWN:
-        raise InputError(f"{name} has no weights to download; name a file with --checkpoint")
+        raise InputError(f"{name} has no weights to download", "name a file with --checkpoint")
     if name.startswith(huggingface.PREFIX):
         net, preprocess, not_read = huggingface.load(name, num_classes)
         classifier = Classifier(name, num_classes, net, preprocess)

@@ -103,9 +103,9 @@ def read(
 def require_file(path: Path) -> None:
     """Raise InputError if there is no file of weights at this path."""
     if path.is_dir():
-        raise InputError(f"there is no checkpoint {path}, which is a folder; name the file of weights in it")
+        raise InputError(f"there is no checkpoint {path}, which is a folder", "name the file of weights in it")
     if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}; name an existing file with --checkpoint")
+        raise InputError(f"there is no checkpoint {path}", "name an existing file with --checkpoint")
 
 
 def _content(path: Path) -> tuple[object, dict[str, str] | None, str]:
@@ -160,7 +160,7 @@ def _choose(
     if len(options) > 1 and fits is not None:
         labels = [option.label or "the top of the file" for option in options]
         raise InputError(
-            f"{path} has several weights that fit: {', '.join(labels)}; name the ones in use with --weights-key"
+            f"{path} has several weights that fit: {', '.join(labels)}", "name the ones in use with --weights-key"
         )
     return options[0] if options else Choice(max(places, key=lambda place: len(_state_at(content, place))))
 
@@ -175,7 +175,7 @@ def _by_key(content: object, path: Path, key: str, places: list[Place], options:
     if not chosen:
         labels = dict.fromkeys(one.label for one in [*options, *map(Choice, places)] if one.label)
         known = f"expected one of {', '.join(labels)}" if labels else "leave it out"
-        raise InputError(f"{path} has no weights under --weights-key {key}; {known}")
+        raise InputError(f"{path} has no weights under --weights-key {key}", known)
     return chosen[0]
 
 

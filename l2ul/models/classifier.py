@@ -187,8 +187,8 @@ def statistics(
         if len(numbers) != channels or not all(isinstance(value, int | float) for value in numbers):
             count = f"{len(numbers)} value{'s' * (len(numbers) != 1)}"
             raise InputError(
-                f"{source} has {count}, but {what} takes images of {channels} channel{'s' * (channels > 1)}; give one "
-                f"value per channel"
+                f"{source} has {count}, but {what} takes images of {channels} channel{'s' * (channels > 1)}",
+                "give one value per channel",
             )
         return numbers
     if len(default) == channels:
@@ -196,8 +196,8 @@ def statistics(
     if len(set(default)) == 1:
         return [default[0]] * channels
     raise InputError(
-        f"{what} takes images of {channels} channel{'s' * (channels > 1)} and its weights define no normalisation; "
-        f"give it with --mean and --std"
+        f"{what} takes images of {channels} channel{'s' * (channels > 1)} and its weights define no normalisation",
+        "give it with --mean and --std",
     )
 
 
@@ -210,8 +210,9 @@ def check_weights(net: nn.Module, source: str) -> None:
     lazy = next((name for name, tensor in tensors if is_lazy(tensor)), None)
     if lazy:
         raise InputError(
-            f"{source} has lazy weights without a shape ({lazy}); replace lazy layers by layers with input sizes, or "
-            f"pass a batch through it before it is returned"
+            f"{source} has lazy weights without a shape ({lazy})",
+            "replace lazy layers by layers with input sizes",
+            "pass a batch through it before it is returned",
         )
     quantised = [name for name, tensor in tensors if tensor.is_quantized]
     quantised += [name for name, parameter in net.named_parameters() if not parameter.is_floating_point()]
@@ -220,6 +221,6 @@ def check_weights(net: nn.Module, source: str) -> None:
     if quantised or sum(map(torch.numel, small)) > sum(map(torch.numel, net.parameters())):
         where = f" ({quantised[0]})" if quantised and quantised[0] else ""
         raise InputError(
-            f"{source} has quantised or integer weights{where}, which have no gradient; unlearn the floating-point "
-            f"model and quantise the result"
+            f"{source} has quantised or integer weights{where}, which have no gradient",
+            "unlearn the floating-point model and quantise the result",
         )

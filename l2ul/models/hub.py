@@ -16,7 +16,7 @@ from l2ul.models.classifier import Classifier
 
 CARD = "README.md"  # name of the model card on the hub
 WEIGHTS = "model.safetensors"  # name on the hub of a model that is a file
-LOGIN = "run `hf auth login`, or set HF_TOKEN to a token with write permission"
+LOGIN = "run `hf auth login`", "set HF_TOKEN to a token with write permission"
 
 
 class UploadFailed(Exception):
@@ -52,34 +52,37 @@ def open_repository(name: str, public: bool = False) -> Repository:
         utils.validate_repo_id(name)
     except errors.HFValidationError:
         raise InputError(
-            f"--push {name!r} is not a name on the Hugging Face Hub; expected NAME or OWNER/NAME with letters, digits, "
-            f"'-', '_' and '.'"
+            f"--push {name!r} is not a name on the Hugging Face Hub",
+            "expected NAME or OWNER/NAME with letters, digits, '-', '_' and '.'",
         ) from None
     if get_token() is None:
-        raise InputError(f"--push needs a login on the Hugging Face Hub; {LOGIN}")
+        raise InputError("--push needs a login on the Hugging Face Hub", *LOGIN)
     api = HfApi()
     try:
         user = api.whoami()
     except Exception as error:  # of huggingface_hub and of its HTTP client
         refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
-        how = f"does not accept the login; {LOGIN}" if refused else "cannot be reached; leave out --push or try later"
-        raise InputError(f"the Hugging Face Hub {how} ({_described(error)})") from None
+        how = "does not accept the login" if refused else "cannot be reached"
+        advice = LOGIN if refused else ("leave out --push or try later",)
+        raise InputError(f"the Hugging Face Hub {how} ({_described(error)})", *advice) from None
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise InputError(f"the token of the login on the Hugging Face Hub may only read; {LOGIN}")
+        raise InputError("the token of the login on the Hugging Face Hub may only read", *LOGIN)
     owners = [user["name"], *(group["name"] for group in user.get("orgs", ()))]
     owner, slash, _ = name.partition("/")
     full = name if slash else f"{user['name']}/{name}"
     if slash and owner not in owners:
-        raise InputError(f"--push {name}: {user['name']} may not write to {owner}; expected one of {', '.join(owners)}")
+        raise InputError(
+            f"--push {name}: {user['name']} may not write to {owner}", f"expected one of {', '.join(owners)}"
+        )
     try:
         info = api.repo_info(full)
     except errors.RepositoryNotFoundError:
         return Repository(full, public)
     except Exception as error:
-        raise InputError(f"the Hugging Face Hub does not show {full} ({_described(error)}); try later") from None
+        raise InputError(f"the Hugging Face Hub does not show {full} ({_described(error)})", "try later") from None
     if not info.private and not public:
         raise InputError(
-            f"--push {full}: this repository exists and is public; choose another name, or add --push-public"
+            f"--push {full}: this repository exists and is public", "choose another name", "add --push-public"
         )
     return Repository(full, public, tuple(file.rfilename for file in info.siblings or ()))
 

@@ -51,7 +51,7 @@ def configuration(name: str):
 
     config = _read(name, AutoConfig.from_pretrained)
     if config.model_type == "timm_wrapper":
-        raise InputError(_timm_message(name))
+        raise _is_of_timm(name)
     return config
 
 
@@ -105,18 +105,18 @@ def load(name: str, num_classes: int) -> tuple[nn.Module, nn.Module, list[str]]:
     adapter = next((key for key in unused if re.search(r"lora_|adapter|base_layer|modules_to_save", key)), None)
     if adapter:
         raise InputError(
-            f"{name} has weights of an adapter ({adapter}), without which the model is another one; merge the adapter "
-            f"with merge_and_unload() of peft and save the model again with save_pretrained"
+            f"{name} has weights of an adapter ({adapter}), without which the model is another one",
+            "merge the adapter with merge_and_unload() of peft and save the model again with save_pretrained",
         )
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
-            f"{name} lacks weights of its own network ({', '.join(missing[:3])}); name a trained classifier"
+            f"{name} lacks weights of its own network ({', '.join(missing[:3])})", "name a trained classifier"
         )
     if net.config.num_labels != num_classes:
         raise InputError(
-            f"{name} has {net.config.num_labels} classes, but the data set has {num_classes}; "
-            f"name a classifier that was trained on this data set"
+            f"{name} has {net.config.num_labels} classes, but the data set has {num_classes}",
+            "name a classifier that was trained on this data set",
         )
     files = unread_files(Path(name.removeprefix(PREFIX)))
     return net, _preprocess(name, channels(config)), [*files, *(f"{key} (weights)" for key in unused)]
@@ -130,7 +130,8 @@ def check_problem_type(config, name: str) -> None:
     what = "a multi-label model" if problem == "multi_label_classification" else "a regression model"
     raise InputError(
         f"{name} is {what} (problem_type {problem} in its config.json), for which the largest logit is not the "
-        f"prediction; give a classifier of images with one label each"
+        f"prediction",
+        "give a classifier of images with one label each",
     )
 
 
@@ -155,17 +156,18 @@ def _read(name: str, from_pretrained, **options):
 def _check_folder(folder: Path) -> None:
     """Raise InputError for a folder with an adapter, which would be ignored, or of another library."""
     if (folder / ADAPTER).is_file():
-        raise InputError(_adapter_message(str(folder), _read_json(folder / ADAPTER)))
+        raise _is_adapter(str(folder), _read_json(folder / ADAPTER))
     config = _read_json(folder / "config.json")
     if "model_type" in config:
         return
     if isinstance(config.get("architecture"), str):
-        raise InputError(_timm_message(str(folder)))
+        raise _is_of_timm(str(folder))
     for file, library in OTHER_LIBRARIES.items():
         if (folder / file).exists():
             raise InputError(
-                f"{folder} is a model folder of {library} ({file}); expected one of transformers; main_forget.py "
-                f"also takes a function that builds the classifier and a file of its weights"
+                f"{folder} is a model folder of {library} ({file})",
+                "expected one of transformers; main_forget.py also takes a function that builds the classifier and a "
+                "file of its weights",
             )
 
 
@@ -180,7 +182,7 @@ def _check_hub_adapter(name: str) -> None:
     with contextlib.suppress(Exception):  # the repository was read before, so this means that there is no such file
         file = find_adapter_config_file(place)
     if file:
-        raise InputError(_adapter_message(place, _read_json(Path(file))))
+        raise _is_adapter(place, _read_json(Path(file)))
 
 
 def _read_json(path: Path) -> dict:
@@ -192,8 +194,8 @@ def _read_json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _adapter_message(place: str, adapter: dict) -> str:
-    """Return the sentence that refuses an adapter, with the command that merges it into its base model."""
+def _is_adapter(place: str, adapter: dict) -> InputError:
+    """Return the error for an adapter, with the command that merges it into its base model."""
     base = _plain(adapter.get("base_model_name_or_path")) or "BASE_MODEL"
     code = (
         f"from transformers import AutoImageProcessor as P, AutoModelForImageClassification as M; "
@@ -202,17 +204,17 @@ def _adapter_message(place: str, adapter: dict) -> str:
         f".save_pretrained('merged'); "
         f"P.from_pretrained('{base}').save_pretrained('merged')"
     )
-    return (
-        f"{place} has an adapter of peft ({ADAPTER}), without which the model is another one; merge it into its base "
-        f'model and give --model merged: python -c "{code}"'
+    return InputError(
+        f"{place} has an adapter of peft ({ADAPTER}), without which the model is another one",
+        f'merge it into its base model and give --model merged: python -c "{code}"',
     )
 
 
-def _timm_message(name: str) -> str:
-    """Return the sentence that refuses a model of timm, with the name under which it opens."""
+def _is_of_timm(name: str) -> InputError:
+    """Return the error for a model of timm, with the name under which it opens."""
     place = name.removeprefix(PREFIX)
     source = "" if Path(place).is_dir() else "hf_hub:"
-    return f"{place} is a model of timm, not of transformers; give --model timm:{source}{place}"
+    return InputError(f"{place} is a model of timm, not of transformers", f"give --model timm:{source}{place}")
 
 
 def _plain(value: object) -> str | None:
@@ -291,8 +293,9 @@ def _check_layers(name: str, processor, preprocess: nn.Sequential, channels: int
     if agree(preprocess, pixels, processor(pixels, return_tensors="pt")["pixel_values"]):
         return
     raise InputError(
-        f"the processor of {name} ({type(processor).__name__}) does more than resize, centre crop and normalise, "
-        f"so its model cannot be used with pixels in [0,1]; name a model with a plain processor"
+        f"the processor of {name} ({type(processor).__name__}) does more than resize, centre crop and normalise, so "
+        f"its model cannot be used with pixels in [0,1]",
+        "name a model with a plain processor",
     )
 
 
@@ -306,7 +309,7 @@ def _sides(processor, attribute: str) -> list[int] | int | None:
         return [size["height"], size["width"]]
     if size.get("shortest_edge"):
         return size["shortest_edge"]
-    raise InputError(f"the processor's {attribute} is {size}; expected height and width, or shortest_edge")
+    raise InputError(f"the processor's {attribute} is {size}", "expected height and width, or shortest_edge")
 
 
 def save(net: nn.Module, name: str, folder: Path, mean: list[float], std: list[float]) -> None:

@@ -29,23 +29,23 @@ def output_kind(outputs: Tensor) -> str:
     """
     if not outputs.is_floating_point():
         raise InputError(
-            f"the model returns whole numbers ({str(outputs.dtype).removeprefix('torch.')}), not logits; return the "
-            f"output of its last linear layer"
+            f"the model returns whole numbers ({str(outputs.dtype).removeprefix('torch.')}), not logits",
+            "return the output of its last linear layer",
         )
     values = outputs.detach().float()
     if not values.isfinite().all() or values.min() < 0 or values.max() > 1 + SUM_TOLERANCE:
         return LOGITS
     if not values.any():
-        raise InputError("the model returns 0 for every class of every image; check its weights and its output layer")
+        raise InputError("the model returns 0 for every class of every image", "check its weights and its output layer")
     if ((values.sum(1) - 1).abs() > SUM_TOLERANCE).any():
         raise InputError(
-            "the model returns values between 0 and 1 that do not sum to 1 over the classes, as a Sigmoid does; "
-            "return logits, without the Sigmoid at the end, if each image has exactly one class"
+            "the model returns values between 0 and 1 that do not sum to 1 over the classes, as a Sigmoid does",
+            "return logits, without the Sigmoid at the end, if each image has exactly one class",
         )
     if ((values == 0) | (values == 1)).all():
         raise InputError(
-            "the model returns only zeros and ones, one class per image; return logits, the output of its last linear "
-            "layer"
+            "the model returns only zeros and ones, one class per image",
+            "return logits, the output of its last linear layer",
         )
     return PROBABILITIES
 
@@ -65,13 +65,14 @@ def adapt(classifier: nn.Module, pixels: Tensor) -> str:
         if outputs.dtype in (torch.float16, torch.bfloat16):
             name = str(outputs.dtype).removeprefix("torch.")
             raise InputError(
-                f"the model returns probabilities in {name}, which round small ones to 0; return its logits, or "
-                f"convert them to float32 before the softmax"
+                f"the model returns probabilities in {name}, which round small ones to 0",
+                "return its logits",
+                "convert them to float32 before the softmax",
             )
         few = pixels[:BATCH] if len(pixels) > 1 else pixels.repeat(2, 1, 1, 1)  # batch-norm needs two values
         if output_kind(copy.deepcopy(classifier).train()(few)) != kind:  # a copy: batch-norm updates its statistics
             raise InputError(
-                "the model returns probabilities in eval mode and other values in train mode; return logits in both"
+                "the model returns probabilities in eval mode and other values in train mode", "return logits in both"
             )
     classifier.outputs = kind
     return kind
@@ -82,8 +83,9 @@ def check_single_label(logits: Tensor) -> None:
     if is_multi_label(logits):
         raise InputError(
             "several classes have a sigmoid above 0.5 on most images, as in a multi-label model trained with binary "
-            "cross-entropy, whose largest logit is not its prediction; give a classifier of images with one label "
-            "each, or add --single-label if it is one"
+            "cross-entropy, whose largest logit is not its prediction",
+            "give a classifier of images with one label each",
+            "add --single-label if it is one",
         )
 
 

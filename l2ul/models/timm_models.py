@@ -118,16 +118,16 @@ def _check_architecture(timm: ModuleType, model: str) -> None:
     tags = timm.models.get_arch_pretrained_cfgs(architecture)
     if tag and model not in tags:
         known = ", ".join(one.partition(".")[2] for one in tags) or "none"
-        raise InputError(f"unknown weights {tag!r} of {PREFIX}{architecture}; timm has: {known}")
+        raise InputError(f"unknown weights {tag!r} of {PREFIX}{architecture}", f"timm has: {known}")
 
 
 def _argument(name: str, pair: str) -> tuple[str, object]:
     """Return key and value of KEY=VALUE; the value is a number, True, False or a word."""
     key, equals, text = pair.partition("=")
     if not (key.isidentifier() and equals and text):
-        raise InputError(f"{pair!r} in {name} is not valid; expected KEY=VALUE, such as img_size=32")
+        raise InputError(f"{pair!r} in {name} is not valid", "expected KEY=VALUE, such as img_size=32")
     if key in RESERVED:
-        raise InputError(f"{key} in {name} cannot be set; leave it out")
+        raise InputError(f"{key} in {name} cannot be set", "leave it out")
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -135,7 +135,7 @@ def _argument(name: str, pair: str) -> tuple[str, object]:
     value = value if isinstance(value, bool | int | float) else text
     expected, is_valid = DATA_ARGUMENTS.get(key, ("", lambda value: True))
     if not is_valid(value):
-        raise InputError(f"{key}={text} in {name} is not valid; expected {expected}")
+        raise InputError(f"{key}={text} in {name} is not valid", f"expected {expected}")
     return key, value
 
 
@@ -146,20 +146,20 @@ def _check_folder(timm: ModuleType, folder: Path) -> None:
     except (OSError, ValueError, RecursionError) as error:
         reason = "it is no JSON" if isinstance(error, ValueError | RecursionError) else error.strerror
         raise InputError(
-            f"cannot read {folder / CONFIG} ({reason}); expected a folder that save_for_hf or push_to_hf_hub of timm "
-            f"wrote"
+            f"cannot read {folder / CONFIG} ({reason})",
+            "expected a folder that save_for_hf or push_to_hf_hub of timm wrote",
         ) from None
     if isinstance(config, dict) and config.get("model_type"):
         raise InputError(
-            f"{folder} is a model of timm that transformers wrote, which timm does not open; write it again with "
-            f"timm.models.save_for_hf(model.timm_model, FOLDER, safe_serialization=True)"
+            f"{folder} is a model of timm that transformers wrote, which timm does not open",
+            "write it again with timm.models.save_for_hf(model.timm_model, FOLDER, safe_serialization=True)",
         )
     architecture = config.get("architecture") if isinstance(config, dict) else None
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         what = f"the architecture {architecture!r}, which timm {timm.__version__} does not have"
         raise InputError(
-            f"{folder / CONFIG} names {what if architecture else 'no architecture'}; expected a folder that "
-            f"save_for_hf or push_to_hf_hub of timm wrote"
+            f"{folder / CONFIG} names {what if architecture else 'no architecture'}",
+            "expected a folder that save_for_hf or push_to_hf_hub of timm wrote",
         )
 
 
@@ -167,7 +167,7 @@ def weights_file(folder: Path) -> Path:
     """Return the file of weights in a folder that timm reads. Raises InputError if there is none."""
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
-        raise InputError(f"{folder} has no file of weights; expected one of {', '.join(WEIGHTS)}")
+        raise InputError(f"{folder} has no file of weights", f"expected one of {', '.join(WEIGHTS)}")
     return path
 
 
@@ -195,7 +195,7 @@ def num_classes(name: str) -> int:
     number = getattr(net, "num_classes", 0)
     if not number:
         raise InputError(
-            f"{name} has no classifier (0 classes); name another model, or a file of weights with --checkpoint"
+            f"{name} has no classifier (0 classes)", "name another model", "a file of weights with --checkpoint"
         )
     return number
 
@@ -205,8 +205,8 @@ def check_num_classes(name: str, expected: int) -> None:
     number = num_classes(name)
     if number != expected:
         raise InputError(
-            f"{name} has {number} classes, but the data set has {expected}; name a file of weights for it with "
-            f"--checkpoint"
+            f"{name} has {number} classes, but the data set has {expected}",
+            "name a file of weights for it with --checkpoint",
         )
 
 
@@ -215,7 +215,7 @@ def load(name: str, num_classes: int) -> nn.Module:
     check_num_classes(name, num_classes)
     model = source(name).model
     if not model.startswith(HUB) and not _timm().models.is_model_pretrained(model):
-        raise InputError(f"timm has no weights for {name}; name a file of weights for it with --checkpoint")
+        raise InputError(f"timm has no weights for {name}", "name a file of weights for it with --checkpoint")
     return _create(name, num_classes, pretrained=True)
 
 
@@ -233,13 +233,13 @@ def _create(name: str, num_classes: int | None, pretrained: bool) -> nn.Module:
     except Exception as error:  # timm, huggingface_hub, torch and safetensors each raise their own exceptions
         if is_out_of_memory(error):
             raise
-        problem, remedy = f"timm does not accept its {CONFIG if chosen.folder else 'arguments'}", ""
+        problem, advice = f"timm does not accept its {CONFIG if chosen.folder else 'arguments'}", ()
         if chosen.model.startswith(HUB):
             problem = f"it could not be downloaded, or timm does not accept its {CONFIG}"
         elif pretrained:
             problem = "its weights could not be downloaded"
-            remedy = "; download them elsewhere and name the file with --checkpoint"
-        raise InputError(f"cannot load {name}: {problem} ({first_line(error)[:160]}){remedy}") from None
+            advice = ("download them elsewhere and name the file with --checkpoint",)
+        raise InputError(f"cannot load {name}: {problem} ({first_line(error)[:160]})", *advice) from None
     check_weights(net, name)
     changes = {key: value for key, value in chosen.data.items() if key != "img_size"}
     if "img_size" in chosen.data:
@@ -252,21 +252,21 @@ def _check_config(name: str, arguments: dict) -> None:
     """Raise InputError for what no image can have, and for arguments in a config.json that are set here."""
     own = RESERVED.intersection(arguments.get("pretrained_model_args") or ()) - {"num_classes"}
     if own:
-        raise InputError(f"{name} sets {min(own)} in model_args of its {CONFIG}, which is not allowed; leave it out")
+        raise InputError(f"{name} sets {min(own)} in model_args of its {CONFIG}, which is not allowed", "leave it out")
     config = arguments["pretrained_cfg"]
     size = _list(config.get("input_size", (3, 224, 224)))
     if len(size) != 3 or not all(map(_is_side, [*size, *_list(arguments.get("img_size") or ())])):
         raise InputError(
-            f"{name} has images of size {arguments.get('img_size') or size} in its {CONFIG}; expected channels, height "
-            f"and width, from 1 to {LARGEST}"
+            f"{name} has images of size {arguments.get('img_size') or size} in its {CONFIG}",
+            f"expected channels, height and width, from 1 to {LARGEST}",
         )
     for key, is_valid in (("mean", math.isfinite), ("std", lambda value: math.isfinite(value) and value > 0)):
         values = config.get(key)
         if values is not None and not _are_statistics(values, size[0], is_valid):
-            raise InputError(f"{name} has {key} {values} in its {CONFIG}; expected one number per channel")
+            raise InputError(f"{name} has {key} {values} in its {CONFIG}", "expected one number per channel")
     for key, (expected, is_valid) in DATA_ARGUMENTS.items():
         if key in config and not is_valid(config[key]):
-            raise InputError(f"{name} has {key} {config[key]!r}; expected {expected}")
+            raise InputError(f"{name} has {key} {config[key]!r}", f"expected {expected}")
 
 
 def _are_statistics(values: object, channels: int, is_valid: Callable[[float], bool]) -> bool:
@@ -291,7 +291,7 @@ def data_layers(name: str, net: nn.Module) -> tuple[list[nn.Module], tuple[float
     config = _data_config(net)
     channels, size, scaled = _sizes(config)
     if channels not in (1, 3):
-        raise InputError(f"{name} takes images of {channels} channels; expected 1 (grey) or 3 (colour)")
+        raise InputError(f"{name} takes images of {channels} channels", "expected 1 (grey) or 3 (colour)")
     resize = Resize(scaled, INTERPOLATION[config["interpolation"]])
     statistics = [tuple(config[key]) for key in ("mean", "std")]
     preprocess = nn.Sequential(resize, CenterCrop(size), Normalize(*statistics))
@@ -300,8 +300,8 @@ def data_layers(name: str, net: nn.Module) -> tuple[list[nn.Module], tuple[float
     if not agree(preprocess, pixels, expected[None]):
         raise InputError(
             f"the transform of {name} does more than resize, centre crop and normalise (crop_mode "
-            f"{config['crop_mode']}, input_size {size[0]}x{size[1]}), so its model cannot be used with pixels in "
-            f"[0,1]; choose a model with crop_mode center or squash and square images"
+            f"{config['crop_mode']}, input_size {size[0]}x{size[1]}), so its model cannot be used with pixels in [0,1]",
+            "choose a model with crop_mode center or squash and square images",
         )
     _check_logits(name, net, preprocess(pixels[None] / 255))
     return list(preprocess[:-1]), *statistics
@@ -331,10 +331,11 @@ def _check_logits(name: str, net: nn.Module, inputs: Tensor) -> None:
             raise
         size = "x".join(map(str, inputs.shape[1:]))
         raise InputError(
-            f"{name} cannot classify images of {size} ({first_line(error)[:160]}); name a classifier that takes images"
+            f"{name} cannot classify images of {size} ({first_line(error)[:160]})",
+            "name a classifier that takes images",
         ) from None
     if shape != (1, net.num_classes):
-        raise InputError(f"{name} returns {shape} for an image, not {net.num_classes} logits; name a classifier")
+        raise InputError(f"{name} returns {shape} for an image, not {net.num_classes} logits", "name a classifier")
 
 
 def transform(net: nn.Module) -> Callable[[Image], Tensor]:

@@ -50,7 +50,7 @@ def kind(path: Path) -> str:
         with open(path, "rb") as file:
             head = file.read(512)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); make it readable or name another file") from None
+        raise InputError(f"{path} cannot be read ({error.strerror})", "make it readable or name another file") from None
     if _is_safetensors(head, path.stat().st_size):
         return SAFETENSORS
     if head[:4] == b"PK\x03\x04":
@@ -58,18 +58,20 @@ def kind(path: Path) -> str:
     if head[:1] == b"\x80" and head[2:14] == LEGACY_MAGIC:
         return TORCH_LEGACY
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and len(head) > 1:
-        raise InputError(f"{path} is a plain pickle, which could run code when read, so it was not read; {RESAVE}")
+        raise InputError(f"{path} is a plain pickle, which could run code when read, so it was not read", RESAVE)
     other = next((name for (at, magic), name in MAGIC.items() if head[at : at + len(magic)] == magic), None)
     if other is None and head[:1] == b"\x08" and 3 <= head[1] < 32 and head[2:3] and head[2] in ONNX_FIELDS:
         other = "an ONNX model"
     if other is None and (head.lstrip()[:2] in (b'{"', b"{\n") or path.suffix.lower() == ".json"):
-        raise InputError(f"{path} is a JSON file, which holds no weights; name the file of weights that belongs to it")
+        raise InputError(
+            f"{path} is a JSON file, which holds no weights", "name the file of weights that belongs to it"
+        )
     if other is None and head.lstrip()[:1] == b"<":
         other = "a web page or XML, perhaps in place of a file that could not be downloaded"
     other = other or SUFFIXES.get(path.suffix.lower())
     if other:
-        raise InputError(f"{path} is {other}, from which no weights are read; {USE_WEIGHTS}")
-    raise InputError(f"{path} is damaged or is no checkpoint; download it again")
+        raise InputError(f"{path} is {other}, from which no weights are read", USE_WEIGHTS)
+    raise InputError(f"{path} is damaged or is no checkpoint", "download it again")
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:
@@ -82,21 +84,21 @@ def _kind_of_zip(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = [Path(name) for name in archive.namelist()]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise InputError(f"{path} is damaged or is no checkpoint ({error}); download it again") from None
+        raise InputError(f"{path} is damaged or is no checkpoint ({error})", "download it again") from None
     programs = {"TorchScript": "code", "torch.export": "models"}
     program = next((one for one, folder in programs.items() if any(n.parts[1:2] == (folder,) for n in names)), None)
     if program:
         raise InputError(
-            f"{path} is a {program} program, which can run code when it is read, and cannot take unlearned weights; "
-            f"use the weights of the module that it was made from (its state_dict(), best as safetensors)"
+            f"{path} is a {program} program, which can run code when it is read, and cannot take unlearned weights",
+            "use the weights of the module that it was made from (its state_dict(), best as safetensors)",
         )
     if any(name.name == "data.pkl" for name in names):
         return TORCH
     if any(name.suffix == ".h5" for name in names):
-        raise InputError(f"{path} is a Keras model, from which no weights are read; {USE_WEIGHTS}")
+        raise InputError(f"{path} is a Keras model, from which no weights are read", USE_WEIGHTS)
     if names and all(name.suffix == ".npy" for name in names):
-        raise InputError(f"{path} is an archive of NumPy arrays, from which no weights are read; {USE_WEIGHTS}")
-    raise InputError(f"{path} is a zip archive that torch.save did not write; unpack it and name the file in it")
+        raise InputError(f"{path} is an archive of NumPy arrays, from which no weights are read", USE_WEIGHTS)
+    raise InputError(f"{path} is a zip archive that torch.save did not write", "unpack it and name the file in it")
 
 
 def read(path: Path) -> tuple[object, dict[str, str] | None, str]:
@@ -123,10 +125,10 @@ def read(path: Path) -> tuple[object, dict[str, str] | None, str]:
         blocked = _blocked_type(error)
         if blocked:
             raise InputError(
-                f"{path} holds more than tensors ({blocked}) and could run code when read, so it was not read; {RESAVE}"
+                f"{path} holds more than tensors ({blocked}) and could run code when read, so it was not read", RESAVE
             ) from None
         raise InputError(
-            f"{path} is damaged or is no checkpoint ({first_line(error)[:120]}); download it again"
+            f"{path} is damaged or is no checkpoint ({first_line(error)[:120]})", "download it again"
         ) from None
 
 

@@ -44,14 +44,15 @@ def pretrained_state(name: str, num_classes: int, choice: str | None) -> tuple[d
     classes = len(chosen.meta["categories"])
     if classes != num_classes:
         raise InputError(
-            f"torchvision's weights of {name} are for {classes} classes, but the data set has {num_classes}; "
-            f"name a file of weights for it with --checkpoint"
+            f"torchvision's weights of {name} are for {classes} classes, but the data set has {num_classes}",
+            "name a file of weights for it with --checkpoint",
         )
     try:
         state = chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (URLError, OSError) as error:
         raise InputError(
-            f"{chosen.url} could not be downloaded ({error}); download it elsewhere and name the file with --checkpoint"
+            f"{chosen.url} could not be downloaded ({error})",
+            "download it elsewhere and name the file with --checkpoint",
         ) from None
     mean, std = tuple(chosen.transforms().mean), tuple(chosen.transforms().std)
     if name.removeprefix(PREFIX) in ("googlenet", "inception_v3"):

@@ -108,7 +108,7 @@ def accuracies(runs: Iterable[Record]) -> pd.DataFrame:
     frame = pd.DataFrame([run for run in usual(runs) if run["method"] != "before"])
     table = means(frame, ["method", "k"]) if len(frame) else frame
     if not len(table):
-        raise InputError("no run of a method has accuracies; do more runs with main_unlearn.py")
+        raise InputError("no run of a method has accuracies", "do more runs with main_unlearn.py")
     return pd.concat([table, _before(frame)], ignore_index=True)
 
 
@@ -127,7 +127,7 @@ def ablations(runs: Iterable[Record], k: int | None = None) -> pd.DataFrame:
         sizes[size] += _values(same, setting)
     if not sizes:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in SWEPT)
-        raise InputError(f"no records differ in a single setting; run main_unlearn.py with several values of {flags}")
+        raise InputError("no records differ in a single setting", f"run main_unlearn.py with several values of {flags}")
     shown, tables = max(sizes, key=lambda size: (sizes[size], size)), []
     for setting in SWEPT:
         same = [run for (name, size, _), group in swept.items() if (name, size) == (setting, shown) for run in group]
@@ -227,7 +227,7 @@ def predictions(path: Path, names: Container[str] | None = None) -> dict[str, np
             chosen = [name for name in kept if names is None or name in names]
             return {name: kept[name].astype(np.int64).ravel() for name in chosen}
     except (OSError, ValueError, zipfile.BadZipFile, *DAMAGED) as error:
-        raise InputError(f"{path} is damaged ({error}); repeat its run with main_unlearn.py --rerun") from None
+        raise InputError(f"{path} is damaged ({error})", "repeat its run with main_unlearn.py --rerun") from None
 
 
 def curve(path: Path) -> pd.DataFrame:
@@ -244,7 +244,7 @@ def curve(path: Path) -> pd.DataFrame:
         reason = error.strerror if isinstance(error, OSError) else "it is not a table"
         raise InputError(f"the curve {path} cannot be read: {reason}") from None
     if "step" not in table:
-        raise InputError(f"the curve {path} has no column step; repeat its run with main_unlearn.py --rerun")
+        raise InputError(f"the curve {path} has no column step", "repeat its run with main_unlearn.py --rerun")
     table = table.where(np.isfinite(table))
     return table[table["step"].between(1, 2**53)].reset_index(drop=True)
 
@@ -278,7 +278,7 @@ def curves(runs: Iterable[Record]) -> pd.DataFrame:
         tables.append(curve(path).assign(**about))
     table = pd.concat(tables, ignore_index=True).astype({"step": int})
     if not measured(table):
-        raise InputError("the runs took no steps; choose others with --figure-runs")
+        raise InputError("the runs took no steps", "choose others with --figure-runs")
     if {"acc_forget", "forgotten"} <= set(table) and (
         table["acc_forget"] + table["forgotten"] - 100
     ).abs().max() < 1e-6:

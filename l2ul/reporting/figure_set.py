@@ -22,7 +22,6 @@ import torch
 from l2ul import attack, models
 from l2ul.common import device as devices
 from l2ul.common import precision as precisions
-from l2ul.common.advice import fitting
 from l2ul.common.choices import HUB_OPTIONS
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
@@ -104,8 +103,8 @@ def draw(
     for name in options.runs or ():
         if not any(replace(options, runs=[name]).names(run) for run in records):
             raise InputError(
-                f"no record has a name that begins with {name!r}; expected the name of a selected record file, without "
-                f".json, of a run that is not continual"
+                f"no record has a name that begins with {name!r}",
+                "expected the name of a selected record file, without .json, of a run that is not continual",
             )
     paths = []
     for block in rows.blocks(records):
@@ -134,7 +133,8 @@ def load_images(run: Record, data_dir: Path, download: bool = False) -> Images:
     if run.get("num_train") not in (None, len(images.train)):
         raise InputError(
             f"{run['dataset']} has {len(images.train)} training images, but the records are of a training set of "
-            f"{run['num_train']}; name the folder of that one with --data-dir"
+            f"{run['num_train']}",
+            "name the folder of that one with --data-dir",
         )
     return images.with_channels(len((run.get("mean") or "R G B").split()))
 
@@ -145,7 +145,7 @@ def _advice() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(fitting(str(error), FLAGS_OF_RUNS)) from None
+        raise error.without(FLAGS_OF_RUNS) from None
 
 
 def stem(block: rows.Block, number: int) -> str:
@@ -196,8 +196,8 @@ class Subject:
             with _advice(), offline(), contextlib.redirect_stdout(io.StringIO()):  # torch.hub prints that it downloads
                 yield
         except InputError as error:
-            allow = "; add --download to allow it" if DOWNLOADED in str(error) else ""
-            raise InputError(f"{error}{allow}") from None
+            allow = ("add --download to allow it",) if DOWNLOADED in error.problem else ()
+            raise InputError(error.problem, *error.advice, *allow) from None
 
     def original(self, run: Record) -> models.Classifier:
         """Load the original model of a run."""
@@ -212,7 +212,8 @@ class Subject:
         if model.sha256 != run["checkpoint_sha256"]:
             raise InputError(
                 f"{model.source} does not hold the original weights of the runs (SHA-256 "
-                f"{run['checkpoint_sha256'][:12]}…); name the file of those with --checkpoint"
+                f"{run['checkpoint_sha256'][:12]}…)",
+                "name the file of those with --checkpoint",
             )
         return model
 
@@ -247,7 +248,7 @@ class Subject:
         ]
         if not usable:
             words = [f"{key} {value}" for key, value in chosen.items() if value is not None] + (methods or [])
-            raise InputError(f"no {needed} beside the records{' of ' if words else ''}{', '.join(words)}; {remedy}")
+            raise InputError(f"no {needed} beside the records{' of ' if words else ''}{', '.join(words)}", remedy)
         return usable
 
     def runs_with_models(self) -> list[Record]:

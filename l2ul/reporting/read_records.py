@@ -30,8 +30,8 @@ def run_folders(folders: Iterable[Path]) -> list[Path]:
         runs = [folder / "runs"] if (folder / "runs").is_dir() else sorted(folder.glob("*/runs"))
         if not runs:
             raise InputError(
-                f"{folder} has no folder runs, and no folder in it has one; name with --result-dir a folder that "
-                f"main_unlearn.py wrote to"
+                f"{folder} has no folder runs, and no folder in it has one",
+                "name with --result-dir a folder that main_unlearn.py wrote to",
             )
         run_dirs += runs
     return list(dict.fromkeys(run_dirs))
@@ -49,7 +49,7 @@ def read(folders: Iterable[Path]) -> tuple[list[Record], list[str]]:
     runs = run_folders(folders)
     paths = [path for folder in runs for path in sorted(folder.glob("*.json"))]
     if not paths:
-        raise InputError(f"there is no record in {' '.join(map(str, runs))}; make records with main_unlearn.py")
+        raise InputError(f"there is no record in {' '.join(map(str, runs))}", "make records with main_unlearn.py")
     return read_files(paths)
 
 
@@ -79,7 +79,7 @@ def _load(path: Path) -> Record:
     except InputError:
         raise
     except (ValueError, RecursionError):
-        raise InputError("is not JSON; the file is damaged or incomplete") from None
+        raise InputError("is not JSON", "the file is damaged or incomplete") from None
     reason = next(records.problems(record), None)
     if reason:
         raise InputError(reason)
@@ -87,7 +87,7 @@ def _load(path: Path) -> Record:
 
 
 def _refuse(constant: str):
-    raise InputError(f"holds {constant}; a record has finite numbers only")
+    raise InputError(f"holds {constant}", "a record has finite numbers only")
 
 
 def _identity(record: Record) -> str:

@@ -48,7 +48,7 @@ def select(blocks: Iterable[Block], datasets: list[str] | None, selection: Selec
     for name in datasets or ():
         if name not in recorded:
             raise InputError(
-                f"there is no record of data set {name!r}; expected one of {', '.join(recorded) or 'none'}"
+                f"there is no record of data set {name!r}", f"expected one of {', '.join(recorded) or 'none'}"
             )
     methods = {record["method"] for block in blocks for record in block.records}
     for name in selection.method or ():

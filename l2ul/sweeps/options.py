@@ -87,8 +87,8 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Sweep:
     for name, known in (("precision", choices.PRECISIONS), ("loop_precision", choices.LOOP_PRECISIONS)):
         if choices.AUTO in flags.get(name, ()):
             raise InputError(
-                f"--{name.replace('_', '-')} auto measures one model on one machine; a sweep takes one of "
-                + ", ".join(known)
+                f"--{name.replace('_', '-')} auto measures one model on one machine",
+                f"a sweep takes one of {', '.join(known)}",
             )
     if "threads" not in flags:  # the same for any number of trials at once, so that results do not depend on it
         shared += _arguments("threads", max(1, int(opts.cpus_per_trial)))
@@ -169,14 +169,14 @@ def _check(sweep: Sweep) -> None:
         raise InputError("a range without a number of points must be the only value of its flag")
     if intervals and not opts.search:
         flag = intervals[0].replace("_", "-")
-        raise InputError(f"--{flag} is a range without a number of points; give it as lo:hi:n, or add --search N")
+        raise InputError(f"--{flag} is a range without a number of points", "give it as lo:hi:n", "add --search N")
     if opts.source_free and not opts.search:
-        raise InputError("--source-free only applies to a search; add --search N")
+        raise InputError("--source-free only applies to a search", "add --search N")
     if opts.search and not sweep.axes:
-        raise InputError("--search has nothing to choose; give a flag several values or a range, as in --pgd-eps 1:5")
+        raise InputError("--search has nothing to choose", "give a flag several values or a range, as in --pgd-eps 1:5")
     if opts.search and "setting" in sweep.axes:
-        raise InputError("--search cannot vary settings without a flag; give one value of each in --setting")
+        raise InputError("--search cannot vary settings without a flag", "give one value of each in --setting")
     first = {name: one[0].low if isinstance(one[0], Interval) else one[0] for name, one in sweep.axes.items()}
     unlearn_opts = unlearn_options.parse(sweep.arguments(first))
     if opts.search and len(unlearn_opts.method) > 1:
-        raise InputError(f"--search is for one method, not {' '.join(unlearn_opts.method)}; name one with --method")
+        raise InputError(f"--search is for one method, not {' '.join(unlearn_opts.method)}", "name one with --method")

@@ -75,7 +75,7 @@ def require_packages() -> None:
     """Raise InputError if Ray or Optuna is not installed."""
     for name in ("ray", "optuna"):
         if not is_installed(name):
-            raise InputError(f"{name} is not installed; run: uv run --extra sweep main_sweep.py …")
+            raise InputError(f"{name} is not installed", "run: uv run --extra sweep main_sweep.py …")
 
 
 class Cluster:
@@ -97,8 +97,8 @@ class Cluster:
         if not self.slots():
             raise InputError(
                 f"a trial needs {resources.cpus:g} CPUs and {gpus:g} GPUs, but the cluster has "
-                f"{available.get('CPU', 0):g} and {available.get('GPU', 0):g}; lower --cpus-per-trial or "
-                f"--gpus-per-trial"
+                f"{available.get('CPU', 0):g} and {available.get('GPU', 0):g}",
+                "lower --cpus-per-trial or --gpus-per-trial",
             )
         self.shared, self.num_running = [], 0
 
@@ -171,8 +171,9 @@ def connect(worker_function: WorkerFunction, resources: Resources, address: str 
         ray.init(**({"address": address} | options))
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"there is no Ray cluster at {address or 'this machine'} ({last_lines(error, 1)}); start one with "
-            f"`ray start --head` and name it with --address auto, or leave out --address"
+            f"there is no Ray cluster at {address or 'this machine'} ({last_lines(error, 1)})",
+            "start one with `ray start --head` and name it with --address auto",
+            "leave out --address",
         ) from None
     exit_codes.handle_sigterm()  # Ray has installed its own handler
     try:

@@ -237,7 +237,7 @@ def _state_to_resume(state_file: Path, settings: dict[str, object]) -> dict[str,
     state = read_state(state_file)
     if state and state.get("settings") != settings:
         raise InputError(
-            f"{state_file} is from another recipe, model or data set; use the same settings, or leave out --resume"
+            f"{state_file} is from another recipe, model or data set", "use the same settings", "leave out --resume"
         )
     return state
 
@@ -251,7 +251,9 @@ def read_state(state_file: Path) -> dict[str, object] | None:
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        raise InputError(f"{state_file} is damaged ({type(error).__name__}); delete it to train from scratch") from None
+        raise InputError(
+            f"{state_file} is damaged ({type(error).__name__})", "delete it to train from scratch"
+        ) from None
 
 
 def _restore(state: dict[str, object], model, optimizer, scheduler) -> tuple[list, dict | None]:

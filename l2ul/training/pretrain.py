@@ -143,8 +143,9 @@ def check_settings(output: Path, settings: dict[str, object]) -> None:
         if saved != value if name in reading else saved not in (None, value):
             difference = "other images" if name == "train_sha256" else f"{name} {saved}, not {value}"
             raise InputError(
-                f"{output} was trained with {difference}; add --rerun to train it again, or choose another file with "
-                f"--output"
+                f"{output} was trained with {difference}",
+                "add --rerun to train it again",
+                "choose another file with --output",
             )
 
 

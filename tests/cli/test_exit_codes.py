@@ -25,11 +25,6 @@ def ending(error, **options):
     ("error", "code", "sentence"),
     [
         (InputError("--seed is x; expected a number"), 2, "script.py: --seed is x; expected a number\n"),
-        (
-            InputError("Caught InputError in a worker.\nl2ul.common.errors.InputError: cannot read a.png\n"),
-            2,
-            "script.py: cannot read a.png\n",
-        ),
         (InputError("cannot read a\nb\x1b[31m.png"), 2, "script.py: cannot read a b [31m.png\n"),
         (Diverged("2 of 10 images"), 1, "script.py: 2 of 10 images\n"),
         (KeyboardInterrupt(), 130, "\nscript.py: stopped by Ctrl-C; nothing was written\n"),

@@ -45,6 +45,18 @@ def test_the_loader_yields_the_requested_images(photos, workers):
         assert torch.equal(batch, images[torch.tensor(indices)])
 
 
+@pytest.mark.parametrize("decoder", ["cpu", "gpu"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_worker_keeps_problem_and_advice(photos, workers, decoder):
+    Path(photos[1]).write_bytes(b"no image")
+    with pytest.raises(InputError) as caught:
+        stream(FolderImages(photos, 32, decoder=decoder), workers)
+    assert caught.value.problem == f"cannot read the image {photos[1]} (no image of a known format)"
+    assert caught.value.advice == ("replace or remove it",)
+    with pytest.raises(InputError, match="^cannot read the image .*; replace or remove it$"):
+        FolderImages(photos, 32).in_memory(workers)
+
+
 def test_images_decoded_for_the_gpu_are_nearly_equal(photos):
     """Only the decoder itself runs on the CPU here; the rest is the code path of a GPU."""
     images = FolderImages(photos, 32, decoder="gpu")

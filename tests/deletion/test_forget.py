@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from conftest import CLASSES, ROOT, tiny_net
+import numpy as np
 from PIL import Image
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 import l2ul
 from l2ul import models
 from l2ul.common.errors import InputError
+from l2ul.data.image_files import ImageReader
 from l2ul.deletion import search
 from l2ul.deletion.forget import Forgotten, NotForgotten, in_python
 from l2ul.metrics import robustness
@@ -456,8 +458,6 @@ def test_messages_of_the_scripts_name_arguments():
         ("size (--image-size), order (--class-order, --class-names)", "size, order"),
         ("or add --single-label if", "or add single_label=True if"),
         ("(--mean, --std; --std 0.1 0.1 0.1 for", "(mean, std; std=(0.1, 0.1, 0.1) for"),
-        ("a: 9 pixels, above 3: raise it with --max-image-pixels 9; leave it", "a: 9 pixels, above 3; leave it"),
-        ("grey: give white as --white-level, or convert the file", "grey: convert the file"),
         ("use --setting loop_precision=full", 'use loop_precision="full"'),
         ("use --minutes 3 or more, or --setting robust=0 to", "use minutes=3 or more, or robust=0 to"),
         ("--surrogate with a folder of other images", "surrogate with other images"),
@@ -465,6 +465,21 @@ def test_messages_of_the_scripts_name_arguments():
         ("install it (uv run --extra timm …, or pip install timm)", "install it (pip install timm)"),
     ):
         assert in_python(sentence) == expected
+
+
+def test_advice_with_a_flag_that_is_no_argument_is_left_out(trained, tmp_path, monkeypatch):
+    model, *_ = trained
+    grey, colour = tmp_path / "grey.tif", tmp_path / "colour.png"
+    Image.fromarray(np.full((8, 8), 9, np.float32)).save(grey)
+    refused(
+        r"^cannot read the image .*grey.tif \(grey levels from 9 to 9, expected 0 to 1\); convert the file to 8 bits, "
+        "or replace or remove it$",
+        model,
+        [grey],
+    )
+    Image.new("RGB", (8, 8)).save(colour)
+    monkeypatch.setattr("l2ul.deletion.forget.ImageReader", functools.partial(ImageReader, max_pixels=63))
+    refused(r"^cannot read the image .*colour.png \(64 pixels, .*\); replace or remove it$", model, [colour])
 
 
 def test_importing_the_package_imports_no_torch():

@@ -520,7 +520,7 @@ def test_a_size_beyond_any_training_set_is_drawn(tmp_path):
 
 def test_messages_about_data_advise_no_flag_of_other_scripts(tmp_path, monkeypatch):
     def load(*arguments, **options):
-        raise InputError("the splits differ; name other splits with --train-split, or save it with equal features")
+        raise InputError("the splits differ", "name other splits with --train-split", "save it with equal features")
 
     monkeypatch.setattr(figure_set.datasets, "load", load)
     with pytest.raises(InputError, match="^the splits differ; save it with equal features$"):
