@@ -43,17 +43,20 @@ class InputError(ValueError):
         instead  advice in place of all others if one was left out, or if the problem names such a flag
         """
 
-        def is_fit(text: str) -> bool:
+        def fits(text: str) -> bool:
             return not any(flag in flags for flag in flags_in(text))
 
-        advice = tuple(filter(is_fit, self.advice))
-        if instead and not (advice == self.advice and is_fit(self.problem)):
+        advice = tuple(filter(fits, self.advice))
+        if instead and not (advice == self.advice and fits(self.problem)):
             advice = (instead,)
         return type(self)(self.problem, *advice)
 
 
 class Reason(InputError):
-    """Why something cannot be used, in words for the inside of a sentence: "PROBLEM: ADVICE, or ADVICE"."""
+    """Why something cannot be used, in words for the inside of a sentence: "PROBLEM: ADVICE, or ADVICE".
+
+    A sentence about one or several things with such reasons has their problems inside, and their advice at its end.
+    """
 
     mark = ": "
 

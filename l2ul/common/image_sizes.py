@@ -27,7 +27,7 @@ def check_resize(width: int, height: int, short_side: int | None) -> None:
         raise TooLarge(
             f"{width} x {height} pixels, which resizing the short side to {short_side} enlarges to {count:,}, above "
             f"the limit of {MAX_IMAGE_PIXELS:,}",
-            "crop it",
+            "crop the long side",
         )
 
 

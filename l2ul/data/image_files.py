@@ -85,7 +85,7 @@ def read_bytes(file: ImageFile) -> bytes:
     try:
         return (file if isinstance(file, EmbeddedFile) else Path(file)).read_bytes()
     except OSError as error:
-        raise UnreadableImage(error.strerror) from None
+        raise UnreadableImage(error.strerror or first_line(error)) from None
 
 
 def version(file: ImageFile) -> str:
@@ -279,15 +279,12 @@ class ImageReader:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             count = re.search(r"\d+", str(error))[0]
             raise TooManyPixels(
-                f"{count} pixels, above the limit of {self.max_pixels}",
-                f"raise the limit with --max-image-pixels {count}",
+                f"{count} pixels, above the limit of {self.max_pixels}", "raise the limit with --max-image-pixels"
             ) from None
         except (UnreadableImage, TooLarge, MemoryError):
             raise
         except Exception as error:  # the decoders raise many types
-            if getattr(error, "errno", None):
-                raise UnreadableImage(error.strerror) from None
-            raise UnreadableImage(f"damaged: {first_line(error)}") from None
+            raise UnreadableImage(getattr(error, "strerror", None) or f"damaged: {first_line(error)}") from None
         finally:
             Image.MAX_IMAGE_PIXELS = limit
 
@@ -305,7 +302,7 @@ class ImageReader:
             raise UnreadableImage(
                 f"grey levels from {low:g} to {peak:g}, expected 0 to {white:g}",
                 "give the level of white as --white-level",
-                "convert the file to 8 bits",
+                "convert to 8 bits",
             )
         if values.dtype.kind in "iu" and peak < 2**16:
             table = np.arange(int(peak) + 1)
@@ -335,7 +332,7 @@ def _identify(file: ImageFile) -> Image.Image:
     except ImportError:
         raise UnreadableImage(
             "a HEIC image, which needs the package pillow-heif",
-            "install it (uv run --extra heic …, or pip install pillow-heif)",
+            "install pillow-heif (uv run --extra heic …, or pip install pillow-heif)",
         ) from None
     pillow_heif.register_heif_opener()
     return Image.open(source)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from l2ul.common.choices import EXIF_ORIENTATIONS
-from l2ul.common.errors import InputError, first_line
+from l2ul.common.errors import InputError, Reason, first_line
 from l2ul.common.files import file_sha256
 from l2ul.common.image_sizes import TooLarge
 from l2ul.common.text import is_number, normal_form, read_text, require_utf8_name
@@ -379,7 +379,8 @@ def read_images(
     listed = {file: label for file, label in listed if file != LABELS and os.path.realpath(folder / file) != place}
     labels = _read_labels(table, listed, folder) if table and with_labels else {}
     reader = reader or ImageReader()
-    files, unreadable, properties = [], [], []
+    files, properties = [], []
+    unreadable: dict[str, Reason] = {}
     pixels = torch.empty(0)
     odd_size: tuple[ImageFile, Tensor] | None = None
     for file, label in listed.items():
@@ -387,7 +388,7 @@ def read_images(
             image, about = reader.read_with_properties(folder / file)
             small = to_pixels(image)
         except (UnreadableImage, TooLarge) as error:
-            unreadable.append(UnreadableFile(file, str(error)))
+            unreadable[file] = Reason(*error.args)  # without the traceback, which keeps the image in memory
             continue
         properties.append((file, about))
         files.append(ImageFile(file, file_sha256(folder / file), _sha256(image), *labels.get(file, (label, None))))
@@ -399,9 +400,11 @@ def read_images(
             odd_size = odd_size or (files[-1], small)
         del image, small
     if unreadable and not skip_bad:
-        shown = "; ".join(f"{one.file}: {one.why}" for one in unreadable[:5]) + ("; …" if unreadable[5:] else "")
+        shown = [f"{file}: {reason.problem}" for file, reason in unreadable.items()]
+        shown = "; ".join([*shown[:5], "…"] if shown[5:] else shown)
         raise InputError(
             f"{len(unreadable)} of {len(listed)} files in {folder} cannot be read as images ({shown})",
+            *dict.fromkeys(remedy for reason in unreadable.values() for remedy in reason.advice),
             "repair or remove them",
             "leave them out with --skip-bad",
         )
@@ -419,7 +422,8 @@ def read_images(
     hidden = len([*folder.glob(".*"), *folder.glob("*/.*")])
     if hidden:
         notes.append(f"{hidden} files or folders are not read because their names begin with a dot")
-    return ImageFolder(folder, *_merge_equal(files, pixels), unreadable, table, reader, notes)
+    left_out = [UnreadableFile(file, str(reason)) for file, reason in unreadable.items()]
+    return ImageFolder(folder, *_merge_equal(files, pixels), left_out, table, reader, notes)
 
 
 def _list_files(folder: Path, flag: str) -> dict[str, str | None]:

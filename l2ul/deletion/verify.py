@@ -89,7 +89,7 @@ def verify(
         except InputError as error:
             if files_match:  # the files are those of the report, so an argument is wrong
                 raise
-            checks.append(Check("weights", False, f"cannot be read: {error}"))
+            checks.append(Check("weights", False, f"cannot be read: {error.problem}"))
     checks.append(check_signature(path, key))
     if image_folders and opened:
         images = _read_folders(image_folders, opened, ImageReader(**reading_of(report), max_pixels=max_pixels))

@@ -51,7 +51,7 @@ def configuration(name: str):
 
     config = _read(name, AutoConfig.from_pretrained)
     if config.model_type == "timm_wrapper":
-        raise _is_of_timm(name)
+        raise _timm_error(name)
     return config
 
 
@@ -156,12 +156,12 @@ def _read(name: str, from_pretrained, **options):
 def _check_folder(folder: Path) -> None:
     """Raise InputError for a folder with an adapter, which would be ignored, or of another library."""
     if (folder / ADAPTER).is_file():
-        raise _is_adapter(str(folder), _read_json(folder / ADAPTER))
+        raise _adapter_error(str(folder), _read_json(folder / ADAPTER))
     config = _read_json(folder / "config.json")
     if "model_type" in config:
         return
     if isinstance(config.get("architecture"), str):
-        raise _is_of_timm(str(folder))
+        raise _timm_error(str(folder))
     for file, library in OTHER_LIBRARIES.items():
         if (folder / file).exists():
             raise InputError(
@@ -182,7 +182,7 @@ def _check_hub_adapter(name: str) -> None:
     with contextlib.suppress(Exception):  # the repository was read before, so this means that there is no such file
         file = find_adapter_config_file(place)
     if file:
-        raise _is_adapter(place, _read_json(Path(file)))
+        raise _adapter_error(place, _read_json(Path(file)))
 
 
 def _read_json(path: Path) -> dict:
@@ -194,7 +194,7 @@ def _read_json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _is_adapter(place: str, adapter: dict) -> InputError:
+def _adapter_error(place: str, adapter: dict) -> InputError:
     """Return the error for an adapter, with the command that merges it into its base model."""
     base = _plain(adapter.get("base_model_name_or_path")) or "BASE_MODEL"
     code = (
@@ -210,7 +210,7 @@ def _is_adapter(place: str, adapter: dict) -> InputError:
     )
 
 
-def _is_of_timm(name: str) -> InputError:
+def _timm_error(name: str) -> InputError:
     """Return the error for a model of timm, with the name under which it opens."""
     place = name.removeprefix(PREFIX)
     source = "" if Path(place).is_dir() else "hf_hub:"

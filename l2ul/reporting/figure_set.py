@@ -41,7 +41,7 @@ MOST_METHODS = 4  # in figures 3 to 5, unless methods are named
 SHOWN_IMAGES, SHOWN_EXAMPLES = 4, 3  # of figure 2
 DOWNLOADED = "could not be downloaded"  # in messages of `models.load`
 LONGEST = 160  # bytes of the beginning of a file name
-FLAGS_OF_RUNS = {  # which decide how data and models are read, in messages of code that other scripts use too
+FLAGS_OF_RUNS = {  # which decide how data and models are read; main_tables.py lacks them
     *("--image-size", "--image-column", "--label-column", "--train-split", "--test-split", "--weights-key"),
     *("--mean", "--std", "--exif-orientation", "--white-level", "--max-image-pixels"),
 }
@@ -113,7 +113,7 @@ def draw(
             try:
                 figure, shown = DRAW[number](subject)
             except InputError as error:
-                report(f"{subject.name}: figure {number} was left out: {error}")
+                report(f"{subject.name}: figure {number} was left out: {error.without(FLAGS_OF_RUNS)}")
                 continue
             paths += figures.save(figure, shown, Path(output_dir) / stem(block, number), report)
     return paths
@@ -126,10 +126,12 @@ def load_images(run: Record, data_dir: Path, download: bool = False) -> Images:
     """
     chosen = {key: run[key] for key in DATA_KEYS if run.get(key) is not None}
     reader = ImageReader(**{key: run[key] for key in ImageReader().options if run.get(key) is not None})
-    with _advice():
+    try:
         images = datasets.load(
             run["dataset"], data_dir, download=download, progress=progress_bar, reader=reader, **chosen
         )
+    except InputError as error:
+        raise error.without(FLAGS_OF_RUNS) from None
     if run.get("num_train") not in (None, len(images.train)):
         raise InputError(
             f"{run['dataset']} has {len(images.train)} training images, but the records are of a training set of "
@@ -137,15 +139,6 @@ def load_images(run: Record, data_dir: Path, download: bool = False) -> Images:
             "name the folder of that one with --data-dir",
         )
     return images.with_channels(len((run.get("mean") or "R G B").split()))
-
-
-@contextlib.contextmanager
-def _advice() -> Iterator[None]:
-    """Leave out of InputErrors inside the block the advice that names flags which main_tables.py does not have."""
-    try:
-        yield
-    except InputError as error:
-        raise error.without(FLAGS_OF_RUNS) from None
 
 
 def stem(block: rows.Block, number: int) -> str:
@@ -189,11 +182,10 @@ class Subject:
     def reading(self) -> Iterator[None]:
         """Load models inside the block. Their names come from records, so nothing is downloaded without permission."""
         if self.options.download:
-            with _advice():
-                yield
+            yield
             return
         try:
-            with _advice(), offline(), contextlib.redirect_stdout(io.StringIO()):  # torch.hub prints that it downloads
+            with offline(), contextlib.redirect_stdout(io.StringIO()):  # torch.hub prints that it downloads
                 yield
         except InputError as error:
             allow = ("add --download to allow it",) if DOWNLOADED in error.problem else ()

@@ -21,7 +21,10 @@ def test_the_message_is_the_problem_and_its_remedies():
     assert str(InputError("no weights")) == "no weights"
     assert str(InputError("no weights", "give --model")) == "no weights; give --model"
     assert str(InputError("no weights", "give --model", "train one")) == "no weights; give --model, or train one"
-    assert str(Reason("too large", "crop it", "leave it out")) == "too large: crop it, or leave it out"
+    assert (
+        str(Reason("too large", "crop the long side", "leave it out"))
+        == "too large: crop the long side, or leave it out"
+    )
 
 
 @pytest.mark.parametrize(

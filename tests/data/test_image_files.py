@@ -184,15 +184,19 @@ def test_colour_images_of_16_bits_that_are_nearly_black_are_reported(tmp_path):
 def test_images_above_the_limit_are_refused_with_the_flag_that_raises_it(tmp_path):
     write_folder(tmp_path / "set")
     small = ImageReader(max_pixels=1000)
-    remedy = "raise the limit with --max-image-pixels 2400"
+    remedy = "raise the limit with --max-image-pixels"
     sentence = rf"\(2400 pixels, above the limit of 1000\); {remedy}, or replace or remove it$"
     with pytest.raises(InputError, match=sentence):
         datasets.load("set", tmp_path, image_size=16, reader=small)
     file = str(next((tmp_path / "set").glob("*/*/0.png")))
     with pytest.raises(InputError, match=sentence):
         FolderImages([file], 16, reader=small)[0]
-    with pytest.raises(InputError, match=f"2400 pixels, above the limit of 1000: {remedy}; .* repair or remove them"):
+    with pytest.raises(
+        InputError, match=rf"2400 pixels, above the limit of 1000; .*\); {remedy}, or repair or remove them, or"
+    ) as caught:
         request.read_images(tmp_path / "set" / "train", deployed_model._central_square(None), reader=small)
+    assert caught.value.without({"--max-image-pixels", "--skip-bad"}).advice == ("repair or remove them",)
+    assert "--" not in caught.value.problem
     assert Image.MAX_IMAGE_PIXELS == image_files.MAX_IMAGE_PIXELS  # as before
     assert ImageReader(max_pixels=2400).read(file).size == (60, 40)
 
@@ -210,7 +214,7 @@ def test_images_that_would_be_too_large_after_resizing_are_refused(tmp_path, mon
     assert FolderImages([str(whole)], 56)[0].shape == (3, 56, 56)
     monkeypatch.setattr(Image.Image, "resize", resize)
     monkeypatch.setattr(torch.nn.functional, "interpolate", resize)
-    sentence = f"cannot read the image .*narrow.png .{NARROW}.; crop it, or replace or remove it"
+    sentence = f"cannot read the image .*narrow.png .{NARROW}.; crop the long side, or replace or remove it"
     with pytest.raises(InputError, match=sentence):
         datasets.load("set", tmp_path, image_size=56)
     with pytest.raises(InputError, match=sentence):
@@ -220,7 +224,7 @@ def test_images_that_would_be_too_large_after_resizing_are_refused(tmp_path, mon
     with pytest.raises(InputError, match=sentence):
         next(decoded)
     path.rename(whole)
-    with pytest.raises(InputError, match=f"1 of 1 files .*wide.png: {NARROW}: crop it.; repair"):
+    with pytest.raises(InputError, match=f"1 of 1 files .*wide.png: {NARROW}.; crop the long side, or repair"):
         request.read_images(whole.parent, deployed_model._central_square(64))
     with pytest.raises(InputError, match=NARROW):
         preprocessing.Resize(64, InterpolationMode.BILINEAR)(torch.zeros(1, 3, 60000, 1))

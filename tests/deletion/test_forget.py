@@ -472,7 +472,7 @@ def test_advice_with_a_flag_that_is_no_argument_is_left_out(trained, tmp_path, m
     grey, colour = tmp_path / "grey.tif", tmp_path / "colour.png"
     Image.fromarray(np.full((8, 8), 9, np.float32)).save(grey)
     refused(
-        r"^cannot read the image .*grey.tif \(grey levels from 9 to 9, expected 0 to 1\); convert the file to 8 bits, "
+        r"^cannot read the image .*grey.tif \(grey levels from 9 to 9, expected 0 to 1\); convert to 8 bits, "
         "or replace or remove it$",
         model,
         [grey],

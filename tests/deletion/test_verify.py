@@ -132,6 +132,7 @@ def test_a_damaged_model_fails(requested, script, tmp_path):
     assert code == 3
     assert "FAILED model: not the model of the report" in out
     assert "FAILED weights: cannot be read" in out
+    assert "download it again" not in out  # advice for weights that a command is given
 
 
 def test_verify_advises_only_what_it_takes(forget, script, tiny, tmp_path):

@@ -139,7 +139,7 @@ def test_names_and_logins_that_cannot_work_are_refused(fake, monkeypatch):
     with pytest.raises(InputError, match="may only read; run `hf auth login`"):
         hub.open_repository("new")
     monkeypatch.setenv("HF_TOKEN", "hf_old")
-    with pytest.raises(InputError, match="does not accept the login; run `hf auth login`"):
+    with pytest.raises(InputError, match=r"does not accept the login \(.*\); run `hf auth login`"):
         hub.open_repository("new")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(InputError, match="needs a login on the Hugging Face Hub"):
@@ -151,7 +151,7 @@ def test_without_a_connection_nothing_starts(fake, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="cannot be reached; leave out --push or try later"):
+    with pytest.raises(InputError, match=r"cannot be reached \(.*\); leave out --push or try later$"):
         hub.open_repository("new")
 
 

@@ -505,7 +505,7 @@ def test_figures_download_no_weights_without_permission(name, package, tmp_path,
         vars(subject)["images"] = SimpleNamespace(num_classes=1000)
         with pytest.raises(InputError, match="could not be downloaded") as raised:
             subject.original(run)
-        allowed = str(raised.value).endswith("; add --download to allow it")
+        allowed = str(raised.value).endswith(" add --download to allow it")
         assert (bool(looked_up), bool(capsys.readouterr().out), allowed) == (download, download, not download)
 
 
@@ -525,3 +525,12 @@ def test_messages_about_data_advise_no_flag_of_other_scripts(tmp_path, monkeypat
     monkeypatch.setattr(figure_set.datasets, "load", load)
     with pytest.raises(InputError, match="^the splits differ; save it with equal features$"):
         figure_set.load_images({"dataset": "pets"}, tmp_path)
+
+
+def test_the_reason_why_a_figure_was_left_out_advises_no_flag_of_other_scripts(tmp_path, monkeypatch, capsys):
+    def fail(subject):
+        raise InputError("a.tif is grey", "give the level of white as --white-level", "convert to 8 bits")
+
+    monkeypatch.setitem(figure_set.DRAW, 1, fail)
+    draw([REFERENCE], tmp_path, [1])
+    assert "figure 1 was left out: a.tif is grey; convert to 8 bits\n" in capsys.readouterr().out
