@@ -78,7 +78,7 @@ def forget(args: argparse.Namespace) -> int:
     output.check_writable(args.output, model, request, args.build, uploads=repository is not None)
     is_chosen = "loop_precision" in dict(args.setting)
     settings, of_search = search.choose_precision(settings, is_chosen, original, request.images)
-    unlearner = make_unlearner(args, model, request, settings, of_search, surrogate)
+    unlearner = make_unlearner(args, model, request, bool(settings.robust), of_search, surrogate)
     forgotten, recognised = unlearner.forgotten(original), unlearner.recognised
     log(
         f"{states.images(len(request))} to forget{' as used' if settings.robust else ''}, goal {request.forget.goal}; "
@@ -212,8 +212,11 @@ def read_images(args: argparse.Namespace, model, chain):
     return read_request(args.images[0], model, args.labels, args.skip_bad, chain, reader, args.class_order)
 
 
-def make_unlearner(args: argparse.Namespace, model, request, settings, precision: str, surrogate=None):
-    """Return what runs the method on the request, in this precision and with these images of --surrogate."""
+def make_unlearner(args: argparse.Namespace, model, request, as_used: bool, precision: str, surrogate=None):
+    """Return what runs the method on the request, in this precision and with these images of --surrogate.
+
+    as_used  whether images count as forgotten only if they are so as used
+    """
     from l2ul.common.progress import progress_bar
     from l2ul.deletion.search import Unlearner
     from l2ul.metrics import robustness
@@ -227,10 +230,11 @@ def make_unlearner(args: argparse.Namespace, model, request, settings, precision
         seed=args.seed,
         as_written=model.as_written,
         progress=progress_bar,
-        as_used=bool(settings.robust),
+        as_used=as_used,
         max_steps=args.max_steps,
         precision=precision,
         surrogate=surrogate,
+        earlier=request.recognised_earlier,
     )
 
 
@@ -301,7 +305,7 @@ def repeat(args: argparse.Namespace, path: Path, device) -> list:
     from l2ul.common import precision
     from l2ul.deletion import search, verify
     from l2ul.deletion.report import describe_surrogate
-    from l2ul.deletion.report_schema import read_report
+    from l2ul.deletion.report_schema import AS_USED, read_report
     from l2ul.deletion.request import read_unlabelled
     from l2ul.methods import registry
 
@@ -324,7 +328,9 @@ def repeat(args: argparse.Namespace, path: Path, device) -> list:
         of_search = report.get("precision", {"search": "fp32"})["search"]
         precision.require(device, of_search, "the request was carried out in it: repeat it on such a device")
         surrogate = read_unlabelled(args.surrogate, "--surrogate", model, request, args.skip_bad)
-        unlearner = make_unlearner(args, model, request, settings, of_search, surrogate)
+        counted = report["asked"].get("counted")  # the model may be that of a run with robust=0
+        as_used = counted == AS_USED if counted else bool(settings.robust)
+        unlearner = make_unlearner(args, model, request, as_used, of_search, surrogate)
         if surrogate is not None:
             row, recorded = describe_surrogate(args.surrogate, surrogate), report["asked"].get("surrogate") or {}
             same = row["sha256"] == recorded.get("sha256")

@@ -92,6 +92,7 @@ class Request:
     logits_before      (k, C) of the original model, on the CPU
     earlier_labels     the label that each image had in an earlier request, or None
     forgotten_earlier  indices of the images that an earlier request made forgotten
+    recognised_earlier (k,) bool, on the CPU: whether the model recognised the image before an earlier request
     """
 
     folder: ImageFolder
@@ -101,6 +102,7 @@ class Request:
     logits_before: Tensor
     earlier_labels: list[int | None]
     forgotten_earlier: frozenset[int] = frozenset()
+    recognised_earlier: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.folder)
@@ -196,7 +198,10 @@ def make_request(
         raise InputError(f"the new_label of {read.files[index].file} equals its label", "give another class")
     forget, gone = Forget(pixels_of(images), labels, new_labels), states.forgotten_images(earlier)
     places = frozenset(index for index, one in enumerate(read.files) if gone & {one.sha256, one.pixels_sha256})
-    return Request(read, images, forget, class_names, before, earlier_labels, places)
+    known = states.recognised_images(earlier)
+    pairs = zip(read.files, labels.tolist(), strict=True)
+    recognised = torch.tensor([bool(known & {(one.sha256, y), (one.pixels_sha256, y)}) for one, y in pairs])
+    return Request(read, images, forget, class_names, before, earlier_labels, places, recognised)
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:

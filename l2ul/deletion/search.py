@@ -86,6 +86,8 @@ class Candidate:
     kept       agreement with the original model on each probe
     model      None if the run diverged
     stored     (k,) bool: forgotten as they are stored; None: the same as `forgotten`
+    demanded   (k,) bool: the images that count as forgotten only if they are so as the request demands, see
+               `Unlearner.demanded`; None: all
     """
 
     settings: Settings
@@ -98,11 +100,17 @@ class Candidate:
     model: nn.Module | None
 
     stored: Tensor | None = None
+    demanded: Tensor | None = None
 
     @property
     def succeeded(self) -> bool:
         """Whether enough images are forgotten: all as they are stored and, with robust=1, most as they are used."""
         return self._counts == (len(self.forgotten), self._enough)
+
+    @property
+    def number_forgotten(self) -> int:
+        """The number of demanded images that are forgotten as the request demands."""
+        return int(self._of_demanded(self.forgotten).sum())
 
     @property
     def rank(self) -> tuple[int, int, float]:
@@ -136,15 +144,18 @@ class Candidate:
         """Whether forgetting the images as used cost more than is acceptable."""
         return bool(self.settings.robust and self.kept) and self.agreement < ACCEPTABLE
 
+    def _of_demanded(self, images: Tensor) -> Tensor:
+        return images if self.demanded is None else images[self.demanded]
+
     @property
     def _enough(self) -> int:
-        return math.ceil(ENOUGH * len(self.forgotten)) if self.settings.robust else len(self.forgotten)
+        total = len(self._of_demanded(self.forgotten))
+        return math.ceil(ENOUGH * total) if self.settings.robust else total
 
     @property
     def _counts(self) -> tuple[int, int]:
-        stored = self.forgotten if self.stored is None else self.stored
-        used = int(self.forgotten.sum())
-        counts = used >= WORTHWHILE * len(stored) and not self.is_damaged
+        stored, used = self.forgotten if self.stored is None else self.stored, self.number_forgotten
+        counts = used >= WORTHWHILE * len(self._of_demanded(stored)) and not self.is_damaged
         return int(stored.sum()), min(self._enough, used) if counts else 0
 
 
@@ -162,6 +173,7 @@ class Unlearner:
     max_steps   each candidate ends after so many steps at most, as if time were up; None: no such limit
     precision   of the device in which `unlearn` computes, see `choose_precision`
     surrogate   (n, 3, H, W) unlabelled images that stand for D_r, see `unlearn.unlearn`
+    earlier     (k,) bool, on the CPU: the images that the model recognised before an earlier request; None: none
     """
 
     model: nn.Module
@@ -177,6 +189,7 @@ class Unlearner:
     precision: str = "fp32"
     probes: list[Probe] = field(default_factory=list)
     surrogate: Tensor | None = None
+    earlier: Tensor | None = None
     _inputs: dict[str, object] = field(default_factory=dict)  # D_adv and importance, made once
 
     @cached_property
@@ -199,13 +212,13 @@ class Unlearner:
         used    how D_f is forgotten as used, if it is known
         stored  the result of `forgotten_as_stored`, if it is known
 
-        They are forgotten as they are and in each changed copy of `train_set`. With `as_used`, those that the original
-        model recognised are also forgotten as used.
+        They are forgotten as they are and in each changed copy of `train_set`. With `as_used`, those in `demanded` are
+        also forgotten as used.
         """
         forgotten = self.forgotten_as_stored(model) if stored is None else stored
-        if self.as_used and (forgotten & self.recognised).any():
+        if self.as_used and (forgotten & self.demanded).any():
             used = used or robustness.as_used(model, self.forget, with_kinds=False)
-            forgotten = forgotten & (used.forgotten | ~self.recognised)
+            forgotten = forgotten & (used.forgotten | ~self.demanded)
         return forgotten
 
     def forgotten_as_stored(self, model: nn.Module) -> Tensor:
@@ -215,9 +228,21 @@ class Unlearner:
 
     @cached_property
     def recognised(self) -> Tensor:
-        """Which images (k,) bool the original model predicts as their label, as they are or as a changed copy."""
+        """Which images (k,) bool the original model predicts as their label, as they are or as a changed copy.
+
+        With `as_used`, also those of `earlier` that the model has not forgotten as used.
+        """
         predictions = accuracy.predict(self.model, self.train_set.images, fold=False)
-        return (predictions == self.train_set.labels.cpu()).view(-1, len(self.forget)).any(0)
+        recognised = (predictions == self.train_set.labels.cpu()).view(-1, len(self.forget)).any(0)
+        if self.as_used and self.earlier is not None and (self.earlier & ~recognised).any():
+            used = robustness.as_used(self.model, self.forget, with_kinds=False)
+            recognised = recognised | (self.earlier & ~used.forgotten)
+        return recognised
+
+    @cached_property
+    def demanded(self) -> Tensor:
+        """Which images (k,) bool are to be forgotten as the request demands: `recognised`, before it or earlier."""
+        return self.recognised if self.earlier is None else self.recognised | self.earlier
 
     def _unlearn(
         self,
@@ -283,7 +308,8 @@ class Unlearner:
                 stored = self.forgotten_as_stored(written)
                 forgotten = self.forgotten(written, stored=stored)
                 kept = [agreement.measure(written, probe) for probe in self.probes]
-                candidate = replace(candidate, stored=stored, forgotten=forgotten, kept=kept, model=outcome.model)
+                masks = {"stored": stored, "forgotten": forgotten, "demanded": self.demanded}
+                candidate = replace(candidate, **masks, kept=kept, model=outcome.model)
             except Diverged:
                 candidate = replace(candidate, status="diverged")
         return replace(candidate, seconds=time.perf_counter() - started)
@@ -510,7 +536,7 @@ def search(
                 queue.appendleft(_enlarged(unlearner, settings, budget.left, candidates))
         elif not succeeded and settings != first:
             queue = deque(_around(unlearner, first, budget.left, candidates))
-    if first.robust and not any(candidate.rank[1] for candidate in candidates):
+    if first.robust and unlearner.demanded.any() and not any(candidate.rank[1] for candidate in candidates):
         on_early_end(_not_as_used(first, candidates, used_before, seconds_per_step))
     elif left_out and not time_is_up:
         on_early_end(_early_end(first, left_out, candidates))
@@ -586,9 +612,10 @@ def _not_as_used(first: Settings, candidates: list[Candidate], used_before: floa
     """
     damaged = [candidate for candidate in candidates if candidate.is_damaged]
     if damaged:
-        best = max(damaged, key=lambda candidate: (int(candidate.forgotten.sum()), candidate.agreement))
+        best = max(damaged, key=lambda candidate: (candidate.number_forgotten, candidate.agreement))
+        total = len(best.forgotten) if best.demanded is None else int(best.demanded.sum())
         why = (
-            f"forgetting {int(best.forgotten.sum())} of {len(best.forgotten)} images as they are used lowers the "
+            f"forgetting {best.number_forgotten} of {total} images as they are used lowers the "
             f"agreement with the original model to {best.agreement:.1f} %, which is too much damage"
         )
     else:

@@ -135,6 +135,12 @@ def readable_time(made: str) -> str:
     return f"{made[:10]} {made[11:16]} UTC" if made.endswith("+00:00") else made
 
 
+def recognised_images(reports: Iterable[Report]) -> set[tuple[str, int]]:
+    """Return hashes, of files and of pixels, and labels of all images that the model recognised before a request."""
+    rows = [row for report in reports for row in report["images"] if state(row) != NOT_RECOGNISED]
+    return {(row[key], row["label"]) for row in rows for key in ("sha256", "pixels_sha256")}
+
+
 def forgotten_images(reports: Iterable[Report]) -> set[str]:
     """Return the hashes, of files and of pixels, of all images that the requests of these reports made forgotten."""
     rows = [row for report in reports for row in report["images"] if state(row) == FORGOTTEN]

@@ -11,6 +11,7 @@ import torch
 
 from l2ul.common.errors import InputError
 from l2ul.deletion import search
+from l2ul.metrics import robustness
 from l2ul.metrics.agreement import Agreement
 from l2ul.objective import Forget
 from l2ul.unlearn import Settings
@@ -32,6 +33,7 @@ class FakeUnlearner:
     synthesis: float = 1.0  # steps that the synthesis of search.SYNTHESIS images takes
     run: list = field(default_factory=list)
     train_set: object = (None,) * 16
+    demanded: object = torch.ones(1, dtype=torch.bool)  # noqa: RUF009  # not changed
 
     def unlearn(self, settings, go_on, on_step):
         self.clock.now += 2 * self.synthesis * settings.robust_images / search.SYNTHESIS
@@ -244,6 +246,38 @@ def test_candidates_are_ranked_by_images_as_stored_then_by_enough_as_used_then_b
     none = torch.zeros(20, dtype=torch.bool)
     assert candidate(5, 0, 99.0).is_better_than(none, none)
     assert not candidate(0, 0, 99.0).is_better_than(none, none)
+
+
+def test_images_that_were_not_recognised_do_not_count_as_forgotten_as_used():
+    demanded = torch.arange(20) < 2
+
+    def candidate(used, percent):
+        forgotten, kept = torch.arange(20) >= 2 - used, [Agreement("some", percent, percent, percent, 10)]
+        stored = torch.ones(20, dtype=torch.bool)
+        return search.Candidate(Settings(robust=1), {}, "cap", 1, 1.0, forgotten, kept, None, stored, demanded)
+
+    assert candidate(1, 60.0).rank > candidate(0, 95.0).rank
+    assert [candidate(used, 60.0).succeeded for used in (0, 1, 2)] == [False, False, True]
+    assert candidate(1, 60.0).is_better_than(torch.ones(20, dtype=torch.bool), ~demanded)
+
+
+def test_an_image_of_an_earlier_request_is_demanded_as_used_if_it_is_forgotten_as_stored_only(monkeypatch, trained):
+    model, images, labels = trained
+    forget = Forget(images[:3] / 255, torch.stack([labels[0], labels[1] - 1, labels[2] - 1]) % CLASSES)
+    for as_used, forgotten, expected in (
+        (True, [0, 1, 0], [1, 0, 1]),
+        (True, [0, 1, 1], [1, 0, 0]),
+        (False, 3 * [0], [1, 0, 0]),
+    ):
+        used = robustness.AsUsed(torch.ones(3, dtype=torch.bool), torch.tensor(forgotten).float(), {}, {})
+        monkeypatch.setattr(robustness, "as_used", lambda *_, used=used, **options: used)
+        earlier = torch.tensor([False, True, True])
+        unlearner = search.Unlearner(
+            model, forget, forget, "distill", CLASSES, 0, lambda model: model, as_used=as_used, earlier=earlier
+        )
+        assert unlearner.recognised.tolist() == [bool(one) for one in expected]
+        assert unlearner.demanded.all()
+        assert unlearner.forgotten(model).tolist() == [False, *(bool(one) or not as_used for one in forgotten[1:])]
 
 
 ROBUST = replace(OWN, robust=1)

@@ -14,7 +14,7 @@ import torch
 
 from l2ul.common.errors import InputError
 from l2ul.deletion import deployed_model as deployed
-from l2ul.deletion import report_schema, verify
+from l2ul.deletion import report_schema, search, verify
 import main_forget
 
 BUILT = ["--build", "conftest:tiny_net"]
@@ -227,6 +227,27 @@ def test_an_image_of_an_earlier_request_keeps_its_first_label(requested, forget,
     assert code == 0
     for number in (1, 2):
         assert f"ok     images of request {number}: 6 of 6 images forgotten as stored" in out
+
+
+def test_a_request_as_used_forgets_what_an_earlier_one_forgot_as_stored_only(requested, script, tmp_path):
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["images"]
+    count = sum(not row["forgotten_as_used"] for row in rows)
+    words = ["--model", tmp_path / "out", *BUILT, "--images", tmp_path / "in", "--output", tmp_path / "second"]
+    code, out, err = script(main_forget.main, *words, "--dry-run")
+    assert (code, count > 0) == (0, True), err
+    assert f"recognised before: {count} of 6" in out
+    assert f"to be unlearned: {count} of 6" in out
+
+
+def test_again_counts_images_as_the_request_did_if_the_model_is_that_of_a_run_as_stored(
+    monkeypatch, forget, script, tmp_path
+):
+    monkeypatch.setattr(search, "_initial_queue", lambda *_: [])  # no time for robust=1
+    code, report, printed = forget("--setting", "robust=1", "--minutes", 0.05)
+    assert (code, report["asked"]["counted"], report["chosen"]["robust"]) == (3, "as used", 0), printed
+    words = ["--verify", tmp_path / "out" / "report.json", *BUILT, "--images", tmp_path / "in", "--again"]
+    code, out, err = script(main_forget.main, *words)
+    assert (code, "ok     predictions again: 6 of 6 images as in the report" in out) == (0, True), out + err
 
 
 def test_another_label_than_in_an_earlier_request_is_refused(requested, forget, tiny, tmp_path):
