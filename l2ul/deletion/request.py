@@ -1,5 +1,6 @@
 """Read a deletion request: the images of a folder with their hashes, and the class each has and may be given."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 import hashlib
@@ -540,17 +541,17 @@ def _merge_equal(files: list[ImageFile], pixels: Tensor) -> tuple[list[ImageFile
 def class_indices(names: Sequence[str | None], class_names: Sequence[str], default: Tensor | None, what: str) -> Tensor:
     """Return the class index (n,) int64 of each name, or of its `default` where the name is None.
 
-    names    names or numbers of classes; a name takes precedence over a number
+    names    names or numbers of classes; a name takes precedence over a number. Where all names of classes are numbers,
+             such as 1, 2, … or 001, 002, …, other numbers are no classes
     default  (n,) int64, or None if every image has a name
     what     "label" or "new_label", for messages
 
     Raises InputError for a name that no class has, or several classes have.
     """
-    known: dict[str, int] = {}
     normal = [normal_form(name) for name in class_names]
-    for index, name in enumerate(normal):
-        known.setdefault(name, index)
-    ambiguous = {name for name in known if normal.count(name) > 1}
+    known = {name: index for index, name in enumerate(normal)}
+    ambiguous = {name for name, count in Counter(normal).items() if count > 1}
+    are_numbers = all(map(is_number, normal))
     indices = []
     for position, name in enumerate(None if name is None else normal_form(name) for name in names):
         if name is None:
@@ -559,12 +560,12 @@ def class_indices(names: Sequence[str | None], class_names: Sequence[str], defau
             raise InputError(f"{what} {name!r} is the name of several classes", "give the number of the class")
         elif name in known:
             indices.append(known[name])
-        elif is_number(name) and int(name) < len(class_names):
+        elif is_number(name) and int(name) < len(class_names) and not are_numbers:
             indices.append(int(name))
         else:
             shown = ", ".join(map(repr, list(class_names)[:3]))
+            number = "" if are_numbers else f", or a number from 0 to {len(class_names) - 1}"
             raise InputError(
-                f"{what} {name!r} is not a class of the model",
-                f"expected a name such as {shown}, or a number from 0 to {len(class_names) - 1}",
+                f"{what} {name!r} is not a class of the model", f"expected a name such as {shown}{number}"
             )
     return torch.tensor(indices)

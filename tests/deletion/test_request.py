@@ -2,6 +2,7 @@
 
 from io import BytesIO
 import os
+import time
 
 from helpers import write_image
 import numpy as np
@@ -100,6 +101,19 @@ def test_class_indices_of_names_and_numbers():
     ]
     with pytest.raises(InputError, match="the name of several classes"):
         request.class_indices(["dog"], classes, None, "label")
+    for numbered in (["1", "2", "3"], ["001", "002", "003"]):
+        assert request.class_indices(numbered, numbered, None, "label").tolist() == [0, 1, 2]
+        with pytest.raises(
+            InputError, match="label '0' is not a class of the model; expected a name such as '0?0?1', .*3'$"
+        ):
+            request.class_indices(["0"], numbered, None, "label")
+
+
+def test_labels_of_many_classes_are_found_at_once():
+    classes = [f"class {number}" for number in range(50_000)]
+    started = time.perf_counter()
+    assert request.class_indices(["class 49999", "7"], classes, None, "label").tolist() == [49_999, 7]
+    assert time.perf_counter() - started < 5
 
 
 def test_a_label_table_may_be_elsewhere_and_is_not_an_image(tmp_path):
