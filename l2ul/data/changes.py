@@ -195,9 +195,9 @@ class Blurred(Stage):
         radius = math.ceil(3 * high)
         offsets = torch.arange(-radius, radius + 1.0)
         kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
-        kernel = torch.where(chosen[:, None], kernel / kernel.sum(1, keepdim=True), (offsets == 0).float())
         pad = min(radius, height - 1, width - 1)
-        return [kernel[:, radius - pad : radius + pad + 1]]
+        kernel, offsets = (one[..., radius - pad : radius + pad + 1] for one in (kernel, offsets))
+        return [torch.where(chosen[:, None], kernel / kernel.sum(1, keepdim=True), (offsets == 0).float())]
 
     def make(self, images: Tensor, kernel: Tensor) -> Tensor:
         count, channels, height, width = images.shape

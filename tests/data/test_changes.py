@@ -48,6 +48,12 @@ def test_images_are_changed_in_parts_with_the_same_result(images, monkeypatch):
     assert sizes == [2, 2, 2]
 
 
+@pytest.mark.parametrize("size", [(8, 224), (2, 64), (8, 8)])
+def test_blurring_keeps_the_brightness_of_flat_images_of_any_shape(size):
+    flat = torch.full((8, 3, *size), 0.6)
+    assert (changes.Changes(("blurred",), probability=1)(flat, seeded()) - flat).abs().max() < 1e-5
+
+
 def test_kinds_are_in_a_copy_with_their_probability(images):
     many = images[:1].expand(400, -1, -1, -1)
     changed = (changes.Changes(("mirrored",))(many, seeded()) - many).abs().amax((1, 2, 3)) > 0.01
