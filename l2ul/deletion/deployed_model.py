@@ -115,7 +115,8 @@ class DeployedModel:
         if self.path:
             suffix = ".pth.tar" if self.path.name.endswith(".pth.tar") else self.path.suffix
             return checkpoints.rewrite(self.path, classifier.net, folder / f"model{suffix}", self.weights_key)
-        torch.save({name: tensor.cpu() for name, tensor in classifier.net.state_dict().items()}, folder / "model.pt")
+        state = classifier.net.state_dict()
+        torch.save({name: checkpoints.compact(tensor.cpu()) for name, tensor in state.items()}, folder / "model.pt")
         return []
 
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import contextlib
 from dataclasses import dataclass
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from safetensors.torch import save as serialize
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ USUAL = ("state_dict", "model_state_dict", "model_state", "model", "net", "netwo
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # inside of names
 DEEPEST = 6  # levels of dictionaries and lists that are searched for state dicts
 SEVERAL = 4  # names that a message lists
+SHORT = 2**16  # most values of a vector that stays beside the weights, such as one for each class
 Statistics = tuple[float, ...]
 Place = tuple[object, ...]  # keys of dictionaries and positions in lists, from the top of a file to a state dict
 
@@ -386,28 +389,39 @@ def rewrite(source: Path, net: nn.Module, target: Path, weights_key: str | None 
 
     Other entries with tensors, such as the state of an optimizer or averaged weights, are left out, because they derive
     from the original weights. Tensors beside the network in the same state dict stay if all that share the first part
-    of their name are numbers and vectors, such as weights of classes. Returns the names of what is left out.
+    of their name are numbers and short vectors, such as weights of classes. So do short vectors of NumPy anywhere, and
+    the statistics of an input normalisation. Returns the names of what is left out.
     """
     content, metadata, form = _content(source)
     choice = _choose(content, source, weights_key, lambda state: fitting_prefixes(state, net))
     state, own = _at(content, choice.place), net.state_dict()
     part = {key: tensor for key, tensor in _state_at(content, choice.place).items() if key.startswith(choice.prefix)}
-    names = _best(split_off_statistics(part, net)[0], own).own
+    weights, _, _ = split_off_statistics(part, net)
+    names = _best(weights, own).own
     owners: dict[int, int] = {}  # address of a weight of the network by that of the tensor in the file
     with torch.no_grad():  # some files have parameters instead of tensors
         for key, name in names.items():
             if name not in own:  # a step counter that the network has not
                 continue
+            state[key] = compact(state[key])
             if owners.setdefault(state[key].data_ptr(), own[name].data_ptr()) != own[name].data_ptr():
                 state[key] = state[key].clone()  # equal weights that the file stores once, but that are not tied
             state[key].copy_(own[name])
-    left_out = _strip_other_tensors(content, choice.place, set(names))
+    left_out = _strip_other_tensors(content, choice.place, {*names, *(part.keys() - weights.keys())})
+    for key, tensor in _state_at(content, choice.place).items():
+        state[key] = compact(tensor)
     if metadata is not None:
         target.write_bytes(serialize(content, metadata))
     else:
         with open(target, "wb") as file:  # given a path, torch would choose the format by its suffix
             torch.save(content, file, _use_new_zipfile_serialization=form != weight_files.TORCH_LEGACY)
     return left_out
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """Return a tensor whose storage has its own values alone: `torch.save` writes whole storages, also of views."""
+    is_view = tensor.layout == torch.strided and tensor.untyped_storage().nbytes() != tensor.nbytes
+    return tensor.detach().clone() if is_view else tensor
 
 
 def _strip_other_tensors(content: object, place: Place, weights: set[str]) -> list[str]:
@@ -428,18 +442,27 @@ def _strip_other_tensors(content: object, place: Place, weights: set[str]) -> li
         if key not in weights and _holds_tensors(state[key]):
             groups.setdefault(str(key).split(".")[0], []).append(key)
     for group, keys in groups.items():
-        small = all(isinstance(state[key], Tensor) and state[key].squeeze().ndim < 2 for key in keys)
-        if not small:
+        if not all(isinstance(state[key], Tensor) and _is_short(state[key]) for key in keys):
             left_out.append(f"{group}.*" if len(keys) > 1 else str(keys[0]))
             for key in keys:
                 del state[key]
     return left_out
 
 
+def _is_short(value: Tensor | np.ndarray) -> bool:
+    """Return whether a tensor or array is a number or a short vector, which holds neither weights nor images."""
+    return value.squeeze().ndim < 2 and math.prod(value.shape) <= SHORT
+
+
 def _holds_tensors(value: object, depth: int = 0) -> bool:
-    """Return whether there are tensors in an object that a file held. One nested too deeply counts as such."""
+    """Return whether there are tensors, or arrays of NumPy that are not short, in an object that a file held.
+
+    One nested too deeply counts as such.
+    """
     if isinstance(value, Tensor) or depth > 50:
         return True
+    if isinstance(value, np.ndarray):
+        return not _is_short(value)
     if isinstance(value, dict):
         return any(_holds_tensors(one, depth + 1) for one in value.values())
     if isinstance(value, list | tuple | set | frozenset):

@@ -8,8 +8,9 @@ import pathlib
 import warnings
 import zipfile
 
-from conftest import tiny_net
+from conftest import CLASSES, tiny_net
 import numpy as np
+from PIL import Image
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_model, save_file, save_model
@@ -55,6 +56,39 @@ def test_other_tensors_are_left_out(net, tmp_path):
     content = {"state_dict": before.state_dict(), "ema": dict(before.state_dict()), "steps": [1, {"m": torch.ones(1)}]}
     content, left_out = rewritten(content, moved, tmp_path)
     assert (list(content), left_out) == (["state_dict"], ["ema", "steps"])
+
+
+def test_written_files_hold_no_values_of_the_original_weights_beside_the_tensors(net, tmp_path):
+    before, moved = net
+    flat = torch.cat([tensor.flatten().float() for tensor in before.state_dict().values()] * 2)
+    state, other, place = {}, {}, 0
+    for name, tensor in before.state_dict().items():
+        part = slice(place, place + tensor.numel())
+        state[name] = flat[part].view(tensor.shape).to(tensor.dtype)
+        other[name] = flat[len(flat) // 2 :][part].view(tensor.shape)
+        place += tensor.numel()
+    content, left_out = rewritten({"state_dict": state, "ema": other | {"x": torch.ones(1)}}, moved, tmp_path)
+    assert left_out == ["ema"]
+    for tensor in content["state_dict"].values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert content["state_dict"].keys() == moved.state_dict().keys()
+
+
+def test_numpy_arrays_are_left_out_like_tensors_but_short_vectors(net, tmp_path):
+    before, moved = net
+    arrays = {name: tensor.numpy() for name, tensor in before.state_dict().items()}
+    others = {"ema": arrays, "flat": np.zeros(10**5), "images": [np.zeros((2, 3, 8, 8))], "scores": np.zeros(CLASSES)}
+    torch.save({"state_dict": before.state_dict(), **others}, tmp_path / "in.pt")
+    assert checkpoint.rewrite(tmp_path / "in.pt", moved, tmp_path / "out.pt") == ["ema", "flat", "images"]
+    assert list(torch.load(tmp_path / "out.pt", weights_only=False)) == ["state_dict", "scores"]
+
+
+def test_the_normalisation_stays_where_other_tensors_beside_it_are_left_out(net, tmp_path):
+    before, moved = net
+    state = {f"model.net.{name}": tensor for name, tensor in before.state_dict().items()}
+    statistics = {"model.normalize.mean": torch.full((1, 3, 1, 1), 0.4), "model.normalize.std": torch.ones(1, 3, 1, 1)}
+    content, left_out = rewritten(state | statistics | {"model.queue": torch.ones(5, 6)}, moved, tmp_path)
+    assert (list(content), left_out) == ([*state, *statistics], ["model.queue"])
 
 
 def test_dtypes_are_kept(net, tmp_path):
@@ -117,8 +151,6 @@ def test_the_number_of_classes_does_not_depend_on_the_order_in_the_file(tmp_path
 
 
 def test_image_size_replaces_the_processor_of_a_hugging_face_model(vit_folder):
-    from PIL import Image
-
     opened = deployed.open_model(str(vit_folder), input_format=deployed.InputFormat(image_size=32))
     assert opened.to_pixels(Image.new("RGB", (60, 40))).shape == (3, 32, 32)
 
@@ -144,8 +176,6 @@ def test_as_written_gives_the_weights_that_are_read_again(net, tmp_path):
 
 
 def test_pretrained_torchvision_weights_define_class_names_and_image_size(monkeypatch, tmp_path):
-    from PIL import Image
-
     net = models.zoo.build("torchvision:mobilenet_v3_small", 1000)
     monkeypatch.setattr(MobileNet_V3_Small_Weights, "get_state_dict", lambda self, **options: net.state_dict())
     opened = deployed.open_model("torchvision:mobilenet_v3_small")
