@@ -237,8 +237,8 @@ def reopen(opened_by: OpenedBy, class_names: list[str], path: Path, build: str |
             raise InputError(f"the model {path} needs code of your own", "give the function that builds it as --build")
         opened = _open_built(build, path, input_format)
     else:
-        opened = _open_named(model, path, input_format)
-    opened.class_names = opened.class_names or class_names
+        opened = _open_named(model, path, input_format, preset=opened_by.get("preset"))
+    opened.class_names = class_names or opened.class_names  # those of the request, which may have named or ordered them
     if opened_by.get("outputs"):
         opened.opened_by["outputs"] = opened.classifier.outputs = opened_by["outputs"]
     return opened
@@ -285,11 +285,19 @@ def _open_timm(model: str, input_format: InputFormat, weights_key: str | None = 
 
 
 def _open_named(
-    model: str, checkpoint: str | Path | None, input_format: InputFormat, weights_key: str | None = None
+    model: str,
+    checkpoint: str | Path | None,
+    input_format: InputFormat,
+    weights_key: str | None = None,
+    preset: str | None = None,
 ) -> DeployedModel:
-    """Open one of our architectures, of torchvision's, or of timm's with a file of weights."""
+    """Open one of our architectures, of torchvision's, or of timm's with a file of weights.
+
+    preset  the name of torchvision's weights whose resizing is used for a file of weights; None: the first ones
+    """
     is_zoo = model.startswith(zoo.PREFIX)
     choice = str(checkpoint) if checkpoint and is_zoo and zoo.has_weights(model, str(checkpoint)) else None
+    preset = choice or (preset if is_zoo and preset and zoo.has_weights(model, preset) else None)
     pretrained = zoo.pretrained_weights(model, choice) if is_zoo and (choice or checkpoint is None) else None
     if pretrained:
         path, state, class_names = None, {}, list(pretrained.meta["categories"])
@@ -303,7 +311,7 @@ def _open_named(
         num_classes = models.infer_num_classes(model, state, str(path))
     loaded = models.load(model, num_classes, checkpoint, input_format.mean, input_format.std, weights_key)
     if is_zoo and not input_format.image_size:
-        to_pixels = zoo.transform(model, choice)
+        to_pixels = zoo.transform(model, preset)
     elif model.startswith(timm_models.PREFIX) and not input_format.image_size:
         to_pixels = timm_models.transform(loaded.net)
     else:
@@ -311,6 +319,7 @@ def _open_named(
     to_pixels = _in_channels(to_pixels, loaded)
     mean, std = models.decimals(loaded.normalize.mean), models.decimals(loaded.normalize.std)
     opened_by = _opened_by(model, InputFormat(input_format.image_size, mean, std))
+    opened_by |= {"preset": preset} if preset else {}
     dtypes = checkpoints.dtypes(checkpoints.split_off_statistics(state, loaded.net)[0], loaded.net)
     opened = DeployedModel(_without_resizing(loaded), to_pixels, class_names, opened_by, path, dtypes)
     opened.notes, opened.not_read, opened.weights_key = loaded.notes, loaded.not_read, weights_key

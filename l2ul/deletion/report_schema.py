@@ -132,6 +132,7 @@ class OpenedBy(TypedDict):
     """Arguments that open the model again. `model` is a name, `hf:` or `timm:` for a folder, or `build` for --build.
 
     outputs  "probabilities" if the model returns them: their logarithms are the logits of the report
+    preset   the name of torchvision's weights whose resizing is used, if not the first ones
     """
 
     model: str
@@ -139,6 +140,7 @@ class OpenedBy(TypedDict):
     mean: Annotated[list[float], ONE_PER_CHANNEL] | None
     std: Annotated[list[float], POSITIVE_PER_CHANNEL] | None
     outputs: NotRequired[Annotated[str, OUTPUTS]]
+    preset: NotRequired[str]
 
 
 class ModelHashes(TypedDict):

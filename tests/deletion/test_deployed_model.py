@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_file, save_model
 import torch
 from torch import nn
-from torchvision.models import MobileNet_V3_Small_Weights
+from torchvision.models import MobileNet_V2_Weights, MobileNet_V3_Small_Weights
 
 from l2ul import models
 from l2ul.common.errors import InputError
@@ -188,6 +188,26 @@ def test_pretrained_torchvision_weights_define_class_names_and_image_size(monkey
     models.zoo.build("torchvision:mobilenet_v3_small", 1000).load_state_dict(
         torch.load(tmp_path / "model.pt", weights_only=True)
     )
+
+
+def test_a_written_torchvision_model_keeps_the_resizing_of_its_weights(monkeypatch, tmp_path):
+    net, noise = models.zoo.build("torchvision:mobilenet_v2", 1000), Image.effect_noise((300, 280), 60).convert("RGB")
+    monkeypatch.setattr(MobileNet_V2_Weights, "get_state_dict", lambda self, **options: net.state_dict())
+    for choice in ("IMAGENET1K_V1", "IMAGENET1K_V2"):  # short sides of 256 and 232 pixels
+        opened = deployed.open_model("torchvision:mobilenet_v2", choice)
+        (tmp_path / choice).mkdir()
+        opened.write(opened.classifier, tmp_path / choice)
+        for _ in range(2):  # the output of a request, and of one that starts from it
+            again = deployed.reopen(opened.opened_by, opened.class_names, tmp_path / choice / "model.pt")
+            assert torch.equal(again.to_pixels(noise), opened.to_pixels(noise))
+            opened = again
+
+
+def test_the_class_names_of_a_request_precede_those_of_the_model(vit_folder, tmp_path):
+    opened = deployed.open_model(str(vit_folder))
+    opened.write(opened.classifier, tmp_path)
+    names = [str(number) for number in (1, 0, *range(2, 10))]  # such as those of --class-order or --class-names
+    assert deployed.reopen(opened.opened_by, names, tmp_path / "model").class_names == names
 
 
 def test_flags_that_do_not_apply_to_the_output_of_a_request_are_errors(tmp_path):
