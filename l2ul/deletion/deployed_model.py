@@ -330,6 +330,12 @@ def _open_built(
     build: str, checkpoint: str | Path | None, input_format: InputFormat, weights_key: str | None = None
 ) -> DeployedModel:
     net = unwrapped(_build(build))
+    extra = next((name for name, value in net.state_dict().items() if not isinstance(value, Tensor)), None)
+    if extra:
+        raise InputError(
+            f"the module that {build} returns stores {extra} in its state dict, which is no tensor; remove its "
+            f"get_extra_state"
+        )
     path = Path(checkpoint) if checkpoint else None
     state, mean, std = {}, None, None
     _refuse_flags({"--weights-key": weights_key if path is None else None}, f"--build {build} without --checkpoint")

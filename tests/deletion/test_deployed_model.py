@@ -112,6 +112,17 @@ def frozen_net():
     return tiny_net().requires_grad_(False)
 
 
+def net_with_extra_state():
+    net = tiny_net()
+    net.head.__class__ = type("Head", (torch.nn.Linear,), {"get_extra_state": lambda self: {"scale": 1}})
+    return net
+
+
+def test_a_state_dict_with_more_than_tensors_is_refused():
+    with pytest.raises(InputError, match=r"stores head\._extra_state in its state dict, which is no tensor"):
+        deployed.open_model(None, build="test_deployed_model:net_with_extra_state")
+
+
 @pytest.mark.parametrize("suffix", ["pt", "safetensors", "old"])
 def test_a_damaged_file_of_weights_raises_input_error_or_is_read(tmp_path, suffix):
     path, state = tmp_path / f"net.{suffix}", tiny_net().state_dict()
