@@ -92,19 +92,39 @@ def verify(
             checks.append(Check("weights", False, f"cannot be read: {error.problem}"))
     checks.append(check_signature(path, key))
     if image_folders and opened:
-        images = _read_folders(image_folders, opened, ImageReader(**reading_of(report), max_pixels=max_pixels))
+        checks += _check_folders([*earlier, report], opened, image_folders, device, max_pixels)
+    return checks
+
+
+def _check_folders(
+    chain: Sequence[Report], model: DeployedModel, folders: Sequence[Path], device: torch.device, max_pixels: int
+) -> list[Check]:
+    """Check the predictions of the last report of a chain, and for each request whether its images are forgotten.
+
+    The images of each request are read as it read them.
+    """
+    classifier, required = model.classifier.to(device), requirements(chain)
+    outputs: dict[tuple[object, ...], list[tuple[ImageFile, Tensor]]] = {}
+    unreadable: dict[str, None] = {}
+    for reading in map(reading_of, chain):
+        if tuple(reading.values()) in outputs:
+            continue
+        images = _read_folders(folders, model, ImageReader(**reading, max_pixels=max_pixels))
         try:
-            outputs = _probabilities(opened, images, device)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:  # the module may be the user's own
+            outputs[tuple(reading.values())] = _probabilities(classifier, images, device)
+        except Exception as error:  # the module may be the user's own and raise anything
             if is_out_of_memory(error):
                 raise
-            return [*checks, Check("predictions", False, f"the model does not accept the images ({first_line(error)})")]
-        checks += check_predictions(report, outputs)
-        predictions = [(image, int(each.argmax())) for image, each in outputs]
-        checks += check_images(requirements([*earlier, report]), predictions)
-        unreadable = [f"{file.file}: {file.why}" for folder in images for file in folder.unreadable]
-        if unreadable:
-            checks.append(Check("files that cannot be read", None, f"{len(unreadable)} ({first_three(unreadable)})"))
+            why = "" if isinstance(error, Diverged) else "the model does not accept the images: "
+            return [Check("predictions", False, f"{why}{first_line(error)}")]
+        unreadable |= dict.fromkeys(f"{file.file}: {file.why}" for folder in images for file in folder.unreadable)
+    of_request = [outputs[tuple(reading_of(report).values())] for report in chain]
+    checks = check_predictions(chain[-1], of_request[-1])
+    for number, own in enumerate(of_request, start=1):
+        predictions = [(image, int(each.argmax())) for image, each in own]
+        checks += check_images([one for one in required if one.request == number], predictions)
+    if unreadable:
+        checks.append(Check("files that cannot be read", None, f"{len(unreadable)} ({first_three(list(unreadable))})"))
     return checks
 
 
@@ -117,13 +137,13 @@ def _read_folders(folders: Iterable[Path], model: DeployedModel, reader: ImageRe
 
 
 def _probabilities(
-    model: DeployedModel, folders: Iterable[ImageFolder], device: torch.device
+    classifier: nn.Module, folders: Iterable[ImageFolder], device: torch.device
 ) -> list[tuple[ImageFile, Tensor]]:
     """Return the images of all folders with the probabilities (C,) that the model gives their classes.
 
     Raises Diverged if a logit is not finite.
     """
-    classifier, outputs = model.classifier.to(device), []
+    outputs = []
     for folder in folders:
         current = logits(classifier, folder.images.to(device))
         if not current.isfinite().all():

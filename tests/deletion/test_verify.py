@@ -8,11 +8,13 @@ import re
 import sys
 
 from conftest import CLASSES, TinyNet, predicted_classes, save_images
+from PIL import Image
 import pytest
 import requested as finished
 import torch
 
 from l2ul.common.errors import InputError
+from l2ul.data.image_files import ImageReader
 from l2ul.deletion import deployed_model as deployed
 from l2ul.deletion import report_schema, search, verify
 import main_forget
@@ -284,9 +286,28 @@ class Wide(TinyNet):
         return super().forward(x.repeat(1, 1, 1, 2))
 
 
+class Broken(TinyNet):
+    """The same weights with code that raises another exception."""
+
+    def forward(self, x):
+        return {}["logits"]
+
+
+class NotFinite(TinyNet):
+    """The same weights with code that divides by zero."""
+
+    def forward(self, x):
+        return super().forward(x) / 0
+
+
 @pytest.mark.parametrize(
     ("build", "finding"),
-    [("Rolled", r"0 of 6 images as in the report; others: 0\.png"), ("Wide", "the model does not accept the images")],
+    [
+        ("Rolled", r"0 of 6 images as in the report; others: 0\.png"),
+        ("Wide", "the model does not accept the images"),
+        ("Broken", "the model does not accept the images: 'logits'"),
+        ("NotFinite", "the logits of an image are not finite"),
+    ],
 )
 def test_other_code_for_the_same_weights_fails(requested, script, tmp_path, build, finding):
     words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", "--build"]
@@ -296,6 +317,41 @@ def test_other_code_for_the_same_weights_fails(requested, script, tmp_path, buil
     assert "ok     weights: those of the report" in out
     assert code == 3
     assert re.search(f"FAILED predictions: {finding}", out)
+
+
+def test_the_images_of_each_request_are_verified_as_it_read_them(forget, script, tiny, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    for place in (tmp_path / "in").iterdir():
+        Image.open(place).save(place, exif=exif)
+    save_images(tmp_path / "others", tiny[1][6:8])
+    assert forget()[0] == 0
+    words = ["--exif-orientation", "obey", "--seed", 1]
+    code, report, printed = forget(
+        *words, images="others", output="second", model=["--model", tmp_path / "out", *BUILT]
+    )
+    assert (code, report["asked"]["exif_orientation"]) == (0, "obey"), printed
+    folders = [tmp_path / "in", tmp_path / "others"]
+    report = tmp_path / "second" / "report.json"
+    model = deployed.reopen(
+        json.loads(report.read_text())["model"]["opened_by"], [], report.parent / "model.pth", BUILT[1]
+    )
+    read, predictions = ImageReader.read_with_properties, {}
+
+    def recorded(reader, path):
+        image, about = read(reader, path)
+        if path.parent == folders[0]:
+            pixels = model.to_pixels(image)[None] / 255
+            predictions[reader.exif_orientation, path.name] = int(model.classifier(pixels).argmax())
+        return image, about
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageReader, "read_with_properties", recorded)
+        code, out, err = script(main_forget.main, "--verify", report, "--images", *folders, *BUILT)
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["images"]
+    done = sum(predictions["ignore", row["file"]] != row["label"] for row in rows)
+    assert f"images of request 1: {done} of 6 images forgotten as stored" in out, out + err
+    assert "images of request 2: 2 of 2 images forgotten as stored" in out
 
 
 def test_a_second_model_beside_the_report_is_refused(requested, script, tmp_path):
