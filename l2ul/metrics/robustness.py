@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as transforms
 from l2ul.common import seeds
 from l2ul.common.device import plain_defaults
 from l2ul.common.errors import is_out_of_memory
+from l2ul.common.memory import smaller_batch
 from l2ul.common.modes import batch_norms
 from l2ul.common.precision import exactly, quantised
 from l2ul.data import mixes
@@ -162,22 +163,34 @@ def recalibrated(model: nn.Module, images: Tensor) -> nn.Module:
     """Return a copy whose batch-norm statistics are those of the images, as after a forward pass in train mode.
 
     images  (n, C, H, W), uint8 or float in [0,1]; no label is used. A model without batch-norm is copied as it is.
+
+    Batches have BATCH_SIZE images, and fewer if memory runs out.
     """
-    result, device = copy.deepcopy(model).eval(), next(model.parameters()).device
+    result = copy.deepcopy(model).eval()
     norms = list(batch_norms(result).values())
     momenta = [norm.momentum for norm in norms]
+    images = images.expand(2, *images.shape[1:]) if len(images) == 1 else images  # variances need two values
+    size = min(BATCH_SIZE, len(images)) if norms else 0
+    while size:
+        try:
+            _recompute_statistics(result, norms, images.tensor_split(-(-len(images) // size)))  # of nearly equal size
+            break
+        except (RuntimeError, MemoryError) as error:
+            size = max(2, smaller_batch(size if size > 2 else 1, error))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return result.eval()
+
+
+def _recompute_statistics(model: nn.Module, norms: Sequence[nn.Module], batches: Sequence[Tensor]) -> None:
+    device = next(model.parameters()).device
     for norm in norms:
         norm.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=device)  # None in old modules
         norm.reset_running_stats()
         norm.train()
         norm.momentum = None  # the mean over all batches
-    if norms:
-        images = images.expand(2, *images.shape[1:]) if len(images) == 1 else images  # variances need two values
-        for part in images.tensor_split(-(-len(images) // BATCH_SIZE)):  # of nearly equal size
-            result(as_pixels(part.to(device)))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return result.eval()
+    for batch in batches:
+        model(as_pixels(batch.to(device)))
 
 
 CROP = 7 / 8  # side of the crops, relative to the image

@@ -107,6 +107,29 @@ def test_recalibration_replaces_the_statistics_of_batch_norm(has_counter):
     assert result[1].momentum == model[1].momentum
 
 
+@pytest.mark.parametrize("most", [100, 1])
+def test_recalibration_goes_on_with_smaller_batches_if_memory_runs_out(most):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    images = torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected, sizes = robustness.recalibrated(model, images), []
+
+    def run_out(layer, inputs):
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > most:
+            raise torch.OutOfMemoryError("out of memory")
+
+    model[2].register_forward_pre_hook(run_out)
+    if most == 1:
+        with pytest.raises(torch.OutOfMemoryError):
+            robustness.recalibrated(model, images)
+        return
+    result = robustness.recalibrated(model, images)
+    assert sizes == [150, 100, 100, 100]
+    assert result[1].num_batches_tracked == 3
+    assert torch.allclose(result[1].running_mean, expected[1].running_mean, atol=1e-3)
+    assert torch.allclose(result[1].running_var, expected[1].running_var, rtol=1e-2)
+
+
 @pytest.mark.parametrize("count", [1, robustness.BATCH_SIZE + 1])
 def test_recalibration_leaves_no_batch_of_one_image(count):
     """A batch-norm of vectors has no variance there."""
