@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 
-from conftest import CLASSES, ROOT, tiny_net
+from conftest import CLASSES, ROOT, TinyNet, tiny_net
 import numpy as np
 from PIL import Image
 import pytest
@@ -75,6 +75,27 @@ def test_forgotten_as_used_is_what_the_metric_measures_on_the_returned_model(tra
     assert not result.successful
     assert str(caught[0].message) == result.summary
     assert caught[0].filename == __file__
+
+
+class Merging(TinyNet):
+    """Add a part to the weights of the head in eval mode, and take it off in train mode, as adapters do."""
+
+    is_merged = False
+
+    def train(self, mode=True):
+        if mode == self.is_merged:
+            self.head.weight.data += -0.1 if mode else 0.1
+            self.is_merged = not mode
+        return super().train(mode)
+
+
+def test_a_model_that_changes_its_weights_in_eval_mode_is_refused_in_train_mode(trained):
+    model, images, labels = trained
+    merging = Merging().eval()
+    merging.load_state_dict(model.state_dict())
+    l2ul.forget(merging, images[:2], labels[:2], **STORED)
+    with pytest.raises(InputError, match=r"changes its weights in eval\(\), .*; call model.eval\(\) first"):
+        l2ul.forget(merging.train(), images[:2], labels[:2], **STORED)
 
 
 def test_the_model_and_the_state_of_torch_stay_as_they_are(trained):
