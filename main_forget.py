@@ -74,7 +74,7 @@ def forget(args: argparse.Namespace) -> int:
     search.check_method(args.method, request.forget.goal)
     keep = read_unlabelled(args.keep_images, "--keep-images", model, request, args.skip_bad)
     surrogate = read_unlabelled(args.surrogate, "--surrogate", model, request, args.skip_bad)
-    references = read_reference_images(args.reference_images, model, request, args.skip_bad)
+    references = read_reference_images(args.reference_images, model, request, args.skip_bad, surrogate)
     output.check_writable(args.output, model, request, args.build, uploads=repository is not None)
     is_chosen = "loop_precision" in dict(args.setting)
     settings, of_search = search.choose_precision(settings, is_chosen, original, request.images)

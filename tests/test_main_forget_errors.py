@@ -137,6 +137,10 @@ def also_kept(place):
     write_image(place / "keep" / "a.png", seed=1)
 
 
+def other_images(place):
+    write_image(place / "more" / "a.png", seed=9)
+
+
 def full_output(place):
     write_image(place / "out" / "a.png")
 
@@ -221,6 +225,11 @@ CASES = [
     (None, f"{TINY} --images {{}}/in --output {{}}/in/out", "which must stay unchanged"),
     (also_kept, f"{TINY} {REST} --keep-images {{}}/keep", "is also an image to forget"),
     (also_kept, f"{TINY} {REST} --surrogate {{}}/keep", "of --surrogate is also an image to forget"),
+    (
+        other_images,
+        f"{TINY} {REST} --surrogate {{}}/more --reference-images {{}}/more",
+        "is also an image of --surrogate",
+    ),
     (None, f"{TINY} {REST} --surrogate {{}}/in --method neggrad", "is for methods with a teacher"),
     (names, f"{TINY} {REST} --class-names {{}}/names.txt", "has 5 classes, but 2 class names are given"),
     (None, f"{TINY} {REST} --method oracle", "trains on the retain set"),

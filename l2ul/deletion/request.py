@@ -287,15 +287,27 @@ def read_unlabelled(
     return _read_others(folder, flag, model, request, skip_bad).images.to(request.images.device)
 
 
-def read_reference_images(folder: Path | None, model: DeployedModel, request: Request, skip_bad: bool) -> Split | None:
+def read_reference_images(
+    folder: Path | None, model: DeployedModel, request: Request, skip_bad: bool, surrogate: Tensor | None = None
+) -> Split | None:
     """Return images that the model was not trained on, with labels, on the model's device; None for no folder.
 
+    surrogate  images of --surrogate, on which the model will be trained
+
     An image without a label by its subfolder or a table gets the model's prediction. Raises InputError as
-    `_read_others` does, and for a label that is no class of the model.
+    `_read_others` does, for a label that is no class of the model, and for an image that is in `surrogate`.
     """
     if folder is None:
         return None
     read = _read_others(folder, "--reference-images", model, request, skip_bad)
+    used = set() if surrogate is None else {image.numpy().tobytes() for image in surrogate.cpu()}
+    pairs = zip(read.files, read.images, strict=True)
+    common = next((image.file for image, pixels in pairs if pixels.numpy().tobytes() in used), None)
+    if common:
+        raise InputError(
+            f"{common} of --reference-images is also an image of --surrogate, on which the model will be trained; "
+            f"remove it from one of the folders"
+        )
     images = read.images.to(request.images.device)
     predictions = accuracy.predict(model.classifier, images)
     labels = class_indices([image.label for image in read.files], request.class_names, predictions, "label")
