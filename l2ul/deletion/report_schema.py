@@ -181,7 +181,9 @@ class ImageRow(TypedDict):
     was_called             whether the model predicted `label` before the request
     state                  "forgotten": the model predicted `label` before, for the image or a changed copy that had
                            to be forgotten too, and the request is fulfilled; "not recognised before": it did not;
-                           "still recognised": the request is not fulfilled
+                           "still recognised": the request is not fulfilled. An image that the model recognised before
+                           an earlier request, and that was not yet forgotten as used, counts as predicted if the
+                           request counts images as used
     forgotten              whether the state is "forgotten"; in reports without states, whether the request is fulfilled
     forgotten_as_stored    whether the request is fulfilled for the image as it is stored, including copies of --also
     forgotten_as_used      whether it is also fulfilled as the image is used, see `metrics.robustness`
