@@ -5,6 +5,7 @@ import copy
 import hashlib
 import json
 import re
+import shutil
 import sys
 
 from conftest import CLASSES, TinyNet, predicted_classes, save_images
@@ -245,8 +246,11 @@ def test_again_counts_images_as_the_request_did_if_the_model_is_that_of_a_run_as
     monkeypatch, forget, script, tmp_path
 ):
     monkeypatch.setattr(search, "_initial_queue", lambda *_: [])  # no time for robust=1
-    code, report, printed = forget("--setting", "robust=1", "--minutes", 0.05)
+    monkeypatch.setattr(search, "_steps_as_stored", lambda *_: 60)
+    code, report, printed = forget("--setting", "robust=1", "--minutes", 1)
     assert (code, report["asked"]["counted"], report["chosen"]["robust"]) == (3, "as used", 0), printed
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Adversarial examples: mixes of images that were synthesised with the original model, moved" in page
     words = ["--verify", tmp_path / "out" / "report.json", *BUILT, "--images", tmp_path / "in", "--again"]
     code, out, err = script(main_forget.main, *words)
     assert (code, "ok     predictions again: 6 of 6 images as in the report" in out) == (0, True), out + err
@@ -352,6 +356,13 @@ def test_the_images_of_each_request_are_verified_as_it_read_them(forget, script,
     done = sum(predictions["ignore", row["file"]] != row["label"] for row in rows)
     assert f"images of request 1: {done} of 6 images forgotten as stored" in out, out + err
     assert "images of request 2: 2 of 2 images forgotten as stored" in out
+
+
+def test_the_file_of_a_model_in_use_may_have_another_name(requested, script, tmp_path):
+    shutil.copy(tmp_path / "out" / "model.pth", tmp_path / "production.pth")
+    words = ["--verify", tmp_path / "out" / "report.json", *BUILT, "--model", tmp_path / "production.pth"]
+    code, out, err = script(main_forget.main, *words)
+    assert (code, "ok     model: unchanged" in out) == (0, True), out + err
 
 
 def test_a_second_model_beside_the_report_is_refused(requested, script, tmp_path):
