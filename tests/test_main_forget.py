@@ -74,6 +74,7 @@ def test_the_page_needs_no_other_files_and_agrees_with_the_report(forget, tmp_pa
     )
     assert page.count("prediction before: <bdi>") == page.count("prediction after: <bdi>") == 6
     assert "agreement with the original model: adversarial examples" in page
+    assert "Adversarial examples: mixes of the images of the request, moved" in page
     assert page.count("data:image/png;base64,") == 6
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
     for sentence in report["not_claimed"]:

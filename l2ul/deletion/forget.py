@@ -74,7 +74,8 @@ class Forgotten:
                          batch-norm, see `metrics.robustness.as_used`
     predictions_before   (k,) int64, of the original model
     predictions_after    (k,) int64, of the unlearned model
-    agreement            percent of other images, made of the images to forget, that both models classify alike
+    agreement            percent of other images, made of the images to forget or synthesised, that both models classify
+                         alike
     method, settings     what was run; no settings if the model is unchanged
     steps, seconds       steps of the run that was chosen, and seconds of the whole call
     """
