@@ -63,7 +63,6 @@ def measure(
     budget      of the whole command; relearning stops at CHECKS_SHARE of it
     others      images that are not in D_f, with a name, on which batch-norm is recalibrated; by default mixes of D_f
     """
-    others = others or ("mixes of the images of the request", robustness.stand_ins(request.forget.images))
     labels, after_logits = request.forget.labels, logits(after, request.images)
     verdict = judge(unlearner, after)
     deadline = budget.part(CHECKS_SHARE)
@@ -84,7 +83,7 @@ def measure(
             change: None if kept is None else int((kept & forgotten).sum())
             for change, kept in verdict.used.survives().items()
         },
-        "recalibration": _recalibration(unlearner.model, after, request, *others),
+        "recalibration": _recalibration(unlearner.model, after, request, others),
         "relearning": relearning if steps or None not in back else None,
         "membership": _membership(unlearner.model, request, after, after_logits, references) if references else None,
     }
@@ -120,11 +119,12 @@ def image_rows(request: Request, logits_after: Tensor, verdict: Verdict, back: S
 
 
 def _recalibration(
-    original: nn.Module, after: nn.Module, request: Request, name: str, images: Tensor
+    original: nn.Module, after: nn.Module, request: Request, others: tuple[str, Tensor] | None
 ) -> dict[str, Any] | None:
     """Measure whether D_f is recognised after batch-norm is recalibrated on images; None for a model without it."""
     if not batch_norms(after):
         return None
+    name, images = others or ("mixes of the images of the request", robustness.stand_ins(request.forget.images))
     models = {
         "before": after,
         "after": robustness.recalibrated(after, images),

@@ -89,19 +89,18 @@ def as_used(model: nn.Module, forget: Forget, other_images: Tensor | None = None
 
     The copies depend on the images alone, not on the method or its seed. JPEG compression is that of Pillow.
     """
-    images = forget.images
     if other_images is None:
-        other_images = stand_ins(images)
-    changed = {name: changed_weights(model, form) for name, form in WEIGHTS.items()}
-    changed[RECALIBRATED] = recalibrated(model, other_images)
+        other_images = stand_ins(forget.images) if batch_norms(model) else forget.images
+    models = {name: _forgotten_by(changed_weights(model, form), forget) for name, form in WEIGHTS.items()}
+    models[RECALIBRATED] = _forgotten_by(recalibrated(model, other_images), forget)
     return AsUsed(
-        accuracy.forgotten(model, images, forget).cpu(),
+        accuracy.forgotten(model, forget.images, forget).cpu(),
         _share_of_copies(model, forget, "as used", KINDS, COPIES, PROBABILITY),
         {
             kind: _share_of_copies(model, forget, kind, (kind,), COPIES_OF_A_KIND, 1.0)
             for kind in (KINDS if with_kinds else ())
         },
-        {name: _forgotten_by(other, forget) for name, other in changed.items()},
+        models,
     )
 
 
@@ -169,7 +168,8 @@ def recalibrated(model: nn.Module, images: Tensor) -> nn.Module:
     result = copy.deepcopy(model).eval()
     norms = list(batch_norms(result).values())
     momenta = [norm.momentum for norm in norms]
-    images = images.expand(2, *images.shape[1:]) if len(images) == 1 else images  # variances need two values
+    if norms and len(images) == 1:
+        images = images.expand(2, *images.shape[1:])  # variances need two values
     size = min(BATCH_SIZE, len(images)) if norms else 0
     while size:
         try:

@@ -1,5 +1,8 @@
 """What "forgotten as used" means: changed copies, weights of other formats, recalibrated batch-norm."""
 
+import copy
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -90,6 +93,20 @@ def test_a_model_that_cannot_run_in_16_bits_is_not_judged_there(images):
     assert used.models["float16"] is None
     assert used.forgotten.tolist() == [True]
     assert used.rates()["float16"] != used.rates()["float16"]  # nan
+
+
+def test_one_changed_model_is_in_memory_at_a_time(images, monkeypatch):
+    alive, most, deep_copy = weakref.WeakSet(), [], copy.deepcopy
+
+    def counted(model):
+        most.append(len(alive))
+        alive.add(result := deep_copy(model))
+        return result
+
+    monkeypatch.setattr(robustness.copy, "deepcopy", counted)
+    monkeypatch.setattr(robustness, "stand_ins", lambda images: pytest.fail("no batch-norm is recalibrated"))
+    robustness.as_used(Brightness(), Forget(images, torch.tensor([0, 2])), with_kinds=False)
+    assert most == [0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("has_counter", [True, False])
