@@ -39,7 +39,8 @@ OTHER_LIBRARIES = {  # by a file that only their models have
     "hyperparams.yaml": "SpeechBrain",
 }
 INTERPOLATION = {  # PIL's filter numbers, as processors store them
-    0: InterpolationMode.NEAREST,
+    0: InterpolationMode.NEAREST_EXACT,
+    1: InterpolationMode.LANCZOS,
     2: InterpolationMode.BILINEAR,
     3: InterpolationMode.BICUBIC,
 }
@@ -290,8 +291,14 @@ def _resize_and_crop_sizes(processor) -> tuple[list[int] | int | None, list[int]
 def _check_layers(name: str, processor, preprocess: nn.Sequential, channels: int) -> None:
     """Raise InputError unless layers and processor agree on a smooth image: some processors have further steps."""
     pixels = smooth_image(channels)
-    if agree(preprocess, pixels, processor(pixels, return_tensors="pt")["pixel_values"]):
-        return
+    try:
+        if agree(preprocess, pixels, processor(pixels, return_tensors="pt")["pixel_values"]):
+            return
+    except (NotImplementedError, ValueError):  # of torch
+        raise InputError(
+            f"the processor of {name} ({type(processor).__name__}) resizes with the filter {processor.resample}, which "
+            f"torch does not have; name a model with resample 2 (bilinear) or 3 (bicubic)"
+        ) from None
     raise InputError(
         f"the processor of {name} ({type(processor).__name__}) does more than resize, centre crop and normalise, so "
         f"its model cannot be used with pixels in [0,1]",

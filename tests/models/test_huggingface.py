@@ -98,7 +98,7 @@ def test_a_bad_folder_raises_input_error(vit_folder, tmp_path):
         models.load(f"hf:{tmp_path}", 10)
 
 
-@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize("resample", [0, 1, 2, 3])
 def test_gradients_equal_those_through_the_resize_of_the_processor(tmp_path, resample):
     import transformers
 
@@ -122,6 +122,25 @@ def test_gradients_equal_those_through_the_resize_of_the_processor(tmp_path, res
     theirs = gradient(lambda x: net(processor(x, return_tensors="pt", do_rescale=False)["pixel_values"]).logits)
     assert theirs.abs().max() > 0
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("resample", [0, 1])
+def test_layers_resize_with_the_filter_of_the_processor(resample):
+    import transformers
+
+    processor = transformers.ViTImageProcessor(size={"height": 48, "width": 48}, resample=resample)
+    noise = torch.randint(0, 256, (3, 80, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    ours = huggingface.processor_layers(processor, "some")(noise[None] / 255)
+    difference = (ours - processor(noise, return_tensors="pt")["pixel_values"]).abs() * processor.image_std[0] * 255
+    assert difference.mean() < 1  # of 255 levels; 11 or more with a bilinear filter
+
+
+def test_a_filter_that_torch_does_not_have_is_refused():
+    import transformers
+
+    processor = transformers.ViTImageProcessor(size={"height": 48, "width": 48}, resample=4)
+    with pytest.raises(InputError, match="resizes with the filter 4, which torch does not have"):
+        huggingface.processor_layers(processor, "some")
 
 
 def test_distill_keeps_what_the_layers_of_a_vit_are_given(vit_folder):
