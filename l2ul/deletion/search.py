@@ -235,14 +235,18 @@ class Unlearner:
         predictions = accuracy.predict(self.model, self.train_set.images, fold=False)
         recognised = (predictions == self.train_set.labels.cpu()).view(-1, len(self.forget)).any(0)
         if self.as_used and self.earlier is not None and (self.earlier & ~recognised).any():
-            used = robustness.as_used(self.model, self.forget, with_kinds=False)
+            used = robustness.as_used(self.model, replace(self.forget, new_labels=None), with_kinds=False)
             recognised = recognised | (self.earlier & ~used.forgotten)
         return recognised
 
     @cached_property
     def demanded(self) -> Tensor:
-        """Which images (k,) bool are to be forgotten as the request demands: `recognised`, before it or earlier."""
-        return self.recognised if self.earlier is None else self.recognised | self.earlier
+        """Which images (k,) bool count as forgotten only if they are so as the request demands.
+
+        They are those of `recognised` and, unless they are to be relabelled, of `earlier`.
+        """
+        is_alone = self.earlier is None or self.forget.goal == "relabel"
+        return self.recognised if is_alone else self.recognised | self.earlier
 
     def _unlearn(
         self,

@@ -261,23 +261,23 @@ def test_images_that_were_not_recognised_do_not_count_as_forgotten_as_used():
     assert candidate(1, 60.0).is_better_than(torch.ones(20, dtype=torch.bool), ~demanded)
 
 
-def test_an_image_of_an_earlier_request_is_demanded_as_used_if_it_is_forgotten_as_stored_only(monkeypatch, trained):
+@pytest.mark.parametrize("goal", ["misclassify", "relabel"])
+@pytest.mark.parametrize(("as_used", "copies", "recognised"), [(True, 0, True), (True, 1, False), (False, 0, False)])
+def test_an_image_of_an_earlier_request_counts_as_recognised_until_it_is_forgotten_as_used(
+    monkeypatch, trained, goal, as_used, copies, recognised
+):
     model, images, labels = trained
-    forget = Forget(images[:3] / 255, torch.stack([labels[0], labels[1] - 1, labels[2] - 1]) % CLASSES)
-    for as_used, forgotten, expected in (
-        (True, [0, 1, 0], [1, 0, 1]),
-        (True, [0, 1, 1], [1, 0, 0]),
-        (False, 3 * [0], [1, 0, 0]),
-    ):
-        used = robustness.AsUsed(torch.ones(3, dtype=torch.bool), torch.tensor(forgotten).float(), {}, {})
-        monkeypatch.setattr(robustness, "as_used", lambda *_, used=used, **options: used)
-        earlier = torch.tensor([False, True, True])
-        unlearner = search.Unlearner(
-            model, forget, forget, "distill", CLASSES, 0, lambda model: model, as_used=as_used, earlier=earlier
-        )
-        assert unlearner.recognised.tolist() == [bool(one) for one in expected]
-        assert unlearner.demanded.all()
-        assert unlearner.forgotten(model).tolist() == [False, *(bool(one) or not as_used for one in forgotten[1:])]
+    labels = (labels[:3] - torch.tensor([0, 1, 1])) % CLASSES  # the model recognises the first image alone
+    forget, goals = Forget(images[:3] / 255, labels, (labels + 1) % CLASSES if goal == "relabel" else None), []
+    used = robustness.AsUsed(torch.ones(3, dtype=torch.bool), torch.tensor([0.0, copies, copies]), {}, {})
+    monkeypatch.setattr(robustness, "as_used", lambda _, forget, **options: goals.append(forget.goal) or used)
+    unlearner = search.Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, as_used=as_used)
+    unlearner.earlier = torch.tensor([False, True, False])
+    assert unlearner.recognised.tolist() == [True, recognised, False]
+    assert set(goals) <= {"misclassify"}  # whether the label is recognised, not whether the new one is
+    assert unlearner.demanded.tolist() == [True, recognised or goal == "misclassify", False]
+    if goal == "misclassify":
+        assert unlearner.forgotten(model).tolist() == [False, bool(copies) or not as_used, True]
 
 
 ROBUST = replace(OWN, robust=1)
