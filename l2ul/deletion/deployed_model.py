@@ -333,8 +333,8 @@ def _open_built(
     extra = next((name for name, value in net.state_dict().items() if not isinstance(value, Tensor)), None)
     if extra:
         raise InputError(
-            f"the module that {build} returns stores {extra} in its state dict, which is no tensor; remove its "
-            f"get_extra_state"
+            f"the module that {build} returns stores {extra} in its state dict, which is no tensor",
+            "remove its get_extra_state",
         )
     path = Path(checkpoint) if checkpoint else None
     state, mean, std = {}, None, None

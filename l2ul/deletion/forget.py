@@ -283,8 +283,9 @@ def _open(
     pairs = zip(_tensors(net.eval()), _tensors(model), strict=True)
     if not all(torch.allclose(now, before, rtol=0, atol=0, equal_nan=True) for now, before in pairs):
         raise InputError(
-            "the model changes its weights in eval(), as adapters that are merged do; call model.eval() first, or pass "
-            "it with the weights merged for good"
+            "the model changes its weights in eval(), as adapters that are merged do",
+            "call model.eval() first",
+            "pass it with the weights merged for good",
         )
     if (mean is None) != (std is None):
         raise InputError(f"{'std' if mean is None else 'mean'} is given alone", "pass both mean and std")

@@ -305,8 +305,8 @@ def read_reference_images(
     common = next((image.file for image, pixels in pairs if pixels.numpy().tobytes() in used), None)
     if common:
         raise InputError(
-            f"{common} of --reference-images is also an image of --surrogate, on which the model will be trained; "
-            f"remove it from one of the folders"
+            f"{common} of --reference-images is also an image of --surrogate, on which the model will be trained",
+            "remove it from one of the folders",
         )
     images = read.images.to(request.images.device)
     predictions = accuracy.predict(model.classifier, images)
@@ -563,7 +563,7 @@ def class_indices(names: Sequence[str | None], class_names: Sequence[str], defau
     normal = [normal_form(name) for name in class_names]
     known = {name: index for index, name in enumerate(normal)}
     ambiguous = {name for name, count in Counter(normal).items() if count > 1}
-    are_numbers = all(map(is_number, normal))
+    are_numbers = all(map(is_number, normal)) and known.keys() != set(map(str, range(len(normal))))
     indices = []
     for position, name in enumerate(None if name is None else normal_form(name) for name in names):
         if name is None:
@@ -577,7 +577,5 @@ def class_indices(names: Sequence[str | None], class_names: Sequence[str], defau
         else:
             shown = ", ".join(map(repr, list(class_names)[:3]))
             number = "" if are_numbers else f", or a number from 0 to {len(class_names) - 1}"
-            raise InputError(
-                f"{what} {name!r} is not a class of the model", f"expected a name such as {shown}{number}"
-            )
+            raise InputError(f"{what} {name!r} is not a class of the model", f"expected a name such as {shown}{number}")
     return torch.tensor(indices)

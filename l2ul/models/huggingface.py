@@ -297,7 +297,8 @@ def _check_layers(name: str, processor, preprocess: nn.Sequential, channels: int
     except (NotImplementedError, ValueError):  # of torch
         raise InputError(
             f"the processor of {name} ({type(processor).__name__}) resizes with the filter {processor.resample}, which "
-            f"torch does not have; name a model with resample 2 (bilinear) or 3 (bicubic)"
+            f"torch does not have",
+            "name a model with resample 2 (bilinear) or 3 (bicubic)",
         ) from None
     raise InputError(
         f"the processor of {name} ({type(processor).__name__}) does more than resize, centre crop and normalise, so "
