@@ -30,6 +30,7 @@ WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 DEEPEST = 6  # levels of dictionaries and lists that are searched for state dicts
 SEVERAL = 4  # names that a message lists
 SHORT = 2**16  # most values of a vector that stays beside the weights, such as one for each class
+SMALL = 2**8  # most values of a NumPy array of any shape that stays, such as a matrix of colours
 Statistics = tuple[float, ...]
 Place = tuple[object, ...]  # keys of dictionaries and positions in lists, from the top of a file to a state dict
 
@@ -389,8 +390,8 @@ def rewrite(source: Path, net: nn.Module, target: Path, weights_key: str | None 
 
     Other entries with tensors, such as the state of an optimizer or averaged weights, are left out, because they derive
     from the original weights. Tensors beside the network in the same state dict stay if all that share the first part
-    of their name are numbers and short vectors, such as weights of classes. So do short vectors of NumPy anywhere, and
-    the statistics of an input normalisation. Returns the names of what is left out.
+    of their name are numbers and short vectors, such as weights of classes. So do the statistics of an input
+    normalisation, and short vectors and small arrays of NumPy anywhere. Returns the names of what is left out.
     """
     content, metadata, form = _content(source)
     choice = _choose(content, source, weights_key, lambda state: fitting_prefixes(state, net))
@@ -455,14 +456,14 @@ def _is_short(value: Tensor | np.ndarray) -> bool:
 
 
 def _holds_tensors(value: object, depth: int = 0) -> bool:
-    """Return whether there are tensors, or arrays of NumPy that are not short, in an object that a file held.
+    """Return whether there are tensors, or arrays of NumPy that are not short or small, in an object that a file held.
 
     One nested too deeply counts as such.
     """
     if isinstance(value, Tensor) or depth > 50:
         return True
     if isinstance(value, np.ndarray):
-        return not _is_short(value)
+        return value.size > SMALL and not _is_short(value)
     if isinstance(value, dict):
         return any(_holds_tensors(one, depth + 1) for one in value.values())
     if isinstance(value, list | tuple | set | frozenset):

@@ -77,10 +77,11 @@ def test_written_files_hold_no_values_of_the_original_weights_beside_the_tensors
 def test_numpy_arrays_are_left_out_like_tensors_but_short_vectors(net, tmp_path):
     before, moved = net
     arrays = {name: tensor.numpy() for name, tensor in before.state_dict().items()}
-    others = {"ema": arrays, "flat": np.zeros(10**5), "images": [np.zeros((2, 3, 8, 8))], "scores": np.zeros(CLASSES)}
+    others = {"ema": arrays, "flat": np.zeros(10**5), "images": [np.zeros((2, 3, 8, 8))]}
+    others |= {"scores": np.zeros(CLASSES), "hyper_parameters": {"colours": np.eye(3)}}
     torch.save({"state_dict": before.state_dict(), **others}, tmp_path / "in.pt")
     assert checkpoint.rewrite(tmp_path / "in.pt", moved, tmp_path / "out.pt") == ["ema", "flat", "images"]
-    assert list(torch.load(tmp_path / "out.pt", weights_only=False)) == ["state_dict", "scores"]
+    assert list(torch.load(tmp_path / "out.pt", weights_only=False)) == ["state_dict", "scores", "hyper_parameters"]
 
 
 def test_the_normalisation_stays_where_other_tensors_beside_it_are_left_out(net, tmp_path):
