@@ -87,7 +87,8 @@ def as_used(model: nn.Module, forget: Forget, other_images: Tensor | None = None
 
     with_kinds    whether each kind of change is measured alone as well
 
-    The copies depend on the images alone, not on the method or its seed. JPEG compression is that of Pillow.
+    The copies depend on the images and, in their noise, on the kind of device, not on the method or its seed. JPEG
+    compression is that of Pillow.
     """
     if other_images is None:
         other_images = stand_ins(forget.images) if batch_norms(model) else forget.images
