@@ -17,7 +17,7 @@ import torch
 from l2ul.common import progress
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
-from l2ul.deletion import checks, output, search, states
+from l2ul.deletion import checks, deployed_model, output, search, states
 from l2ul.metrics import preflight
 from l2ul.unlearn import Settings
 import main_forget
@@ -320,6 +320,20 @@ class KeepsOutputs(torch.nn.Module):
         live = self.net(x)
         kept = self.outputs.setdefault(round(float(x.detach().sum()), 2), live.detach())  # for every memory layout
         return kept + live - live.detach()
+
+
+def test_a_written_model_that_resizes_images_in_another_way_is_an_error(forget, monkeypatch):
+    reopen = deployed_model.reopen
+
+    def with_other_size(*arguments):
+        opened = reopen(*arguments)
+        opened.to_pixels = deployed_model._central_square(4)
+        return opened
+
+    monkeypatch.setattr(deployed_model, "reopen", with_other_size)
+    code, report, printed = forget()
+    assert (code, report) == (2, None)
+    assert "the model opened again from the written files resizes images in another way" in printed
 
 
 def test_a_model_that_keeps_its_outputs_is_an_error():

@@ -8,6 +8,9 @@ from pathlib import Path
 import time
 from typing import Any
 
+from PIL import Image
+import torch
+
 from l2ul.common.errors import InputError
 from l2ul.common.files import atomic, file_sha256, remove_parts, require_writable, tensors_sha256
 from l2ul.deletion import deployed_model, report, signature, verify
@@ -21,6 +24,7 @@ from l2ul.metrics.preflight import check_same_model
 from l2ul.models import hub, huggingface, timm_models
 from l2ul.models.classifier import Classifier
 
+PROBE_SIZE = 300, 280  # pixels of the image on which resizing is compared
 INTERRUPTED_AGE = 3600  # seconds after which an unfinished folder is taken for that of a killed process
 
 
@@ -130,7 +134,7 @@ def _write(
 def _write_model(
     folder: Path, model: DeployedModel, classifier: Classifier, request: Request, build: str | None
 ) -> tuple[Path, list[str], DeployedModel]:
-    """Write a classifier in the form of `model`, open it again and compare both.
+    """Write a classifier in the form of `model`, open it again and compare both, and how they resize an image.
 
     Returns the path, the entries that were left out, and the model as opened again.
     """
@@ -138,6 +142,12 @@ def _write_model(
     path = deployed_model.written_models(folder)[0]
     reopened = deployed_model.reopen(model.opened_by, request.class_names, path, build)
     check_same_model(classifier, reopened.classifier.to(request.images.device), request.images)
+    image = Image.effect_noise(PROBE_SIZE, 60).convert("RGB")
+    if not torch.equal(model.to_pixels(image), reopened.to_pixels(image)):
+        raise InputError(
+            "the model opened again from the written files resizes images in another way, so nothing was written",
+            "give the size that it takes with --image-size",
+        )
     return path, left_out, reopened
 
 
