@@ -40,8 +40,8 @@ class AsUsed:
     stored  (k,) bool: forgotten as it is stored
     copies  (k,) share of the COPIES random copies that are forgotten
     kinds   by kind of change, (k,) share of the copies with this change alone that are forgotten
-    models  by change of the model, (k,) bool: forgotten as it is stored by the changed model; None if the changed model
-            cannot run or its logits are not finite
+    models  by change of the model, (k,) bool: forgotten as it is stored by the changed model, or not classified by it as
+            its logits are not finite; None if the changed model cannot run, or has finite logits for no image
     """
 
     stored: Tensor
@@ -121,11 +121,14 @@ def _share_of_copies(
 
 def _forgotten_by(model: nn.Module, forget: Forget) -> Tensor | None:
     try:
-        return accuracy.forgotten(model, forget.images, forget).cpu()
+        logits = torch.cat(list(accuracy.logits(model, forget.images, fold=False)))
     except Exception as error:  # the module may be the user's own and raise anything
         if is_out_of_memory(error):
             raise
-        return None  # overflow in 16 bits, or types that the forward pass does not accept
+        return None  # such as types that the forward pass does not accept
+    is_finite = logits.isfinite().all(1)  # it is not after an overflow in 16 bits
+    forgotten = forget.is_forgotten(logits.argmax(1).to(forget.labels.device)).cpu()
+    return forgotten | ~is_finite if is_finite.any() else None
 
 
 def changed_weights(model: nn.Module, form: torch.dtype | int) -> nn.Module:

@@ -95,6 +95,28 @@ def test_a_model_that_cannot_run_in_16_bits_is_not_judged_there(images):
     assert used.rates()["float16"] != used.rates()["float16"]  # nan
 
 
+def test_an_overflow_for_one_image_does_not_hide_that_others_are_recognised(images):
+    class Overflowing(Brightness):
+        def forward(self, pixels):
+            if pixels.dtype != torch.float16:
+                return super().forward(pixels) * torch.tensor([1.0, 1.0, 99.0])
+            return torch.stack([torch.tensor([0.0, 1.0, 0.0]), torch.full((3,), torch.inf)])[: len(pixels)].half()
+
+    used = robustness.as_used(Overflowing(), Forget(images, torch.tensor([1, 1])), with_kinds=False)
+    assert used.stored.tolist() == [True, True]
+    assert used.models["float16"].tolist() == [False, True]
+    assert used.forgotten.tolist() == [False, True]
+
+
+def test_a_model_that_overflows_for_all_images_is_not_judged(images):
+    class Infinite(Brightness):
+        def forward(self, pixels):
+            return super().forward(pixels) / int(pixels.dtype == torch.float32)
+
+    used = robustness.as_used(Infinite(), Forget(images, torch.tensor([0, 2])), with_kinds=False)
+    assert used.models["float16"] is used.models["bfloat16"] is None
+
+
 def test_one_changed_model_is_in_memory_at_a_time(images, monkeypatch):
     alive, most, deep_copy = weakref.WeakSet(), [], copy.deepcopy
 
