@@ -40,8 +40,8 @@ class AsUsed:
     stored  (k,) bool: forgotten as it is stored
     copies  (k,) share of the COPIES random copies that are forgotten
     kinds   by kind of change, (k,) share of the copies with this change alone that are forgotten
-    models  by change of the model, (k,) bool: forgotten as it is stored by the changed model, or not classified by it as
-            its logits are not finite; None if the changed model cannot run, or has finite logits for no image
+    models  by change of the model, (k,) bool: forgotten as it is stored by the changed model, or not classified by it,
+            as its logits are not finite; None if the changed model cannot run, or has finite logits for no image
     """
 
     stored: Tensor

@@ -5,7 +5,7 @@ import re
 import shlex
 import shutil
 
-from conftest import FAST_REQUEST, save_images, tiny_net
+from conftest import FAST_REQUEST, TinyNet, save_images, tiny_net
 import pytest
 import requested as finished
 import torch
@@ -77,6 +77,21 @@ def test_reference_controller_date_inventory_and_threats_are_in_the_report(forge
     assert (report["recalibration"]["images"], report["recalibration"]["count"]) == ("images to keep", 10)
     assert report["inventory"] is None
     assert "The operator made no statement" in (tmp_path / "plain" / "report.html").read_text()
+
+
+class Fragile(TinyNet):
+    """Return no finite logits once the statistics of batch-norm are recalibrated."""
+
+    def forward(self, x):
+        return super().forward(x) / int(self.features[1].num_batches_tracked == 25)  # steps of training
+
+
+def test_logits_that_are_not_finite_after_the_recalibration_do_not_end_the_request(forget, tmp_path):
+    model = ["--build", "test_report:Fragile", "--checkpoint", tmp_path / "tiny.pth"]
+    code, report, printed = forget(model=model)
+    assert code == 0, printed
+    assert report["recalibration"]["after"] == report["recalibration"]["original_after"] == 0
+    assert report["robustness"]["recalibrated"] is None
 
 
 @pytest.mark.parametrize(
