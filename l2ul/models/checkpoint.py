@@ -340,6 +340,8 @@ def _differences(part: dict[str, Tensor], own: dict[str, Tensor]) -> str | None:
         for key in net
         if file.get(key) == net[key] and own[key].is_floating_point() and not part[key].is_floating_point()
     ]
+    kinds = {key: "sparse" if part[key].layout != torch.strided else "on the device meta" for key in net if key in file}
+    differing += [f"{key} is {kind}" for key, kind in kinds.items() if kind == "sparse" or part[key].is_meta]
     present = {_memory(own[key]) for key in net if key in file}
     missing = [f"{key} {net[key]} is missing" for key in net if key not in file and _memory(own[key]) not in present]
     extra = [f"{key} {file[key]} is unexpected" for key in file if key not in net]

@@ -141,6 +141,21 @@ def test_a_damaged_file_of_weights_raises_input_error_or_is_read(tmp_path, suffi
             checkpoint.read(path)
 
 
+@pytest.mark.parametrize(
+    ("convert", "what"),
+    [
+        (torch.Tensor.to_sparse, "is sparse"),
+        (lambda tensor: tensor.to("meta"), "is on the device meta"),
+        (torch.Tensor.char, "is int8, not float32"),
+    ],
+)
+def test_weights_that_cannot_be_loaded_are_refused(tmp_path, convert, what):
+    state = tiny_net().state_dict()
+    torch.save(state | {"head.weight": convert(state["head.weight"])}, tmp_path / "in.pt")
+    with pytest.raises(InputError, match=f"does not fit the module .*: head.weight {what}"):
+        deployed.open_model(None, tmp_path / "in.pt", "conftest:tiny_net")
+
+
 def test_frozen_weights_are_unfrozen():
     opened = deployed.open_model(None, build="test_deployed_model:frozen_net")
     assert all(parameter.requires_grad for parameter in opened.classifier.parameters())
