@@ -228,8 +228,8 @@ def reopen(opened_by: OpenedBy, class_names: list[str], path: Path, build: str |
     input_format = InputFormat(opened_by["image_size"], opened_by["mean"], opened_by["std"])
     if model != BUILT:
         _refuse_flags({"--build": build}, f"the model {path}, a {model}")
-    if model == huggingface.PREFIX:
-        opened = _open_huggingface(f"{model}{path}", None, input_format)
+    if model.startswith(huggingface.PREFIX):
+        opened = _open_huggingface(f"{huggingface.PREFIX}{path}", None, input_format)
     elif model == timm_models.PREFIX:
         opened = _open_timm(f"{model}{path}", input_format)
     elif model == BUILT:
@@ -237,6 +237,7 @@ def reopen(opened_by: OpenedBy, class_names: list[str], path: Path, build: str |
             raise InputError(f"the model {path} needs code of your own", "give the function that builds it as --build")
         opened = _open_built(build, path, input_format)
     else:
+        models.check_name(model)
         opened = _open_named(model, path, input_format, preset=opened_by.get("preset"))
     opened.class_names = class_names or opened.class_names  # those of the request, which may have named or ordered them
     if opened_by.get("outputs"):

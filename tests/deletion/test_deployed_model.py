@@ -230,6 +230,14 @@ def test_a_written_torchvision_model_keeps_the_resizing_of_its_weights(monkeypat
             opened = again
 
 
+@pytest.mark.parametrize("name", ["torchvision:other", "torchvision:raft_large", "other", "hf:other", "torchvision:"])
+def test_a_report_of_an_unknown_model_is_an_error_in_one_sentence(tmp_path, name):
+    torch.save(tiny_net().state_dict(), tmp_path / "model.pt")
+    opened_by = {"model": name, "image_size": None, "mean": None, "std": None, "preset": "other"}
+    with pytest.raises(InputError, match=r"unknown model '|cannot load hf:.*model\.pt"):
+        deployed.reopen(opened_by, ["a", "b"], tmp_path / "model.pt")
+
+
 def test_the_class_names_of_a_request_precede_those_of_the_model(vit_folder, tmp_path):
     opened = deployed.open_model(str(vit_folder))
     opened.write(opened.classifier, tmp_path)
