@@ -39,9 +39,9 @@ class Verdict:
         return self.met & self.recognised
 
 
-def judge(unlearner: Unlearner, after: nn.Module, *, with_kinds: bool = True) -> Verdict:
-    """Measure how an unlearned model fulfils a request; `with_kinds` as in `robustness.as_used`."""
-    used = robustness.as_used(after, unlearner.forget, with_kinds=with_kinds)
+def judge(unlearner: Unlearner, after: nn.Module, *, in_full: bool = True) -> Verdict:
+    """Measure how an unlearned model fulfils a request; `in_full` as in `robustness.as_used`."""
+    used = robustness.as_used(after, unlearner.forget, in_full=in_full)
     stored = unlearner.forgotten_as_stored(after)
     return Verdict(used, stored, unlearner.forgotten(after, used, stored), unlearner.recognised)
 

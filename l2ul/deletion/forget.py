@@ -210,7 +210,7 @@ def _result(
 ) -> Forgotten:
     """Judge an unlearned module."""
     after = _with_preprocessing_of(unlearner.model, unlearned)
-    verdict = checks.judge(unlearner, after, with_kinds=False)
+    verdict = checks.judge(unlearner, after, in_full=False)
     after_logits = logits(after, request.images)
     check_alone(after, request.images, after_logits)
     rows = checks.image_rows(request, after_logits, verdict, [None] * len(request))

@@ -17,7 +17,6 @@ from l2ul import ProgressBar, attack, unlearn
 from l2ul.common import precision as precisions
 from l2ul.common.choices import AUTO, BF16, STOPPED
 from l2ul.common.errors import Diverged, InputError
-from l2ul.common.modes import batch_norms
 from l2ul.data.images import stored
 from l2ul.importance import mas_importance
 from l2ul.methods import registry
@@ -35,11 +34,13 @@ from l2ul.unlearn import Settings
 ATTACK = {"num_adv_images": 10, "eps": 4.0, "alpha": 0.4, "steps": 20}  # of D_adv: faster than the paper's
 MIN_STEPS = 60  # of a cycle of distill
 MIN_BATCH = 16  # images of D_f, and mixes, per step of distill
-SEARCH_SHARE = 0.8  # of the time: the search ends then
+SEARCH_SHARE = 0.8  # of the time: the search ends then, or earlier if the checks after it take longer
+LEAST_SEARCH = 0.4  # of the time: it gets that in any case
+MEASURED_SHARE = 0.03  # of the time left: after that, no further step is timed
 FIRST_SHARE = 0.6  # of the time left: the most that one candidate takes while none has forgotten all images
 PROBE_SHARE = 0.08  # of the time: for making the examples on which agreement is measured
 MIN_EXAMPLES, MAX_EXAMPLES = 64, 1024  # of that probe
-PROBE_IMAGES, PROBE_ITERATIONS = (16, 128), 25  # fewest and most images synthesised for it, and iterations of each
+PROBE_IMAGES, PROBE_ITERATIONS = (16, 128), (5, 25)  # fewest and most images synthesised for it, and their iterations
 ENOUGH = 0.9  # of the images, forgotten as used: then the search goes on to less damage
 WORTHWHILE = 0.5  # of the images, forgotten as used: fewer count as none, as they cost accuracy and fulfil no request
 ACCEPTABLE = 50.0  # percent of agreement: with less, no image counts as forgotten as used, as the model is too damaged
@@ -217,7 +218,7 @@ class Unlearner:
         """
         forgotten = self.forgotten_as_stored(model) if stored is None else stored
         if self.as_used and (forgotten & self.demanded).any():
-            used = used or robustness.as_used(model, self.forget, with_kinds=False)
+            used = used or robustness.as_used(model, self.forget, in_full=False)
             forgotten = forgotten & (used.forgotten | ~self.demanded)
         return forgotten
 
@@ -235,7 +236,7 @@ class Unlearner:
         predictions = accuracy.predict(self.model, self.train_set.images, fold=False)
         recognised = (predictions == self.train_set.labels.cpu()).view(-1, len(self.forget)).any(0)
         if self.as_used and self.earlier is not None and (self.earlier & ~recognised).any():
-            used = robustness.as_used(self.model, replace(self.forget, new_labels=None), with_kinds=False)
+            used = robustness.as_used(self.model, replace(self.forget, new_labels=None), in_full=False)
             recognised = recognised | (self.earlier & ~used.forgotten)
         return recognised
 
@@ -253,6 +254,7 @@ class Unlearner:
         settings: Settings,
         go_on: Callable[[], bool] | None,
         on_step: Callable[[dict[str, float]], object] | None,
+        on_start: Callable[[int | None, unlearn.Curve], object] | None,
     ) -> unlearn.Outcome:
         needs = registry.get(self.method, self.forget.goal).needs
         images, labels = stored(self.train_set.images), self.train_set.labels
@@ -277,7 +279,7 @@ class Unlearner:
             return (self.max_steps is None or step < self.max_steps) and (go_on is None or go_on())
 
         options = {"new_labels": self.train_set.new_labels, "settings": settings, "go_on": continues, "on_step": look}
-        options |= {"surrogate": self.surrogate, "synthesis": self.synthesis}
+        options |= {"on_start": on_start, "surrogate": self.surrogate, "synthesis": self.synthesis}
         options["predict"] = lambda model: accuracy.predict(model, images, fold=False)  # as `forgotten` measures
         return unlearn.unlearn(self.model, images, labels, self.method, **options, **self._inputs)
 
@@ -286,10 +288,11 @@ class Unlearner:
         settings: Settings,
         go_on: Callable[[], bool] | None = None,
         on_step: Callable[[dict[str, float]], object] | None = None,
+        on_start: Callable[[int | None, unlearn.Curve], object] | None = None,
     ) -> unlearn.Outcome:
         """Unlearn with these settings. D_adv and the importance do not depend on them and are made once."""
         with precisions.temporarily(self.forget.labels.device, self.precision):
-            return self._unlearn(settings, go_on, on_step)
+            return self._unlearn(settings, go_on, on_step, on_start)
 
     def run_candidate(
         self, settings: Settings, changed: Mapping[str, float], budget: TimeBudget, reserve: float = 0.0
@@ -395,7 +398,7 @@ def find_candidates(
     """Return candidates, best first. Adds the probes of agreement to `unlearner`.
 
     first         the settings of the first candidate
-    budget        of the whole command; the search takes SEARCH_SHARE of it
+    budget        of the whole command; the search takes SEARCH_SHARE of it, or less if the checks take longer
     fixed         the settings that the user chose, part of `first`: then this is the only candidate
     keep_images   (n, 3, H, W) images that must keep their predictions: a further probe
     on_candidate  called with each candidate when it is finished
@@ -408,17 +411,18 @@ def find_candidates(
     if first.robust:
         images = synthesised_images(first, unlearner.model, unlearner.surrogate)
         first = replace(first, robust_images=images)  # the time of a synthesis is not planned where there is none
-    seconds_per_step = _measure_step(unlearner, _with_few_images(first))
+    seconds_per_step = _measure_step(unlearner, _without_synthesis(first), budget)
+    of_search = budget.part(_search_share(unlearner, budget))
     unlearner.probes.append(_held_out_probe(unlearner, first, budget, seconds_per_step))
     if keep_images is not None:
         unlearner.probes.append(agreement.make_probe("images to keep", unlearner.model, keep_images))
     if fixed:
-        candidate = unlearner.run_candidate(first, fixed, budget.part(SEARCH_SHARE))
+        candidate = unlearner.run_candidate(first, fixed, of_search)
         on_candidate(candidate)
         if candidate.status == STOPPED:
             on_early_end(f"--minutes or --max-steps stopped the run at step {candidate.steps}: use a larger limit")
         return [candidate]
-    return search(unlearner, first, budget.part(SEARCH_SHARE), seconds_per_step, on_candidate, on_early_end)
+    return search(unlearner, first, of_search, seconds_per_step, on_candidate, on_early_end)
 
 
 def find_best(
@@ -434,42 +438,61 @@ def find_best(
     return candidates, next((one for one in candidates[:1] if one.is_better_than(stored, forgotten)), None)
 
 
-def _measure_step(unlearner: Unlearner, settings: Settings) -> float:
-    """Return the seconds of a step of the loop, measured on three steps. Images are synthesised before them."""
-    times: list[float] = []
+def _search_share(unlearner: Unlearner, budget: TimeBudget) -> float:
+    """Return the share of the budget after which candidates stop: before the last one and the result are checked."""
+    if not unlearner.as_used:
+        return SEARCH_SHARE
+    model, k = unlearner.model, len(unlearner.forget)
+    checks = robustness.num_passes(model, k, in_full=False) + robustness.num_passes(model, k)
+    seconds = checks * robustness.seconds_per_copy(model, unlearner.forget)
+    return max(LEAST_SEARCH, min(SEARCH_SHARE, 1 - seconds / budget.seconds))
+
+
+def _measure_step(unlearner: Unlearner, settings: Settings, budget: TimeBudget) -> float:
+    """Return the seconds of a step of the loop, measured on three steps.
+
+    The first one takes longer and counts only if MEASURED_SHARE of the time left is over after it.
+    """
+    times: list[float] = []  # of the start and of the end of each step
     short = replace(settings, distill_steps=3, distill_cycles=1, max_passes=3)
+    deadline = budget.used + MEASURED_SHARE * budget.left
     with unlearner.show_progress("measure the time of a step", 3) as advance:
 
-        def count(row: dict[str, float]) -> None:
+        def note(*_: object) -> None:
             times.append(time.perf_counter())
+
+        def count(row: dict[str, float]) -> None:
+            note()
             advance(1)
 
-        unlearner.unlearn(short, lambda: len(times) < 3, count)
-    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+        unlearner.unlearn(short, lambda: len(times) < 4 and budget.used < deadline, count, note)
+    first = min(1, len(times) - 2)
+    return (times[-1] - times[first]) / (len(times) - 1 - first) if len(times) > 1 else 0.0
 
 
-def _with_few_images(settings: Settings) -> Settings:
-    """Return settings with few synthesised images, whose number does not change the time of a step."""
-    return replace(settings, robust_images=min(settings.robust_images, MIN_BATCH))
+def _without_synthesis(settings: Settings) -> Settings:
+    """Return settings whose steps take the same time, with stand-ins that are made of D_f."""
+    return replace(settings, robust_images=0)
 
 
 def _held_out_probe(unlearner: Unlearner, settings: Settings, budget: TimeBudget, seconds_per_step: float) -> Probe:
     """Return held-out adversarial examples, as many as PROBE_SHARE of the time allows.
 
     They are made of D_f. With robust=1, copies of D_f are forgotten, and many mixes of D_f with them. So the examples
-    are made of images that are synthesised for this purpose, unless the model has no batch-norm.
+    are made of images that are synthesised for this purpose.
     """
     passes = settings.distill_forget + 1.5 * settings.distill_mixes  # forward and backward, of images per step
     count = int(PROBE_SHARE * budget.left / max(seconds_per_step / passes * agreement.STEPS, 1e-9))
     count = min(MAX_EXAMPLES, max(MIN_EXAMPLES, count))
     images, num_classes = unlearner.forget.images, unlearner.num_classes
-    if settings.robust and batch_norms(unlearner.model):
-        fewest, most = PROBE_IMAGES
-        a_step = SYNTHESIS * ITERATIONS / PROBE_ITERATIONS  # images in the time of a step
+    if settings.robust:
+        (few, many), (short, long) = PROBE_IMAGES, PROBE_ITERATIONS
         steps = PROBE_SHARE * budget.left / max(seconds_per_step, 1e-9)
+        affordable = SYNTHESIS * ITERATIONS * steps  # iterations of an image
+        size = int(max(few, min(many, affordable / long)))
+        iterations = int(max(short, min(long, affordable / size)))
         other = replace(settings, seed=unlearner.seed + agreement.SEED_OFFSET)
-        size = max(fewest, int(min(most, a_step * steps)))
-        images = unlearner.synthesis.images(unlearner.model, images, other, size, PROBE_ITERATIONS, 0.0)
+        images = unlearner.synthesis.images(unlearner.model, images, other, size, iterations, 0.0)
     with unlearner.show_progress("examples for agreement, PGD steps", count * agreement.STEPS) as advance:
         return agreement.held_out(
             unlearner.model, images, num_classes, count=count, seed=unlearner.seed, progress=advance
@@ -514,7 +537,7 @@ def search(
         as_stored = [_run_as_stored(unlearner, first, budget, seconds_per_step, share)]
         on_candidate(as_stored[0])
         if not has_time and 3 * seconds_per_step < budget.left:  # other processes may have slowed the steps measured
-            seconds_per_step = min(seconds_per_step, _measure_step(unlearner, _with_few_images(first)))
+            seconds_per_step = min(seconds_per_step, _measure_step(unlearner, _without_synthesis(first), budget))
     queue = deque(_initial_queue(unlearner, first, budget.left, seconds_per_step))
     while queue:
         settings = queue.popleft()
@@ -687,7 +710,7 @@ def _after_synthesis(unlearner: Unlearner, first: Settings, settings: Settings, 
 
     The ratio of the times of synthesis and steps depends on the model and the machine, so SYNTHESIS is an estimate.
     """
-    seconds_per_step = _measure_step(unlearner, settings)
+    seconds_per_step = _measure_step(unlearner, settings, budget)
     steps = int(PLANNED * budget.left / max(seconds_per_step, 1e-9))
     return _with_steps(replace(settings, distill_steps=first.distill_steps), steps)
 

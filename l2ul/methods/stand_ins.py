@@ -89,7 +89,7 @@ class Synthesis:
         c · CE(model(x), class) + 10 · mean_l ( mean (μ_l - μ⁰_l)²/σ⁰_l² + mean (σ_l/σ⁰_l - 1)² ) + total variation
 
     with the channel means μ_l and deviations σ_l of the batch at each batch-norm and the running statistics μ⁰, σ⁰. A
-    model without batch-norm has those of D_f at the inputs of its convolutions and linear layers in their place. With
+    model without batch-norm has those of D_f in their place, at the inputs of its convolutions and linear layers. With
     c = 0 the images stay less certain to the model, as images of other classes are, and the loss on them sees more of
     the damage (docs/trials.md).
     """
@@ -193,8 +193,18 @@ class _Statistics:
         if not self.moments:
             names = list(activations.layers(model, images))
             with torch.no_grad():
-                _, moments = activations.logits_and_inputs(model, images[:BATCH], names, reduce=self._of_channels)
-            self.moments = dict(zip(names, moments, strict=True))
+                _, found = activations.logits_and_inputs(
+                    model,
+                    images[:BATCH],
+                    names,
+                    reduce=lambda name, inputs: (inputs.ndim > 2, self._of_channels(name, inputs)),
+                )
+            # inputs with a single position, which have no variance if k = 1, are left out unless all are so
+            some = any(has_positions for has_positions, _ in found)
+            kept = [has_positions or not some for has_positions, _ in found]
+            self.moments = {
+                name: moments for name, (_, moments), keep in zip(names, found, kept, strict=True) if keep
+            }
 
     def gap(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of images and the difference of their moments from the targets, a scalar."""

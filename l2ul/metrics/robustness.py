@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import copy
 from dataclasses import dataclass
 import math
+import time
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,13 @@ from l2ul.data import mixes
 from l2ul.data.changes import KINDS, PROBABILITY, Changes, jpeg_file
 from l2ul.data.images import LARGE, as_pixels, pixels_of
 from l2ul.metrics import accuracy
-from l2ul.objective import Forget
+from l2ul.objective import Forget, is_forgotten
 
 COPIES, REQUIRED = 64, 0.95  # random copies of an image, and the share of them that has to be forgotten
 COPIES_OF_A_KIND = 8  # copies of an image with one kind of change alone, for its rate
 SEED = 2**32 - 1  # of the copies; no run has this seed, so no method trains on them
 CHUNK = {False: 1024, True: 64}  # copies at once; of large images
+TIMED = 4  # images, of which COPIES_OF_A_KIND copies are timed
 NUM_MIXES, BATCH_SIZE = 512, 256  # images for recalibration, if there are no others
 WEIGHTS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int8": 8, "int4": 4}  # data type, or bits
 RECALIBRATED = "recalibrated"  # name of the recalibration of batch-norm among the changes of a model
@@ -79,13 +81,30 @@ class AsUsed:
 
 @plain_defaults()
 @exactly()
-def as_used(model: nn.Module, forget: Forget, other_images: Tensor | None = None, *, with_kinds: bool = True) -> AsUsed:
+def seconds_per_copy(model: nn.Module, forget: Forget) -> float:
+    """Return the seconds that `as_used` takes for a copy, measured on copies of the first images of D_f."""
+    new = None if forget.new_labels is None else forget.new_labels[:TIMED]
+    few = Forget(forget.images[:TIMED], forget.labels[:TIMED], new)
+    started = time.perf_counter()
+    _share_of_copies(model, few, "time", KINDS, COPIES_OF_A_KIND, PROBABILITY)
+    return (time.perf_counter() - started) / (COPIES_OF_A_KIND * len(few))
+
+
+def num_passes(model: nn.Module, k: int, *, in_full: bool = True) -> int:
+    """Return how many images `as_used` passes to the model at most, for k images of D_f and without other images."""
+    kinds = COPIES_OF_A_KIND * len(KINDS) if in_full else 0
+    return k * (1 + COPIES + kinds + len(WEIGHTS) + 1) + (NUM_MIXES if batch_norms(model) else 0)
+
+
+@plain_defaults()
+@exactly()
+def as_used(model: nn.Module, forget: Forget, other_images: Tensor | None = None, *, in_full: bool = True) -> AsUsed:
     """Measure whether D_f is forgotten as stored and as used.
 
     forget        D_f, on the model's device
     other_images  (n, C, H, W) images that are not in D_f, on which batch-norm is recalibrated; by default mixes of D_f
-
-    with_kinds    whether each kind of change is measured alone as well
+    in_full       False: measure only what `AsUsed.forgotten` needs, without single kinds of changes, and without
+                  further copies of an image that too many copies are recognised of, whose share is then a lower bound
 
     The copies depend on the images and, in their noise, on the kind of device, not on the method or its seed. JPEG
     compression is that of Pillow.
@@ -96,27 +115,43 @@ def as_used(model: nn.Module, forget: Forget, other_images: Tensor | None = None
     models[RECALIBRATED] = _forgotten_by(recalibrated(model, other_images), forget)
     return AsUsed(
         accuracy.forgotten(model, forget.images, forget).cpu(),
-        _share_of_copies(model, forget, "as used", KINDS, COPIES, PROBABILITY),
+        _share_of_copies(model, forget, "as used", KINDS, COPIES, PROBABILITY, 0.0 if in_full else REQUIRED),
         {
             kind: _share_of_copies(model, forget, kind, (kind,), COPIES_OF_A_KIND, 1.0)
-            for kind in (KINDS if with_kinds else ())
+            for kind in (KINDS if in_full else ())
         },
         models,
     )
 
 
 def _share_of_copies(
-    model: nn.Module, forget: Forget, purpose: str, kinds: Sequence[str], count: int, probability: float
+    model: nn.Module,
+    forget: Forget,
+    purpose: str,
+    kinds: Sequence[str],
+    count: int,
+    probability: float,
+    required: float = 0.0,
 ) -> Tensor:
-    """Return the share (k,) of `count` changed copies of each image that is forgotten, on the CPU."""
+    """Return the share (k,) of `count` changed copies of each image that is forgotten, on the CPU.
+
+    required  copies of an image that can no longer reach this share are not classified, and count as recognised
+    """
     generator, changes = seeds.generator(SEED, purpose), Changes(kinds, probability=probability, codec=jpeg_file)
-    order = torch.arange(len(forget)).repeat(count)
-    predictions = [
-        accuracy.predict(model, changes(forget.images[part.to(forget.images.device)], generator))
-        for part in order.split(CHUNK[forget.images.shape[-1] > LARGE])
-    ]
-    predictions = torch.cat(predictions).view(count, -1).to(forget.labels.device)
-    return torch.stack([forget.is_forgotten(part) for part in predictions]).float().mean(0).cpu()
+    forgotten, recognised = torch.zeros(2, len(forget), dtype=torch.int64)
+    for part in torch.arange(len(forget)).repeat(count).split(CHUNK[forget.images.shape[-1] > LARGE]):
+        own = part.to(forget.images.device)
+        copies = changes(forget.images[own], generator)
+        counted = recognised[part] <= (1 - required) * count
+        if not counted.any():
+            continue
+        chosen = counted.to(own.device)
+        predictions = accuracy.predict(model, copies[chosen]).to(own.device)
+        goal, labels = forget.goal, forget.target_labels[own[chosen]]
+        gone = is_forgotten(predictions, labels, goal).long().cpu()
+        forgotten.index_add_(0, part[counted], gone)
+        recognised.index_add_(0, part[counted], 1 - gone)
+    return forgotten / count
 
 
 def _forgotten_by(model: nn.Module, forget: Forget) -> Tensor | None:

@@ -35,11 +35,14 @@ class FakeUnlearner:
     train_set: object = (None,) * 16
     demanded: object = torch.ones(1, dtype=torch.bool)  # noqa: RUF009  # not changed
 
-    def unlearn(self, settings, go_on, on_step):
+    def unlearn(self, settings, go_on, on_step, on_start):
         self.clock.now += 2 * self.synthesis * settings.robust_images / search.SYNTHESIS
+        on_start(3, [])
         for step in range(3):
             self.clock.now += 1 + settings.robust
             on_step({"step": step})
+            if not go_on():
+                break
 
     def show_progress(self, description, total):
         return contextlib.nullcontext(lambda count: None)
@@ -317,6 +320,28 @@ def test_steps_that_were_slow_when_first_measured_are_measured_again(monkeypatch
     assert now <= 15 * 60
 
 
+def test_few_slow_steps_are_measured(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(search.time, "perf_counter", lambda: clock.now)
+    settings = search._without_synthesis(ROBUST)
+    for minutes, steps in ((1, 1), (20, 3)):
+        unlearner, began = FakeUnlearner(None, clock), clock.now
+        assert search._measure_step(unlearner, settings, search.TimeBudget(60 * minutes, began)) == 2
+        assert clock.now - began == 2 * steps
+
+
+@pytest.mark.parametrize(("seconds_per_copy", "share"), [(0.01, 0.8), (1.0, 0.4), (0.1, 1 - 0.1 * 138 / 30)])
+def test_the_search_leaves_time_for_checks_of_a_slow_model(monkeypatch, trained, seconds_per_copy, share):
+    model, images, labels = trained
+    forget = Forget(images[:2] / 255, labels[:2])
+    monkeypatch.setattr(robustness, "seconds_per_copy", lambda model, forget: seconds_per_copy)
+    monkeypatch.setattr(robustness, "num_passes", lambda model, k, in_full=True: 100 if in_full else 38)
+    budget = search.TimeBudget(60 if share == 0.4 else 30, time.perf_counter())
+    unlearner = search.Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, as_used=True)
+    assert search._search_share(unlearner, budget) == pytest.approx(share)
+    assert search._search_share(replace(unlearner, as_used=False), budget) == 0.8
+
+
 def test_steps_are_not_measured_again_when_the_time_is_up(monkeypatch):
     monkeypatch.setattr(FakeUnlearner, "unlearn", None)  # not called
     run, _, now = run_search(monkeypatch, 2, lambda s: (True, 90.0), first=ROBUST, measured=100.0)
@@ -385,7 +410,7 @@ def test_candidates_share_synthesised_images_and_show_their_synthesis(trained):
 
     unlearner = search.Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, bar)
     settings = Settings(robust=1, distill_steps=2, distill_cycles=1, distill_mixes=4, robust_pool=4, robust_images=4)
-    search._measure_step(unlearner, settings)
+    search._measure_step(unlearner, settings, search.TimeBudget(60, time.perf_counter()))
     for rate in (1e-3, 1e-4):
         unlearner.unlearn(replace(settings, distill_lr=rate))
     assert bars == [("measure the time of a step", 3), ("synthesise 4 images, 100 iterations each", 400)]
@@ -418,14 +443,15 @@ def test_agreement_is_measured_on_synthesised_images_where_copies_are_forgotten(
         lambda self, model, images, settings, count, *how: synthesised.append((settings.seed, count, *how)) or count,
     )
     monkeypatch.setattr(search.agreement, "held_out", lambda model, images, *_, **options: made_of.append(images))
-    without_norm = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, CLASSES))
-    for net, robust, seconds_per_step in ((model, 0, 1), (without_norm, 1, 1), (model, 1, 1), (model, 1, 1e4)):
-        unlearner = search.Unlearner(net, forget, forget, "distill", CLASSES, 3, lambda model: model)
+    for robust, seconds_per_step in ((0, 1), (1, 1), (1, 10), (1, 1e4)):
+        unlearner = search.Unlearner(model, forget, forget, "distill", CLASSES, 3, lambda model: model)
         budget = search.TimeBudget(60, time.perf_counter())
         search._held_out_probe(unlearner, Settings(robust=robust), budget, seconds_per_step)
-    of_few_steps = int(0.08 * 59.99 * 20)  # 20 images with 25 iterations in the time of a step
-    assert made_of == [forget.images, forget.images, of_few_steps, 16]
-    assert synthesised == [(3 + 7_919, count, 25, 0.0) for count in made_of[2:]]
+    seconds = 0.08 * 59.99
+    sizes = int(seconds * 20), 16, 16  # 20 images with 25 iterations in the time of a step
+    assert made_of == [forget.images, *sizes]
+    iterations = 25, int(seconds / 10 * 500 / 16), 5
+    assert synthesised == [(3 + 7_919, size, some, 0.0) for size, some in zip(sizes, iterations, strict=True)]
 
 
 @pytest.mark.parametrize("max_steps", [None, 2])

@@ -96,8 +96,13 @@ def test_a_model_without_batch_norm_has_the_statistics_of_d_f():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, CLASSES)).eval()
     images = torch.rand(4, 3, 8, 8, generator=generator())
     statistics = stand_ins._Statistics(model, images)
-    assert list(statistics.moments) == ["0", "3"]
+    assert list(statistics.moments) == ["0"]  # the input of "3" has one position
     assert statistics.gap(images)[1].item() == pytest.approx(0.0, abs=1e-9)
+    assert statistics.gap(images[:1])[1].item() < 10
+    one = stand_ins._Statistics(model, images[:1])
+    assert one.gap(images[1:])[1].item() < 10  # as no target has a variance of 0
+    without_positions = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.ReLU(), nn.Linear(4, CLASSES)).eval()
+    assert list(stand_ins._Statistics(without_positions, images).moments) == ["1", "3"]
 
 
 def test_images_are_moved_to_where_the_models_differ_more(trained):

@@ -52,6 +52,27 @@ def test_an_image_whose_mirror_image_is_recognised_is_not_forgotten_as_used(imag
     assert torch.equal(used.copies, again.copies)
 
 
+@pytest.mark.parametrize("new_labels", [None, torch.tensor([1, 1, 0])])
+def test_fewer_copies_suffice_for_what_is_forgotten(images, monkeypatch, new_labels):
+    monkeypatch.setattr(robustness, "CHUNK", {False: 12, True: 12})
+    forget = Forget(images[[0, 1, 0]], torch.tensor([0, 2, 0]), new_labels)
+    classified, predict = [], robustness.accuracy.predict
+    monkeypatch.setattr(
+        robustness.accuracy, "predict", lambda model, images, **options: classified.append(len(images)) or predict(model, images)
+    )
+    full, brief = (robustness.as_used(Brightness(), forget, images, in_full=in_full) for in_full in (True, False))
+    assert torch.equal(full.forgotten, brief.forgotten)
+    assert torch.equal(full.copies >= robustness.REQUIRED, brief.copies >= robustness.REQUIRED)
+    assert torch.equal(full.copies[full.copies == 1], brief.copies[full.copies == 1])
+    assert not brief.kinds
+    of_full = (64 + 8 * len(changes.KINDS)) * 3
+    assert sum(classified) - of_full < (150 if new_labels is None else 100)  # 192 without an early end
+    assert robustness.num_passes(Brightness(), 3, in_full=False) == 3 * (1 + 64 + 5)
+    assert robustness.num_passes(Brightness(), 3) == 3 * (1 + 64 + 5) + 8 * len(changes.KINDS) * 3
+    assert robustness.num_passes(nn.BatchNorm2d(3), 3, in_full=False) == 3 * 70 + 512
+    assert 0 < robustness.seconds_per_copy(Brightness(), forget) < 1
+
+
 def test_relabelled_images_are_forgotten_as_used_only_with_the_new_label(images):
     used = robustness.as_used(Brightness(), Forget(images, torch.tensor([2, 2]), torch.tensor([1, 2])), images)
     assert used.stored.tolist() == [True, False]
@@ -102,7 +123,7 @@ def test_an_overflow_for_one_image_does_not_hide_that_others_are_recognised(imag
                 return super().forward(pixels) * torch.tensor([1.0, 1.0, 99.0])
             return torch.stack([torch.tensor([0.0, 1.0, 0.0]), torch.full((3,), torch.inf)])[: len(pixels)].half()
 
-    used = robustness.as_used(Overflowing(), Forget(images, torch.tensor([1, 1])), with_kinds=False)
+    used = robustness.as_used(Overflowing(), Forget(images, torch.tensor([1, 1])), in_full=False)
     assert used.stored.tolist() == [True, True]
     assert used.models["float16"].tolist() == [False, True]
     assert used.forgotten.tolist() == [False, True]
@@ -113,7 +134,7 @@ def test_a_model_that_overflows_for_all_images_is_not_judged(images):
         def forward(self, pixels):
             return super().forward(pixels) / int(pixels.dtype == torch.float32)
 
-    used = robustness.as_used(Infinite(), Forget(images, torch.tensor([0, 2])), with_kinds=False)
+    used = robustness.as_used(Infinite(), Forget(images, torch.tensor([0, 2])), in_full=False)
     assert used.models["float16"] is used.models["bfloat16"] is None
 
 
@@ -127,7 +148,7 @@ def test_one_changed_model_is_in_memory_at_a_time(images, monkeypatch):
 
     monkeypatch.setattr(robustness.copy, "deepcopy", counted)
     monkeypatch.setattr(robustness, "stand_ins", lambda images: pytest.fail("no batch-norm is recalibrated"))
-    robustness.as_used(Brightness(), Forget(images, torch.tensor([0, 2])), with_kinds=False)
+    robustness.as_used(Brightness(), Forget(images, torch.tensor([0, 2])), in_full=False)
     assert most == [0, 0, 0, 0, 0]
 
 
