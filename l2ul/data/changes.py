@@ -85,7 +85,9 @@ class Changes:
         numbers  of `draw`. On a GPU, if they are there too, the CPU does not wait, so that a CUDA graph can capture
                  the computation. If they are on the CPU, changes are computed for the copies that have them alone.
         """
-        size = max(1, AT_ONCE // max(1, images[:1].numel()))
+        if not len(images):  # which grid_sample does not accept
+            return images
+        size = max(1, AT_ONCE // images[0].numel())
         parts = [[one.split(size) for one in own] for own in numbers]
         made = [
             self._make(part, [[one[place] for one in own] for own in parts])

@@ -36,7 +36,7 @@ MIN_STEPS = 60  # of a cycle of distill
 MIN_BATCH = 16  # images of D_f, and mixes, per step of distill
 SEARCH_SHARE = 0.8  # of the time: the search ends then, or earlier if the checks after it take longer
 LEAST_SEARCH = 0.4  # of the time: it gets that in any case
-MEASURED_SHARE = 0.03  # of the time left: after that, no further step is timed
+MEASURED_SHARE, PARTS = 0.1, 32  # of the time left: if timing steps takes more, a part of the images of a step is timed
 FIRST_SHARE = 0.6  # of the time left: the most that one candidate takes while none has forgotten all images
 PROBE_SHARE = 0.08  # of the time: for making the examples on which agreement is measured
 MIN_EXAMPLES, MAX_EXAMPLES = 64, 1024  # of that probe
@@ -254,7 +254,6 @@ class Unlearner:
         settings: Settings,
         go_on: Callable[[], bool] | None,
         on_step: Callable[[dict[str, float]], object] | None,
-        on_start: Callable[[int | None, unlearn.Curve], object] | None,
     ) -> unlearn.Outcome:
         needs = registry.get(self.method, self.forget.goal).needs
         images, labels = stored(self.train_set.images), self.train_set.labels
@@ -279,7 +278,7 @@ class Unlearner:
             return (self.max_steps is None or step < self.max_steps) and (go_on is None or go_on())
 
         options = {"new_labels": self.train_set.new_labels, "settings": settings, "go_on": continues, "on_step": look}
-        options |= {"on_start": on_start, "surrogate": self.surrogate, "synthesis": self.synthesis}
+        options |= {"surrogate": self.surrogate, "synthesis": self.synthesis}
         options["predict"] = lambda model: accuracy.predict(model, images, fold=False)  # as `forgotten` measures
         return unlearn.unlearn(self.model, images, labels, self.method, **options, **self._inputs)
 
@@ -288,11 +287,10 @@ class Unlearner:
         settings: Settings,
         go_on: Callable[[], bool] | None = None,
         on_step: Callable[[dict[str, float]], object] | None = None,
-        on_start: Callable[[int | None, unlearn.Curve], object] | None = None,
     ) -> unlearn.Outcome:
         """Unlearn with these settings. D_adv and the importance do not depend on them and are made once."""
         with precisions.temporarily(self.forget.labels.device, self.precision):
-            return self._unlearn(settings, go_on, on_step, on_start)
+            return self._unlearn(settings, go_on, on_step)
 
     def run_candidate(
         self, settings: Settings, changed: Mapping[str, float], budget: TimeBudget, reserve: float = 0.0
@@ -409,7 +407,7 @@ def find_candidates(
         length = cycle_length(first, len(unlearner.train_set))
         first = replace(first, distill_steps=length, distill_image_steps=0.0)
     if first.robust:
-        images = synthesised_images(first, unlearner.model, unlearner.surrogate)
+        images = synthesised_images(first, unlearner.surrogate)
         first = replace(first, robust_images=images)  # the time of a synthesis is not planned where there is none
     seconds_per_step = _measure_step(unlearner, _without_synthesis(first), budget)
     of_search = budget.part(_search_share(unlearner, budget))
@@ -449,25 +447,28 @@ def _search_share(unlearner: Unlearner, budget: TimeBudget) -> float:
 
 
 def _measure_step(unlearner: Unlearner, settings: Settings, budget: TimeBudget) -> float:
-    """Return the seconds of a step of the loop, measured on three steps.
+    """Return the seconds of a step of the loop, measured on steps with a part of its images if others take too long."""
+    if unlearner.uses_teacher:
+        names = ("distill_mixes", "distill_forget", "robust_pool")
+        few = {name: max(1, getattr(settings, name) // PARTS) for name in names}
+        seconds = PARTS * _time_steps(unlearner, replace(settings, **few), 2)
+        if 3 * seconds > MEASURED_SHARE * budget.left:
+            return seconds
+    return _time_steps(unlearner, settings, 3)
 
-    The first one takes longer and counts only if MEASURED_SHARE of the time left is over after it.
-    """
-    times: list[float] = []  # of the start and of the end of each step
-    short = replace(settings, distill_steps=3, distill_cycles=1, max_passes=3)
-    deadline = budget.used + MEASURED_SHARE * budget.left
-    with unlearner.show_progress("measure the time of a step", 3) as advance:
 
-        def note(*_: object) -> None:
+def _time_steps(unlearner: Unlearner, settings: Settings, count: int) -> float:
+    """Return the mean seconds of the first `count` steps but the first, before which images are synthesised."""
+    times: list[float] = []
+    short = replace(settings, distill_steps=count, distill_cycles=1, max_passes=count)
+    with unlearner.show_progress("measure the time of a step", count) as advance:
+
+        def note(row: dict[str, float]) -> None:
             times.append(time.perf_counter())
-
-        def count(row: dict[str, float]) -> None:
-            note()
             advance(1)
 
-        unlearner.unlearn(short, lambda: len(times) < 4 and budget.used < deadline, count, note)
-    first = min(1, len(times) - 2)
-    return (times[-1] - times[first]) / (len(times) - 1 - first) if len(times) > 1 else 0.0
+        unlearner.unlearn(short, lambda: len(times) < count, note)
+    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
 
 
 def _without_synthesis(settings: Settings) -> Settings:

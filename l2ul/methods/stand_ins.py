@@ -202,9 +202,7 @@ class _Statistics:
             # inputs with a single position, which have no variance if k = 1, are left out unless all are so
             some = any(has_positions for has_positions, _ in found)
             kept = [has_positions or not some for has_positions, _ in found]
-            self.moments = {
-                name: moments for name, (_, moments), keep in zip(names, found, kept, strict=True) if keep
-            }
+            self.moments = {name: moments for name, (_, moments), keep in zip(names, found, kept, strict=True) if keep}
 
     def gap(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of images and the difference of their moments from the targets, a scalar."""

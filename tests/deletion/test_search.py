@@ -32,17 +32,17 @@ class FakeUnlearner:
     cycles: float = 1  # of every candidate
     synthesis: float = 1.0  # steps that the synthesis of search.SYNTHESIS images takes
     run: list = field(default_factory=list)
+    synthesised: list = field(default_factory=list)  # numbers of images
     train_set: object = (None,) * 16
     demanded: object = torch.ones(1, dtype=torch.bool)  # noqa: RUF009  # not changed
 
-    def unlearn(self, settings, go_on, on_step, on_start):
-        self.clock.now += 2 * self.synthesis * settings.robust_images / search.SYNTHESIS
-        on_start(3, [])
-        for step in range(3):
-            self.clock.now += 1 + settings.robust
+    def unlearn(self, settings, go_on, on_step):
+        new = settings.robust_images if settings.robust_images not in self.synthesised else 0  # others are kept
+        self.synthesised.append(settings.robust_images)
+        self.clock.now += 2 * self.synthesis * new / search.SYNTHESIS
+        for step in range(settings.distill_steps):
+            self.clock.now += (1 + settings.robust) * settings.distill_mixes / OWN.distill_mixes
             on_step({"step": step})
-            if not go_on():
-                break
 
     def show_progress(self, description, total):
         return contextlib.nullcontext(lambda count: None)
@@ -320,14 +320,14 @@ def test_steps_that_were_slow_when_first_measured_are_measured_again(monkeypatch
     assert now <= 15 * 60
 
 
-def test_few_slow_steps_are_measured(monkeypatch):
+def test_a_part_of_a_slow_step_is_timed(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(search.time, "perf_counter", lambda: clock.now)
     settings = search._without_synthesis(ROBUST)
-    for minutes, steps in ((1, 1), (20, 3)):
+    for seconds, parts_only in ((59, True), (61, False)):
         unlearner, began = FakeUnlearner(None, clock), clock.now
-        assert search._measure_step(unlearner, settings, search.TimeBudget(60 * minutes, began)) == 2
-        assert clock.now - began == 2 * steps
+        assert search._measure_step(unlearner, settings, search.TimeBudget(seconds, began)) == 2
+        assert clock.now - began == pytest.approx(2 * 2 / search.PARTS + (0 if parts_only else 3 * 2))
 
 
 @pytest.mark.parametrize(("seconds_per_copy", "share"), [(0.01, 0.8), (1.0, 0.4), (0.1, 1 - 0.1 * 138 / 30)])
@@ -413,7 +413,8 @@ def test_candidates_share_synthesised_images_and_show_their_synthesis(trained):
     search._measure_step(unlearner, settings, search.TimeBudget(60, time.perf_counter()))
     for rate in (1e-3, 1e-4):
         unlearner.unlearn(replace(settings, distill_lr=rate))
-    assert bars == [("measure the time of a step", 3), ("synthesise 4 images, 100 iterations each", 400)]
+    measured = [("measure the time of a step", steps) for steps in (2, 3)]
+    assert bars == [measured[0], ("synthesise 4 images, 100 iterations each", 400), measured[1]]
 
 
 def test_no_time_is_planned_for_a_synthesis_that_does_not_take_place(monkeypatch, trained):

@@ -57,9 +57,12 @@ def test_fewer_copies_suffice_for_what_is_forgotten(images, monkeypatch, new_lab
     monkeypatch.setattr(robustness, "CHUNK", {False: 12, True: 12})
     forget = Forget(images[[0, 1, 0]], torch.tensor([0, 2, 0]), new_labels)
     classified, predict = [], robustness.accuracy.predict
-    monkeypatch.setattr(
-        robustness.accuracy, "predict", lambda model, images, **options: classified.append(len(images)) or predict(model, images)
-    )
+
+    def counted(model, images, **options):
+        classified.append(len(images))
+        return predict(model, images, **options)
+
+    monkeypatch.setattr(robustness.accuracy, "predict", counted)
     full, brief = (robustness.as_used(Brightness(), forget, images, in_full=in_full) for in_full in (True, False))
     assert torch.equal(full.forgotten, brief.forgotten)
     assert torch.equal(full.copies >= robustness.REQUIRED, brief.copies >= robustness.REQUIRED)
