@@ -95,10 +95,14 @@ def use_precision(opts: argparse.Namespace, device: torch.device) -> None:
     precision.use(device, "fp32" if opts.precision == AUTO else opts.precision)
 
 
-def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | None = None) -> Setup:
+def load_setup(
+    opts: argparse.Namespace,
+    device: torch.device,
+    load_data: Callable[[argparse.Namespace], Images] | None = None,
+) -> Setup:
     """Load the data set and the original model onto the device, and check that they fit each other.
 
-    images  the data set, if it is loaded already
+    load_data  returns the data set of the options; None: it is read
     """
     models.check_name(opts.model)
     check_files(opts)
@@ -111,7 +115,7 @@ def load_setup(opts: argparse.Namespace, device: torch.device, images: Images | 
             f"train them with: {shlex.join(pretraining(opts))}",
             "name a file with --checkpoint",
         )
-    images, chosen = images or options.load_data(opts), None
+    images, chosen = (load_data or options.load_data)(opts), None
     for note in images.notes:
         print(note)
     images = images.to(device)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from l2ul.cli import unlearn_command, unlearn_options
+from l2ul.cli import options, unlearn_command, unlearn_options
 from l2ul.common import device as devices
 from l2ul.common import precision
 from l2ul.common.cache import Cache
@@ -56,13 +56,17 @@ class Workbench:
     def _load(self, opts: argparse.Namespace, device: torch.device) -> Setup:
         model, data_set = (tuple(str(getattr(opts, name)) for name in names) for names in (MODEL_OPTIONS, DATA_OPTIONS))
         if self._model != model:
-            self._setup = unlearn_command.load_setup(opts, device, self.data_sets.get(data_set))
-            if not opts.surrogate:  # which takes images out of the data set
-                self.data_sets[data_set] = self._setup.images
+            self._setup = unlearn_command.load_setup(opts, device, lambda opts: self._load_data(opts, data_set))
             self._model = model
         loaded = self._setup
         weights = loaded.described["checkpoint"]
         return unlearn_command.make_setup(opts, loaded.images, loaded.classifier, weights, loaded.surrogate)
+
+    def _load_data(self, opts: argparse.Namespace, data_set: tuple[str, ...]) -> Images:
+        """Return a data set as it was read: a setup has a copy in the colours of its model, without surrogate images."""
+        if data_set not in self.data_sets:
+            self.data_sets[data_set] = options.load_data(opts)
+        return self.data_sets[data_set]
 
     def plan(
         self, arguments: Arguments, trial_arguments: Arguments, settings_label: str = ""

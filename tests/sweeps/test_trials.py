@@ -23,6 +23,8 @@ from l2ul import models
 from l2ul.cli import options, ranges, unlearn_command, unlearn_options
 from l2ul.common import tracking
 from l2ul.common.cache import Cache
+from l2ul.data import datasets
+from l2ul.data.images import Images, Split
 from l2ul.experiments import records
 from l2ul.experiments.time_estimates import TimeEstimates
 from l2ul.sweeps import monitor, ray_cluster, worker
@@ -385,3 +387,19 @@ def test_the_documentation_has_every_flag_of_its_own(script):
     flags = set(re.findall(r"^\| `(--[a-z-]+)", page, re.MULTILINE))
     assert flags == {f"--{name.replace('_', '-')}" for name in sweep_options.OWN} - {"--dry-run"}
     assert all(flag in help_text for flag in flags)
+
+
+def test_a_model_of_grey_images_leaves_the_data_set_in_colour_for_the_next_model(tmp_path, monkeypatch):
+    images = torch.randint(0, 256, (12, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Split(images, torch.arange(12) % 10)
+    colours = Images("digits", 10, [str(digit) for digit in range(10)], split, split)
+    monkeypatch.setitem(datasets.LOADERS, "digits", lambda data_dir, **options: colours)
+    bench, identities = worker.Workbench(), []
+    for name in ("resnet20", "lenet", "resnet20"):
+        path = tmp_path / f"{name}.safetensors"
+        models.save(models.build(name, 10), path, {})
+        words = ["--model", name, "--checkpoint", path, "--method", "before", "--result-dir", tmp_path, *FAST]
+        experiment, (run,) = bench.open(unlearn_options.parse([str(word) for word in words]), torch.device("cpu"))
+        assert experiment.setup.images.channels == (1 if name == "lenet" else 3)
+        identities.append(run.settings["forget_sha256"])
+    assert identities[0] == identities[2]
