@@ -6,7 +6,7 @@ settings, the defaults are within them. The defaults are in the table `BUILT_IN`
 Differences from a paper are stated in the docstring of its method.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -145,16 +145,22 @@ def boundary_shrink(context: MethodContext) -> Iterator[Terms]:
     The nearest wrong label is the most probable class other than the true one after a step of length `bound` in every
     pixel along the sign of the gradient. The paper takes the most probable class even if it is the true one.
     """
+    nearest = torch.cat([_nearest_wrong_labels(context, indices) for indices in _batches_in_order(context)])
+    relabelled = Split(context.forget.images, nearest)
+    for _ in context.epochs:
+        for forget in context.batches(relabelled):
+            yield {"forget": _cross_entropy(context.model, forget)}
+
+
+def _nearest_wrong_labels(context: MethodContext, indices: Tensor) -> Tensor:
+    """Return the nearest wrong labels (n,) of these images of D_f."""
+    labels, pixels = context.forget.labels[indices], context.forget.images[indices].requires_grad_()
     with eval_mode(context.model):
-        pixels = context.forget.images.detach().clone().requires_grad_()
-        loss = F.cross_entropy(context.model(pixels), context.forget.labels, reduction="sum")
+        loss = F.cross_entropy(context.model(pixels), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, pixels)
         with torch.no_grad():
             logits = context.model((pixels + context.settings["bound"] * gradient.sign()).clamp(0, 1))
-    nearest = Split(context.forget.images, logits.scatter(1, context.forget.labels[:, None], -torch.inf).argmax(1))
-    for _ in context.epochs:
-        for forget in context.batches(nearest):
-            yield {"forget": _cross_entropy(context.model, forget)}
+    return logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
 
 
 def jit(context: MethodContext) -> Iterator[Terms]:
@@ -182,32 +188,47 @@ def amun(context: MethodContext) -> Iterator[Terms]:
     The nearest adversarial examples are those of L2-PGD with a radius of `eps`, doubled until the predicted class
     changes, and steps of a tenth of the radius (see `nearest_examples`).
     """
-    nearest = nearest_examples(context.model, context.forget, context.settings["eps"], context.settings["iterations"])
+    nearest = nearest_examples(
+        context.model,
+        context.forget,
+        context.settings["eps"],
+        context.settings["iterations"],
+        context.settings["batch"],
+    )
     for _ in context.epochs:
         for retain, wrong in context.paired_batches(context.retain, nearest):
             yield {"all": _cross_entropy(context.model, _concatenated(retain, wrong))}
 
 
-def nearest_examples(model: nn.Module, forget: objective.Forget, eps: float, iterations: int) -> Split:
+def nearest_examples(
+    model: nn.Module, forget: objective.Forget, eps: float, iterations: int, batch_size: int = 128
+) -> Split:
     """Return a misclassified image near each image of D_f, with its predicted class as the label.
 
     An image that is misclassified already is returned as it is. The others come from untargeted L2-PGD with the
     smallest of the radii eps, 2 eps, …, 2^12 eps that changes the prediction. If none does, the image of the largest
-    radius and its true class are returned.
+    radius and its true class are returned. `batch_size` images are computed at once.
     """
-    examples = forget.images.clone()
+    parts = zip(forget.images.split(batch_size), forget.labels.split(batch_size), strict=True)
+    examples, predictions = zip(*(_nearest(model, *part, eps, iterations) for part in parts), strict=True)
+    return Split(torch.cat(examples), torch.cat(predictions))
+
+
+def _nearest(model: nn.Module, images: Tensor, labels: Tensor, eps: float, iterations: int) -> tuple[Tensor, Tensor]:
+    """Return `nearest_examples` of one batch: examples and their labels."""
+    examples = images.clone()
     with eval_mode(model), torch.no_grad():
         predictions = model(examples).argmax(1)
     for doublings in range(13):
-        remaining = (predictions == forget.labels).nonzero().flatten()
+        remaining = (predictions == labels).nonzero().flatten()
         if not len(remaining):
             break
-        radius, images = eps * 2**doublings, forget.images[remaining]
-        settings = {"eps": radius, "alpha": radius / 10, "steps": iterations, "start": torch.zeros_like(images)}
-        examples[remaining] = attack.pgd_l2(model, images, forget.labels[remaining], targeted=False, **settings)
+        radius, chosen = eps * 2**doublings, images[remaining]
+        settings = {"eps": radius, "alpha": radius / 10, "steps": iterations, "start": torch.zeros_like(chosen)}
+        examples[remaining] = attack.pgd_l2(model, chosen, labels[remaining], targeted=False, **settings)
         with eval_mode(model), torch.no_grad():
             predictions[remaining] = model(examples[remaining]).argmax(1)
-    return Split(examples, predictions)
+    return examples, predictions
 
 
 def _cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
@@ -226,11 +247,16 @@ def _wrong_labels(context: MethodContext) -> Tensor:
     return random_new_labels(labels.cpu(), num_classes, context.seed).to(labels.device)
 
 
+def _batches_in_order(context: MethodContext) -> Sequence[Tensor]:
+    """Return the indices of D_f in batches."""
+    return torch.arange(len(context.forget)).split(context.settings["batch"])
+
+
 def _forget_gradient(context: MethodContext, parameters: list[Tensor]) -> list[Tensor]:
     """Compute ∂CE(D_f)/∂θ⁰, the mean over the images, in eval mode."""
     total, forget = [torch.zeros_like(parameter) for parameter in parameters], context.forget
     with eval_mode(context.model):
-        for indices in torch.arange(len(forget)).split(context.settings["batch"]):
+        for indices in _batches_in_order(context):
             logits = context.model(forget.images[indices])
             loss = F.cross_entropy(logits, forget.labels[indices], reduction="sum") / len(forget)
             torch._foreach_add_(total, torch.autograd.grad(loss, parameters, materialize_grads=True))

@@ -1,9 +1,11 @@
 """Images that stay uint8 in memory give the same results as float pixels."""
 
+import pytest
 import torch
 
 from l2ul.data import images as image_sets
-from l2ul.data.images import StoredImages, as_pixels, pixels_of, stored
+from l2ul.data.images import Split, StoredImages, as_pixels, pixels_of, stored
+from l2ul.methods.registry import METHODS
 from l2ul.metrics import accuracy, relearn
 from l2ul.unlearn import Settings, unlearn
 
@@ -26,6 +28,20 @@ def test_stored_images_are_indexed_and_split_like_float_pixels(monkeypatch):
         assert torch.equal(few[indices], as_pixels(images)[indices])
     assert torch.equal(torch.cat(list(few.split(2))), as_pixels(images))
     assert torch.equal(pixels_of(images / 255), images / 255)  # floats stay floats
+
+
+@pytest.mark.parametrize("name", [method.name for method in METHODS.values() if method.is_fixed_length])
+def test_methods_of_other_papers_are_the_same(trained, monkeypatch, name):
+    model, images, labels = trained
+    settings = Settings(method_settings={"epochs": 1, "batch": 4})  # D_f is in two batches
+
+    def weights():
+        outcome = unlearn(model, images[:6], labels[:6], name, retain=Split(images[6:], labels[6:]), settings=settings)
+        return outcome.model.state_dict().values()
+
+    expected = weights()
+    monkeypatch.setattr(image_sets, "MAX_FLOATS", 0)
+    assert all(map(torch.equal, expected, weights()))
 
 
 def test_unlearning_and_metrics_are_the_same(trained, monkeypatch):
