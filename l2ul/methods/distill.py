@@ -213,8 +213,8 @@ class Teacher:
         self.last = activations.last_spatial_module(self.model, images[:1])
         fold(self.model, images[:1])  # leaves the inputs of convolutions and linear layers as they are
         _, features = self.outputs(images[:VARIANCE_IMAGES])
-        variances = torch.stack([layer.float().var(correction=0) for layer in features]).tolist()
-        self.variances = [variance or math.inf for variance in variances]
+        variances = [layer.float().var(correction=0) for layer in features]  # none in a model of a single layer
+        self.variances = [variance or math.inf for variance in torch.stack(variances).tolist()] if variances else []
 
     def frozen_parameters(self, model: nn.Module, images: Tensor) -> list[nn.Parameter]:
         """Return the parameters of a model of this architecture that do not change; `images` as in the constructor."""
@@ -229,10 +229,8 @@ class Teacher:
         """Return the KL divergence of logits and the feature gap between a model and the original, two scalars."""
         original_logits, original_features = self.outputs(images)
         logits, features = activations.logits_and_inputs(model, images, self.layers, self.last)
-        return (
-            objective.kl_divergence(logits, original_logits),
-            objective.feature_gap(features, original_features, self.variances),
-        )
+        gap = objective.feature_gap(features, original_features, self.variances) if features else logits.new_zeros(())
+        return objective.kl_divergence(logits, original_logits), gap
 
     def farther(self, model: nn.Module, images: Tensor, length: float) -> Tensor:
         """Move images by a step up the gradient of KL(p⁰ ‖ p), whose L2 norm is `length`."""

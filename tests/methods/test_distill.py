@@ -308,3 +308,13 @@ def test_features_are_kept_behind_frozen_layers_only(share, names):
     teacher = distill.Teacher(Tokens().eval(), torch.rand(K, 3, 16, 16), share)
     assert teacher.layers == names
     assert len(teacher.variances) == len(names) + 1  # and the last feature map
+
+
+@pytest.mark.parametrize("robust", [0, 1])
+def test_a_model_of_a_single_layer_keeps_its_logits_alone(robust):
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), torch.rand(4, 3, 8, 8)
+    settings = replace(FAST, robust=robust, robust_pool=8, distill_cycles=1)
+    outcome = unlearn(model, images, model(images).argmax(1), "distill", settings=settings)
+    assert [row["features"] for row in outcome.curve] == [0.0] * 40
+    assert outcome.curve[-1]["logits"] > 0
