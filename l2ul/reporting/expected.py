@@ -13,6 +13,8 @@ from l2ul.common.markup import markdown_text
 from l2ul.common.text import shortened
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
+from l2ul.experiments.runs import LATER
+from l2ul.methods.settings import has_effect
 from l2ul.metrics import columns
 from l2ul.reporting import rows
 from l2ul.reporting.rows import Block
@@ -143,18 +145,27 @@ def _by(some: Iterable[Record], key: Callable[[Record], list]) -> dict[str, list
 
 
 def _settings(record: Record) -> Record:
-    """Return the settings of a run, with defaults where an older record lacks them; unknown ones are left out."""
-    values = rows.settings(record)
-    names = {*values, *(name for name, key in records.SCHEMA.items() if key.role == records.SETTING)}
-    defaults = {name: records.lookup(name).default_for(record["dataset"]) for name in names}
-    filled = {name: values.get(name) if values.get(name) is not None else defaults[name] for name in sorted(names)}
-    return {name: value for name, value in filled.items() if value is not None}
+    """Return the settings of a run that have an effect.
+
+    For a key that an older record lacks, this is the value that applied before the key existed: null for `runs.LATER`.
+    Where there is none, the setting is not known and left out.
+    """
+    values, dataset = rows.settings(record), record["dataset"]
+    for key in (key for key in records.SCHEMA.values() if key.role == records.SETTING):
+        if key.name not in values:
+            absent = key.absent_for(dataset)
+            if absent is not None or key.name in LATER:
+                values[key.name] = absent
+        elif values[key.name] is None:
+            values[key.name] = key.default_for(dataset)
+    images = {name: record[name] for name in ("k", "continual_size")}
+    return {name: value for name, value in values.items() if has_effect(name, {**values, **images})}
 
 
 def _differences(run: Record, reference: Record) -> dict[str, tuple[object, object]]:
     """Return the settings that are known in both records and differ."""
     ours, theirs = _settings(run), _settings(reference)
-    return {name: (ours[name], theirs[name]) for name in ours if name in theirs and ours[name] != theirs[name]}
+    return {name: (ours[name], theirs[name]) for name in sorted(ours) if ours[name] != theirs.get(name, ours[name])}
 
 
 def _order(one: Comparison) -> tuple:
@@ -203,5 +214,6 @@ def _difference(name: str, ours: object, theirs: object) -> str:
         return "weights"
     if name == "listed":
         return "choice of D_f"
-    text = f"{name.rpartition('.')[2]} {shortened(str(theirs))}, here {shortened(str(ours))}"
+    ours, theirs = ("none" if value is None else shortened(str(value)) for value in (ours, theirs))
+    text = f"{name.rpartition('.')[2]} {theirs}, here {ours}"
     return markdown_text(text)

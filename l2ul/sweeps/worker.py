@@ -63,7 +63,7 @@ class Workbench:
         return unlearn_command.make_setup(opts, loaded.images, loaded.classifier, weights, loaded.surrogate)
 
     def _load_data(self, opts: argparse.Namespace, data_set: tuple[str, ...]) -> Images:
-        """Return a data set as it was read: a setup has a copy in the colours of its model, without surrogate images."""
+        """Return a data set as it was read: a setup has it in the colours of its model and without surrogate images."""
         if data_set not in self.data_sets:
             self.data_sets[data_set] = options.load_data(opts)
         return self.data_sets[data_set]

@@ -92,3 +92,29 @@ def test_a_missing_folder_is_one_sentence_and_the_default_is_that_of_the_committ
     assert main_tables.parse(["--expected"]).expected == main_tables.REFERENCE
     assert list(main_tables.REFERENCE.glob("*/runs/*.json"))
     assert main_tables.parse([]).expected is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "difference"),
+    [
+        ({"method_revision": 2}, {}, "method_revision none, here 2"),
+        ({}, {"method_revision": 2}, "method_revision 2, here none"),
+        ({"surrogate": "test:0-5000"}, {"surrogate": None}, "surrogate none, here test:0-5000"),
+        ({"retain_sample": None}, {"retain_sample": 5000}, "retain_sample 5000, here none"),
+        ({"robust": 1, "robust_keep": 5.0}, {"robust": 1}, "robust_keep 10.0, here 5.0"),  # the default was 10 before
+        ({"robust": 0, "robust_keep": None}, {"robust": 0}, None),
+        ({"method_code": None}, {}, None),
+    ],
+)
+def test_versions_and_settings_that_one_side_has_alone_differ(compared, ours, theirs, difference):
+    distill = {"method": "distill", "unlearn_lr": None, "pgd_eps": None, "bn": None, "max_passes": None}
+    lines, _ = compared([distill | ours], [run | distill | theirs for run in SPREAD])
+    assert lines[0][-1] == f"within{f'; reference runs differ: {difference}' if difference else ''}"
+
+
+def test_a_listed_forget_set_differs_from_the_choice_of_the_seed(compared, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "00.txt").write_text("".join(f"{index}\n" for index in range(16)))
+    known = {"num_train": 50_000}
+    lines, _ = compared([known], [run | known for run in SPREAD])
+    assert lines[0][-1] == "within; reference runs differ: choice of D_f"
