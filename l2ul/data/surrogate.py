@@ -27,12 +27,14 @@ LARGEST = 2**30  # bytes of uint8 images in memory; of a larger set, a random pa
 class Surrogate:
     """A surrogate set.
 
-    name    as the user named it; of a folder, its last part
-    images  (n, C, H, W) uint8, or float in [0,1] if the data set has such images
+    name     as the user named it; of a folder, its last part
+    images   (n, C, H, W) uint8, or float in [0,1] if the data set has such images
+    of_test  whether they are a part of the test set, which is measured without them
     """
 
     name: str
     images: Tensor
+    of_test: bool = False
 
     @cached_property
     def sha256(self) -> str:
@@ -89,7 +91,7 @@ def _part_of(images: Images, name: str, part: str, first: str | None, last: str 
     inside[start:stop] = True
     rest = split.subset((~inside).nonzero().flatten().to(split.labels.device))
     chosen = split.subset(torch.arange(start, stop, device=split.labels.device))
-    return Surrogate(name, _in_memory(chosen.images)), replace(images, **{part: rest})
+    return Surrogate(name, _in_memory(chosen.images), part == "test"), replace(images, **{part: rest})
 
 
 def _in_memory(images: Tensor | FolderImages) -> Tensor:

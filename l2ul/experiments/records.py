@@ -238,6 +238,13 @@ SCHEMA: dict[str, Key] = {
             flag=True,
         ),
         Key("surrogate_sha256", PROVENANCE, "text", f"{_HASH} of these images", null=True),
+        Key(
+            "test_without",
+            SETTING,
+            "text",
+            "part of the test set that `--surrogate` names and acc_test leaves out, for a method that does not use it",
+            null=True,
+        ),
         Key("method_version", SETTING, "integer", "version of the built-in methods", null=True),
         Key(
             "method_revision",

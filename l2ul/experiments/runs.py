@@ -22,7 +22,7 @@ from l2ul.methods.settings import SHARED, Settings
 # keep theirs. For settings, their declaration says the same, see `Setting.in_id`.
 LATER = (
     *("continual_size", "retain_sample", "age_grouping", "split_seed", "train_sha256", "method_code", "course"),
-    *("method_settings", "method_revision", "surrogate", "surrogate_sha256"),
+    *("method_settings", "method_revision", "surrogate", "surrogate_sha256", "test_without"),
     *HUB_OPTIONS,
 )
 
@@ -177,6 +177,9 @@ class Setup:
             "retain_sample": self.retain_sample,
             "surrogate": surrogate and surrogate.name,
             "surrogate_sha256": surrogate and surrogate.sha256,
+            "test_without": self.surrogate.name
+            if self.surrogate and self.surrogate.of_test and not surrogate
+            else None,
             **dict.fromkeys(("image_size", "age_grouping", "split_seed")),
             **images.settings,
             "train_sha256": images.train_sha256,

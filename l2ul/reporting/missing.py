@@ -124,6 +124,8 @@ def _flags(block: Block, run: Missing) -> tuple[str, ...]:
     row = block.main_row(run.method)
     runs = [record for record in block.records if record["row"] == row]
     values = block.usual | (runs[0]["differs"] if runs else {})
+    if "teacher" not in get(run.method).needs:
+        values["surrogate"] = (runs[0] if runs else values).get("test_without")
     # file of weights and result folder come from runs with the same weights, if there are any
     weights = values.get("checkpoint_sha256")
     alike = [record for record in block.records if record["checkpoint_sha256"] == weights] or block.records

@@ -98,7 +98,8 @@ def _identity(record: Record) -> str:
         for name, value in records.settings(record).items()
         if value is not None and value != records.lookup(name).absent_for(dataset)
     }
-    return json.dumps([{name: record.get(name) for name in records.IDENTITY}, chosen], sort_keys=True)
+    about = {name: record.get(name) for name in (*records.IDENTITY, "surrogate_sha256")}
+    return json.dumps([about, chosen], sort_keys=True)
 
 
 def _added(path: Path, record: Record) -> Record:

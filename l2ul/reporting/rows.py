@@ -13,6 +13,7 @@ from l2ul.methods import registry
 from l2ul.methods.settings import from_text, has_effect
 
 LONGEST = 400  # characters of the settings in the name of a row
+HASHES = {"checkpoint_sha256": "weights", "forget_sha256": "D_f", "surrogate_sha256": "surrogate images"}
 BLOCK = ("goal", "continual_size", "dataset", "age_grouping", "model")
 
 
@@ -95,6 +96,7 @@ def _name_rows(block: Block) -> None:
             for name, usual in block.usual.items()
             if _is_used(name, record, own, users) and own.get(name) != usual
         }
+    _separate_surrogates(block.records)
     _separate_forget_sets(block.records)
     for record in block.records:
         differs = shortened(", ".join(_describe(name, value) for name, value in record["differs"].items()), LONGEST)
@@ -113,6 +115,16 @@ def _most_frequent(values: list, default: object) -> object:
     return max(counts, key=lambda value: (counts[value], value == default, repr(value)))
 
 
+def _separate_surrogates(runs: list[Record]) -> None:
+    """Separate runs whose surrogate sets have one name and other images: the hash of the images joins what differs."""
+    hashes = defaultdict(set)
+    for record in runs:
+        hashes[record.get("surrogate")].add(record.get("surrogate_sha256"))
+    for record in runs:
+        if record.get("surrogate") and len(hashes[record["surrogate"]]) > 1:
+            record["differs"] = record["differs"] | {"surrogate_sha256": record.get("surrogate_sha256")}
+
+
 def _separate_forget_sets(runs: list[Record]) -> None:
     """Separate runs that differ in D_f only: the hash of D_f joins what differs."""
     same = defaultdict(list)
@@ -128,8 +140,8 @@ def _describe(name: str, value: object) -> str:
     """Return name and value of a setting for the name of a row. Long values are shortened."""
     if name == "listed":
         return "D_f from a file" if value else "D_f by seed"
-    if name in ("checkpoint_sha256", "forget_sha256"):
-        return f"{'weights' if name == 'checkpoint_sha256' else 'D_f'} {str(value)[:12]}"
+    if name in HASHES:
+        return f"{HASHES[name]} {str(value)[:12]}"
     name = name.rpartition(".")[2]  # without the method, which the row names already
     return f"{name}={'none' if value is None else f'{value:g}' if isinstance(value, float) else shortened(str(value))}"
 

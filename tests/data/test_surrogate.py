@@ -1,5 +1,7 @@
 """Surrogate sets: parts of a data set, folders of images and other data sets."""
 
+import json
+
 from PIL import Image
 import pytest
 import torch
@@ -83,3 +85,13 @@ def test_a_folder_with_a_training_image_is_refused(tmp_path):
     Image.fromarray(images.train.images[3].permute(1, 2, 0).numpy()).save(tmp_path / "copy.png")
     with pytest.raises(InputError, match="is a training image of the data set"):
         surrogate.read(str(tmp_path), images, no_other)
+
+
+def test_a_method_without_surrogate_images_has_a_run_for_each_part_of_the_test_set(run, tmp_path):
+    records = []
+    for part in ("test:0-10", "test:10-20", "test:0-10"):
+        code, out, err = run("--method", "before", "--surrogate", part)
+        assert code == 0, err
+        records = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")]
+    assert sorted(record["test_without"] for record in records) == ["test:0-10", "test:10-20"]
+    assert {record["surrogate"] for record in records} == {None}

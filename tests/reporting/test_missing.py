@@ -208,3 +208,12 @@ def test_figures_are_written_beside_the_tables(folder, tables, tmp_path):
     folder({}, {"method": "adv_imp"})
     tables("--figures", 1)
     assert (tmp_path / "tables" / "cifar10_resnet20_1_accuracy_against_k.png").is_file()
+
+
+def test_commands_name_the_surrogate_images_of_methods_that_use_them_or_lose_test_images(folder, tables):
+    part = {"num_test": 5000, "test_without": "test:0-5000"}
+    used = {"method": "distill", "num_test": 5000, "surrogate": "test:0-5000"}
+    folder(part, used, {"method": "neggrad", "num_test": 10_000})
+    lines = tables("--seed", 0, 1).split("```bash\n")[1].split("\n```")[0].splitlines()
+    methods = {line.split("--method ")[1]: "--surrogate test:0-5000" in line for line in lines}
+    assert methods == {"adv distill": True, "neggrad": False}

@@ -102,6 +102,15 @@ def test_rows_with_surrogate_images_are_named_and_not_compared(folder, tables, t
     assert needs == {"distill": "D_f", "distill (surrogate=test:0-500)": "D_f, surrogate"}
 
 
+def test_surrogate_folders_of_one_name_with_other_images_have_rows_of_their_own(folder, tables):
+    distill = {"method": "distill", "surrogate": "week"}
+    folder(distill | {"surrogate_sha256": "a" * 64}, distill | {"surrogate_sha256": "b" * 64, "acc_test": 60.0})
+    markdown = tables()
+    assert cells(markdown, f"distill (surrogate images {'a' * 12})")[2] == "70.00"
+    assert cells(markdown, f"distill (surrogate images {'b' * 12})")[2] == "60.00"
+    assert "Problems" not in markdown
+
+
 def test_of_two_equally_frequent_settings_the_default_is_the_main_row(folder, tables):
     folder({"bn": "eval", "acc_test": 20.0}, {})
     assert cells(tables(), "adv (bn=eval)")[2] == "20.00"
