@@ -109,9 +109,12 @@ def _added(path: Path, record: Record) -> Record:
 
 
 def _is_listed(file: Path, record: Record) -> bool | None:
-    """Return True if the indices beside a record differ from the seed's choice, None if they agree or are unknown."""
+    """Return True if the indices beside a record differ from the seed's choice, None if they agree or are unknown.
+
+    In a continual run, the file has the images of all steps so far, which are the choice for their sum.
+    """
     total = record.get("num_train")
-    if record["continual_step"] is not None or total is None or not record["k"] < total <= MOST_IMAGES:
+    if total is None or not record["k"] < total <= MOST_IMAGES:
         return None
     try:
         indices = [int(line) for line in read_text(file, MOST_BYTES).split()]

@@ -105,6 +105,17 @@ def test_a_listed_forget_set_is_a_row_of_its_own(run, script, tables, tmp_path):
     assert len(planned(script, line)) == 1
 
 
+def test_a_continual_run_on_a_listed_forget_set_is_a_row_of_its_own(run, tables, tmp_path):
+    """With another seed, so that both would be averaged."""
+    file = tmp_path / "forget.txt"
+    file.write_text("3\n1\n")
+    words = ["--method", "before", "--continual-step", 1]
+    assert run(*words, "--seed", 0)[0] == 0
+    assert "D_f from a file" not in tables()
+    assert run(*words, "--seed", 1, "--forget-file", file)[0] == 0
+    assert "before (D_f from a file), step 2" in tables()
+
+
 DAMAGED = {
     "cut.json": ('{"method": "adv"', "is not JSON"),
     "bytes.json": (b"\xff\x00", "is not JSON"),
