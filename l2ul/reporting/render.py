@@ -240,9 +240,13 @@ def _note_on_bold(rows: pd.DataFrame) -> list[str]:
     compared = [columns.get(name).heading for name in columns.ordered(rows["metric"]) if columns.get(name).compared]
     return [
         f"**Bold**: the best value of a column ({markdown_text(', '.join(compared))}), among rows that forgot all of "
-        f"D_f in every run and do not train on D_r{_and_surrogates(rows)}. `before` and published numbers are not "
-        f"compared."
+        f"D_f in every run and do not train on D_r{_and_surrogates(rows)}. `before`{_and_other_data(rows)} and "
+        f"published numbers are not compared."
     ]
+
+
+def _and_other_data(rows: pd.DataFrame) -> str:
+    return "" if rows["usual_data"].all() else ", rows with other weights or images"
 
 
 def _and_surrogates(rows: pd.DataFrame) -> str:

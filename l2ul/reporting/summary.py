@@ -11,11 +11,16 @@ from l2ul.common.errors import InputError
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.methods import registry
+from l2ul.methods.settings import SHARED
 from l2ul.metrics import columns
 from l2ul.metrics.columns import Column
 from l2ul.reporting import published
 from l2ul.reporting.rows import BLOCK, Block, place
 
+OF_METHOD = (*SHARED, "course", "method_version", "method_revision", "method_code")
+# What a method starts from and is measured on. Means are compared if these are the usual ones.
+OF_DATA = {name for name, key in records.SCHEMA.items() if key.role == records.SETTING and name not in OF_METHOD}
+OF_DATA |= {"listed", "forget_sha256"}
 CELL = (*BLOCK, "continual", "k", "continual_step")  # with a metric, the values that are compared
 
 
@@ -131,6 +136,7 @@ def _about(block: Block, runs: list[Record]) -> Record:
         records.CAP: sum(map(records.gave_up, runs)),
         "needs": needs(first),
         "forgot": all(_forgot(run) for run in runs),
+        "usual_data": not first["differs"].keys() & OF_DATA,
     }
 
 
@@ -155,10 +161,13 @@ def _forgot(run: Record) -> bool:
 
 
 def _best(frame: pd.DataFrame) -> pd.Series:
-    """Return which means are the best of their column, among rows that forgot with the images of D_f alone."""
+    """Return which means are the best of their column.
+
+    Compared are rows that forgot with the images of D_f alone, from the usual weights and on the usual images.
+    """
     shown = {name: columns.get(name) for name in frame["metric"].unique()}
     compared = frame["metric"].map(lambda name: shown[name].compared)
-    rival = compared & frame["forgot"] & (frame["needs"] == "D_f")
+    rival = compared & frame["forgot"] & frame["usual_data"] & (frame["needs"] == "D_f")
     sign = frame["metric"].map(lambda name: -1 if shown[name].better == "down" else 1)
     digits = frame["metric"].map(lambda name: shown[name].digits)
     printed = pd.Series([round(mean, n) for mean, n in zip(frame["mean"], digits, strict=True)], frame.index)
