@@ -29,12 +29,12 @@ EVALUATE=${EVALUATE:-"membership distance retrained rmia relearn duplicates"}
 case " $* " in *" --dry-run "*) dry=1 ;; *) dry= ;; esac
 lacking=
 
-# train NAME SEED ARGUMENTS...: train a model unless its file exists; resume an interrupted training
+# train NAME SEED ARGUMENTS...: train a model, or check that its file is of this training; resume an interrupted one
 train() {
     local file="$NETS/$1.safetensors" seed=$2
     shift 2
-    if [ -e "$file" ]; then return 0; fi
     if [ -n "$dry" ]; then
+        if [ -e "$file" ]; then return 0; fi
         echo "would train first: $file"
         lacking=1
         return 0

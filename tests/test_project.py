@@ -249,12 +249,12 @@ def test_files_name_no_place_of_one_machine():
             assert "index" + "-url" not in text, name
 
 
-def shell(script, folder, answer="", **variables):
+def shell(script, folder, answer="", arguments=("--dry-run",), **variables):
     """Run a shell script with a stub for python, which notes how it was called; `answer` is shell code of the stub."""
     stub = folder / "stub"
     stub.write_text(f'#!/usr/bin/env bash\necho "$@" >> {folder}/calls\n{answer}\n')
     stub.chmod(0o755)
-    words, environment = ["bash", str(ROOT / script), "--dry-run"], os.environ | {"PYTHON": str(stub)} | variables
+    words, environment = ["bash", str(ROOT / script), *arguments], os.environ | {"PYTHON": str(stub)} | variables
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     calls = (folder / "calls").read_text().splitlines()
     return done, calls
@@ -353,6 +353,17 @@ def test_a_dry_run_of_the_comparison_trains_nothing_and_lists_the_runs_of_nets_t
     assert sorted(sum((found.method for found in given), [])) == sorted(registry.of_goal("misclassify"))
     assert [found.setting for found in given] == [{}, {}, {"augment": 2.0, "epochs": 2.0}]
     assert all(len(found.references) == 2 and found.retrained for found in given)
+
+
+def test_the_comparison_checks_that_its_nets_are_of_the_recipe(tmp_path):
+    nets = tmp_path / "nets"
+    nets.mkdir()
+    for name in ("original", "retrained", "reference2", "reference3"):
+        (nets / f"{name}.safetensors").touch()
+    answer = 'case "$*" in *retrained*) exit 2;; esac'  # as main_pretrain does for a file of another recipe
+    done, calls = shell("run_compare.sh", tmp_path, answer, arguments=(), NETS=str(nets), RECIPE="--epochs 3")
+    assert done.returncode == 2
+    assert ["--epochs 3 " in line for line in calls] == [True, True]
 
 
 @pytest.mark.parametrize("flag", ["--tracker", "--model timm:", "--dataset hf:"])

@@ -11,6 +11,7 @@ from torch import Tensor
 from l2ul import Progress, models
 from l2ul.common import distributed, seeds
 from l2ul.common.errors import InputError
+from l2ul.common.text import first_three
 from l2ul.data import forget_set
 from l2ul.data.image_files import ImageReader
 from l2ul.data.images import Images
@@ -137,16 +138,21 @@ def fastest_precision(
 def check_settings(output: Path, settings: dict[str, object]) -> None:
     """Raise InputError if the weights in `output` were trained with other settings."""
     _, metadata = checkpoint.read(output)
+    remedies = "add --rerun to train it again", "choose another file with --output"
     reading = ImageReader().options  # saved where they are not these defaults
     for name, value in (reading | settings).items():
         saved = metadata.get(name, reading.get(name))
-        if saved != value if name in reading else saved not in (None, value):
+        if name != "excluded" and (saved != value if name in reading else saved not in (None, value)):
             difference = "other images" if name == "train_sha256" else f"{name} {saved}, not {value}"
-            raise InputError(
-                f"{output} was trained with {difference}",
-                "add --rerun to train it again",
-                "choose another file with --output",
-            )
+            raise InputError(f"{output} was trained with {difference}", *remedies)
+    before, now = (sorted(some.get("excluded") or ()) for some in (metadata, settings))
+    if before != now and "epochs" in metadata:  # a file of a main_pretrain script names what it excluded
+        raise InputError(f"{output} was trained on {_images(before)}, not on {_images(now)}", *remedies)
+
+
+def _images(excluded: list[int]) -> str:
+    """Return a name for the training images that are left when these are excluded."""
+    return f"all images but {len(excluded)} ({first_three(list(map(str, excluded)))})" if excluded else "all images"
 
 
 def state_file(output: Path) -> Path:

@@ -81,6 +81,11 @@ def test_a_retrained_model_has_a_file_of_its_own(pretrain, tmp_path):
     (chosen,) = weights.glob("digits_resnet20_without_3_*.safetensors")
     assert checkpoint.read(chosen)[1]["excluded"] == choose_forget(96, 3, 7).tolist()
     assert not (weights / "digits_resnet20.safetensors").exists()
+    (tmp_path / "out.txt").write_text("1\n5\n")
+    assert "exists; add --rerun" in pretrain("--exclude", tmp_path / "out.txt", "--output", retrained)[1]
+    for words, images in (((), "all images"), (("--exclude-k", 1), f"all images but 1 ({choose_forget(96, 1, 0)[0]})")):
+        code, _, err = pretrain("--output", retrained, *words)
+        assert (code, f"was trained on all images but 2 (1, 5), not on {images}; add --rerun" in err) == (2, True), err
 
 
 def test_each_epoch_has_a_line_with_rate_and_time_left(pretrain):
