@@ -344,7 +344,7 @@ class Experiment:
             "peak_memory_mib": devices.peak_memory_mib(self.device),
             "device": devices.device_name(self.device),
             **self.setup.described,
-            **({"decoder": f"gpu, {len(refused)} files cpu"} if (refused := self.setup.images.refused) else {}),
+            **({"decoded_by_cpu": len(refused)} if (refused := self.setup.images.refused) else {}),
             **self.evaluator.references.sha256,
             "test_batch_size": self.evaluator.batch_size,
             "python": platform.python_version(),

@@ -83,6 +83,8 @@ def _load(path: Path) -> Record:
     reason = next(records.problems(record), None)
     if reason:
         raise InputError(reason)
+    if "decoder" in record:  # older records have the number of files that the GPU refused here: gpu, 2 files cpu
+        record["decoder"] = record["decoder"].partition(",")[0]
     return dict.fromkeys(LATER_KEYS) | record
 
 

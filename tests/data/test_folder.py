@@ -213,7 +213,7 @@ def test_a_record_says_which_jpegs_the_cpu_decoded(photos, script, tmp_path, mon
     assert code == 0, err
     assert f"nvJPEG cannot decode 1 files such as {tmp_path}/set/train/class 0/4.jpg; the CPU decoded them" in out
     (record,) = load_records(tmp_path).values()
-    assert record["decoder"] == "gpu, 1 files cpu"
+    assert (record["decoder"], record["decoded_by_cpu"]) == ("gpu", 1)
 
 
 @pytest.mark.cuda

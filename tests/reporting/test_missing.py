@@ -228,3 +228,10 @@ def test_commands_name_the_surrogate_images_of_methods_that_use_them_or_lose_tes
     lines = tables("--seed", 0, 1).split("```bash\n")[1].split("\n```")[0].splitlines()
     methods = {line.split("--method ")[1]: "--surrogate test:0-5000" in line for line in lines}
     assert methods == {"adv distill": True, "neggrad": False}
+
+
+def test_files_that_a_gpu_refused_make_no_row_of_their_own(folder, tables):
+    folder({"decoder": "gpu"}, {"decoder": "gpu, 2 files cpu", "seed": 1})
+    markdown = tables("--method", "adv", "--seed", 0, 1, 2)
+    assert cells(markdown, "adv")[2] == "**70.00 ± 0.00**"
+    assert " --decoder gpu " in markdown
