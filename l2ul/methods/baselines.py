@@ -126,10 +126,7 @@ def bad_teaching(context: MethodContext) -> Iterator[Terms]:
 
     The share `part` of D_r is used. The random model has the architecture of the original one and new weights.
     """
-    good, bad = frozen_copy(context.model), frozen_copy(context.model)
-    for module in bad.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    good, bad = frozen_copy(context.model), _with_new_weights(context.model)
     number = max(1, round(context.settings["part"] * len(context.retain)))
     part = context.retain.subset(torch.randperm(len(context.retain), generator=context.generator)[:number])
     for _ in context.epochs:
@@ -137,6 +134,27 @@ def bad_teaching(context: MethodContext) -> Iterator[Terms]:
             targets = [model(batch.images) for model, batch in ((good, retain), (bad, forget)) if len(batch.labels)]
             logits = context.model(_concatenated(retain, forget).images)
             yield {"logits": objective.kl_divergence(logits, torch.cat(targets))}
+
+
+def _with_new_weights(model: nn.Module) -> nn.Module:
+    """Return a copy of a model, as `frozen_copy` does, with the initial weights of each layer.
+
+    Parameters that no layer initialises itself, such as the class token of a vision transformer, are drawn from a
+    normal distribution of standard deviation 0.02; scales become 1 and biases 0.
+    """
+    new = frozen_copy(model)
+    for module in new.modules():
+        known = [name for name in ("reset_parameters", "_reset_parameters") if hasattr(module, name)]
+        for name in known:  # the second one belongs to nn.MultiheadAttention
+            getattr(module, name)()
+        for name, parameter in () if known else module.named_parameters(recurse=False):
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith("weight") and parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+    return new
 
 
 def boundary_shrink(context: MethodContext) -> Iterator[Terms]:

@@ -193,7 +193,8 @@ BUILT_IN = (
     _baseline("salun", "retain", version=2, **TUNING, salient=0.5),  # 1: weight decay moved weights outside the mask
     _baseline("scrub", "retain", **TUNING | {"epochs": 3, "lr": 5e-4}, forget_epochs=2, kl=0.001, temperature=4.0),
     _baseline("ssd", "retain", batch=64, select=10.0, dampen=1.0),
-    _baseline("bad_teaching", "retain", epochs=1, lr=1e-4, adam=1, batch=128, augment=1, part=0.3),
+    # version 1: the attention and the class token of a vision transformer kept the weights of θ⁰ in the random model
+    _baseline("bad_teaching", "retain", version=2, epochs=1, lr=1e-4, adam=1, batch=128, augment=1, part=0.3),
     _baseline("boundary_shrink", epochs=10, lr=1e-5, batch=64, augment=1, bound=0.1),
     _baseline("jit", epochs=1, lr=3e-4, batch=64, sigma=0.5, copies=25),
     _baseline("amun", "retain", **TUNING, eps=0.05, iterations=50),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 import torch.nn.functional as F
+import torchvision
 
 from l2ul import objective
 from l2ul.common.errors import InputError
@@ -244,6 +245,18 @@ def test_bad_teaching_has_a_teacher_with_other_weights(inputs):
     context.model.eval()
     first = next(steps)["logits"]
     assert first.item() > 0.01  # from the bad teacher alone: the good one equals the model
+
+
+def test_all_weights_of_the_random_teacher_of_a_vision_transformer_are_new():
+    options = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16, "num_classes": 3}
+    model = torchvision.models.VisionTransformer(32, 8, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    new = dict(baselines._with_new_weights(model).named_parameters())
+    assert [name for name, value in model.named_parameters() if (new[name] == value).any()] == []
+    assert new["encoder.pos_embedding"].std() == pytest.approx(0.02, rel=0.2)
+    assert torch.equal(new["encoder.ln.weight"], torch.ones(16))
 
 
 def test_paired_batches_contain_every_image_once_and_evenly(inputs):
