@@ -161,6 +161,7 @@ class Subject:
     options: FigureOptions
     block: rows.Block
     report: Report = field(default=print)
+    _images: dict[tuple, Images] = field(default_factory=dict)  # by what decides the data set
 
     @property
     def name(self) -> str:
@@ -173,10 +174,12 @@ class Subject:
         precisions.use(device, "fp32")  # of all figures but the attack of figure 2
         return device
 
-    @functools.cached_property
-    def images(self) -> Images:
-        """The data set that the runs used."""
-        return load_images(self.block.records[0], self.options.data_dir, self.options.download)
+    def images(self, run: Record) -> Images:
+        """Return the data set of a run. Runs of a block can differ in options that decide it, such as the split."""
+        key = tuple(run.get(name) for name in (*DATA_KEYS, *ImageReader().options, "num_train", "mean"))
+        if key not in self._images:
+            self._images[key] = load_images(run, self.options.data_dir, self.options.download)
+        return self._images[key]
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -194,12 +197,13 @@ class Subject:
     def original(self, run: Record) -> models.Classifier:
         """Load the original model of a run."""
         named = self.options.checkpoint
-        usual = checkpoint.find(run["dataset"], run["model"], self.options.data_dir)
+        label = "_".join(filter(None, (run["dataset"], run.get("age_grouping"))))
+        usual = checkpoint.find(label, run["model"], self.options.data_dir)
         files = [Path(path) for path in (named, usual) if path and Path(path).is_file()]
         same = (path for path in files if file_sha256(path) == run["checkpoint_sha256"])
         statistics = [[float(value) for value in (run.get(key) or "").split()] or None for key in ("mean", "std")]
         with self.reading():
-            model = models.load(run["model"], self.images.num_classes, next(same, named), *statistics)
+            model = models.load(run["model"], self.images(run).num_classes, next(same, named), *statistics)
         model = model.to(self.device)
         if model.sha256 != run["checkpoint_sha256"]:
             raise InputError(
@@ -307,7 +311,8 @@ def adversarial_examples(subject: Subject) -> Drawn:
         "run main_unlearn.py --method adv",
     )[0]
     indices = subject.forget(run)[:SHOWN_IMAGES]
-    chosen = subject.images.train.subset(indices)
+    images = subject.images(run)
+    chosen = images.train.subset(indices)
     pixels, labels = chosen.pixels().to(subject.device), chosen.labels.to(subject.device)
     precision = run.get("precision") or "fp32"
     if not precisions.is_supported(subject.device, precision):
@@ -325,7 +330,7 @@ def adversarial_examples(subject: Subject) -> Drawn:
             model,
             pixels,
             labels,
-            subject.images.num_classes,
+            images.num_classes,
             num_adv_images=draws,
             eps=run["pgd_eps"],
             alpha=run["pgd_alpha"],
@@ -336,13 +341,13 @@ def adversarial_examples(subject: Subject) -> Drawn:
             progress=advance,
         )
     made = storage.as_stored(made, storage.DTYPES[run.get("adv_dtype") or "float32"])
-    names, owners = np.array(subject.images.classes), torch.arange(len(pixels)).repeat_interleave(draws)
-    images, examples = _array(pixels), _array(made)
+    names, owners = np.array(images.classes), torch.arange(len(pixels)).repeat_interleave(draws)
+    originals, examples = _array(pixels), _array(made)
     classes = {"index": indices[owners], "label": names[chosen.labels[owners]], "target": names[targets.cpu()]}
     numbers = pd.DataFrame(classes | {"prediction": names[accuracy.predict(model, made)]})
-    numbers["norm"] = np.linalg.norm((examples - images[owners]).reshape(len(owners), -1), axis=1)
+    numbers["norm"] = np.linalg.norm((examples - originals[owners]).reshape(len(owners), -1), axis=1)
     title = f"{subject.title([run])}, ε = {run['pgd_eps']:g}: image, example → target, its enlarged δ"
-    return figures.adversarial_examples(images, examples, numbers, title), numbers
+    return figures.adversarial_examples(originals, examples, numbers, title), numbers
 
 
 def _array(images: torch.Tensor) -> np.ndarray:
@@ -358,7 +363,8 @@ def new_classes(subject: Subject) -> Drawn:
         f"predictions of {run['method']}": classes["forget_after"] for run, classes in zip(runs, files, strict=True)
     }
     try:
-        labels, names = subject.images.train.labels[subject.forget(runs[0])], subject.images.classes
+        images = subject.images(runs[0])
+        labels, names = images.train.labels[subject.forget(runs[0])], images.classes
     except InputError as error:
         subject.report(
             f"{subject.name}: figure 3 shows no targets, and predictions of the original model in place of true "
@@ -383,7 +389,8 @@ def _has_predictions(run: Record) -> bool:
 def layer_similarity(subject: Subject) -> Drawn:
     """Draw figure 4."""
     runs = subject.runs_with_models()
-    train, test, forget = subject.images.train, subject.images.test, subject.forget(runs[0])
+    images, forget = subject.images(runs[0]), subject.forget(runs[0])
+    train, test = images.train, images.test
     retain = subject.sample(runs[0], "retain", forget_set.complement(forget, len(train)))
     splits = {
         "forget": train.subset(forget).images,
@@ -398,7 +405,7 @@ def layer_similarity(subject: Subject) -> Drawn:
 def feature_maps(subject: Subject) -> Drawn:
     """Draw figure 5."""
     runs = subject.runs_with_models()
-    images, forget = subject.images, subject.forget(runs[0])
+    images, forget = subject.images(runs[0]), subject.forget(runs[0])
     test = subject.sample(runs[0], "test", torch.arange(len(images.test)))
     parts = {"forget": images.train.subset(forget), "test": images.test.subset(test)}
     compared = itertools.chain([("before", subject.original(runs[0]))], subject.models(runs))

@@ -1,5 +1,6 @@
 """Test the figures: their numbers, their drawings, and figures that cannot be drawn."""
 
+import contextlib
 import json
 import socket
 from types import SimpleNamespace
@@ -502,7 +503,7 @@ def test_figures_download_no_weights_without_permission(name, package, tmp_path,
     for download in (False, True) if package == "torchvision" else (False,):  # the others try it several times
         options = figure_set.FigureOptions(data_dir=tmp_path, device="cpu", download=download)
         subject = figure_set.Subject(options, block)
-        vars(subject)["images"] = SimpleNamespace(num_classes=1000)
+        monkeypatch.setattr(figure_set.Subject, "images", lambda self, run: SimpleNamespace(num_classes=1000))
         with pytest.raises(InputError, match="could not be downloaded") as raised:
             subject.original(run)
         allowed = str(raised.value).endswith(" add --download to allow it")
@@ -534,3 +535,21 @@ def test_the_reason_why_a_figure_was_left_out_advises_no_flag_of_other_scripts(t
     monkeypatch.setitem(figure_set.DRAW, 1, fail)
     draw([REFERENCE], tmp_path, [1])
     assert "figure 1 was left out: a.tif is grey; convert to 8 bits\n" in capsys.readouterr().out
+
+
+def test_runs_of_a_block_have_the_images_and_the_weights_of_their_own_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(figure_set, "load_images", lambda run, *others: SimpleNamespace(num_classes=run["split_seed"]))
+    monkeypatch.setattr(figure_set.models, "load", lambda name, classes, path, *others: loaded.append((classes, path)))
+    weights, loaded = tmp_path / "weights" / "utkface_MFD_resnet20.safetensors", []
+    weights.parent.mkdir()
+    weights.touch()
+    run = {"model": "resnet20", "dataset": "utkface", "age_grouping": "MFD"}
+    run |= {"checkpoint_sha256": figure_set.file_sha256(weights)}
+    runs = [run | {"split_seed": seed} for seed in (3, 4, 3)]
+    block = rows.Block("misclassify", None, "utkface", "MFD", "resnet20", False, records=runs)
+    subject = figure_set.Subject(figure_set.FigureOptions(data_dir=tmp_path, device="cpu"), block)
+    for one in runs:
+        with contextlib.suppress(AttributeError):  # None is no model
+            subject.original(one)
+    assert loaded == [(3, weights), (4, weights), (3, weights)]
+    assert subject.images(runs[0]) is subject.images(runs[2])
