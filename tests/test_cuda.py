@@ -23,6 +23,7 @@ from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
 from l2ul.methods import registry, robust
 from l2ul.methods.checkpoint import Checkpoint
+from l2ul.methods.fixed_length_procedure import FixedLengthProcedure
 from l2ul.methods.settings import AttackSettings, Settings
 from l2ul.metrics import accuracy, groups, relearn, robustness
 from l2ul.metrics.registry import EVALUATIONS
@@ -348,6 +349,25 @@ def test_a_loop_of_cuda_graphs_ends_as_one_without(trained, method, changed, mon
         assert graphed == pytest.approx(eager, **CLOSE)
     for eager, graphed in zip(outcomes[0].model.parameters(), outcomes[1].model.parameters(), strict=True):
         assert torch.allclose(eager, graphed, rtol=1e-2, atol=1e-4)
+
+
+@counts_kernels
+@pytest.mark.parametrize("method", [name for name, known in registry.METHODS.items() if known.is_fixed_length])
+def test_no_step_of_a_method_of_fixed_length_waits_for_the_gpu(trained, method, monkeypatch):
+    model, images, labels = (part.to(CUDA) for part in trained)
+    monkeypatch.setattr(FixedLengthProcedure, "check_every", 1000)
+    steps, take = [], unlearn._Loop._step
+
+    def counted(loop):
+        with emulated_cuda.counting() as counts:
+            terms = take(loop)
+        steps.append(counts)
+        return terms
+
+    monkeypatch.setattr(unlearn._Loop, "_step", counted)
+    settings, retain = Settings(method_settings=SHORT | {"batch": 2}), Split(images[4:], labels[4:])
+    unlearn.unlearn(model, images[:4], labels[:4], method, retain=retain, settings=settings)
+    assert sum(counts.synchronisations.total() for counts in steps[1:]) == 0  # the first one prepares the method
 
 
 @counts_kernels

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from l2ul import attack, objective
+from l2ul.common.device import upload
 from l2ul.common.modes import eval_mode, frozen_copy, trainable
 from l2ul.data.forget_set import random_new_labels
 from l2ul.data.images import Split
@@ -193,8 +194,8 @@ def jit(context: MethodContext) -> Iterator[Terms]:
             for forget in context.batches(context.forget_split):
                 logits, ratios = context.model(forget.images), []
                 for _ in range(context.settings["copies"]):
-                    noise = torch.randn(forget.images.shape, generator=context.generator).to(logits.device)
-                    noise = context.settings["sigma"] * noise
+                    noise = torch.randn(forget.images.shape, generator=context.generator)
+                    noise = context.settings["sigma"] * upload(noise, logits.device)
                     change = (logits - context.model(forget.images + noise)).norm(dim=1)
                     ratios.append(change / noise.flatten(1).norm(dim=1))
                 yield {"forget": torch.stack(ratios).mean()}
