@@ -278,6 +278,7 @@ def accuracy_against_k(subject: Subject) -> Drawn:
     """Draw figure 1."""
     runs = [run for run in subject.block.records if run["method"] != "before"]
     shown = figure_data.usual(runs)
+    shown = list(filter(rows.has_usual_data, shown)) or shown  # others have another "before"
     table = figure_data.accuracies(shown)
     if len(runs) > len(shown):
         subject.report(

@@ -10,9 +10,13 @@ from l2ul.common.text import shortened
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.methods import registry
-from l2ul.methods.settings import from_text, has_effect
+from l2ul.methods.settings import SHARED, from_text, has_effect
 
 LONGEST = 400  # characters of the settings in the name of a row
+OF_METHOD = (*SHARED, "course", "method_version", "method_revision", "method_code")
+# What a method starts from and is measured on. Means are compared if these are the usual ones.
+OF_DATA = {name for name, key in records.SCHEMA.items() if key.role == records.SETTING and name not in OF_METHOD}
+OF_DATA |= {"listed", "forget_sha256"}
 HASHES = {"checkpoint_sha256": "weights", "forget_sha256": "D_f", "surrogate_sha256": "surrogate images"}
 BLOCK = ("goal", "continual_size", "dataset", "age_grouping", "model")
 
@@ -48,6 +52,11 @@ def main_row(runs: Iterable[Record], method: str) -> str:
     """Return the row that represents a method: the one with usual settings, else the one with most runs."""
     rows = Counter(record["row"] for record in runs if record["method"] == method)
     return method if method in rows or not rows else min(rows, key=lambda row: (-rows[row], row))
+
+
+def has_usual_data(run: Record) -> bool:
+    """Return whether a run of a block started from the usual weights and was measured on the usual images."""
+    return not run["differs"].keys() & OF_DATA
 
 
 def blocks(runs: Iterable[Record]) -> list[Block]:

@@ -11,16 +11,11 @@ from l2ul.common.errors import InputError
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.methods import registry
-from l2ul.methods.settings import SHARED
 from l2ul.metrics import columns
 from l2ul.metrics.columns import Column
 from l2ul.reporting import published
-from l2ul.reporting.rows import BLOCK, Block, place
+from l2ul.reporting.rows import BLOCK, Block, has_usual_data, place
 
-OF_METHOD = (*SHARED, "course", "method_version", "method_revision", "method_code")
-# What a method starts from and is measured on. Means are compared if these are the usual ones.
-OF_DATA = {name for name, key in records.SCHEMA.items() if key.role == records.SETTING and name not in OF_METHOD}
-OF_DATA |= {"listed", "forget_sha256"}
 CELL = (*BLOCK, "continual", "k", "continual_step")  # with a metric, the values that are compared
 
 
@@ -136,7 +131,7 @@ def _about(block: Block, runs: list[Record]) -> Record:
         records.CAP: sum(map(records.gave_up, runs)),
         "needs": needs(first),
         "forgot": all(_forgot(run) for run in runs),
-        "usual_data": not first["differs"].keys() & OF_DATA,
+        "usual_data": has_usual_data(first),
     }
 
 

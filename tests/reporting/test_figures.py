@@ -553,3 +553,15 @@ def test_runs_of_a_block_have_the_images_and_the_weights_of_their_own_options(tm
             subject.original(one)
     assert loaded == [(3, weights), (4, weights), (3, weights)]
     assert subject.images(runs[0]) is subject.images(runs[2])
+
+
+def test_figure_1_leaves_out_runs_from_other_weights():
+    runs = [{key: value for key, value in run.items() if key not in ("row", "differs")} for run in some_runs()]
+    other = {"checkpoint_sha256": "b" * 64, "acc_test_before": 50.0}
+    runs = [{"checkpoint_sha256": "a" * 64} | run | (other if run["method"] == "adv_imp" else {}) for run in runs]
+    (block,), said = rows.blocks(runs), []
+    subject = figure_set.Subject(figure_set.FigureOptions(device="cpu"), block, said.append)
+    table = figure_set.accuracy_against_k(subject)[1]
+    assert set(table["method"]) == {"before", "neggrad", "adv"}
+    assert table.set_index("method")["acc_test"]["before"] == 90.0
+    assert "4 runs with other settings are left out" in said[0]
