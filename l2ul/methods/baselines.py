@@ -206,6 +206,9 @@ def amun(context: MethodContext) -> Iterator[Terms]:
 
     The nearest adversarial examples are those of L2-PGD with a radius of `eps`, doubled until the predicted class
     changes, and steps of a tenth of the radius (see `nearest_examples`).
+
+    D_f itself is left out. This is the variant that the authors' code calls `advonly`; their default also trains on D_f
+    with its true labels.
     """
     nearest = nearest_examples(
         context.model,
