@@ -31,7 +31,10 @@ def finetune(context: MethodContext) -> Iterator[Terms]:
 
 
 def random_labels(context: MethodContext) -> Iterator[Terms]:
-    """Fine-tune on D_r and on D_f with random wrong labels (Graves et al. 2021, arXiv 2010.10981)."""
+    """Fine-tune on D_r and on D_f with random wrong labels (Graves et al. 2021, arXiv 2010.10981).
+
+    The labels are drawn once.
+    """
     relabelled = Split(context.forget.images, _wrong_labels(context))
     for _ in context.epochs:
         for retain, forget in context.paired_batches(context.retain, relabelled):
@@ -67,8 +70,9 @@ def salun(context: MethodContext) -> Iterator[Terms]:
     """Run random_labels on the weights that are salient for D_f (Fan et al. 2024, arXiv 2310.12508).
 
     The salient weights, a share `salient` of all, have the largest |∂CE(D_f)/∂θ⁰| of the whole model. All other weights
-    stay bit for bit: neither momentum nor weight decay moves them. (The authors' code masks the gradients only, so that
-    weight decay moves every weight; so did version 1 of this method.)
+    stay bit for bit: neither momentum nor weight decay moves them. (Earlier versions of the authors' code mask the
+    gradients only, so that weight decay moves every weight; so did version 1 of this method.) The authors' code draws
+    new labels in each epoch, among all classes.
     """
     parameters = trainable(context.model)
     saliency = [gradient.abs() for gradient in _forget_gradient(context, parameters)]
@@ -188,6 +192,10 @@ def jit(context: MethodContext) -> Iterator[Terms]:
     The loss is the mean over `copies` of ‖f(x) - f(x + ξ)‖ / ‖ξ‖, with Gaussian noise ξ of standard deviation `sigma`
     per pixel. The paper chooses rate and σ for each model. The model is in eval mode: the paper's models have no
     batch-norm, whose running statistics would become those of noise.
+
+    The loss is also the mean over the images of a batch. The authors' code takes their sum, so that its steps at the
+    same rate are as many times as long, with plain SGD, without a gradient through f(x + ξ), and with x + ξ clipped to
+    the range of the batch.
     """
     with eval_mode(context.model):
         for _ in context.epochs:
