@@ -119,7 +119,7 @@ class Evaluator:
         classes = {"before": self._by_part(run, forget, self.original())}
         if after:
             classes["after"] = self._by_part(run, self._predict_forget(run, model), after)
-            if any(group.requires_retrained for group in self.groups):
+            if self._is_retrained_predicted():
                 self._retrained()  # by all processes together, before the first one needs them
         predictions = {f"{part}_{when}": value for when, parts in classes.items() for part, value in parts.items()}
         if self.setup.retain_sample is not None:
@@ -129,6 +129,10 @@ class Evaluator:
         if after and distributed.is_first():
             row |= self._metrics(self._outputs(run, model, labels, classes))
         return row, predictions
+
+    def _is_retrained_predicted(self) -> bool:
+        """Return whether a group may need the predictions of the retrained model, which all processes share."""
+        return self.references.retrained is not None and any(group.retrained for group in self.groups)
 
     @cached_property
     def _splits(self) -> dict[str, Split]:

@@ -110,11 +110,6 @@ class EvaluationGroup:
         """For each metric that compares with reference models, the key of a record that identifies these models."""
         return dict.fromkeys(self.retrained, RETRAINED_SHA256) | dict.fromkeys(self.references, REFERENCES_SHA256)
 
-    @property
-    def requires_retrained(self) -> bool:
-        """Whether every metric of the group compares with the retrained model."""
-        return self.names == self.retrained
-
     def compute(self, outputs: RunOutputs) -> dict[str, float]:
         """Return the metrics by key; those that need reference models only if `outputs` has these."""
         function = self.function

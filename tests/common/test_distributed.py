@@ -16,6 +16,7 @@ import torch
 from torch import nn
 import torch.distributed as dist
 
+from l2ul import models
 from l2ul.cli import exit_codes
 from l2ul.common import distributed
 from l2ul.common.cache import Cache
@@ -25,6 +26,7 @@ from l2ul.data.images import Split
 from l2ul.experiments.adversarial_sets import Attack
 from l2ul.methods.settings import AttackSettings
 from l2ul.metrics import accuracy
+from l2ul.metrics.registry import EVALUATIONS, EvaluationGroup
 from l2ul.training import loop
 from l2ul.training.recipe import Recipe
 import main_unlearn
@@ -261,6 +263,25 @@ def test_records_equal_those_of_one_process_and_are_written_once(run, tmp_path, 
     codes, _, out, _ = run_processes(place / "again", 3, unlearn, own)
     assert codes == [0, 0, 0]
     assert "0 runs to do, 6 done" in out[0]
+
+
+def test_a_group_of_the_user_compares_with_the_retrained_model(few_digits, tmp_path, monkeypatch):
+    """The processes share its predictions, which the first one alone asks for."""
+
+    def compare(outputs):
+        agree = outputs.after["test"] == outputs.retrained.classes("test")
+        return {"metric_own": 1.0, "metric_agreement": float(agree.float().mean())}
+
+    group = EvaluationGroup("Compare.", compare, ("metric_own",), ("metric_agreement",))
+    monkeypatch.setitem(EVALUATIONS, "own", group)
+    models.save(models.build("resnet20", 10), tmp_path / "retrained.safetensors", {})
+    words = ["--method", "before", "--evaluate", "own", "--retrained", tmp_path / "retrained.safetensors", *FAST]
+    codes, _, _, err = run_processes(
+        tmp_path / "all", 2, unlearn, ["--result-dir", tmp_path, "--device", "cpu", *words]
+    )
+    assert codes == [0, 0], err
+    (path,) = (tmp_path / "runs").glob("*.json")
+    assert 0 <= json.loads(path.read_text())["metric_agreement"] <= 1
 
 
 @pytest.mark.parametrize("words", [["--seed", "x"], ["--forget-file", "nothing.txt"], ["--decoder", "gpu"]])
