@@ -19,7 +19,7 @@ from l2ul.common.text import require_file
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.metrics import columns
-from l2ul.reporting.rows import main_row, place, settings
+from l2ul.reporting.rows import known_settings, main_row, place
 
 WITH_ACCURACIES = (records.FORGOTTEN, records.DONE, records.CAP)
 MEASURED = tuple(column.key for column in columns.of_table("accuracy") if column.compared)  # D_r and D_test
@@ -143,7 +143,7 @@ def _sweeps(runs: list[Record], setting: str) -> dict[tuple[int, str], list[Reco
     alike = defaultdict(list)
     for run in runs:
         if run.get(setting) is not None and run["status"] in WITH_ACCURACIES:
-            others = {name: value for name, value in settings(run).items() if name != setting}
+            others = {name: value for name, value in known_settings(run).items() if name != setting}
             alike[run["k"], run["method"], json.dumps(others, sort_keys=True)].append(run)
     most = defaultdict(list)
     for (size, method, _), same in alike.items():

@@ -84,6 +84,13 @@ def settings(record: Record) -> Record:
     return values | {f"{record['method']}.{name}": value for name, value in own.items()} | listed
 
 
+def known_settings(record: Record) -> Record:
+    """Return the settings of a run that are not null, without those of records that are older than the key."""
+    values = settings(record).items()
+    absent = {name: records.lookup(name).absent_for(record["dataset"]) for name, _ in values}
+    return {name: value for name, value in values if value not in (None, absent[name])}
+
+
 def _name_rows(block: Block) -> None:
     values = [settings(record) for record in block.records]
     pairs = list(zip(block.records, values, strict=True))

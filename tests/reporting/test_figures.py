@@ -565,3 +565,10 @@ def test_figure_1_leaves_out_runs_from_other_weights():
     assert set(table["method"]) == {"before", "neggrad", "adv"}
     assert table.set_index("method")["acc_test"]["before"] == 90.0
     assert "4 runs with other settings are left out" in said[0]
+
+
+def test_ablations_compare_older_records_that_lack_a_setting_with_newer_ones():
+    newer = {"pgd_eps": 1.0, "surrogate": None, "adv_dtype": "float32", "method_revision": None}
+    table = figure_data.ablations(some_runs(copies=[newer]))
+    assert set(table["setting"]) == {"pgd_eps"}
+    assert set(table["value"].dropna()) == {1.0, 4.0}
