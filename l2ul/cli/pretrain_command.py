@@ -153,7 +153,8 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
 
         def is_trained() -> bool:
             if output.exists() and not opts.rerun:
-                pretrain.check_settings(output, settings)
+                named = {name: value for name in ("mean", "std") if (value := getattr(opts, name))}
+                pretrain.check_settings(output, settings | named)
                 return True
             require_writable(output.parent, output.name, pretrain.state_file(output).name)
             if opts.tracker:

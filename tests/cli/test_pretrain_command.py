@@ -59,6 +59,9 @@ def test_weights_are_saved_where_unlearning_looks_for_them(pretrain, tmp_path):
     assert "exists; add --rerun" in pretrain("--lr", "1e-3", "--optimizer", "adamw")[1]
     assert "was trained with lr 0.001, not 0.1; add --rerun" in pretrain("--lr", 0.1, "--optimizer", "adamw")[2]
     assert "was trained with optimizer adamw, not sgd; add --rerun" in pretrain("--lr", "1e-3")[2]
+    same = ("--lr", "1e-3", "--optimizer", "adamw", "--mean")
+    assert "exists; add --rerun" in pretrain(*same, *metadata["mean"])[1]
+    assert "was trained with mean [0.485, 0.456, 0.406], not [0.5, 0.5, 0.5]" in pretrain(*same, 0.5, 0.5, 0.5)[2]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", "SGD"), ("adam", "Adam"), ("adamw", "AdamW")])
