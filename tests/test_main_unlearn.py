@@ -12,6 +12,7 @@ import torchvision
 
 from l2ul import attack, models
 from l2ul.cli import unlearn_options
+from l2ul.common.errors import Diverged
 from l2ul.data import forget_set
 from l2ul.experiments import measurement, records
 from l2ul.methods import registry
@@ -284,3 +285,19 @@ def test_help_shows_groups_and_defaults(run, capsys):
     assert "adversarial examples" in out
     assert "L2 norm over pixels in [0,1] (default: 4.0; utkface: 2.0)" in " ".join(out.split())
     assert all(f"--{name.replace('_', '-')}" in out for name in SHARED)
+
+
+def test_a_model_whose_logits_of_the_forget_set_are_not_finite_is_not_kept(run, tmp_path, monkeypatch):
+    evaluate = measurement.Evaluator.evaluate
+
+    def diverge(evaluator, run, model, after):
+        if after is not None:
+            raise Diverged("the logits of 1 of 2 images are not finite")
+        return evaluate(evaluator, run, model, after)
+
+    monkeypatch.setattr(measurement.Evaluator, "evaluate", diverge)
+    code, _, err = run("--method", "neggrad", "--save-model")
+    assert code == 0, err
+    (record,) = load_records(tmp_path).values()
+    assert record["status"] == "diverged"
+    assert not list((tmp_path / "models").iterdir())

@@ -312,12 +312,12 @@ class Experiment:
         except Diverged:
             outcome.status = records.DIVERGED
         result.seconds["evaluate"] = after.seconds if after else 0.0
-        self._keep(run, result)
         try:
             row, predictions = self.evaluator.evaluate(run, outcome.model, after)
         except Diverged:  # the logits are finite for D_r and D_test, but not for D_f
             outcome.status = records.DIVERGED
             row, predictions = self.evaluator.evaluate(run, outcome.model, None)
+        self._keep(run, result)
         if distributed.is_first():
             self._record(run, result, row, predictions)
 
