@@ -56,7 +56,8 @@ def read(
     images of the data set's training or test set.
     """
     if match := PART.fullmatch(name):
-        return _part_of(images, name, *match.groups())
+        chosen, rest = _part_of(images, name, *match.groups())
+        return Surrogate(name, _in_memory(chosen.images), of_test=match[1] == "test"), rest
     if Path(name).is_dir():
         files = sorted(str(file) for file in Path(name).rglob("*") if file.is_file() and is_image_name(file.name))
         if not files:
@@ -74,7 +75,14 @@ def read(
     )
 
 
-def _part_of(images: Images, name: str, part: str, first: str | None, last: str | None) -> tuple[Surrogate, Images]:
+def without_part(images: Images, name: str | None) -> Images:
+    """Return a data set without the part of its test set that a surrogate set has taken out; `name` as in `read`."""
+    match = PART.fullmatch(name or "")
+    return _part_of(images, name, *match.groups())[1] if match and match[1] == "test" else images
+
+
+def _part_of(images: Images, name: str, part: str, first: str | None, last: str | None) -> tuple[Split, Images]:
+    """Return a part of the test or validation set, and the data set without it."""
     split: Split | None = getattr(images, part)
     if split is None:
         raise InputError(f"--surrogate is {name}, but {images.name} has no validation set", "use test or a folder")
@@ -90,8 +98,7 @@ def _part_of(images: Images, name: str, part: str, first: str | None, last: str 
     inside = torch.zeros(len(split), dtype=torch.bool)
     inside[start:stop] = True
     rest = split.subset((~inside).nonzero().flatten().to(split.labels.device))
-    chosen = split.subset(torch.arange(start, stop, device=split.labels.device))
-    return Surrogate(name, _in_memory(chosen.images), part == "test"), replace(images, **{part: rest})
+    return split.subset(torch.arange(start, stop, device=split.labels.device)), replace(images, **{part: rest})
 
 
 def _in_memory(images: Tensor | FolderImages) -> Tensor:

@@ -27,7 +27,7 @@ from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
 from l2ul.common.offline import offline
 from l2ul.common.progress import progress_bar
-from l2ul.data import datasets, forget_set, storage
+from l2ul.data import datasets, forget_set, storage, surrogate
 from l2ul.data.image_files import ImageReader
 from l2ul.data.images import Images, as_pixels
 from l2ul.experiments.records import Record
@@ -120,7 +120,7 @@ def draw(
 
 
 def load_images(run: Record, data_dir: Path, download: bool = False) -> Images:
-    """Load the data set of a run, with the channels that its model takes.
+    """Load the data set of a run, with the channels that its model takes and without surrogate images.
 
     Raises InputError if it is not in `data_dir`, or another one is.
     """
@@ -138,6 +138,8 @@ def load_images(run: Record, data_dir: Path, download: bool = False) -> Images:
             f"{run['num_train']}",
             "name the folder of that one with --data-dir",
         )
+    if run.get("num_test") not in (None, len(images.test)):
+        images = surrogate.without_part(images, run.get("surrogate") or run.get("test_without"))
     return images.with_channels(len((run.get("mean") or "R G B").split()))
 
 
@@ -176,7 +178,8 @@ class Subject:
 
     def images(self, run: Record) -> Images:
         """Return the data set of a run. Runs of a block can differ in options that decide it, such as the split."""
-        key = tuple(run.get(name) for name in (*DATA_KEYS, *ImageReader().options, "num_train", "mean"))
+        names = *DATA_KEYS, *ImageReader().options, "num_train", "num_test", "surrogate", "test_without", "mean"
+        key = tuple(run.get(name) for name in names)
         if key not in self._images:
             self._images[key] = load_images(run, self.options.data_dir, self.options.download)
         return self._images[key]

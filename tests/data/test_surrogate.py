@@ -9,6 +9,7 @@ import torch
 from l2ul.common.errors import InputError
 from l2ul.data import surrogate
 from l2ul.data.images import Images, Split
+from l2ul.reporting import figure_set
 
 
 def data_set(name="own", count=20, side=8, seed=0):
@@ -87,11 +88,14 @@ def test_a_folder_with_a_training_image_is_refused(tmp_path):
         surrogate.read(str(tmp_path), images, no_other)
 
 
-def test_a_method_without_surrogate_images_has_a_run_for_each_part_of_the_test_set(run, tmp_path):
-    records = []
+def test_a_method_without_surrogate_images_has_a_run_for_each_part_of_the_test_set(run, tmp_path, few_digits):
     for part in ("test:0-10", "test:10-20", "test:0-10"):
         code, out, err = run("--method", "before", "--surrogate", part)
         assert code == 0, err
-        records = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")]
+    records = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")]
     assert sorted(record["test_without"] for record in records) == ["test:0-10", "test:10-20"]
     assert {record["surrogate"] for record in records} == {None}
+    for record in records:
+        images = figure_set.load_images(record, tmp_path)  # a figure shows what is measured
+        measured = slice(10, 20) if record["test_without"] == "test:0-10" else slice(10)
+        assert torch.equal(images.test.images, few_digits.test.images[measured])
