@@ -189,13 +189,11 @@ def _nearest_wrong_labels(context: MethodContext, indices: Tensor) -> Tensor:
 def jit(context: MethodContext) -> Iterator[Terms]:
     """Make the outputs on D_f insensitive to noise (just in time; Foster et al. 2024, arXiv 2402.01401).
 
-    The loss is the mean over `copies` of ‖f(x) - f(x + ξ)‖ / ‖ξ‖, with Gaussian noise ξ of standard deviation `sigma`
-    per pixel. The paper chooses rate and σ for each model. The model is in eval mode: the paper's models have no
-    batch-norm, whose running statistics would become those of noise.
-
-    The loss is also the mean over the images of a batch. The authors' code takes their sum, so that its steps at the
-    same rate are as many times as long, with plain SGD, without a gradient through f(x + ξ), and with x + ξ clipped to
-    the range of the batch.
+    The loss is the sum over the images of a batch of the mean over `copies` of ‖f(x) - f(x + ξ)‖ / ‖ξ‖, with Gaussian
+    noise ξ of standard deviation `sigma` per pixel. The paper chooses rate and σ for each model. The model is in eval
+    mode: the paper's models have no batch-norm, whose running statistics would become those of noise. The authors' code
+    has plain SGD, no gradient through f(x + ξ), and clips x + ξ to the range of the batch. (Version 1 of this method
+    took the mean over the images, so that its steps at the same rate were shorter by their number.)
     """
     with eval_mode(context.model):
         for _ in context.epochs:
@@ -206,7 +204,7 @@ def jit(context: MethodContext) -> Iterator[Terms]:
                     noise = context.settings["sigma"] * upload(noise, logits.device)
                     change = (logits - context.model(forget.images + noise)).norm(dim=1)
                     ratios.append(change / noise.flatten(1).norm(dim=1))
-                yield {"forget": torch.stack(ratios).mean()}
+                yield {"forget": torch.stack(ratios).mean(0).sum()}
 
 
 def amun(context: MethodContext) -> Iterator[Terms]:

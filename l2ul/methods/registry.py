@@ -196,7 +196,7 @@ BUILT_IN = (
     # version 1: the attention and the class token of a vision transformer kept the weights of θ⁰ in the random model
     _baseline("bad_teaching", "retain", version=2, epochs=1, lr=1e-4, adam=1, batch=128, augment=1, part=0.3),
     _baseline("boundary_shrink", epochs=10, lr=1e-5, batch=64, augment=1, bound=0.1),
-    _baseline("jit", epochs=1, lr=3e-4, batch=64, sigma=0.5, copies=25),
+    _baseline("jit", version=2, epochs=1, lr=3e-4, batch=64, sigma=0.5, copies=25),  # 1: mean over images, not sum
     _baseline("amun", "retain", **TUNING, eps=0.05, iterations=50),
 )
 METHODS: dict[str, Method] = {one.name: one for one in BUILT_IN}

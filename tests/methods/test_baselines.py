@@ -209,10 +209,11 @@ def test_ssd_equals_hand_computed_values():
 
 def test_jit_equals_the_expected_value_of_a_linear_model():
     """‖f(x) - f(x + ξ)‖ / ‖ξ‖ is the relative length of two of the three coordinates of ξ."""
-    model, context = linear_context("jit", [[0.2, 0.4, 0.6]], [[0.0, 0.0, 0.0]], copies=4000, sigma=0.1)
+    images = [[0.2, 0.4, 0.6], [0.6, 0.4, 0.2]]
+    model, context = linear_context("jit", images, [[0.0, 0.0, 0.0]], copies=4000, sigma=0.1)
     (terms,) = list(registry.get("jit").terms(context))
-    # expected length of two of three coordinates of a uniform direction: π/4
-    assert terms["forget"].item() == pytest.approx(torch.pi / 4, abs=0.01)
+    # expected length of two of three coordinates of a uniform direction: π/4, for each of the two images
+    assert terms["forget"].item() == pytest.approx(2 * torch.pi / 4, abs=0.02)
 
 
 def test_jit_keeps_batch_norm_statistics(inputs):
