@@ -17,6 +17,9 @@ OFFLINE = 0.3  # a of the offline RMIA, the same for every data set
 GAMMA = 1.0
 
 
+ROWS = 1024  # images whose probabilities are computed at once: in double precision, those of many classes are large
+
+
 def scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Compute the scores that attackers threshold: the higher, the more an image looks like a training image.
 
@@ -29,6 +32,11 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
              modified_entropy  (1 - p_y) log p_y + Σ_{c≠y} p_c log(1 - p_c), the negative modified entropy
                                (Song & Mittal, USENIX Security 2021, arXiv 2003.10595)
     """
+    parts = [_scores(*part) for part in zip(logits.split(ROWS), labels.split(ROWS), strict=True)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     log_p = logits.double().log_softmax(1)
     p = log_p.exp()
     own = F.one_hot(labels, logits.shape[1]).bool()
@@ -112,7 +120,12 @@ def inference(
 
 def label_log_probability(logits: Tensor, labels: Tensor) -> Tensor:
     """Return log p_y (n,) in double precision, for logits (n, C) and labels y (n,) int64: at most 0."""
-    return logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0]
+    return torch.cat(
+        [
+            some.double().log_softmax(1).gather(1, own[:, None])[:, 0]
+            for some, own in zip(logits.split(ROWS), labels.split(ROWS), strict=True)
+        ]
+    )
 
 
 def likelihood_ratio(own: Tensor, references: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from l2ul.common import seeds
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
 from l2ul.metrics import features
+from l2ul.metrics.membership import ROWS
 
 MAX_IMAGES = 512  # of each part, for the comparison of features
 
@@ -30,10 +31,15 @@ def js_divergence(first: Tensor, second: Tensor) -> float:
     ½ KL(p ‖ m) + ½ KL(q ‖ m) with m = (p + q) / 2 (Lin 1991), summed over classes, in double precision. The default
     reduction of torch's losses also divides by the number of classes.
     """
+    divergence = torch.cat([_js_divergence(*part) for part in zip(first.split(ROWS), second.split(ROWS), strict=True)])
+    return float(divergence.mean().clamp_min(0)) / math.log(2)
+
+
+def _js_divergence(first: Tensor, second: Tensor) -> Tensor:
+    """Return the divergence (n,) of each image, in nats."""
     log_p, log_q = (logits.double().log_softmax(1) for logits in (first, second))
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    divergence = sum((log.exp() * (log - log_m)).sum(1) for log in (log_p, log_q)) / 2  # (N,), nats
-    return float(divergence.mean().clamp_min(0)) / math.log(2)
+    return sum((log.exp() * (log - log_m)).sum(1) for log in (log_p, log_q)) / 2
 
 
 def feature_similarity(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from l2ul.metrics import membership
+from l2ul.metrics import membership, retrain_gap
 from l2ul.metrics.registry import MEMBERSHIP_ATTACKS
 import main_unlearn
 
@@ -116,3 +116,22 @@ def test_metrics_of_a_diverged_run_are_null(script, few_digits, tmp_path):
     (record,) = map(json.loads, map(Path.read_text, tmp_path.glob("runs/*.json")))
     assert record["status"] == "diverged"
     assert record["metric_mia_loss_auc"] is None
+
+
+def test_probabilities_of_many_images_are_computed_in_parts(monkeypatch):
+    """In double precision, those of 50,000 images and 21,841 classes would need 52 GB at once."""
+    logits, labels, rows = torch.randn(20, 5), torch.arange(20) % 5, []
+    double = torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda self: rows.append(len(self)) or double(self))
+
+    def values():
+        scores = membership.scores(logits, labels)
+        divergence = torch.tensor([retrain_gap.js_divergence(logits, logits.flip(0))])
+        return torch.cat([*scores.values(), membership.label_log_probability(logits, labels), divergence])
+
+    expected = values()
+    rows.clear()
+    for module in (membership, retrain_gap):
+        monkeypatch.setattr(module, "ROWS", 8)
+    assert torch.allclose(values(), expected, rtol=1e-12)
+    assert max(rows) == 8
