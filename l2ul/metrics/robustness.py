@@ -212,7 +212,8 @@ def recalibrated(model: nn.Module, images: Tensor) -> nn.Module:
     size = min(BATCH_SIZE, len(images)) if norms else 0
     while size:
         try:
-            _recompute_statistics(result, norms, images.tensor_split(-(-len(images) // size)))  # of nearly equal size
+            parts = min(-(-len(images) // size), len(images) // 2)  # of nearly equal size, and of two images at least
+            _recompute_statistics(result, norms, images.tensor_split(parts))
             break
         except (RuntimeError, MemoryError) as error:
             size = max(2, smaller_batch(size if size > 2 else 1, error))
