@@ -24,6 +24,7 @@ from l2ul.methods.settings import Settings
 
 BATCH = 256  # images that are synthesised at once; their statistics are those of the batch
 SYNTHESIS_LR = 0.01  # highest rate of Adam on pixels in [0,1]
+STATISTICS_VERSION = 2  # part of the keys of images that models without batch-norm made; it grows with each change
 STATISTICS, VARIATION = 10.0, 1.0  # weights of the statistics of features and of the total variation
 
 
@@ -118,6 +119,7 @@ class Synthesis:
         key = {"kind": "synthesised images", "count": count, "iterations": iterations, "seed": settings.seed}
         key |= {"position": settings.first_position, "net": model_fingerprint(model), "inputs": inputs}
         key |= {"class_weight": class_weight} | environment(images.device)
+        key |= {} if batch_norms(model) else {"statistics": STATISTICS_VERSION}
         name = repr(key)
         if name not in self._made:
             with self.cache.lock(key):  # waits for another command that makes the same
@@ -197,7 +199,7 @@ class _Statistics:
                     model,
                     images[:BATCH],
                     names,
-                    reduce=lambda name, inputs: (inputs.ndim > 2, self._of_channels(name, inputs)),
+                    reduce=lambda name, inputs: (self._has_positions(name, inputs), self._of_channels(name, inputs)),
                 )
             # inputs with a single position, which have no variance if k = 1, are left out unless all are so
             some = any(has_positions for has_positions, _ in found)
@@ -219,9 +221,17 @@ class _Statistics:
             )
         return logits, torch.stack(gaps).mean()
 
+    def _channel(self, name: str, features: Tensor) -> int:
+        """Return the axis of the channels in the input of a module."""
+        return features.ndim - 1 if isinstance(self.model.get_submodule(name), nn.Linear) else 1
+
+    def _has_positions(self, name: str, features: Tensor) -> bool:
+        """Return whether there are several positions per image: pixels of a feature map, or tokens."""
+        return features.numel() > len(features) * features.shape[self._channel(name, features)]
+
     def _of_channels(self, name: str, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance (C,) over images and positions."""
-        channel = features.ndim - 1 if isinstance(self.model.get_submodule(name), nn.Linear) else 1
+        channel = self._channel(name, features)
         others = [axis for axis in range(features.ndim) if axis != channel]
         features = features.float()  # of bf16 passes
         with saved_tensors_hooks(_same, _same):  # not those of a checkpoint, which recomputes without this function

@@ -105,6 +105,25 @@ def test_a_model_without_batch_norm_has_the_statistics_of_d_f():
     assert list(stand_ins._Statistics(without_positions, images).moments) == ["1", "3"]
 
 
+def test_maps_of_one_pixel_and_single_tokens_are_left_out_of_the_statistics_of_d_f():
+    class Gated(nn.Module):
+        """A convolution of a pooled map, as in squeeze-and-excitation, and a linear layer of one token."""
+
+        def __init__(self):
+            super().__init__()
+            self.features, self.gate, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, CLASSES)
+
+        def forward(self, pixels):
+            features = self.features(pixels)
+            pooled = features.mean((2, 3), keepdim=True)
+            return self.head((pooled * self.gate(pooled)).flatten(2).transpose(1, 2)).squeeze(1)
+
+    torch.manual_seed(0)
+    statistics = stand_ins._Statistics(Gated().eval(), torch.rand(1, 3, 8, 8, generator=generator()))
+    assert list(statistics.moments) == ["features"]
+    assert statistics.gap(torch.rand(3, 3, 8, 8, generator=generator()))[1].item() < 10
+
+
 def test_images_are_moved_to_where_the_models_differ_more(trained):
     model, images, _ = trained
     pixels = images[:5] / 255
