@@ -410,7 +410,8 @@ def find_candidates(
         images = synthesised_images(first, unlearner.surrogate)
         first = replace(first, robust_images=images)  # the time of a synthesis is not planned where there is none
     seconds_per_step = _measure_step(unlearner, _without_synthesis(first), budget)
-    of_search = budget.part(_search_share(unlearner, budget))
+    seconds_of_checks = _seconds_of_checks(unlearner)
+    of_search = budget.part(_search_share(seconds_of_checks, budget))
     unlearner.probes.append(_held_out_probe(unlearner, first, budget, seconds_per_step))
     if keep_images is not None:
         unlearner.probes.append(agreement.make_probe("images to keep", unlearner.model, keep_images))
@@ -420,7 +421,7 @@ def find_candidates(
         if candidate.status == STOPPED:
             on_early_end(f"--minutes or --max-steps stopped the run at step {candidate.steps}: use a larger limit")
         return [candidate]
-    return search(unlearner, first, of_search, seconds_per_step, on_candidate, on_early_end)
+    return search(unlearner, first, of_search, seconds_per_step, on_candidate, on_early_end, seconds_of_checks)
 
 
 def find_best(
@@ -436,14 +437,23 @@ def find_best(
     return candidates, next((one for one in candidates[:1] if one.is_better_than(stored, forgotten)), None)
 
 
-def _search_share(unlearner: Unlearner, budget: TimeBudget) -> float:
-    """Return the share of the budget after which candidates stop: before the last one and the result are checked."""
+def _seconds_of_checks(unlearner: Unlearner) -> float:
+    """Return the seconds that it takes to check the last candidate and the result as used; 0 if that is not done."""
     if not unlearner.as_used:
-        return SEARCH_SHARE
+        return 0.0
     model, k = unlearner.model, len(unlearner.forget)
-    checks = robustness.num_passes(model, k, in_full=False) + robustness.num_passes(model, k)
-    seconds = checks * robustness.seconds_per_copy(model, unlearner.forget)
-    return max(LEAST_SEARCH, min(SEARCH_SHARE, 1 - seconds / budget.seconds))
+    passes = robustness.num_passes(model, k, in_full=False) + robustness.num_passes(model, k)
+    return passes * robustness.seconds_per_copy(model, unlearner.forget)
+
+
+def _search_share(seconds_of_checks: float, budget: TimeBudget) -> float:
+    """Return the share of the budget after which candidates stop: before the last one and the result are checked."""
+    return max(LEAST_SEARCH, min(SEARCH_SHARE, 1 - seconds_of_checks / budget.seconds))
+
+
+def _enough_for(seconds: float, seconds_of_checks: float) -> float:
+    """Return the seconds of the smallest budget whose share for the search (see `_search_share`) has these seconds."""
+    return max(seconds / SEARCH_SHARE, min(seconds + seconds_of_checks, seconds / LEAST_SEARCH))
 
 
 def _measure_step(unlearner: Unlearner, settings: Settings, budget: TimeBudget) -> float:
@@ -507,11 +517,13 @@ def search(
     seconds_per_step: float,
     on_candidate: Callable[[Candidate], object],
     on_early_end: Callable[[str], object] = lambda sentence: None,
+    seconds_of_checks: float = 0.0,
 ) -> list[Candidate]:
     """Run candidates while there is time; return them, best first and of equals the earlier one.
 
-    first             the method's own settings
-    seconds_per_step  with these settings
+    first              the method's own settings
+    seconds_per_step   with these settings
+    seconds_of_checks  after the search, for the advice on how many minutes are enough
 
     With robust=1, a candidate with robust=0 comes before: it forgets the images as they are stored in a third of the
     time. Then the cycle with robust=1 is as long as there is time for once its images are synthesised. Without time for
@@ -565,7 +577,7 @@ def search(
         elif not succeeded and settings != first:
             queue = deque(_around(unlearner, first, budget.left, candidates))
     if first.robust and unlearner.demanded.any() and not any(candidate.rank[1] for candidate in candidates):
-        on_early_end(_not_as_used(first, candidates, used_before, seconds_per_step))
+        on_early_end(_not_as_used(first, candidates, used_before, seconds_per_step, seconds_of_checks))
     elif left_out and not time_is_up:
         on_early_end(_early_end(first, left_out, candidates))
     return sorted([*as_stored, *candidates], key=lambda candidate: candidate.rank, reverse=True)  # stable
@@ -633,10 +645,17 @@ def _early_end(first: Settings, left_out: list[Settings], candidates: list[Candi
     )
 
 
-def _not_as_used(first: Settings, candidates: list[Candidate], used_before: float, seconds_per_step: float) -> str:
+def _not_as_used(
+    first: Settings,
+    candidates: list[Candidate],
+    used_before: float,
+    seconds_per_step: float,
+    seconds_of_checks: float,
+) -> str:
     """Return why no candidate counts as forgotten as used, and what to do.
 
-    used_before  seconds that the command took before the search
+    used_before        seconds that the command took before the search
+    seconds_of_checks  that it takes after the search
     """
     damaged = [candidate for candidate in candidates if candidate.is_damaged]
     if damaged:
@@ -651,7 +670,7 @@ def _not_as_used(first: Settings, candidates: list[Candidate], used_before: floa
     # for a run with robust=1 of twice the shortest length, or of twice the usual length if that was too damaging
     longer = 2 * _cost(first) if damaged else 2 * _cost(fit_to_time(first, 0.0, seconds_per_step))
     seconds = used_before + seconds_per_step * longer / PLANNED / (1 - AS_STORED)
-    minutes = math.ceil(seconds / SEARCH_SHARE / 60)
+    minutes = math.ceil(_enough_for(seconds, seconds_of_checks) / 60)
     return (
         f"{why}: use --minutes {minutes} or more, --surrogate with a folder of other images, or --setting robust=0 to "
         "forget them as they are stored only"

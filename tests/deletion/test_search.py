@@ -301,6 +301,16 @@ def test_images_are_first_forgotten_as_stored_which_stays_if_nothing_better_is_r
     assert candidates[0].settings.robust == 1
 
 
+def test_the_advised_minutes_leave_time_for_the_checks():
+    def advised(seconds_of_checks):
+        sentence = search._not_as_used(ROBUST, [], 0.0, 60.0, seconds_of_checks)
+        return int(sentence.partition("--minutes ")[2].split()[0])
+
+    short, long = advised(0.0), advised(1e9)
+    assert long == pytest.approx(short * search.SEARCH_SHARE / search.LEAST_SEARCH, abs=2)
+    assert short < advised(60.0 * short / 2) < long
+
+
 def test_a_cycle_with_robust_is_shortened_but_keeps_its_batches_and_rate(monkeypatch):
     run, candidates, now = run_search(monkeypatch, 15, lambda s: (True, 80.0 + s.robust), first=ROBUST)
     short = run[1]
@@ -338,8 +348,12 @@ def test_the_search_leaves_time_for_checks_of_a_slow_model(monkeypatch, trained,
     monkeypatch.setattr(robustness, "num_passes", lambda model, k, in_full=True: 100 if in_full else 38)
     budget = search.TimeBudget(60 if share == 0.4 else 30, time.perf_counter())
     unlearner = search.Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, as_used=True)
-    assert search._search_share(unlearner, budget) == pytest.approx(share)
-    assert search._search_share(replace(unlearner, as_used=False), budget) == 0.8
+    seconds = search._seconds_of_checks(unlearner)
+    assert search._search_share(seconds, budget) == pytest.approx(share)
+    assert search._search_share(search._seconds_of_checks(replace(unlearner, as_used=False)), budget) == 0.8
+    for needed in (1.0, 100.0, 1e4):
+        total = search._enough_for(needed, seconds)
+        assert total * search._search_share(seconds, search.TimeBudget(total, 0.0)) == pytest.approx(needed)
 
 
 def test_steps_are_not_measured_again_when_the_time_is_up(monkeypatch):
