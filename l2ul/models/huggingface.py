@@ -294,6 +294,8 @@ def _check_layers(name: str, processor, preprocess: nn.Sequential, channels: int
     try:
         if agree(preprocess, pixels, processor(pixels, return_tensors="pt")["pixel_values"]):
             return
+    except InputError:  # such as TooLarge, which is a ValueError too
+        raise
     except (NotImplementedError, ValueError):  # of torch
         raise InputError(
             f"the processor of {name} ({type(processor).__name__}) resizes with the filter {processor.resample}, which "

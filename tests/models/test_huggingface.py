@@ -143,6 +143,15 @@ def test_a_filter_that_torch_does_not_have_is_refused():
         huggingface.processor_layers(processor, "some")
 
 
+def test_a_size_that_is_too_large_is_not_taken_for_a_filter():
+    def processor(pixels, return_tensors):
+        return {"pixel_values": None}
+
+    processor.do_resize, processor.size, processor.resample = True, {"shortest_edge": 10_000}, 2
+    with pytest.raises(InputError, match="which resizing the short side to 10000 enlarges to"):
+        huggingface.processor_layers(processor, "some")
+
+
 def test_distill_keeps_what_the_layers_of_a_vit_are_given(vit_folder):
     model = models.load(f"hf:{vit_folder}", 10)
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
