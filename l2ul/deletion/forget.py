@@ -280,8 +280,7 @@ def _open(
 ) -> tuple[DeployedModel, "_PixelReader"]:
     """Return a copy of the model behind its normalisation, and what reads images for it."""
     net = unwrapped(copied(model))
-    pairs = zip(_tensors(net.eval()), _tensors(model), strict=True)
-    if not all(torch.allclose(now, before, rtol=0, atol=0, equal_nan=True) for now, before in pairs):
+    if not _are_equal(list(_tensors(net.eval())), list(_tensors(model))):
         raise InputError(
             "the model changes its weights in eval(), as adapters that are merged do",
             "call model.eval() first",
@@ -327,6 +326,14 @@ def _open(
 def _deployed(classifier: Classifier) -> DeployedModel:
     opened_by = {"model": BUILT, "image_size": None, "mean": None, "std": None}
     return DeployedModel(classifier.eval(), lambda image: image, [], opened_by)
+
+
+def _are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Return whether two models have tensors of the same shapes and values. Values that are not numbers are equal."""
+    return len(first) == len(second) and all(
+        one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+        for one, other in zip(first, second, strict=True)
+    )
 
 
 def _with_preprocessing_of(original: Classifier, net: nn.Module) -> Classifier:

@@ -98,6 +98,23 @@ def test_a_model_that_changes_its_weights_in_eval_mode_is_refused_in_train_mode(
         l2ul.forget(merging.train(), images[:2], labels[:2], **STORED)
 
 
+class Dropping(nn.Linear):
+    """A classifier with a parameter in train mode that it has not in eval mode."""
+
+    def train(self, mode=True):
+        self.scale = nn.Parameter(torch.ones(1)) if mode else None
+        return super().train(mode)
+
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+
+
+def test_a_model_that_drops_a_parameter_in_eval_mode_is_refused_in_train_mode(trained):
+    _, images, labels = trained
+    with pytest.raises(InputError, match=r"changes its weights in eval\(\)"):
+        l2ul.forget(Dropping(192, CLASSES).train(), images[:2], labels[:2], **STORED)
+
+
 def test_the_model_and_the_state_of_torch_stay_as_they_are(trained):
     model, images, labels = trained
     model.train()
