@@ -300,9 +300,9 @@ def read_reference_images(
     if folder is None:
         return None
     read = _read_others(folder, "--reference-images", model, request, skip_bad)
-    used = set() if surrogate is None else {image.numpy().tobytes() for image in surrogate.cpu()}
+    used = set() if surrogate is None else set(map(_digest, surrogate.cpu()))
     pairs = zip(read.files, read.images, strict=True)
-    common = next((image.file for image, pixels in pairs if pixels.numpy().tobytes() in used), None)
+    common = next((image.file for image, pixels in pairs if _digest(pixels) in used), None)
     if common:
         raise InputError(
             f"{common} of --reference-images is also an image of --surrogate, on which the model will be trained",
@@ -519,6 +519,11 @@ def _read_labels(table: Path, files: dict[str, str | None], folder: Path) -> dic
             )
         labels[file] = (by_table or by_folder, normal_form(row.get("new_label", "").strip()) or None)
     return labels
+
+
+def _digest(pixels: Tensor) -> bytes:
+    """Return a hash of an image (C, H, W) on the CPU, as the model takes it."""
+    return hashlib.sha256(pixels.contiguous().numpy()).digest()
 
 
 def _sha256(image: Image.Image) -> str:
