@@ -193,7 +193,7 @@ class _Statistics:
         names = activations.run_names(model, norms, images)
         self.moments = {name: (norms[name].running_mean, norms[name].running_var) for name in names}
         if not self.moments:
-            names = list(activations.layers(model, images))
+            names = list(activations.layers(model, images)) or [""]  # the pixels, if it has no such layers
             with torch.no_grad():
                 _, found = activations.logits_and_inputs(
                     model,

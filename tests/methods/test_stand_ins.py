@@ -124,6 +124,21 @@ def test_maps_of_one_pixel_and_single_tokens_are_left_out_of_the_statistics_of_d
     assert statistics.gap(torch.rand(3, 3, 8, 8, generator=generator()))[1].item() < 10
 
 
+def test_a_model_without_convolutions_and_linear_layers_has_the_colours_of_d_f():
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(192, CLASSES, generator=generator()))
+
+        def forward(self, pixels):
+            return pixels.flatten(1) @ self.weight
+
+    images = torch.rand(2, 3, 8, 8, generator=generator())
+    made = stand_ins.Synthesis().images(Raw().eval(), images, Settings(), 4, 2, 0.0)
+    assert made.shape == (4, 3, 8, 8)
+    assert list(stand_ins._Statistics(Raw(), images).moments) == [""]
+
+
 def test_images_are_moved_to_where_the_models_differ_more(trained):
     model, images, _ = trained
     pixels = images[:5] / 255
