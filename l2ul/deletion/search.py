@@ -457,7 +457,7 @@ def _enough_for(seconds: float, seconds_of_checks: float) -> float:
 
 
 def _measure_step(unlearner: Unlearner, settings: Settings, budget: TimeBudget) -> float:
-    """Return the seconds of a step of the loop, measured on steps with a part of its images if others take too long."""
+    """Return the seconds of a step of the loop, measured with a part of its images if that takes too long."""
     if unlearner.uses_teacher:
         names = ("distill_mixes", "distill_forget", "robust_pool")
         few = {name: max(1, getattr(settings, name) // PARTS) for name in names}

@@ -105,7 +105,7 @@ def as_used(model: nn.Module, forget: Forget, other_images: Tensor | None = None
     forget        D_f, on the model's device
     other_images  (n, C, H, W) images that are not in D_f, on which batch-norm is recalibrated; by default mixes of D_f
     in_full       False: measure only what `AsUsed.forgotten` needs, without single kinds of changes, and without
-                  further copies of an image that too many copies are recognised of, whose share is then a lower bound
+                  further copies of an image once too many are recognised; its share is then a lower bound
 
     The copies depend on the images and, in their noise, on the kind of device, not on the method or its seed. JPEG
     compression is that of Pillow.
