@@ -181,10 +181,12 @@ def test_recalibration_replaces_the_statistics_of_batch_norm(has_counter):
     assert result[1].momentum == model[1].momentum
 
 
-@pytest.mark.parametrize("most", [100, 1])
-def test_recalibration_goes_on_with_smaller_batches_if_memory_runs_out(most):
+@pytest.mark.parametrize(
+    ("most", "count", "tried"), [(100, 300, [150, 100, 100, 100]), (3, 5, [5, 3, 2]), (1, 300, [])]
+)
+def test_recalibration_goes_on_with_smaller_batches_if_memory_runs_out(most, count, tried):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    images = torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     expected, sizes = robustness.recalibrated(model, images), []
 
     def run_out(layer, inputs):
@@ -198,10 +200,10 @@ def test_recalibration_goes_on_with_smaller_batches_if_memory_runs_out(most):
             robustness.recalibrated(model, images)
         return
     result = robustness.recalibrated(model, images)
-    assert sizes == [150, 100, 100, 100]
-    assert result[1].num_batches_tracked == 3
-    assert torch.allclose(result[1].running_mean, expected[1].running_mean, atol=1e-3)
-    assert torch.allclose(result[1].running_var, expected[1].running_var, rtol=1e-2)
+    assert sizes == tried
+    assert result[1].num_batches_tracked == len(tried) - 1
+    assert torch.allclose(result[1].running_mean, expected[1].running_mean, atol=1e-2)
+    assert torch.allclose(result[1].running_var, expected[1].running_var, rtol=0.1)
 
 
 @pytest.mark.parametrize("count", [1, robustness.BATCH_SIZE + 1])
