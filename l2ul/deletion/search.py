@@ -407,7 +407,7 @@ def find_candidates(
         length = cycle_length(first, len(unlearner.train_set))
         first = replace(first, distill_steps=length, distill_image_steps=0.0)
     if first.robust:
-        images = synthesised_images(first, unlearner.surrogate)
+        images = synthesised_images(first, unlearner.model, unlearner.surrogate)
         first = replace(first, robust_images=images)  # the time of a synthesis is not planned where there is none
     seconds_per_step = _measure_step(unlearner, _without_synthesis(first), budget)
     seconds_of_checks = _seconds_of_checks(unlearner)

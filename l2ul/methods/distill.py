@@ -86,7 +86,7 @@ class DistillProcedure(Procedure):
         synthesis: Synthesis,
         surrogate: Tensor | None = None,
     ):
-        settings = self.adapted(settings, surrogate)
+        settings = self.adapted(settings, model, surrogate)
         self.method, self.model, self.forget, self.settings = method, model.eval(), forget, settings
         self.own_values, self.monitor = override(method.settings, settings.method_settings), monitor
         self.teacher = Teacher(model, forget.images, settings.distill_frozen)
@@ -112,7 +112,7 @@ class DistillProcedure(Procedure):
         self.separate = frozenset({"forget"} if method in BUILT_IN else ())
         self.has_draws = self.is_graphable = method in BUILT_IN
 
-    def adapted(self, settings: Settings, surrogate: Tensor | None) -> Settings:
+    def adapted(self, settings: Settings, model: nn.Module, surrogate: Tensor | None) -> Settings:
         """Return the settings with the values that the steps use."""
         return settings
 

@@ -15,8 +15,8 @@ The loss is that of `l2ul.methods.distill` with another B, w and s, and one more
 - The stand-ins are made of `robust_images` images in place of D_f, which are synthesised with the weight
   `robust_classes` of the classes: these images (`copies`) and the kinds in `distill_stand_ins`. Blends of D_f are too
   similar to the copies that have to be forgotten, so that what is kept and what is forgotten would conflict. With
-  robust_images=0, they are the kinds that are made of D_f but NEAR, which are whole images of D_f. A surrogate set
-  stands in as without robust=1.
+  robust_images=0, and for a model without batch-norm, they are the kinds that are made of D_f but NEAR, which are whole
+  images of D_f. A surrogate set stands in as without robust=1.
 - a and b are `robust_keep` times as large, and w grows GROWTH times as much over a cycle, unless stand-ins are made of
   D_f.
 - The share `robust_mixes` of the stand-ins is changed like the copies, so that the model learns the images and not the
@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from l2ul import attack, objective
 from l2ul.common import seeds
 from l2ul.common.device import upload
+from l2ul.common.modes import batch_norms
 from l2ul.common.nested import Nested, upload_together
 from l2ul.common.precision import quantised
 from l2ul.data.changes import TESTED, Changes
@@ -57,9 +58,12 @@ GROWTH = 3
 ITERATIONS = 100  # of the synthesis
 
 
-def synthesised_images(settings: Settings, surrogate: Tensor | None) -> int:
-    """Return the number of images that are synthesised for a run: 0 where a surrogate set stands in alone."""
-    return 0 if _alone(settings, surrogate) else settings.robust_images
+def synthesised_images(settings: Settings, model: nn.Module, surrogate: Tensor | None) -> int:
+    """Return the number of images that are synthesised for a run.
+
+    It is `robust_images`, or 0 for a model without batch-norm and where a surrogate set stands in alone.
+    """
+    return settings.robust_images if batch_norms(model) and not _alone(settings, surrogate) else 0
 
 
 def _alone(settings: Settings, surrogate: Tensor | None) -> bool:
@@ -93,10 +97,10 @@ class RobustProcedure(DistillProcedure):
         """Images of B'."""
         return max(1, self.settings.distill_forget // QUANTISED) if self.settings.robust_int4 else 0
 
-    def adapted(self, settings: Settings, surrogate: Tensor | None) -> Settings:
+    def adapted(self, settings: Settings, model: nn.Module, surrogate: Tensor | None) -> Settings:
         """Return the settings with the values that the steps use: `robust_images` is 0 if none are synthesised."""
         kinds = [kind for kind in settings.distill_stand_ins.split("+") if kind != "synthesised"]
-        images = synthesised_images(settings, surrogate)
+        images = synthesised_images(settings, model, surrogate)
         kinds = ["copies", *kinds] if images else [kind for kind in kinds if kind not in NEAR] or ["mixes"]
         keep, growth = (settings.robust_keep, GROWTH) if images or _alone(settings, surrogate) else (1, 1)
         return replace(

@@ -132,6 +132,8 @@ def test_whole_images_of_the_forget_set_do_not_stand_for_others(trained, forget)
     expected = "mixes", FAST.distill_logits
     assert kinds_and_weight(model, robust_images=0, distill_stand_ins="recoloured+mixes") == expected
     assert kinds_and_weight(model, robust_images=0, distill_stand_ins="copies") == expected
+    without_norm = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 3)).eval()
+    assert kinds_and_weight(without_norm, distill_stand_ins="copies") == expected
 
 
 def test_a_surrogate_set_is_kept_as_strongly_as_synthesised_images(trained, forget, monkeypatch):
