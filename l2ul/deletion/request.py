@@ -574,7 +574,8 @@ def class_indices(names: Sequence[str | None], class_names: Sequence[str], defau
         if name is None:
             indices.append(int(default[position]))
         elif name in ambiguous:
-            raise InputError(f"{what} {name!r} is the name of several classes", "give the number of the class")
+            advice = "give other names with --class-names" if are_numbers else "give the number of the class"
+            raise InputError(f"{what} {name!r} is the name of several classes", advice)
         elif name in known:
             indices.append(known[name])
         elif is_number(name) and int(name) < len(class_names) and not are_numbers:

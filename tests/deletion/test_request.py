@@ -99,8 +99,10 @@ def test_class_indices_of_names_and_numbers():
         2,
         3,
     ]
-    with pytest.raises(InputError, match="the name of several classes"):
+    with pytest.raises(InputError, match="the name of several classes; give the number of the class$"):
         request.class_indices(["dog"], classes, None, "label")
+    with pytest.raises(InputError, match="the name of several classes; give other names with --class-names$"):
+        request.class_indices(["1"], ["1", "1", "2"], None, "label")
     for numbered in (["1", "2", "3"], ["001", "002", "003"]):
         assert request.class_indices(numbered, numbered, None, "label").tolist() == [0, 1, 2]
         with pytest.raises(
