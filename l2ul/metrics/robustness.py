@@ -136,22 +136,23 @@ def _share_of_copies(
 ) -> Tensor:
     """Return the share (k,) of `count` changed copies of each image that is forgotten, on the CPU.
 
-    required  copies of an image that can no longer reach this share are not classified, and count as recognised
+    required  further copies of an image that can no longer reach this share are not made, and count as recognised
     """
     generator, changes = seeds.generator(SEED, purpose), Changes(kinds, probability=probability, codec=jpeg_file)
+    device = forget.images.device
     forgotten, recognised = torch.zeros(2, len(forget), dtype=torch.int64)
     for part in torch.arange(len(forget)).repeat(count).split(CHUNK[forget.images.shape[-1] > LARGE]):
-        own = part.to(forget.images.device)
-        copies = changes(forget.images[own], generator)
+        # drawn for all copies of the part, so that a copy does not depend on which others are left out
+        numbers = changes.draw(torch.Size([len(part), *forget.images.shape[1:]]), generator, device)
         counted = recognised[part] <= (1 - required) * count
         if not counted.any():
             continue
-        chosen = counted.to(own.device)
-        predictions = accuracy.predict(model, copies[chosen]).to(own.device)
-        goal, labels = forget.goal, forget.target_labels[own[chosen]]
-        gone = is_forgotten(predictions, labels, goal).long().cpu()
-        forgotten.index_add_(0, part[counted], gone)
-        recognised.index_add_(0, part[counted], 1 - gone)
+        part, numbers = part[counted], [[one[counted.to(one.device)] for one in own] for own in numbers]
+        own = part.to(device)
+        predictions = accuracy.predict(model, changes.make(forget.images[own], numbers)).to(device)
+        gone = is_forgotten(predictions, forget.target_labels[own], forget.goal).long().cpu()
+        forgotten.index_add_(0, part, gone)
+        recognised.index_add_(0, part, 1 - gone)
     return forgotten / count
 
 
