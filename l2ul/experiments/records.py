@@ -328,6 +328,14 @@ def settings(record: Record) -> Record:
     return {name: value for name, value in record.items() if lookup(name).role == SETTING or name in own}
 
 
+def stated(values: Record, dataset: str) -> Record:
+    """Return the settings that are neither null nor what applies to a record without their key.
+
+    They are the same for two records of equal runs, of which one is older than a key.
+    """
+    return {name: value for name, value in values.items() if value not in (None, lookup(name).absent_for(dataset))}
+
+
 def problems(record: object) -> Iterator[str]:
     """Yield a sentence for each way in which parsed JSON breaks the schema; nothing for a valid record."""
     if not isinstance(record, dict):

@@ -15,8 +15,6 @@ OFFLINE = 0.3  # a of the offline RMIA, the same for every data set
 # γ of RMIA. A score is monotonic in ratio(x), so a larger γ changes no order but produces ties: with γ = 2, a model
 # that is certain of nearly all images gives all of them one score, which would look like guessing.
 GAMMA = 1.0
-
-
 ROWS = 1024  # images whose probabilities are computed at once: in double precision, those of many classes are large
 
 

@@ -200,8 +200,7 @@ class Subject:
     def original(self, run: Record) -> models.Classifier:
         """Load the original model of a run."""
         named = self.options.checkpoint
-        label = "_".join(filter(None, (run["dataset"], run.get("age_grouping"))))
-        usual = checkpoint.find(label, run["model"], self.options.data_dir)
+        usual = checkpoint.find(self.block.data_label, run["model"], self.options.data_dir)
         files = [Path(path) for path in (named, usual) if path and Path(path).is_file()]
         same = (path for path in files if file_sha256(path) == run["checkpoint_sha256"])
         statistics = [[float(value) for value in (run.get(key) or "").split()] or None for key in ("mean", "std")]

@@ -144,8 +144,7 @@ def _implied(block: Block) -> dict[str, set]:
     """Return the values that main_unlearn.py uses without a flag, other than the defaults of the schema."""
     family = models.OWN.get(block.model, zoo)
     statistics = {name: {" ".join(f"{value:g}" for value in getattr(family, name.upper()))} for name in ("mean", "std")}
-    label = f"{block.dataset}_{block.age_grouping}" if block.age_grouping else block.dataset
-    files = {path.name for path in checkpoint.candidates(label, block.model, Path())}
+    files = {path.name for path in checkpoint.candidates(block.data_label, block.model, Path())}
     return statistics | {"checkpoint": files, "image_size": {128 if block.age_grouping else 224}}
 
 

@@ -94,12 +94,7 @@ def _refuse(constant: str):
 
 def _identity(record: Record) -> str:
     """Return the same text for two records of one run. Settings may be absent in older records."""
-    dataset = record["dataset"]
-    chosen = {
-        name: value
-        for name, value in records.settings(record).items()
-        if value is not None and value != records.lookup(name).absent_for(dataset)
-    }
+    chosen = records.stated(records.settings(record), record["dataset"])
     about = {name: record.get(name) for name in (*records.IDENTITY, "surrogate_sha256")}
     return json.dumps([about, chosen], sort_keys=True)
 

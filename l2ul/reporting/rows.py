@@ -44,6 +44,11 @@ class Block:
     def label(self) -> str:
         return shortened(f"{self.dataset}{f' {self.age_grouping}' if self.age_grouping else ''}, {self.model}")
 
+    @property
+    def data_label(self) -> str:
+        """The data set in the name of a file of weights: of UTKFace with its grouping, see `cli.options.data_label`."""
+        return f"{self.dataset}_{self.age_grouping}" if self.age_grouping else self.dataset
+
     def main_row(self, method: str) -> str:
         return main_row(self.records, method)
 
@@ -85,10 +90,8 @@ def settings(record: Record) -> Record:
 
 
 def known_settings(record: Record) -> Record:
-    """Return the settings of a run that are not null, without those of records that are older than the key."""
-    values = settings(record).items()
-    absent = {name: records.lookup(name).absent_for(record["dataset"]) for name, _ in values}
-    return {name: value for name, value in values if value not in (None, absent[name])}
+    """Return the settings of a run that differ from those of a record without them, see `records.stated`."""
+    return records.stated(settings(record), record["dataset"])
 
 
 def _name_rows(block: Block) -> None:
