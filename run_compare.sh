@@ -1,27 +1,30 @@
 #!/usr/bin/env bash
 # Compare all methods on one forget set D_f with a model that was retrained without it. Further arguments go to every
 # main_unlearn.py:
-#     bash run_compare.sh
+#     bash run_compare.sh --max-passes 30
+#     SCRIPT=my_method.py OURS=bounded OTHERS= TRAINED= bash run_compare.sh    # a method of your own
 #     DATASET=digits MODEL=resnet20 PRETRAIN=main_pretrain_digits_resnet20.py RECIPE="" AUGMENT=1 K=64 bash run_compare.sh
 # Trains what is missing: the original model, the retrained model and two reference models for RMIA. All use the same
-# recipe, so that differences in the schedule do not affect the comparison. Results: docs/reproducing.md.
+# recipe, so that differences in the schedule do not affect the comparison. The repository has those of the default
+# settings. Results: docs/reproducing.md.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 PYTHON=${PYTHON:-"uv run"}        # e.g. PYTHON=python in a conda environment
 DATA=${DATA:-data}
 RESULTS=${RESULTS:-result_data/compare}
-NETS=${NETS:-$RESULTS/nets}       # folder of the trained models
 DATASET=${DATASET:-cifar10}
 MODEL=${MODEL:-resnet20}
 PRETRAIN=${PRETRAIN:-main_pretrain_cifar10_resnet18.py}
-RECIPE=${RECIPE-"--schedule onecycle --lr 0.2 --epochs 30"}
+RECIPE=${RECIPE-"--schedule onecycle --lr 0.2 --epochs 8"}
 K=${K:-256}                       # number of images to forget
 SEED=${SEED:-0}                   # seed of D_f and of unlearning
+NETS=${NETS:-data/weights/compare/${DATASET}_${MODEL}_k${K}_seed$SEED}  # folder of the trained models
 REFERENCES=${REFERENCES:-"2 3"}   # seeds of the reference models for RMIA
-OURS=${OURS:-"before neggrad rawp oracle adv adv_imp distill"}
-OTHERS=${OTHERS:-"boundary_shrink jit"}             # do not train on D_r, the retain set
-TRAINED=${TRAINED:-"finetune random_labels neggrad_plus l1_sparse salun scrub ssd bad_teaching amun"}  # train on D_r
+SCRIPT=${SCRIPT:-main_unlearn.py} # or a script with a method of your own, see docs/extending.md
+OURS=${OURS-"before neggrad rawp oracle adv adv_imp distill"}
+OTHERS=${OTHERS-"boundary_shrink jit"}             # do not train on D_r, the retain set
+TRAINED=${TRAINED-"finetune random_labels neggrad_plus l1_sparse salun scrub ssd bad_teaching amun"}  # train on D_r
 AUGMENT=${AUGMENT:-2}             # of TRAINED: 1 crops, 2 crops and mirrors, as in training
 SETTINGS=${SETTINGS:-}            # other settings of TRAINED, such as "epochs=2"
 EVALUATE=${EVALUATE:-"membership distance retrained rmia relearn duplicates"}
@@ -61,7 +64,7 @@ compare() {
     shift
     if [ -z "$methods" ]; then return 0; fi
     # shellcheck disable=SC2086
-    $PYTHON main_unlearn.py --data-dir "$DATA" --result-dir "$RESULTS" --dataset "$DATASET" --model "$MODEL" \
+    $PYTHON "$SCRIPT" --data-dir "$DATA" --result-dir "$RESULTS" --dataset "$DATASET" --model "$MODEL" \
         --checkpoint "$NETS/original.safetensors" --unlearn-k "$K" --seed "$SEED" --save-model --evaluate $EVALUATE \
         --retrained "$NETS/retrained.safetensors" --references "${references[@]}" --method $methods "$@"
 }

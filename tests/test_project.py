@@ -17,6 +17,7 @@ from l2ul.data import utkface
 from l2ul.methods import registry
 from l2ul.methods.settings import SHARED
 from l2ul.metrics import columns
+from l2ul.models import checkpoint
 from l2ul.reporting import published
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -353,6 +354,23 @@ def test_a_dry_run_of_the_comparison_trains_nothing_and_lists_the_runs_of_nets_t
     assert sorted(sum((found.method for found in given), [])) == sorted(registry.of_goal("misclassify"))
     assert [found.setting for found in given] == [{}, {}, {"augment": 2.0, "epochs": 2.0}]
     assert all(len(found.references) == 2 and found.retrained for found in given)
+    own = {"SCRIPT": "my_method.py", "OURS": "bounded", "OTHERS": "", "TRAINED": ""}
+    done, calls = shell("run_compare.sh", tmp_path, NETS=str(nets), **own)
+    assert (done.returncode, len(calls)) == (0, 4)
+    assert calls[3].startswith("my_method.py ") and " --method bounded --dry-run" in calls[3]
+
+
+def test_the_repository_has_the_nets_that_the_comparison_needs_by_default(tmp_path):
+    folder = ROOT / "data" / "weights" / "compare" / "cifar10_resnet20_k256_seed0"
+    if not folder.exists():
+        pytest.skip("an sdist does not have these nets")
+    settings = [checkpoint.read(file)[1] for file in sorted(folder.glob("*.safetensors"))]
+    assert [found["seed"] for found in settings] == [0, 2, 3, 1]  # original, reference2, reference3, retrained
+    assert [len(found.get("excluded", ())) for found in settings] == [0, 256, 256, 256]
+    recipes = [{name: found[name] for name in ("schedule", "lr", "epochs", "precision")} for found in settings]
+    assert recipes == [{"schedule": "onecycle", "lr": 0.2, "epochs": 8, "precision": "fp32"}] * 4
+    done, calls = shell("run_compare.sh", tmp_path)
+    assert (done.returncode, len(calls)) == (0, 3)  # nothing is trained
 
 
 def test_the_comparison_checks_that_its_nets_are_of_the_recipe(tmp_path):
