@@ -419,9 +419,9 @@ def _methods_text() -> str:
     return f"{_list(rows[False])}\n\n{title}\n{_list(rows[True])}"
 
 
-def _list(rows: Iterable[tuple[str, str]], width: int = 106) -> str:
+def _list(rows: Iterable[tuple[str, str]]) -> str:
     indent = " " * 18
-    return "\n".join(textwrap.fill(f"{name:17} {text}", width, subsequent_indent=indent) for name, text in rows)
+    return "\n".join(textwrap.fill(f"{name:17} {text}", 106, subsequent_indent=indent) for name, text in rows)
 
 
 def method_name(text: str) -> str:

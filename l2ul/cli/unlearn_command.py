@@ -60,17 +60,14 @@ def open_result_folders(opts: argparse.Namespace) -> None:
         remove_parts(opts.result_dir / folder, older_than=time.time() - ABANDONED)
 
 
-def open_cache(opts: argparse.Namespace, report: Callable[[str], object] = print) -> Cache:
-    """Return the cache of adversarial examples and predictions; one that keeps nothing if its folder is not writable.
-
-    report  called with a sentence in the latter case
-    """
+def open_cache(opts: argparse.Namespace) -> Cache:
+    """Return the cache of adversarial examples and predictions, or one that keeps nothing if it cannot be written."""
     if opts.no_cache:
         return Cache()
     try:
         require_writable(opts.cache_dir)
     except InputError as error:
-        report(f"nothing is cached: {error}")
+        print(f"nothing is cached: {error}")
         return Cache()
     remove_parts(opts.cache_dir, older_than=time.time() - ABANDONED, prefix=PREFIX)
     return Cache(opts.cache_dir, int(opts.cache_gib * GIB))

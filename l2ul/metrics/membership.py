@@ -39,9 +39,7 @@ def _scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     p = log_p.exp()
     own = F.one_hot(labels, logits.shape[1]).bool()
     top = log_p.argmax(1, keepdim=True)
-    rest = log_p.scatter(1, top, -torch.inf).logsumexp(
-        1, keepdim=True
-    )  # log(1 - p) of the top class, where 1 - p may round to 0
+    rest = log_p.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)  # of the top class, where 1 - p may round to 0
     log_rest = torch.log(-torch.expm1(log_p)).scatter(1, top, rest)  # log(1 - p), (n, C)
     modified = torch.where(own, log_rest.exp() * log_p, p * log_rest).sum(1)
     return {
@@ -73,7 +71,7 @@ def advantage(members: np.ndarray, others: np.ndarray) -> dict[str, float]:
     return {"auc": 100 * max(area, 1 - area), "tpr": 100 * max(rates)}
 
 
-def logistic_scores(members: np.ndarray, others: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def logistic_scores(members: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Score members (n, d) and others (m, d) by cross-validated logistic regression on their d features.
 
     Returns the scores (n,) and (m,). Each image is scored by a fit that excludes it: 5 shuffled, stratified folds, or
@@ -91,15 +89,13 @@ def logistic_scores(members: np.ndarray, others: np.ndarray, seed: int = 0) -> t
     fit = make_pipeline(
         StandardScaler(), squares, StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000)
     )
-    folds = StratifiedKFold(min(FOLDS, len(members), len(others)), shuffle=True, random_state=seed)
+    folds = StratifiedKFold(min(FOLDS, len(members), len(others)), shuffle=True, random_state=0)
     values = cross_val_predict(fit, features, truth, cv=folds, method="decision_function")
     return values[: len(members)], values[len(members) :]
 
 
 @plain_defaults()
-def inference(
-    members: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], seed: int = 0
-) -> dict[str, dict[str, float]]:
+def inference(members: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> dict[str, dict[str, float]]:
     """Run every attack of `registry.MEMBERSHIP_ATTACKS` and return its `advantage`.
 
     members  logits (n, C) and labels (n,) of D_f
@@ -112,7 +108,7 @@ def inference(
     result = {name: advantage(each[0][name], each[1][name]) for name in each[0]}
     if min(len(members[1]), len(others[1])) > 1:
         features = [np.stack(list(part.values()), 1) for part in each]
-        result["logistic"] = advantage(*logistic_scores(*features, seed))
+        result["logistic"] = advantage(*logistic_scores(*features))
     return result
 
 

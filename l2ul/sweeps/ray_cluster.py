@@ -114,10 +114,10 @@ class Cluster:
         with warnings.catch_warnings(action="ignore"):  # shared tensors are read-only: no worker writes to them
             self.shared = [self.ray.put(value)]
 
-    def run_trials(self, trials: Iterable[Trial], seconds: float = 1.0) -> Iterator[list[tuple[Trial, str | None]]]:
+    def run_trials(self, trials: Iterable[Trial]) -> Iterator[list[tuple[Trial, str | None]]]:
         """Run the trials in about their order. Yield those that ended, each with its error or None.
 
-        Yields at least every `seconds`, also if no trial ended. Ray retries a trial `RETRIES` times. Only a few trials
+        Yields at least every second, also if no trial ended. Ray retries a trial `RETRIES` times. Only a few trials
         are submitted ahead, whatever their number.
 
         A worker with a GPU does one trial: Ray gives each task GPUs of its own, but a process keeps those that CUDA
@@ -134,7 +134,7 @@ class Cluster:
                 submitted[task.remote(self.worker_function, trial.arguments, self.shared)] = trial
             if not submitted:
                 return
-            references, _ = self.ray.wait(list(submitted), timeout=seconds)
+            references, _ = self.ray.wait(list(submitted), timeout=1.0)
             ended = [(submitted.pop(reference), self._error(reference)) for reference in references]
             self.num_running = min(slots, len(submitted))
             yield ended
