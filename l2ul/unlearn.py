@@ -161,10 +161,10 @@ def unlearn(
             kind = robust.RobustProcedure if settings.robust else distill.DistillProcedure
             procedure = kind(chosen, unlearned, forget, settings, monitor, synthesis or Synthesis(), surrogate)
         else:
-            inputs = {"retained": Split(*adv) if adv else retain, "importance": importance, "workers": workers}
-            procedure = paper.PaperProcedure(chosen, unlearned, forget, settings, **inputs)
+            retained = Split(*adv) if adv else retain
+            procedure = paper.PaperProcedure(chosen, unlearned, forget, settings, retained, importance, workers)
         loop = _Loop(unlearned, procedure, monitor)
-        if cuda_graph and labels.is_cuda and procedure.is_graphable:
+        if cuda_graph and labels.is_cuda and procedure.has_draws:
             stack.enter_context(torch.cuda.device(labels.device))
             loop.use_graphs(report)
         else:  # counting on the CPU would not be part of a graph

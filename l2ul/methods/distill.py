@@ -110,7 +110,7 @@ class DistillProcedure(Procedure):
         self.max_steps = settings.distill_cycles * length
         self.stop_every = length
         self.separate = frozenset({"forget"} if method in BUILT_IN else ())
-        self.has_draws = self.is_graphable = method in BUILT_IN
+        self.has_draws = method in BUILT_IN
 
     def adapted(self, settings: Settings, model: nn.Module, surrogate: Tensor | None) -> Settings:
         """Return the settings with the values that the steps use."""

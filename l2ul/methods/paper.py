@@ -13,6 +13,9 @@ with L_forget = -CE(g(x_f), y_f) to misclassify (neggrad) and CE(g(x_f), y*_f) t
 each parameter tensor. `before` is the original model.
 """
 
+from collections.abc import Callable
+import functools
+
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
@@ -104,10 +107,9 @@ class PaperProcedure(Procedure):
         model: nn.Module,
         forget: Forget,
         settings: Settings,
-        *,
-        retained: Split | None = None,
-        importance: dict[str, Tensor] | None = None,
-        workers: int = 0,
+        retained: Split | None,
+        importance: dict[str, Tensor] | None,
+        workers: int,
     ):
         self.method, self.model, self.goal = method, model.train(settings.bn == "train"), forget.goal
         self.settings, self.own_values = settings, override(method.settings, settings.method_settings)
@@ -116,7 +118,7 @@ class PaperProcedure(Procedure):
         self.optimizer = fused(torch.optim.SGD, parameters, **options)
         self.scheduler = ConstantLR(self.optimizer, factor=1.0)
         if method in BUILT_IN:
-            self.has_draws = self.is_graphable = "noise" not in method.needs
+            self.has_draws = "noise" not in method.needs
             # in train mode each batch has a forward pass of its own
             self.separate = frozenset({"forget", "importance"} if settings.bn == "train" else {"importance"})
         self.batch_size = max(
@@ -133,7 +135,7 @@ class PaperProcedure(Procedure):
             # on a CUDA GPU its own generator draws other numbers, in a fraction of the time
             source = "cuda" if parameters[0].is_cuda else "cpu"
             self.noise = WeightNoise(parameters, settings.noise_growth, self._generator("noise", source))
-        self.penalty = Penalty(model, held_weights(importance)) if importance is not None else None
+        self.penalty = penalty(model, held_weights(importance)) if importance is not None else None
         batches_of_a_pass = 1 if self.noise else len(self.retained_batches or self.forget_batches)
         self.max_steps = settings.max_passes * batches_of_a_pass
 
@@ -176,17 +178,12 @@ class PaperProcedure(Procedure):
             getattr(self, name).load_state_dict(part)
 
 
-class Penalty:
-    """The importance penalty of a model against its weights at this moment, θ⁰."""
-
-    def __init__(self, model: nn.Module, held: dict[str, Tensor]):
-        named = [(parameter, held[name]) for name, parameter in model.named_parameters() if name in held]
-        self.parameters, self.held = zip(*named, strict=True)
-        self.reference = [parameter.detach().clone() for parameter in self.parameters]
-
-    def __call__(self) -> Tensor:
-        """Return ½ Σ_i Ω̄_i (θ_i - θ⁰_i)², a scalar."""
-        return objective.importance_penalty(self.parameters, self.reference, self.held)
+def penalty(model: nn.Module, held: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Return a function that computes ½ Σ_i Ω̄_i (θ_i - θ⁰_i)², with θ⁰ the weights of the model at this moment."""
+    named = [(parameter, held[name]) for name, parameter in model.named_parameters() if name in held]
+    parameters, strengths = zip(*named, strict=True)
+    reference = [parameter.detach().clone() for parameter in parameters]
+    return functools.partial(objective.importance_penalty, parameters, reference, strengths)
 
 
 class WeightNoise:

@@ -31,8 +31,8 @@ class Procedure(Iterator[Terms]):
     separate      names of the terms that share no forward pass with another term: their gradients are added at once
     final_status  status of the outcome if the loop runs to its end
     is_resumable  whether `state_dict` holds all that decides the steps to come
-    has_draws     whether a step is `terms` of what `draw` returns, so that the loop can repeat it
-    is_graphable  whether `terms` can be captured as a CUDA graph
+    has_draws     whether a step is `terms` of what `draw` returns, so that the loop can repeat it, and run `terms` as a
+                  CUDA graph
     pads          set by the loop if steps are captured: inputs then have the same shapes at each step, where possible
     batch_size    number of images in the largest batch of a step
     part_size     largest number of images in one forward pass of the model, see `in_parts`; None: the whole batch
@@ -49,7 +49,6 @@ class Procedure(Iterator[Terms]):
     final_status: str = CAP
     is_resumable: bool = True
     has_draws: bool = False
-    is_graphable: bool = False
     pads: bool = False
     batch_size: int
     part_size: int | None = None
