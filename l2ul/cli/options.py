@@ -7,7 +7,6 @@ from pathlib import Path
 import textwrap
 from typing import TYPE_CHECKING
 
-from l2ul.cli import ranges
 from l2ul.cli.parser import (
     Group,
     Parser,
@@ -504,38 +503,6 @@ def fill_defaults(options: argparse.Namespace) -> None:
         listed = flag == "unlearn_k" and (options.forget_file or options.forget_dir)
         if getattr(options, flag, ...) is None and not listed:
             setattr(options, flag, default(options.dataset, flag))
-
-
-def settings_as_flags(flags: dict[str, object]) -> dict[str, object]:
-    """Return the flags given to a sweep with those of --setting that have a flag of their own moved to it.
-
-    Raises InputError if one is given by its flag as well.
-    """
-    pairs, own = [], registry.own_flags()
-    flags = dict(flags)
-    for name, text in flags.pop("setting", []):
-        if name in SHARED or name in own:
-            if name in flags:
-                raise InputError(f"--{name.replace('_', '-')} and --setting {name}={text} are both given", "give one")
-            flags.setdefault(f"setting {name}", []).append(_values(name, text))
-        else:
-            pairs.append((name, text))
-    moved = {name.removeprefix("setting "): value for name, value in flags.items()}
-    return moved | ({"setting": pairs} if pairs else {})
-
-
-def several_settings(pairs: Iterable[tuple[str, str]]) -> dict[str, list[object]]:
-    """Return the values of each setting of a sweep's --setting, ranges expanded. Raises InputError for a wrong one."""
-    values: dict[str, list[object]] = {}
-    for name, text in pairs:
-        values.setdefault(name, []).extend(_values(name, text))
-    return values
-
-
-def _values(name: str, text: str) -> list[object]:
-    kinds = [setting.type for setting in registry.find_settings(name)]
-    kind = next((kind for kind in kinds if not (isinstance(kind, Number) and kind.kind is int)), kinds[0])
-    return ranges.values(text, kind)
 
 
 def hyper_parameters(options: argparse.Namespace) -> dict[str, object]:

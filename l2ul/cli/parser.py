@@ -2,12 +2,10 @@
 
 import argparse
 from collections.abc import Container, Sequence
-import functools
 import os
 import sys
 import textwrap
 
-from l2ul.cli import ranges
 from l2ul.common import installation
 from l2ul.common.choices import InvalidValue, Number, did_you_mean
 from l2ul.common.text import one_line
@@ -137,18 +135,3 @@ def setting(text: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise InvalidValue(f"{text!r} is not allowed", "expected NAME=VALUE, such as epochs=3")
     return name.replace("-", "_"), value
-
-
-def take_several(parser: Parser, single: Container[str]) -> None:
-    """Let the flags of a parser take several values, and numbers also ranges (see `ranges.values`).
-
-    Flags named in `single` keep taking one value. Flags lose their defaults: the result of `parse_args` lacks flags
-    that are not given. The values of a range come as a list within the list.
-    """
-    for action in parser.flags:
-        action.default = argparse.SUPPRESS
-        if action.dest in single or action.nargs not in (None, "+"):
-            continue
-        action.nargs = "+"
-        if isinstance(action.type, Number):
-            action.type = functools.partial(ranges.values, kind=action.type)

@@ -1,16 +1,21 @@
 """The command line of main_sweep.py: the flags of main_unlearn.py, each with several values. Does not import torch."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+import functools
 import itertools
 from pathlib import Path
 
-from l2ul.cli import options, ranges, unlearn_options
-from l2ul.cli.parser import Parser, nonnegative_float, positive_float, positive_int, take_several
-from l2ul.cli.ranges import Interval
+from l2ul.cli import options, unlearn_options
+from l2ul.cli.parser import Parser, nonnegative_float, positive_float, positive_int
 from l2ul.common import choices
+from l2ul.common.choices import Number
 from l2ul.common.errors import InputError
+from l2ul.methods import registry
+from l2ul.methods.settings import SHARED
+from l2ul.sweeps import ranges
+from l2ul.sweeps.ranges import Interval
 
 PROGRAM = "main_sweep.py"
 SINGLE = (  # flags of main_unlearn.py that do not decide results, and retrained: one value each
@@ -71,7 +76,7 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Sweep:
         add(parser)
     take_several(parser, SINGLE)
     _add_flags(parser)
-    flags = options.settings_as_flags(vars(parser.parse_args(argv)))
+    flags = settings_as_flags(vars(parser.parse_args(argv)))
     opts = argparse.Namespace(**{name: flags.pop(name, None) for name in OWN})
     shared, split, axes = [], [], {}
     for name, value in flags.items():
@@ -147,12 +152,58 @@ def _add_flags(parser: Parser) -> None:
     )
 
 
+def take_several(parser: Parser, single: Container[str]) -> None:
+    """Let the flags of a parser take several values, and numbers also ranges (see `ranges.values`).
+
+    Flags named in `single` keep taking one value. Flags lose their defaults: the result of `parse_args` lacks flags
+    that are not given. The values of a range come as a list within the list.
+    """
+    for action in parser.flags:
+        action.default = argparse.SUPPRESS
+        if action.dest in single or action.nargs not in (None, "+"):
+            continue
+        action.nargs = "+"
+        if isinstance(action.type, Number):
+            action.type = functools.partial(ranges.values, kind=action.type)
+
+
+def settings_as_flags(flags: dict[str, object]) -> dict[str, object]:
+    """Return the flags given to a sweep with those of --setting that have a flag of their own moved to it.
+
+    Raises InputError if one is given by its flag as well.
+    """
+    pairs, moved, own = [], {}, registry.own_flags()
+    for name, text in flags.get("setting", []):
+        if name not in SHARED and name not in own:
+            pairs.append((name, text))
+        elif name in flags:
+            raise InputError(f"--{name.replace('_', '-')} and --setting {name}={text} are both given", "give one")
+        else:
+            moved.setdefault(name, []).append(_values(name, text))
+    others = {name: value for name, value in flags.items() if name != "setting"}
+    return others | moved | ({"setting": pairs} if pairs else {})
+
+
+def several_settings(pairs: Iterable[tuple[str, str]]) -> dict[str, list[object]]:
+    """Return the values of each setting of --setting, ranges expanded. Raises InputError for a wrong one."""
+    values: dict[str, list[object]] = {}
+    for name, text in pairs:
+        values.setdefault(name, []).extend(_values(name, text))
+    return values
+
+
+def _values(name: str, text: str) -> list[object]:
+    kinds = [setting.type for setting in registry.find_settings(name)]
+    kind = next((kind for kind in kinds if not (isinstance(kind, Number) and kind.kind is int)), kinds[0])
+    return ranges.values(text, kind)
+
+
 def _flatten(name: str, value: object) -> object:
     """Return the values of a flag in one list. The values of --setting are all combinations of its settings."""
     if not isinstance(value, list):
         return value
     if name == "setting":
-        combinations = ranges.product(options.several_settings(value))
+        combinations = ranges.product(several_settings(value))
         return [tuple(f"{key}={one}" for key, one in chosen.items()) for chosen in combinations]
     return [one for part in value for one in (part if isinstance(part, list) else [part])]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 import tempfile
 
-from l2ul.cli.ranges import Interval
+from l2ul.sweeps.ranges import Interval
 from l2ul.sweeps.ray_cluster import RETRIES, Cluster, call_worker
 from l2ul.sweeps.trials import Arguments, last_lines
 

@@ -9,10 +9,10 @@ import shlex
 
 import torch
 
-from l2ul.cli import ranges, unlearn_command, unlearn_options
+from l2ul.cli import unlearn_command, unlearn_options
 from l2ul.common import installation, precision
 from l2ul.experiments import records, time_estimates
-from l2ul.sweeps import optuna_search, ray_cluster, trials
+from l2ul.sweeps import optuna_search, ranges, ray_cluster, trials
 from l2ul.sweeps.monitor import sweep_monitor
 from l2ul.sweeps.options import Sweep
 from l2ul.sweeps.optuna_search import Settings

@@ -7,7 +7,7 @@ import sys
 from conftest import ROOT
 import pytest
 
-from l2ul.cli import ranges
+from l2ul.sweeps import ranges
 from l2ul.sweeps.options import VALUES
 
 SLOW = ("torch", "pandas", "matplotlib", "transformers", "ray")

@@ -186,16 +186,6 @@ def test_an_unknown_method_is_explained_with_the_way_to_the_help(capsys):
     assert message.endswith(" --help)\n")
 
 
-def test_settings_of_a_sweep_take_ranges():
-    given = options.settings_as_flags({"setting": [("pgd_eps", "1:3:3"), ("epochs", "1:2:2"), ("epochs", "5")]})
-    assert given == {"pgd_eps": [[1.0, 2.0, 3.0]], "setting": [("epochs", "1:2:2"), ("epochs", "5")]}
-    assert options.several_settings(given["setting"]) == {"epochs": [1, 2, 5]}
-    with pytest.raises(InputError, match="--pgd-eps and --setting pgd_eps=1 are both given"):
-        options.settings_as_flags({"pgd_eps": [2.0], "setting": [("pgd_eps", "1")]})
-    with pytest.raises(InputError, match="no method has a setting epoch; expected one of .*; did you mean epochs"):
-        options.several_settings([("epoch", "1")])
-
-
 def test_words_that_are_not_utf8_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         Parser("Do it.", prog="script.py").parse_args(["in/caf\udce9"])

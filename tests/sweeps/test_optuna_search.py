@@ -4,9 +4,9 @@ from helpers import parse_sweep
 import torch
 
 from l2ul.cli import unlearn_options
-from l2ul.cli.ranges import Interval
 from l2ul.metrics import agreement, groups, registry
 from l2ul.sweeps import optuna_search, trials
+from l2ul.sweeps.ranges import Interval
 from l2ul.sweeps.sweep import SweepRunner
 
 

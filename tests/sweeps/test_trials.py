@@ -20,14 +20,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import torch
 
 from l2ul import models
-from l2ul.cli import options, ranges, unlearn_command, unlearn_options
+from l2ul.cli import options, unlearn_command, unlearn_options
 from l2ul.common import tracking
 from l2ul.common.cache import Cache
 from l2ul.data import datasets
 from l2ul.data.images import Images, Split
 from l2ul.experiments import records
 from l2ul.experiments.time_estimates import TimeEstimates
-from l2ul.sweeps import monitor, ray_cluster, worker
+from l2ul.sweeps import monitor, ranges, ray_cluster, worker
 from l2ul.sweeps import options as sweep_options
 from l2ul.sweeps.sweep import SweepRunner
 from l2ul.sweeps.trials import start_order

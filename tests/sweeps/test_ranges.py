@@ -2,11 +2,10 @@
 
 import pytest
 
-from l2ul.cli import parser as parsing
-from l2ul.cli import ranges
-from l2ul.cli.parser import nonnegative_float, positive_float, positive_int
-from l2ul.cli.ranges import Interval
+from l2ul.cli.parser import Parser, nonnegative_float, positive_float, positive_int
 from l2ul.common.errors import InputError
+from l2ul.sweeps import options, ranges
+from l2ul.sweeps.ranges import Interval
 
 
 @pytest.mark.parametrize(
@@ -65,12 +64,12 @@ def test_words_keep_all_digits():
 
 
 def test_take_several_leaves_single_flags(capsys):
-    parser = parsing.Parser("", prog="p")
+    parser = Parser("", prog="p")
     parser.add_argument("--rate", type=positive_float, default=1.0)
     parser.add_argument("--model")
     parser.add_argument("--folder")
     parser.add_argument("--yes", action="store_true")
-    parsing.take_several(parser, ("folder",))
+    options.take_several(parser, ("folder",))
     assert vars(parser.parse_args([])) == {}
     words = ["--rate", "1:2:3", "7", "--model", "torchvision:a", "b", "--folder", "x:y"]
     given = vars(parser.parse_args(words))
@@ -80,3 +79,13 @@ def test_take_several_leaves_single_flags(capsys):
             parser.parse_args(words)
         assert stop.value.code == 2
         assert reason in capsys.readouterr().err
+
+
+def test_settings_of_a_sweep_take_ranges():
+    given = options.settings_as_flags({"setting": [("pgd_eps", "1:3:3"), ("epochs", "1:2:2"), ("epochs", "5")]})
+    assert given == {"pgd_eps": [[1.0, 2.0, 3.0]], "setting": [("epochs", "1:2:2"), ("epochs", "5")]}
+    assert options.several_settings(given["setting"]) == {"epochs": [1, 2, 5]}
+    with pytest.raises(InputError, match="--pgd-eps and --setting pgd_eps=1 are both given"):
+        options.settings_as_flags({"pgd_eps": [2.0], "setting": [("pgd_eps", "1")]})
+    with pytest.raises(InputError, match="no method has a setting epoch; expected one of .*; did you mean epochs"):
+        options.several_settings([("epoch", "1")])
