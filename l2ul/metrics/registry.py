@@ -1,4 +1,4 @@
-"""The metrics of a run: what they are computed from, the groups of `--evaluate`, and decorators for your own.
+"""The metrics of a run: what they are computed from, the groups of `--evaluate`, and a decorator for your own.
 
 This module does not import torch, so that command lines can list the groups at once. The functions of the groups are in
 `groups.py`, which is imported when a group is first computed. Headings of table columns are in `columns.py`.
@@ -197,27 +197,6 @@ def metric(key: str, **column: object) -> Callable[[Metric], Metric]:
 
     def register(function: Metric) -> Metric:
         METRICS[key] = function
-        return function
-
-    return register
-
-
-def evaluation(
-    name: str, *metrics: str, retrained: tuple[str, ...] = (), references: tuple[str, ...] = ()
-) -> Callable[[MetricGroup], MetricGroup]:
-    """Register the decorated function as the group `name` of `--evaluate`.
-
-    metrics, retrained, references  keys of its metrics, see `EvaluationGroup`
-
-    The function takes `RunOutputs` and returns the metrics by key. The first line of its docstring is the summary that
-    --help shows. Raises ValueError for a key that is not allowed.
-    """
-    for key in (*metrics, *retrained, *references):
-        columns.register(columns.default(key))
-
-    def register(function: MetricGroup) -> MetricGroup:
-        summary = (function.__doc__ or name).split("\n")[0]
-        EVALUATIONS[name] = EvaluationGroup(summary, function, metrics, retrained, references)
         return function
 
     return register
