@@ -27,7 +27,7 @@ from l2ul.models.classifier import (
     statistics,
 )
 
-STATISTICS, SUFFIX = "input normalisation", ".safetensors"
+SUFFIX = ".safetensors"
 OWN = {name: family for family in (resnet, resnet_cifar100, resnet_small, stems, lenet) for name in family.NAMES}
 
 __all__ = ["OWN", "Classifier", "build", "check_name", "load", "load_saved", "register", "save", "saved_suffix"]
@@ -149,14 +149,11 @@ def load(
         timm_models.check_num_classes(name, num_classes)
         checkpoint = timm_models.weights_file(folder)
     if checkpoint is None or has_weights(name, checkpoint):
-        classifier = _published(name, num_classes, checkpoint)
+        classifier = _with_statistics(_published(name, num_classes, checkpoint), mean, std)
     else:
         classifier = _from_file(name, num_classes, Path(checkpoint), mean, std, weights_key)
-        if classifier.notes and mean is not None and std is not None:
-            classifier.notes = [note for note in classifier.notes if STATISTICS not in note]
     if folder:
         classifier.not_read = [*timm_models.unread_files(folder), *(f"{key} (weights)" for key in classifier.not_read)]
-    classifier = _with_statistics(classifier, mean, std)
     return classifier.eval().to(memory_format=torch.channels_last)
 
 
@@ -200,7 +197,7 @@ def _from_file(
     chosen = [flag if flag is not None else own for flag, own in zip((mean, std), of_file, strict=True)]
     classifier = _classifier(name, num_classes, net, *chosen)
     _fill(classifier, state, str(path))
-    classifier.notes = statistics_note(path, *layer)
+    classifier.notes = statistics_note(path, *layer) if mean is None or std is None else []
     classifier.not_read = checkpoints.outside(state, classifier.net)
     classifier.source, classifier.sha256, classifier.metadata = str(path), file_sha256(path), metadata
     if weights_key is not None:  # the file has several weights: its hash does not tell them apart
@@ -225,7 +222,7 @@ def statistics_note(path: Path, mean: Sequence[float] | None, std: Sequence[floa
     if not (mean and std):
         return []
     first, second = (" ".join(f"{value:.4g}" for value in values) for values in (mean, std))
-    return [f"{path.name}: uses the {STATISTICS} in the file (mean {first}, std {second})"]
+    return [f"{path.name}: uses the input normalisation in the file (mean {first}, std {second})"]
 
 
 def _fill(classifier: Classifier, state: dict[str, Tensor], source: str) -> None:
