@@ -6,7 +6,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from l2ul.common.modes import eval_mode
+from l2ul.common.modes import eval_mode, removing
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 LARGEST = 65_536  # features of a layer per image; larger ones are averaged over positions
@@ -26,12 +26,8 @@ def hooked(
         )
         for name in names
     ]
-    try:
-        with torch.inference_mode(), eval_mode(model):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removing(handles), torch.inference_mode(), eval_mode(model):
+        yield
 
 
 def module_names(model: nn.Module, kinds: type | tuple[type, ...]) -> list[str]:
@@ -78,11 +74,8 @@ def logits_and_inputs(
         keys.append(None)
         module = model.get_submodule(last)
         handles.append(module.register_forward_hook(lambda _, inputs, output: features.update({None: output})))
-    try:
+    with removing(handles):
         logits = model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return logits, [features[key] for key in keys]
 
 
@@ -111,12 +104,8 @@ def run_names(model: nn.Module, names: Iterable[str], pixels: Tensor) -> list[st
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.setdefault(name))
         for name in names
     ]
-    try:
-        with torch.inference_mode(), eval_mode(model):
-            model(pixels[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removing(handles), torch.inference_mode(), eval_mode(model):
+        model(pixels[:1])
     return list(ran)
 
 

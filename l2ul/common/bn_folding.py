@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from l2ul.common.modes import eval_mode
+from l2ul.common.modes import eval_mode, removing
 
 Pair = tuple[str, str]  # names of a convolution and of the batch-norm that alone reads its output
 KNOWN = "_l2ul_foldable"  # attribute of a model: the result of `foldable`, which copies of the model share
@@ -109,9 +109,8 @@ def _adjacent(model: nn.Module, pixels: Tensor) -> tuple[list[Pair], Tensor]:
 
     kinds = (nn.Conv2d, nn.BatchNorm2d)
     handles = [module.register_forward_hook(watch) for module in names if type(module) in kinds]
-    logits = model(pixels)
-    for handle in handles:
-        handle.remove()
+    with removing(handles):
+        logits = model(pixels)
     return [pair for pair in pairs if all(calls.count(name) == 1 for name in pair)], logits
 
 

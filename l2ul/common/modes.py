@@ -1,11 +1,12 @@
-"""Set a model's mode for a block and restore it afterwards; frozen copies, trained weights, batch-norm layers."""
+"""Set the mode or hooks of a model for a block and restore it; frozen copies, trained weights, batch-norm layers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
 import copy
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 
 @contextlib.contextmanager
@@ -18,6 +19,15 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove these hooks after the block."""
+    with contextlib.ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        yield
 
 
 @contextlib.contextmanager

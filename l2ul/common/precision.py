@@ -149,12 +149,8 @@ def passes_in(model: nn.Module, precision: str) -> Iterator[None]:
             return logits.float()
         return None
 
-    handles = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
-    try:
+    with model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def fastest(model: nn.Module, images: Tensor, *, trains: bool) -> tuple[str, dict[str, float]]:

@@ -130,9 +130,9 @@ def fastest_precision(model: nn.Module, images: Tensor | FolderImages, *, trains
 def _check_outputs(model: nn.Module, pixels: Tensor) -> Tensor:
     """Return the logits (n, classes) of one pass."""
     outputs: list[object] = []
-    handle = getattr(model, "net", model).register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    hook = getattr(model, "net", model).register_forward_hook(lambda _, inputs, output: outputs.append(output))
     try:
-        with torch.no_grad():
+        with hook, torch.no_grad():
             result = model(pixels)
     except Exception as error:  # the module may be the user's own and raise anything
         if is_out_of_memory(error):
@@ -140,8 +140,6 @@ def _check_outputs(model: nn.Module, pixels: Tensor) -> Tensor:
         # A net may return something from which Classifier cannot take logits.
         refused = _output_error(outputs[0], len(pixels)) if outputs else None
         raise refused or _failed(pixels, error) from None
-    finally:
-        handle.remove()
     error = _output_error(outputs[0] if outputs else result, len(pixels))
     if error:
         raise error

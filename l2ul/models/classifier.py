@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from l2ul.common.errors import InputError
-from l2ul.common.modes import eval_mode
+from l2ul.common.modes import eval_mode, removing
 from l2ul.models.outputs import LOGITS, PROBABILITIES, log_probabilities
 
 PROBE_SIDE = 32  # pixels of the image with which `input_channels` reaches the first layer
@@ -138,15 +138,12 @@ def _first_layer(net: nn.Module, layers: Sequence[nn.Module]) -> tuple[nn.Module
     weight = next(iter(net.parameters()), torch.empty(0))
     handles = [layer.register_forward_pre_hook(stop, prepend=True) for layer in layers]
     try:
-        with torch.no_grad(), eval_mode(net):
+        with removing(handles), torch.no_grad(), eval_mode(net):
             net(torch.zeros(1, 3, PROBE_SIDE, PROBE_SIDE, dtype=weight.dtype, device=weight.device))
     except _FirstLayer as reached:
         return reached.args
     except Exception:  # the network may be the user's own and raise anything, for example at the size of the image
         return None
-    finally:
-        for handle in handles:
-            handle.remove()
     return None
 
 
