@@ -168,18 +168,17 @@ def make_grey(net: nn.Module) -> None:
 
 
 def statistics(
-    channels: int, default: Sequence[float], *choices: tuple[str, object], what: str = "the model"
+    channels: int, default: Sequence[float], choice: tuple[str, object], what: str = "the model"
 ) -> Sequence[float]:
     """Return the mean or std of a network's input, one value per channel.
 
-    default   of the family of the network; used only if it has a value per channel or equal values
-    choices   pairs of a source, for messages, and its values or None; the first that is not None is used
+    default  of the family of the network; used only if it has a value per channel or equal values
+    choice   a source, for messages, and its values; with None, the default is used
 
     Raises InputError if these values do not have the right number or there are none.
     """
-    for source, values in choices:
-        if values is None:
-            continue
+    source, values = choice
+    if values is not None:
         numbers = list(values) if isinstance(values, list | tuple) else []
         if len(numbers) != channels or not all(isinstance(value, int | float) for value in numbers):
             count = f"{len(numbers)} value{'s' * (len(numbers) != 1)}"
