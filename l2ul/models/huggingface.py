@@ -10,13 +10,13 @@ import sys
 from PIL.Image import Image
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
 
 from l2ul.common.errors import InputError, first_line, is_out_of_memory
 from l2ul.common.files import other_files
 from l2ul.common.image_sizes import checked
 from l2ul.models.classifier import Normalize, check_weights, statistics
-from l2ul.models.preprocessing import CenterCrop, Resize, agree, smooth_image
+from l2ul.models.preprocessing import Resize, agree, smooth_image
 
 PREFIX = "hf:"
 ADAPTER = "adapter_config.json"  # of peft
@@ -263,7 +263,7 @@ def processor_layers(processor, name: str, channels: int = 3) -> nn.Sequential:
     if size is not None:
         layers.append(Resize(size, INTERPOLATION.get(processor.resample, InterpolationMode.BILINEAR)))
     if crop is not None:
-        layers.append(CenterCrop(crop))
+        layers.append(v2.CenterCrop(crop))
     if getattr(processor, "do_normalize", False):
         sources = {"image_mean": processor.image_mean, "image_std": processor.image_std}
         for key, values in sources.items():

@@ -1,4 +1,4 @@
-"""Layers that resize and crop pixels as the transforms of other libraries do, and a check that both agree."""
+"""A layer that resizes pixels as the transforms of other libraries do, and a check that layers agree with them."""
 
 import torch
 from torch import Tensor, nn
@@ -28,20 +28,6 @@ class Resize(nn.Module):
             check_resize(pixels.shape[3], pixels.shape[2], self.size)
         resized = transforms.resize(pixels, self.size, self.interpolation, antialias=True)
         return resized.clamp(0, 1)  # bicubic interpolation overshoots; the 8-bit pixels of a transform cannot
-
-
-class CenterCrop(nn.Module):
-    """Return the centre `size` = [height, width] of pixels (N, C, H, W)."""
-
-    def __init__(self, size: list[int]):
-        super().__init__()
-        self.size = size
-
-    def extra_repr(self) -> str:
-        return str(self.size)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return transforms.center_crop(pixels, self.size)
 
 
 def smooth_image(channels: int, height: int = 64, width: int = 64) -> Tensor:

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from safetensors.torch import save_file
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import to_pil_image
 
 from l2ul.common.errors import InputError, first_line, is_out_of_memory
@@ -24,7 +24,7 @@ from l2ul.common.installation import require
 from l2ul.common.modes import eval_mode
 from l2ul.common.text import read_text
 from l2ul.models.classifier import Normalize, check_weights, logits_of
-from l2ul.models.preprocessing import CenterCrop, Resize, agree, smooth_image
+from l2ul.models.preprocessing import Resize, agree, smooth_image
 
 PREFIX = "timm:"
 HUB, FOLDER = "hf-hub:", "local-dir:"  # before the names that timm.create_model takes
@@ -294,7 +294,7 @@ def data_layers(name: str, net: nn.Module) -> tuple[list[nn.Module], tuple[float
         raise InputError(f"{name} takes images of {channels} channels", "expected 1 (grey) or 3 (colour)")
     resize = Resize(scaled, INTERPOLATION[config["interpolation"]])
     statistics = [tuple(config[key]) for key in ("mean", "std")]
-    preprocess = nn.Sequential(resize, CenterCrop(size), Normalize(*statistics))
+    preprocess = nn.Sequential(resize, v2.CenterCrop(size), Normalize(*statistics))
     pixels = smooth_image(channels, 80, 64)
     expected = _timm().data.create_transform(**config)(to_pil_image(pixels))
     if not agree(preprocess, pixels, expected[None]):
