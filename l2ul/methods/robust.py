@@ -28,7 +28,7 @@ other copies, and gives up after `distill_cycles` cycles.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,31 @@ def synthesised_images(settings: Settings, model: nn.Module, surrogate: Tensor |
 def _alone(settings: Settings, surrogate: Tensor | None) -> bool:
     """Return whether all stand-ins are surrogate images."""
     return surrogate is not None and settings.distill_surrogate == 1
+
+
+class Numbers(NamedTuple):
+    """The random numbers of a step, and what changes from step to step.
+
+    pool              indices in D_f of the images of the pool; the first `stored` stay as they are
+    changes           numbers of the changes of the others
+    stand_ins         numbers of the stand-ins
+    order             of the stand-ins, of which the first `changed` are changed; empty if none is
+    stand_in_changes  numbers of these changes
+    weight            w before the step
+    margin            of the step
+    quantised         indices in D_f of B'; empty without it
+
+    All are on the CPU but the noise of changes and the weight.
+    """
+
+    pool: Tensor
+    changes: Nested
+    stand_ins: Nested
+    order: Nested
+    stand_in_changes: Nested
+    weight: Tensor
+    margin: Tensor
+    quantised: Nested
 
 
 class RobustProcedure(DistillProcedure):
@@ -120,12 +145,8 @@ class RobustProcedure(DistillProcedure):
             return images
         return synthesis.images(self.model, images, settings, count, ITERATIONS, settings.robust_classes)
 
-    def draw(self) -> tuple[Nested, ...]:
-        """Return the numbers of the next step, on the CPU but for the noise of copies and the weight before the step.
-
-        They are the indices of the images in the pool, the numbers of their changes, those of the stand-ins, the order
-        of the stand-ins, the numbers of their changes, the weight, the margin, and the indices of B'.
-        """
+    def draw(self) -> Numbers:
+        """Return the numbers of the next step."""
         settings, generator, images = self.settings, self.generator, self.forget.images
         place = self.steps % self.stop_every / self.stop_every
         margin = settings.distill_margin + min(1.0, 2 * place) * (settings.robust_margin - settings.distill_margin)
@@ -137,33 +158,40 @@ class RobustProcedure(DistillProcedure):
         size, count = settings.robust_pool, settings.distill_mixes
         passes = -(-size // len(images))
         pool = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(passes)])[:size]
-        numbers = [pool, changes(size - self.stored), self.stand_ins.draw(generator)]
-        numbers += [torch.randperm(count, generator=generator), changes(self.changed)] if self.changed else [[], []]
-        few = torch.randperm(len(images), generator=generator)[: self.quantised] if self.quantised else []
-        return *numbers, self.weight.clone(), torch.tensor(margin), few
+        return Numbers(  # drawn in this order
+            pool=pool,
+            changes=changes(size - self.stored),
+            stand_ins=self.stand_ins.draw(generator),
+            order=torch.randperm(count, generator=generator) if self.changed else [],
+            stand_in_changes=changes(self.changed) if self.changed else [],
+            weight=self.weight.clone(),
+            margin=torch.tensor(margin),
+            quantised=torch.randperm(len(images), generator=generator)[: self.quantised] if self.quantised else [],
+        )
 
     def _step(self, *inputs: Nested) -> Step:
         """Return a step on what `draw` returned, and set the weight."""
         settings, goal, device = self.settings, self.forget.goal, self.forget.images.device
-        pool, changes, stand_ins, order, other_changes, before, margin, _ = upload_together(inputs, device)
-        images, labels = self.forget.images[pool], self.forget.target_labels[pool]
-        images = torch.cat([images[: self.stored], self.changes.make(images[self.stored :], changes)])
+        numbers = Numbers(*upload_together(inputs, device))
+        images, labels = self.forget.images[numbers.pool], self.forget.target_labels[numbers.pool]
+        images = torch.cat([images[: self.stored], self.changes.make(images[self.stored :], numbers.changes)])
         with torch.no_grad():
             logits = self.in_parts()(images)
-        losses = objective.margin_loss(logits, labels, goal, margin)
+        losses = objective.margin_loss(logits, labels, goal, numbers.margin)
         recognised = ~objective.is_forgotten(logits.argmax(1), labels, goal)
         grows = recognised.float().mean() > settings.robust_tolerance
-        self.weight.copy_(torch.where(grows, self.growth * before, before))
+        self.weight.copy_(torch.where(grows, self.growth * numbers.weight, numbers.weight))
         worst = losses.topk(min(settings.distill_forget, len(losses))).indices
         images, labels = images[worst], labels[worst]
         if settings.robust_adversarial:
             half = len(labels) // 2
             images = torch.cat([images[:half], self._toward_label(images[half:], labels[half:])])
-        others = self.stand_ins.make(stand_ins)
+        others = self.stand_ins.make(numbers.stand_ins)
         if self.changed:
-            others = others[order]
-            others = torch.cat([self.changes.make(others[: self.changed], other_changes), others[self.changed :]])
-        return replace(self._step_on(Batch(images, labels), others, self.weight.clone()), margin=margin)
+            others = others[numbers.order]
+            changed = self.changes.make(others[: self.changed], numbers.stand_in_changes)
+            others = torch.cat([changed, others[self.changed :]])
+        return replace(self._step_on(Batch(images, labels), others, self.weight.clone()), margin=numbers.margin)
 
     def terms(self, *inputs: Nested) -> Terms:
         """Return the terms of the loss of a step."""
@@ -171,7 +199,7 @@ class RobustProcedure(DistillProcedure):
         has_targets = settings.robust_targets and step.goal == "misclassify"
         terms = self._with_targets(step) if has_targets else self.method.terms(step)
         if self.quantised:
-            chosen = upload(inputs[-1], self.forget.images.device)
+            chosen = upload(Numbers(*inputs).quantised, self.forget.images.device)
             logits = self.in_parts(_Quantised(self.model))(self.forget.images[chosen])
             losses = objective.margin_loss(logits, self.forget.target_labels[chosen], step.goal, step.margin)
             weight = settings.robust_int4 / len(step.forget.labels)
