@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+MEMBERSHIP_ATTACKS = ("confidence", "loss", "entropy", "modified_entropy", "logistic")
 CHANGES = {  # of images and of the model, by name: what is counted under each, see `robustness.AsUsed.rates`
     "mirrored": "mirrored copies of D_f",
     "shifted": "copies of D_f shifted by up to 15 %",
@@ -63,47 +64,21 @@ class Column:
         return self.goal in (None, goal) and (continual or not self.continual)
 
 
-COLUMNS: dict[str, Column] = {}
-RESERVED = {  # keys that a metric of your own cannot have; the keys of the columns below are added
-    *("acc_forget_before", "acc_retain_before", "acc_test_before", "acc_forget_earlier_before"),
-    *("acc_retain_low", "acc_retain_high"),
-}
+_ATTACK = "membership inference from the model's outputs, D_f against D_test"
+_AUC, _TPR = "AUC in percent; 50 is chance", "true positives at 1 % false positives, in percent; 1 is chance"
 
 
-def register(column: Column) -> Column:
-    """Add a column of your own after the others, and return it. An earlier column with the same key is replaced.
-
-    Raises ValueError if the key is one of RESERVED, or begins with neither `acc_` nor `metric_`.
-    """
-    if column.key in RESERVED or not column.key.startswith(("acc_", "metric_")):
-        raise ValueError(f"a metric has the name {column.key!r}; expected a new name that begins with acc_ or metric_")
-    COLUMNS[column.key] = column
-    return column
+def _of_attack(name: str) -> tuple[Column, Column]:
+    heading = name.replace("_", " ")
+    return (
+        Column(f"metric_mia_{name}_auc", f"{heading} AUC", f"{_ATTACK}: {_AUC}"),
+        Column(f"metric_mia_{name}_tpr", f"{heading} TPR", f"{_ATTACK}: {_TPR}"),
+    )
 
 
-def get(key: str) -> Column:
-    """Return the column of a key, or a plain one for a metric without a column."""
-    return COLUMNS.get(key) or default(key)
-
-
-def default(key: str, legend: str | None = None) -> Column:
-    """Return a column with a heading made from the key: accuracies have two digits, other metrics four."""
-    heading = key.removeprefix("metric_").removeprefix("acc_").replace("_", " ")
-    unit = ", accuracy in percent" if key.startswith("acc_") else ""
-    return Column(key, heading, legend or f"your own metric{unit}", digits=2 if key.startswith("acc_") else 4)
-
-
-def of_table(table: Literal["accuracy", "other"]) -> list[Column]:
-    return [column for column in COLUMNS.values() if column.table == table]
-
-
-def ordered(keys: Iterable[str]) -> list[str]:
-    """Return the keys, each once, in the order of COLUMNS; others follow in alphabetical order."""
-    keys = set(keys)
-    return [*(key for key in COLUMNS if key in keys), *sorted(keys - COLUMNS.keys())]
-
-
-for _column in (
+_RMIA = "the attack RMIA, calibrated with reference models that were not trained on D_f"
+_GAP = "absolute difference from the retrained model in percentage points"
+_TABLE = (
     Column(
         "acc_forget",
         "D_f",
@@ -143,21 +118,9 @@ for _column in (
         table="accuracy",
         compared=True,
     ),
-):
-    register(_column)
-
-_ATTACK = "membership inference from the model's outputs, D_f against D_test"
-_AUC, _TPR = "AUC in percent; 50 is chance", "true positives at 1 % false positives, in percent; 1 is chance"
-for _name in ("confidence", "loss", "entropy", "modified_entropy", "logistic"):
-    _heading = _name.replace("_", " ")
-    register(Column(f"metric_mia_{_name}_auc", f"{_heading} AUC", f"{_ATTACK}: {_AUC}"))
-    register(Column(f"metric_mia_{_name}_tpr", f"{_heading} TPR", f"{_ATTACK}: {_TPR}"))
-_RMIA = "the attack RMIA, calibrated with reference models that were not trained on D_f"
-register(Column("metric_rmia_auc", "RMIA AUC", f"{_RMIA}: {_AUC}"))
-register(Column("metric_rmia_tpr", "RMIA TPR", f"{_RMIA}: {_TPR}"))
-
-_GAP = "absolute difference from the retrained model in percentage points"
-for _column in (
+    *(column for attack in MEMBERSHIP_ATTACKS for column in _of_attack(attack)),
+    Column("metric_rmia_auc", "RMIA AUC", f"{_RMIA}: {_AUC}"),
+    Column("metric_rmia_tpr", "RMIA TPR", f"{_RMIA}: {_TPR}"),
     Column("metric_gap_forget", "gap D_f", f"accuracy: {_GAP}", better="down"),
     Column("metric_gap_retain", "gap D_r", f"accuracy: {_GAP}", better="down"),
     Column("metric_gap_test", "gap D_test", f"accuracy: {_GAP}", better="down"),
@@ -275,7 +238,43 @@ for _column in (
         "accuracy on D_f after 100 steps of fine-tuning on images of D_r, in percent",
         better="down",
     ),
-):
-    register(_column)
+)
+COLUMNS: dict[str, Column] = {column.key: column for column in _TABLE}
+RESERVED = {  # keys that a metric of your own cannot have
+    *COLUMNS,
+    *("acc_forget_before", "acc_retain_before", "acc_test_before", "acc_forget_earlier_before"),
+    *("acc_retain_low", "acc_retain_high"),
+}
 
-RESERVED.update(COLUMNS)
+
+def register(column: Column) -> Column:
+    """Add a column of your own after the others, and return it. An earlier column with the same key is replaced.
+
+    Raises ValueError if the key is one of RESERVED, or begins with neither `acc_` nor `metric_`.
+    """
+    if column.key in RESERVED or not column.key.startswith(("acc_", "metric_")):
+        raise ValueError(f"a metric has the name {column.key!r}; expected a new name that begins with acc_ or metric_")
+    COLUMNS[column.key] = column
+    return column
+
+
+def get(key: str) -> Column:
+    """Return the column of a key, or a plain one for a metric without a column."""
+    return COLUMNS.get(key) or default(key)
+
+
+def default(key: str) -> Column:
+    """Return a column with a heading made from the key: accuracies have two digits, other metrics four."""
+    heading = key.removeprefix("metric_").removeprefix("acc_").replace("_", " ")
+    unit = ", accuracy in percent" if key.startswith("acc_") else ""
+    return Column(key, heading, f"your own metric{unit}", digits=2 if key.startswith("acc_") else 4)
+
+
+def of_table(table: Literal["accuracy", "other"]) -> list[Column]:
+    return [column for column in COLUMNS.values() if column.table == table]
+
+
+def ordered(keys: Iterable[str]) -> list[str]:
+    """Return the keys, each once, in the order of COLUMNS; others follow in alphabetical order."""
+    keys = set(keys)
+    return [*(key for key in COLUMNS if key in keys), *sorted(keys - COLUMNS.keys())]

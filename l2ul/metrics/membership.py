@@ -96,7 +96,7 @@ def logistic_scores(members: np.ndarray, others: np.ndarray) -> tuple[np.ndarray
 
 @plain_defaults()
 def inference(members: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> dict[str, dict[str, float]]:
-    """Run every attack of `registry.MEMBERSHIP_ATTACKS` and return its `advantage`.
+    """Run every attack of `columns.MEMBERSHIP_ATTACKS` and return its `advantage`.
 
     members  logits (n, C) and labels (n,) of D_f
     others   logits (m, C) and labels (m,) of images that the model was not trained on

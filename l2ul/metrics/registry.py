@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 RETRAINED_SHA256, REFERENCES_SHA256 = "retrained_sha256", "references_sha256"  # keys of a record
-MEMBERSHIP_ATTACKS = ("confidence", "loss", "entropy", "modified_entropy", "logistic")
 GAPS = ("metric_gap_forget", "metric_gap_retain", "metric_gap_test", "metric_gap_mia")
 
 
@@ -124,7 +123,7 @@ EVALUATIONS = {  # by the name that --evaluate takes
     "membership": EvaluationGroup(
         "membership inference: AUC and true-positive rate at 1 % false positives of five attacks",
         "l2ul.metrics.groups:membership_inference",
-        tuple(f"metric_mia_{attack}_{value}" for attack in MEMBERSHIP_ATTACKS for value in ("auc", "tpr")),
+        tuple(f"metric_mia_{attack}_{value}" for attack in columns.MEMBERSHIP_ATTACKS for value in ("auc", "tpr")),
     ),
     "distance": EvaluationGroup(
         "relative distance of the weights from the original ones, ‖θ - θ⁰‖ / ‖θ⁰‖",

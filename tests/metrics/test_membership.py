@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from l2ul.metrics import membership, retrain_gap
-from l2ul.metrics.registry import MEMBERSHIP_ATTACKS
+from l2ul.metrics.columns import MEMBERSHIP_ATTACKS
 import main_unlearn
 
 
