@@ -128,9 +128,8 @@ class Attack:
             sizes = [batch_size]  # the last one is used; smaller ones are added where memory runs out
             for turn in range(0, len(chunks), distributed.size()):
                 own = turn + distributed.rank()
-                parts = self._attack_chunk(
-                    model, images, labels, first_position, chunks[own : own + 1], sizes, progress
-                )
+                chunk = chunks[own] if own < len(chunks) else None
+                parts = self._attack_chunk(model, images, labels, first_position, chunk, sizes, progress)
                 for rank, chunk_parts in enumerate(distributed.gather(parts)):  # an empty list in the other processes
                     for position, part in chunk_parts:
                         result.store(position, part)
@@ -161,31 +160,29 @@ class Attack:
         images: Tensor,
         labels: Tensor,
         first_position: int,
-        chunks: list[tuple[int, int]],
+        chunk: tuple[int, int] | None,
         sizes: list[int],
         progress: Progress,
     ) -> list[tuple[int, Part]]:
-        """Attack the images of at most one chunk; return the part of each with its position.
+        """Attack the images of a chunk, start and stop, if this process has one; return the parts with their positions.
 
         Appends to `sizes` where memory runs out. Raises Diverged in every process if it is raised in one.
         """
         parts, diverged = [], None
-        try:
-            for start, stop in chunks:
+        if chunk:
+            start, stop = chunk
+            try:
                 made = self._attack(
                     model, images[start:stop], labels[start:stop], first_position + start, sizes, progress
                 )
                 parts = list(enumerate(made, start))
-        except Diverged as error:
-            diverged = str(error)
-        if distributed.size() == 1:
-            errors = [diverged]
-        else:
-            parts = [(position, {name: tensor.cpu() for name, tensor in part.items()}) for position, part in parts]
-            gathered = distributed.gather(diverged)
-            errors = distributed.broadcast(lambda: gathered)
-        for error in filter(None, errors):
+            except Diverged as error:
+                diverged = str(error)
+        gathered = distributed.gather(diverged)
+        if error := next(filter(None, distributed.broadcast(lambda: gathered)), None):
             raise Diverged(error)
+        if distributed.size() > 1:
+            parts = [(position, {name: tensor.cpu() for name, tensor in part.items()}) for position, part in parts]
         return parts
 
     def _attack(
