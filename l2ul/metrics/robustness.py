@@ -3,7 +3,7 @@
 `as_used` is the only definition of "forgotten as used".
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 import copy
 from dataclasses import dataclass
 import math
@@ -239,22 +239,7 @@ CROP = 7 / 8  # side of the crops, relative to the image
 QUALITIES = (75, 50)  # of JPEG
 
 
-def changed_images(images: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name of each change and the images (k, 3, H, W) uint8 after it: flip, five crops, JPEG compression."""
-    yield "flipped", images.flip(3)
-    height, width = images.shape[2:]
-    high, wide = round(CROP * height), round(CROP * width)
-    tops = {"top": 0, "middle": (height - high) // 2, "bottom": height - high}
-    lefts = {"left": 0, "middle": (width - wide) // 2, "right": width - wide}
-    for top, left in (("top", "left"), ("top", "right"), ("middle", "middle"), ("bottom", "left"), ("bottom", "right")):
-        name = "cropped to the middle" if top == "middle" else f"cropped to the {top} {left}"
-        yield name, transforms.resized_crop(images, tops[top], lefts[left], high, wide, [height, width], antialias=True)
-    for quality in QUALITIES:
-        coded = jpeg_file(as_pixels(images), torch.full((len(images),), quality))
-        yield f"JPEG of quality {quality}", coded.mul(255).round().byte()
-
-
-def with_changed_images(images: Tensor, forget: Forget, kinds: Sequence[str]) -> Forget:
+def with_changed_images(images: Tensor, forget: Forget, kinds: Collection[str]) -> Forget:
     """Return D_f extended by its images after all changes of the given kinds, with the same labels.
 
     images  D_f (k, 3, H, W) uint8, on the device of `forget`
@@ -262,7 +247,22 @@ def with_changed_images(images: Tensor, forget: Forget, kinds: Sequence[str]) ->
     """
     if not kinds:
         return forget
-    changed = [after for name, after in changed_images(images) if name.lower().startswith(tuple(kinds))]
-    times = 1 + len(changed)
-    new = forget.new_labels.repeat(times) if forget.new_labels is not None else None
-    return Forget(pixels_of(torch.cat([images, *changed])), forget.labels.repeat(times), new)
+    every = [images, *_changed_images(images, kinds)]
+    new = forget.new_labels.repeat(len(every)) if forget.new_labels is not None else None
+    return Forget(pixels_of(torch.cat(every)), forget.labels.repeat(len(every)), new)
+
+
+def _changed_images(images: Tensor, kinds: Collection[str]) -> Iterator[Tensor]:
+    """Yield images (k, 3, H, W) uint8 after each change of these kinds: flip, five crops, JPEG compression."""
+    if "flipped" in kinds:
+        yield images.flip(3)
+    if "cropped" in kinds:
+        height, width = images.shape[2:]
+        high, wide = round(CROP * height), round(CROP * width)
+        down, right = height - high, width - wide
+        for top, left in ((0, 0), (0, right), (down // 2, right // 2), (down, 0), (down, right)):
+            yield transforms.resized_crop(images, top, left, high, wide, [height, width], antialias=True)
+    if "jpeg" in kinds:
+        for quality in QUALITIES:
+            coded = jpeg_file(as_pixels(images), torch.full((len(images),), quality))
+            yield coded.mul(255).round().byte()
