@@ -150,11 +150,12 @@ def adversarial_set(
             filled = torch.arange(done, done + full).clamp_max(part.stop - 1)  # padded with copies of the last example
             x = pixels[owners[filled]]
             start = _starts(x, filled.tolist(), num_adv_images, seed, first_position) - x
-            options = {"eps": eps, "alpha": alpha, "steps": steps, "start": start}
-            options["progress"] = (lambda _, count=count: progress(count)) if progress else None
+            advance = (lambda _, count=count: progress(count)) if progress else None  # without the copies
             try:
                 with precisions.autocast(images.device, precision):
-                    examples[part] = pgd_l2(model, x, targets[filled], **options)[:count]
+                    examples[part] = pgd_l2(
+                        model, x, targets[filled], eps=eps, alpha=alpha, steps=steps, start=start, progress=advance
+                    )[:count]
             except (RuntimeError, MemoryError) as error:
                 size = smaller_batch(size, error)
                 if on_halved:

@@ -175,12 +175,11 @@ class DistillProcedure(Procedure):
         if len(parts) == 1:
             logits_gap, features_gap = self.teacher.gaps(self.model, *parts)
         else:
-            gaps = [checkpoint(self.teacher.gaps, self.model, part, use_reentrant=False) for part in parts]
-            shares = [len(part) / len(images) for part in parts]
-            logits_gap, features_gap = (
-                sum(share * gap for share, gap in zip(shares, values, strict=True))
-                for values in zip(*gaps, strict=True)
-            )
+            logits_gap = features_gap = 0.0
+            for part in parts:
+                of_logits, of_features = checkpoint(self.teacher.gaps, self.model, part, use_reentrant=False)
+                share = len(part) / len(images)
+                logits_gap, features_gap = logits_gap + share * of_logits, features_gap + share * of_features
         return settings.distill_logits * logits_gap, settings.distill_features * features_gap
 
     def state_dict(self) -> dict[str, object]:
