@@ -115,9 +115,9 @@ def add_training(parser: options.Parser) -> None:
 
 def chosen_recipe(opts: argparse.Namespace, recipe: Recipe, by_grouping: Mapping[str, Mapping[str, float]]) -> Recipe:
     """Return the recipe with the values of the age grouping, then those of the command line."""
-    options = {field.name: getattr(opts, field.name, None) for field in dataclasses.fields(recipe)}
-    options = {name: value for name, value in options.items() if value is not None}
-    return dataclasses.replace(recipe, **dict(by_grouping.get(opts.age_grouping, {})) | options)
+    named = {field.name: getattr(opts, field.name, None) for field in dataclasses.fields(recipe)}
+    named = {name: value for name, value in named.items() if value is not None}
+    return dataclasses.replace(recipe, **dict(by_grouping.get(opts.age_grouping, {})) | named)
 
 
 def train(opts: argparse.Namespace, recipe: Recipe) -> None:

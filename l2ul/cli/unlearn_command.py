@@ -112,7 +112,7 @@ def load_setup(
             f"train them with: {shlex.join(pretraining(opts))}",
             "name a file with --checkpoint",
         )
-    images, chosen = (load_data or options.load_data)(opts), None
+    images, surrogate = (load_data or options.load_data)(opts), None
     for note in images.notes:
         print(note)
     images = images.to(device)
@@ -125,15 +125,15 @@ def load_setup(
         print(f"not read in {path or opts.model}: {', '.join(classifier.not_read)}")
     images = images.with_channels(classifier.channels)
     if opts.surrogate:
-        chosen, images = options.load_surrogate(opts, images)
+        surrogate, images = options.load_surrogate(opts, images)
     named = BF16 if opts.loop_precision == BF16 else opts.precision
     preflight.check_fit(classifier, images.train.images, images.num_classes, "fp32" if named == AUTO else named)
     if opts.precision == AUTO:
         opts.precision, sentence = preflight.fastest_precision(classifier, images.train.images, trains=False)
         print(f"--precision auto: {sentence}")
     if opts.loop_precision == AUTO:
-        chosen_precision, sentence = preflight.fastest_precision(classifier, images.train.images, trains=True)
-        opts.loop_precision = BF16 if chosen_precision == BF16 else FULL
+        fastest, sentence = preflight.fastest_precision(classifier, images.train.images, trains=True)
+        opts.loop_precision = BF16 if fastest == BF16 else FULL
         print(f"--loop-precision auto: {sentence}")
     sample = images.train.images[torch.arange(min(outputs.BATCH, len(images.train)))]
     sample = as_pixels(sample).to(device)
@@ -142,7 +142,7 @@ def load_setup(
     if not opts.single_label:
         outputs.check_single_label(torch.cat(list(accuracy.logits(classifier, sample, fold=False))))
     preflight.check_trained_on(images, classifier.metadata, classifier.source)
-    return make_setup(opts, images, classifier, Path(path).name if path else None, chosen)
+    return make_setup(opts, images, classifier, Path(path).name if path else None, surrogate)
 
 
 def pretraining(opts: argparse.Namespace) -> list[str]:
@@ -174,12 +174,11 @@ def make_setup(
     images: Images,
     classifier: models.Classifier,
     weights: str | None,
-    chosen: Surrogate | None = None,
+    surrogate: Surrogate | None = None,
 ) -> Setup:
     """Return what the runs of a command share.
 
     weights  name of the file that the model was read from
-    chosen   the set of --surrogate
     """
     sample = opts.retain_sample
     return Setup(
@@ -189,7 +188,7 @@ def make_setup(
         options.hyper_parameters(opts),
         opts.result_dir,
         sample if sample and sample < len(images.train) else None,
-        chosen,
+        surrogate,
         {
             "checkpoint": weights,
             "forget_dir": opts.forget_dir.name if opts.forget_dir else None,
