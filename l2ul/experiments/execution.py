@@ -136,7 +136,8 @@ class Experiment:
         attack = functools.cache(lambda: self._attack(model, runs))  # made when the first run needs it
         for _, group in groupby(runs, key=lambda run: run.k):
             same_k = list(group)
-            omega, synthesis = functools.cache(functools.partial(self._importance, model, same_k)), self._synthesis()
+            omega = functools.cache(functools.partial(self._importance, model, same_k))
+            synthesis = Synthesis(self.cache, progress_bar)  # keeps its images for the runs on this D_f
             for run in same_k:
                 needs = run.method.needs
                 inputs = attack() if "adv" in needs else None, omega() if "importance" in needs else None
@@ -189,7 +190,7 @@ class Experiment:
             if model is None:
                 raise Diverged("the previous step diverged")
             adversarial, omega = self._attack(model, [run]), self._importance(model, [run])
-            return self._unlearn(run, model, adversarial, omega, self._synthesis())
+            return self._unlearn(run, model, adversarial, omega, Synthesis(self.cache, progress_bar))
         except Diverged:  # of the attack: the step has no model to start from
             return RunResult(unlearn.Outcome(self.setup.classifier, records.DIVERGED, 0))
 
@@ -226,10 +227,6 @@ class Experiment:
         with progress_bar("importance", len(run.forget)) as advance:
             values = importance.mas_importance(model, self._forget(run)[0], advance)
         return Importance(values, devices.clock(self.device) - started)
-
-    def _synthesis(self) -> Synthesis:
-        """Return what synthesises images for the runs on a D_f."""
-        return Synthesis(self.cache, progress_bar)
 
     def _unlearn(
         self,

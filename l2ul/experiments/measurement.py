@@ -203,43 +203,44 @@ class Evaluator:
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
     def _outputs(self, run: Run, model: nn.Module, labels: Classes, classes: dict[str, Classes]) -> RunOutputs:
-        digest = run.settings["forget_sha256"]
-
-        def split(part: str) -> Split:
-            if part == "retain":
-                return self.retain_set(run)
-            return run.forget.split if part == "forget" else self.setup.images.test
-
-        def logits(net: nn.Module, part: str) -> Tensor:
-            options = {"batch_size": self.batch_size, "workers": self.workers}
-            return torch.cat(list(accuracy.logits(net, split(part).images, **options)))
-
-        def reference_outputs(reference: ReferenceModel) -> ReferenceOutputs:
-            def reference_logits(part: str) -> Tensor:
-                key = ("logits", reference.model, part, digest if part == "forget" else None)
-                return self._once(key, lambda: logits(reference.model, part))
-
-            def reference_classes(part: str) -> Tensor:
-                if part == "forget":
-                    return reference_logits(part).argmax(1)
-                return self._by_part(run, {}, self._retrained())[part]
-
-            return ReferenceOutputs(reference.model, reference_classes, reference_logits)
-
+        digest, references = run.settings["forget_sha256"], self.references
         return RunOutputs(
             model,
             self.setup.classifier,
             labels,
             classes["before"],
             classes["after"],
-            logits=cache(lambda part: logits(model, part)),
-            split=split,
+            logits=cache(lambda part: self._logits_of(run, model, part)),
+            split=lambda part: self._split_of(run, part),
             once=lambda name, compute: self._once((name, digest), compute),
-            retrained=reference_outputs(self.references.retrained) if self.references.retrained else None,
-            references=tuple(map(reference_outputs, self.references.references)),
+            retrained=self._reference_outputs(run, references.retrained) if references.retrained else None,
+            references=tuple(self._reference_outputs(run, reference) for reference in references.references),
             workers=self.workers,
             new_labels=run.forget.new_labels,
         )
+
+    def _reference_outputs(self, run: Run, reference: ReferenceModel) -> ReferenceOutputs:
+        """Return what computes the outputs of a reference model; runs share them where their images are the same."""
+
+        def logits(part: str) -> Tensor:
+            key = "logits", reference.model, part, run.settings["forget_sha256"] if part == "forget" else None
+            return self._once(key, lambda: self._logits_of(run, reference.model, part))
+
+        def classes(part: str) -> Tensor:
+            if part == "forget":
+                return logits(part).argmax(1)
+            return self._by_part(run, {}, self._retrained())[part]
+
+        return ReferenceOutputs(reference.model, classes, logits)
+
+    def _split_of(self, run: Run, part: str) -> Split:
+        if part == "retain":
+            return self.retain_set(run)
+        return run.forget.split if part == "forget" else self.setup.images.test
+
+    def _logits_of(self, run: Run, model: nn.Module, part: str) -> Tensor:
+        options = {"batch_size": self.batch_size, "workers": self.workers}
+        return torch.cat(list(accuracy.logits(model, self._split_of(run, part).images, **options)))
 
     def _retrained(self) -> Predictions:
         model = self.references.retrained.model
