@@ -255,7 +255,8 @@ class _Loop:
     def use_graphs(self, report: Callable[[str], object]) -> None:
         """Run gradients and measurements as CUDA graphs."""
         self.procedure.pads = True
-        device, report = self.monitor.forget.images.device, functools.cache(report)  # both say the same
+        device = self.monitor.forget.images.device
+        report = functools.cache(report)  # the same sentence once, if neither can be captured
         self.graphed = Graphed(self._gradients, device, report)
         self.monitor.graphed = Graphed(self.monitor.numbers, device, report)
 

@@ -194,9 +194,10 @@ def fingerprint(*parts: object) -> str:
 
 
 def summary(adv: tuple[Tensor, Tensor] | None, importance: dict[str, Tensor] | None) -> Tensor:
-    """Return numbers (n,) float64 on the CPU that tell D_adv and Ω from others: means of 256 images and of each tensor.
+    """Return the means (n,) float64 of 256 images of D_adv and of each tensor of Ω, on the CPU.
 
-    D_adv and Ω are functions of inputs that `fingerprint` covers, but a GPU may round them differently each time.
+    They are compared with a tolerance, unlike a hash as in `fingerprint`: a GPU may round D_adv and Ω differently each
+    time.
     """
     means = [] if adv is None else list(_sample(adv[0]).cpu().double().mean((1, 2, 3)))
     means += [] if importance is None else [omega.cpu().double().mean() for omega in importance.values()]

@@ -28,7 +28,7 @@ class Procedure(Iterator[Terms]):
     max_steps     steps until the loop gives up; None: until the iterator ends
     check_every   steps between two measurements of D_f
     stop_every    the loop stops after a multiple of this number of steps if D_f is forgotten; None: it never does
-    separate      names of the terms that share no forward pass with another term: their gradients are added at once
+    separate      names of the terms that share no forward pass with another one: each gets a backward pass of its own
     final_status  status of the outcome if the loop runs to its end
     is_resumable  whether `state_dict` holds all that decides the steps to come
     has_draws     whether a step is `terms` of what `draw` returns, so that the loop can repeat it, and run `terms` as a

@@ -131,8 +131,10 @@ class Method:
     def traits(self) -> frozenset[str]:
         """Return what decides which shared settings the method uses, see `Setting.used_by`.
 
-        "training" of every method that changes the model, "fixed_length", "sgd" of methods whose terms SGD minimizes,
-        and of methods that are not of fixed length what they need.
+        training      every method that changes the model
+        fixed_length  methods of fixed length
+        sgd           other methods whose terms SGD minimises
+        adv, …        names of NEEDS, of methods that are not of fixed length
         """
         if not self.trains:
             return frozenset()
