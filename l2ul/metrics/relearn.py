@@ -47,7 +47,7 @@ def steps_to_relearn_each(
     MAX_STEPS - 1.
     """
     relearned: list[int | None] = [None] * len(labels)
-    for step, predictions in enumerate(itertools.islice(_fine_tuning(model, images, labels, images), MAX_STEPS)):  # noqa: B007  # returned below
+    for step, predictions in enumerate(itertools.islice(_fine_tuning(model, images, labels, images), MAX_STEPS)):
         for position in (predictions == labels).nonzero().flatten().tolist():
             if relearned[position] is None:
                 relearned[position] = step
