@@ -14,6 +14,7 @@ from l2ul.cli import exit_codes, options
 from l2ul.cli.parser import nonnegative_float, nonnegative_int, positive_float, positive_int
 from l2ul.common import choices, tracking
 from l2ul.common.errors import InputError
+from l2ul.common.files import require_writable
 from l2ul.common.progress import format_duration, progress_bar
 from l2ul.training.recipe import Recipe
 
@@ -125,7 +126,6 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
     from l2ul import models
     from l2ul.common import device as devices
     from l2ul.common import distributed
-    from l2ul.common.files import require_writable
     from l2ul.data import folder, forget_set
     from l2ul.experiments import records
     from l2ul.models import checkpoint
@@ -150,18 +150,7 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
             output = pretrain.retrained_name(output, excluded)
         recipe = dataclasses.replace(recipe, precision=choose_precision(opts, images, device, output))
         settings = pretrain.saved_settings(images, opts.model, recipe, opts.seed, excluded)
-
-        def is_trained() -> bool:
-            if output.exists() and not opts.rerun:
-                named = {name: value for name in ("mean", "std") if (value := getattr(opts, name))}
-                pretrain.check_settings(output, settings | named)
-                return True
-            require_writable(output.parent, output.name, pretrain.state_file(output).name)
-            if opts.tracker:
-                require_writable(output.parent / "tracking")
-            return False
-
-        if distributed.broadcast(is_trained):
+        if distributed.broadcast(lambda: is_trained(opts, output, settings)):
             print(f"{output} exists; add --rerun to train it again")
             return
         for sentence in pretrain.describe_splits(images):
@@ -209,6 +198,23 @@ def train(opts: argparse.Namespace, recipe: Recipe) -> None:
         for note in images.decoding_notes():
             print(note)
         print(f"D_test {acc_test:.2f} %: {output}")
+
+
+def is_trained(opts: argparse.Namespace, output: Path, settings: Mapping[str, object]) -> bool:
+    """Return whether the weights exist and are not to be trained again.
+
+    Raises InputError if they were trained with other settings, or new ones cannot be written.
+    """
+    from l2ul.training import pretrain
+
+    if output.exists() and not opts.rerun:
+        named = {name: value for name in ("mean", "std") if (value := getattr(opts, name))}
+        pretrain.check_settings(output, {**settings, **named})
+        return True
+    require_writable(output.parent, output.name, pretrain.state_file(output).name)
+    if opts.tracker:
+        require_writable(output.parent / "tracking")
+    return False
 
 
 def choose_precision(opts: argparse.Namespace, images: "Images", device: "torch.device", output: Path) -> str:
