@@ -357,7 +357,8 @@ def test_a_dry_run_of_the_comparison_trains_nothing_and_lists_the_runs_of_nets_t
     own = {"SCRIPT": "my_method.py", "OURS": "bounded", "OTHERS": "", "TRAINED": ""}
     done, calls = shell("run_compare.sh", tmp_path, NETS=str(nets), **own)
     assert (done.returncode, len(calls)) == (0, 4)
-    assert calls[3].startswith("my_method.py ") and " --method bounded --dry-run" in calls[3]
+    assert calls[3].startswith("my_method.py ")
+    assert " --method bounded --dry-run" in calls[3]
 
 
 def test_the_repository_has_the_nets_that_the_comparison_needs_by_default(tmp_path):

@@ -23,7 +23,14 @@ class Procedure(Iterator[Terms]):
     """The training procedure of a method: `next` gives the terms of the loss of the next step.
 
     The loop minimises the sum of the terms with `optimizer` and `scheduler`. A step without terms has changed the
-    weights itself.
+    weights itself. Where `has_draws` is True, the loop does not call `next`, but divides a step into three parts:
+
+    1. `draw`, on the CPU: the random numbers of the step, such as indices of images, and all that changes from step to
+       step, such as the weight of a term.
+    2. `terms` of these inputs, on the device of the model, and the backward pass. If memory runs out, the loop repeats
+       this part in smaller parts of the batches. On a CUDA GPU, it is captured as a graph and replayed, so it may not
+       wait for the GPU, draw random numbers or read attributes that change.
+    3. A step of the optimizer and of the scheduler.
 
     max_steps     steps until the loop gives up; None: until the iterator ends
     check_every   steps between two measurements of D_f
@@ -31,8 +38,7 @@ class Procedure(Iterator[Terms]):
     separate      names of the terms that share no forward pass with another one: each gets a backward pass of its own
     final_status  status of the outcome if the loop runs to its end
     is_resumable  whether `state_dict` holds all that decides the steps to come
-    has_draws     whether a step is `terms` of what `draw` returns, so that the loop can repeat it, and run `terms` as a
-                  CUDA graph
+    has_draws     whether a step is `terms` of what `draw` returns
     pads          set by the loop if steps are captured: inputs then have the same shapes at each step, where possible
     batch_size    number of images in the largest batch of a step
     part_size     largest number of images in one forward pass of the model, see `in_parts`; None: the whole batch
