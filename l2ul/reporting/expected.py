@@ -56,6 +56,13 @@ class Comparison:
         return ours, theirs
 
     @property
+    def is_judged(self) -> bool:
+        """Whether the reference runs have a spread, or no run has an accuracy, so that their endings are compared."""
+        pairs = [self.values(key) for key in COLUMNS]
+        has_spread = any(interval(theirs, len(ours)) for ours, theirs in pairs)
+        return len(self.references) > 1 and (has_spread or not any(ours for ours, _ in pairs))
+
+    @property
     def outside(self) -> list[str]:
         """The columns in which the mean lies outside the interval, and how runs ended if not as expected."""
         names = []
@@ -120,7 +127,7 @@ def notes(comparisons: list[Comparison]) -> list[str]:
     """Return the notes below the table, in Markdown."""
     compared = [one for one in comparisons if one.references]
     unknown = [one for one in comparisons if not one.references]
-    judged = [one for one in compared if len(one.references) > 1]
+    judged = [one for one in compared if one.is_judged]
     inside = sum(not one.outside for one in judged)
     made = []
     if compared:
@@ -188,7 +195,7 @@ def _row(one: Comparison) -> str:
 def _cells(one: Comparison, shown: list[str]) -> list[str]:
     """Return the cells of a line of the table."""
     verdict = [f"**outside: {', '.join(one.outside)}**"] if one.outside else []
-    if not verdict and len(one.references) > 1:
+    if not verdict and one.is_judged:
         verdict = ["within"]
     if not one.outside and not one.values(COLUMNS[0])[0]:
         verdict.append(", ".join(sorted({run["status"] for run in one.runs})))

@@ -75,6 +75,13 @@ def test_a_single_reference_run_is_shown_without_a_verdict_and_missing_ones_are_
     assert "- No reference run: cifar10, resnet20, k = 64, adv; cifar10, resnet20, k = 16, relabel, adv.\n" in section
 
 
+def test_reference_runs_of_which_one_has_accuracies_give_no_verdict(compared):
+    failed = {"seed": 1, "status": "diverged"} | NONE
+    lines, section = compared([{"acc_test": 1.0}, {"k": 64} | failed], [{}, failed, {"k": 64} | failed, {"k": 64}])
+    assert [line[-3:] for line in lines] == [["1.00 (70.00)", "1, 2", ""], ["", "1, 2", "within; diverged"]]
+    assert "- 1 of 1 rows with several reference runs" in section
+
+
 def test_a_selection_applies_and_the_tables_stay_the_same(folder, tables, tmp_path):
     folder(*SPREAD, {"k": 64})
     folder(*SPREAD, into="reference/runs")
