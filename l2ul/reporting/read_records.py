@@ -54,20 +54,23 @@ def read(folders: Iterable[Path]) -> tuple[list[Record], list[str]]:
 
 
 def read_files(paths: Iterable[Path]) -> tuple[list[Record], list[str]]:
-    """Read records from files, see `read`."""
-    valid, problems, first = [], [], {}
+    """Read records from files, see `read`. Of several records of a run, the first that did not fail is used."""
+    problems: list[str] = []
+    runs: dict[str, tuple[Path, Record]] = {}
     for path in paths:
         try:
             record = _load(path)
         except InputError as error:
             problems.append(f"{path}: {error}")
             continue
-        twin = first.setdefault(_identity(record), path)
-        if twin is path:
-            valid.append(record | _added(path, record))
-        else:
-            problems.append(f"{path}: the same run as {twin}; it is counted once")
-    return valid, problems
+        kept, twin = runs.setdefault(_identity(record), (path, record))
+        if twin is record:
+            continue
+        if twin["status"] == records.FAILED != record["status"]:
+            runs[_identity(record)] = (path, record)
+            kept, path = path, kept
+        problems.append(f"{path}: the same run as {kept}; it is counted once")
+    return [record | _added(path, record) for path, record in runs.values()], problems
 
 
 def _load(path: Path) -> Record:
