@@ -117,9 +117,18 @@ def _name_rows(block: Block) -> None:
         }
     _separate_surrogates(block.records)
     _separate_forget_sets(block.records)
+    settings_of = defaultdict(set)  # of each name of a row
     for record in block.records:
-        differs = shortened(", ".join(_describe(name, value) for name, value in record["differs"].items()), LONGEST)
-        record["row"] = record["method"] + (f" ({differs})" if differs else "")
+        record["row"] = _row(record)
+        settings_of[record["row"]].add(json.dumps(record["differs"], sort_keys=True))
+    for record in block.records:
+        if len(settings_of[record["row"]]) > 1:
+            record["row"] = _row(record, all_digits=True)
+
+
+def _row(record: Record, all_digits: bool = False) -> str:
+    differs = ", ".join(_describe(name, value, all_digits) for name, value in record["differs"].items())
+    return record["method"] + (f" ({shortened(differs, LONGEST)})" if differs else "")
 
 
 def _is_used(name: str, record: Record, own: Mapping[str, object], users: Mapping[str, Set[str]]) -> bool:
@@ -145,24 +154,36 @@ def _separate_surrogates(runs: list[Record]) -> None:
 
 
 def _separate_forget_sets(runs: list[Record]) -> None:
-    """Separate runs that differ in D_f only: the hash of D_f joins what differs."""
-    same = defaultdict(list)
+    """Separate runs that differ in D_f only: the hash of D_f joins what differs, for all seeds with such a D_f."""
+    alike = defaultdict(list)
     for record in runs:
-        same[json.dumps([record[name] for name in ("method", "differs", "k", "continual_step", "seed")])].append(record)
-    for group in same.values():
-        if len(group) > 1:
-            for record in group:
+        alike[json.dumps([record["method"], record["differs"]])].append(record)
+    for some in alike.values():
+        counts = Counter(map(_draw, some))
+        hashes = {record.get("forget_sha256") for record in some if counts[_draw(record)] > 1}
+        for record in some:
+            if counts[_draw(record)] > 1 or record.get("forget_sha256") in hashes - {None}:
                 record["differs"] = record["differs"] | {"forget_sha256": record.get("forget_sha256")}
 
 
-def _describe(name: str, value: object) -> str:
-    """Return name and value of a setting for the name of a row. Long values are shortened."""
+def _draw(record: Record) -> tuple:
+    """Return what decides D_f unless a file lists it."""
+    return record["k"], record["continual_step"], record["seed"]
+
+
+def _describe(name: str, value: object, all_digits: bool = False) -> str:
+    """Return name and value of a setting for the name of a row. Long values are shortened.
+
+    all_digits  of a number, in place of six
+    """
     if name == "listed":
         return "D_f from a file" if value else "D_f by seed"
     if name in HASHES:
         return f"{HASHES[name]} {str(value)[:12]}"
     name = name.rpartition(".")[2]  # without the method, which the row names already
-    return f"{name}={'none' if value is None else f'{value:g}' if isinstance(value, float) else shortened(str(value))}"
+    if isinstance(value, float) and not all_digits:
+        return f"{name}={value:g}"
+    return f"{name}={'none' if value is None else shortened(str(value))}"
 
 
 def place(method: str) -> tuple[int, str]:

@@ -124,6 +124,24 @@ def test_two_forget_sets_of_a_seed_have_rows_of_their_own(folder, tables):
     assert cells(markdown, "adv (D_f bbbbbbbbbbbb)")[2] == "60.00"
 
 
+def test_two_forget_sets_of_a_seed_have_rows_of_their_own_for_all_seeds(folder, tables):
+    other = {"forget_sha256": "b" * 64, "acc_test": 60.0}
+    folder({"forget_sha256": "a" * 64}, other, other | {"seed": 1, "acc_test": 62.0})
+    folder({"seed": 2, "forget_sha256": "c" * 64})
+    markdown = tables()
+    assert cells(markdown, "adv (D_f aaaaaaaaaaaa)")[2] == "70.00"
+    assert cells(markdown, "adv (D_f bbbbbbbbbbbb)")[2] == "61.00 ± 1.41 (n=2)"
+    assert cells(markdown, "adv")[2] == "**70.00**"
+
+
+def test_settings_that_differ_after_six_digits_have_rows_of_their_own(folder, tables):
+    folder({}, {"unlearn_lr": 0.01234567, "acc_test": 10.0}, {"unlearn_lr": 0.01234568}, {"unlearn_lr": 0.01 / 3})
+    markdown = tables()
+    assert cells(markdown, "adv (unlearn_lr=0.01234567)")[2] == "10.00"
+    assert cells(markdown, "adv (unlearn_lr=0.01234568)")[2] == "**70.00**"
+    assert cells(markdown, "adv (unlearn_lr=0.00333333)")[2] == "**70.00**"
+
+
 def test_published_accuracies_stand_below_ours_with_their_source(folder, tables, tmp_path):
     at = {"model": "resnet18", "k": 256, "acc_test": 46.0}
     folder(at | {"method": "adv_imp"}, at, at | {"k": 16})
