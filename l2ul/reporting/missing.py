@@ -50,7 +50,7 @@ def parts(blocks: Iterable[Block], selection: Selection) -> tuple[list[str], lis
         notes += [f"Commands of more than {MOST_CHARACTERS:,} characters are left out."] * (len(needed) < len(every))
         cells += describe(block, absent)
         lines += needed
-        notes += _note_on_weights(block, needed)
+        notes += _notes_on_weights(block, absent) if needed else []
     return cells, lines, list(dict.fromkeys(notes))
 
 
@@ -108,22 +108,34 @@ def commands(block: Block, missing: Iterable[Missing]) -> list[str]:
     return made
 
 
-def _note_on_weights(block: Block, lines: Iterable[str]) -> list[str]:
-    """Return a note that identifies the file of --checkpoint: a record holds its name at most, not its folder."""
-    words = [word for line in lines for word in shlex.split(line)]
-    if "--checkpoint" not in words:
-        return []
-    name, digest = words[words.index("--checkpoint") + 1], str(block.usual.get("checkpoint_sha256"))[:12]
-    folder = "" if name == "FILE" else " Add its folder if it is not in the current one."
-    weights = f"the weights of {markdown_text(block.model)} whose SHA-256 begins with {digest}"
-    return [f"{markdown_code(name)} is the file with {weights}.{folder}"]
+def _notes_on_weights(block: Block, missing: Iterable[Missing]) -> list[str]:
+    """Return notes that identify the files of --checkpoint: a record holds a name at most, not its folder."""
+    notes = []
+    for run in missing:
+        words, digest = _flags(block, run), str(_values(block, run).get("checkpoint_sha256"))[:12]
+        if "--checkpoint" in words:
+            name = words[words.index("--checkpoint") + 1]
+            folder = "" if name == "FILE" else " Add its folder if it is not in the current one."
+            weights = f"the weights of {markdown_text(block.model)} whose SHA-256 begins with {digest}"
+            notes.append(f"{markdown_code(name)} is the file with {weights}.{folder}")
+    return notes
+
+
+def _runs(block: Block, run: Missing) -> list[Record]:
+    """Return the runs that a missing run is like but for k and seed."""
+    row = block.main_row(run.method)
+    return [record for record in block.records if record["row"] == row]
+
+
+def _values(block: Block, run: Missing) -> Record:
+    """Return the settings of a missing run."""
+    runs = _runs(block, run)
+    return block.usual | (runs[0]["differs"] if runs else {})
 
 
 def _flags(block: Block, run: Missing) -> tuple[str, ...]:
     """Return the flags of a run other than data set, model, k, seed and method."""
-    row = block.main_row(run.method)
-    runs = [record for record in block.records if record["row"] == row]
-    values = block.usual | (runs[0]["differs"] if runs else {})
+    runs, values = _runs(block, run), _values(block, run)
     if "teacher" not in get(run.method).needs:
         values["surrogate"] = (runs[0] if runs else values).get("test_without")
     # file of weights and result folder come from runs with the same weights, if there are any
@@ -133,7 +145,7 @@ def _flags(block: Block, run: Missing) -> tuple[str, ...]:
     words += ["--goal", block.goal] if block.goal != "misclassify" else []
     words += ["--continual-step", str(block.continual_size)] if block.continual_size else []
     words += ["--age-grouping", block.age_grouping] if block.age_grouping else []
-    words += [*_setting_flags(block, values), *_method_settings(run.method, values)]
+    words += [*_setting_flags(block, values, runs or block.records), *_method_settings(run.method, values)]
     if values.get("listed"):
         words += ["--forget-file", _forget_file(runs or block.records, run)]
     folder = min(record["result_dir"] for record in alike)
@@ -145,7 +157,9 @@ def _implied(block: Block) -> dict[str, set]:
     family = models.OWN.get(block.model, zoo)
     statistics = {name: {" ".join(f"{value:g}" for value in getattr(family, name.upper()))} for name in ("mean", "std")}
     files = {path.name for path in checkpoint.candidates(block.data_label, block.model, Path())}
-    return statistics | {"checkpoint": files, "image_size": {128 if block.age_grouping else 224}}
+    # the default of other data sets depends on their images
+    sides = {128} if block.age_grouping else {224} if block.dataset == "imagenet" else set()
+    return statistics | {"checkpoint": files, "image_size": sides}
 
 
 def _weights(block: Block, runs: list[Record]) -> list[str]:
@@ -155,17 +169,14 @@ def _weights(block: Block, runs: list[Record]) -> list[str]:
     return ["--checkpoint", min(names, default="FILE")]
 
 
-def _setting_flags(block: Block, values: Record) -> Iterator[str]:
+def _setting_flags(block: Block, values: Record, runs: list[Record]) -> Iterator[str]:
     """Yield a flag for each setting that differs from the one that a command without the flag would use."""
     implied = _implied(block)
+    on_cuda = any(not (run["device"] or "cpu").startswith(("cpu", "mps")) for run in runs)
     for key in records.SCHEMA.values():
         value = values.get(key.name)
-        if (
-            not key.flag
-            or value is None
-            or value == key.default_for(block.dataset)
-            or value in implied.get(key.name, ())
-        ):
+        is_default = value == key.default_for(block.dataset) and not (key.name == "precision" and on_cuda)
+        if not key.flag or value is None or is_default or value in implied.get(key.name, ()):
             continue
         yield f"--{key.name.replace('_', '-')}"
         yield from value.split() if key.type == "numbers" else [str(value)]

@@ -34,7 +34,7 @@ class Selection:
 
     def sizes(self, step: int | None) -> list[int]:
         """Return every selected k. For a continual run, these are the sums after each of its steps."""
-        sums = [n for k in self.k for n in (*range(step, k, step), k)] if step else self.k
+        sums = [n for k in self.k for n in range(step, k + 1, step)] if step else self.k
         return sorted(set(sums))
 
 

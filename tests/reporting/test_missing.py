@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 import tabled
-from tabled import RECORD, cells
+from tabled import NONE, RECORD, cells
 
 from l2ul.common.markup import plain
 from l2ul.reporting import read_records
@@ -39,6 +39,32 @@ def test_weights_without_a_file_name_are_identified_by_their_hash(folder, tables
     markdown = tables("--seed", 0, 1)
     assert "--checkpoint FILE" in markdown
     assert "`FILE` is the file with the weights of resnet20 whose SHA-256 begins with 12fca82f0beb." in markdown
+
+
+def test_each_file_of_weights_is_identified_by_its_own_hash(folder, tables):
+    other = {"checkpoint": "other.pt", "checkpoint_sha256": "22" * 32}
+    folder({"checkpoint": "usual.pt"}, {"seed": 1, "checkpoint": "usual.pt"}, {"method": "neggrad"} | other)
+    markdown = tables("--seed", 0, 1, 2)
+    assert "`usual.pt` is the file with the weights of resnet20 whose SHA-256 begins with 12fca82f0beb." in markdown
+    assert "`other.pt` is the file with the weights of resnet20 whose SHA-256 begins with 222222222222." in markdown
+
+
+@pytest.mark.parametrize(
+    ("record", "flag"),
+    [
+        ({"precision": "fp32", "device": "NVIDIA H100"}, "--precision fp32"),  # the default there is tf32
+        ({"precision": "fp32", "device": "cpu (4 threads) x 2"}, None),
+        ({"precision": "fp32", "device": "mps"}, None),
+        ({"precision": "fp32", "device": None}, None),
+        ({"dataset": "faces", "image_size": 224}, "--image-size 224"),  # the default of small images is their size
+        ({"dataset": "hf:faces", "image_size": 224}, "--image-size 224"),
+        ({"dataset": "imagenet", "image_size": 224}, None),
+    ],
+)
+def test_commands_state_what_other_images_and_devices_do_not_imply(folder, tables, record, flag):
+    folder(record)
+    line = tables("--seed", 0, 1).split("```bash\n")[1].split("\n```")[0]
+    assert flag in line if flag else "--precision" not in line and "--image-size" not in line
 
 
 def planned(script, line: str) -> set[str]:
@@ -165,6 +191,17 @@ def test_records_from_before_a_setting_have_its_value_of_that_time(folder):
     assert "the same run as" in problems[0]
 
 
+def test_a_record_of_a_failed_run_does_not_hide_the_run_that_was_repeated_elsewhere(folder, tables, tmp_path):
+    folder({"status": "failed"} | NONE, into="a/runs")
+    folder({}, into="b/runs")
+    folder({"status": "failed"} | NONE, into="c/runs")
+    markdown = tables()
+    assert cells(markdown, "adv")[2] == "**70.00**"
+    problems = markdown.split("## Problems")[1]
+    assert all(f"{name}.json: the same run as" in problems for name in ("a/runs/00", "c/runs/02"))
+    assert problems.count("the same run as") == problems.count("b/runs/01.json; it is counted once") == 2
+
+
 def test_without_a_valid_record_there_is_no_table(tmp_path, tables):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "a.json").write_text("{")
@@ -213,6 +250,12 @@ def test_commands_of_continual_runs_continue_from_recorded_steps(run, script, ta
     assert code == 0
     states = [text.split()[0] for text in out.splitlines()[1:] if not text.startswith("estimated")]
     assert states == ["done", "done", "to"]
+
+
+def test_commands_of_continual_runs_have_whole_steps(folder, tables):
+    folder({"continual_step": 1, "continual_size": 16}, {"k": 40})
+    assert "k = 32 (16 per step)" in tables("--unlearn-k", 40)
+    assert "k = 40 (16 per step)" not in tables("--unlearn-k", 40)
 
 
 def test_figures_are_written_beside_the_tables(folder, tables, tmp_path):
