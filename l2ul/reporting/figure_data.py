@@ -19,7 +19,7 @@ from l2ul.common.text import require_file
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.metrics import columns
-from l2ul.reporting.rows import known_settings, main_row, place
+from l2ul.reporting.rows import OF_DATA, known_settings, main_row, place
 
 WITH_ACCURACIES = (records.FORGOTTEN, records.DONE, records.CAP)
 MEASURED = tuple(column.key for column in columns.of_table("accuracy") if column.compared)  # D_r and D_test
@@ -115,39 +115,43 @@ def accuracies(runs: Iterable[Record]) -> pd.DataFrame:
 def ablations(runs: Iterable[Record], k: int | None = None) -> pd.DataFrame:
     """Return `means` by setting, value and method, of runs that differ in a single setting of SWEPT.
 
-    All runs have one k, the one with most values (the largest such k). For each setting and method, the runs are those
-    with most values of the setting and all other settings equal. Each setting has a row for the original model.
+    All runs have one k, weights and images, those with most values (the largest such k). For each setting and method,
+    the runs are those with most values of the setting and all other settings equal. Each setting has a row for the
+    original model.
 
     Raises InputError if no runs differ in a single setting.
     """
     runs = [run for run in runs if run["method"] != "before" and k in (None, run["k"])]
     swept = {(setting, *key): same for setting in SWEPT for key, same in _sweeps(runs, setting).items()}
     sizes = Counter()
-    for (setting, size, _), same in swept.items():
-        sizes[size] += _values(same, setting)
+    for (setting, *subject, _), same in swept.items():
+        sizes[tuple(subject)] += _values(same, setting)
     if not sizes:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in SWEPT)
         raise InputError("no records differ in a single setting", f"run main_unlearn.py with several values of {flags}")
-    shown, tables = max(sizes, key=lambda size: (sizes[size], size)), []
+    shown, tables = max(sizes, key=lambda subject: (sizes[subject], subject)), []
     for setting in SWEPT:
-        same = [run for (name, size, _), group in swept.items() if (name, size) == (setting, shown) for run in group]
+        same = [run for (*subject, _), group in swept.items() if subject == [setting, *shown] for run in group]
         if same:
             frame = pd.DataFrame(same).assign(setting=setting, value=[float(run[setting]) for run in same])
-            before = _before(frame).assign(setting=setting, k=shown)
+            before = _before(frame).assign(setting=setting, k=shown[0])
             tables += [means(frame, ["setting", "value", "method", "k"]), before]
     return pd.concat(tables, ignore_index=True)
 
 
-def _sweeps(runs: list[Record], setting: str) -> dict[tuple[int, str], list[Record]]:
-    """Return, by k and method, the runs with most values of a setting that agree in all other settings."""
+def _sweeps(runs: list[Record], setting: str) -> dict[tuple[int, str, str], list[Record]]:
+    """Return, by k, weights and images, and method, the runs with most values of a setting that agree in all others."""
     alike = defaultdict(list)
     for run in runs:
         if run.get(setting) is not None and run["status"] in WITH_ACCURACIES:
             others = {name: value for name, value in known_settings(run).items() if name != setting}
-            alike[run["k"], run["method"], json.dumps(others, sort_keys=True)].append(run)
+            data = {name: others.pop(name) for name in OF_DATA & others.keys()}
+            data, others = (json.dumps(values, sort_keys=True) for values in (data, others))
+            alike[run["k"], data, run["method"], others].append(run)
     most = defaultdict(list)
-    for (size, method, _), same in alike.items():
-        most[size, method] = max(most[size, method], same, key=lambda group: (_values(group, setting), len(group)))
+    for (*subject, _), same in alike.items():
+        best = most[tuple(subject)]
+        most[tuple(subject)] = max(best, same, key=lambda group: (_values(group, setting), len(group)))
     return {key: same for key, same in most.items() if _values(same, setting) > 1}
 
 

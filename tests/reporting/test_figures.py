@@ -572,3 +572,14 @@ def test_ablations_compare_older_records_that_lack_a_setting_with_newer_ones():
     table = figure_data.ablations(some_runs(copies=[newer]))
     assert set(table["setting"]) == {"pgd_eps"}
     assert set(table["value"].dropna()) == {1.0, 4.0}
+
+
+def test_ablations_compare_only_runs_with_the_same_weights_and_images():
+    other = {"checkpoint_sha256": "b" * 64, "acc_test_before": 50.0}
+    runs = [{"checkpoint_sha256": "a" * 64} | run for run in some_runs(copies=[{"pgd_eps": 1.0}])]
+    adv = [run | {"method": "adv"} | other for run in runs if run["method"] == "adv_imp"]
+    more = [run | {"seed": 2, "pgd_eps": 2.0} for run in runs if run["method"] == "adv_imp"]
+    table = figure_data.ablations([*runs, *adv, *more])
+    assert set(table["method"]) == {"before", "adv_imp"}
+    assert table.set_index("method")["acc_test"]["before"] == 90.0
+    assert set(figure_data.ablations(adv)["method"]) == {"before", "adv"}
