@@ -12,6 +12,8 @@ import torch
 from l2ul.cli import unlearn_command, unlearn_options
 from l2ul.common import installation, precision
 from l2ul.experiments import records, time_estimates
+from l2ul.methods.registry import own_flags
+from l2ul.methods.settings import SHARED
 from l2ul.sweeps import optuna_search, ranges, ray_cluster, trials
 from l2ul.sweeps.monitor import sweep_monitor
 from l2ul.sweeps.options import Sweep
@@ -71,6 +73,7 @@ class SweepRunner:
     def run_search(self) -> int:
         """Search for the best settings, starting from those on record, and report the best."""
         opts = self.sweep.opts
+        self.check_values()
         known, started = self.recall()
         remaining = max(0, opts.search - len(known))
         self.report(
@@ -85,6 +88,13 @@ class SweepRunner:
             command = shlex.join([*installation.command(unlearn_options.PROGRAM), *self.sweep.arguments(settings)])
             self.report(f"best of {len(known)}, {result}: {command}")
         return failed
+
+    def check_values(self) -> None:
+        """Raise InputError if a model, a data set or a file of the search cannot be used, before any trial."""
+        settings = SHARED.keys() | own_flags().keys()  # whose values were checked when they were read
+        axes = {name: values[:1] if name in settings else values for name, values in self.sweep.axes.items()}
+        lows = {name: [values[0].low] for name, values in axes.items() if isinstance(values[0], ranges.Interval)}
+        self.plan(ranges.product(axes | lows))
 
     def _try_settings(self, count: int, known: list[tuple[Settings, float]], started: list[Settings]) -> int:
         """Try `count` settings and add them to `known`. Return how many failed."""

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -251,6 +252,15 @@ def test_the_job_script_is_valid_and_runs_the_same_command(script, tmp_path, wor
     assert sweep.axes == sweep_options.parse(["--method", "adv", *words]).axes
 
 
+def test_the_job_script_runs_the_script_of_the_user(tmp_path):
+    (tmp_path / "my sweep.py").write_text("import main_sweep\nif __name__ == '__main__':\n    main_sweep.main()\n")
+    words = [sys.executable, tmp_path / "my sweep.py", "--method", "adv", "--slurm"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    command = shlex.split(done.stdout.splitlines()[-1].split(" -- ")[1])
+    assert command == ["python", str(tmp_path / "my sweep.py"), "--method", "adv", "--address", "auto"]
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
@@ -267,6 +277,7 @@ def test_the_job_script_is_valid_and_runs_the_same_command(script, tmp_path, wor
         (["--method", "nothing", "--pgd-eps", 1, 2], "nothing"),
         (["--device", "cpu", "cuda"], "unexpected argument 'cuda'"),
         (["--dataset", "nowhere", "--dry-run"], "nowhere"),
+        (["--search", 3, "--model", "resnet20", "resnet18", "--method", "adv", "--dry-run"], "no weights of resnet18"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_starts(swept, words, reason):
