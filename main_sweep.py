@@ -25,8 +25,8 @@ PROGRAM = options.PROGRAM
 def main() -> None:
     sweep = options.parse(description=__doc__)
     if sweep.opts.slurm:
-        command = slurm.without_flag(sys.argv[1:])
-        print(slurm.script(PROGRAM, command, sweep.opts.slurm, sweep.opts.gpus_per_trial != 0), end="")
+        program, command = str(user_script() or PROGRAM), slurm.without_flag(sys.argv[1:])
+        print(slurm.script(program, command, sweep.opts.slurm, sweep.opts.gpus_per_trial != 0), end="")
         return
     # These modules import torch: after parsing, so that --help is quick.
     from l2ul.sweeps import ray_cluster
