@@ -361,8 +361,8 @@ class Experiment:
             self._write_card_of(run, record, result.outcome.model)
 
     def _write_card_of(self, run: Run, record: dict[str, object], model: nn.Module) -> None:
-        digest = tensors_sha256(model.net.state_dict())
-        card = model_card.of_record(record, self.setup.images.num_classes, digest, run.files.model.is_dir())
+        digest, path = tensors_sha256(model.net.state_dict()), run.files.model
+        card = model_card.of_record(record, self.setup.images.num_classes, digest, path.is_dir(), path.name)
         with atomic(run.files.card) as part:
             part.write_text(card.text(), encoding="utf-8")
 

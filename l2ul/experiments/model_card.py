@@ -93,12 +93,20 @@ def library_of(model: str) -> str | None:
     return LIBRARIES.get(model.partition(":")[0])
 
 
-def of_record(record: Mapping[str, object], num_classes: int, weights_sha256: str, is_folder: bool = False) -> Card:
+def of_record(
+    record: Mapping[str, object],
+    num_classes: int,
+    weights_sha256: str,
+    is_folder: bool = False,
+    file: str = "model.safetensors",
+) -> Card:
     """Return the card of the model of a run.
 
     weights_sha256  of the unlearned weights, `UNIFORM`
     is_folder       whether the model is a folder of another library, not a file of weights
+    file            name of the file of weights beside the card
     """
+    training = "training images" if record.get("forget_dir") else "other training images"  # D_f is from elsewhere
     relabel = record["goal"] == "relabel"
     number = record.get("continual_size") or record["k"]  # accuracies of a step of a continual run are those of its D_f
     rows = [("to relabel" if relabel else "to forget", number)]
@@ -118,7 +126,7 @@ def of_record(record: Mapping[str, object], num_classes: int, weights_sha256: st
         rows.append(("of earlier steps, predicted as their label by this model", earlier))
     accuracies = [
         (text, *(_percent(record[key]) for key in (f"{name}_before", name)))
-        for text, name in (("other training images", "acc_retain"), ("test images", "acc_test"))
+        for text, name in ((training, "acc_retain"), ("test images", "acc_test"))
     ]
     name, dataset = _public(record["model"], "model"), _public(record["dataset"], "data set", LOADERS)
     settings = {key: record[key] for key in SHARED if record.get(key) is not None}
@@ -127,8 +135,9 @@ def of_record(record: Mapping[str, object], num_classes: int, weights_sha256: st
     return Card(
         title=f"Classifier after unlearning: {name}, {dataset}",
         introduction=f"This classifier, {name}, was trained on {dataset} and had to "
-        f"{'relabel' if relabel else 'forget'} {number} of its training images. It is the result of a run with L2UL "
-        f"{VERSION}, which compares methods.",
+        f"{'relabel' if relabel else 'forget'} {number} "
+        f"{'images of a folder' if record.get('forget_dir') else 'of its training images'}. It is the result of a run "
+        f"with L2UL {VERSION}, which compares methods.",
         outcome=outcome(record, number),
         tables=[
             Table(("images", "number"), rows),
@@ -138,7 +147,7 @@ def of_record(record: Mapping[str, object], num_classes: int, weights_sha256: st
         hashes={"original, as main_unlearn.py records them": record["checkpoint_sha256"]}
         | {f"this model, {UNIFORM}": weights_sha256},
         limits=LIMITS,
-        opening="" if is_folder else opening(name, num_classes, "model.safetensors"),
+        opening="" if is_folder else opening(name, num_classes, file),
         library=library_of(record["model"]) if is_folder else None,
     )
 

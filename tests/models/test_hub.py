@@ -243,7 +243,8 @@ def test_a_run_uploads_its_saved_model_and_the_same_command_tries_again(fake, ru
     private, files = fake.repositories["lab/digits"]
     assert not private
     assert sorted(files) == ["README.md", "model.safetensors"]
-    assert files["README.md"] == model.with_suffix(".md").read_bytes()
+    here = files["README.md"].replace(b'"model.safetensors"', f'"{model.name}"'.encode())
+    assert here == model.with_suffix(".md").read_bytes() != files["README.md"]
     uploaded = tmp_path / "uploaded.safetensors"
     uploaded.write_bytes(files["model.safetensors"])
     state, metadata = checkpoint.read(uploaded)
@@ -327,6 +328,12 @@ def test_a_card_of_a_run_shows_no_path_of_a_local_model(vit_folder):
     assert "| predicted as their new label by this model | 12 |" in text
     assert "`distill` with seed 3: `distill_lr=0.003`." in text
     assert "| test images | 95.00 % | – |" in text
+    assert "had to relabel 16 of its training images. " in text
+    assert "| other training images | 99.00 % | 90.00 % |" in text
+    text = model_card.of_record(record | {"forget_dir": "holiday"}, 10, "b" * 64).text()
+    assert "had to relabel 16 images of a folder. " in text
+    assert "| training images | 99.00 % | 90.00 % |" in text
+    assert "holiday" not in text
 
 
 @pytest.mark.parametrize(
@@ -377,6 +384,7 @@ def test_the_card_of_a_kept_model_gets_metrics_that_are_added_later(run, tmp_pat
     assert (code, f"\nmodels and their cards: {tmp_path / 'models'}\n" in out) == (0, True)
     (card,) = (tmp_path / "models").glob("*.md")
     assert "as used" not in card.read_text()
+    assert f'"{card.with_suffix(".safetensors").name}"' in card.read_text()
     code, _, err = run(*words, "--evaluate", "robustness")
     assert code == 0, err
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json"))
