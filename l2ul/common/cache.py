@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 from pathlib import Path
 import shutil
+import types
 
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -21,6 +23,7 @@ from l2ul.common.files import atomic, source_code, tensors_sha256
 GIB = 2**30
 PREFIX, SUFFIX = "l2ul-", ".safetensors"  # of the cache's files; other files in the folder are left alone
 WELL_KNOWN = ("torch.", "torchvision.", "transformers.")  # libraries whose layers are identified by name and settings
+LARGEST_SETTING = 1024  # values of a tensor that counts as a setting
 COMPLETE = ("torch.", "torchvision.", "l2ul.")  # libraries whose layers show all settings in their repr
 
 
@@ -110,7 +113,8 @@ def environment(device: torch.device) -> dict[str, object]:
 def model_fingerprint(model: nn.Module) -> str:
     """Return a hash of a model: its layers, its parameters and buffers, source code and settings of custom layers.
 
-    Settings are attributes with plain values, such as the number of heads, which a layer may not show in its repr.
+    Settings are attributes with plain values, such as the number of heads, which a layer may not show in its repr, and
+    small tensors that are no buffers, such as a mean.
     """
     kinds = {type(module) for module in model.modules()}
     custom = sorted(source_code(kind) for kind in kinds if not f"{kind.__module__}.".startswith(WELL_KNOWN))
@@ -120,14 +124,26 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def _settings(module: nn.Module) -> str:
-    """Return the attributes with plain values of a layer of the user or of another library; empty for ours."""
+    """Return the settings of a layer of the user or of another library; empty for ours."""
     if f"{type(module).__module__}.".startswith(COMPLETE):
         return ""
     public = sorted(key for key in vars(module) if key != "training" and not key.startswith("_"))
-    return " ".join(f"{key}={vars(module)[key]!r}" for key in public if _is_plain(vars(module)[key]))
+    values = {key: _plain(vars(module)[key]) for key in public}
+    return " ".join(f"{key}={value!r}" for key, value in values.items() if value is not None)
 
 
-def _is_plain(value: object) -> bool:
+def _plain(value: object) -> object:
+    """Return a setting as plain values, None for what is none, such as a large tensor, which may be an activation."""
     if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    return isinstance(value, bool | int | float | str)
+        several = [_plain(part) for part in value]
+        return None if None in several else tuple(several) if isinstance(value, tuple) else several
+    if isinstance(value, dict):
+        several = {str(key): _plain(part) for key, part in value.items()}
+        return {key: part for key, part in sorted(several.items()) if part is not None}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(vars(value))
+    if isinstance(value, Tensor) and value.numel() <= LARGEST_SETTING:
+        return None if value.is_meta or value.is_quantized else value.to_dense().tolist()
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    return value if isinstance(value, bool | int | float | str) else None

@@ -1,5 +1,6 @@
 """The cache of tensors, and adversarial sets made with and without it."""
 
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -141,6 +142,33 @@ def test_fingerprints_depend_on_settings_that_layers_do_not_show():
     assert model_fingerprint(two) != model_fingerprint(four)
     four.heads = 2
     assert model_fingerprint(two) == model_fingerprint(four.eval())
+
+
+@dataclasses.dataclass
+class Configuration:
+    depth: int
+    scale: torch.Tensor | None = None
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.4])),
+        ({"depth": 2, "net": torch.nn.ReLU()}, {"depth": 3, "net": torch.nn.ReLU()}),
+        (Configuration(2, torch.ones(2)), Configuration(2, torch.zeros(2))),
+        (torch.relu, torch.tanh),
+        (torch.nn.functional.gelu, torch.nn.functional.relu),
+        ([1, 2], [1, 3]),
+    ],
+)
+def test_fingerprints_depend_on_settings_that_are_no_single_values(first, second):
+    nets = Heads(2), Heads(2), Heads(2)
+    for net, value in zip(nets, (first, copy.deepcopy(first), second), strict=True):
+        net.load_state_dict(nets[0].state_dict())
+        net.setting = value
+    assert model_fingerprint(nets[0]) == model_fingerprint(nets[1]) != model_fingerprint(nets[2])
+    nets[0].last_output = torch.zeros(100, 100)  # may change with every pass
+    assert model_fingerprint(nets[0]) == model_fingerprint(nets[1])
 
 
 @pytest.mark.parametrize(("draws", "first", "then"), [(5, 3, 6), (1, 15, 16), (3, 1, 2), (20, 1, 4), (7, 2, 5)])
