@@ -423,7 +423,7 @@ def to_text(values: Mapping[str, Value]) -> str:
 
 def from_text(text: str) -> dict[str, Value]:
     """Read what `to_text` wrote. Numbers are floats."""
-    pairs = (word.split("=", 1) for word in text.split())
+    pairs = (word.partition("=")[::2] for word in text.split())
     return {name: _number(value) for name, value in pairs}
 
 

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import itertools
+import math
 from pathlib import Path
 import re
 
@@ -27,13 +28,14 @@ from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
 from l2ul.common.offline import offline
 from l2ul.common.progress import progress_bar
+from l2ul.common.text import read_text
 from l2ul.data import datasets, forget_set, storage, surrogate
 from l2ul.data.image_files import ImageReader
 from l2ul.data.images import Images, as_pixels
 from l2ul.experiments.records import Record
 from l2ul.metrics import accuracy, features
 from l2ul.models import checkpoint
-from l2ul.reporting import FIGURES, figure_data, figures, rows
+from l2ul.reporting import FIGURES, figure_data, figures, read_records, rows
 
 Drawn = tuple[Figure, pd.DataFrame]  # a figure and the numbers that it shows
 Report = Callable[[str], object]
@@ -261,11 +263,14 @@ class Subject:
     def forget(self, run: Record) -> torch.Tensor:
         """Read the indices (k,) of the D_f of a run."""
         try:
-            return torch.from_numpy(np.loadtxt(run["forget_file"], dtype=np.int64, ndmin=1))
-        except (OSError, ValueError):
+            indices = np.array(read_text(Path(run["forget_file"]), read_records.MOST_BYTES).split(), dtype=np.int64)
+        except (OSError, ValueError, OverflowError):
+            indices = np.empty(0)
+        if len(indices) != run["k"] or not 0 <= indices.min() <= indices.max() < (run.get("num_train") or math.inf):
             raise InputError(
-                f"{run['forget_file']} holds no indices of training images, which the figure shows"
-            ) from None
+                f"{run['forget_file']} does not hold {run['k']} indices of training images, which the figure shows"
+            )
+        return torch.from_numpy(indices)
 
     def sample(self, run: Record, split: str, among: torch.Tensor) -> torch.Tensor:
         return figure_data.sample(among, self.options.samples, run["seed"], f"figure {split}")
@@ -373,7 +378,8 @@ def new_classes(subject: Subject) -> Drawn:
             f"{subject.name}: figure 3 shows no targets, and predictions of the original model in place of true "
             f"classes: {error}"
         )
-        names = [str(number) for number in range(1 + max(int(c.max()) for c in files[0].values()))]
+        known = [part for classes in files for name, part in classes.items() if name.endswith(("_before", "_after"))]
+        names = [str(number) for number in range(1 + max(int(part.max(initial=0)) for part in known))]
         matrices = figure_data.confusion_matrices(files[0]["forget_before"], predicted, names)
     else:
         draws = next((run["num_adv_images"] for run in runs if run.get("num_adv_images")), None)
@@ -385,8 +391,9 @@ def new_classes(subject: Subject) -> Drawn:
 
 
 def _has_predictions(run: Record) -> bool:
-    path = figure_data.path_of(run, ".npz")
-    return path.is_file() and "forget_after" in figure_data.predictions(path)
+    """Return whether there are predictions before and after for each image of D_f."""
+    path, names = figure_data.path_of(run, ".npz"), ("forget_before", "forget_after")
+    return path.is_file() and [len(part) for part in figure_data.predictions(path, names).values()] == [run["k"]] * 2
 
 
 def layer_similarity(subject: Subject) -> Drawn:

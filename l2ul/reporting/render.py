@@ -283,9 +283,8 @@ def _notes_on_samples(rows: pd.DataFrame, blocks: list[Block]) -> list[str]:
     for block in _of(rows, blocks):
         runs = [run for run in block.records if run["retain_sample"] is not None]
         sizes = ", ".join(map(str, sorted({run["retain_sample"] for run in runs})))
-        widths = [
-            run["acc_retain_high"] - run["acc_retain_low"] for run in runs if run.get("acc_retain_low") is not None
-        ]
+        ends = [(run.get("acc_retain_low"), run.get("acc_retain_high")) for run in runs]
+        widths = [high - low for low, high in ends if low is not None and high is not None]
         within = f", within ± {max(widths) / 2:.2f} at 95 % confidence" if widths else ""
         if sizes:
             notes.append(

@@ -108,7 +108,8 @@ def _name_rows(block: Block) -> None:
         using = [own for record, own in pairs if _is_used(name, record, own, users)]
         for own in using if absent is not None else ():
             own.setdefault(name, absent)  # older records lack settings that were added later
-        block.usual[name] = _most_frequent([own.get(name) for own in using], default)
+        if using:
+            block.usual[name] = _most_frequent([own.get(name) for own in using], default)
     for record, own in pairs:
         record["differs"] = {
             name: own.get(name)

@@ -583,3 +583,35 @@ def test_ablations_compare_only_runs_with_the_same_weights_and_images():
     assert set(table["method"]) == {"before", "adv_imp"}
     assert table.set_index("method")["acc_test"]["before"] == 90.0
     assert set(figure_data.ablations(adv)["method"]) == {"before", "adv"}
+
+
+def files_of_run(run, folder, classes, images="0\n1\n"):
+    """Write the files beside the record of a run of two images: predictions (before, after, of D_test), and D_f."""
+    path = folder / f"{run['method']}{run['seed']}.txt"
+    path.write_text(images)
+    names = ("forget_before", "forget_after", "test_after")
+    np.savez(path.with_suffix(".npz"), **dict(zip(names, map(np.array, classes), strict=True)))
+    return run | {"forget_file": str(path), "k": 2, "forget_sha256": None, "checkpoint_sha256": None}
+
+
+def test_without_the_data_set_classes_are_those_of_all_runs(tmp_path):
+    runs = [run for run in some_runs() if run["seed"] == 0 and run["method"] in ("adv", "neggrad") and run["k"] == 16]
+    neggrad, adv = sorted(runs, key=lambda run: run["method"], reverse=True)
+    runs = [files_of_run(neggrad, tmp_path, ([0, 1], [1, 0], [1])), files_of_run(adv, tmp_path, ([0, 1], [5, 6], [7]))]
+    runs.append(files_of_run(adv | {"method": "adv_imp"}, tmp_path, ([0, 1], [5], [7])))  # damaged
+    figure_set.draw(runs, [3], tmp_path, figure_set.FigureOptions(data_dir=tmp_path))
+    (file,) = tmp_path.glob("*.csv")
+    table = pd.read_csv(file)
+    assert set(table["panel"]) == {"predictions of neggrad", "predictions of adv"}
+    assert sorted(set(table["prediction"])) == list(range(8))
+    shown = table[(table["panel"] == "predictions of adv") & (table["count"] > 0)]
+    assert shown[["label", "prediction"]].to_numpy().tolist() == [[0, 5], [1, 6]]
+
+
+@pytest.mark.parametrize("images", ["", "0\n", "0\n-1\n", "ant/1.png\nant/2.png\n"])
+def test_damaged_lists_of_d_f_are_reported_and_their_predictions_drawn(tmp_path, capsys, images):
+    run = next(run for run in some_runs() if run["method"] == "adv") | {"dataset": "digits", "num_train": 1438}
+    run = files_of_run(run, tmp_path, ([0, 1], [1, 0], [9]), images)
+    figure_set.draw([run], [3], tmp_path, figure_set.FigureOptions(data_dir=tmp_path))
+    assert "does not hold 2 indices of training images" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*.png"))) == 1

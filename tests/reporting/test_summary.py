@@ -367,6 +367,14 @@ def test_runs_of_robust_that_forgot_as_stored_are_averaged_and_counted_as_not_fo
     assert row["runs"] == "3 (1 not forgotten as used, 1 not forgotten)"
 
 
+def test_settings_that_have_an_effect_in_no_run_name_no_row(folder, tables):
+    folder({"method": "distill", "robust": 0, "robust_pool": 512, "distill_further_steps": 1.5})
+    folder({"course": "lr"}, {"k": 64, "retain_sample": 500, "acc_retain_low": 78.0})  # not written by L2UL
+    markdown = tables()
+    assert cells(markdown, "distill")[2] == "**70.00**"
+    assert cells(markdown, "adv (lr=)")[2] == "**70.00**"
+
+
 def test_settings_without_effect_name_no_row(folder, tables):
     usual = {"robust_keep": 5.0, "robust_pool": 512}
     without = {"method": "distill", "robust": 0, "robust_keep": None, "robust_pool": None}
