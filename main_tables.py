@@ -127,26 +127,25 @@ def make(opts: argparse.Namespace) -> list[Path]:
     blocks = summary.select(rows.blocks(records), opts.dataset, selection)
     numbers = summary.summarise(blocks, selection)
     comparisons = _compare(opts.expected, blocks, selection) if opts.expected else None
-    absent = missing.parts(blocks, selection)
+    absent, shown = missing.parts(blocks, selection), summary.selected(blocks, selection)
     sections = [
-        render.markdown(numbers, blocks),
+        render.markdown(numbers, shown),
         expected.section(comparisons) if comparisons is not None else "",
         missing.section(*absent),
         read_records.problem_section(problems),
     ]
-    texts = ("\n".join(filter(None, sections)), summary.to_csv(numbers), render.latex(numbers, blocks))
+    texts = ("\n".join(filter(None, sections)), summary.to_csv(numbers), render.latex(numbers, shown))
     print(texts[0])
     paths = write(dict(zip(TABLES, texts, strict=True)), output)
     if opts.figures is not None or opts.html:
         print(f"drawing figures to {output}", flush=True)
-        shown = [record for block in blocks for record in block.records if selection.has(record)]
-        paths += draw(opts, shown, output)
+        paths += draw(opts, [record for block in shown for record in block.records], output)
     if opts.html:
         from l2ul.reporting.results_page import Sections
 
         print(f"writing {output / PAGE}", flush=True)
         parts = Sections(comparisons, absent, problems)
-        paths += write({PAGE: make_page(opts, numbers, blocks, selection, parts, paths)}, output)
+        paths += write({PAGE: make_page(opts, numbers, shown, selection, parts, paths)}, output)
     print(f"written to {output}:", *_names(paths), sep="\n  ")
     return paths
 

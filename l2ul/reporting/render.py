@@ -288,7 +288,8 @@ def _notes_on_samples(rows: pd.DataFrame, blocks: list[Block]) -> list[str]:
         within = f", within ± {max(widths) / 2:.2f} at 95 % confidence" if widths else ""
         if sizes:
             notes.append(
-                f"{markdown_text(block.label)}: D_r is measured on a random sample of {sizes} of its images{within}."
+                f"{markdown_text(block.label)}: D_r is measured on a random sample of {sizes} of its images{within}"
+                f"{'' if len(runs) == len(block.records) else ', in some of the runs'}."
             )
     return notes
 

@@ -17,6 +17,7 @@ OF_METHOD = (*SHARED, "course", "method_version", "method_revision", "method_cod
 # What a method starts from and is measured on. Means are compared if these are the usual ones.
 OF_DATA = {name for name, key in records.SCHEMA.items() if key.role == records.SETTING and name not in OF_METHOD}
 OF_DATA |= {"listed", "forget_sha256"}
+OF_EACH = OF_DATA - {"surrogate", "test_without", "forget_sha256"}  # which every method has, null is a value of them
 HASHES = {"checkpoint_sha256": "weights", "forget_sha256": "D_f", "surrogate_sha256": "surrogate images"}
 BLOCK = ("goal", "continual_size", "dataset", "age_grouping", "model")
 
@@ -25,8 +26,8 @@ BLOCK = ("goal", "continual_size", "dataset", "age_grouping", "model")
 class Block:
     """The records of one goal, data set and model (and number of images per step).
 
-    usual    most frequent value of each setting, among the methods that use it. The row of runs with these values has
-             the name of their method, and other rows name what differs.
+    usual    most frequent value of each setting, among the methods that use it, of OF_EACH among all. The row of runs
+             with these values has the name of their method, and other rows name what differs.
     records  the records. Each has two keys more: `row`, the name of its row, and `differs`, the settings that differ
              from `usual`.
     """
@@ -135,7 +136,9 @@ def _row(record: Record, all_digits: bool = False) -> str:
 def _is_used(name: str, record: Record, own: Mapping[str, object], users: Mapping[str, Set[str]]) -> bool:
     """Return whether a setting has an effect on a run; `own` are its settings, `users` the methods that use each."""
     images = {key: record.get(key) for key in ("k", "continual_size")}
-    return record["method"] in users[name] and has_effect(name, {**own, **images})
+    is_known = name in own or records.lookup(name).absent_for(record["dataset"]) is not None
+    is_used = record["method"] in users[name] or (name in OF_EACH and is_known)
+    return is_used and has_effect(name, {**own, **images})
 
 
 def _most_frequent(values: list, default: object) -> object:

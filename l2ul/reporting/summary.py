@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import json
 
 import pandas as pd
@@ -55,6 +55,11 @@ def select(blocks: Iterable[Block], datasets: list[str] | None, selection: Selec
         if name not in methods:
             registry.get(name)
     return [block for block in blocks if not datasets or block.dataset in datasets]
+
+
+def selected(blocks: Iterable[Block], selection: Selection) -> list[Block]:
+    """Return the blocks with their selected records alone, for notes on what tables show."""
+    return [replace(block, records=[run for run in block.records if selection.has(run)]) for block in blocks]
 
 
 def summarise(blocks: Iterable[Block], selection: Selection) -> pd.DataFrame:

@@ -367,6 +367,35 @@ def test_runs_of_robust_that_forgot_as_stored_are_averaged_and_counted_as_not_fo
     assert row["runs"] == "3 (1 not forgotten as used, 1 not forgotten)"
 
 
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"retain_sample": 500}, "retain_sample=500"),
+        ({"forget_dir": "photos"}, "forget_dir=photos"),
+        ({"exif_orientation": "obey"}, "exif_orientation=obey"),
+        ({"image_size": 96}, "image_size=96"),
+    ],
+)
+def test_images_of_one_method_alone_are_named_and_not_compared(folder, tables, data, name):
+    folder({"image_size": None}, {"method": "neggrad", "acc_test": 80.0} | data, {"method": "salun", "forget_dir": None})
+    markdown = tables("--method", "adv", "neggrad", "--seed", 0, 1)
+    assert cells(markdown, f"neggrad ({name})")[2] == "80.00"
+    assert cells(markdown, "adv")[2] == "**70.00**"
+    lines = markdown.split("```bash\n")[1].split("\n```")[0].splitlines()
+    flag = "--" + name.replace("_", "-").replace("=", " ")
+    assert {line.split("--method ")[1]: flag in line for line in lines} == {"adv": False, "neggrad": True}
+
+
+def test_notes_are_on_the_runs_that_are_shown(folder, tables):
+    folder({"method": "neggrad", "retain_sample": 500, "status": "cap", "acc_forget": 5.0}, {}, {"seed": 1})
+    folder({"method": "salun", "seed": 2})
+    assert "sample of 500 of its images, in some of the runs." in tables()
+    assert "sample of 500 of its images." in tables("--method", "neggrad")
+    markdown = tables("--method", "adv")
+    assert "random sample" not in markdown
+    assert "version 1" not in markdown
+
+
 def test_settings_that_have_an_effect_in_no_run_name_no_row(folder, tables):
     folder({"method": "distill", "robust": 0, "robust_pool": 512, "distill_further_steps": 1.5})
     folder({"course": "lr"}, {"k": 64, "retain_sample": 500, "acc_retain_low": 78.0})  # not written by L2UL
