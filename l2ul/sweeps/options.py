@@ -52,8 +52,18 @@ class Sweep:
     axes: dict[str, list[object]]
 
     @property
+    def first(self) -> dict[str, object]:
+        """The first value of each axis, or the lowest of an Interval."""
+        return {name: one[0].low if isinstance(one[0], Interval) else one[0] for name, one in self.axes.items()}
+
+    @property
+    def first_options(self) -> argparse.Namespace:
+        """The options of main_unlearn.py for these values. Flags without an axis have their value for all trials."""
+        return unlearn_options.parse(self.arguments(self.first))
+
+    @property
     def result_dir(self) -> Path:
-        return unlearn_options.parse(self.shared).result_dir
+        return self.first_options.result_dir
 
     def arguments(self, settings: dict[str, object]) -> Arguments:
         """Return the command line of main_unlearn.py for a value of each axis."""
@@ -227,7 +237,6 @@ def _check(sweep: Sweep) -> None:
         raise InputError("--search has nothing to choose", "give a flag several values or a range, as in --pgd-eps 1:5")
     if opts.search and "setting" in sweep.axes:
         raise InputError("--search cannot vary settings without a flag", "give one value of each in --setting")
-    first = {name: one[0].low if isinstance(one[0], Interval) else one[0] for name, one in sweep.axes.items()}
-    unlearn_opts = unlearn_options.parse(sweep.arguments(first))
+    unlearn_opts = sweep.first_options
     if opts.search and len(unlearn_opts.method) > 1:
         raise InputError(f"--search is for one method, not {' '.join(unlearn_opts.method)}", "name one with --method")

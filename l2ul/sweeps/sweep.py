@@ -29,7 +29,7 @@ def with_precision(sweep: Sweep) -> Sweep:
 
     The ids of runs depend on it, and this process, which plans them, may run on a machine without a GPU.
     """
-    opts = unlearn_options.parse(sweep.shared)
+    opts = sweep.first_options
     if "precision" in sweep.axes or opts.precision:
         return sweep
     gpus = torch.cuda.is_available() if sweep.opts.gpus_per_trial is None else sweep.opts.gpus_per_trial > 0
@@ -92,9 +92,12 @@ class SweepRunner:
     def check_values(self) -> None:
         """Raise InputError if a model, a data set or a file of the search cannot be used, before any trial."""
         settings = SHARED.keys() | own_flags().keys()  # whose values were checked when they were read
-        axes = {name: values[:1] if name in settings else values for name, values in self.sweep.axes.items()}
-        lows = {name: [values[0].low] for name, values in axes.items() if isinstance(values[0], ranges.Interval)}
-        self.plan(ranges.product(axes | lows))
+        first = {name: [value] for name, value in self.sweep.first.items()}
+        axes = {
+            name: first[name] if name in settings or isinstance(values[0], ranges.Interval) else values
+            for name, values in self.sweep.axes.items()
+        }
+        self.plan(ranges.product(axes))
 
     def _try_settings(self, count: int, known: list[tuple[Settings, float]], started: list[Settings]) -> int:
         """Try `count` settings and add them to `known`. Return how many failed."""
@@ -115,7 +118,7 @@ class SweepRunner:
 
     def track(self, figures: Sequence[Path], failed: int) -> None:
         """Add a run with the command, the number of failed trials and the figures (PNG files) to the trackers."""
-        opts = unlearn_options.parse(self.sweep.shared)
+        opts = self.sweep.first_options
         axes = {name: str(values) for name, values in self.sweep.axes.items()}
         settings = {"command": shlex.join([*self.sweep.shared, *self.sweep.split]), **axes}
         with unlearn_command.open_trackers(opts, self.report) as trackers:
@@ -180,7 +183,7 @@ class SweepRunner:
 
         Reports at the end which trackers failed in trials.
         """
-        unlearn_command.open_result_folders(unlearn_options.parse(self.sweep.shared))
+        unlearn_command.open_result_folders(self.sweep.first_options)
         failures = self.sweep.result_dir / TRACKER_FAILURES
         failures.unlink(missing_ok=True)
         worker = ray_cluster.WorkerFunction(f"l2ul.sweeps.worker:{function}", CODE_FOLDER, Path.cwd(), self.user_script)

@@ -303,6 +303,18 @@ def test_settings_of_a_method_are_combined_too(tmp_path):
     assert opts.setting == {"epochs": 1, "lr": 0.1}
 
 
+def test_a_search_in_intervals_starts_with_a_check(swept):
+    words = ["--search", 2, "--method", "neggrad", "--retain-sample", "50:100", "--unlearn-lr", "1e-4:1e-2:log"]
+    code, out, err = swept(*words, "--split-seed", 0, 1, "--dry-run")
+    assert (code, "0 of 2 settings are on record, 2 to try" in out) == (0, True), err
+
+
+def test_a_setting_of_a_method_of_fixed_length_can_have_one_value(swept):
+    words = ["--method", "finetune", "--setting", "epochs=2", "--seed", 0, 1, "--dry-run"]
+    code, out, err = swept(*words)
+    assert (code, len(states(out))) == (0, 2), err
+
+
 def test_a_worker_with_a_gpu_does_one_trial_and_others_do_all(monkeypatch):
     """A process keeps the GPU that CUDA found first, and Ray gives the next trial another one."""
     options = []
