@@ -225,7 +225,7 @@ def brief(results: list[Record]) -> pd.DataFrame:
     for (method, k), runs in frame.groupby(["method", "k"], sort=False):
         row = {"method": method, "k": k} | {_heading(column): _mean(runs[column.key]) for column in shown}
         row["steps"] = _mean(runs["steps"]) if len(runs) > 1 else str(runs["steps"].iloc[0])
-        row["seconds"] = _mean(runs.filter(like="seconds_").sum(axis=1))
+        row["seconds"] = _mean(runs.filter(regex="^seconds_").sum(axis=1))
         counts = Counter(ending for run in runs.to_dict("records") if (ending := _ending(run)))
         others = ", ".join(f"{count} {ending}" for ending, count in counts.most_common())
         row["seeds"] = " ".join(map(str, runs["seed"].unique()))

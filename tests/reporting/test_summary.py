@@ -334,6 +334,7 @@ def test_tables_that_cannot_be_written_are_refused_before_they_are_made(folder, 
 
 def test_the_table_on_the_screen_has_means_over_seeds_and_counts_runs_that_did_not_forget():
     record = tabled.RECORD | {f"seconds_{phase}": 1.0 for phase in ("attack", "importance", "unlearn", "evaluate")}
+    record["metric_seconds_of_your_own"] = 100.0
     table = summary.brief(
         [
             record,
@@ -377,7 +378,8 @@ def test_runs_of_robust_that_forgot_as_stored_are_averaged_and_counted_as_not_fo
     ],
 )
 def test_images_of_one_method_alone_are_named_and_not_compared(folder, tables, data, name):
-    folder({"image_size": None}, {"method": "neggrad", "acc_test": 80.0} | data, {"method": "salun", "forget_dir": None})
+    others = {"image_size": None, "forget_dir": None}
+    folder(others, {"method": "neggrad", "acc_test": 80.0} | data, {"method": "salun"} | others)
     markdown = tables("--method", "adv", "neggrad", "--seed", 0, 1)
     assert cells(markdown, f"neggrad ({name})")[2] == "80.00"
     assert cells(markdown, "adv")[2] == "**70.00**"
