@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterable
+import os
 from pathlib import Path
 import shlex
 import sys
@@ -191,7 +192,7 @@ def make_setup(
         surrogate,
         {
             "checkpoint": weights,
-            "forget_dir": opts.forget_dir.name if opts.forget_dir else None,
+            "forget_dir": Path(os.path.abspath(opts.forget_dir)).name if opts.forget_dir else None,
             **({"decoder": opts.decoder} if opts.decoder != "cpu" else {}),
         },
         models.saved_suffix(classifier.name),

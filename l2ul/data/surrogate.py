@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+import os
 from pathlib import Path
 import re
 
@@ -64,7 +65,7 @@ def read(
             raise InputError(f"--surrogate {name} holds no images", "expected image files, in subfolders or not")
         chosen = images.from_files(files, reader)
         reject_own(chosen, images, "a surrogate set must not hold such images: remove it from the folder")
-        return Surrogate(Path(name).name, _in_memory(chosen)), images
+        return Surrogate(Path(os.path.abspath(name)).name, _in_memory(chosen)), images
     if name in LOADERS and name != images.name:
         other = load(name).with_channels(images.channels).train.images
         return Surrogate(name, _resized(_in_memory(other), images.side)), images

@@ -51,6 +51,14 @@ def test_a_folder_is_read_with_its_subfolders_in_the_size_of_the_data_set(tmp_pa
     assert chosen.images[:, 0].amax((1, 2)).tolist() == pytest.approx([0, 100], abs=3)
 
 
+@pytest.mark.parametrize("name", [".", "../week", "monday/.."])
+def test_a_folder_has_its_name_whatever_the_path(tmp_path, monkeypatch, name):
+    (tmp_path / "week" / "monday").mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(tmp_path / "week" / "a.png")
+    monkeypatch.chdir(tmp_path / "week")
+    assert surrogate.read(name, data_set(), no_other)[0].name == "week"
+
+
 def test_another_data_set_gives_its_training_images_in_the_size_of_this_one():
     other = data_set("cifar100", side=16, seed=1)
     chosen, rest = surrogate.read("cifar100", images := data_set(), lambda name: other)
