@@ -24,6 +24,7 @@ GIB = 2**30
 PREFIX, SUFFIX = "l2ul-", ".safetensors"  # of the cache's files; other files in the folder are left alone
 WELL_KNOWN = ("torch.", "torchvision.", "transformers.")  # libraries whose layers are identified by name and settings
 LARGEST_SETTING = 1024  # values of a tensor that counts as a setting
+DEEPEST = 8  # nested settings of a layer
 COMPLETE = ("torch.", "torchvision.", "l2ul.")  # libraries whose layers show all settings in their repr
 
 
@@ -132,16 +133,21 @@ def _settings(module: nn.Module) -> str:
     return " ".join(f"{key}={value!r}" for key, value in values.items() if value is not None)
 
 
-def _plain(value: object) -> object:
-    """Return a setting as plain values, None for what is none, such as a large tensor, which may be an activation."""
+def _plain(value: object, depth: int = 0) -> object:
+    """Return a setting as plain values, None for what is none, such as a large tensor, which may be an activation.
+
+    What is nested more than DEEPEST times is left out: it may contain itself.
+    """
+    if depth > DEEPEST:
+        return None
     if isinstance(value, tuple | list):
-        several = [_plain(part) for part in value]
+        several = [_plain(part, depth + 1) for part in value]
         return None if None in several else tuple(several) if isinstance(value, tuple) else several
     if isinstance(value, dict):
-        several = {str(key): _plain(part) for key, part in value.items()}
+        several = {str(key): _plain(part, depth + 1) for key, part in value.items()}
         return {key: part for key, part in sorted(several.items()) if part is not None}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(vars(value))
+        return _plain(vars(value), depth + 1)
     if isinstance(value, Tensor) and value.numel() <= LARGEST_SETTING:
         return None if value.is_meta or value.is_quantized else value.to_dense().tolist()
     if isinstance(value, types.FunctionType | types.BuiltinFunctionType):

@@ -171,6 +171,15 @@ def test_fingerprints_depend_on_settings_that_are_no_single_values(first, second
     assert model_fingerprint(nets[0]) == model_fingerprint(nets[1])
 
 
+def test_fingerprints_of_models_whose_settings_contain_themselves():
+    one, other = Heads(2), Heads(2)
+    other.load_state_dict(one.state_dict())
+    for net, depth in ((one, 1), (other, 2)):
+        net.options = {"depth": depth}
+        net.options["parent"] = net.options
+    assert model_fingerprint(one) == model_fingerprint(one) != model_fingerprint(other)
+
+
 @pytest.mark.parametrize(("draws", "first", "then"), [(5, 3, 6), (1, 15, 16), (3, 1, 2), (20, 1, 4), (7, 2, 5)])
 def test_examples_do_not_depend_on_what_is_cached(tmp_path, draws, first, then):
     net = models.load("resnet20", 10, ROOT / "data" / "weights" / "digits_resnet20.safetensors")
