@@ -200,7 +200,7 @@ def open_original(args: argparse.Namespace):
 
     input_format = InputFormat(args.image_size, args.mean, args.std)
     model = open_model(args.model, args.checkpoint, args.build, input_format, args.class_names, args.weights_key)
-    return model, read_chain(args.model)
+    return model, read_chain(args.model, model.hashes()["weights_sha256"])
 
 
 def read_images(args: argparse.Namespace, model, chain):

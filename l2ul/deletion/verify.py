@@ -237,15 +237,18 @@ def check_signature(path: Path, key: object = None) -> Check:
     return Check(name, True, f"valid, by {whose} (sha256 {fingerprint})")
 
 
-def read_chain(folder: str | Path | None) -> list[Report]:
+def read_chain(folder: str | Path | None, weights_sha256: str) -> list[Report]:
     """Return the reports of all requests that led to the model in an output folder, first to last.
 
-    Empty if the folder is not the output of a request. Raises InputError if a report is missing or was changed: a
-    further report could not refer to it.
+    folder          None, or a name that is no folder: of another model
+    weights_sha256  of the model as opened from there
+
+    Empty if the folder is not the output of a request. Raises InputError if a report is missing or was changed, or if
+    the model is not that of the last one: a further report could not refer to it.
     """
-    folder = Path(folder or "")
-    if not deployed_model.is_output(folder):
+    if folder is None or not deployed_model.is_output(Path(folder)):
         return []
+    folder = Path(folder)
     last = read_report(folder / REPORT)
     earlier, checks = check_chain(last, folder)
     failed = next((check for check in checks if check.passed is False), None)
@@ -254,6 +257,12 @@ def read_chain(folder: str | Path | None) -> list[Report]:
             f"the chain of requests in {folder} is broken ({failed.name}: {failed.finding})",
             "restore the files",
             "start a new chain with --checkpoint",
+        )
+    if not check_weights(last, weights_sha256).passed:
+        raise InputError(
+            f"the model in {folder} is not the one of the report there, which was replaced or changed since the request",
+            "restore it",
+            "start a new chain with the model in a folder without a report.json",
         )
     return [*earlier, last]
 

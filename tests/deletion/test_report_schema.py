@@ -27,7 +27,8 @@ def test_committed_reports_fit_and_can_be_verified(path, tmp_path):
 def test_a_committed_report_can_start_a_chain(tmp_path):
     text = COMMITTED[0].read_text()
     (tmp_path / "report.json").write_text(text)
-    chain = verify.read_chain(tmp_path)
+    weights = json.loads(text)["model"]["after"]["weights_sha256"]
+    chain = verify.read_chain(tmp_path, weights)
     assert chain == [json.loads(text)]
     (row,) = verify.earlier_rows(chain, tmp_path)
     assert (row["file"], row["images"], row["forgotten"]) == ("earlier/1.json", 16, 16)
@@ -37,7 +38,7 @@ def test_a_committed_report_can_start_a_chain(tmp_path):
     later = json.loads(text) | {"earlier": [row]}
     later["model"] = chain[0]["model"] | {"before": chain[0]["model"]["after"]}
     (second / "report.json").write_text(json.dumps(later))
-    assert verify.read_chain(second) == [*chain, later]
+    assert verify.read_chain(second, weights) == [*chain, later]
 
 
 @pytest.mark.reference

@@ -380,6 +380,20 @@ def test_a_broken_chain_is_an_error_before_the_search(requested, forget, tmp_pat
     assert "images to forget" not in printed
 
 
+def test_a_replaced_model_does_not_continue_a_chain(requested, forget, tmp_path):
+    shutil.copy(tmp_path / "tiny.pth", tmp_path / "out" / "model.pth")
+    code, report, printed = forget(output="second", model=["--model", tmp_path / "out", *BUILT])
+    assert (code, report) == (2, None)
+    assert "out is not the one of the report there, which was replaced or changed since the request; " in printed
+
+
+def test_a_report_in_the_working_folder_starts_no_chain_for_another_model(requested, tiny, script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "out")
+    words = [*tiny[0], "--images", tmp_path / "in", "--output", tmp_path / "second", "--dry-run"]
+    code, out, err = script(main_forget.main, *words)
+    assert (code, "recognised before: 6 of 6" in out) == (0, True), err
+
+
 def test_contradicting_requests_on_two_classes_supersede_each_other():
     model = {"classes": ["no", "yes"]}
     found = verify.requirements([{"model": model, "images": [image_row(label, None)]} for label in (0, 1)])
