@@ -38,6 +38,16 @@ def state(row: ImageRow) -> str:
     return state_of(row.get("forgotten", True), recognised)
 
 
+def was_recognised(row: ImageRow) -> bool:
+    """Return whether the model recognised an image before the request of a report.
+
+    Of an image that did not get its new label, the state does not say it: then its prediction decides.
+    """
+    if state(row) == STILL_RECOGNISED and row["new_label"] is not None:
+        return row.get("was_called", True)
+    return state(row) != NOT_RECOGNISED
+
+
 @dataclass(frozen=True)
 class Counts:
     """The number of images in each state, and of those not recognised before, how many an earlier request forgot.
@@ -137,7 +147,7 @@ def readable_time(made: str) -> str:
 
 def recognised_images(reports: Iterable[Report]) -> set[tuple[str, int]]:
     """Return hashes, of files and of pixels, and labels of all images that the model recognised before a request."""
-    rows = [row for report in reports for row in report["images"] if state(row) != NOT_RECOGNISED]
+    rows = [row for report in reports for row in report["images"] if was_recognised(row)]
     return {(row[key], row["label"]) for row in rows for key in ("sha256", "pixels_sha256")}
 
 

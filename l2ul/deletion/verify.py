@@ -22,7 +22,6 @@ from l2ul.deletion.report import digest, digest_in_page, forget_list
 from l2ul.deletion.report_schema import (
     EARLIER,
     FORGET_LIST,
-    NOT_RECOGNISED,
     PAGE,
     REPORT,
     EarlierRow,
@@ -427,7 +426,7 @@ def requirements(reports: Sequence[Report]) -> list[Requirement]:
     keys = ("file", "sha256", "pixels_sha256", "label", "new_label")
     for number, report in reversed(list(enumerate(reports, start=1))):
         for row in report["images"]:
-            recognised = states.state(row) != NOT_RECOGNISED or row.get("forgotten_earlier", False)
+            recognised = states.was_recognised(row) or row.get("forgotten_earlier", False)
             one = Requirement(number, *(row[key] for key in keys), recognised=recognised)
             classes = allowed.get(one.pixels_sha256, torch.arange(len(report["model"]["classes"])))
             left = classes[one.is_met(classes)]

@@ -242,6 +242,20 @@ def test_a_request_as_used_forgets_what_an_earlier_one_forgot_as_stored_only(req
     assert f"to be unlearned: {count} of 6" in out
 
 
+def test_an_image_that_was_neither_recognised_nor_relabelled_is_not_recognised_later(forget, script, tiny, tmp_path):
+    rows = [f"{n}.png,{(label + 1) % CLASSES},{(label + 2) % CLASSES}" for n, label in enumerate(tiny[2][:6].tolist())]
+    (tmp_path / "in" / "labels.csv").write_text("\n".join(["file,label,new_label", *rows]))
+    code, report, printed = forget("--min-known", 0, "--max-steps", 1)
+    assert (code, [row["state"] for row in report["images"]]) == (3, 6 * ["still recognised"]), printed
+    (tmp_path / "in" / "labels.csv").unlink()
+    words = ["--model", tmp_path / "out", *BUILT, "--images", tmp_path / "in", "--output", tmp_path / "second"]
+    code, out, err = script(main_forget.main, *words, "--dry-run")  # as used
+    assert (code, "recognised before: 0 of 6" in out) == (0, True), out + err
+    words = ["--verify", tmp_path / "out" / "report.json", *BUILT, "--images", tmp_path / "in"]
+    code, out, _ = script(main_forget.main, *words)
+    assert "FAILED images of request 1: 0 of 0 images forgotten as stored; 6 not recognised before" in out
+
+
 def test_again_counts_images_as_the_request_did_if_the_model_is_that_of_a_run_as_stored(
     monkeypatch, forget, script, tmp_path
 ):
