@@ -93,8 +93,10 @@ class DeployedModel:
             state[name].copy_(state[name].to(dtype))
         return rounded
 
-    def write(self, classifier: Classifier, folder: Path) -> list[str]:
+    def write(self, classifier: Classifier, folder: Path, num_classes: int = 0) -> list[str]:
         """Write a classifier to `folder` in the form of this model: `model.*`, or a folder `model` of its library.
+
+        num_classes  see `checkpoint.rewrite`
 
         Returns the names of the entries of a checkpoint that were left out: see `checkpoint.rewrite`.
         """
@@ -111,10 +113,12 @@ class DeployedModel:
             (folder / "model").mkdir()
             timm_models.save_config(classifier.net, self.path, folder / "model", *statistics)
             weights = timm_models.weights_file(self.path)
-            return checkpoints.rewrite(weights, classifier.net, folder / "model" / weights.name, self.weights_key)
+            target = folder / "model" / weights.name
+            return checkpoints.rewrite(weights, classifier.net, target, self.weights_key, num_classes)
         if self.path:
             suffix = ".pth.tar" if self.path.name.endswith(".pth.tar") else self.path.suffix
-            return checkpoints.rewrite(self.path, classifier.net, folder / f"model{suffix}", self.weights_key)
+            target = folder / f"model{suffix}"
+            return checkpoints.rewrite(self.path, classifier.net, target, self.weights_key, num_classes)
         state = classifier.net.state_dict()
         torch.save({name: checkpoints.compact(tensor.cpu()) for name, tensor in state.items()}, folder / "model.pt")
         return []

@@ -138,7 +138,7 @@ def _write_model(
 
     Returns the path, the entries that were left out, and the model as opened again.
     """
-    left_out = model.write(classifier, folder)
+    left_out = model.write(classifier, folder, len(request.class_names))
     path = deployed_model.written_models(folder)[0]
     reopened = deployed_model.reopen(model.opened_by, request.class_names, path, build)
     check_same_model(classifier, reopened.classifier.to(request.images.device), request.images)

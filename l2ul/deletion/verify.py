@@ -259,7 +259,7 @@ def read_chain(folder: str | Path | None, weights_sha256: str) -> list[Report]:
         )
     if not check_weights(last, weights_sha256).passed:
         raise InputError(
-            f"the model in {folder} is not the one of the report there, which was replaced or changed since the request",
+            f"the model in {folder} is not the one of the report there: it was replaced or changed",
             "restore it",
             "start a new chain with the model in a folder without a report.json",
         )

@@ -29,8 +29,7 @@ USUAL = ("state_dict", "model_state_dict", "model_state", "model", "net", "netwo
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # inside of names
 DEEPEST = 6  # levels of dictionaries and lists that are searched for state dicts
 SEVERAL = 4  # names that a message lists
-SHORT = 2**16  # most values of a vector that stays beside the weights, such as one for each class
-SMALL = 2**8  # most values of a NumPy array of any shape that stays, such as a matrix of colours
+SMALL = 2**8  # most values of a vector that stays beside the weights, and of a NumPy array of any shape
 Statistics = tuple[float, ...]
 Place = tuple[object, ...]  # keys of dictionaries and positions in lists, from the top of a file to a state dict
 
@@ -385,15 +384,19 @@ def _decoded(metadata: dict[str, str]) -> Iterator[tuple[str, object]]:
             yield key, json.loads(text)
 
 
-def rewrite(source: Path, net: nn.Module, target: Path, weights_key: str | None = None) -> list[str]:
+def rewrite(
+    source: Path, net: nn.Module, target: Path, weights_key: str | None = None, num_classes: int = 0
+) -> list[str]:
     """Write a network's weights in the form of the file `source` that they came from: wrappers, names, types, metadata.
 
     weights_key  as for `read`
+    num_classes  of the network, if it is known
 
     Other entries with tensors, such as the state of an optimizer or averaged weights, are left out, because they derive
     from the original weights. Tensors beside the network in the same state dict stay if all that share the first part
-    of their name are numbers and short vectors, such as weights of classes. So do the statistics of an input
-    normalisation, and short vectors and small arrays of NumPy anywhere. Returns the names of what is left out.
+    of their name are numbers and short vectors, such as weights of classes: others may be flattened images. So do the
+    statistics of an input normalisation, and short vectors and small arrays of NumPy anywhere. Returns the names of
+    what is left out.
     """
     content, metadata, form = _content(source)
     choice = _choose(content, source, weights_key, lambda state: fitting_prefixes(state, net))
@@ -410,7 +413,7 @@ def rewrite(source: Path, net: nn.Module, target: Path, weights_key: str | None 
             if owners.setdefault(state[key].data_ptr(), own[name].data_ptr()) != own[name].data_ptr():
                 state[key] = state[key].clone()  # equal weights that the file stores once, but that are not tied
             state[key].copy_(own[name])
-    left_out = _strip_other_tensors(content, choice.place, {*names, *(part.keys() - weights.keys())})
+    left_out = _strip_other_tensors(content, choice.place, {*names, *(part.keys() - weights.keys())}, num_classes)
     for key, tensor in _state_at(content, choice.place).items():
         state[key] = compact(tensor)
     if metadata is not None:
@@ -422,52 +425,62 @@ def rewrite(source: Path, net: nn.Module, target: Path, weights_key: str | None 
 
 
 def compact(tensor: Tensor) -> Tensor:
-    """Return a tensor whose storage has its own values alone: `torch.save` writes whole storages, also of views."""
-    is_view = tensor.layout == torch.strided and tensor.untyped_storage().nbytes() != tensor.nbytes
-    return tensor.detach().clone() if is_view else tensor
+    """Return a tensor that `torch.save` writes with its own values alone: it writes whole storages, and attributes."""
+    if tensor.layout == torch.strided and tensor.untyped_storage().nbytes() != tensor.nbytes:
+        return tensor.detach().clone()
+    return tensor.detach() if vars(tensor) else tensor
 
 
-def _strip_other_tensors(content: object, place: Place, weights: set[str]) -> list[str]:
+def _strip_other_tensors(content: object, place: Place, weights: set[str], num_classes: int) -> list[str]:
     """Delete all entries with tensors beside the weights at `place` from a file's content; return their names."""
     left_out: list[str] = []
     for depth, key in enumerate(place):
         entries = _at(content, place[:depth])
         pairs = list(entries.items() if isinstance(entries, dict) else enumerate(entries))
-        for other in [one for one, value in pairs if one != key and _holds_tensors(value)]:
+        for other in [one for one, value in pairs if one != key and _holds_tensors(value, num_classes)]:
             left_out.append(str(other))
             if isinstance(entries, dict):
                 del entries[other]
             else:
                 entries[other] = None
+    for entries in (_at(content, place[:depth]) for depth in range(len(place) + 1)):
+        for name in [one for one, value in _attributes(entries).items() if _holds_tensors(value, num_classes)]:
+            delattr(entries, name)
     state = _at(content, place)
     groups: dict[str, list[object]] = {}
     for key in state:
-        if key not in weights and _holds_tensors(state[key]):
+        if key not in weights and _holds_tensors(state[key], num_classes):
             groups.setdefault(str(key).split(".")[0], []).append(key)
     for group, keys in groups.items():
-        if not all(isinstance(state[key], Tensor) and _is_short(state[key]) for key in keys):
+        if not all(isinstance(state[key], Tensor) and _is_short(state[key], num_classes) for key in keys):
             left_out.append(f"{group}.*" if len(keys) > 1 else str(keys[0]))
             for key in keys:
                 del state[key]
     return left_out
 
 
-def _is_short(value: Tensor | np.ndarray) -> bool:
-    """Return whether a tensor or array is a number or a short vector, which holds neither weights nor images."""
-    return value.squeeze().ndim < 2 and math.prod(value.shape) <= SHORT
+def _is_short(value: Tensor | np.ndarray, num_classes: int) -> bool:
+    """Return whether a tensor or array is a number, a short vector or one of the classes: no weights and no image."""
+    return value.squeeze().ndim < 2 and (math.prod(value.shape) <= SMALL or math.prod(value.shape) == num_classes)
 
 
-def _holds_tensors(value: object, depth: int = 0) -> bool:
-    """Return whether there are tensors, or arrays of NumPy that are not short or small, in an object that a file held.
+def _holds_tensors(value: object, num_classes: int, depth: int = 0) -> bool:
+    """Return whether there are tensors, or other values that may be weights or images, in an object that a file held.
 
-    One nested too deeply counts as such.
+    These are bytes and arrays of NumPy that are not short or small. An object nested too deeply counts as such.
     """
     if isinstance(value, Tensor) or depth > 50:
         return True
+    if isinstance(value, bytes | bytearray):
+        return len(value) > SMALL
     if isinstance(value, np.ndarray):
-        return value.size > SMALL and not _is_short(value)
-    if isinstance(value, dict):
-        return any(_holds_tensors(one, depth + 1) for one in value.values())
-    if isinstance(value, list | tuple | set | frozenset):
-        return any(_holds_tensors(one, depth + 1) for one in value)
-    return isinstance(value, argparse.Namespace) and _holds_tensors(vars(value), depth + 1)
+        return value.size > SMALL and not _is_short(value, num_classes)
+    inner = [*value.values()] if isinstance(value, dict) else []
+    inner += value if isinstance(value, list | tuple | set | frozenset) else []
+    inner += _attributes(value).values()
+    return any(_holds_tensors(one, num_classes, depth + 1) for one in inner)
+
+
+def _attributes(value: object) -> dict[str, object]:
+    """Return the attributes of an object that are written with it."""
+    return vars(value) if isinstance(value, dict | argparse.Namespace) and hasattr(value, "__dict__") else {}

@@ -1,6 +1,7 @@
 """A model is written in the form it was read in: names, wrappers, dtypes, metadata, and no other tensors."""
 
 import argparse
+import collections
 import contextlib
 import copy
 import datetime
@@ -82,6 +83,33 @@ def test_numpy_arrays_are_left_out_like_tensors_but_short_vectors(net, tmp_path)
     torch.save({"state_dict": before.state_dict(), **others}, tmp_path / "in.pt")
     assert checkpoint.rewrite(tmp_path / "in.pt", moved, tmp_path / "out.pt") == ["ema", "flat", "images"]
     assert list(torch.load(tmp_path / "out.pt", weights_only=False)) == ["state_dict", "scores", "hyper_parameters"]
+
+
+def test_flattened_images_and_files_of_images_are_left_out(net, tmp_path):
+    before, moved = net
+    others = {"of_classes": torch.zeros(300), "curve": torch.zeros(200), "prototype": torch.zeros(3072)}
+    state = {f"model.{name}": tensor for name, tensor in before.state_dict().items()}
+    content = {"state_dict": state | others, "seen": np.zeros(3072, np.uint8), "png": bytes(500), "id": bytes(16)}
+    torch.save(content, tmp_path / "in.pt")
+    assert checkpoint.rewrite(tmp_path / "in.pt", moved, tmp_path / "out.pt", num_classes=300) == [
+        *("seen", "png", "prototype")
+    ]
+    content = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert list(content) == ["state_dict", "id"]
+    assert content["state_dict"].keys() - state.keys() == {"of_classes", "curve"}
+
+
+def test_tensors_in_attributes_are_left_out(net, tmp_path):
+    before, moved = net
+    state = collections.OrderedDict(before.state_dict())
+    state["head.bias"] = torch.nn.Parameter(state["head.bias"].clone())
+    state["head.bias"].original = state["head.weight"].original = torch.zeros(300)
+    state._metadata, state.ema = {"version": 1}, {"head.bias": torch.zeros(300)}
+    content, _ = rewritten({"state_dict": state}, moved, tmp_path)
+    assert vars(content["state_dict"]) == {"_metadata": {"version": 1}}
+    for name in ("head.bias", "head.weight"):
+        assert not vars(content["state_dict"][name])
+        assert torch.equal(content["state_dict"][name], moved.state_dict()[name])
 
 
 def test_the_normalisation_stays_where_other_tensors_beside_it_are_left_out(net, tmp_path):

@@ -398,10 +398,10 @@ def test_a_replaced_model_does_not_continue_a_chain(requested, forget, tmp_path)
     shutil.copy(tmp_path / "tiny.pth", tmp_path / "out" / "model.pth")
     code, report, printed = forget(output="second", model=["--model", tmp_path / "out", *BUILT])
     assert (code, report) == (2, None)
-    assert "out is not the one of the report there, which was replaced or changed since the request; " in printed
+    assert "out is not the one of the report there: it was replaced or changed; " in printed
 
 
-def test_a_report_in_the_working_folder_starts_no_chain_for_another_model(requested, tiny, script, tmp_path, monkeypatch):
+def test_a_report_in_the_working_folder_starts_no_chain(requested, tiny, script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "out")
     words = [*tiny[0], "--images", tmp_path / "in", "--output", tmp_path / "second", "--dry-run"]
     code, out, err = script(main_forget.main, *words)
