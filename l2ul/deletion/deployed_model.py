@@ -100,18 +100,18 @@ class DeployedModel:
 
         Returns the names of the entries of a checkpoint that were left out: see `checkpoint.rewrite`.
         """
-        normalize = classifier.normalize
+        normalize, size = classifier.normalize, self.opened_by["image_size"]
         statistics = models.decimals(normalize.mean), models.decimals(normalize.std)
         if self.opened_by["model"] == huggingface.PREFIX:
             net = copy.deepcopy(classifier.net).cpu().to(next(iter(self.dtypes.values()), torch.float32))
-            huggingface.save(net, classifier.name, folder / "model", *statistics)
+            huggingface.save(net, classifier.name, folder / "model", *statistics, size)
             return []
         if self.opened_by["model"] == timm_models.PREFIX:
             if self.path is None:
                 timm_models.save(classifier.net, classifier.name, folder / "model", *statistics)
                 return []
             (folder / "model").mkdir()
-            timm_models.save_config(classifier.net, self.path, folder / "model", *statistics)
+            timm_models.save_config(classifier.net, self.path, folder / "model", *statistics, size)
             weights = timm_models.weights_file(self.path)
             target = folder / "model" / weights.name
             return checkpoints.rewrite(weights, classifier.net, target, self.weights_key, num_classes)
@@ -258,10 +258,7 @@ def _open_huggingface(model: str, checkpoint: str | Path | None, input_format: I
     floating = [name for name, tensor in loaded.net.state_dict().items() if tensor.is_floating_point()]
     return DeployedModel(
         _without_resizing(loaded),
-        _in_channels(
-            _central_square(input_format.image_size) if input_format.image_size else huggingface.transform(model),
-            loaded,
-        ),
+        _in_channels(huggingface.transform(model, input_format.image_size), loaded),
         [str(configuration.id2label.get(index, index)) for index in range(configuration.num_labels)],
         _opened_by(huggingface.PREFIX, input_format),
         path if path.is_dir() else None,
@@ -281,8 +278,9 @@ def _open_timm(model: str, input_format: InputFormat, weights_key: str | None = 
         fits = functools.partial(checkpoints.fitting_prefixes, net=loaded.net)
         state, _ = checkpoints.read(timm_models.weights_file(path), weights_key, fits)
         dtypes = checkpoints.dtypes(state, loaded.net)
-    size = input_format.image_size
-    to_pixels = _in_channels(_central_square(size) if size else timm_models.transform(loaded.net), loaded)
+    if input_format.image_size:
+        timm_models.set_image_size(loaded.net, input_format.image_size)
+    to_pixels = _in_channels(timm_models.transform(loaded.net), loaded)
     class_names, opened_by = timm_models.class_names(model, loaded.net), _opened_by(timm_models.PREFIX, input_format)
     opened = DeployedModel(_without_resizing(loaded), to_pixels, class_names, opened_by, path, dtypes)
     opened.not_read, opened.weights_key = loaded.not_read, weights_key

@@ -11,12 +11,13 @@ from PIL.Image import Image
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
 from l2ul.common.errors import InputError, first_line, is_out_of_memory
 from l2ul.common.files import other_files
 from l2ul.common.image_sizes import checked
 from l2ul.models.classifier import Normalize, check_weights, statistics
-from l2ul.models.preprocessing import Resize, agree, smooth_image
+from l2ul.models.preprocessing import LEVELS, Resize, agree, smooth_image
 
 PREFIX = "hf:"
 ADAPTER = "adapter_config.json"  # of peft
@@ -38,10 +39,11 @@ OTHER_LIBRARIES = {  # by a file that only their models have
     "model.keras": "Keras",
     "hyperparams.yaml": "SpeechBrain",
 }
+BILINEAR = 2
 INTERPOLATION = {  # PIL's filter numbers, as processors store them
     0: InterpolationMode.NEAREST_EXACT,
     1: InterpolationMode.LANCZOS,
-    2: InterpolationMode.BILINEAR,
+    BILINEAR: InterpolationMode.BILINEAR,
     3: InterpolationMode.BICUBIC,
 }
 
@@ -62,11 +64,45 @@ def channels(config) -> int:
     return next((part.num_channels for part in parts if getattr(part, "num_channels", None)), 3)
 
 
-def transform(name: str) -> Callable[[Image], Tensor]:
-    """Return the processor's resize and crop as a function from RGB images to uint8 pixels (3, H, W)."""
+def transform(name: str, image_size: int | None = None) -> Callable[[Image], Tensor]:
+    """Return the processor's resize and crop as a function from RGB images to uint8 pixels (3, H, W).
+
+    image_size  see `_processor`
+    """
+    return resize_and_crop(_processor(name, image_size))
+
+
+def _processor(name: str, image_size: int | None = None):
+    """Return the processor of a model.
+
+    image_size  to which the short side is resized and the central square cropped; None: as the processor defines
+
+    Raises InputError if the processor cannot resize to this size.
+    """
     from transformers import AutoImageProcessor
 
-    return resize_and_crop(_read(name, AutoImageProcessor.from_pretrained))
+    processor = _read(name, AutoImageProcessor.from_pretrained)
+    if not image_size:
+        return processor
+    processor.do_resize = processor.do_center_crop = True
+    processor.size = {"shortest_edge": image_size}
+    processor.crop_size = {"height": image_size, "width": image_size}
+    processor.resample = BILINEAR
+    if getattr(processor, "crop_pct", None):
+        processor.crop_pct = 1.0
+    image = to_pil_image(smooth_image(3, 80, 64))
+    try:
+        pixels = resize_and_crop(processor)(image)
+        expected = pil_to_tensor(center_crop(resize(image, image_size), image_size))
+        is_right = (pixels.int() - expected.int()).abs().max() <= LEVELS
+    except (TypeError, ValueError, RuntimeError):  # such as that of other shapes
+        is_right = False
+    if not is_right:
+        raise InputError(
+            f"the processor of {name} ({type(processor).__name__}) cannot resize images to --image-size {image_size}",
+            "set the size in its preprocessor_config.json and leave out --image-size",
+        )
+    return processor
 
 
 def resize_and_crop(processor) -> Callable[[Image | Tensor], Tensor]:
@@ -322,15 +358,16 @@ def _sides(processor, attribute: str) -> list[int] | int | None:
     raise InputError(f"the processor's {attribute} is {size}", "expected height and width, or shortest_edge")
 
 
-def save(net: nn.Module, name: str, folder: Path, mean: list[float], std: list[float]) -> None:
+def save(
+    net: nn.Module, name: str, folder: Path, mean: list[float], std: list[float], image_size: int | None = None
+) -> None:
     """Write the network and its processor with `save_pretrained`, so that plain transformers code loads them.
 
-    mean, std  normalisation with which the network was used; the saved processor gets them
+    mean, std   normalisation with which the network was used; the saved processor gets them
+    image_size  likewise, see `_processor`
     """
-    from transformers import AutoImageProcessor
-
     net.save_pretrained(folder)
-    processor = _read(name, AutoImageProcessor.from_pretrained)
+    processor = _processor(name, image_size)
     if processor.do_normalize or (set(mean), set(std)) != ({0.0}, {1.0}):
         processor.do_normalize, processor.image_mean, processor.image_std = True, mean, std
     processor.save_pretrained(folder)

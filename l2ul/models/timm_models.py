@@ -338,6 +338,17 @@ def _check_logits(name: str, net: nn.Module, inputs: Tensor) -> None:
         raise InputError(f"{name} returns {shape} for an image, not {net.num_classes} logits", "name a classifier")
 
 
+def set_image_size(net: nn.Module, size: int) -> None:
+    """Let timm's transform of a network resize the short side of images to `size` and crop the central square."""
+    config = _data_config(net)
+    net.pretrained_cfg = net.default_cfg = {**net.pretrained_cfg, **_sized(size, config["input_size"][0])}
+
+
+def _sized(size: int, channels: int) -> dict[str, object]:
+    square = {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear"}
+    return {"input_size": (channels, size, size), **square}
+
+
 def transform(net: nn.Module) -> Callable[[Image], Tensor]:
     """Return timm's resize and crop as a function from images to uint8 pixels (C, H, W)."""
     config = _data_config(net)
@@ -393,12 +404,20 @@ def _known(config: dict[str, object]) -> dict[str, object]:
     return kept
 
 
-def save_config(net: nn.Module, original: Path, folder: Path, mean: list[float], std: list[float]) -> None:
-    """Copy config.json from the folder of a model, with another normalisation if it was used with another."""
+def save_config(
+    net: nn.Module, original: Path, folder: Path, mean: list[float], std: list[float], image_size: int | None = None
+) -> None:
+    """Copy config.json from the folder of a model, with the normalisation and size if it was used with others.
+
+    image_size  see `set_image_size`
+    """
     own = _data_config(net)
     text = (original / CONFIG).read_bytes()
-    if not all(torch.equal(torch.tensor(own[key]), torch.tensor(used)) for key, used in (("mean", mean), ("std", std))):
+    pairs = (("mean", mean), ("std", std))
+    used = {} if all(torch.equal(torch.tensor(own[key]), torch.tensor(used)) for key, used in pairs) else dict(pairs)
+    used |= _sized(image_size, len(mean)) if image_size else {}
+    if used:
         config = json.loads(read_text(original / CONFIG))
-        config.get("pretrained_cfg", config).update(mean=mean, std=std)
+        config.get("pretrained_cfg", config).update(used)
         text = json.dumps(config, indent=2).encode()
     (folder / CONFIG).write_bytes(text)

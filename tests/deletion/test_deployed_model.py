@@ -6,6 +6,7 @@ import contextlib
 import copy
 import datetime
 import pathlib
+import shutil
 import warnings
 import zipfile
 
@@ -205,9 +206,31 @@ def test_the_number_of_classes_does_not_depend_on_the_order_in_the_file(tmp_path
     assert opened.classifier.num_classes == 7
 
 
-def test_image_size_replaces_the_processor_of_a_hugging_face_model(vit_folder):
-    opened = deployed.open_model(str(vit_folder), input_format=deployed.InputFormat(image_size=32))
-    assert opened.to_pixels(Image.new("RGB", (60, 40))).shape == (3, 32, 32)
+@pytest.mark.parametrize("kind", ["ViTImageProcessor", "ConvNextImageProcessor", "CLIPImageProcessor"])
+def test_image_size_is_written_to_the_processor_of_a_hugging_face_model(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic"}
+    config = transformers.ResNetConfig(num_labels=5, **sizes)
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "net")
+    getattr(transformers, kind)().save_pretrained(tmp_path / "net")
+    opened = deployed.open_model(str(tmp_path / "net"), input_format=deployed.InputFormat(image_size=40))
+    opened.write(opened.classifier, tmp_path)
+    image = Image.effect_noise((60, 50), 60).convert("RGB")
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "model")
+    pixels = processor(image, return_tensors="pt")
+    assert pixels["pixel_values"].shape == (1, 3, 40, 40)
+    with torch.no_grad():
+        plain, ours = model(**pixels).logits, opened.classifier(opened.to_pixels(image)[None] / 255)
+    assert torch.allclose(plain, ours, atol=1e-5)
+
+
+def test_a_processor_that_cannot_take_an_image_size_is_refused(vit_folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shutil.copytree(vit_folder, tmp_path / "net")
+    transformers.SegformerImageProcessor().save_pretrained(tmp_path / "net")
+    with pytest.raises(InputError, match=r"\(SegformerImageProcessor\) cannot resize images to --image-size 48; set the"):
+        deployed.open_model(str(tmp_path / "net"), input_format=deployed.InputFormat(image_size=48))
 
 
 def test_a_file_without_weights_is_an_error(tmp_path):

@@ -395,6 +395,20 @@ def test_a_request_on_a_folder_gives_the_logits_of_the_report_with_timm_alone(sc
     assert "ok     weights: those of the report" in out
 
 
+def test_image_size_is_written_to_the_config(tmp_path):
+    net = timm.create_model("test_resnet", num_classes=3).eval()
+    timm.models.save_for_hf(net, tmp_path / "net", safe_serialization=True)
+    opened = open_model(str(tmp_path / "net"), input_format=InputFormat(image_size=40))
+    opened.write(opened.classifier, tmp_path)
+    pixels = opened.to_pixels(picture(60, 50))
+    assert pixels.shape == (3, 40, 40)
+    with torch.no_grad():
+        ours = opened.classifier(pixels[None] / 255)
+    assert torch.allclose(plain_logits(tmp_path / "model", picture(60, 50)), ours, atol=1e-5)
+    again = reopen(opened.opened_by, [], tmp_path / "model")
+    assert torch.equal(again.to_pixels(picture(60, 50)), pixels)
+
+
 @pytest.mark.usefixtures("few_digits")
 def test_trained_unlearned_and_saved_as_a_folder(script, tmp_path):
     name = "timm:test_resnet,img_size=32,crop_pct=1"
