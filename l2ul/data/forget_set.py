@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+import contextlib
 from dataclasses import dataclass
 import hashlib
 import os
@@ -15,6 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from l2ul.common import seeds
 from l2ul.common.errors import InputError, first_line
+from l2ul.common.files import file_sha256
 from l2ul.common.text import normal_form, read_text
 from l2ul.data.folder import FolderImages
 from l2ul.data.image_files import OTHER_SUFFIXES, EmbeddedFile, ImageReader
@@ -265,16 +267,31 @@ def is_image_name(file: str) -> bool:
 
 
 def reject_own(folder_images: FolderImages, images: Images, advice: str) -> None:
-    """Raise InputError if an image is also in the training or test set, which are D_r and D_test."""
+    """Raise InputError if an image is also in the training or test set, which are D_r and D_test.
+
+    Images are compared by their pixels, or by their files if those of the data set are files on disk.
+    """
+    given = _files_by_hash(folder_images.files)
+    sizes = set(map(os.path.getsize, given.values()))
     for what, split in (("training", images.train), ("test", images.test)):
         if isinstance(split.images, FolderImages):
-            own = {os.path.realpath(file) for file in files_of(split)}
-            same = [file for file in folder_images.files if os.path.realpath(file) in own]
+            own = _files_by_hash(files_of(split), sizes)
+            same = [file for digest, file in given.items() if digest in own]
         else:
             own = {image.tobytes() for image in split.images.cpu().numpy()}
             same = [file for i, file in enumerate(folder_images.files) if folder_images[i].numpy().tobytes() in own]
         if same:
             raise InputError(f"{same[0]} is a {what} image of the data set", advice)
+
+
+def _files_by_hash(files: Sequence[str], sizes: set[int] | None = None) -> dict[str, str]:
+    """Return files, of some sizes in bytes if these are given, by the SHA-256 of their content."""
+    found: dict[str, str] = {}
+    for file in files:
+        with contextlib.suppress(OSError):  # which the reader of images reports
+            if sizes is None or os.path.getsize(file) in sizes:
+                found.setdefault(file_sha256(file), file)
+    return found
 
 
 def from_folder(images: Split, predictions: Tensor, goal: str, seed: int, folder: Path) -> ForgetSet:

@@ -14,7 +14,7 @@ from l2ul.data.datasets import LOADERS
 from l2ul.methods.settings import SHARED
 from l2ul.models import timm_models
 
-UNIFORM = "by names, types, shapes and values"  # how weights are hashed apart from their file
+UNIFORM = "in float32, by names, types, shapes and values"  # how weights are hashed apart from their file
 LIBRARIES = {"hf": "transformers", "timm": "timm"}  # that open a folder, by the prefix of the model's name
 CHANGED = "also in changed copies, with rounded weights and with recalibrated batch-norm"
 LIMITS = (

@@ -1,5 +1,7 @@
 """Random forget sets, files of indices and of new labels."""
 
+import shutil
+
 from conftest import save_images
 import pytest
 import torch
@@ -133,6 +135,15 @@ def test_a_command_takes_a_forget_file_with_names(script, pets, tmp_path):
     assert code == 0, err
     (forget_file,) = (tmp_path / "runs").glob("*.txt")
     assert forget_file.read_text().split() == ["1", "5"]
+
+
+def test_a_folder_to_forget_with_a_copy_of_a_training_image_is_refused(script, pets, tmp_path):
+    data, weights = pets
+    (tmp_path / "own" / "cat").mkdir(parents=True)
+    shutil.copy(tmp_path / "pets" / "train" / "cat" / "1.png", tmp_path / "own" / "cat" / "other.png")
+    words = ["--forget-dir", tmp_path / "own", "--method", "before", "--no-cache"]
+    code, _, err = script(main_unlearn.main, *data, *weights, *words)
+    assert (code, "other.png is a training image of the data set; choose training images with" in err) == (2, True)
 
 
 def test_training_leaves_out_images_by_name(script, pets, tmp_path):

@@ -95,7 +95,7 @@ def test_a_file_has_the_same_pixels_in_training_forget_dir_and_request(tmp_path,
         write_image(tmp_path / "set" / name / "0.png", (16, 24), seed=1)
     forgotten = tmp_path / "forget" / "cat" / path.name
     forgotten.parent.mkdir(parents=True)
-    forgotten.write_bytes(path.read_bytes())
+    forgotten.write_bytes(path.read_bytes() + b" ")  # a copy of a training image is refused
     images = datasets.load("set", tmp_path, image_size=16, reader=reader)
     (streamed,) = images.train.images.loader([torch.tensor([0])], CPU)
     evaluated = images.train.images[torch.tensor([0])]
