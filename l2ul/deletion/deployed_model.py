@@ -125,8 +125,12 @@ class DeployedModel:
 
 
 def files_sha256(path: Path) -> dict[str, str]:
-    """Return the hex sha256 of a file, or of each file in a folder, by name."""
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    """Return the hex sha256 of a file, or of each file in a folder, by name.
+
+    Files whose names begin with a dot are left out: no library reads them, and file managers write some.
+    """
+    visible = [path] if path.is_file() else (one for one in path.iterdir() if not one.name.startswith("."))
+    files = sorted(file for file in visible if file.is_file())
     return {file.name: file_sha256(file) for file in files}
 
 

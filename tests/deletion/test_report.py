@@ -385,6 +385,8 @@ def test_a_hugging_face_folder_gets_a_model_card_without_names_and_pictures(scri
     words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", "--again"]
     code, out, err = script(main_forget.main, *words)
     assert "ok     weights again" in out, out + err
+    (tmp_path / "out" / "model" / ".DS_Store").write_bytes(b"of a file manager")
+    assert script(main_forget.main, *words[:2])[0] == 0
     (tmp_path / "out" / "model" / "README.md").write_text("another card")
     code, out, _ = script(main_forget.main, *words[:2])
     assert (code, "FAILED model: not the model of the report: README.md" in out) == (3, True)
