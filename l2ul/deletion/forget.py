@@ -5,7 +5,7 @@ import contextlib
 from dataclasses import dataclass, field, replace
 import hashlib
 import inspect
-from itertools import chain
+import itertools
 from pathlib import Path
 import re
 import time
@@ -31,7 +31,7 @@ from l2ul.deletion.request import ImageFile, ImageFolder, Request, logits, make_
 from l2ul.methods import registry
 from l2ul.methods.settings import Settings, Value
 from l2ul.metrics import agreement
-from l2ul.metrics.preflight import check_alone, copied
+from l2ul.metrics.preflight import are_equal, check_alone, copied
 from l2ul.models import huggingface
 from l2ul.models.classifier import Classifier, Normalize, input_channels, statistics
 from l2ul.models.outputs import LOGITS
@@ -266,7 +266,7 @@ def _plain_torch(device: torch.device) -> Iterator[None]:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    return chain(model.parameters(), model.buffers())
+    return itertools.chain(model.parameters(), model.buffers())
 
 
 def _copy_weights(source: nn.Module, target: nn.Module) -> None:
@@ -329,11 +329,8 @@ def _deployed(classifier: Classifier) -> DeployedModel:
 
 
 def _are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Return whether two models have tensors of the same shapes and values. Values that are not numbers are equal."""
-    return len(first) == len(second) and all(
-        one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-        for one, other in zip(first, second, strict=True)
-    )
+    """Return whether two models have tensors of the same shapes and values."""
+    return len(first) == len(second) and all(itertools.starmap(are_equal, zip(first, second, strict=True)))
 
 
 def _with_preprocessing_of(original: Classifier, net: nn.Module) -> Classifier:

@@ -190,6 +190,13 @@ def test_modules_that_keep_a_tensor_of_the_last_pass_are_accepted():
     assert preflight.check_model(classifier(net), IMAGES) == 4
 
 
+def test_buffers_that_are_no_numbers_do_not_count_as_changed():
+    net = Net()
+    net.register_buffer("unused", torch.tensor([float("nan"), 1.0]))
+    assert preflight.check_model(classifier(net), IMAGES) == 4
+    preflight.check_same_model(classifier(net), classifier(net), IMAGES)
+
+
 def test_random_numbers_without_effect_are_accepted():
     model = classifier(Net(before=lambda x: x + 0 * torch.rand(())))
     assert preflight.check_model(model, IMAGES) == 4
