@@ -70,6 +70,8 @@ def forget(args: argparse.Namespace) -> int:
     request = read_images(args, model, chain)
     for note in request.folder.notes:
         log(note)
+    for file in request.folder.unreadable:
+        log(f"left out: {file.file}: {file.why}")
     plausibility.check(request, model, args.min_known, args.single_label)
     search.check_method(args.method, request.forget.goal)
     keep = read_unlabelled(args.keep_images, "--keep-images", model, request, args.skip_bad)

@@ -18,7 +18,7 @@ from l2ul.common.choices import EXIF_ORIENTATIONS
 from l2ul.common.errors import InputError, Reason, first_line
 from l2ul.common.files import file_sha256
 from l2ul.common.image_sizes import TooLarge
-from l2ul.common.text import is_number, normal_form, read_text, require_utf8_name
+from l2ul.common.text import first_three, is_number, normal_form, read_text, require_utf8_name
 from l2ul.data.image_files import ImageReader, UnreadableImage
 from l2ul.data.images import Split, pixels_of
 from l2ul.deletion import states
@@ -138,7 +138,6 @@ class Request:
             new = new_labels[index]
             lines.append(line if new is None else f"{line}, new label {self.class_names[new]}")
         lines += [f"  … and {len(self) - max_images} more"] if len(self) > max_images else []
-        lines += [f"left out: {file.file}: {file.why}" for file in self.folder.unreadable]
         return lines
 
 
@@ -437,6 +436,13 @@ def read_images(
             "give it with --image-size",
         )
     notes = reader.notes(properties, len(files))
+    deep = [file for file, about in properties if about.white is not None and not about.is_colour]
+    if deep:
+        notes.append(
+            f"{len(deep)} of {len(files)} images have more than 8 bits ({first_three(deep)}): their levels are scaled "
+            f"to 8 bits; torchvision's ImageFolder and Pillow's convert clip them at 255: if the model is used with "
+            f"these, convert the images with them first"
+        )
     hidden = len([*folder.glob(".*"), *folder.glob("*/.*")])
     if hidden:
         notes.append(f"{hidden} files or folders are not read because their names begin with a dot")

@@ -385,9 +385,7 @@ def check_same_model(written: nn.Module, read: nn.Module, images: Tensor) -> Non
     """
     expected, state = written.state_dict(), read.state_dict()
     different = [
-        name
-        for name, tensor in expected.items()
-        if name not in state or not are_equal(tensor.cpu(), state[name].cpu())
+        name for name, tensor in expected.items() if name not in state or not are_equal(tensor.cpu(), state[name].cpu())
     ]
     before, after = (torch.cat(list(accuracy.logits(model, images, fold=False))) for model in (written, read))
     difference = float((before - after).abs().max() / before.abs().max().clamp_min(1e-9))

@@ -59,6 +59,13 @@ def test_images_that_are_not_read_are_in_the_notes(tmp_path):
     assert hidden == "1 files or folders are not read because their names begin with a dot"
 
 
+def test_images_whose_levels_are_scaled_are_in_the_notes(tmp_path):
+    write_image(tmp_path / "0.png")
+    Image.fromarray(np.full((8, 8), 50_000, np.uint16)).save(tmp_path / "deep.png")
+    (note,) = request.read_images(tmp_path, deployed_model._central_square(None)).notes
+    assert note.startswith("1 of 2 images have more than 8 bits (deep.png): their levels are scaled to 8 bits; ")
+
+
 def test_images_of_all_modes_can_be_read_as_upright_rgb(tmp_path):
     colours = np.zeros((4, 6, 3), np.uint8)
     colours[0, 0] = 255  # upper left

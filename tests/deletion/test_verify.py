@@ -242,6 +242,13 @@ def test_a_request_as_used_forgets_what_an_earlier_one_forgot_as_stored_only(req
     assert f"to be unlearned: {count} of 6" in out
 
 
+def test_files_that_are_left_out_are_named(forget, tmp_path):
+    (tmp_path / "in" / "damaged.png").write_bytes(b"no image")
+    code, report, printed = forget("--skip-bad")
+    assert (code, [one["file"] for one in report["asked"]["left_out"]]) == (0, ["damaged.png"])
+    assert "left out: damaged.png: no image of a known format" in printed
+
+
 def test_an_image_that_was_neither_recognised_nor_relabelled_is_not_recognised_later(forget, script, tiny, tmp_path):
     rows = [f"{n}.png,{(label + 1) % CLASSES},{(label + 2) % CLASSES}" for n, label in enumerate(tiny[2][:6].tolist())]
     (tmp_path / "in" / "labels.csv").write_text("\n".join(["file,label,new_label", *rows]))
