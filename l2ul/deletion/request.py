@@ -451,14 +451,17 @@ def read_images(
 
 
 def _list_files(folder: Path, flag: str) -> dict[str, str | None]:
-    """Return the files of a folder and of its subfolders, sorted, with the name of the subfolder as the label."""
+    """Return the files of a folder and of its subfolders, with the name of the subfolder as the label.
+
+    They are sorted by the Unicode normal forms of their names, so that their order is the same on all systems.
+    """
     files: dict[str, str | None] = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=_name):
         if path.name.startswith("."):
             continue
         require_utf8_name(path)
         if path.is_dir():
-            for inner in map(require_utf8_name, sorted(path.iterdir())):
+            for inner in map(require_utf8_name, sorted(path.iterdir(), key=_name)):
                 if inner.is_dir() and not inner.name.startswith("."):
                     raise InputError(f"{inner} is a folder inside the folder of a label", f"expected images in {path}")
                 if not inner.name.startswith("."):
@@ -472,6 +475,10 @@ def _list_files(folder: Path, flag: str) -> dict[str, str | None]:
             "put all images into folders, or none",
         )
     return files
+
+
+def _name(path: Path) -> tuple[str, str]:
+    return normal_form(path.name), path.name
 
 
 def _read_labels(table: Path, files: dict[str, str | None], folder: Path) -> dict[str, tuple[str | None, str | None]]:

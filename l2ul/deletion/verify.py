@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from l2ul.common.choices import MAX_IMAGE_PIXELS
 from l2ul.common.errors import Diverged, InputError, first_line, is_out_of_memory
 from l2ul.common.files import file_sha256, tensors_sha256
-from l2ul.common.text import first_three
+from l2ul.common.text import first_three, normal_form
 from l2ul.data.image_files import ImageReader
 from l2ul.deletion import deployed_model, signature, states
 from l2ul.deletion.deployed_model import DeployedModel
@@ -322,26 +322,36 @@ def check_original(report: Report, model: DeployedModel) -> Check:
 
 
 def check_files_exist(report: Report, folder: Path) -> Check:
-    """Check that a folder has all images of a report."""
-    missing = [row["file"] for row in report["images"] if not (folder / row["file"]).is_file()]
+    """Check that a folder has all images of a report, in any Unicode normal form of their names."""
+    present = {normal_form(path.relative_to(folder).as_posix()) for path in [*folder.glob("*"), *folder.glob("*/*")]}
+    missing = [row["file"] for row in report["images"] if normal_form(row["file"]) not in present]
     finding = f"missing in {folder}: {first_three(missing)}" if missing else f"all in {folder}"
     return Check("original images", not missing, finding)
 
 
 def check_request(report: Report, files: Sequence[ImageFile], labels: Sequence[int]) -> Check:
     """Compare the images of a request, their order and their labels with the report."""
-    rows = {row["file"]: row for row in report["images"]}
-    present = {image.file: image for image in files}
+    rows, names = {row["file"]: row for row in report["images"]}, _names_in(report, files)
+    present = dict(zip(names, files, strict=True))
     others = [name for name in present if name not in rows]
     changed = [
         name for name, row in rows.items() if name in present and present[name].pixels_sha256 != row["pixels_sha256"]
     ]
-    labels_of = {image.file: label for image, label in zip(files, labels, strict=True)}
+    labels_of = dict(zip(names, labels, strict=True))
     relabelled = [name for name, row in rows.items() if labels_of.get(name, row["label"]) != row["label"]]
     parts = ((others, "not in the report"), (changed, "changed"), (relabelled, "another label"))
     findings = [f"{what}: {first_three(names)}" for names, what in parts if names]
     finding = "; ".join(findings) or "those of the report"
     return Check("request", not findings, f"images and labels: {finding}")
+
+
+def _names_in(report: Report, files: Sequence[ImageFile]) -> list[str]:
+    """Return the name of each file in a report, where it may have another Unicode normal form."""
+    names = {row["file"] for row in report["images"]}
+    other_forms = {normal_form(name): name for name in names}
+    return [
+        image.file if image.file in names else other_forms.get(normal_form(image.file), image.file) for image in files
+    ]
 
 
 def check_again(
@@ -370,8 +380,9 @@ def _check_rows(report: Report, request: Request, unlearner: Unlearner, unlearne
     met, recognised = unlearner.forgotten(unlearned).tolist(), unlearner.recognised.tolist()
     probabilities = [each.double().softmax(1) for each in (request.logits_before, logits(unlearned, request.images))]
     different = []
-    for index, (image, label) in enumerate(zip(request.folder.files, request.forget.labels.tolist(), strict=True)):
-        row = next(row for row in report["images"] if row["file"] == image.file)
+    names = _names_in(report, request.folder.files)
+    for index, (name, label) in enumerate(zip(names, request.forget.labels.tolist(), strict=True)):
+        row = next(row for row in report["images"] if row["file"] == name)
         same = states.state(row) == states.state_of(met[index], recognised[index])
         for when, of_all in zip(("before", "after"), probabilities, strict=True):
             predicted = int(of_all[index].argmax())
@@ -384,7 +395,7 @@ def _check_rows(report: Report, request: Request, unlearner: Unlearner, unlearne
                 tolerance = SAME_PROBABILITY if name != "called" else 0
                 same &= abs(float(value) - row.get(f"{name}_{when}", float(value))) <= tolerance
         if not same:
-            different.append(image.file)
+            different.append(name)
     total = len(request)
     finding = f"{total - len(different)} of {states.images(total)} as in the report"
     finding += f"; others: {first_three(different)}" if different else ""

@@ -194,6 +194,16 @@ def test_the_same_weights_and_predictions_result_again(forget, script, tmp_path)
     assert repeated["model"]["after"] == report["model"]["after"]
 
 
+def test_names_in_another_unicode_normal_form_are_the_same(forget, script, tmp_path):
+    for old, new in (("3", "\u00e9"), ("5", "f")):
+        (tmp_path / "in" / f"{old}.png").rename(tmp_path / "in" / f"{new}.png")
+    code, _, printed = forget()
+    assert code == 0, printed
+    (tmp_path / "in" / "\u00e9.png").rename(tmp_path / "in" / "e\u0301.png")  # as on macOS
+    code, printed = verify(script, tmp_path, "--again")
+    assert (code, "ok     weights again" in printed) == (0, True), printed
+
+
 def test_a_report_from_before_a_setting_is_repeated_as_it_was(forget, script, tmp_path):
     steps = ("distill_steps=40", "distill_cycles=1", "distill_mixes=16", "robust_pool=64", "robust_images=32")
     forget("--setting", *steps, "distill_lr=0.01", "robust_classes=1")
