@@ -16,6 +16,7 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 from l2ul.common.errors import InputError, first_line, is_out_of_memory
 from l2ul.common.files import other_files
 from l2ul.common.image_sizes import checked
+from l2ul.common.text import one_line
 from l2ul.models.classifier import Normalize, check_weights, statistics
 from l2ul.models.preprocessing import LEVELS, Resize, agree, smooth_image
 
@@ -26,6 +27,7 @@ PROCESSOR_KEYS = {
     *("image_processor_type", "do_convert_rgb", "do_resize", "size", "default_to_square", "resample", "crop_pct"),
     *("do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
 }
+OWN_CODE = ("AutoModelForImageClassification", "AutoImageProcessor", "AutoFeatureExtractor")  # keys of auto_map
 LABELS = ("id2label", "label2id")  # keys of a configuration that have the names of classes
 WEIGHTS = (  # transformers reads the first of these that exists; an index names the files of its parts
     *("model.safetensors", "model.safetensors.index.json"),
@@ -173,13 +175,16 @@ def check_problem_type(config, name: str) -> None:
 
 
 def _read(name: str, from_pretrained, **options):
-    """Call `from_pretrained` for the folder or hub name. Code in the repository is never run."""
+    """Call `from_pretrained` for the folder or hub name. Code in the repository is never run.
+
+    Raises InputError for a model or processor that such code defines: transformers would open another one in its place.
+    """
     place = name.removeprefix(PREFIX)
     _quiet()
     if Path(place).is_dir():
         _check_folder(Path(place))
     try:
-        return from_pretrained(place, trust_remote_code=False, **options)
+        content = from_pretrained(place, trust_remote_code=False, **options)
     except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own exceptions
         if is_out_of_memory(error):
             raise
@@ -188,6 +193,16 @@ def _read(name: str, from_pretrained, **options):
         else:
             hint = "there is no such folder, and it could not be downloaded from the hub"
         raise InputError(f"cannot load {name}: {hint} ({first_line(error)[:160]})") from None
+    own_code = getattr(content, "auto_map", None)
+    key = next((key for key in OWN_CODE if isinstance(own_code, dict) and key in own_code), None)
+    if key:
+        raise InputError(
+            f"{place} has code of its own ({one_line(str(own_code[key]))}), which is not run, and without which the "
+            f"model is another one",
+            "remove auto_map from its configuration if it is used without this code; main_forget.py also takes a "
+            "function that builds the classifier and a file of its weights",
+        )
+    return content
 
 
 def _check_folder(folder: Path) -> None:

@@ -197,6 +197,17 @@ def test_weights_of_an_adapter_inside_the_weights_are_refused(folder):
         models.load(f"hf:{folder}", 10)
 
 
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [("config.json", "AutoModelForImageClassification"), ("preprocessor_config.json", "AutoImageProcessor")],
+)
+def test_a_folder_with_code_of_its_own_is_refused(folder, file, key):
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | {"auto_map": {"AutoConfig": "a.B", key: "own.Thing"}}))
+    with pytest.raises(InputError, match=r"has code of its own \(own.Thing\), which is not run, .*; remove auto_map"):
+        models.load(f"hf:{folder}", 10)
+
+
 def test_what_is_not_read_is_listed(folder):
     assert models.load(f"hf:{folder}", 10).not_read == []
     state = load_file(folder / "model.safetensors")
