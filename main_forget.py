@@ -45,7 +45,7 @@ def forget(args: argparse.Namespace) -> int:
     from l2ul.deletion import checks, inventory, output, plausibility, report, search, signature, states
     from l2ul.deletion.report_schema import PAGE, REPORT
     from l2ul.deletion.request import read_reference_images, read_unlabelled
-    from l2ul.deletion.verify import earlier_rows
+    from l2ul.deletion.verify import check_no_chain, earlier_rows
 
     # Check what can be checked without the model.
     budget = search.TimeBudget(60 * args.minutes, l2ul.STARTED)
@@ -65,6 +65,8 @@ def forget(args: argparse.Namespace) -> int:
     if model.not_read:
         log(f"not read in {args.checkpoint or args.model}: {', '.join(model.not_read)}")
     hashes_before = model.hashes()
+    if model.path and not chain:
+        check_no_chain(model.path, hashes_before["weights_sha256"])
     earlier_folder = Path(args.model) if chain else None
     original = model.classifier.to(device)
     request = read_images(args, model, chain)

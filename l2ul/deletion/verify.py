@@ -255,15 +255,35 @@ def read_chain(folder: str | Path | None, weights_sha256: str) -> list[Report]:
         raise InputError(
             f"the chain of requests in {folder} is broken ({failed.name}: {failed.finding})",
             "restore the files",
-            "start a new chain with --checkpoint",
+            "start a new chain with the model in another folder",
         )
     if not check_weights(last, weights_sha256).passed:
         raise InputError(
             f"the model in {folder} is not the one of the report there: it was replaced or changed",
             "restore it",
-            "start a new chain with the model in a folder without a report.json",
+            "start a new chain with the model in another folder",
         )
     return [*earlier, last]
+
+
+def check_no_chain(model: Path, weights_sha256: str) -> None:
+    """Raise InputError for the model of an earlier request, given by its own path and not by the output folder.
+
+    Its images would lose their labels: another request for one of them might lead the model back to its class.
+    """
+    folder = model.parent
+    if not deployed_model.is_output(folder):
+        return
+    try:
+        report = read_report(folder / REPORT)
+    except InputError:  # of other software
+        return
+    if check_weights(report, weights_sha256).passed:
+        raise InputError(
+            f"{model} is the model of the request in {folder.resolve()}",
+            f"give --model {folder}, so that the new report refers to this request",
+            "start a new chain with the model in another folder",
+        )
 
 
 def earlier_rows(chain: Sequence[Report], folder: Path | None) -> list[EarlierRow]:

@@ -401,6 +401,15 @@ def test_a_broken_chain_is_an_error_before_the_search(requested, forget, tmp_pat
     assert "images to forget" not in printed
 
 
+def test_the_file_of_an_output_is_no_original_model(requested, forget, tmp_path):
+    file = [*BUILT, "--checkpoint", tmp_path / "out" / "model.pth"]
+    code, report, printed = forget(output="second", model=file)
+    assert (code, report) == (2, None)
+    assert f"model.pth is the model of the request in {tmp_path / 'out'}; give --model {tmp_path / 'out'}, " in printed
+    (tmp_path / "out" / "report.json").write_text("{}")  # of other software
+    assert forget(output="second", model=file)[0] in (0, 3)
+
+
 def test_a_replaced_model_does_not_continue_a_chain(requested, forget, tmp_path):
     shutil.copy(tmp_path / "tiny.pth", tmp_path / "out" / "model.pth")
     code, report, printed = forget(output="second", model=["--model", tmp_path / "out", *BUILT])
