@@ -1,7 +1,7 @@
 """Measure what a deletion request achieved: predictions, robustness, relearning, membership inference, damage."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,8 +40,14 @@ class Verdict:
 
 
 def judge(unlearner: Unlearner, after: nn.Module, *, in_full: bool = True) -> Verdict:
-    """Measure how an unlearned model fulfils a request; `in_full` as in `robustness.as_used`."""
+    """Measure how an unlearned model fulfils a request; `in_full` as in `robustness.as_used`.
+
+    A recalibration counts as a change of models with batch-norm only: it leaves others as they are.
+    """
     used = robustness.as_used(after, unlearner.forget, in_full=in_full)
+    if not batch_norms(after):
+        models = {change: kept for change, kept in used.models.items() if change != robustness.RECALIBRATED}
+        used = replace(used, models=models)
     stored = unlearner.forgotten_as_stored(after)
     return Verdict(used, stored, unlearner.forgotten(after, used, stored), unlearner.recognised)
 

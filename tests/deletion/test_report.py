@@ -392,6 +392,8 @@ def test_a_hugging_face_folder_gets_a_model_card_without_names_and_pictures(scri
     assert "data:image" not in card
     assert ("robust_pool" in card) == bool(report["chosen"]["robust"])
     assert report["recalibration"] is None  # no batch-norm
+    assert "recalibrated" not in report["robustness"]
+    assert "recalibrated" not in report["images"][0]["survives"]
     words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", "--again"]
     code, out, err = script(main_forget.main, *words)
     assert "ok     weights again" in out, out + err
