@@ -500,6 +500,6 @@ def _check_request(number: int, required: list[Requirement], predicted: Mapping[
     superseded = len(required) - len(current)
     finding += f"; {superseded} superseded by a later request" if superseded else ""
     passed = not failed and not missing
-    # Nothing is claimed of a request whose images were not recognised before, so nothing can be confirmed.
-    unclaimed = passed and current and len(unrecognised) == len(current)
+    # Nothing can be confirmed if no image was recognised before, or if later requests contradict all of this one.
+    unclaimed = passed and len(unrecognised) == len(current)
     return Check(f"images of request {number}", None if unclaimed else passed, finding)

@@ -18,6 +18,7 @@ from l2ul.common.errors import InputError
 from l2ul.data.image_files import ImageReader
 from l2ul.deletion import deployed_model as deployed
 from l2ul.deletion import report_schema, search, verify
+from l2ul.deletion.request import ImageFile
 import main_forget
 
 BUILT = ["--build", "conftest:tiny_net"]
@@ -428,6 +429,8 @@ def test_contradicting_requests_on_two_classes_supersede_each_other():
     model = {"classes": ["no", "yes"]}
     found = verify.requirements([{"model": model, "images": [image_row(label, None)]} for label in (0, 1)])
     assert [(one.request, one.superseded) for one in found] == [(2, False), (1, True)]
+    checks = verify.check_images(found, [(ImageFile("a", "a", "a"), 0)])
+    assert [check.passed for check in checks] == [None, True]  # of the first request, nothing is confirmed
 
 
 def test_an_image_can_be_relabelled_as_its_original_class(requested, forget, tiny, tmp_path):
