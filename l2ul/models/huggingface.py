@@ -8,6 +8,7 @@ import re
 import sys
 
 from PIL.Image import Image
+from safetensors import safe_open
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
@@ -57,7 +58,20 @@ def configuration(name: str):
     config = _read(name, AutoConfig.from_pretrained)
     if config.model_type == "timm_wrapper":
         raise _timm_error(name)
+    config.dtype = config.dtype or _stored_dtype(Path(name.removeprefix(PREFIX)))
     return config
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """Return the type of the first weight in a folder, which transformers takes if config.json names none.
+
+    None if there are no safetensors, or they cannot be read.
+    """
+    file = next((name for name in _weights_files(folder) if name.endswith(".safetensors")), "")
+    with contextlib.suppress(Exception), safe_open(folder / file, framework="pt") as weights:  # transformers reports it
+        types = (weights.get_tensor(name).dtype for name in weights.keys())  # noqa: SIM118
+        return next(one for one in types if one.is_floating_point)
+    return None
 
 
 def channels(config) -> int:
@@ -281,10 +295,14 @@ def unread_files(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         return []
+    return other_files(folder, {"config.json", *PROCESSORS, *_weights_files(folder)})
+
+
+def _weights_files(folder: Path) -> list[str]:
+    """Return the names of the files of weights in a folder that transformers reads: one, or an index and its parts."""
     weights = next((name for name in WEIGHTS if (folder / name).is_file()), "")
     parts = _read_json(folder / weights).get("weight_map", {}) if weights.endswith(".index.json") else {}
-    parts = parts.values() if isinstance(parts, dict) else ()
-    return other_files(folder, {"config.json", *PROCESSORS, weights, *parts})
+    return [weights, *(str(part) for part in (parts.values() if isinstance(parts, dict) else ()))]
 
 
 def _quiet() -> None:

@@ -60,6 +60,15 @@ def test_half_precision_weights_are_loaded_as_float32(vit_folder, tmp_path):
     transformers.AutoModelForImageClassification.from_pretrained(vit_folder).half().save_pretrained(tmp_path)
     transformers.AutoImageProcessor.from_pretrained(vit_folder).save_pretrained(tmp_path)
     assert {p.dtype for p in models.load(f"hf:{tmp_path}", 10).parameters()} == {torch.float32}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("dtype") == "float16"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    opened = open_model(str(tmp_path))  # transformers takes the type of the weights then
+    assert set(opened.dtypes.values()) == {torch.float16}
+    (tmp_path / "new").mkdir()
+    opened.write(opened.classifier, tmp_path / "new")
+    plain = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "new" / "model")
+    assert plain.dtype == torch.float16
 
 
 def test_gradients_reach_the_pixels(vit_folder):
