@@ -283,7 +283,7 @@ def read_unlabelled(
     """
     if folder is None:
         return None
-    return _read_others(folder, flag, model, request, skip_bad).images.to(request.images.device)
+    return _read_others(folder, flag, model, request, skip_bad, with_labels=False).images.to(request.images.device)
 
 
 def read_reference_images(
@@ -313,12 +313,15 @@ def read_reference_images(
     return Split(images, labels.to(images.device))
 
 
-def _read_others(folder: Path, flag: str, model: DeployedModel, request: Request, skip_bad: bool) -> ImageFolder:
+def _read_others(
+    folder: Path, flag: str, model: DeployedModel, request: Request, skip_bad: bool, with_labels: bool = True
+) -> ImageFolder:
     """Read images that are not to be forgotten; `flag` names the folder in messages.
 
     Raises InputError if the size differs from that of the request's images, or an image is part of the request.
     """
-    read = read_images(folder, model.to_pixels, skip_bad=skip_bad, flag=flag, reader=request.folder.reader)
+    reader = request.folder.reader
+    read = read_images(folder, model.to_pixels, None, skip_bad, flag, reader, with_labels)
     if read.images.shape[1:] != request.images.shape[1:]:
         raise InputError(f"the images of {flag} and of --images differ in size", "give one size with --image-size")
     forgotten = {image.pixels_sha256 for image in request.folder.files}
@@ -379,7 +382,7 @@ def read_images(
     skip_bad     leave out unreadable files instead of raising
     flag         names the folder in messages
     reader       decodes the files
-    with_labels  read the label table
+    with_labels  read labels, of the label table and the subfolders
 
     Each image is decoded, hashed and reduced to the size that the model takes before the next one is decoded.
 
@@ -408,7 +411,8 @@ def read_images(
             unreadable[file] = Reason(*error.args)  # without the traceback, which keeps the image in memory
             continue
         properties.append((file, about))
-        files.append(ImageFile(file, file_sha256(folder / file), _sha256(image), *labels.get(file, (label, None))))
+        own_labels = labels.get(file, (label if with_labels else None, None))
+        files.append(ImageFile(file, file_sha256(folder / file), _sha256(image), *own_labels))
         if len(files) == 1:
             pixels = torch.empty(len(listed), *small.shape, dtype=small.dtype)
         if small.shape == pixels.shape[1:]:

@@ -232,6 +232,14 @@ def test_images_of_surrogate_are_named_and_needed_again(forget, script, tiny, tm
     assert (code, "FAILED images of --surrogate: 9 in week are not those" in printed) == (3, True)
 
 
+def test_the_same_image_may_be_in_several_folders_of_surrogate(forget, tiny, tmp_path):
+    for name in ("cat", "dog"):  # the labels are not read
+        save_images(tmp_path / "week" / name, tiny[1][10:20])
+    (tmp_path / "week" / "labels.csv").write_text("of other software")
+    code, report, printed = forget("--surrogate", tmp_path / "week")
+    assert (code, report["asked"]["surrogate"]["images"]) == (0, 10), printed
+
+
 def test_a_run_that_the_time_limit_ended_is_repeated(forget, script, tmp_path):
     settings = ["--setting", "distill_steps=40", "distill_mixes=16", "distill_lr=0.01"]
     _, report, printed = forget(*settings, "--max-steps", 23)
