@@ -352,8 +352,7 @@ def _open_built(
         difference = checkpoints.load_into(net, state)
         if difference:
             raise InputError(f"{path} does not fit the module that {build} returns: {difference}")
-        if input_format.mean or input_format.std:
-            mean, std = None, None
+        mean, std = None if input_format.mean else mean, None if input_format.std else std
     notes = models.statistics_note(path, mean, std) if path else []
     not_read = checkpoints.outside(state, net)
     normalize = normalization(

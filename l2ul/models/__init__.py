@@ -197,7 +197,7 @@ def _from_file(
     chosen = [flag if flag is not None else own for flag, own in zip((mean, std), of_file, strict=True)]
     classifier = _classifier(name, num_classes, net, *chosen)
     _fill(classifier, state, str(path))
-    classifier.notes = statistics_note(path, *layer) if mean is None or std is None else []
+    classifier.notes = statistics_note(path, None if mean else layer[0], None if std else layer[1])
     classifier.not_read = checkpoints.outside(state, classifier.net)
     classifier.source, classifier.sha256, classifier.metadata = str(path), file_sha256(path), metadata
     if weights_key is not None:  # the file has several weights: its hash does not tell them apart
@@ -218,11 +218,10 @@ def _adapt_channels(net: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def statistics_note(path: Path, mean: Sequence[float] | None, std: Sequence[float] | None) -> list[str]:
-    """Return a sentence on the mean and std of a normalisation layer in a file, if there are any."""
-    if not (mean and std):
-        return []
-    first, second = (" ".join(f"{value:.4g}" for value in values) for values in (mean, std))
-    return [f"{path.name}: uses the input normalisation in the file (mean {first}, std {second})"]
+    """Return a sentence on the mean and std of a normalisation layer in a file that are used, if there are any."""
+    used = {name: " ".join(f"{one:.4g}" for one in values) for name, values in (("mean", mean), ("std", std)) if values}
+    shown = ", ".join(f"{name} {values}" for name, values in used.items())
+    return [f"{path.name}: uses the input normalisation in the file ({shown})"] if used else []
 
 
 def _fill(classifier: Classifier, state: dict[str, Tensor], source: str) -> None:

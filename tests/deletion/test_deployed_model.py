@@ -478,6 +478,9 @@ def test_the_input_normalisation_in_a_file_is_used_unless_the_module_has_it(net,
     chosen = deployed.InputFormat(mean=[0.0] * 3, std=[1.0] * 3)
     opened = deployed.open_model(None, tmp_path / "in.pt", "conftest:tiny_net", chosen)
     assert (opened.classifier.normalize.std.flatten().tolist(), opened.notes) == ([1.0] * 3, [])
+    opened = deployed.open_model(None, tmp_path / "in.pt", "conftest:tiny_net", deployed.InputFormat(mean=[0.1] * 3))
+    assert opened.classifier.normalize.std.flatten().tolist() == [0.25] * 3
+    assert opened.notes == ["in.pt: uses the input normalisation in the file (std 0.25 0.25 0.25)"]
     torch.save(net_with_statistics().state_dict(), tmp_path / "own.pt")
     opened = deployed.open_model(None, tmp_path / "own.pt", "test_deployed_model:net_with_statistics")
     assert (opened.classifier.normalize.mean.flatten().tolist(), opened.notes) == ([0.0] * 3, [])
@@ -488,6 +491,8 @@ def test_released_weights_with_statistics_are_written_again(tmp_path):
     net = models.build("resnet20", 10).net
     content = {"0.mean": torch.zeros(3), "0.std": torch.ones(3), **{f"1.{k}": v for k, v in net.state_dict().items()}}
     torch.save(content, tmp_path / "in.pt")
+    opened = deployed.open_model("resnet20", tmp_path / "in.pt", input_format=deployed.InputFormat(std=[0.5] * 3))
+    assert opened.notes == ["in.pt: uses the input normalisation in the file (mean 0 0 0)"]
     opened = deployed.open_model("resnet20", tmp_path / "in.pt")
     with torch.no_grad():
         opened.classifier.net.linear.bias.add_(1)
