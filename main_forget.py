@@ -43,12 +43,13 @@ def forget(args: argparse.Namespace) -> int:
     from l2ul.common import precision
     from l2ul.common.progress import progress_bar
     from l2ul.deletion import checks, inventory, output, plausibility, report, search, signature, states
+    from l2ul.deletion.candidates import TimeBudget
     from l2ul.deletion.report_schema import PAGE, REPORT
     from l2ul.deletion.request import read_reference_images, read_unlabelled
     from l2ul.deletion.verify import check_no_chain, earlier_rows
 
     # Check what can be checked without the model.
-    budget = search.TimeBudget(60 * args.minutes, l2ul.STARTED)
+    budget = TimeBudget(60 * args.minutes, l2ul.STARTED)
     device = devices.choose_device(args.device, args.no_cuda, args.threads, log)
     precision.use(device, "fp32")  # of all verdicts
     settings, fixed = search.choose_settings(args.method, args.setting, args.seed)
@@ -222,7 +223,7 @@ def make_unlearner(args: argparse.Namespace, model, request, as_used: bool, prec
     as_used  whether images count as forgotten only if they are so as used
     """
     from l2ul.common.progress import progress_bar
-    from l2ul.deletion.search import Unlearner
+    from l2ul.deletion.candidates import Unlearner
     from l2ul.metrics import robustness
 
     return Unlearner(
@@ -351,7 +352,7 @@ def log(text: str) -> None:
 
 def log_candidate(candidate, recognised) -> None:
     """Print a finished candidate of the search. Only images that the original model recognised count as forgotten."""
-    from l2ul.deletion.search import describe
+    from l2ul.deletion.candidates import describe
 
     limit = f"; --minutes or --max-steps stopped it at step {candidate.steps}" if candidate.status == STOPPED else ""
     agreement = ", ".join(f"agreement {kept.percent:.1f} % ({kept.name})" for kept in candidate.kept)

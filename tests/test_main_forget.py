@@ -17,7 +17,8 @@ import torch
 from l2ul.common import progress
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
-from l2ul.deletion import checks, deployed_model, output, search, states
+from l2ul.deletion import checks, deployed_model, output, states
+from l2ul.deletion.candidates import Candidate
 from l2ul.metrics import preflight
 from l2ul.unlearn import Settings
 import main_forget
@@ -492,6 +493,6 @@ def test_help_has_examples_and_a_glossary_and_needs_no_torch():
 def test_a_line_of_a_candidate_counts_recognised_images_as_used_and_as_stored(capsys, stored, expected):
     used = torch.tensor([True, False, False, True])
     stored = None if stored is None else torch.tensor(stored)
-    candidate = search.Candidate(Settings(), {"robust": 0}, "stopped", 3, 2.0, used, [], None, stored)
+    candidate = Candidate(Settings(), {"robust": 0}, "stopped", 3, 2.0, used, [], None, stored)
     main_forget.log_candidate(candidate, torch.tensor([True, True, True, False]))
     assert f"robust 0: {expected}, 2 s; --minutes or --max-steps stopped it at step 3" in capsys.readouterr().out

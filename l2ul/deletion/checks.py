@@ -10,9 +10,9 @@ from l2ul import ProgressBar
 from l2ul.common.modes import batch_norms
 from l2ul.data.images import Split
 from l2ul.deletion import states
+from l2ul.deletion.candidates import TimeBudget, Unlearner
 from l2ul.deletion.report_schema import FORGOTTEN, ImageRow
 from l2ul.deletion.request import Request, logits
-from l2ul.deletion.search import TimeBudget, Unlearner
 from l2ul.metrics import agreement, membership, relearn, robustness
 
 CHECKS_SHARE = 0.95  # of the time: relearning stops then

@@ -25,6 +25,7 @@ from l2ul.common.image_sizes import TooLarge
 from l2ul.common.progress import progress_bar
 from l2ul.data.image_files import ImageReader, UnreadableImage, unreadable
 from l2ul.deletion import checks, plausibility, search, states
+from l2ul.deletion.candidates import Candidate, TimeBudget, Unlearner
 from l2ul.deletion.deployed_model import BUILT, DeployedModel, check_module, unwrapped
 from l2ul.deletion.report_schema import AS_STORED, AS_USED, REMOVED
 from l2ul.deletion.request import ImageFile, ImageFolder, Request, logits, make_request
@@ -153,7 +154,7 @@ def forget(
     with _arguments_in_messages():
         check_module(model, "model")
         with _plain_torch(_device_of(model)):
-            budget = search.TimeBudget(60 * _in_range("minutes", minutes, Number(float, 0, open=True)), started)
+            budget = TimeBudget(60 * _in_range("minutes", minutes, Number(float, 0, open=True)), started)
             if min_known is not None:
                 _in_range("min_known", min_known, Number(float, 0, maximum=1), "a number from 0 to 1")
             chosen, fixed = _read_settings(method, settings, seed)
@@ -176,7 +177,7 @@ def forget(
             chosen, of_search = search.choose_precision(chosen, is_chosen, opened.classifier, request.images)
             keep = _read_others("keep_images", keep_images, reader, request)
             others = _read_others("surrogate", surrogate, reader, request)
-            unlearner = search.Unlearner(
+            unlearner = Unlearner(
                 model=opened.classifier,
                 forget=request.forget,
                 train_set=request.forget,
@@ -206,7 +207,7 @@ def forget(
 
 
 def _result(
-    unlearner: search.Unlearner, request: Request, unlearned: nn.Module, best: search.Candidate | None, seconds: float
+    unlearner: Unlearner, request: Request, unlearned: nn.Module, best: Candidate | None, seconds: float
 ) -> Forgotten:
     """Judge an unlearned module."""
     after = _with_preprocessing_of(unlearner.model, unlearned)

@@ -20,9 +20,9 @@ from l2ul.common import pages
 from l2ul.common.files import tensors_sha256
 from l2ul.common.installation import command
 from l2ul.deletion import states
+from l2ul.deletion.candidates import Candidate
 from l2ul.deletion.report_schema import AS_STORED, AS_USED, Report
 from l2ul.deletion.request import Request
-from l2ul.deletion.search import Candidate
 
 THUMBNAIL = 96  # pixels of the longer side
 NOT_CLAIMED = (

@@ -2,48 +2,34 @@
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-import contextlib
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
+from dataclasses import fields, replace
 import itertools
 import math
-import time
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from l2ul import ProgressBar, attack, unlearn
 from l2ul.common import precision as precisions
 from l2ul.common.choices import AUTO, BF16, STOPPED
-from l2ul.common.errors import Diverged, InputError
-from l2ul.data.images import stored
-from l2ul.importance import mas_importance
+from l2ul.common.errors import InputError
+from l2ul.deletion.candidates import Candidate, TimeBudget, Unlearner, describe, measure_step
 from l2ul.methods import registry
 from l2ul.methods.distill import cycle_length
 from l2ul.methods.robust import ITERATIONS, synthesised_images
 from l2ul.methods.settings import ATTACK as ATTACK_SETTINGS
 from l2ul.methods.settings import SHARED, Value
-from l2ul.methods.stand_ins import Synthesis
-from l2ul.metrics import accuracy, agreement, preflight, robustness
-from l2ul.metrics.agreement import Agreement, Probe
-from l2ul.metrics.robustness import AsUsed
-from l2ul.objective import Forget
+from l2ul.metrics import agreement, preflight, robustness
+from l2ul.metrics.agreement import Probe
 from l2ul.unlearn import Settings
 
-ATTACK = {"num_adv_images": 10, "eps": 4.0, "alpha": 0.4, "steps": 20}  # of D_adv: faster than the paper's
 MIN_STEPS = 60  # of a cycle of distill
 MIN_BATCH = 16  # images of D_f, and mixes, per step of distill
 SEARCH_SHARE = 0.8  # of the time: the search ends then, or earlier if the checks after it take longer
 LEAST_SEARCH = 0.4  # of the time: it gets that in any case
-MEASURED_SHARE, PARTS = 0.1, 16  # of the time left: if timing steps takes more, a part of the images of a step is timed
 FIRST_SHARE = 0.6  # of the time left: the most that one candidate takes while none has forgotten all images
 PROBE_SHARE = 0.08  # of the time: for making the examples on which agreement is measured
 MIN_EXAMPLES, MAX_EXAMPLES = 64, 1024  # of that probe
 PROBE_IMAGES, PROBE_ITERATIONS = (16, 128), (5, 25)  # fewest and most images synthesised for it, and their iterations
-ENOUGH = 0.9  # of the images, forgotten as used: then the search goes on to less damage
-WORTHWHILE = 0.5  # of the images, forgotten as used: fewer count as none, as they cost accuracy and fulfil no request
-ACCEPTABLE = 50.0  # percent of agreement: with less, no image counts as forgotten as used, as the model is too damaged
 FREE = ("robust", "loop_precision", "distill_frozen")  # settings that the user may set without ending the search
 MIN_CYCLE, MIN_IMAGES = 1 / 6, 1 / 3  # of the steps and synthesised images with robust=1: the fewest that were measured
 AS_STORED = 1 / 3  # of the time, at most: for the run with robust=0 before one with robust=1
@@ -56,273 +42,6 @@ LARGER_STEPS = {True: {"distill_lr": 3.0}, False: {"unlearn_lr": 3.0}}  # while 
 DISTILL = ({"distill_lr": 2.0}, {"distill_features": 3.0}, {"distill_lr": 0.5}, {"distill_steps": 2.0})
 GRADIENT = ({"unlearn_lr": 1 / 3}, {"unlearn_lr": 3.0}, {"unlearn_lr": 0.1})
 BETWEEN = ({"unlearn_lr": 0.6}, {"unlearn_lr": 2.0})  # if a learning rate forgets all images and a third of it does not
-
-
-class TimeBudget:
-    """Seconds that a command may take, counted from `started`, a value of `time.perf_counter`."""
-
-    def __init__(self, seconds: float, started: float):
-        self.seconds, self.started = seconds, started
-
-    @property
-    def used(self) -> float:
-        return time.perf_counter() - self.started
-
-    @property
-    def left(self) -> float:
-        return self.seconds - self.used
-
-    def part(self, share: float) -> "TimeBudget":
-        """Return the first `share` of this budget; the rest is for later work."""
-        return TimeBudget(share * self.seconds, self.started)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Settings that were run, and what they achieved.
-
-    changed    settings that differ from those of the first candidate, by name
-    status     of the loop: see `unlearn.Outcome`
-    forgotten  (k,) bool: forgotten as the request demands, with the weights as they would be written
-    kept       agreement with the original model on each probe
-    model      None if the run diverged
-    stored     (k,) bool: forgotten as they are stored; None: the same as `forgotten`
-    demanded   (k,) bool: the images that count as forgotten only if they are so as the request demands, see
-               `Unlearner.demanded`; None: all
-    """
-
-    settings: Settings
-    changed: Mapping[str, float]
-    status: str
-    steps: int
-    seconds: float
-    forgotten: Tensor
-    kept: list[Agreement]
-    model: nn.Module | None
-
-    stored: Tensor | None = None
-    demanded: Tensor | None = None
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether enough images are forgotten: all as they are stored and, with robust=1, most as they are used."""
-        return self._counts == (len(self.forgotten), self._enough)
-
-    @property
-    def number_forgotten(self) -> int:
-        """The number of demanded images that are forgotten as the request demands."""
-        return int(self._of_demanded(self.forgotten).sum())
-
-    @property
-    def rank(self) -> tuple[int, int, float]:
-        """Larger is better: the number of images forgotten as stored, then as the request demands, then agreement.
-
-        More than enough images count no more than enough, because the last ones cost most. Fewer than half of the
-        images as used count as none, and so do those of a model whose agreement is below ACCEPTABLE. A diverged run
-        ranks last.
-        """
-        return (*self._counts, self.agreement) if self.kept else (-1, -1, 0.0)
-
-    def is_better_than(self, stored: Tensor, forgotten: Tensor) -> bool:
-        """Return whether more images are forgotten than these, (k,) bool each: as stored, or as the request demands."""
-        before = replace(self, stored=stored, forgotten=forgotten)
-        return bool(self.kept) and self._counts > before._counts
-
-    @property
-    def values(self) -> dict[str, Value]:
-        """The values of all settings by name."""
-        values = asdict(self.settings)
-        values |= values.pop("method_settings")
-        values.pop("first_position")
-        return values
-
-    @property
-    def agreement(self) -> float:
-        return agreement.overall(self.kept)
-
-    @property
-    def is_damaged(self) -> bool:
-        """Whether forgetting the images as used cost more than is acceptable."""
-        return bool(self.settings.robust and self.kept) and self.agreement < ACCEPTABLE
-
-    def _of_demanded(self, images: Tensor) -> Tensor:
-        return images if self.demanded is None else images[self.demanded]
-
-    @property
-    def _enough(self) -> int:
-        total = len(self._of_demanded(self.forgotten))
-        return math.ceil(ENOUGH * total) if self.settings.robust else total
-
-    @property
-    def _counts(self) -> tuple[int, int]:
-        stored, used = self.forgotten if self.stored is None else self.stored, self.number_forgotten
-        counts = used >= WORTHWHILE * len(self._of_demanded(stored)) and not self.is_damaged
-        return int(stored.sum()), min(self._enough, used) if counts else 0
-
-
-@dataclass
-class Unlearner:
-    """Run a method on a request with different settings.
-
-    model       the original model, left unchanged
-    forget      D_f, on the device of the model
-    train_set   D_f and its changed copies that are to be forgotten too, see `robustness.with_changed_images`
-    as_written  return a model with its weights as they will be in the file
-    probes      sets of images on which agreement with the original model is measured
-    progress    show the progress of each candidate
-    as_used     whether an image counts as forgotten only if it is so as used, see `robustness.as_used`
-    max_steps   each candidate ends after so many steps at most, as if time were up; None: no such limit
-    precision   of the device in which `unlearn` computes, see `choose_precision`
-    surrogate   (n, 3, H, W) unlabelled images that stand for D_r, see `unlearn.unlearn`
-    earlier     (k,) bool, on the CPU: the images that the model recognised before an earlier request; None: none
-    """
-
-    model: nn.Module
-    forget: Forget
-    train_set: Forget
-    method: str
-    num_classes: int
-    seed: int
-    as_written: Callable[[nn.Module], nn.Module]
-    progress: ProgressBar | None = None
-    as_used: bool = False
-    max_steps: int | None = None
-    precision: str = "fp32"
-    probes: list[Probe] = field(default_factory=list)
-    surrogate: Tensor | None = None
-    earlier: Tensor | None = None
-    _inputs: dict[str, object] = field(default_factory=dict)  # D_adv and importance, made once
-
-    @cached_property
-    def synthesis(self) -> Synthesis:
-        """What synthesises images for the candidates, and keeps them from one to the next."""
-        return Synthesis(progress=self.progress)
-
-    @property
-    def uses_teacher(self) -> bool:
-        return "teacher" in registry.get(self.method).needs
-
-    @property
-    def has_fixed_length(self) -> bool:
-        """Whether the method runs as published, with settings of its own instead of those of the loop."""
-        return registry.get(self.method).is_fixed_length
-
-    def forgotten(self, model: nn.Module, used: AsUsed | None = None, stored: Tensor | None = None) -> Tensor:
-        """Return which images (k,) bool count as forgotten by a model, on the CPU.
-
-        used    how D_f is forgotten as used, if it is known
-        stored  the result of `forgotten_as_stored`, if it is known
-
-        They are forgotten as they are and in each changed copy of `train_set`. With `as_used`, those in `demanded` are
-        also forgotten as used.
-        """
-        forgotten = self.forgotten_as_stored(model) if stored is None else stored
-        if self.as_used and (forgotten & self.demanded).any():
-            used = used or robustness.as_used(model, self.forget, in_full=False)
-            forgotten = forgotten & (used.forgotten | ~self.demanded)
-        return forgotten
-
-    def forgotten_as_stored(self, model: nn.Module) -> Tensor:
-        """Return which images (k,) bool a model has forgotten, as they are and in each copy of `train_set`."""
-        forgotten = accuracy.forgotten(model, self.train_set.images, self.train_set)
-        return forgotten.view(-1, len(self.forget)).all(0).cpu()
-
-    @cached_property
-    def recognised(self) -> Tensor:
-        """Which images (k,) bool the original model predicts as their label, as they are or as a changed copy.
-
-        With `as_used`, also those of `earlier` that the model has not forgotten as used.
-        """
-        predictions = accuracy.predict(self.model, self.train_set.images, fold=False)
-        recognised = (predictions == self.train_set.labels.cpu()).view(-1, len(self.forget)).any(0)
-        if self.as_used and self.earlier is not None and (self.earlier & ~recognised).any():
-            used = robustness.as_used(self.model, replace(self.forget, new_labels=None), in_full=False)
-            recognised = recognised | (self.earlier & ~used.forgotten)
-        return recognised
-
-    @cached_property
-    def demanded(self) -> Tensor:
-        """Which images (k,) bool count as forgotten only if they are so as the request demands.
-
-        They are those of `recognised` and, unless they are to be relabelled, of `earlier`.
-        """
-        is_alone = self.earlier is None or self.forget.goal == "relabel"
-        return self.recognised if is_alone else self.recognised | self.earlier
-
-    def _unlearn(
-        self,
-        settings: Settings,
-        go_on: Callable[[], bool] | None,
-        on_step: Callable[[dict[str, float]], object] | None,
-    ) -> unlearn.Outcome:
-        needs = registry.get(self.method, self.forget.goal).needs
-        images, labels = stored(self.train_set.images), self.train_set.labels
-        if "adv" in needs and "adv" not in self._inputs:
-            total = ATTACK["num_adv_images"] * ATTACK["steps"] * len(labels)
-            with self.show_progress("adversarial examples, PGD steps", total) as advance:
-                self._inputs["adv"] = attack.adversarial_set(
-                    self.model, images, labels, self.num_classes, seed=self.seed, progress=advance, **ATTACK
-                )
-        if "importance" in needs and "importance" not in self._inputs:
-            with self.show_progress("importance", len(labels)) as advance:
-                self._inputs["importance"] = mas_importance(self.model, images, advance)
-        step = 0
-
-        def look(row: dict[str, float]) -> None:
-            nonlocal step
-            step = row["step"]
-            if on_step:
-                on_step(row)
-
-        def continues() -> bool:
-            return (self.max_steps is None or step < self.max_steps) and (go_on is None or go_on())
-
-        options = {"new_labels": self.train_set.new_labels, "settings": settings, "go_on": continues, "on_step": look}
-        options |= {"surrogate": self.surrogate, "synthesis": self.synthesis}
-        options["predict"] = lambda model: accuracy.predict(model, images, fold=False)  # as `forgotten` measures
-        return unlearn.unlearn(self.model, images, labels, self.method, **options, **self._inputs)
-
-    def unlearn(
-        self,
-        settings: Settings,
-        go_on: Callable[[], bool] | None = None,
-        on_step: Callable[[dict[str, float]], object] | None = None,
-    ) -> unlearn.Outcome:
-        """Unlearn with these settings. D_adv and the importance do not depend on them and are made once."""
-        with precisions.temporarily(self.forget.labels.device, self.precision):
-            return self._unlearn(settings, go_on, on_step)
-
-    def run_candidate(
-        self, settings: Settings, changed: Mapping[str, float], budget: TimeBudget, reserve: float = 0.0
-    ) -> Candidate:
-        """Unlearn, stopping when only `reserve` seconds of the budget are left, and measure what would be written."""
-        started = time.perf_counter()
-        with self.show_progress(describe(changed), None) as advance:
-            outcome = self.unlearn(
-                settings,
-                lambda: budget.left > reserve,
-                lambda row: advance(
-                    1, f"{row['forgotten']:.0f} % of D_f forgotten, at most {max(budget.left - reserve, 0):.0f} s left"
-                ),
-            )
-        none = torch.zeros(len(self.forget), dtype=torch.bool)
-        candidate = Candidate(settings, changed, outcome.status, outcome.steps, 0.0, none, [], None)
-        if outcome.status != "diverged":
-            written = self.as_written(outcome.model)
-            try:
-                stored = self.forgotten_as_stored(written)
-                forgotten = self.forgotten(written, stored=stored)
-                kept = [agreement.measure(written, probe) for probe in self.probes]
-                masks = {"stored": stored, "forgotten": forgotten, "demanded": self.demanded}
-                candidate = replace(candidate, **masks, kept=kept, model=outcome.model)
-            except Diverged:
-                candidate = replace(candidate, status="diverged")
-        return replace(candidate, seconds=time.perf_counter() - started)
-
-    def show_progress(self, description: str, total: int | None):
-        """Return a context manager that yields a function to call with the number of finished units."""
-        no_progress = contextlib.nullcontext(lambda count=1, note="": None)
-        return self.progress(description, total) if self.progress else no_progress
 
 
 def check_method(method: str, goal: str | None = None) -> None:
@@ -377,12 +96,6 @@ def choose_precision(settings: Settings, is_chosen: bool, model: nn.Module, imag
     return settings, BF16 if settings.loop_precision == BF16 else precisions.resolve(None, device)
 
 
-def describe(changed: Mapping[str, Value]) -> str:
-    """Return the settings of a candidate in words."""
-    shown = {name: value if isinstance(value, str) else f"{value:g}" for name, value in changed.items()}
-    return ", ".join(f"{name} {value}" for name, value in shown.items()) or "the method's own settings"
-
-
 def find_candidates(
     unlearner: Unlearner,
     first: Settings,
@@ -409,7 +122,7 @@ def find_candidates(
     if first.robust:
         images = synthesised_images(first, unlearner.model, unlearner.surrogate)
         first = replace(first, robust_images=images)  # the time of a synthesis is not planned where there is none
-    seconds_per_step = _measure_step(unlearner, _without_synthesis(first), budget)
+    seconds_per_step = measure_step(unlearner, _without_synthesis(first), budget)
     seconds_of_checks = _seconds_of_checks(unlearner)
     of_search = budget.part(_search_share(seconds_of_checks, budget))
     unlearner.probes.append(_held_out_probe(unlearner, first, budget, seconds_per_step))
@@ -454,31 +167,6 @@ def _search_share(seconds_of_checks: float, budget: TimeBudget) -> float:
 def _enough_for(seconds: float, seconds_of_checks: float) -> float:
     """Return the seconds of the smallest budget whose share for the search (see `_search_share`) has these seconds."""
     return max(seconds / SEARCH_SHARE, min(seconds + seconds_of_checks, seconds / LEAST_SEARCH))
-
-
-def _measure_step(unlearner: Unlearner, settings: Settings, budget: TimeBudget) -> float:
-    """Return the seconds of a step of the loop, measured with a part of its images if that takes too long."""
-    if unlearner.uses_teacher:
-        names = ("distill_mixes", "distill_forget", "robust_pool")
-        few = {name: max(1, getattr(settings, name) // PARTS) for name in names}
-        seconds = PARTS * _time_steps(unlearner, replace(settings, **few), 2)
-        if 3 * seconds > MEASURED_SHARE * budget.left:
-            return seconds
-    return _time_steps(unlearner, settings, 3)
-
-
-def _time_steps(unlearner: Unlearner, settings: Settings, count: int) -> float:
-    """Return the mean seconds of the first `count` steps but the first, before which images are synthesised."""
-    times: list[float] = []
-    short = replace(settings, distill_steps=count, distill_cycles=1, max_passes=count)
-    with unlearner.show_progress("measure the time of a step", count) as advance:
-
-        def note(row: dict[str, float]) -> None:
-            times.append(time.perf_counter())
-            advance(1)
-
-        unlearner.unlearn(short, lambda: len(times) < count, note)
-    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
 
 
 def _without_synthesis(settings: Settings) -> Settings:
@@ -550,7 +238,7 @@ def search(
         as_stored = [_run_as_stored(unlearner, first, budget, seconds_per_step, share)]
         on_candidate(as_stored[0])
         if not has_time and 3 * seconds_per_step < budget.left:  # other processes may have slowed the steps measured
-            seconds_per_step = min(seconds_per_step, _measure_step(unlearner, _without_synthesis(first), budget))
+            seconds_per_step = min(seconds_per_step, measure_step(unlearner, _without_synthesis(first), budget))
     queue = deque(_initial_queue(unlearner, first, budget.left, seconds_per_step))
     while queue:
         settings = queue.popleft()
@@ -611,11 +299,7 @@ def _successes(candidates: list[Candidate]) -> list[Candidate]:
 def _convincing_agreement(candidates: list[Candidate]) -> float:
     """Return the highest agreement of a success plus its uncertainty, half the width of its 95 % interval."""
     best = max(_successes(candidates), key=lambda candidate: candidate.rank)
-    return best.agreement + _uncertainty(best)
-
-
-def _uncertainty(candidate: Candidate) -> float:
-    return sum(kept.high - kept.low for kept in candidate.kept) / (2 * len(candidate.kept))
+    return best.agreement + best.uncertainty
 
 
 def _expected_agreement(settings: Settings, candidates: list[Candidate]) -> float:
@@ -641,7 +325,7 @@ def _early_end(first: Settings, left_out: list[Settings], candidates: list[Candi
     names = "; ".join(describe(_changed(first, one)) for one in left_out)
     return (
         f"the search ended before the time limit: {names} cannot be expected to raise the agreement of "
-        f"{best.agreement:.1f} % by more than its uncertainty of {_uncertainty(best):.1f} points"
+        f"{best.agreement:.1f} % by more than its uncertainty of {best.uncertainty:.1f} points"
     )
 
 
@@ -730,7 +414,7 @@ def _after_synthesis(unlearner: Unlearner, first: Settings, settings: Settings, 
 
     The ratio of the times of synthesis and steps depends on the model and the machine, so SYNTHESIS is an estimate.
     """
-    seconds_per_step = _measure_step(unlearner, settings, budget)
+    seconds_per_step = measure_step(unlearner, settings, budget)
     steps = int(PLANNED * budget.left / max(seconds_per_step, 1e-9))
     return _with_steps(replace(settings, distill_steps=first.distill_steps), steps)
 

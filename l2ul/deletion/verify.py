@@ -17,6 +17,7 @@ from l2ul.common.files import file_sha256, tensors_sha256
 from l2ul.common.text import first_three, normal_form
 from l2ul.data.image_files import ImageReader
 from l2ul.deletion import deployed_model, signature, states
+from l2ul.deletion.candidates import Unlearner
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.report import digest, digest_in_page, forget_list
 from l2ul.deletion.report_schema import (
@@ -29,7 +30,6 @@ from l2ul.deletion.report_schema import (
     read_report,
 )
 from l2ul.deletion.request import ImageFile, ImageFolder, Request, logits, read_images, reading_of
-from l2ul.deletion.search import Unlearner
 from l2ul.objective import is_forgotten
 from l2ul.unlearn import Settings
 

@@ -11,6 +11,8 @@ import torch
 
 from l2ul.common.errors import InputError
 from l2ul.deletion import search
+from l2ul.deletion.candidates import PARTS, Candidate, TimeBudget, Unlearner, measure_step
+from l2ul.methods.stand_ins import Synthesis
 from l2ul.metrics import robustness
 from l2ul.metrics.agreement import Agreement
 from l2ul.objective import Forget
@@ -59,7 +61,7 @@ class FakeUnlearner:
         done = torch.tensor([gone and seconds <= 0])
         self.run.append(settings)
         kept = [Agreement("some", percent, percent - UNCERTAINTY, percent + UNCERTAINTY, 10)]
-        return search.Candidate(
+        return Candidate(
             settings,
             changed,
             status,
@@ -79,9 +81,9 @@ def run_search(
     monkeypatch, minutes, outcome, method="distill", cycles=1, ended=None, first=OWN, synthesis=1.0, measured=None
 ):
     clock = Clock()
-    monkeypatch.setattr(search.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     unlearner = FakeUnlearner(outcome, clock, method, method == "distill", method == "jit", cycles, synthesis)
-    budget = search.TimeBudget(60 * minutes, 0.0)
+    budget = TimeBudget(60 * minutes, 0.0)
     candidates = search.search(
         unlearner,
         first,
@@ -234,55 +236,6 @@ def test_gradient_methods_continue_around_the_first_success(monkeypatch):
     assert [s.unlearn_lr / OWN.unlearn_lr for s in run] == pytest.approx([1, 3, 1.8, 6])
 
 
-def test_candidates_are_ranked_by_images_as_stored_then_by_enough_as_used_then_by_agreement():
-    def candidate(stored, used, percent, robust=1):
-        masks = [torch.arange(20) < number for number in (used, stored)]
-        kept = [Agreement("some", percent, percent, percent, 10)]
-        settings = Settings(robust=robust)
-        return search.Candidate(settings, {}, "cap", 1, 1.0, masks[0], kept, None, masks[1])
-
-    best = [candidate(20, 18, 95.0), candidate(20, 20, 90.0), candidate(20, 17, 99.0), candidate(19, 19, 99.0)]
-    assert sorted(best, key=lambda one: one.rank, reverse=True) == best
-    assert [one.succeeded for one in best] == [True, True, False, False]
-    assert candidate(20, 10, 60.0).rank > candidate(20, 0, 95.0).rank > candidate(20, 9, 60.0).rank
-    assert not candidate(18, 18, 99.0, robust=0).succeeded
-    none = torch.zeros(20, dtype=torch.bool)
-    assert candidate(5, 0, 99.0).is_better_than(none, none)
-    assert not candidate(0, 0, 99.0).is_better_than(none, none)
-
-
-def test_images_that_were_not_recognised_do_not_count_as_forgotten_as_used():
-    demanded = torch.arange(20) < 2
-
-    def candidate(used, percent):
-        forgotten, kept = torch.arange(20) >= 2 - used, [Agreement("some", percent, percent, percent, 10)]
-        stored = torch.ones(20, dtype=torch.bool)
-        return search.Candidate(Settings(robust=1), {}, "cap", 1, 1.0, forgotten, kept, None, stored, demanded)
-
-    assert candidate(1, 60.0).rank > candidate(0, 95.0).rank
-    assert [candidate(used, 60.0).succeeded for used in (0, 1, 2)] == [False, False, True]
-    assert candidate(1, 60.0).is_better_than(torch.ones(20, dtype=torch.bool), ~demanded)
-
-
-@pytest.mark.parametrize("goal", ["misclassify", "relabel"])
-@pytest.mark.parametrize(("as_used", "copies", "recognised"), [(True, 0, True), (True, 1, False), (False, 0, False)])
-def test_an_image_of_an_earlier_request_counts_as_recognised_until_it_is_forgotten_as_used(
-    monkeypatch, trained, goal, as_used, copies, recognised
-):
-    model, images, labels = trained
-    labels = (labels[:3] - torch.tensor([0, 1, 1])) % CLASSES  # the model recognises the first image alone
-    forget, goals = Forget(images[:3] / 255, labels, (labels + 1) % CLASSES if goal == "relabel" else None), []
-    used = robustness.AsUsed(torch.ones(3, dtype=torch.bool), torch.tensor([0.0, copies, copies]), {}, {})
-    monkeypatch.setattr(robustness, "as_used", lambda _, forget, **options: goals.append(forget.goal) or used)
-    unlearner = search.Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, as_used=as_used)
-    unlearner.earlier = torch.tensor([False, True, False])
-    assert unlearner.recognised.tolist() == [True, recognised, False]
-    assert set(goals) <= {"misclassify"}  # whether the label is recognised, not whether the new one is
-    assert unlearner.demanded.tolist() == [True, recognised or goal == "misclassify", False]
-    if goal == "misclassify":
-        assert unlearner.forgotten(model).tolist() == [False, bool(copies) or not as_used, True]
-
-
 ROBUST = replace(OWN, robust=1)
 
 
@@ -332,12 +285,12 @@ def test_steps_that_were_slow_when_first_measured_are_measured_again(monkeypatch
 
 def test_a_part_of_a_slow_step_is_timed(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(search.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     settings = search._without_synthesis(ROBUST)
     for seconds, parts_only in ((59, True), (61, False)):
         unlearner, began = FakeUnlearner(None, clock), clock.now
-        assert search._measure_step(unlearner, settings, search.TimeBudget(seconds, began)) == 2
-        assert clock.now - began == pytest.approx(2 * 2 / search.PARTS + (0 if parts_only else 3 * 2))
+        assert measure_step(unlearner, settings, TimeBudget(seconds, began)) == 2
+        assert clock.now - began == pytest.approx(2 * 2 / PARTS + (0 if parts_only else 3 * 2))
 
 
 @pytest.mark.parametrize(("seconds_per_copy", "share"), [(0.01, 0.8), (1.0, 0.4), (0.1, 1 - 0.1 * 138 / 30)])
@@ -346,14 +299,14 @@ def test_the_search_leaves_time_for_checks_of_a_slow_model(monkeypatch, trained,
     forget = Forget(images[:2] / 255, labels[:2])
     monkeypatch.setattr(robustness, "seconds_per_copy", lambda model, forget: seconds_per_copy)
     monkeypatch.setattr(robustness, "num_passes", lambda model, k, in_full=True: 100 if in_full else 38)
-    budget = search.TimeBudget(60 if share == 0.4 else 30, time.perf_counter())
-    unlearner = search.Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, as_used=True)
+    budget = TimeBudget(60 if share == 0.4 else 30, time.perf_counter())
+    unlearner = Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, as_used=True)
     seconds = search._seconds_of_checks(unlearner)
     assert search._search_share(seconds, budget) == pytest.approx(share)
     assert search._search_share(search._seconds_of_checks(replace(unlearner, as_used=False)), budget) == 0.8
     for needed in (1.0, 100.0, 1e4):
         total = search._enough_for(needed, seconds)
-        assert total * search._search_share(seconds, search.TimeBudget(total, 0.0)) == pytest.approx(needed)
+        assert total * search._search_share(seconds, TimeBudget(total, 0.0)) == pytest.approx(needed)
 
 
 def test_steps_are_not_measured_again_when_the_time_is_up(monkeypatch):
@@ -413,24 +366,6 @@ def test_a_model_that_is_damaged_too_much_does_not_count_as_forgotten_as_used(mo
     assert "lowers the agreement with the original model to 45.0 %, which is too much damage: use" in ended[0]
 
 
-def test_candidates_share_synthesised_images_and_show_their_synthesis(trained):
-    model, images, labels = trained
-    forget, bars = Forget(images[:3] / 255, labels[:3]), []
-
-    @contextlib.contextmanager
-    def bar(description, total):
-        bars.append((description, total))
-        yield lambda count=1, note="": None
-
-    unlearner = search.Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, bar)
-    settings = Settings(robust=1, distill_steps=2, distill_cycles=1, distill_mixes=4, robust_pool=4, robust_images=4)
-    search._measure_step(unlearner, settings, search.TimeBudget(60, time.perf_counter()))
-    for rate in (1e-3, 1e-4):
-        unlearner.unlearn(replace(settings, distill_lr=rate))
-    measured = [("measure the time of a step", steps) for steps in (2, 3)]
-    assert bars == [measured[0], ("synthesise 4 images, 100 iterations each", 400), measured[1]]
-
-
 def test_no_time_is_planned_for_a_synthesis_that_does_not_take_place(monkeypatch, trained):
     def robust_runs(**changes):
         run, _, _ = run_search(monkeypatch, 5, lambda s: (True, 80.0 + s.robust), first=replace(ROBUST, **changes))
@@ -444,8 +379,8 @@ def test_no_time_is_planned_for_a_synthesis_that_does_not_take_place(monkeypatch
     planned = []
     monkeypatch.setattr(search, "search", lambda unlearner, first, *_: planned.append(first) or [])
     for given in (surrogate, None):
-        unlearner = search.Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, surrogate=given)
-        search.find_candidates(unlearner, first, search.TimeBudget(60, time.perf_counter()))
+        unlearner = Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, surrogate=given)
+        search.find_candidates(unlearner, first, TimeBudget(60, time.perf_counter()))
     assert [(one.robust, one.robust_images) for one in planned] == [(1, 0), (1, first.robust_images)]
 
 
@@ -453,14 +388,14 @@ def test_agreement_is_measured_on_synthesised_images_where_copies_are_forgotten(
     model, images, labels = trained
     forget, made_of, synthesised = Forget(images[:2] / 255, labels[:2]), [], []
     monkeypatch.setattr(
-        search.Synthesis,
+        Synthesis,
         "images",
         lambda self, model, images, settings, count, *how: synthesised.append((settings.seed, count, *how)) or count,
     )
     monkeypatch.setattr(search.agreement, "held_out", lambda model, images, *_, **options: made_of.append(images))
     for robust, seconds_per_step in ((0, 1), (1, 1), (1, 10), (1, 1e4)):
-        unlearner = search.Unlearner(model, forget, forget, "distill", CLASSES, 3, lambda model: model)
-        budget = search.TimeBudget(60, time.perf_counter())
+        unlearner = Unlearner(model, forget, forget, "distill", CLASSES, 3, lambda model: model)
+        budget = TimeBudget(60, time.perf_counter())
         search._held_out_probe(unlearner, Settings(robust=robust), budget, seconds_per_step)
     seconds = 0.08 * 59.99
     sizes = int(seconds * 20), 16, 16  # 20 images with 25 iterations in the time of a step
@@ -473,10 +408,10 @@ def test_agreement_is_measured_on_synthesised_images_where_copies_are_forgotten(
 def test_a_limit_that_stops_a_run_with_settings_of_the_user_is_stated(max_steps, trained):
     model, images, labels = trained
     forget, ended = Forget(images[:2] / 255, labels[:2]), []
-    unlearner = search.Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, max_steps=max_steps)
+    unlearner = Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, max_steps=max_steps)
     first = Settings(distill_steps=4, distill_cycles=1, distill_mixes=4)
     options = {"fixed": {"distill_steps": 4}, "on_early_end": ended.append}
-    (one,) = search.find_candidates(unlearner, first, search.TimeBudget(60, time.perf_counter()), **options)
+    (one,) = search.find_candidates(unlearner, first, TimeBudget(60, time.perf_counter()), **options)
     assert one.steps == (max_steps or 4)
     stated = ["--minutes or --max-steps stopped the run at step 2: use a larger limit"]
     assert ended == (stated if max_steps else [])
