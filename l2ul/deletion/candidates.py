@@ -336,3 +336,8 @@ def _time_steps(unlearner: Unlearner, settings: Settings, count: int) -> float:
 
         unlearner.unlearn(short, lambda: len(times) < count, note)
     return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+
+
+def without_synthesis(settings: Settings) -> Settings:
+    """Return settings whose steps take the same time, with stand-ins that are made of D_f."""
+    return replace(settings, robust_images=0)

@@ -20,7 +20,7 @@ import l2ul
 from l2ul import models
 from l2ul.common.errors import InputError
 from l2ul.data.image_files import ImageReader
-from l2ul.deletion import search
+from l2ul.deletion import search, strategies
 from l2ul.deletion.forget import Forgotten, NotForgotten, in_python
 from l2ul.metrics import robustness
 from l2ul.models.classifier import Normalize
@@ -159,7 +159,7 @@ def test_the_result_is_kept_where_warnings_are_errors(trained):
 
 def test_the_warning_says_why_images_are_not_forgotten_and_what_to_do(trained, monkeypatch):
     model, images, labels = trained
-    monkeypatch.setattr(search, "_initial_queue", lambda *arguments: [])  # no time for robust=1
+    monkeypatch.setattr(strategies.Robust, "has_time_for_cycle", lambda *arguments: False)
     with pytest.warns(NotForgotten, match="; there was too little time to forget .*: use minutes=") as caught:
         result = l2ul.forget(model, images[:2], labels[:2], minutes=0.2)
     assert re.search(r"use minutes=\d+ or more, surrogate with other images, or robust=0 to", result.note)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from l2ul.common.errors import InputError
-from l2ul.deletion import search
-from l2ul.deletion.candidates import PARTS, Candidate, TimeBudget, Unlearner, measure_step
+from l2ul.deletion import search, strategies
+from l2ul.deletion.candidates import PARTS, Candidate, TimeBudget, Unlearner, measure_step, without_synthesis
 from l2ul.methods.stand_ins import Synthesis
 from l2ul.metrics import robustness
 from l2ul.metrics.agreement import Agreement
@@ -32,7 +32,7 @@ class FakeUnlearner:
     uses_teacher: bool = True
     has_fixed_length: bool = False
     cycles: float = 1  # of every candidate
-    synthesis: float = 1.0  # steps that the synthesis of search.SYNTHESIS images takes
+    synthesis: float = 1.0  # steps that the synthesis of strategies.SYNTHESIS images takes
     run: list = field(default_factory=list)
     synthesised: list = field(default_factory=list)  # numbers of images
     train_set: object = (None,) * 16
@@ -41,7 +41,7 @@ class FakeUnlearner:
     def unlearn(self, settings, go_on, on_step):
         new = settings.robust_images if settings.robust_images not in self.synthesised else 0  # others are kept
         self.synthesised.append(settings.robust_images)
-        self.clock.now += 2 * self.synthesis * new / search.SYNTHESIS
+        self.clock.now += 2 * self.synthesis * new / strategies.SYNTHESIS
         for step in range(settings.distill_steps):
             self.clock.now += (1 + settings.robust) * settings.distill_mixes / OWN.distill_mixes
             on_step({"step": step})
@@ -98,7 +98,7 @@ def run_search(
 def test_the_methods_own_settings_come_first_and_the_best_agreement_is_chosen(monkeypatch):
     run, candidates, _ = run_search(monkeypatch, 60, lambda s: (True, 95.0 if s.distill_lr > OWN.distill_lr else 90.0))
     assert run[0] == OWN
-    assert len(candidates) == len(search.DISTILL)  # half of the learning rate is left out
+    assert len(candidates) == len(strategies.DISTILL)  # half of the learning rate is left out
     assert candidates[0].changed == {"distill_lr": 2 * OWN.distill_lr}
 
 
@@ -123,8 +123,8 @@ def test_time_is_planned_for_the_cycles_that_a_model_needs(monkeypatch):
 
 def test_batches_shrink_if_time_is_very_short(monkeypatch):
     run, _, now = run_search(monkeypatch, 1, lambda s: (True, 90.0))
-    assert run[0].distill_steps == search.MIN_STEPS
-    assert search.MIN_BATCH <= run[0].distill_mixes < OWN.distill_mixes
+    assert run[0].distill_steps == strategies.MIN_STEPS
+    assert strategies.MIN_BATCH <= run[0].distill_mixes < OWN.distill_mixes
     assert now <= 60
 
 
@@ -165,7 +165,7 @@ def test_the_search_goes_on_where_the_trend_promises_more(monkeypatch):
     ended = []
     run, candidates, _ = run_search(monkeypatch, 60, lambda s: (True, 90.0 - 1e4 * s.distill_lr), ended=ended)
     assert candidates[0].changed == {"distill_lr": OWN.distill_lr / 2}
-    assert (len(run), ended) == (1 + len(search.DISTILL), [])
+    assert (len(run), ended) == (1 + len(strategies.DISTILL), [])
 
 
 def test_the_search_ends_at_once_if_agreement_is_almost_complete(monkeypatch):
@@ -177,7 +177,7 @@ def test_the_search_ends_at_once_if_agreement_is_almost_complete(monkeypatch):
 def test_the_search_does_not_end_early_before_all_images_are_forgotten(monkeypatch):
     ended = []
     run, _, _ = run_search(monkeypatch, 60, lambda s: (False, 100.0), ended=ended)
-    assert (len(run) > 1 + search.MAX_ENLARGED, ended) == (True, [])
+    assert (len(run) > 1 + strategies.MAX_ENLARGED, ended) == (True, [])
 
 
 def test_a_method_of_fixed_length_runs_once(monkeypatch):
@@ -244,7 +244,7 @@ def test_images_are_first_forgotten_as_stored_which_stays_if_nothing_better_is_r
     ended = []
     run, candidates, now = run_search(monkeypatch, minutes, lambda s: (not s.robust, 90.0), first=ROBUST, ended=ended)
     assert [s.robust for s in run[:2]] == ([0] if minutes == 2 else [0, 1])
-    assert run[0].distill_steps == (int(search.PLANNED * 120) if minutes == 2 else 132)
+    assert run[0].distill_steps == (int(strategies.PLANNED * 120) if minutes == 2 else 132)
     assert candidates[0].settings.robust == 0
     assert candidates[0].forgotten.all()
     assert now <= 60 * minutes
@@ -256,7 +256,8 @@ def test_images_are_first_forgotten_as_stored_which_stays_if_nothing_better_is_r
 
 def test_the_advised_minutes_leave_time_for_the_checks():
     def advised(seconds_of_checks):
-        sentence = search._not_as_used(ROBUST, [], 0.0, 60.0, seconds_of_checks)
+        strategy = strategies.choose(FakeUnlearner(None, None), ROBUST, TimeBudget(60, 0.0), 60.0)
+        sentence = search._not_as_used(strategy, 0.0, seconds_of_checks)
         return int(sentence.partition("--minutes ")[2].split()[0])
 
     short, long = advised(0.0), advised(1e9)
@@ -267,8 +268,8 @@ def test_the_advised_minutes_leave_time_for_the_checks():
 def test_a_cycle_with_robust_is_shortened_but_keeps_its_batches_and_rate(monkeypatch):
     run, candidates, now = run_search(monkeypatch, 15, lambda s: (True, 80.0 + s.robust), first=ROBUST)
     short = run[1]
-    assert search.MIN_CYCLE * OWN.distill_steps <= short.distill_steps < OWN.distill_steps
-    assert search.MIN_IMAGES * OWN.robust_images <= short.robust_images < OWN.robust_images
+    assert strategies.MIN_CYCLE * OWN.distill_steps <= short.distill_steps < OWN.distill_steps
+    assert strategies.MIN_IMAGES * OWN.robust_images <= short.robust_images < OWN.robust_images
     assert short == replace(ROBUST, distill_steps=short.distill_steps, robust_images=short.robust_images)
     assert candidates[0].settings == short
     assert now <= 15 * 60
@@ -278,7 +279,7 @@ def test_steps_that_were_slow_when_first_measured_are_measured_again(monkeypatch
     run, candidates, now = run_search(monkeypatch, 15, lambda s: (True, 80.0 + s.robust), first=ROBUST, measured=20.0)
     assert [s.robust for s in run[:2]] == [0, 1]
     assert run[0].distill_steps < 132  # for which there is no time at that rate
-    assert run[1].distill_steps > search.MIN_CYCLE * OWN.distill_steps
+    assert run[1].distill_steps > strategies.MIN_CYCLE * OWN.distill_steps
     assert candidates[0].settings == run[1]
     assert now <= 15 * 60
 
@@ -286,7 +287,7 @@ def test_steps_that_were_slow_when_first_measured_are_measured_again(monkeypatch
 def test_a_part_of_a_slow_step_is_timed(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    settings = search._without_synthesis(ROBUST)
+    settings = without_synthesis(ROBUST)
     for seconds, parts_only in ((59, True), (61, False)):
         unlearner, began = FakeUnlearner(None, clock), clock.now
         assert measure_step(unlearner, settings, TimeBudget(seconds, began)) == 2
@@ -323,7 +324,7 @@ def test_the_advised_time_suffices_for_a_cycle_with_robust(monkeypatch):
     advised = int(re.search(r"--minutes (\d+)", ended[0])[1])
     run, candidates, _ = run_search(monkeypatch, advised, lambda s: (True, 90.0 + s.robust), first=ROBUST)
     assert run[1].robust == 1
-    assert run[1].distill_steps > 2 * search.MIN_CYCLE * OWN.distill_steps
+    assert run[1].distill_steps > 2 * strategies.MIN_CYCLE * OWN.distill_steps
     assert candidates[0].settings == run[1]
 
 
@@ -334,7 +335,7 @@ def test_a_cycle_with_robust_ends_in_time_however_long_the_synthesis_takes(monke
     )
     (one,) = (candidate for candidate in candidates if candidate.settings.robust)
     assert one.status == "forgotten"
-    assert search.MIN_CYCLE * OWN.distill_steps <= one.steps < OWN.distill_steps
+    assert strategies.MIN_CYCLE * OWN.distill_steps <= one.steps < OWN.distill_steps
     assert 0.8 * 60 * 15 < now <= 60 * 15
 
 
@@ -343,8 +344,8 @@ def test_a_cycle_with_robust_has_no_less_than_the_fewest_steps_and_images(monkey
     run, _, _ = run_search(monkeypatch, minutes, lambda s: (True, 80.0 + s.robust), first=ROBUST)
     robust = [s for s in run if s.robust]
     assert bool(robust) == (minutes > 5)
-    assert all(s.distill_steps >= round(search.MIN_CYCLE * OWN.distill_steps) for s in robust)
-    assert all(s.robust_images >= round(search.MIN_IMAGES * OWN.robust_images) for s in robust)
+    assert all(s.distill_steps >= round(strategies.MIN_CYCLE * OWN.distill_steps) for s in robust)
+    assert all(s.robust_images >= round(strategies.MIN_IMAGES * OWN.robust_images) for s in robust)
 
 
 def test_a_cycle_with_robust_that_does_not_suffice_is_followed_by_a_longer_one(monkeypatch):

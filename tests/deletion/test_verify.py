@@ -17,7 +17,7 @@ import torch
 from l2ul.common.errors import InputError
 from l2ul.data.image_files import ImageReader
 from l2ul.deletion import deployed_model as deployed
-from l2ul.deletion import report_schema, search, verify
+from l2ul.deletion import report_schema, strategies, verify
 from l2ul.deletion.request import ImageFile
 import main_forget
 
@@ -267,8 +267,8 @@ def test_an_image_that_was_neither_recognised_nor_relabelled_is_not_recognised_l
 def test_again_counts_images_as_the_request_did_if_the_model_is_that_of_a_run_as_stored(
     monkeypatch, forget, script, tmp_path
 ):
-    monkeypatch.setattr(search, "_initial_queue", lambda *_: [])  # no time for robust=1
-    monkeypatch.setattr(search, "_steps_as_stored", lambda *_: 60)
+    monkeypatch.setattr(strategies.Robust, "has_time_for_cycle", lambda *_: False)
+    monkeypatch.setattr(strategies, "_steps_as_stored", lambda *_: 60)
     code, report, printed = forget("--setting", "robust=1", "--minutes", 1)
     assert (code, report["asked"]["counted"], report["chosen"]["robust"]) == (3, "as used", 0), printed
     page = (tmp_path / "out" / "report.html").read_text()
