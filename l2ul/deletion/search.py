@@ -198,11 +198,9 @@ def search(
     seconds_per_step   with these settings
     seconds_of_checks  after the search, for the advice on how many minutes are enough
 
-    What is run is decided by the strategy for the method, see `strategies`. Attempts are run until one succeeds, then
-    variations of its settings. Variations are left out if they should not end in time, or if they cannot be expected to
-    be better than the best by more than the uncertainty of its agreement (see `_expected_agreement`). `on_early_end` is
-    called with a sentence if this ends the search, or if the time or the damage prevents that the images are forgotten
-    as used.
+    `strategies` decides what is run: attempts until one succeeds, then variations. Variations are left out if they
+    should not end in time, or if they are not promising. `on_early_end` is called with a sentence if all that are left
+    are not promising, or if the time or the damage prevents that the images are forgotten as used.
     """
 
     def run(settings: Settings, reserve: float = 0.0) -> Candidate:
@@ -240,7 +238,7 @@ def _best(candidates: list[Candidate]) -> Candidate:
 
 
 def _is_promising(settings: Settings, successes: list[Candidate]) -> bool:
-    """Return whether settings can be expected to be better than the best by more than the uncertainty of that."""
+    """Return whether the expected agreement exceeds that of the best success by more than its uncertainty."""
     best = _best(successes)
     return _expected_agreement(settings, successes) > best.agreement + best.uncertainty
 
