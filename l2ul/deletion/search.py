@@ -221,7 +221,7 @@ def search(
             left_out.append(settings)
         else:
             candidates.append(run(settings))
-    if first.robust and unlearner.demanded.any() and not any(candidate.rank[1] for candidate in candidates):
+    if first.robust and unlearner.demanded.any() and not any(candidate.rank[1] > 0 for candidate in candidates):
         on_early_end(_not_as_used(strategy, used_before, seconds_of_checks))
     elif left_out and not time_is_up:
         on_early_end(_early_end(first, left_out, strategy.successes))
@@ -277,6 +277,9 @@ def _not_as_used(strategy: strategies.Robust, used_before: float, seconds_of_che
     seconds_of_checks  that it takes after the search
     """
     damaged = [candidate for candidate in strategy.candidates if candidate.is_damaged]
+    instead = "--surrogate with a folder of other images, or --setting robust=0 to forget them as they are stored only"
+    if strategy.candidates and not any(candidate.kept for candidate in strategy.candidates):
+        return f"each run that forgets the images as they are used diverged: use {instead}"
     if damaged:
         best = max(damaged, key=lambda candidate: (candidate.number_forgotten, candidate.agreement))
         total = len(best.forgotten) if best.demanded is None else int(best.demanded.sum())
@@ -288,7 +291,4 @@ def _not_as_used(strategy: strategies.Robust, used_before: float, seconds_of_che
         why = "there was too little time to forget the images as they are used"
     seconds = used_before + strategy.advised_seconds(was_damaged=bool(damaged))
     minutes = math.ceil(_enough_for(seconds, seconds_of_checks) / 60)
-    return (
-        f"{why}: use --minutes {minutes} or more, --surrogate with a folder of other images, or --setting robust=0 to "
-        "forget them as they are stored only"
-    )
+    return f"{why}: use --minutes {minutes} or more, {instead}"

@@ -60,7 +60,10 @@ class FakeUnlearner:
         status = "stopped" if seconds > 0 else "forgotten" if gone else "cap"
         done = torch.tensor([gone and seconds <= 0])
         self.run.append(settings)
-        kept = [Agreement("some", percent, percent - UNCERTAINTY, percent + UNCERTAINTY, 10)]
+        if percent is None:
+            status, kept = "diverged", []
+        else:
+            kept = [Agreement("some", percent, percent - UNCERTAINTY, percent + UNCERTAINTY, 10)]
         return Candidate(
             settings,
             changed,
@@ -252,6 +255,16 @@ def test_images_are_first_forgotten_as_stored_which_stays_if_nothing_better_is_r
     assert ended[0].startswith("there was too little time to forget the images as they are used: use --minutes ")
     _, candidates, _ = run_search(monkeypatch, 60, lambda s: (True, 95.0 if s.robust else 90.0), first=ROBUST)
     assert candidates[0].settings.robust == 1
+
+
+def test_the_search_says_that_runs_as_used_diverged(monkeypatch):
+    ended = []
+    outcome = lambda s: (not s.robust, None if s.robust else 90.0)  # noqa: E731
+    run, candidates, _ = run_search(monkeypatch, 600, outcome, first=ROBUST, ended=ended)
+    assert [s.robust for s in run] == [0] + [1] * (1 + strategies.MAX_ENLARGED)
+    assert candidates[0].settings.robust == 0
+    assert len(ended) == 1
+    assert ended[0].startswith("each run that forgets the images as they are used diverged: use --surrogate ")
 
 
 def test_the_advised_minutes_leave_time_for_the_checks():
