@@ -43,18 +43,24 @@ train() {
         return 0
     fi
     mkdir -p "$NETS"
-    echo "== training $file"
+    if [ -e "$file" ]; then echo "== checking $file"; else echo "== training $file"; fi
     # shellcheck disable=SC2086  # word splitting is intended
     $PYTHON "$PRETRAIN" --data-dir "$DATA" --model "$MODEL" $RECIPE --seed "$seed" --output "$file" --resume "$@"
 }
 
 train original 0
-train retrained 1 --exclude-k "$K" --exclude-seed "$SEED"
-references=()
-for seed in $REFERENCES; do
-    train "reference$seed" "$seed" --exclude-k "$K" --exclude-seed "$SEED"
-    references+=("$NETS/reference$seed.safetensors")
-done
+models=()                         # that metrics of EVALUATE compare with
+case " $EVALUATE " in *" retrained "* | *" relearn "*)
+    train retrained 1 --exclude-k "$K" --exclude-seed "$SEED"
+    models+=(--retrained "$NETS/retrained.safetensors")
+esac
+case " $EVALUATE " in *" rmia "*)
+    models+=(--references)
+    for seed in $REFERENCES; do
+        train "reference$seed" "$seed" --exclude-k "$K" --exclude-seed "$SEED"
+        models+=("$NETS/reference$seed.safetensors")
+    done
+esac
 
 if [ -n "$lacking" ]; then exit 0; fi
 
@@ -66,7 +72,7 @@ compare() {
     # shellcheck disable=SC2086
     $PYTHON "$SCRIPT" --data-dir "$DATA" --result-dir "$RESULTS" --dataset "$DATASET" --model "$MODEL" \
         --checkpoint "$NETS/original.safetensors" --unlearn-k "$K" --seed "$SEED" --save-model --evaluate $EVALUATE \
-        --retrained "$NETS/retrained.safetensors" --references "${references[@]}" --method $methods "$@"
+        ${models[@]+"${models[@]}"} --method $methods "$@"
 }
 
 compare "$OURS" "$@"

@@ -163,8 +163,8 @@ def test_a_row_of_the_results_is_what_the_records_say(row):
     averaged = forgot or [run for run in runs if run["status"] == "cap"]
     assert after == f"{statistics.mean(run['acc_forget'] for run in averaged):.2f}" + ("" if forgot else " †")
     assert retained == f"{statistics.mean(run['acc_retain'] for run in averaged):.2f}"
-    (before,) = {f"{run['acc_test_before']:.2f} before" for run in runs}
-    assert f"(D_test {before})" in " ".join(README.split())
+    (before,) = {f"D_r is at {run['acc_retain_before']:.2f} and D_test at {run['acc_test_before']:.2f}" for run in runs}
+    assert f"Before unlearning, {before}." in " ".join(README.split())
     assert tested.replace("*", "") == shown([run["acc_test"] for run in averaged])
     assert ("**" in tested) == (name == "`distill`")  # the best of its k
     phases = ("seconds_attack", "seconds_importance", "seconds_unlearn")
@@ -372,6 +372,25 @@ def test_the_repository_has_the_nets_that_the_comparison_needs_by_default(tmp_pa
     assert recipes == [{"schedule": "onecycle", "lr": 0.2, "epochs": 8, "precision": "fp32"}] * 4
     done, calls = shell("run_compare.sh", tmp_path)
     assert (done.returncode, len(calls)) == (0, 3)  # nothing is trained
+
+
+@pytest.mark.parametrize(
+    ("metrics", "trained"),
+    [("membership", 1), ("membership rmia", 3), ("relearn", 2), ("retrained distance", 2), ("rmia retrained", 4)],
+)
+def test_the_comparison_trains_the_nets_that_its_metrics_compare_with(tmp_path, metrics, trained):
+    (tmp_path / "calls").touch()
+    nets = tmp_path / "nets"
+    done, calls = shell("run_compare.sh", tmp_path, NETS=str(nets), EVALUATE=metrics)
+    assert (done.returncode, calls) == (0, [])
+    assert done.stdout.count("would train first: ") == trained
+    nets.mkdir()
+    for name in ("original", "retrained", "reference2", "reference3"):
+        (nets / f"{name}.safetensors").touch()
+    done, calls = shell("run_compare.sh", tmp_path, NETS=str(nets), EVALUATE=metrics)
+    assert (done.returncode, len(calls)) == (0, 3)
+    for line in calls:
+        options_of(line)  # which refuses models that no metric uses
 
 
 def test_the_comparison_checks_that_its_nets_are_of_the_recipe(tmp_path):

@@ -111,7 +111,7 @@ def test_an_edit_of_a_method_makes_another_run_and_a_new_metric_is_added_to_old_
     example("my_method", "--method", "bounded")
     (record,) = example("my_method", "--method", "bounded")
     assert len(record["method_code"]) == 64
-    EXAMPLES["edited"] = EXAMPLES["my_method"].replace("math.log(10)", "math.log(5)")
+    EXAMPLES["edited"] = EXAMPLES["my_method"].replace("clamp_max(math.log(", "clamp_max(0.5 * math.log(")
     try:
         records = example("edited", "--method", "bounded")
     finally:

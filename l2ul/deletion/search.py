@@ -200,7 +200,7 @@ def search(
 
     `strategies` decides what is run: attempts until one succeeds, then variations. Variations are left out if they
     should not end in time, or if they are not promising. `on_early_end` is called with a sentence if all that are left
-    are not promising, or if the time or the damage prevents that the images are forgotten as used.
+    are not promising, or if the time or the damage prevents that the images are forgotten.
     """
 
     def run(settings: Settings, reserve: float = 0.0) -> Candidate:
@@ -213,7 +213,7 @@ def search(
     candidates = strategy.candidates
     before = strategy.run_before(run)
     while not strategy.successes and (settings := strategy.next_attempt()):
-        candidates.append(run(settings, strategy.reserve))
+        candidates.append(run(settings, strategy.reserve(settings)))
     for settings in strategy.variations():
         if not strategy.has_time(settings):
             time_is_up = True
@@ -223,6 +223,8 @@ def search(
             candidates.append(run(settings))
     if first.robust and unlearner.demanded.any() and not any(candidate.rank[1] > 0 for candidate in candidates):
         on_early_end(_not_as_used(strategy, used_before, seconds_of_checks))
+    elif not strategy.successes and (budget.left <= 0 or candidates[0].settings != first):
+        on_early_end(_not_in_time(strategy, used_before, seconds_of_checks))
     elif left_out and not time_is_up:
         on_early_end(_early_end(first, left_out, strategy.successes))
     return sorted([*before, *candidates], key=lambda candidate: candidate.rank, reverse=True)  # stable
@@ -268,6 +270,13 @@ def _early_end(first: Settings, left_out: list[Settings], successes: list[Candid
         f"the search ended before the time limit: {names} cannot be expected to raise the agreement of "
         f"{best.agreement:.1f} % by more than its uncertainty of {best.uncertainty:.1f} points"
     )
+
+
+def _not_in_time(strategy: strategies.Strategy, used_before: float, seconds_of_checks: float) -> str:
+    """Return that no candidate succeeded for want of time, and what to do; arguments as those of `_not_as_used`."""
+    seconds = max(used_before + strategy.usual_seconds, 2 * strategy.budget.seconds)
+    minutes = math.ceil(_enough_for(seconds, seconds_of_checks) / 60)
+    return f"there was too little time to forget all images: use --minutes {minutes} or more"
 
 
 def _not_as_used(strategy: strategies.Robust, used_before: float, seconds_of_checks: float) -> str:

@@ -79,10 +79,14 @@ class Strategy(ABC):
             return self.enlarged(last.settings)
         return self.untried.popleft() if self.untried else None
 
-    @property
-    def reserve(self) -> float:
-        """Seconds of the budget that an attempt leaves for the next ones."""
+    def reserve(self, settings: Settings) -> float:
+        """Return the seconds of the budget that an attempt with these settings leaves for the next ones."""
         return (1 - FIRST_SHARE) * self.budget.left
+
+    @property
+    def usual_seconds(self) -> float:
+        """The seconds in which a search begins with `first`; 0 if they are not known."""
+        return 0.0
 
     def variations(self) -> list[Settings]:
         """Return the settings to run after the first success."""
@@ -172,7 +176,7 @@ class Distill(Strategy):
     """`distill` with robust=0: other learning rates, weights and lengths, in cycles that fit into the time."""
 
     def first_attempt(self) -> Settings:
-        if 3 * self.seconds_per_step * self.first.distill_steps <= self.budget.left:
+        if self.usual_seconds <= self.budget.left:
             self.untried.extend(_varied(self.first, DISTILL))
             return self.first
         return fit_to_time(self.first, self.budget.left / 3, self.seconds_per_step)
@@ -180,6 +184,15 @@ class Distill(Strategy):
     def enlarged(self, settings: Settings) -> Settings:
         larger = _scaled(settings, DISTILL_LARGER)
         return self.fit(larger, FIRST_SHARE * self.budget.left)
+
+    def reserve(self, settings: Settings) -> float:
+        """Return the seconds that an attempt leaves: none if it needs all of the time for a cycle."""
+        usual = super().reserve(settings)
+        return usual if self.expected_step(settings) * settings.distill_steps <= self.budget.left - usual else 0.0
+
+    @property
+    def usual_seconds(self) -> float:
+        return 3 * self.seconds_per_step * self.first.distill_steps
 
     def around(self, settings: Settings) -> list[Settings]:
         names = ("distill_steps", "distill_mixes", "distill_forget", "robust_images")
@@ -198,7 +211,8 @@ class Distill(Strategy):
         """Estimate the seconds of a step from the candidates so far, in proportion to the images per step."""
         ran = [candidate for candidate in self.candidates if candidate.steps]
         costs = (candidate.seconds / candidate.steps / _images_per_step(candidate.settings) for candidate in ran)
-        return max(costs, default=0.0) * _images_per_step(settings)
+        measured = self.seconds_per_step / _images_per_step(self.first)
+        return max(costs, default=measured) * _images_per_step(settings)
 
     @property
     def cycles(self) -> float:
@@ -263,8 +277,7 @@ class Robust(Distill):
         longer = _scaled(last.settings, {"distill_steps": 2.0})
         return longer if len(self.candidates) <= MAX_ENLARGED and self.has_time(longer) else None
 
-    @property
-    def reserve(self) -> float:
+    def reserve(self, settings: Settings) -> float:
         return 0.0
 
     def fit(self, settings: Settings, seconds: float) -> Settings:

@@ -162,7 +162,10 @@ def line(row: Record) -> str:
 
 
 def cell(row: Record, usual: int, style: Style) -> str:
-    """Return a mean, with the number of runs where it is not the usual one, or how all runs ended."""
+    """Return a mean, with the number of runs where it is not the usual one, or how runs ended without a value.
+
+    A run that reached the limit has accuracies. A further metric without a value was not measured.
+    """
     bad = {name: row[name] for name in records.NOT_FORGOTTEN if row[name]}
     counted = ", ".join(f"{count} {name}" for name, count in bad.items())
     if row["n"]:
@@ -174,7 +177,7 @@ def cell(row: Record, usual: int, style: Style) -> str:
         return text if row["n"] == usual else f"{text} (n={row['n']})"
     if pd.notna(row["mean_cap"]):
         return f"{_mean(row, '_cap', style)}{style.capped} ({counted})"
-    return ", ".join(f"{name} ({count})" for name, count in bad.items())
+    return ", ".join(f"{name} ({count})" for name, count in bad.items() if name != records.CAP) or style.none
 
 
 def _mean(row: Record, suffix: str, style: Style) -> str:

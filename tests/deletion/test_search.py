@@ -257,6 +257,25 @@ def test_images_are_first_forgotten_as_stored_which_stays_if_nothing_better_is_r
     assert candidates[0].settings.robust == 1
 
 
+@pytest.mark.parametrize(("method", "least"), [("distill", 7), ("adv_imp", 4)])
+def test_the_search_advises_more_minutes_if_time_is_too_short_to_forget_all_images(monkeypatch, method, least):
+    ended = []
+    run_search(monkeypatch, 2, lambda s: (False, 90.0), method, ended=ended)
+    assert len(ended) == 1
+    assert ended[0].startswith("there was too little time to forget all images: use --minutes ")
+    assert int(ended[0].partition("--minutes ")[2].split()[0]) >= least
+    ended.clear()
+    run_search(monkeypatch, 2000, lambda s: (False, 90.0), method, ended=ended)  # ends as nothing is left to try
+    assert ended == []
+
+
+def test_an_attempt_that_needs_all_of_the_time_for_a_cycle_gets_it(monkeypatch):
+    run, candidates, _ = run_search(monkeypatch, 10 / 60, lambda s: (False, 90.0))
+    (first,) = [candidate for candidate in candidates if candidate.settings == run[0]]
+    assert first.status == "cap"  # not stopped
+    assert first.seconds > strategies.FIRST_SHARE * 10
+
+
 def test_the_search_says_that_runs_as_used_diverged(monkeypatch):
     ended = []
     outcome = lambda s: (not s.robust, None if s.robust else 90.0)  # noqa: E731

@@ -34,7 +34,7 @@ def test_rows_are_methods_and_columns_are_metrics(folder, tables, tmp_path):
     assert cells(text, "adv") == ["92.00 ± 2.83", "0.7506 ± 0.0008", "0.5000 (n=1)"]
     assert cells(text, "before") == ["55.00 (n=1)", "–", "–"]
     assert cells(text, "rawp") == ["diverged (1)"] * 3
-    assert cells(text, "correct") == ["90.00† (1 cap)", "0.7500† (1 cap)", "cap (1)"]
+    assert cells(text, "correct") == ["90.00† (1 cap)", "0.7500† (1 cap)", "–"]
     assert "neggrad" not in text
     assert "- loss AUC: membership inference from the model's outputs, D_f against D_test" in text
     assert "AUC in percent; 50 is chance." in text
