@@ -345,7 +345,7 @@ class Report(TypedDict):
     relearning: NotRequired[RelearningRow | None]
     membership: NotRequired[MembershipRow | None]
     trials: NotRequired[list[CandidateRow]]  # best first
-    search_end: NotRequired[str | None]  # why the search ended before the time limit
+    search_end: NotRequired[str | None]  # why the search ended before the time limit, or what to do if time was short
     chosen: NotRequired[dict[str, Any] | None]  # settings of the candidate that was written; null: model unchanged
     not_claimed: NotRequired[list[str]]
     threats: NotRequired[dict[str, str]]  # by test: what it stands for
