@@ -177,7 +177,9 @@ def cell(row: Record, usual: int, style: Style) -> str:
         return text if row["n"] == usual else f"{text} (n={row['n']})"
     if pd.notna(row["mean_cap"]):
         return f"{_mean(row, '_cap', style)}{style.capped} ({counted})"
-    return ", ".join(f"{name} ({count})" for name, count in bad.items() if name != records.CAP) or style.none
+    if list(bad) == [records.CAP]:
+        return style.none
+    return ", ".join(f"{name} ({count})" for name, count in bad.items() if name != records.CAP)
 
 
 def _mean(row: Record, suffix: str, style: Style) -> str:
