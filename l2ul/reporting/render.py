@@ -226,7 +226,9 @@ def accuracy_notes(rows: pd.DataFrame, blocks: list[Block], on_runs: str | None 
     if on_runs is None and _has_empty_cells(rows):
         notes.append("–: there is no record. Expected runs without a record are listed under Missing.")
     if (rows["row"] != rows["method"]).any():
-        notes.append("Rows with brackets: the same method with other settings, weights or images, which the brackets name.")
+        notes.append(
+            "Rows with brackets: the same method with other settings, weights or images, which the brackets name."
+        )
     if rows["published"].notna().any():
         derived = rows.get("derived", pd.Series(dtype=object)).eq(True).any()
         also = " (derived): computed from other numbers of that source." if derived else ""
