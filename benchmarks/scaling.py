@@ -27,7 +27,7 @@ import l2ul  # noqa: F401, I001  # first: it sets the environment before torch i
 import pandas as pd
 
 from l2ul.sweeps import ray_cluster
-from l2ul.cli import ranges
+from l2ul.sweeps import ranges
 from l2ul.experiments import records
 from l2ul.cli import exit_codes
 from l2ul.experiments.time_estimates import TimeEstimates
