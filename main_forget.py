@@ -60,12 +60,11 @@ def forget(args: argparse.Namespace) -> int:
     repository = push.open_repository(args)
 
     # Open the model and read the images.
-    model, chain = open_original(args)
+    model, hashes_before, chain = open_original(args)
     for note in model.notes:
         log(note)
     if model.not_read:
         log(f"not read in {args.checkpoint or args.model}: {', '.join(model.not_read)}")
-    hashes_before = model.hashes()
     if model.path and not chain:
         check_no_chain(model.path, hashes_before["weights_sha256"])
     earlier_folder = Path(args.model) if chain else None
@@ -199,13 +198,14 @@ def upload(args: argparse.Namespace, report: Path, repository, reason: str | Non
 
 
 def open_original(args: argparse.Namespace):
-    """Return the original model of a request, and the reports of the earlier requests on it."""
+    """Return the original model of a request, its hashes, and the reports of the earlier requests on it."""
     from l2ul.deletion.deployed_model import InputFormat, open_model
     from l2ul.deletion.verify import read_chain
 
     input_format = InputFormat(args.image_size, args.mean, args.std)
     model = open_model(args.model, args.checkpoint, args.build, input_format, args.class_names, args.weights_key)
-    return model, read_chain(args.model, model.hashes()["weights_sha256"])
+    hashes = model.hashes()
+    return model, hashes, read_chain(args.model, hashes["weights_sha256"])
 
 
 def read_images(args: argparse.Namespace, model, chain):
@@ -317,12 +317,12 @@ def repeat(args: argparse.Namespace, path: Path, device) -> list:
     report = read_report(path)
     try:
         with advising_to_repeat():
-            model, chain = open_original(args)
+            model, hashes, chain = open_original(args)
     except InputError as error:
         if not Path(args.checkpoint or args.model or "").exists():
             raise
         return [verify.Check("original model", False, f"cannot be opened: {error}")]
-    results = [verify.check_original(report, model), verify.check_files_exist(report, args.images[0])]
+    results = [verify.check_original(report, hashes), verify.check_files_exist(report, args.images[0])]
     if all(check.passed for check in results):
         model.classifier.to(device)
         request = read_images(args, model, chain)

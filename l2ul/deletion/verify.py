@@ -27,6 +27,7 @@ from l2ul.deletion.report_schema import (
     REPORT,
     EarlierRow,
     Report,
+    WrittenModelHashes,
     read_report,
 )
 from l2ul.deletion.request import ImageFile, ImageFolder, Request, logits, read_images, reading_of
@@ -332,9 +333,9 @@ def check_chain(report: Report, folder: Path) -> tuple[list[Report], list[Check]
     return reports, checks
 
 
-def check_original(report: Report, model: DeployedModel) -> Check:
+def check_original(report: Report, hashes: WrittenModelHashes) -> Check:
     """Compare the files and weights of the original model with the report."""
-    expected, hashes = report["model"]["before"], model.hashes()
+    expected = report["model"]["before"]
     files = expected.get("files", {})
     different = [name for name, sha256 in files.items() if hashes["files"].get(name, sha256) != sha256]
     same = hashes["weights_sha256"] == expected["weights_sha256"] and not different
