@@ -154,6 +154,10 @@ def _enough_for(seconds: float, seconds_of_checks: float) -> float:
     return max(seconds / SEARCH_SHARE, min(seconds + seconds_of_checks, seconds / LEAST_SEARCH))
 
 
+def _minutes_for(seconds: float, seconds_of_checks: float) -> int:
+    return math.ceil(_enough_for(seconds, seconds_of_checks) / 60)
+
+
 PROBE_SHARE = 0.08  # of the time: for making the examples on which agreement is measured
 MIN_EXAMPLES, MAX_EXAMPLES = 64, 1024  # of that probe
 PROBE_IMAGES, PROBE_ITERATIONS = (16, 128), (5, 25)  # fewest and most images synthesised for it, and their iterations
@@ -198,9 +202,9 @@ def search(
     seconds_per_step   with these settings
     seconds_of_checks  after the search, for the advice on how many minutes are enough
 
-    `strategies` decides what is run: attempts until one succeeds, then variations. Variations are left out if they
-    should not end in time, or if they are not promising. `on_early_end` is called with a sentence if all that are left
-    are not promising, or if the time or the damage prevents that the images are forgotten.
+    `strategies` decides what is run: attempts until one succeeds, then variations. A variation is left out if it is not
+    expected to end in time, or if it is not promising. `on_early_end` is called with a sentence if only variations that
+    are not promising are left, or if there is too little time or too much damage to forget the images.
     """
 
     def run(settings: Settings, reserve: float = 0.0) -> Candidate:
@@ -275,7 +279,7 @@ def _early_end(first: Settings, left_out: list[Settings], successes: list[Candid
 def _not_in_time(strategy: strategies.Strategy, used_before: float, seconds_of_checks: float) -> str:
     """Return that no candidate succeeded for want of time, and what to do; arguments as those of `_not_as_used`."""
     seconds = max(used_before + strategy.usual_seconds, 2 * strategy.budget.seconds)
-    minutes = math.ceil(_enough_for(seconds, seconds_of_checks) / 60)
+    minutes = _minutes_for(seconds, seconds_of_checks)
     return f"there was too little time to forget all images: use --minutes {minutes} or more"
 
 
@@ -299,5 +303,5 @@ def _not_as_used(strategy: strategies.Robust, used_before: float, seconds_of_che
     else:
         why = "there was too little time to forget the images as they are used"
     seconds = used_before + strategy.advised_seconds(was_damaged=bool(damaged))
-    minutes = math.ceil(_enough_for(seconds, seconds_of_checks) / 60)
+    minutes = _minutes_for(seconds, seconds_of_checks)
     return f"{why}: use --minutes {minutes} or more, {instead}"

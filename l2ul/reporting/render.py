@@ -177,9 +177,8 @@ def cell(row: Record, usual: int, style: Style) -> str:
         return text if row["n"] == usual else f"{text} (n={row['n']})"
     if pd.notna(row["mean_cap"]):
         return f"{_mean(row, '_cap', style)}{style.capped} ({counted})"
-    if list(bad) == [records.CAP]:
-        return style.none
-    return ", ".join(f"{name} ({count})" for name, count in bad.items() if name != records.CAP)
+    ended = ", ".join(f"{name} ({count})" for name, count in bad.items() if name != records.CAP)
+    return ended or (style.none if bad else "")
 
 
 def _mean(row: Record, suffix: str, style: Style) -> str:
