@@ -41,7 +41,7 @@ CLASSES = 5  # of the tiny network
 FAST = ["--unlearn-k", 2, "--num-adv-images", 3, "--pgd-iter", 2, "--max-passes", 2, "--batch-size", 2]
 FAST += ["--distill-steps", 2, "--distill-cycles", 1, "--distill-mixes", 4]
 # options of main_forget.py, likewise
-FAST_REQUEST = ["--minutes", 1, "--setting", "robust=0", "distill_steps=16", "distill_mixes=16", "distill_lr=0.02"]
+FAST_REQUEST = ["--minutes", 10, "--setting", "robust=0", "distill_steps=16", "distill_mixes=16", "distill_lr=0.02"]
 
 
 def pytest_configure(config):

@@ -454,7 +454,7 @@ def test_a_dry_run_checks_the_request_and_writes_nothing(forget, tiny, tmp_path)
     assert "predictions: 6 of 6 images are classified as their label" in printed
     assert re.search(r"  0.png: predicted as 0 \([\d.]+ %\), label 0$", printed, re.MULTILINE)
     assert "recognised before: 6 of 6 images\nto be unlearned: 6 of 6 images\n" in printed
-    assert "for at most 1 min\n" in printed
+    assert "for at most 10 min\n" in printed
     assert f"the output would be {tmp_path / 'new' / 'out'}" in printed
 
 

@@ -179,4 +179,26 @@ def connect(worker_function: WorkerFunction, resources: Resources, address: str 
     try:
         yield Cluster(worker_function, resources)
     finally:
-        ray.shutdown()
+        with _native_messages_discarded():
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _native_messages_discarded() -> Iterator[None]:
+    """Discard what is written to file descriptor 2, standard error, in this block.
+
+    While Ray ends its processes, its C++ threads report there that they lost them.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)

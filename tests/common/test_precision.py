@@ -377,7 +377,7 @@ def test_a_request_searches_in_the_faster_precision_of_a_cpu(forget, script, tmp
 
 def test_the_user_decides_the_precision_of_the_search(trained, monkeypatch, bf16_is_faster):
     model, images, labels = trained
-    named = {"minutes": 1, "robust": 0, "distill_steps": 20}
+    named = {"minutes": 10, "robust": 0, "distill_steps": 20}
     result = l2ul.forget(model, images[:2], labels[:2], mean=(0, 0, 0), std=(1, 1, 1), loop_precision="full", **named)
     assert (bf16_is_faster, result.settings["loop_precision"]) == ([], "full")
     monkeypatch.setattr(precision, "has_bf16", lambda: False)

@@ -269,7 +269,7 @@ def test_again_counts_images_as_the_request_did_if_the_model_is_that_of_a_run_as
 ):
     monkeypatch.setattr(strategies.Robust, "has_time_for_cycle", lambda *_: False)
     monkeypatch.setattr(strategies, "_steps_as_stored", lambda *_: 60)
-    code, report, printed = forget("--setting", "robust=1", "--minutes", 1)
+    code, report, printed = forget("--setting", "robust=1", "--minutes", 10)
     assert (code, report["asked"]["counted"], report["chosen"]["robust"]) == (3, "as used", 0), printed
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Adversarial examples: mixes of images that were synthesised with the original model, moved" in page

@@ -73,6 +73,20 @@ def test_each_trial_has_a_process_that_sees_the_gpu_of_the_trial(worker_function
     assert {gpu for _, gpu in seen} <= {"0 0", "1 1"}
 
 
+def test_messages_of_native_threads_that_lose_the_cluster_are_not_shown(worker_function, monkeypatch, capfd):
+    shutdown = ray.shutdown
+
+    def shutdown_with_message():
+        os.write(2, b"task_manager.cc: Failed to push error to driver\n")
+        shutdown()
+
+    monkeypatch.setattr(ray, "shutdown", shutdown_with_message)
+    with ray_cluster.connect(worker_function, Resources(at_most=1)):
+        pass
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err == "after\n"
+
+
 def command(folder, *arguments):
     words = [sys.executable, "main_sweep.py", "--result-dir", folder, "--cache-dir", folder / "cache"]
     return list(map(str, [*words, *FAST, *arguments]))
