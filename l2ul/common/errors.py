@@ -1,4 +1,4 @@
-"""Exceptions that end a run with one sentence, and how to recognise that memory ran out."""
+"""Exceptions that end a run with one sentence, the options that it names, and how to recognise that memory ran out."""
 
 from collections.abc import Container
 import re
@@ -19,11 +19,41 @@ OUT_OF_MEMORY = (  # in messages, in lower case
 )
 
 
+class Wording(str):
+    """A text that names options as flags of the scripts, and in `in_python` as arguments of a function."""
+
+    in_python: str
+
+    def __new__(cls, text: str, in_python: str = "") -> Self:
+        new = super().__new__(cls, text)
+        new.in_python = in_python
+        return new
+
+
+def option(name: str, value: object = None) -> Wording:
+    """Return an option, with a value unless that is None: --std 0.5 0.2 of a script, std=(0.5, 0.2) of a function."""
+    values = value if isinstance(value, tuple) else () if value is None else (value,)
+    flag = " ".join([f"--{name.replace('_', '-')}", *map(str, values)])
+    return Wording(flag, name if value is None else f"{name}={value!r}")
+
+
+def worded(template: str, *parts: object) -> Wording:
+    """Return a text with parts in place of each {}, some of them a `Wording`."""
+    return Wording(template.format(*parts), template.format(*map(in_python, parts)))
+
+
+def in_python(text: object) -> object:
+    """Return a text for callers of a function; it differs from that for users of the scripts if it is a `Wording`."""
+    return text.in_python if isinstance(text, Wording) else text
+
+
 class InputError(ValueError):
     """Bad input. Scripts print the message, which is one sentence, and exit with code 2.
 
     problem  names the value and what is wrong with it
     advice   alternatives, each of which corrects it or says what was expected; may be empty
+
+    They are a `Wording` if they name options that a function has as well.
 
     The message is "PROBLEM; ADVICE, or ADVICE".
     """

@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from l2ul.common.choices import EXIF_ORIENTATIONS, MAX_IMAGE_PIXELS
-from l2ul.common.errors import InputError, Reason, first_line
+from l2ul.common.errors import InputError, Reason, Wording, first_line
 from l2ul.common.image_sizes import TooLarge, check_resize
 from l2ul.common.installation import import_package
 from l2ul.common.text import first_three
@@ -332,7 +332,7 @@ def _identify(file: ImageFile) -> Image.Image:
     except ImportError:
         raise UnreadableImage(
             "a HEIC image, which needs the package pillow-heif",
-            "install pillow-heif (uv run --extra heic …, or pip install pillow-heif)",
+            Wording("install pillow-heif (uv run --extra heic …, or pip install pillow-heif)", "install pillow-heif"),
         ) from None
     pillow_heif.register_heif_opener()
     return Image.open(source)

@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import itertools
 from pathlib import Path
-import re
 import time
 from typing import Any
 import warnings
@@ -20,7 +19,7 @@ from torchvision.transforms.v2 import functional as transforms
 from l2ul.common import precision
 from l2ul.common.choices import Number, did_you_mean
 from l2ul.common.device import plain_defaults
-from l2ul.common.errors import InputError, flags_in
+from l2ul.common.errors import InputError, flags_in, in_python
 from l2ul.common.image_sizes import TooLarge
 from l2ul.common.progress import progress_bar
 from l2ul.data.image_files import ImageReader, UnreadableImage, unreadable
@@ -171,7 +170,7 @@ def forget(
                     "the model returns probabilities, which sum to 1 over the classes",
                     "return logits, the output of its last linear layer, without the Softmax at the end",
                 )
-            plausibility.check(request, opened, min_known, single_label, flags=("--mean", "--std"))
+            plausibility.check(request, opened, min_known, single_label)
             search.check_method(method, request.forget.goal)
             is_chosen = "loop_precision" in settings
             chosen, of_search = search.choose_precision(chosen, is_chosen, opened.classifier, request.images)
@@ -585,44 +584,9 @@ def _read_settings(method: str, settings: Mapping[str, object], seed: object) ->
 
 @contextlib.contextmanager
 def _arguments_in_messages() -> Iterator[None]:
-    """Name arguments of `forget` instead of flags in the messages of InputErrors inside the block."""
+    """Name arguments instead of flags in InputErrors inside the block; leave out advice with flags that are no such."""
     try:
         yield
     except InputError as error:
-        reworded = InputError(*map(_reworded, error.args))
-        arguments = {f"--{name.replace('_', '-')}" for name in inspect.signature(forget).parameters}
-        own = reworded.without(set(flags_in(str(reworded))) - arguments)
-        raise InputError(*map(_with_arguments, own.args)) from None
-
-
-def in_python(sentence: str) -> str:
-    """Return a sentence for users of the scripts as one for callers of `forget`.
-
-    `--min-known 0` becomes `min_known=0`, `--mean 0.1 0.2 0.3` becomes `mean=(0.1, 0.2, 0.3)`, `--setting robust=0`
-    becomes `robust=0`.
-    """
-    return _with_arguments(_reworded(sentence))
-
-
-def _reworded(sentence: str) -> str:
-    """Return a sentence in which callers of `forget` do what users of the scripts do with flags of other names."""
-    sentence = re.sub(r" \((?:--(?:image-size|model|class-order|class-names)(?:, )?)+\)", "", sentence)
-    own_module = "build this into a module of your own and give it as --build"
-    sentence = sentence.replace(own_module, "change the model, the images or the labels accordingly")
-    sentence = sentence.replace("name the labels by folders", "pass labels")
-    sentence = sentence.replace("use --device cpu", "move the model to the CPU")
-    sentence = sentence.replace("--single-label", "single_label=True")
-    sentence = re.sub(r"--setting (\w+)=([a-z]\w*)", r'\1="\2"', sentence).replace("--setting ", "")
-    sentence = re.sub(r"uv run --extra \S+(?: …)?, or ", "", sentence)
-    sentence = sentence.replace("--minutes or --max-steps", "minutes")
-    return sentence.replace("--surrogate with a folder of other images", "surrogate with other images")
-
-
-def _with_arguments(sentence: str) -> str:
-    """Return a sentence with arguments in place of flags."""
-
-    def argument(match: re.Match[str]) -> str:
-        name, values = match[1].replace("-", "_"), match[2].split()
-        return f"{name}={values[0]}" if len(values) == 1 else f"{name}=({', '.join(values)})" if values else name
-
-    return re.sub(r"--([a-z]+(?:-[a-z]+)*)((?: -?\d[\d.e-]*)*)", argument, sentence)
+        own = InputError(*map(in_python, error.args))
+        raise own.without(flags_in(str(own))) from None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from l2ul import models
-from l2ul.common.errors import InputError, is_out_of_memory
+from l2ul.common.errors import InputError, Wording, in_python, is_out_of_memory, option, worded
 from l2ul.common.image_sizes import TooLarge, check_resize
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.request import Request, class_indices, logits, order_classes
@@ -51,21 +51,15 @@ CHANGES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
     ("channels in the order BGR", lambda images: images.flip(1)),
 )
 SIZES = (28, 32, 64, 96, 128, 160, 192, 224, 256, 299, 384)
+OTHER_SIZE = Wording("another image size (--image-size)", "another image size")
 
 
-def check(
-    request: Request,
-    model: DeployedModel,
-    min_known: float | None = None,
-    single_label: bool = False,
-    flags: Sequence[str] | None = None,
-) -> None:
+def check(request: Request, model: DeployedModel, min_known: float | None = None, single_label: bool = False) -> None:
     """Raise InputError if the labels of a request are not those of the model, or the model is degenerate.
 
     min_known     share of the labelled images that the model must predict as their labels; 0 turns the check off; None:
                   MIN_KNOWN, and of up to FEW images all but one
     single_label  do not check whether the outputs are those of a multi-label model
-    flags         names of the flags that the caller has, of those that messages name; None: all
 
     Images of earlier requests are left out, because they should be forgotten. If the labels are predictions of the
     model, only the outputs are checked.
@@ -85,22 +79,22 @@ def check(
     known = int((labels == predictions).sum())
     one_class = _predicts_one_class(labels, predictions)
     if known >= _required(len(places), min_known) and not one_class:
-        better = _better_order(request, places, known, flags)
+        better = _better_order(request, places, known)
         if better:
             raise InputError(
-                f"the model predicts the label of {known} of {len(places)} images, {better}",
-                "add --min-known 0 if the labels are right",
+                worded("the model predicts the label of {} of {} images, {}", known, len(places), better),
+                worded("add {} if the labels are right", option("min_known", 0)),
             )
         return
     start = f"the model predicts the label of {known} of {len(places)} images"
     if one_class:
         name = request.class_names[int(predictions.mode().values)]
         start += f" and class {name} for nearly all"
-    explanation, *advice = _explanation(request, model, places, one_class, flags)
-    raise InputError(f"{start}, {explanation}", *advice)
+    explanation, *advice = _explanation(request, model, places, one_class)
+    raise InputError(worded("{}, {}", start, explanation), *advice)
 
 
-def _better_order(request: Request, places: Sequence[int], known: int, available: Sequence[str] | None) -> str | None:
+def _better_order(request: Request, places: Sequence[int], known: int) -> Wording | None:
     """Return the order of the classes with which most labels are predicted and clearly more than now; None if none.
 
     Some classes have the same number in both orders, so half of the labels may be right with the wrong order.
@@ -110,7 +104,7 @@ def _better_order(request: Request, places: Sequence[int], known: int, available
     for words, flags, labels in _class_orders(names, request.class_names):
         others = int((predictions == labels).sum())
         if others >= CONVINCING * len(places) and others - known >= max(2, (1 - CONVINCING) * len(places)):
-            return _sentence(words, flags, others, len(places), available)
+            return _sentence(words, flags, others, len(places))
     return None
 
 
@@ -135,11 +129,16 @@ def _check_dependence(request: Request, before: Tensor) -> None:
     if int(before.argmax(1).unique().numel()) == 1 and spread < CONSTANT * across:
         name = request.class_names[int(before[0].argmax())]
         raise InputError(
-            f"the model predicts {name} for all {len(request)} images, and its outputs hardly depend on the image; "
-            f"likely causes are another input range or normalisation than in training (--mean, --std; --std "
-            f"0.00392157 0.00392157 0.00392157 for pixels from 0 to 255) or another image size (--image-size)",
-            "name the labels by folders to have alternatives tried",
-            "add --min-known 0 to skip this check",
+            worded(
+                "the model predicts {} for all {} images, and its outputs hardly depend on the image; likely causes "
+                "are another input range or normalisation than in training ({}, {}; {} for pixels from 0 to 255) or {}",
+                name,
+                len(request),
+                *(option("mean"), option("std"), option("std", (0.00392157,) * 3)),
+                OTHER_SIZE,
+            ),
+            worded("{} to have alternatives tried", Wording("name the labels by folders", "pass labels")),
+            worded("add {} to skip this check", option("min_known", 0)),
         )
 
 
@@ -147,7 +146,7 @@ def _check_dependence(request: Request, before: Tensor) -> None:
 class Alternative:
     """Another way to use the model: the part that differs in words, the flags that make it so, and its logits.
 
-    flags    empty if no flag makes it so
+    flags    empty if no flag makes it so; a `Wording` if an argument of `l2ul.forget` does, too
     compute  return the logits (n, C) for uint8 images (n, C, H, W)
     """
 
@@ -156,13 +155,7 @@ class Alternative:
     compute: Callable[[Tensor], Tensor]
 
 
-def _explanation(
-    request: Request,
-    model: DeployedModel,
-    places: Sequence[int],
-    one_class: bool,
-    available: Sequence[str] | None,
-) -> tuple[str, ...]:
+def _explanation(request: Request, model: DeployedModel, places: Sequence[int], one_class: bool) -> tuple[str, ...]:
     """Return the rest of the problem, then advice: the alternative that makes the labels right, or likely causes."""
     step = math.ceil(len(places) / MAX_IMAGES)
     sample = list(places[::step])
@@ -171,7 +164,7 @@ def _explanation(
     known_now = int((request.logits_before[sample].argmax(1) == orders[0][2]).sum())
     needed = max(math.ceil(CONVINCING * len(sample)), known_now + 1)
     images, deadline = request.images[sample], time.perf_counter() + SECONDS
-    best: tuple[tuple[int, float], str] | None = None
+    best: tuple[tuple[int, float], Wording] | None = None
     level = 0  # number of changes
     for number, alternative in _alternatives(model, images):
         if (best and number > level) or time.perf_counter() > deadline:
@@ -186,19 +179,26 @@ def _explanation(
             rank = (known, float(probabilities.gather(1, labels[:, None]).mean()))
             if known >= needed and (best is None or rank > best[0]):
                 all_words, all_flags = (*words, *alternative.words), (*flags, *alternative.flags)
-                best = rank, _sentence(all_words, all_flags, known, len(sample), available)
+                best = rank, _sentence(all_words, all_flags, known, len(sample))
     return (best[1],) if best else _causes(request, sample, one_class)
 
 
-def _sentence(
-    words: Sequence[str], flags: Sequence[str], known: int, total: int, available: Sequence[str] | None
-) -> str:
-    flags = [flag for flag in flags if flag and (available is None or flag.split()[0] in available)]
-    missing = len(words) > len(flags)
-    fix = f"add {' '.join(flags)}" if flags else ""
-    if missing:
-        fix += (" and " if fix else "") + "build this into a module of your own and give it as --build"
-    return f"but {known} of {total} with {' and '.join(words)}: {fix}"
+def _sentence(words: Sequence[str], flags: Sequence[str], known: int, total: int) -> Wording:
+    arguments = [in_python(flag) for flag in flags if isinstance(flag, Wording)]
+    return worded(
+        "but {} of {} with {}: {}",
+        *(known, total, " and ".join(words)),
+        Wording(
+            _fix(words, flags, "build this into a module of your own and give it as --build"),
+            _fix(words, arguments, "change the model, the images or the labels accordingly"),
+        ),
+    )
+
+
+def _fix(words: Sequence[str], options: Sequence[str], otherwise: str) -> str:
+    """Return what makes an alternative so: options, and something else for the parts that no option changes."""
+    given = list(filter(None, options))
+    return " and ".join([f"add {' '.join(given)}"] * bool(given) + [otherwise] * (len(words) > len(given)))
 
 
 def _causes(request: Request, sample: Sequence[int], one_class: bool) -> tuple[str, str, str]:
@@ -206,18 +206,23 @@ def _causes(request: Request, sample: Sequence[int], one_class: bool) -> tuple[s
     labels, predictions = request.forget.labels.cpu()[sample], request.logits_before[sample].argmax(1)
     pairs = Counter(zip(labels.tolist(), predictions.tolist(), strict=True))
     is_renaming = len(pairs) == len(labels.unique()) == len(predictions.unique()) > 1  # one prediction for each label
-    order = "another order or numbering of the classes (--class-order, --class-names)"
+    order = "another order or numbering of the classes"
+    order = Wording(f"{order} (--class-order, --class-names)", order)
+    architecture = "another architecture with layers of the same shapes, such as one without max-pool"
     inputs = [
-        "another input range or normalisation than in training (--mean, --std)",
-        "another image size (--image-size)",
-        "another architecture with layers of the same shapes, such as one without max-pool (--model)",
+        worded("another input range or normalisation than in training ({}, {})", option("mean"), option("std")),
+        OTHER_SIZE,
+        Wording(f"{architecture} (--model)", architecture),
     ]
     causes = [order, *inputs] if is_renaming and not one_class else [*inputs, order]
     return (
-        f"but a classifier predicts most of its training images correctly; likely causes are {', '.join(causes)}, none "
-        f"of whose usual values makes the labels right, or wrong labels",
+        worded(
+            "but a classifier predicts most of its training images correctly; likely causes are {}, {}, {}, {}, none "
+            "of whose usual values makes the labels right, or wrong labels",
+            *causes,
+        ),
         "correct them",
-        "add --min-known 0 to go on",
+        worded("add {} to go on", option("min_known", 0)),
     )
 
 
@@ -311,8 +316,10 @@ def _other_normalisations(classifier: Classifier) -> Iterator[tuple[str, str, nn
         other = Normalize(mean, std).to(own.mean.device)
         if torch.allclose(other.mean, own.mean, atol=1e-3) and torch.allclose(other.std, own.std, rtol=1e-2):
             continue
-        flags = "" if torch.equal(other.mean, own.mean) else f"--mean {' '.join(map(str, mean))} "
-        yield words, f"{flags}--std {' '.join(map(str, std))}", other
+        flags = option("std", tuple(std))
+        if not torch.equal(other.mean, own.mean):
+            flags = worded("{} {}", option("mean", tuple(mean)), flags)
+        yield words, flags, other
 
 
 def _other_nets(model: DeployedModel) -> Iterator[tuple[str, str, nn.Module]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from l2ul.common import precision as precisions
 from l2ul.common.choices import AUTO, BF16, STOPPED
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, Wording, option, worded
 from l2ul.deletion import strategies
 from l2ul.deletion.candidates import Candidate, TimeBudget, Unlearner, describe, measure_step, without_synthesis
 from l2ul.methods import registry
@@ -30,7 +30,8 @@ def check_method(method: str, goal: str | None = None) -> None:
     needs = registry.get(method, goal).needs
     if method == "before" or "retain" in needs:
         why = "forgets nothing" if method == "before" else "trains on the retain set, which a request does not have"
-        raise InputError(f"method {method} {why}", "leave out --method", "name one such as distill or adv_imp")
+        leave_out = worded("leave out {}", option("method"))
+        raise InputError(f"method {method} {why}", leave_out, "name one such as distill or adv_imp")
 
 
 def choose_settings(method: str, chosen: Sequence[tuple[str, str]], seed: int) -> tuple[Settings, dict[str, Value]]:
@@ -69,7 +70,7 @@ def choose_precision(settings: Settings, is_chosen: bool, model: nn.Module, imag
     """
     device = images.device
     if is_chosen and settings.loop_precision == BF16:
-        precisions.require(device, BF16, "use --setting loop_precision=full")
+        precisions.require(device, BF16, Wording("use --setting loop_precision=full", "use loop_precision='full'"))
         preflight.check_model(model, images, BF16)
     has_choice = not is_chosen and precisions.resolve(AUTO, device) == AUTO  # on a CPU with bf16
     if has_choice and preflight.fastest_precision(model, images, trains=True)[0] == BF16:
@@ -113,7 +114,8 @@ def find_candidates(
         candidate = unlearner.run_candidate(first, fixed, of_search)
         on_candidate(candidate)
         if candidate.status == STOPPED:
-            on_early_end(f"--minutes or --max-steps stopped the run at step {candidate.steps}: use a larger limit")
+            limits = Wording("--minutes or --max-steps", "minutes")
+            on_early_end(worded("{} stopped the run at step {}: use a larger limit", limits, candidate.steps))
         return [candidate]
     return search(unlearner, first, of_search, seconds_per_step, on_candidate, on_early_end, seconds_of_checks)
 
@@ -276,23 +278,27 @@ def _early_end(first: Settings, left_out: list[Settings], successes: list[Candid
     )
 
 
-def _not_in_time(strategy: strategies.Strategy, used_before: float, seconds_of_checks: float) -> str:
+def _not_in_time(strategy: strategies.Strategy, used_before: float, seconds_of_checks: float) -> Wording:
     """Return that no candidate succeeded for want of time, and what to do; arguments as those of `_not_as_used`."""
     seconds = max(used_before + strategy.usual_seconds, 2 * strategy.budget.seconds)
     minutes = _minutes_for(seconds, seconds_of_checks)
-    return f"there was too little time to forget all images: use --minutes {minutes} or more"
+    return worded("there was too little time to forget all images: use {} or more", option("minutes", minutes))
 
 
-def _not_as_used(strategy: strategies.Robust, used_before: float, seconds_of_checks: float) -> str:
+def _not_as_used(strategy: strategies.Robust, used_before: float, seconds_of_checks: float) -> Wording:
     """Return why no candidate counts as forgotten as used, and what to do.
 
     used_before        seconds that the command took before the search
     seconds_of_checks  that it takes after the search
     """
     damaged = [candidate for candidate in strategy.candidates if candidate.is_damaged]
-    instead = "--surrogate with a folder of other images, or --setting robust=0 to forget them as they are stored only"
+    instead = worded(
+        "{}, or {} to forget them as they are stored only",
+        Wording("--surrogate with a folder of other images", "surrogate with other images"),
+        Wording("--setting robust=0", "robust=0"),
+    )
     if strategy.candidates and not any(candidate.kept for candidate in strategy.candidates):
-        return f"each run that forgets the images as they are used diverged: use {instead}"
+        return worded("each run that forgets the images as they are used diverged: use {}", instead)
     if damaged:
         best = max(damaged, key=lambda candidate: (candidate.number_forgotten, candidate.agreement))
         total = len(best.forgotten) if best.demanded is None else int(best.demanded.sum())
@@ -304,4 +310,4 @@ def _not_as_used(strategy: strategies.Robust, used_before: float, seconds_of_che
         why = "there was too little time to forget the images as they are used"
     seconds = used_before + strategy.advised_seconds(was_damaged=bool(damaged))
     minutes = _minutes_for(seconds, seconds_of_checks)
-    return f"{why}: use --minutes {minutes} or more, {instead}"
+    return worded("{}: use {} or more, {}", why, option("minutes", minutes), instead)

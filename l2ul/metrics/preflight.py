@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l2ul.common import distributed
 from l2ul.common import precision as precisions
-from l2ul.common.errors import InputError, first_line, is_out_of_memory
+from l2ul.common.errors import InputError, Wording, first_line, is_out_of_memory
 from l2ul.common.modes import eval_mode, trainable
 from l2ul.common.precision import autocast, exactly
 from l2ul.data import images as image_sets
@@ -153,7 +153,8 @@ def _failed(pixels: Tensor, error: Exception) -> InputError:
     if any(word in why for word in ("Half", "BFloat16", "Double", "dtype", "ByteTensor", "LongTensor")):
         advice = ("the passes are in float32, so forward must not convert to other types",)
     elif "same device" in why:
-        advice = "keep every tensor that forward uses as a parameter or buffer of the model", "use --device cpu"
+        on_cpu = Wording("use --device cpu", "move the model to the CPU")
+        advice = "keep every tensor that forward uses as a parameter or buffer of the model", on_cpu
     else:
         advice = ()
     return InputError(

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, Wording, worded
 from l2ul.common.modes import eval_mode
 
 LOGITS, PROBABILITIES = "logits", "probabilities"
@@ -85,7 +85,7 @@ def check_single_label(logits: Tensor) -> None:
             "several classes have a sigmoid above 0.5 on most images, as in a multi-label model trained with binary "
             "cross-entropy, whose largest logit is not its prediction",
             "give a classifier of images with one label each",
-            "add --single-label if it is one",
+            worded("add {} if it is one", Wording("--single-label", "single_label=True")),
         )
 
 

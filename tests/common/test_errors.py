@@ -8,7 +8,7 @@ from conftest import ROOT
 import pytest
 
 from l2ul.common.choices import InvalidValue
-from l2ul.common.errors import InputError, Reason
+from l2ul.common.errors import InputError, Reason, in_python, option, worded
 from l2ul.common.image_sizes import TooLarge
 from l2ul.data.image_files import TooManyPixels, UnreadableImage
 
@@ -68,6 +68,21 @@ def test_copies_and_pickles_keep_problem_and_advice(kind, advice):
     copies += [pickle.loads(pickle.dumps(error, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
     for other in copies:
         assert (type(other), str(other), other.problem, other.advice) == (kind, str(error), error.problem, advice)
+
+
+def test_a_wording_has_flags_for_scripts_and_arguments_for_functions():
+    for wording, flags, arguments in (
+        (option("min_known", 0), "--min-known 0", "min_known=0"),
+        (option("surrogate"), "--surrogate", "surrogate"),
+        (option("std", (0.5, 2)), "--std 0.5 2", "std=(0.5, 2)"),
+        (option("mean", (0.5,)), "--mean 0.5", "mean=(0.5,)"),
+        (worded("add {} to {}", option("seed", 1), "{a} --b"), "add --seed 1 to {a} --b", "add seed=1 to {a} --b"),
+    ):
+        for one in (wording, worded("{}", wording), pickle.loads(pickle.dumps(wording)), copy.deepcopy(wording)):
+            assert (one, in_python(one)) == (flags, arguments)
+        error = pickle.loads(pickle.dumps(InputError("wrong", wording)))
+        assert (str(error), in_python(error.without({"--else"}).advice[0])) == (f"wrong; {flags}", arguments)
+    assert in_python("leave out --b") == "leave out --b"
 
 
 def test_the_code_separates_problem_and_advice():

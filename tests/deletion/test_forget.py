@@ -18,10 +18,12 @@ from torch import nn
 
 import l2ul
 from l2ul import models
+from l2ul.common import precision
 from l2ul.common.errors import InputError
 from l2ul.data.image_files import ImageReader
 from l2ul.deletion import search, strategies
-from l2ul.deletion.forget import Forgotten, NotForgotten, in_python
+from l2ul.deletion.candidates import TimeBudget
+from l2ul.deletion.forget import Forgotten, NotForgotten
 from l2ul.metrics import robustness
 from l2ul.models.classifier import Normalize
 from l2ul.objective import Forget
@@ -489,24 +491,48 @@ def refused(message, *arguments, **options):
     assert not sentence.endswith(".")
 
 
-def test_messages_of_the_scripts_name_arguments():
-    for sentence, expected in (
-        ("add --min-known 0 if", "add min_known=0 if"),
-        ("add --mean 0.5 0.4 --std 1e-3 2 to go on", "add mean=(0.5, 0.4) std=(1e-3, 2) to go on"),
-        ("size (--image-size), order (--class-order, --class-names)", "size, order"),
-        ("or add --single-label if", "or add single_label=True if"),
-        ("(--mean, --std; --std 0.1 0.1 0.1 for", "(mean, std; std=(0.1, 0.1, 0.1) for"),
-        ("use --setting loop_precision=full", 'use loop_precision="full"'),
-        ("use --minutes 3 or more, or --setting robust=0 to", "use minutes=3 or more, or robust=0 to"),
-        ("--surrogate with a folder of other images", "surrogate with other images"),
-        ("--minutes or --max-steps stopped the run", "minutes stopped the run"),
-        ("install it (uv run --extra timm …, or pip install timm)", "install it (pip install timm)"),
-    ):
-        assert in_python(sentence) == expected
+class ToTheCpu(nn.Module):
+    """A model whose error names two devices, as that of a constant on the CPU in a model on a GPU does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        raise RuntimeError("Expected all tensors to be on the same device")
+
+
+def test_advice_names_arguments(trained, monkeypatch):
+    model, images, labels = trained
+    wrong = (labels[:16] + 1) % CLASSES
+    order = "likely causes are another order or numbering of the classes, another input range .* \\(mean, std\\), "
+    refused(f"{order}another image size, .*; correct them, or add min_known=0 to go on$", model, images[:16], wrong)
+    flat = copy.deepcopy(model)
+    flat.head.weight.data *= 1e-3
+    flat.head.bias.data = torch.tensor([0.0, 9, 0, 1, 0])
+    size = r"std=\(0.00392157, 0.00392157, 0.00392157\) for pixels from 0 to 255\) or another image size"
+    refused(f"{size}; pass labels to have alternatives tried, or add min_known=0 to skip", flat, images[:6])
+    several = copy.deepcopy(model)
+    levels = torch.tensor([3.0, 3, -4, -4, -4])
+    several.register_forward_hook(lambda net, inputs, output: levels + 0.1 * output.tanh())
+    refused("or add single_label=True if it is one$", several, images[:6])
+    refused("same device.*, or move the model to the CPU$", ToTheCpu(), images[:2])
+    monkeypatch.setattr(precision, "has_bf16", lambda: False)
+    refused("; use loop_precision='full'$", model, images[:2], labels[:2], loop_precision="bf16")
+
+
+def test_the_warning_names_the_limit_that_stopped_the_run(trained, monkeypatch):
+    model, images, labels = trained
+    monkeypatch.setattr(TimeBudget, "left", 0.0)
+    with pytest.warns(NotForgotten, match="; minutes stopped the run at step 1: use a larger limit$"):
+        l2ul.forget(model, images[:2], labels[:2], **STORED)
 
 
 def test_advice_with_a_flag_that_is_no_argument_is_left_out(trained, tmp_path, monkeypatch):
     model, *_ = trained
+    (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    refused("pillow-heif.; install pillow-heif, or replace or remove it$", model, [tmp_path / "x.heic"])
     grey, colour = tmp_path / "grey.tif", tmp_path / "colour.png"
     Image.fromarray(np.full((8, 8), 9, np.float32)).save(grey)
     refused(
