@@ -12,12 +12,13 @@ invalid input.
 import l2ul  # isort: skip  # first: it sets the environment before torch is imported
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 import time
 
 from l2ul.cli import exit_codes, push
 from l2ul.common.choices import STOPPED
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, option
 from l2ul.common.text import one_line
 from l2ul.deletion import options
 
@@ -42,7 +43,7 @@ def forget(args: argparse.Namespace) -> int:
     from l2ul.common import device as devices
     from l2ul.common import precision
     from l2ul.common.progress import progress_bar
-    from l2ul.deletion import checks, inventory, output, plausibility, report, search, signature, states
+    from l2ul.deletion import checks, inventory, output, report, signature, states
     from l2ul.deletion.candidates import TimeBudget
     from l2ul.deletion.report_schema import PAGE, REPORT
     from l2ul.deletion.request import read_reference_images, read_unlabelled
@@ -52,7 +53,7 @@ def forget(args: argparse.Namespace) -> int:
     budget = TimeBudget(60 * args.minutes, l2ul.STARTED)
     device = devices.choose_device(args.device, args.no_cuda, args.threads, log)
     precision.use(device, "fp32")  # of all verdicts
-    settings, fixed = search.choose_settings(args.method, args.setting, args.seed)
+    deletion = make_deletion(args, args.setting)
     others = (args.keep_images, args.reference_images, args.surrogate)
     output.check_output(args.output, (*args.images, *others, args.model))
     key = signature.private_key(args.sign) if args.sign else None
@@ -68,74 +69,56 @@ def forget(args: argparse.Namespace) -> int:
     if model.path and not chain:
         check_no_chain(model.path, hashes_before["weights_sha256"])
     earlier_folder = Path(args.model) if chain else None
-    original = model.classifier.to(device)
+    model.classifier.to(device)
     request = read_images(args, model, chain)
     for note in request.folder.notes:
         log(note)
     for file in request.folder.unreadable:
         log(f"left out: {file.file}: {file.why}")
-    plausibility.check(request, model, args.min_known, args.single_label)
-    search.check_method(args.method, request.forget.goal)
-    keep = read_unlabelled(args.keep_images, "--keep-images", model, request, args.skip_bad)
-    surrogate = read_unlabelled(args.surrogate, "--surrogate", model, request, args.skip_bad)
+    deletion.check(model, request, args.min_known, args.single_label)
+    keep = read_unlabelled(args.keep_images, option("keep_images"), model, request, args.skip_bad)
+    surrogate = read_unlabelled(args.surrogate, option("surrogate"), model, request, args.skip_bad)
     references = read_reference_images(args.reference_images, model, request, args.skip_bad, surrogate)
     output.check_writable(args.output, model, request, args.build, uploads=repository is not None)
-    is_chosen = "loop_precision" in dict(args.setting)
-    settings, of_search = search.choose_precision(settings, is_chosen, original, request.images)
-    unlearner = make_unlearner(args, model, request, bool(settings.robust), of_search, surrogate)
-    forgotten, recognised = unlearner.forgotten(original), unlearner.recognised
+    unlearner = deletion.prepare(model, request, surrogate)
+    recognised, how = unlearner.recognised, " as used" if unlearner.as_used else ""
     log(
-        f"{states.images(len(request))} to forget{' as used' if settings.robust else ''}, goal {request.forget.goal}; "
-        f"{args.method}; {devices.device_name(device)}; search in {of_search} for at most {args.minutes:g} min"
+        f"{states.images(len(request))} to forget{how}, goal {request.forget.goal}; {args.method}; "
+        f"{devices.device_name(device)}; search in {unlearner.precision} for at most {args.minutes:g} min"
     )
     if args.dry_run:
         print(*map(one_line, request.summary()), sep="\n")
         copies = ", as stored or as a copy of --also" if args.also else ""
         print(f"recognised before: {int(recognised.sum())} of {states.images(len(request))}{copies}")
-        print(f"to be unlearned: {int((~forgotten).sum())} of {states.images(len(request))}")
+        print(f"to be unlearned: {int((~unlearner.forgotten_before).sum())} of {states.images(len(request))}")
         print(f"dry run: nothing was written; the output would be {args.output}")
         return 0
 
     # Search settings that forget all images with the least damage.
     output.remove_interrupted(args.output)
-    early_end: list[str] = []
-    candidates, best = search.find_best(
-        unlearner,
-        settings,
-        budget,
-        forgotten,
-        fixed=fixed,
-        keep_images=keep,
-        on_candidate=lambda candidate: log_candidate(candidate, recognised),
-        on_early_end=early_end.append,
-    )
-    for sentence in early_end:
-        log(sentence)
-    unlearned = model.as_written(best.model if best else original)
+    found = deletion.carry_out(unlearner, budget, keep, lambda candidate: log_candidate(candidate, recognised))
+    if found.early_end:
+        log(found.early_end)
 
     # Check the unlearned model.
     log("checking the unlearned model")
     others = ("images to keep", keep) if keep is not None else None
     if others is None and references:
         others = ("reference images", references.images)
-    measured = checks.measure(unlearner, request, unlearned, references, budget, progress_bar, others)
+    measured = checks.measure(unlearner, request, found.model, references, budget, progress_bar, others)
     contents = {"outcome": states.count(measured["images"]).outcome} | measured
-    contents |= report.describe_run() | report.describe_candidates(candidates, best, recognised)
+    contents |= report.describe_run() | report.describe_result(found, recognised)
     contents |= {
         "asked": report.describe_request(
             request,
-            method=args.method,
+            deletion,
             minutes=args.minutes,
-            seed=args.seed,
-            also=args.also,
-            as_used=unlearner.as_used,
             request_id=args.request_id,
             controller=args.controller,
             requested_on=args.requested_on,
             surrogate=(args.surrogate, surrogate) if args.surrogate else None,
         ),
         "inventory": statements,
-        "search_end": next(iter(early_end), None),
         "model": {
             "opened_by": model.opened_by,
             "classes": request.class_names,
@@ -143,11 +126,12 @@ def forget(args: argparse.Namespace) -> int:
             "not_read": model.not_read,
         },
         "earlier": earlier_rows(chain, earlier_folder),
-        "seconds": {"total": round(budget.used, 1), "trials": round(sum(one.seconds for one in candidates), 1)},
+        "seconds": {"total": round(budget.used, 1), "trials": round(sum(one.seconds for one in found.candidates), 1)},
         "peak_memory_mib": devices.peak_memory_mib(device),
         "device": devices.device_name(device),
         "precision": {"search": unlearner.precision, "checks": "fp32"},
     }
+    settings, best = deletion.settings, found.best
     free = {"robust": settings.robust, "loop_precision": settings.loop_precision}  # which leave the search free
     stopped_at = best.steps if best and best.status == STOPPED else None
     command = options.again(args, contents["chosen"] or free, stopped_at, device.type, torch.get_num_threads())
@@ -157,7 +141,7 @@ def forget(args: argparse.Namespace) -> int:
     folder = output.write(
         args.output,
         model,
-        unlearned,
+        found.model,
         request,
         contents,
         build=args.build,
@@ -210,37 +194,21 @@ def open_original(args: argparse.Namespace):
 
 def read_images(args: argparse.Namespace, model, chain):
     """Return the request: the images to forget, their labels and the predictions of the model."""
-    from l2ul.deletion.request import choose_reader, read_request
+    from l2ul.deletion import request
 
     metadata = model.classifier.metadata
-    reader = choose_reader(chain, metadata, args.exif_orientation, args.white_level, args.max_image_pixels)
-    return read_request(args.images[0], model, args.labels, args.skip_bad, chain, reader, args.class_order)
+    reader = request.choose_reader(chain, metadata, args.exif_orientation, args.white_level, args.max_image_pixels)
+    read = request.read_images(args.images[0], model.to_pixels, args.labels, args.skip_bad, reader=reader)
+    return request.make_request(read, model, chain, args.class_order)
 
 
-def make_unlearner(args: argparse.Namespace, model, request, as_used: bool, precision: str, surrogate=None):
-    """Return what runs the method on the request, in this precision and with these images of --surrogate.
-
-    as_used  whether images count as forgotten only if they are so as used
-    """
+def make_deletion(args: argparse.Namespace, settings: Sequence[tuple[str, str]]):
+    """Return how a request is carried out with these settings, names and values as text."""
     from l2ul.common.progress import progress_bar
-    from l2ul.deletion.candidates import Unlearner
-    from l2ul.metrics import robustness
+    from l2ul.deletion.flow import Deletion
 
-    return Unlearner(
-        model=model.classifier,
-        forget=request.forget,
-        train_set=robustness.with_changed_images(request.images, request.forget, args.also),
-        method=args.method,
-        num_classes=len(request.class_names),
-        seed=args.seed,
-        as_written=model.as_written,
-        progress=progress_bar,
-        as_used=as_used,
-        max_steps=args.max_steps,
-        precision=precision,
-        surrogate=surrogate,
-        earlier=request.recognised_earlier,
-    )
+    has_surrogate = args.surrogate is not None
+    return Deletion(args.method, settings, args.seed, has_surrogate, args.also, args.max_steps, progress_bar)
 
 
 @exit_codes.clean_exit(PROGRAM, exit_codes.NOTHING_WRITTEN, less_memory=LESS_MEMORY_TO_VERIFY)
@@ -308,7 +276,7 @@ def advising_to_repeat():
 def repeat(args: argparse.Namespace, path: Path, device) -> list:
     """Carry out the request of a report again and return the checks of its result. Nothing is written."""
     from l2ul.common import precision
-    from l2ul.deletion import search, verify
+    from l2ul.deletion import verify
     from l2ul.deletion.report import describe_surrogate
     from l2ul.deletion.report_schema import AS_USED, read_report
     from l2ul.deletion.request import read_unlabelled
@@ -329,20 +297,20 @@ def repeat(args: argparse.Namespace, path: Path, device) -> list:
         results.append(verify.check_request(report, request.folder.files, request.forget.labels.tolist()))
     if all(check.passed for check in results):
         recorded = [*args.setting, *registry.absent_settings(args.method, dict(args.setting))]
-        settings, _ = search.choose_settings(args.method, recorded, args.seed)
+        deletion = make_deletion(args, recorded)
         of_search = report.get("precision", {"search": "fp32"})["search"]
         precision.require(device, of_search, "the request was carried out in it: repeat it on such a device")
-        surrogate = read_unlabelled(args.surrogate, "--surrogate", model, request, args.skip_bad)
+        surrogate = read_unlabelled(args.surrogate, option("surrogate"), model, request, args.skip_bad)
         counted = report["asked"].get("counted")  # the model may be that of a run with robust=0
-        as_used = counted == AS_USED if counted else bool(settings.robust)
-        unlearner = make_unlearner(args, model, request, as_used, of_search, surrogate)
+        as_used = counted == AS_USED if counted else bool(deletion.settings.robust)
+        unlearner = deletion.unlearner(model, request, surrogate, as_used, of_search)
         if surrogate is not None:
             row, recorded = describe_surrogate(args.surrogate, surrogate), report["asked"].get("surrogate") or {}
             same = row["sha256"] == recorded.get("sha256")
             finding = f"{row['images']} in {row['folder']} are {'those' if same else 'not those'} of the request"
             results.append(verify.Check("images of --surrogate", same, finding))
     if all(check.passed for check in results):
-        results += verify.check_again(report, model, request, unlearner, settings)
+        results += verify.check_again(report, model, request, unlearner, deletion.settings)
     return results
 
 

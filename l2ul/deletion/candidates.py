@@ -151,7 +151,7 @@ class Unlearner:
     progress    show the progress of each candidate
     as_used     whether an image counts as forgotten only if it is so as used, see `robustness.as_used`
     max_steps   each candidate ends after so many steps at most, as if time were up; None: no such limit
-    precision   of the device in which `unlearn` computes, see `choose_precision`
+    precision   of the device in which `unlearn` computes, see `flow.Deletion`
     surrogate   (n, 3, H, W) unlabelled images that stand for D_r, see `unlearn.unlearn`
     earlier     (k,) bool, on the CPU: the images that the model recognised before an earlier request; None: none
     """
@@ -205,6 +205,11 @@ class Unlearner:
         """Return which images (k,) bool a model has forgotten, as they are and in each copy of `train_set`."""
         forgotten = accuracy.forgotten(model, self.train_set.images, self.train_set)
         return forgotten.view(-1, len(self.forget)).all(0).cpu()
+
+    @cached_property
+    def forgotten_before(self) -> Tensor:
+        """Which images (k,) bool need no unlearning, as the original model has forgotten them."""
+        return self.forgotten(self.model)
 
     @cached_property
     def recognised(self) -> Tensor:

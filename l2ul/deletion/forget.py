@@ -19,17 +19,18 @@ from torchvision.transforms.v2 import functional as transforms
 from l2ul.common import precision
 from l2ul.common.choices import Number, did_you_mean
 from l2ul.common.device import plain_defaults
-from l2ul.common.errors import InputError, flags_in, in_python
+from l2ul.common.errors import InputError, flags_in, in_python, option
 from l2ul.common.image_sizes import TooLarge
 from l2ul.common.progress import progress_bar
 from l2ul.data.image_files import ImageReader, UnreadableImage, unreadable
-from l2ul.deletion import checks, plausibility, search, states
+from l2ul.deletion import checks, states
 from l2ul.deletion.candidates import Candidate, TimeBudget, Unlearner
 from l2ul.deletion.deployed_model import BUILT, DeployedModel, check_module, unwrapped
+from l2ul.deletion.flow import Deletion
 from l2ul.deletion.report_schema import AS_STORED, AS_USED, REMOVED
-from l2ul.deletion.request import ImageFile, ImageFolder, Request, logits, make_request
+from l2ul.deletion.request import ImageFile, ImageFolder, Request, check_others, logits, make_request
 from l2ul.methods import registry
-from l2ul.methods.settings import Settings, Value
+from l2ul.methods.settings import Value
 from l2ul.metrics import agreement
 from l2ul.metrics.preflight import are_equal, check_alone, copied
 from l2ul.models import huggingface
@@ -156,51 +157,27 @@ def forget(
             budget = TimeBudget(60 * _in_range("minutes", minutes, Number(float, 0, open=True)), started)
             if min_known is not None:
                 _in_range("min_known", min_known, Number(float, 0, maximum=1), "a number from 0 to 1")
-            chosen, fixed = _read_settings(method, settings, seed)
-            if surrogate is not None and "teacher" not in registry.get(method).needs:
-                raise InputError(
-                    f"surrogate is for methods with a teacher such as distill, not {method}", "leave it out"
-                )
+            deletion = _deletion(method, settings, seed, surrogate is not None, progress)
 
             # The original model and the request.
             opened, reader = _open(model, images, mean, std, processor)
-            request = make_request(_read_folder(images, labels, new_labels, reader), opened)
+            request = make_request(_read_folder("images", images, reader, labels, new_labels), opened)
             if opened.classifier.outputs != LOGITS:
                 raise InputError(
                     "the model returns probabilities, which sum to 1 over the classes",
                     "return logits, the output of its last linear layer, without the Softmax at the end",
                 )
-            plausibility.check(request, opened, min_known, single_label)
-            search.check_method(method, request.forget.goal)
-            is_chosen = "loop_precision" in settings
-            chosen, of_search = search.choose_precision(chosen, is_chosen, opened.classifier, request.images)
+            deletion.check(opened, request, min_known, single_label)
             keep = _read_others("keep_images", keep_images, reader, request)
-            others = _read_others("surrogate", surrogate, reader, request)
-            unlearner = Unlearner(
-                model=opened.classifier,
-                forget=request.forget,
-                train_set=request.forget,
-                method=method,
-                num_classes=len(request.class_names),
-                seed=seed,
-                as_written=opened.as_written,
-                progress=progress_bar if progress else None,
-                as_used=bool(chosen.robust),
-                precision=of_search,
-                surrogate=others,
-            )
+            unlearner = deletion.prepare(opened, request, _read_others("surrogate", surrogate, reader, request))
 
             # Search settings, and judge the model that is returned.
-            before = unlearner.forgotten(opened.classifier)
-            ends: list[str] = []
-            options = {"fixed": fixed, "keep_images": keep, "on_early_end": ends.append}
-            _, best = search.find_best(unlearner, chosen, budget, before, **options)
+            found = deletion.carry_out(unlearner, budget, keep)
             unlearned = unwrapped(copied(model))
-            if best:
-                _copy_weights(best.model if isinstance(unlearned, Classifier) else best.model.net, unlearned)
-            result = _result(unlearner, request, unlearned, best, time.perf_counter() - started)
+            _copy_weights(found.model if isinstance(unlearned, Classifier) else found.model.net, unlearned)
+            result = _result(unlearner, request, unlearned, found.best, time.perf_counter() - started)
     if not result.successful:
-        result = replace(result, note="; ".join(map(in_python, ends)))
+        result = replace(result, note=in_python(found.early_end or ""))
         warnings.warn(NotForgotten(result), stacklevel=2)
     return result
 
@@ -506,9 +483,11 @@ def _digest(image: Tensor) -> str:
     return hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _read_folder(images: ImageSource, labels: object, new_labels: object, reader: _PixelReader) -> ImageFolder:
-    """Return the images to forget in the form of those of a folder, with their labels as text."""
-    names, pixels = reader.read(images, "images")
+def _read_folder(
+    what: str, images: ImageSource, reader: _PixelReader, labels: object = None, new_labels: object = None
+) -> ImageFolder:
+    """Return images of the argument `what` in the form of those of a folder, with their labels as text."""
+    names, pixels = reader.read(images, what)
     texts = [
         _class_texts(what, values, len(names)) for what, values in (("labels", labels), ("new_labels", new_labels))
     ]
@@ -545,16 +524,7 @@ def _class_texts(what: str, values: object, count: int) -> list[str | None]:
 
 def _read_others(what: str, images: ImageSource | None, reader: _PixelReader, request: Request) -> Tensor | None:
     """Return images that are not to be forgotten, on the model's device; None if there are none."""
-    if images is None:
-        return None
-    names, pixels = reader.read(images, what)
-    if pixels.shape[1:] != request.images.shape[1:]:
-        raise InputError(f"{what} and images differ in size", "resize them to the same")
-    forgotten = {image.pixels_sha256 for image in request.folder.files}
-    for name, image in zip(names, pixels, strict=True):
-        if _digest(image) in forgotten:
-            raise InputError(f"{name} is also an image to forget", "leave it out")
-    return pixels.to(request.images.device)
+    return None if images is None else check_others(_read_folder(what, images, reader), option(what), request)
 
 
 # Settings and messages.
@@ -568,8 +538,10 @@ def _in_range(name: str, value: object, allowed: Number, expected: str = "") -> 
         raise InputError(f"{name} is {value!r}", f"expected {expected or allowed.expected}") from None
 
 
-def _read_settings(method: str, settings: Mapping[str, object], seed: object) -> tuple[Settings, dict[str, Value]]:
-    """Return the settings of the first candidate, and those that the caller chose."""
+def _deletion(
+    method: str, settings: Mapping[str, object], seed: object, has_surrogate: bool, progress: bool
+) -> Deletion:
+    """Return how the request is carried out. Raise InputError for a setting or seed that does not exist."""
     known = registry.get(method).all_settings
     for name in settings.keys() - known.keys():
         arguments = [one for one in inspect.signature(forget).parameters if one != "settings"]
@@ -578,8 +550,8 @@ def _read_settings(method: str, settings: Mapping[str, object], seed: object) ->
     if not isinstance(seed, int):
         raise InputError(f"seed is {seed!r}", "expected a whole number of at least 0")
     _in_range("seed", seed, Number(int, 0))
-    pairs = [(name, str(int(value) if isinstance(value, bool) else value)) for name, value in settings.items()]
-    return search.choose_settings(method, pairs, seed)
+    values = [(name, str(int(value) if isinstance(value, bool) else value)) for name, value in settings.items()]
+    return Deletion(method, values, seed, has_surrogate, progress=progress_bar if progress else None)
 
 
 @contextlib.contextmanager

@@ -91,10 +91,6 @@ def parse(program: str, arguments: Sequence[str] | None = None) -> argparse.Name
         raise InputError(
             f"--images names {len(args.images)} folders", "give one folder per request (only --verify takes several)"
         )
-    if args.surrogate and "teacher" not in registry.get(args.method).needs:
-        raise InputError(
-            f"--surrogate is for methods with a teacher such as distill, not {args.method}", "leave it out"
-        )
     args.output = Path(os.path.realpath(args.output))
     return args
 

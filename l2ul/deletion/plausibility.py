@@ -185,14 +185,12 @@ def _explanation(request: Request, model: DeployedModel, places: Sequence[int], 
 
 def _sentence(words: Sequence[str], flags: Sequence[str], known: int, total: int) -> Wording:
     arguments = [in_python(flag) for flag in flags if isinstance(flag, Wording)]
-    return worded(
-        "but {} of {} with {}: {}",
-        *(known, total, " and ".join(words)),
-        Wording(
-            _fix(words, flags, "build this into a module of your own and give it as --build"),
-            _fix(words, arguments, "change the model, the images or the labels accordingly"),
-        ),
+    own_module = "build this into a module of your own and give it as --build"
+    fixes = (
+        _fix(words, flags, own_module),
+        _fix(words, arguments, "change the model, the images or the labels accordingly"),
     )
+    return worded("but {} of {} with {}: {}", known, total, " and ".join(words), Wording(*fixes))
 
 
 def _fix(words: Sequence[str], options: Sequence[str], otherwise: str) -> str:

@@ -1,6 +1,6 @@
 """Write the report of a deletion request: as data, as a page that opens offline, and as a list of the images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 import datetime
 import hashlib
@@ -21,6 +21,7 @@ from l2ul.common.files import tensors_sha256
 from l2ul.common.installation import command
 from l2ul.deletion import states
 from l2ul.deletion.candidates import Candidate
+from l2ul.deletion.flow import Deletion, Result
 from l2ul.deletion.report_schema import AS_STORED, AS_USED, Report
 from l2ul.deletion.request import Request
 
@@ -62,22 +63,15 @@ DIGEST = re.compile('<meta name="report-sha256" content="([0-9a-f]{64})">')  # i
 
 def describe_request(
     request: Request,
+    deletion: Deletion,
     *,
-    method: str,
     minutes: float,
-    seed: int,
-    also: Sequence[str],
-    as_used: bool,
     request_id: str | None = None,
     controller: str | None = None,
     requested_on: str | None = None,
     surrogate: tuple[Path, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Return the part of a report about the request and its settings.
-
-    as_used    whether images count as forgotten only if they are so as used
-    surrogate  folder and images of --surrogate
-    """
+    """Return the part of a report about the request and its settings; `surrogate`: folder and images of --surrogate."""
     return {
         "request_id": request_id,
         "controller": controller,
@@ -86,11 +80,11 @@ def describe_request(
         "goal": request.forget.goal,
         "labels": request.label_source,
         "left_out": [asdict(file) for file in request.folder.unreadable],
-        "method": method,
+        "method": deletion.method,
         "minutes": minutes,
-        "seed": seed,
-        "also": list(also),
-        "counted": AS_USED if as_used else AS_STORED,
+        "seed": deletion.seed,
+        "also": list(deletion.also),
+        "counted": AS_USED if deletion.settings.robust else AS_STORED,
         "surrogate": describe_surrogate(*surrogate) if surrogate else None,
         **request.folder.reader.options,
         "image_notes": request.folder.notes,
@@ -103,16 +97,13 @@ def describe_surrogate(folder: Path, images: Tensor) -> dict[str, Any]:
     return {"folder": folder.resolve().name, "images": len(images), "sha256": digest}
 
 
-def describe_candidates(
-    candidates: Iterable[Candidate], chosen: Candidate | None, recognised: Tensor
-) -> dict[str, Any]:
+def describe_result(result: Result, recognised: Tensor) -> dict[str, Any]:
     """Return the parts of a report about the search.
 
-    chosen      None if the model was left unchanged
     recognised  (k,) bool, which images the original model recognised: only these count as forgotten
     """
-    chosen_values = chosen.values if chosen else None
-    return {"trials": [_candidate_row(candidate, recognised) for candidate in candidates], "chosen": chosen_values}
+    rows = [_candidate_row(candidate, recognised) for candidate in result.candidates]
+    return {"trials": rows, "chosen": result.best.values if result.best else None, "search_end": result.early_end}
 
 
 def _candidate_row(candidate: Candidate, recognised: Tensor) -> dict[str, Any]:

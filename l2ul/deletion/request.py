@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from l2ul.common.choices import EXIF_ORIENTATIONS
-from l2ul.common.errors import InputError, Reason, first_line
+from l2ul.common.errors import InputError, Reason, Wording, first_line, option, worded
 from l2ul.common.files import file_sha256
 from l2ul.common.image_sizes import TooLarge
 from l2ul.common.text import first_three, is_number, normal_form, read_text, require_utf8_name
@@ -141,24 +141,6 @@ class Request:
         return lines
 
 
-def read_request(
-    folder: Path,
-    model: DeployedModel,
-    label_table: Path | None = None,
-    skip_bad: bool = False,
-    earlier: Sequence[Report] = (),
-    reader: ImageReader | None = None,
-    class_order: str | None = None,
-) -> Request:
-    """Read the images to forget and find the label of each.
-
-    label_table, skip_bad, reader  see `read_images`
-    earlier, class_order           see `make_request`
-    """
-    read = read_images(folder, model.to_pixels, label_table, skip_bad, reader=reader)
-    return make_request(read, model, earlier, class_order)
-
-
 def make_request(
     read: ImageFolder, model: DeployedModel, earlier: Sequence[Report] = (), class_order: str | None = None
 ) -> Request:
@@ -275,15 +257,16 @@ def _check_first_labels(
 
 
 def read_unlabelled(
-    folder: Path | None, flag: str, model: DeployedModel, request: Request, skip_bad: bool
+    folder: Path | None, name: Wording, model: DeployedModel, request: Request, skip_bad: bool
 ) -> Tensor | None:
     """Return the images (n, 3, H, W) uint8 of --keep-images or --surrogate on the model's device; None for no folder.
 
-    Their labels are not read, so subfolders may have any names. Raises InputError as `_read_others` does.
+    Their labels are not read, so subfolders may have any names. Raises InputError as `check_others` does.
     """
     if folder is None:
         return None
-    return _read_others(folder, flag, model, request, skip_bad, with_labels=False).images.to(request.images.device)
+    reader = request.folder.reader
+    return check_others(read_images(folder, model.to_pixels, None, skip_bad, name, reader, False), name, request)
 
 
 def read_reference_images(
@@ -294,11 +277,13 @@ def read_reference_images(
     surrogate  images of --surrogate, on which the model will be trained
 
     An image without a label by its subfolder or a table gets the model's prediction. Raises InputError as
-    `_read_others` does, for a label that is no class of the model, and for an image that is in `surrogate`.
+    `check_others` does, for a label that is no class of the model, and for an image that is in `surrogate`.
     """
     if folder is None:
         return None
-    read = _read_others(folder, "--reference-images", model, request, skip_bad)
+    name = option("reference_images")
+    read = read_images(folder, model.to_pixels, None, skip_bad, name, request.folder.reader)
+    images = check_others(read, name, request)
     used = set() if surrogate is None else set(map(_digest, surrogate.cpu()))
     pairs = zip(read.files, read.images, strict=True)
     common = next((image.file for image, pixels in pairs if _digest(pixels) in used), None)
@@ -307,28 +292,25 @@ def read_reference_images(
             f"{common} of --reference-images is also an image of --surrogate, on which the model will be trained",
             "remove it from one of the folders",
         )
-    images = read.images.to(request.images.device)
     predictions = accuracy.predict(model.classifier, images)
     labels = class_indices([image.label for image in read.files], request.class_names, predictions, "label")
     return Split(images, labels.to(images.device))
 
 
-def _read_others(
-    folder: Path, flag: str, model: DeployedModel, request: Request, skip_bad: bool, with_labels: bool = True
-) -> ImageFolder:
-    """Read images that are not to be forgotten; `flag` names the folder in messages.
+def check_others(read: ImageFolder, name: Wording, request: Request) -> Tensor:
+    """Return images that are not to be forgotten, on the model's device; `name` of the option that names them.
 
     Raises InputError if the size differs from that of the request's images, or an image is part of the request.
     """
-    reader = request.folder.reader
-    read = read_images(folder, model.to_pixels, None, skip_bad, flag, reader, with_labels)
     if read.images.shape[1:] != request.images.shape[1:]:
-        raise InputError(f"the images of {flag} and of --images differ in size", "give one size with --image-size")
+        problem = worded("the images of {} and {} differ in size", name, option("images"))
+        raise InputError(problem, Wording("give one size with --image-size", "resize them to the same"))
     forgotten = {image.pixels_sha256 for image in request.folder.files}
     common = next((image.file for image in read.files if image.pixels_sha256 in forgotten), None)
     if common:
-        raise InputError(f"{common} of {flag} is also an image to forget", "remove it from one of the folders")
-    return read
+        problem = Wording(f"{common} of {name} is also an image to forget", f"{common} is also an image to forget")
+        raise InputError(problem, Wording("remove it from one of the folders", "leave it out"))
+    return read.images.to(request.images.device)
 
 
 def choose_reader(

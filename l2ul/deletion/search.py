@@ -1,81 +1,21 @@
 """Search the settings of a method for those that forget all images with the least damage, in a limited time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 import itertools
 import math
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from l2ul.common import precision as precisions
-from l2ul.common.choices import AUTO, BF16, STOPPED
-from l2ul.common.errors import InputError, Wording, option, worded
+from l2ul.common.choices import STOPPED
+from l2ul.common.errors import Wording, option, worded
 from l2ul.deletion import strategies
 from l2ul.deletion.candidates import Candidate, TimeBudget, Unlearner, describe, measure_step, without_synthesis
-from l2ul.methods import registry
 from l2ul.methods.distill import cycle_length
 from l2ul.methods.robust import ITERATIONS, synthesised_images
-from l2ul.methods.settings import ATTACK as ATTACK_SETTINGS
-from l2ul.methods.settings import SHARED, Value
-from l2ul.metrics import agreement, preflight, robustness
+from l2ul.metrics import agreement, robustness
 from l2ul.metrics.agreement import Probe
 from l2ul.unlearn import Settings
-
-FREE = ("robust", "loop_precision", "distill_frozen")  # settings that the user may set without ending the search
-
-
-def check_method(method: str, goal: str | None = None) -> None:
-    """Raise InputError unless a method can carry out a request: it forgets, without D_r, and is for the goal."""
-    needs = registry.get(method, goal).needs
-    if method == "before" or "retain" in needs:
-        why = "forgets nothing" if method == "before" else "trains on the retain set, which a request does not have"
-        leave_out = worded("leave out {}", option("method"))
-        raise InputError(f"method {method} {why}", leave_out, "name one such as distill or adv_imp")
-
-
-def choose_settings(method: str, chosen: Sequence[tuple[str, str]], seed: int) -> tuple[Settings, dict[str, Value]]:
-    """Return the settings of the first candidate, and those of them that the user chose.
-
-    chosen  names and values as text; they replace the defaults
-
-    Methods with the setting robust forget images as they are used, unless it is set to 0. The settings in FREE leave
-    the search free.
-
-    Raises InputError for a method that cannot carry out a request, or a setting or value that it does not allow.
-    """
-    check_method(method)
-    fixed = registry.parse_settings(chosen, [method])
-    for name in fixed.keys() & ATTACK_SETTINGS.keys():
-        raise InputError(f"setting {name} cannot be changed here: deletion requests use a fixed attack", "leave it out")
-    if fixed.get("bn", "eval") != "eval":
-        raise InputError(
-            "setting bn is train, but deletion requests leave the statistics of batch-norm", "leave it out"
-        )
-    loop = {name: value for name, value in fixed.items() if name in SHARED}
-    own = {name: value for name, value in fixed.items() if name not in SHARED}
-    loop = {"robust": int("robust" in registry.get(method).all_settings)} | loop
-    fixed = {name: value for name, value in fixed.items() if name not in FREE}
-    return Settings(**{"bn": "eval"} | loop, seed=seed, method_settings=own), fixed
-
-
-def choose_precision(settings: Settings, is_chosen: bool, model: nn.Module, images: Tensor) -> tuple[Settings, str]:
-    """Return the settings with the precision of the loop, and the precision of the search: one of PRECISIONS.
-
-    is_chosen  whether the user chose the precision of the loop, in these settings
-    images     (k, C, H, W) uint8 or float in [0,1], D_f, on the device of the model
-
-    On a CPU the loop runs in bf16 if a step of the model is faster in it, see `preflight.fastest_precision`. Raises
-    InputError if the user chose bf16 and the device or the model cannot compute in it.
-    """
-    device = images.device
-    if is_chosen and settings.loop_precision == BF16:
-        precisions.require(device, BF16, Wording("use --setting loop_precision=full", "use loop_precision='full'"))
-        preflight.check_model(model, images, BF16)
-    has_choice = not is_chosen and precisions.resolve(AUTO, device) == AUTO  # on a CPU with bf16
-    if has_choice and preflight.fastest_precision(model, images, trains=True)[0] == BF16:
-        settings = replace(settings, loop_precision=BF16)
-    return settings, BF16 if settings.loop_precision == BF16 else precisions.resolve(None, device)
 
 
 def find_candidates(
@@ -86,17 +26,17 @@ def find_candidates(
     fixed: Mapping[str, float] | None = None,
     keep_images: Tensor | None = None,
     on_candidate: Callable[[Candidate], object] = lambda candidate: None,
-    on_early_end: Callable[[str], object] = lambda sentence: None,
-) -> list[Candidate]:
-    """Return candidates, best first. Adds the probes of agreement to `unlearner`.
+) -> tuple[list[Candidate], str | None]:
+    """Return candidates, best first, and why they are all. Adds the probes of agreement to `unlearner`.
 
     first         the settings of the first candidate
     budget        of the whole command; the search takes SEARCH_SHARE of it, or less if the checks take longer
     fixed         the settings that the user chose, part of `first`: then this is the only candidate
     keep_images   (n, 3, H, W) images that must keep their predictions: a further probe
     on_candidate  called with each candidate when it is finished
-    on_early_end  called with a sentence if the search ends before the time is up, see `search`, or if the limit of time
-                  or steps stops the run with the user's settings
+
+    The reason is a sentence if the search ends before the time is up, see `search`, or if the limit of time or steps
+    stops the run with the user's settings; else None.
     """
     if unlearner.uses_teacher:
         length = cycle_length(first, len(unlearner.train_set))
@@ -113,24 +53,10 @@ def find_candidates(
     if fixed:
         candidate = unlearner.run_candidate(first, fixed, of_search)
         on_candidate(candidate)
-        if candidate.status == STOPPED:
-            limits = Wording("--minutes or --max-steps", "minutes")
-            on_early_end(worded("{} stopped the run at step {}: use a larger limit", limits, candidate.steps))
-        return [candidate]
-    return search(unlearner, first, of_search, seconds_per_step, on_candidate, on_early_end, seconds_of_checks)
-
-
-def find_best(
-    unlearner: Unlearner, first: Settings, budget: TimeBudget, forgotten: Tensor, **options: Any
-) -> tuple[list[Candidate], Candidate | None]:
-    """Return the candidates of `find_candidates`, best first, and the best if it is better than the original model.
-
-    forgotten  (k,) bool, the images that need no unlearning; if these are all, there are no candidates
-    options    see `find_candidates`
-    """
-    candidates = [] if forgotten.all() else find_candidates(unlearner, first, budget, **options)
-    stored = unlearner.forgotten_as_stored(unlearner.model)
-    return candidates, next((one for one in candidates[:1] if one.is_better_than(stored, forgotten)), None)
+        limits = Wording("--minutes or --max-steps", "minutes")
+        end = worded("{} stopped the run at step {}: use a larger limit", limits, candidate.steps)
+        return [candidate], end if candidate.status == STOPPED else None
+    return search(unlearner, first, of_search, seconds_per_step, on_candidate, seconds_of_checks)
 
 
 SEARCH_SHARE = 0.8  # of the time: the search ends then, or earlier if the checks after it take longer
@@ -195,18 +121,17 @@ def search(
     budget: TimeBudget,
     seconds_per_step: float,
     on_candidate: Callable[[Candidate], object],
-    on_early_end: Callable[[str], object] = lambda sentence: None,
     seconds_of_checks: float = 0.0,
-) -> list[Candidate]:
-    """Run candidates while there is time; return them, best first and of equals the earlier one.
+) -> tuple[list[Candidate], str | None]:
+    """Run candidates while there is time; return them, best first and of equals the earlier one, and why they are all.
 
     first              the method's own settings
     seconds_per_step   with these settings
     seconds_of_checks  after the search, for the advice on how many minutes are enough
 
     `strategies` decides what is run: attempts until one succeeds, then variations. A variation is left out if it is not
-    expected to end in time, or if it is not promising. `on_early_end` is called with a sentence if only variations that
-    are not promising are left, or if there is too little time or too much damage to forget the images.
+    expected to end in time, or if it is not promising. The reason is a sentence if only variations that are
+    not promising are left, or if there is too little time or too much damage to forget the images; else None.
     """
 
     def run(settings: Settings, reserve: float = 0.0) -> Candidate:
@@ -227,13 +152,14 @@ def search(
             left_out.append(settings)
         else:
             candidates.append(run(settings))
+    end = None
     if first.robust and unlearner.demanded.any() and not any(candidate.rank[1] > 0 for candidate in candidates):
-        on_early_end(_not_as_used(strategy, used_before, seconds_of_checks))
+        end = _not_as_used(strategy, used_before, seconds_of_checks)
     elif not strategy.successes and (budget.left <= 0 or candidates[0].settings != first):
-        on_early_end(_not_in_time(strategy, used_before, seconds_of_checks))
+        end = _not_in_time(strategy, used_before, seconds_of_checks)
     elif left_out and not time_is_up:
-        on_early_end(_early_end(first, left_out, strategy.successes))
-    return sorted([*before, *candidates], key=lambda candidate: candidate.rank, reverse=True)  # stable
+        end = _early_end(first, left_out, strategy.successes)
+    return sorted([*before, *candidates], key=lambda candidate: candidate.rank, reverse=True), end  # stable
 
 
 def _changed(first: Settings, settings: Settings) -> dict[str, float]:

@@ -13,10 +13,10 @@ import torch
 from l2ul.common.errors import InputError
 from l2ul.data import images as image_sets
 from l2ul.deletion import options, states
+from l2ul.deletion.flow import FREE
 from l2ul.deletion.inventory import read_inventory
 from l2ul.deletion.report import THREATS
 from l2ul.deletion.report_schema import FORGOTTEN, NOT_RECOGNISED, STILL_RECOGNISED
-from l2ul.deletion.search import FREE
 import main_forget
 
 BUILT = ["--build", "conftest:tiny_net"]

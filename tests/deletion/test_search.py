@@ -12,6 +12,7 @@ import torch
 from l2ul.common.errors import InputError
 from l2ul.deletion import search, strategies
 from l2ul.deletion.candidates import PARTS, Candidate, TimeBudget, Unlearner, measure_step, without_synthesis
+from l2ul.deletion.flow import Deletion
 from l2ul.methods.stand_ins import Synthesis
 from l2ul.metrics import robustness
 from l2ul.metrics.agreement import Agreement
@@ -87,14 +88,10 @@ def run_search(
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     unlearner = FakeUnlearner(outcome, clock, method, method == "distill", method == "jit", cycles, synthesis)
     budget = TimeBudget(60 * minutes, 0.0)
-    candidates = search.search(
-        unlearner,
-        first,
-        budget,
-        measured or 1.0 + first.robust,
-        lambda candidate: None,
-        (ended if ended is not None else []).append,
-    )
+    seconds = measured or 1.0 + first.robust
+    candidates, end = search.search(unlearner, first, budget, seconds, lambda candidate: None)
+    if ended is not None and end:
+        ended.append(end)
     return unlearner.run, candidates, clock.now
 
 
@@ -189,16 +186,15 @@ def test_a_method_of_fixed_length_runs_once(monkeypatch):
 
 
 def test_chosen_settings_replace_the_defaults():
-    settings, fixed = search.choose_settings("distill", [("distill_steps", "5"), ("distill_lr", "0.1")], seed=7)
-    assert fixed == {"distill_steps": 5, "distill_lr": 0.1}
-    assert settings == Settings(bn="eval", seed=7, distill_steps=5, distill_lr=0.1, robust=1)
-    chosen = [("robust", "0"), ("loop_precision", "bf16"), ("distill_frozen", "0.4")]
-    settings, fixed = search.choose_settings("distill", chosen, seed=7)
+    of = Deletion("distill", [("distill_steps", "5"), ("distill_lr", "0.1")], seed=7)
+    assert of.fixed == {"distill_steps": 5, "distill_lr": 0.1}
+    assert of.settings == Settings(bn="eval", seed=7, distill_steps=5, distill_lr=0.1, robust=1)
+    of = Deletion("distill", [("robust", "0"), ("loop_precision", "bf16"), ("distill_frozen", "0.4")], seed=7)
     expected = Settings(bn="eval", seed=7, loop_precision="bf16", distill_frozen=0.4)
-    assert (settings, fixed) == (expected, {})  # other settings are searched
-    settings, fixed = search.choose_settings("adv_imp", [("reg_lamb", "2")], seed=0)
-    assert (settings.robust, fixed) == (0, {"reg_lamb": 2.0})
-    assert search.choose_settings("jit", [("copies", "3")], seed=0)[0].method_settings == {"copies": 3}
+    assert (of.settings, of.fixed) == (expected, {})  # other settings are searched
+    of = Deletion("adv_imp", [("reg_lamb", "2")], seed=0)
+    assert (of.settings.robust, of.fixed) == (0, {"reg_lamb": 2.0})
+    assert Deletion("jit", [("copies", "3")], seed=0).settings.method_settings == {"copies": 3}
 
 
 @pytest.mark.parametrize(
@@ -217,7 +213,7 @@ def test_chosen_settings_replace_the_defaults():
 )
 def test_settings_that_the_method_does_not_allow(method, setting, expected):
     with pytest.raises(InputError, match=expected):
-        search.choose_settings(method, [setting], seed=0)
+        Deletion(method, [setting], seed=0)
 
 
 @pytest.mark.parametrize("minutes", [60, 5])
@@ -440,11 +436,10 @@ def test_agreement_is_measured_on_synthesised_images_where_copies_are_forgotten(
 @pytest.mark.parametrize("max_steps", [None, 2])
 def test_a_limit_that_stops_a_run_with_settings_of_the_user_is_stated(max_steps, trained):
     model, images, labels = trained
-    forget, ended = Forget(images[:2] / 255, labels[:2]), []
+    forget = Forget(images[:2] / 255, labels[:2])
     unlearner = Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model, max_steps=max_steps)
-    first = Settings(distill_steps=4, distill_cycles=1, distill_mixes=4)
-    options = {"fixed": {"distill_steps": 4}, "on_early_end": ended.append}
-    (one,) = search.find_candidates(unlearner, first, TimeBudget(60, time.perf_counter()), **options)
+    first, budget = Settings(distill_steps=4, distill_cycles=1, distill_mixes=4), TimeBudget(60, time.perf_counter())
+    (one,), end = search.find_candidates(unlearner, first, budget, fixed={"distill_steps": 4})
     assert one.steps == (max_steps or 4)
-    stated = ["--minutes or --max-steps stopped the run at step 2: use a larger limit"]
-    assert ended == (stated if max_steps else [])
+    stated = "--minutes or --max-steps stopped the run at step 2: use a larger limit"
+    assert end == (stated if max_steps else None)

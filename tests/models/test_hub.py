@@ -269,7 +269,7 @@ def test_an_upload_that_cannot_be_written_is_refused_before_any_work(fake, run, 
 
     monkeypatch.setattr(hub, "write_files", write_files)
     monkeypatch.setattr(execution.Experiment, "carry_out", lambda experiment, runs: pytest.fail("work was begun"))
-    monkeypatch.setattr(search, "find_best", lambda *arguments, **options: pytest.fail("work was begun"))
+    monkeypatch.setattr(search, "find_candidates", lambda *arguments, **options: pytest.fail("work was begun"))
     code, _, err = run("--method", "neggrad", "--save-model", "--push", "digits")
     assert (code, "resnet20 cannot be written again in its form (KeyError: 'no such key')" in err) == (2, True), err
     code, _, printed = forget("--push", "digits")
