@@ -103,7 +103,7 @@ class Deletion:
         """
         device, is_chosen = request.images.device, "loop_precision" in dict(self.values)
         if is_chosen and self.settings.loop_precision == BF16:
-            precisions.require(device, BF16, Wording("use --setting loop_precision=full", "use loop_precision='full'"))
+            precisions.require(device, BF16, Wording("use --setting loop_precision=full", 'use loop_precision="full"'))
             preflight.check_model(model.classifier, request.images, BF16)
         if not is_chosen and precisions.resolve(AUTO, device) == AUTO:  # on a CPU with bf16
             fastest, _ = preflight.fastest_precision(model.classifier, request.images, trains=True)

@@ -18,7 +18,6 @@ from torch import nn
 
 import l2ul
 from l2ul import models
-from l2ul.common import precision
 from l2ul.common.errors import InputError
 from l2ul.data.image_files import ImageReader
 from l2ul.deletion import search, strategies
@@ -502,7 +501,7 @@ class ToTheCpu(nn.Module):
         raise RuntimeError("Expected all tensors to be on the same device")
 
 
-def test_advice_names_arguments(trained, monkeypatch):
+def test_advice_names_arguments(trained):
     model, images, labels = trained
     wrong = (labels[:16] + 1) % CLASSES
     order = "likely causes are another order or numbering of the classes, another input range .* \\(mean, std\\), "
@@ -517,8 +516,6 @@ def test_advice_names_arguments(trained, monkeypatch):
     several.register_forward_hook(lambda net, inputs, output: levels + 0.1 * output.tanh())
     refused("or add single_label=True if it is one$", several, images[:6])
     refused("same device.*, or move the model to the CPU$", ToTheCpu(), images[:2])
-    monkeypatch.setattr(precision, "has_bf16", lambda: False)
-    refused("; use loop_precision='full'$", model, images[:2], labels[:2], loop_precision="bf16")
 
 
 def test_the_warning_names_the_limit_that_stopped_the_run(trained, monkeypatch):
