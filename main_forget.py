@@ -90,7 +90,8 @@ def forget(args: argparse.Namespace) -> int:
         print(*map(one_line, request.summary()), sep="\n")
         copies = ", as stored or as a copy of --also" if args.also else ""
         print(f"recognised before: {int(recognised.sum())} of {states.images(len(request))}{copies}")
-        print(f"to be unlearned: {int((~unlearner.forgotten_before).sum())} of {states.images(len(request))}")
+        left = int((~unlearner.forgotten(model.classifier)).sum())
+        print(f"to be unlearned: {left} of {states.images(len(request))}")
         print(f"dry run: nothing was written; the output would be {args.output}")
         return 0
 

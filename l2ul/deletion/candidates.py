@@ -207,11 +207,6 @@ class Unlearner:
         return forgotten.view(-1, len(self.forget)).all(0).cpu()
 
     @cached_property
-    def forgotten_before(self) -> Tensor:
-        """Which images (k,) bool need no unlearning, as the original model has forgotten them."""
-        return self.forgotten(self.model)
-
-    @cached_property
     def recognised(self) -> Tensor:
         """Which images (k,) bool the original model predicts as their label, as they are or as a changed copy.
 

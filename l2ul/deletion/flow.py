@@ -32,7 +32,7 @@ class Result:
     candidates  all that were run, best first
     best        of the candidates; None if none is better than the original model
     model       of the best one, with its weights as they will be in the file; else the original model
-    early_end   why these are all candidates, see `search.find_candidates`
+    early_end   why the search ended early, see `search.find_candidates`
     """
 
     candidates: list[Candidate]
@@ -116,10 +116,14 @@ class Deletion:
     ) -> Unlearner:
         """Return what runs the method on a request; arguments as in `Unlearner`."""
         return Unlearner(
-            model.classifier,
-            request.forget,
-            robustness.with_changed_images(request.images, request.forget, self.also),
-            *(self.method, len(request.class_names), self.seed, model.as_written, self.progress),
+            model=model.classifier,
+            forget=request.forget,
+            train_set=robustness.with_changed_images(request.images, request.forget, self.also),
+            method=self.method,
+            num_classes=len(request.class_names),
+            seed=self.seed,
+            as_written=model.as_written,
+            progress=self.progress,
             as_used=as_used,
             max_steps=self.max_steps,
             precision=precision,
@@ -135,11 +139,11 @@ class Deletion:
         on_candidate: Callable[[Candidate], object] = lambda candidate: None,
     ) -> Result:
         """Search settings that forget all images with the least damage; arguments as in `search.find_candidates`."""
-        candidates, early_end = [], None
-        if not unlearner.forgotten_before.all():
+        original, candidates, early_end = unlearner.model, [], None
+        stored = unlearner.forgotten_as_stored(original)
+        forgotten = unlearner.forgotten(original, stored=stored)
+        if not forgotten.all():
             options = {"fixed": self.fixed, "keep_images": keep_images, "on_candidate": on_candidate}
             candidates, early_end = search.find_candidates(unlearner, self.settings, budget, **options)
-        before = unlearner.forgotten_as_stored(unlearner.model), unlearner.forgotten_before
-        best = next((one for one in candidates[:1] if one.is_better_than(*before)), None)
-        unlearned = unlearner.as_written(best.model if best else unlearner.model)
-        return Result(candidates, best, unlearned, early_end)
+        best = next((one for one in candidates[:1] if one.is_better_than(stored, forgotten)), None)
+        return Result(candidates, best, unlearner.as_written(best.model if best else original), early_end)

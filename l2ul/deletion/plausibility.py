@@ -128,16 +128,14 @@ def _check_dependence(request: Request, before: Tensor) -> None:
     spread, across = before.std(0).mean(), before.mean(0).std()
     if int(before.argmax(1).unique().numel()) == 1 and spread < CONSTANT * across:
         name = request.class_names[int(before[0].argmax())]
+        problem = (
+            "the model predicts {} for all {} images, and its outputs hardly depend on the image; likely causes are "
+            "another input range or normalisation than in training ({}, {}; {} for pixels from 0 to 255) or {}"
+        )
+        options = option("mean"), option("std"), option("std", (0.00392157,) * 3)
         raise InputError(
-            worded(
-                "the model predicts {} for all {} images, and its outputs hardly depend on the image; likely causes "
-                "are another input range or normalisation than in training ({}, {}; {} for pixels from 0 to 255) or {}",
-                name,
-                len(request),
-                *(option("mean"), option("std"), option("std", (0.00392157,) * 3)),
-                OTHER_SIZE,
-            ),
-            worded("{} to have alternatives tried", Wording("name the labels by folders", "pass labels")),
+            worded(problem, name, len(request), *options, OTHER_SIZE),
+            Wording("name the labels by folders to have alternatives tried", "pass labels to have alternatives tried"),
             worded("add {} to skip this check", option("min_known", 0)),
         )
 
@@ -186,11 +184,9 @@ def _explanation(request: Request, model: DeployedModel, places: Sequence[int], 
 def _sentence(words: Sequence[str], flags: Sequence[str], known: int, total: int) -> Wording:
     arguments = [in_python(flag) for flag in flags if isinstance(flag, Wording)]
     own_module = "build this into a module of your own and give it as --build"
-    fixes = (
-        _fix(words, flags, own_module),
-        _fix(words, arguments, "change the model, the images or the labels accordingly"),
-    )
-    return worded("but {} of {} with {}: {}", known, total, " and ".join(words), Wording(*fixes))
+    changes = "change the model, the images or the labels accordingly"
+    fix = Wording(_fix(words, flags, own_module), _fix(words, arguments, changes))
+    return worded("but {} of {} with {}: {}", known, total, " and ".join(words), fix)
 
 
 def _fix(words: Sequence[str], options: Sequence[str], otherwise: str) -> str:
@@ -213,15 +209,11 @@ def _causes(request: Request, sample: Sequence[int], one_class: bool) -> tuple[s
         Wording(f"{architecture} (--model)", architecture),
     ]
     causes = [order, *inputs] if is_renaming and not one_class else [*inputs, order]
-    return (
-        worded(
-            "but a classifier predicts most of its training images correctly; likely causes are {}, {}, {}, {}, none "
-            "of whose usual values makes the labels right, or wrong labels",
-            *causes,
-        ),
-        "correct them",
-        worded("add {} to go on", option("min_known", 0)),
+    explanation = (
+        "but a classifier predicts most of its training images correctly; likely causes are {}, {}, {}, {}, none of "
+        "whose usual values makes the labels right, or wrong labels"
     )
+    return worded(explanation, *causes), "correct them", worded("add {} to go on", option("min_known", 0))
 
 
 def _class_orders(

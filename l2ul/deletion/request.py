@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from l2ul.common.choices import EXIF_ORIENTATIONS
-from l2ul.common.errors import InputError, Reason, Wording, first_line, option, worded
+from l2ul.common.errors import InputError, Reason, Wording, first_line, option
 from l2ul.common.files import file_sha256
 from l2ul.common.image_sizes import TooLarge
 from l2ul.common.text import first_three, is_number, normal_form, read_text, require_utf8_name
@@ -266,7 +266,8 @@ def read_unlabelled(
     if folder is None:
         return None
     reader = request.folder.reader
-    return check_others(read_images(folder, model.to_pixels, None, skip_bad, name, reader, False), name, request)
+    read = read_images(folder, model.to_pixels, None, skip_bad, name, reader, with_labels=False)
+    return check_others(read, name, request)
 
 
 def read_reference_images(
@@ -303,8 +304,8 @@ def check_others(read: ImageFolder, name: Wording, request: Request) -> Tensor:
     Raises InputError if the size differs from that of the request's images, or an image is part of the request.
     """
     if read.images.shape[1:] != request.images.shape[1:]:
-        problem = worded("the images of {} and {} differ in size", name, option("images"))
-        raise InputError(problem, Wording("give one size with --image-size", "resize them to the same"))
+        problem = f"the images of {name} and of --images differ in size", f"{name.in_python} and images differ in size"
+        raise InputError(Wording(*problem), Wording("give one size with --image-size", "resize them to the same"))
     forgotten = {image.pixels_sha256 for image in request.folder.files}
     common = next((image.file for image in read.files if image.pixels_sha256 in forgotten), None)
     if common:

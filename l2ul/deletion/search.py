@@ -27,7 +27,7 @@ def find_candidates(
     keep_images: Tensor | None = None,
     on_candidate: Callable[[Candidate], object] = lambda candidate: None,
 ) -> tuple[list[Candidate], str | None]:
-    """Return candidates, best first, and why they are all. Adds the probes of agreement to `unlearner`.
+    """Return candidates, best first, and why the search ended early. Adds the probes of agreement to `unlearner`.
 
     first         the settings of the first candidate
     budget        of the whole command; the search takes SEARCH_SHARE of it, or less if the checks take longer
@@ -36,7 +36,7 @@ def find_candidates(
     on_candidate  called with each candidate when it is finished
 
     The reason is a sentence if the search ends before the time is up, see `search`, or if the limit of time or steps
-    stops the run with the user's settings; else None.
+    stops the run with the user's settings, and None otherwise.
     """
     if unlearner.uses_teacher:
         length = cycle_length(first, len(unlearner.train_set))
@@ -123,15 +123,15 @@ def search(
     on_candidate: Callable[[Candidate], object],
     seconds_of_checks: float = 0.0,
 ) -> tuple[list[Candidate], str | None]:
-    """Run candidates while there is time; return them, best first and of equals the earlier one, and why they are all.
+    """Run candidates while there is time; return them, best first of equals the earlier one, and why it ended early.
 
     first              the method's own settings
     seconds_per_step   with these settings
     seconds_of_checks  after the search, for the advice on how many minutes are enough
 
     `strategies` decides what is run: attempts until one succeeds, then variations. A variation is left out if it is not
-    expected to end in time, or if it is not promising. The reason is a sentence if only variations that are
-    not promising are left, or if there is too little time or too much damage to forget the images; else None.
+    expected to end in time, or if it is not promising. The reason is a sentence if only variations that are not promising
+    are left, or if there is too little time or too much damage to forget the images; otherwise None.
     """
 
     def run(settings: Settings, reserve: float = 0.0) -> Candidate:

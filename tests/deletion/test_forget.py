@@ -490,17 +490,6 @@ def refused(message, *arguments, **options):
     assert not sentence.endswith(".")
 
 
-class ToTheCpu(nn.Module):
-    """A model whose error names two devices, as that of a constant on the CPU in a model on a GPU does."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-
-    def forward(self, images):
-        raise RuntimeError("Expected all tensors to be on the same device")
-
-
 def test_advice_names_arguments(trained):
     model, images, labels = trained
     wrong = (labels[:16] + 1) % CLASSES
@@ -515,7 +504,12 @@ def test_advice_names_arguments(trained):
     levels = torch.tensor([3.0, 3, -4, -4, -4])
     several.register_forward_hook(lambda net, inputs, output: levels + 0.1 * output.tanh())
     refused("or add single_label=True if it is one$", several, images[:6])
-    refused("same device.*, or move the model to the CPU$", ToTheCpu(), images[:2])
+    several.register_forward_pre_hook(fail)
+    refused("same device.*, or move the model to the CPU$", several, images[:2])
+
+
+def fail(module, inputs):
+    raise RuntimeError("Expected all tensors to be on the same device")
 
 
 def test_the_warning_names_the_limit_that_stopped_the_run(trained, monkeypatch):
