@@ -130,8 +130,8 @@ def search(
     seconds_of_checks  after the search, for the advice on how many minutes are enough
 
     `strategies` decides what is run: attempts until one succeeds, then variations. A variation is left out if it is not
-    expected to end in time, or if it is not promising. The reason is a sentence if only variations that are not promising
-    are left, or if there is too little time or too much damage to forget the images; otherwise None.
+    expected to end in time, or if it is not promising. The reason is a sentence if only variations that are not
+    promising are left, or if there is too little time or too much damage to forget the images; otherwise None.
     """
 
     def run(settings: Settings, reserve: float = 0.0) -> Candidate:
