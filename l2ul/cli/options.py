@@ -17,7 +17,7 @@ from l2ul.cli.parser import (
     setting,
     whole_number,
 )
-from l2ul.common import choices
+from l2ul.common import choices, tracking
 from l2ul.common.choices import Number, OneOf
 from l2ul.common.errors import InputError
 from l2ul.experiments import defaults
@@ -308,7 +308,7 @@ def add_unlearning(parser: Parser) -> None:
 def add_tracker(group: Group, place: str) -> None:
     """Add --tracker. `place` says where its files are written."""
     text = f"follow the curve, settings and result of each run with these trackers, in {place} (default: none)"
-    add(group, "--tracker", text, choices=choices.TRACKERS, nargs="+", default=[])
+    add(group, "--tracker", text, choices=tuple(tracking.TRACKERS), nargs="+", default=[])
 
 
 def add_output(parser: Parser) -> None:

@@ -33,7 +33,6 @@ PREFETCH = 2  # default number of batches that a worker decodes ahead
 HUB_OPTIONS = ("image_column", "label_column", "train_split", "test_split")  # of a data set hf:
 OPTIMIZERS = ("sgd", "adam", "adamw")  # of training
 SCHEDULES = ("cosine", "onecycle")  # of the learning rate in training
-TRACKERS = ("csv", "tensorboard", "wandb", "trackio")  # of curves, see `common.tracking`
 CHANGES = ("flipped", "cropped", "jpeg")  # kinds of changed copies that a deletion request can forget as well
 CLASS_ORDERS = ("string", "numeric")  # of the class names of a deletion request
 STAND_INS = (  # kinds of images that `distill` uses in place of D_r, see `methods.stand_ins`

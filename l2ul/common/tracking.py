@@ -30,7 +30,12 @@ Values = dict[str, object]
 
 
 class Tracker(Protocol):
-    """Follows one run at a time, in a folder. Any method may raise any exception."""
+    """Follows one run at a time, in a folder. Any method may raise any exception.
+
+    package  the package that it needs, which is also the name of the extra; None: none
+    """
+
+    package: str | None
 
     def __init__(self, folder: Path): ...
 
@@ -46,6 +51,8 @@ class Tracker(Protocol):
 
 class Csv:
     """Write the curve to `<identity>.csv` row by row, then settings and record to `<identity>.json`."""
+
+    package = None
 
     def __init__(self, folder: Path):
         self.folder = folder / "csv"
@@ -74,6 +81,8 @@ class TensorBoard:
     Events are written by this thread: the SummaryWriter of torch has one of its own, which prints a traceback if the
     disk is full.
     """
+
+    package = "tensorboard"
 
     def __init__(self, folder: Path):
         from tensorboard.compat.proto.event_pb2 import Event
@@ -123,6 +132,8 @@ class TensorBoard:
 class Wandb:
     """Log to Weights & Biases: offline, to `wandb/offline-run-…-<identity>`, unless WANDB_MODE says otherwise."""
 
+    package = "wandb"
+
     def __init__(self, folder: Path):
         self.folder, self.mode = folder, os.environ.get("WANDB_MODE", "offline")
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -170,6 +181,8 @@ class Trackio:
     Trackio turns its own errors into warnings.
     """
 
+    package = "trackio"
+
     def __init__(self, folder: Path):
         os.environ.setdefault("TRACKIO_DIR", str((folder / "trackio").absolute()))  # read when it is imported
         import trackio
@@ -209,8 +222,9 @@ TRACKERS: dict[str, type[Tracker]] = {"csv": Csv, "tensorboard": TensorBoard, "w
 def require_packages(names: Iterable[str]) -> None:
     """Raise InputError if the package of a tracker is not installed."""
     for name in names:
-        if name != "csv" and not is_installed(name):
-            raise _missing(name)
+        package = TRACKERS[name].package
+        if package and not is_installed(package):
+            raise _missing(name, package)
 
 
 class Trackers:
@@ -239,8 +253,8 @@ class Trackers:
         for name in names:
             try:
                 self._trackers[name] = TRACKERS[name](Path(folder))
-            except ImportError:
-                raise _missing(name) from None
+            except ImportError as error:
+                raise _missing(name, TRACKERS[name].package or error.name) from None
 
     def __enter__(self) -> "Trackers":
         return self
@@ -278,10 +292,10 @@ class Trackers:
                 self.report(f"--tracker {name} failed ({first_line(error)}); the command goes on without it")
 
 
-def _missing(name: str) -> InputError:
+def _missing(name: str, package: str | None) -> InputError:
     return InputError(
-        f"--tracker {name} needs the package {name}",
-        f"install it (uv run --extra {name} …, or pip install {name})",
+        f"--tracker {name} needs the package {package}",
+        f"install it (uv run --extra {package} …, or pip install {package})",
         f"leave out {name}",
     )
 

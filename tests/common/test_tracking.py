@@ -163,6 +163,30 @@ def test_a_package_that_cannot_be_imported_is_missing_too(tmp_path, monkeypatch)
         Trackers(["wandb"], tmp_path)
 
 
+def test_a_tracker_of_your_own_follows_a_run(run, monkeypatch):
+    class Mine:
+        package = None
+
+        def __init__(self, folder):
+            self.events = events
+
+        def start(self, identity, name, settings):
+            self.events.append(settings["method"])
+
+        def log(self, row):
+            self.events.append(row["step"])
+
+        def finish(self, record, figures):
+            self.events.append(record["status"])
+
+    events = []
+    monkeypatch.setitem(TRACKERS, "mine", Mine)
+    code, _, err = run("--method", "neggrad", "--tracker", "mine")
+    assert code == 0, err
+    assert events == ["neggrad", *range(1, len(events) - 1), events[-1]]
+    assert events[-1] in ("forgotten", "cap")
+
+
 def test_wandb_online_needs_a_login(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "online")
