@@ -1,9 +1,9 @@
-"""How much faster a step of `distill` is in bf16, with frozen layers, and without `robust=1`.
+"""Measure how much faster a step of `distill` is in bf16, with frozen layers, and without `robust=1`.
 
     python benchmarks/distill_steps.py --data-dir DATA --model resnet20 --checkpoint resnet20.th --threads 1
 
-Each variant takes --steps steps after a first one, in turn, in one process, --repeats times. On a CPU, the seconds are
-CPU seconds of the process, which other processes change little. Ends with a line for each ratio: median and range.
+The variants take turns in one process, --repeats times, with --steps steps after a first one. On a CPU, the seconds are
+CPU seconds of the process, which other processes change little. The last lines have the median and range of each ratio.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What `speed.py` measures: each part in our way, in the released scripts' order of work, and at the net's own cost."""
+"""The parts that `speed.py` measures: of L2UL, in the released order of work, and passes of the network alone."""
 
 import argparse
 from collections.abc import Callable, Iterable
@@ -40,7 +40,7 @@ Labelled = tuple[Tensor, Tensor]
 def interleaved(
     parts: dict[str, Callable[[], object]], repeats: int, device: torch.device, warm: bool = True
 ) -> Measured:
-    """Seconds of each part, A B A B …, after each was done once."""
+    """Return the seconds of each part in each repeat. Parts take turns (A B A B …), after each was done once."""
     for part in parts.values() if warm else ():
         part()
     seconds = {name: [] for name in parts}
@@ -87,7 +87,7 @@ def load(opts: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Ima
 
 
 class Bench:
-    """The nets, the pixels and the parts that are measured."""
+    """The networks, the images and the parts that are measured."""
 
     def __init__(self, opts: argparse.Namespace, device: torch.device):
         self.opts, self.device = opts, device
@@ -96,9 +96,10 @@ class Bench:
         self.fresh = itertools.count()
 
     def forget(self, k: int) -> Labelled:
-        """k images, other ones each time, labelled so that a step does not forget them all.
+        """Return k images, others at each call, and labels with which a step does not forget them all.
 
-        As the net calls them; an untrained one calls nearly all of them one class, so by all classes in turn.
+        The labels are the predictions of a trained network. An untrained one predicts one class for nearly all images;
+        the labels are then all classes in turn.
         """
         first = next(self.fresh) * k % (len(self.images.train) - k)
         images = self.images.train.images[first : first + k]
@@ -115,7 +116,7 @@ class Bench:
         how.make(self.ours, *forget, cache=cache or Cache(), progress=lambda count: None)
 
     def attack(self) -> Measured:
-        """A pair and iteration of the attack, from --pairs and --iterations of them, on other images each repeat."""
+        """Measure the seconds of an iteration of the attack for an example, on other images in each repeat."""
         count, iterations = self.opts.pairs, self.opts.iterations
         few_pairs = min(count, self.opts.released_pairs)  # in batches of 16 or 32, whose number changes no rate
         few, more = (itertools.cycle([self.forget(k) for _ in range(self.opts.repeats + 1)]) for k in (16, 32))
@@ -147,7 +148,7 @@ class Bench:
         released.attack(self.theirs, images, self.images.num_classes, draws, **size)
 
     def _floor(self, size: int, iterations: int) -> None:
-        """Forward and input gradients alone of the folded net."""
+        """Compute forward passes and input gradients alone, of the network with folded batch-norms."""
         x = torch.rand(size, 3, self.images.side, self.images.side, device=self.device)
         x = x.contiguous(memory_format=torch.channels_last)
         targets = torch.zeros(size, dtype=torch.long, device=self.device)
@@ -157,9 +158,9 @@ class Bench:
                 torch.autograd.grad(F.cross_entropy(self.ours(x), targets), x)
 
     def step(self, method: str) -> Measured:
-        """A step of a method, with the accuracy of D_f after it, from --steps of them.
+        """Measure the seconds of a step of a method with the accuracy on D_f after it, the mean of --steps.
 
-        On a GPU ours are ten times as many, among which is the capture of their CUDA graph, as in a run.
+        On a GPU, ten times as many steps of L2UL are measured, because they include the capture of the CUDA graph.
         """
         forget, adv, omega = self._inputs(self.opts.step_k, method)
         count = self.opts.steps * (math.ceil(self.opts.step_k / BATCH) if method == "neggrad" else 1)
@@ -176,7 +177,7 @@ class Bench:
         return {way: [(part - idle[way]) / counts[way] for part in seconds] for way, seconds in found.items()}
 
     def _inputs(self, k: int, method: str) -> tuple[Labelled, Labelled | None, dict[str, Tensor] | None]:
-        """D_f, one batch that stands for D_adv, and importance, for what a method needs."""
+        """Return D_f, one batch in place of D_adv, and the importance; None for what the method does not need."""
         size, side = self.opts.adv_batch_size, self.images.side
         adv = None
         if method != "neggrad":
@@ -186,7 +187,7 @@ class Bench:
         return forget, adv, mas_importance(self.ours, forget[0][:2]) if method == "adv_imp" else None
 
     def _our_steps(self, method: str, forget: Labelled, adv: Labelled | None, omega, passes: int) -> None:
-        """As many steps as passes, D_adv being one batch; of neggrad as many as D_f has batches a pass."""
+        """Take `passes` steps, as D_adv is one batch; of neggrad, `passes` times the number of batches of D_f."""
         settings = Settings(RATE, batch_size=BATCH, adv_batch_size=self.opts.adv_batch_size, max_passes=passes)
         given = {"adv": adv, "importance": omega, "settings": settings, "cuda_graph": True}
         if unlearn(self.ours, *forget, method, **given).status != "cap":
@@ -201,7 +202,7 @@ class Bench:
             pass
 
     def evaluation(self) -> Measured:
-        """Accuracy on --eval-images images: ours from uint8 tensors, the released order through PIL and a loader."""
+        """Measure the seconds of an image of the accuracy on --eval-images images."""
         images, labels = (part[: self.opts.eval_images] for part in (self.images.test.images, self.images.test.labels))
         decoded = released.PilImages(images, labels)
         parts = {
@@ -214,7 +215,7 @@ class Bench:
         return {name: [seconds / len(images) for seconds in values] for name, values in found.items()}
 
     def again(self) -> Measured:
-        """D_adv of 16 images taken from the cache, as by a run with another learning rate, and made once more."""
+        """Measure D_adv of 16 images: read from the cache, as for another learning rate, and made again."""
         forget, iterations = self.forget(16), self.opts.iterations
         with tempfile.TemporaryDirectory() as folder:
             cache = Cache(Path(folder))
@@ -225,7 +226,7 @@ class Bench:
             return interleaved(parts, self.opts.repeats, self.device)
 
     def whole(self, steps: dict[str, int], cut: int) -> Measured:
-        """The runs of k = 16 with so many steps a method, every part of them cut to 1 / cut, once each way."""
+        """Measure all runs of k = 16 once, with these steps of each method, every part reduced to 1 / `cut`."""
         iterations, count = max(1, ITERATIONS // cut), 60_000 // cut
         test = self.images.test
         images, labels = test.images[:count].to(self.device), test.labels[:count]
@@ -249,7 +250,7 @@ class Bench:
         return interleaved({"ours": ours, "released": theirs}, 1, self.device, warm=False)
 
     def profile(self) -> str:
-        """Where the time of the attack and of a step of adv_imp goes, by operator."""
+        """Return tables of the time of the attack and of a step of adv_imp by operator."""
         inputs, forget = self._inputs(self.opts.step_k, "adv_imp"), self.forget(16)
         told = []
         for name, part in {

@@ -1,7 +1,8 @@
-"""The released scripts' order of work, acted out to be timed against: what they do when, not their code.
+"""The order of work of the authors' released scripts, to compare times with. It is not their code.
 
-Examples are made a draw at a time in batches of 16 or 32, with gradients of the weights too; every accuracy decodes its
-images through PIL and a loader; the penalty is a loop over parameters; fp32, layers and memory layout as built.
+The attack makes one example of each image at a time, in batches of 16 or 32, and computes gradients of the weights too.
+Each accuracy decodes its images with PIL in a DataLoader. The penalty is a loop over parameters. Passes are in fp32 and
+in the default memory layout, and batch-norms are not folded.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ TO_TENSOR = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 
 
 class PilImages(Dataset):
-    """uint8 pixels (N, 3, H, W), each made a PIL image and a tensor again whenever it is asked for."""
+    """uint8 images (N, 3, H, W). Each access converts an image to a PIL image and back to a tensor."""
 
     def __init__(self, images: Tensor, labels: Tensor):
         self.images = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
@@ -32,7 +33,7 @@ class PilImages(Dataset):
 
 
 def as_built(model: nn.Module) -> nn.Module:
-    """A copy as it comes from its constructor: contiguous layout, all weights with gradients."""
+    """Return a copy with the contiguous memory layout, all of whose weights require gradients."""
     return copy.deepcopy(model).to(memory_format=torch.contiguous_format).requires_grad_(True)
 
 
@@ -57,7 +58,7 @@ def attack(
     batch_size: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Targeted L2-PGD examples of all images, a draw after the other."""
+    """Return targeted L2-PGD examples of all images and their targets, `draws` of each image."""
     model.eval()
     found, aims = [], []
     for _ in range(draws):
@@ -110,7 +111,7 @@ def steps(
     lr: float,
     device: torch.device,
 ) -> Iterator[float]:
-    """Endless steps in train mode: neggrad without `adv`, Adv with it, Adv+Imp with `held`; yields accuracy of D_f."""
+    """Take steps in train mode: neggrad, with `adv` Adv, with `held` Adv+Imp. Yield the accuracy on D_f after each."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     forgets = _endless(DataLoader(images, batch_size, shuffle=True))

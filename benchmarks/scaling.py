@@ -1,10 +1,11 @@
-"""What many runs cost beside the runs: planning, finding what is done, tables, Ray's scheduling, memory.
+"""Measure the overhead of many runs: planning, finding finished runs, tables, scheduling by Ray, memory.
 
-    uv run --extra sweep benchmarks/scaling.py                    # 100, 300 and 1,000 records
+    uv run --extra sweep benchmarks/scaling.py                    # for about 100, 300 and 1,000 runs
 
-Records are made up: that of a real run with other settings, seeds and k, none of which is computed. Trials on Ray do
-nothing. Ends with a line a number of records, and what the paper's CIFAR-10 table takes by the committed records;
-docs/scaling.md says what follows from these.
+The runs are not carried out: their records are copies of a real one with other settings, seeds and k. Their number is
+the largest multiple of 40 that is not above the given number. The trials on Ray do nothing. The script prints a row for
+each number of runs, and the estimated time of the paper's table for CIFAR-10, from the committed records. It writes both
+to --output. docs/scaling.md explains the values.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(count: int) -> dict[str, float]:
-    """Seconds a part, and MiB at the end of it, for so many records."""
+    """Return the seconds of each part and the growth of the peak memory in MiB, for about `count` records."""
     row = {"records": count}
 
     def timed(name, function, *arguments):
@@ -109,7 +110,7 @@ def measure(count: int) -> dict[str, float]:
 
 
 def make_up(trials: list[Trial], workbench: Workbench) -> None:
-    """A record of each trial, as if it had been run: the numbers of a real one."""
+    """Write a record of each trial with the accuracies and times of a real run."""
     (path, *_) = sorted(REFERENCE.glob("*.json"))
     real = json.loads(path.read_text())
     for trial in trials:
@@ -122,7 +123,7 @@ def make_up(trials: list[Trial], workbench: Workbench) -> None:
 
 
 def schedule(count: int, timed) -> None:
-    """Trials that do nothing, with as many workers as there are cores, which have started before."""
+    """Measure trials that do nothing, with as many workers as cores, after the workers have started."""
     function = ray_cluster.WorkerFunction("operator:is_not", ROOT, ROOT)
     with ray_cluster.connect(function, ray_cluster.Resources()) as cluster:
         cluster.share({})
@@ -132,9 +133,10 @@ def schedule(count: int, timed) -> None:
 
 
 def paper_table() -> dict[str, object]:
-    """Hours of 4 k x 5 seeds x 5 methods on so many devices as fast as those of the records, one run on each at a time.
+    """Return the estimated hours of each run of 4 k x 5 seeds x 5 methods, and of all on 1, 8 and 64 devices.
 
-    The median of the committed runs of a method and k; of a k without one, in proportion to the nearest k.
+    The devices are as fast as those of the committed records, with one run at a time on each. The time of a run is the
+    median of the records with its method and k. Without such records, that of the nearest k is scaled in proportion.
     """
     there = (records.read(path) for path in REFERENCE.glob("*.json"))
     plain = {"goal": "misclassify", "continual_step": None, "retain_sample": None}

@@ -1,11 +1,11 @@
-"""How fast the parts are against the released scripts' order of work, and against what the net itself costs.
+"""Compare the speed of L2UL with the released scripts' order of work, and with the passes of the network alone.
 
     python benchmarks/speed.py --data-dir DATA                   # ResNet-18 with the weights in DATA, or untrained
     python benchmarks/speed.py --data-dir DATA --model resnet20 --checkpoint resnet20.th --profile
 
-All in one process, in turn, the median of --repeats with the least and the most. Weights do not change how long a net
-takes, so an untrained one will do; the pixels are the data set's. Ends with a line an item: name, ratio, part of the
-floor.
+All parts are measured in one process, in turn, --repeats times. The network may be untrained, as its weights do not
+change the times. The last lines have the name of each part, how many times as fast as the released order it is (the
+median), and for the attack the share of the floor: the time of forward passes and input gradients alone.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def measure(opts: argparse.Namespace, device: torch.device) -> tuple[Bench, dict[str, Measured], list[dict]]:
-    """Measure the parts that the options name; return the nets and pixels, seconds by part, and a row an item."""
+    """Measure the parts that the options name; return the bench, the seconds of each part, and a row for each."""
     precision.use(device, opts.precision)
     bench, steps = Bench(opts, device), steps_on_record()
     steps_of_16 = {method: steps[method, 16] for method in METHODS}
@@ -115,7 +115,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def summary(name: str, measured: Measured) -> dict[str, object]:
-    """Medians in seconds, the ratio of released to ours with its least and most, and the part of the floor."""
+    """Return medians in seconds, median, least and largest ratio of released to ours, and the share of the floor."""
     found = {"item": name} | {part: statistics.median(measured[part]) for part in ("released", "ours")}
     found |= dict(zip(("ratio", "least", "most"), ratio(measured["released"], measured["ours"]), strict=True))
     if "floor" in measured:
@@ -124,9 +124,10 @@ def summary(name: str, measured: Measured) -> dict[str, object]:
 
 
 def steps_on_record() -> dict[tuple[str, int], int]:
-    """Steps until D_f was forgotten, mean over the seeds on record (ResNet-20, CIFAR-10), by method and k.
+    """Return the steps until D_f was forgotten by method and k: means over the records of CIFAR-10 with ResNet-20.
 
-    For a k without a record as many passes as at the largest one that has: an assumption, only of the row's ratio.
+    For a k without records, the steps of the largest k with records are scaled in proportion to k. Only the ratio of
+    the table row depends on this assumption.
     """
     runs = [record for path in REFERENCE.glob("*.json") if (record := records.read(path))]
     plain = {"goal": "misclassify", "continual_step": None, "bn": "train", "status": records.FORGOTTEN}
@@ -144,7 +145,7 @@ def steps_on_record() -> dict[tuple[str, int], int]:
 def table_row(
     found: dict[str, Measured], steps: dict[tuple[str, int], int], sizes: tuple[int, ...]
 ) -> dict[str, object]:
-    """Seconds of a table row, from what its parts cost and how often each is done."""
+    """Return the seconds of a table row, computed from the times of its parts and how often each is done."""
     pairs = {"ours": max(sizes) * DRAWS, "released": sum(sizes) * DRAWS}  # nested sets are made once
     passes = {"ours": 1 + len(METHODS) * len(sizes), "released": 2 * len(METHODS) * len(sizes)}
     seconds = {}

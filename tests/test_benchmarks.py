@@ -1,4 +1,4 @@
-"""The benchmark runs to its end, and what it acts out computes what the released scripts compute."""
+"""The benchmark runs to its end, and its released order of work computes what the released scripts compute."""
 
 from dataclasses import replace
 import json
