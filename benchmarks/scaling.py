@@ -4,8 +4,8 @@
 
 The runs are not carried out: their records are copies of a real one with other settings, seeds and k. Their number is
 the largest multiple of 40 that is not above the given number. The trials on Ray do nothing. The script prints a row for
-each number of runs, and the estimated time of the paper's table for CIFAR-10, from the committed records. It writes both
-to --output. docs/scaling.md explains the values.
+each number of runs, and the estimated time of the paper's table for CIFAR-10, from the committed records. --output
+names the file for both. docs/scaling.md explains the values.
 """
 
 import argparse

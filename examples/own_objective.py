@@ -3,7 +3,7 @@
     python -m examples.own_objective
 
 The parts are functions on tensors and modules: `pgd_l2` and `adversarial_set` make adversarial examples,
-`mas_importance` measures the weights, and `unlearn` runs the loop.
+`mas_importance` computes the importance of each weight, and `unlearn` runs the loop.
 """
 
 import l2ul  # isort: skip  # noqa: F401  # first: it sets the environment before torch is imported
