@@ -164,7 +164,10 @@ def test_relabels_images_that_files_name(run, tmp_path, few_digits):
     ((identity, record),) = load_records(tmp_path).items()
     assert (record["goal"], record["k"], record["status"], record["acc_relabel"]) == ("relabel", 3, "forgotten", 100.0)
     assert record["acc_forget"] == 0
+    assert record["relabel_file"] == "labels.txt"
     assert (tmp_path / "runs" / f"{identity}.txt").read_text() == "7\n3\n11\n"
+    (tmp_path / "labels.txt").write_text("".join(f"{(label + 1) % 10}\n" for label in new))
+    assert "1 run to do, 0 done" in run(*arguments, "--unlearn-k", 3, "--method", "correct", "--dry-run")[1]
 
 
 def test_keeps_the_unlearned_model_and_repeats_the_run_if_it_is_missing(run, tmp_path, few_digits):

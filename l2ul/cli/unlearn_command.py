@@ -193,6 +193,7 @@ def make_setup(
         {
             "checkpoint": weights,
             "forget_dir": Path(os.path.abspath(opts.forget_dir)).name if opts.forget_dir else None,
+            "relabel_file": opts.relabel_file.name if opts.relabel_file else None,
             **({"decoder": opts.decoder} if opts.decoder != "cpu" else {}),
         },
         models.saved_suffix(classifier.name),

@@ -50,7 +50,7 @@ def parts(blocks: Iterable[Block], selection: Selection) -> tuple[list[str], lis
         notes += [f"Commands of more than {MOST_CHARACTERS:,} characters are left out."] * (len(needed) < len(every))
         cells += describe(block, absent)
         lines += needed
-        notes += _notes_on_weights(block, absent) if needed else []
+        notes += _notes_on_files(block, absent) if needed else []
     return cells, lines, list(dict.fromkeys(notes))
 
 
@@ -108,16 +108,22 @@ def commands(block: Block, missing: Iterable[Missing]) -> list[str]:
     return made
 
 
-def _notes_on_weights(block: Block, missing: Iterable[Missing]) -> list[str]:
-    """Return notes that identify the files of --checkpoint: a record holds a name at most, not its folder."""
+def _notes_on_files(block: Block, missing: Iterable[Missing]) -> list[str]:
+    """Return notes that identify files and folders of the commands: a record holds a name at most, not its folder."""
     notes = []
     for run in missing:
         words, digest = _flags(block, run), str(_values(block, run).get("checkpoint_sha256"))[:12]
-        if "--checkpoint" in words:
-            name = words[words.index("--checkpoint") + 1]
-            folder = "" if name == "FILE" else " Add its folder if it is not in the current one."
-            weights = f"the weights of {markdown_text(block.model)} whose SHA-256 begins with {digest}"
-            notes.append(f"{markdown_code(name)} is the file with {weights}.{folder}")
+        meanings = {
+            "--checkpoint": f"the file with the weights of {markdown_text(block.model)} whose SHA-256 begins with "
+            f"{digest}",
+            "--forget-dir": "the folder of the images of D_f",
+            "--relabel-file": "the file of the new labels, one for each image of D_f in its order",
+        }
+        for flag, meaning in meanings.items():
+            if flag in words:
+                name = words[words.index(flag) + 1]
+                folder = "" if name == "FILE" else " Add its folder if it is not in the current one."
+                notes.append(f"{markdown_code(name)} is {meaning}.{folder}")
     return notes
 
 

@@ -41,6 +41,20 @@ def test_weights_without_a_file_name_are_identified_by_their_hash(folder, tables
     assert "`FILE` is the file with the weights of resnet20 whose SHA-256 begins with 12fca82f0beb." in markdown
 
 
+@pytest.mark.parametrize(
+    ("key", "meaning"),
+    [
+        ("relabel_file", "the file of the new labels, one for each image of D_f in its order"),
+        ("forget_dir", "the folder of the images of D_f"),
+    ],
+)
+def test_files_that_decide_d_f_are_named_in_commands_and_explained(folder, tables, key, meaning):
+    folder({"goal": "relabel", "acc_relabel": 100.0, "checkpoint": "usual.pt", key: "new"})
+    markdown = tables("--seed", 0, 1)
+    assert f" --{key.replace('_', '-')} new " in markdown
+    assert f"`new` is {meaning}. Add its folder if it is not in the current one." in markdown
+
+
 def test_each_file_of_weights_is_identified_by_its_own_hash(folder, tables):
     other = {"checkpoint": "other.pt", "checkpoint_sha256": "22" * 32}
     folder({"checkpoint": "usual.pt"}, {"seed": 1, "checkpoint": "usual.pt"}, {"method": "neggrad"} | other)
