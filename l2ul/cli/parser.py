@@ -92,8 +92,16 @@ class Parser(argparse.ArgumentParser):
             shown = [action for action in self.flags if action.help is not argparse.SUPPRESS]
             known = [name for action in shown for name in action.option_strings]
             hint = did_you_mean(flag, known) if flag else ""
-            self.error(f"unknown flag {flag}{hint}" if flag else f"unexpected argument {unknown[0]!r}")
+            problem = f"unexpected argument {unknown[0]!r}{self._of_one_value(unknown[0], args)}"
+            self.error(f"unknown flag {flag}{hint}" if flag else problem)
         return options
+
+    def _of_one_value(self, word: str, args: Sequence[str] | None) -> str:
+        """Return the end of the message for a word that follows a flag and its only value; "" for other words."""
+        words = sys.argv[1:] if args is None else args
+        single = {name for action in self.flags if action.nargs is None for name in action.option_strings}
+        flags = (_dashed(words[index - 2]) for index in range(2, len(words)) if words[index] == word)
+        return next((f": {flag} takes one value" for flag in flags if flag in single), "")
 
     def exit(self, status: int = 0, message: str | None = None):
         super().exit(status, message if os.environ.get("RANK", "0") == "0" else None)  # under torchrun, print once

@@ -18,8 +18,8 @@ from l2ul.sweeps import ranges
 from l2ul.sweeps.ranges import Interval
 
 PROGRAM = "main_sweep.py"
-SINGLE = (  # flags of main_unlearn.py that do not decide results, and retrained: one value each
-    *("data_dir", "result_dir", "cache_dir", "cache_gib", "workers", "prefetch", "device", "threads"),
+SINGLE = (  # flags of main_unlearn.py that are no part of the id of a run: one value each
+    *("data_dir", "result_dir", "cache_dir", "cache_gib", "workers", "prefetch", "decoder", "device", "threads"),
     *("test_batch_size", "attack_batch_size", "cuda_graph", "retrained", "max_image_pixels"),
 )
 SPLIT = ("method", "unlearn_k", "seed")  # flags with several values, of which each trial has one

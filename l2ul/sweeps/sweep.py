@@ -133,9 +133,8 @@ class SweepRunner:
         planned: dict[str, Trial] = {}
         pending = []
         for settings in chosen:
-            label = "".join(f", {name} = {value}" for name, value in settings.items())
             made, unfinished = self.workbench.plan(
-                self.sweep.arguments(settings), self.sweep.trial_arguments(settings), label
+                self.sweep.arguments(settings), self.sweep.trial_arguments(settings), settings
             )
             new = [trial for trial in made if trial.identity not in planned]
             planned |= {trial.identity: trial for trial in new}
@@ -165,6 +164,9 @@ class SweepRunner:
         self.report(
             f"{len(planned)} trials: {len(pending)} to do, {len(planned) - len(pending)} done, {failed} failed before"
         )
+        for name, values in self.sweep.axes.items():
+            if all(trial.chosen[name] == values[0] for trial in planned):
+                self.report(f"the values of --{name.replace('_', '-')} give the same runs, which are done once")
         if opts.dry_run:
             for trial in planned:
                 state = "done" if trial.identity not in unfinished else "failed" if trial.has_failed else "to do"

@@ -1,8 +1,8 @@
 """The trials of a sweep: which there are, in which order they start, and how good settings are."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 import statistics
 
 from l2ul.experiments import records
@@ -22,6 +22,7 @@ class Trial:
     label      text that tells people which run it is
     files      where the runs are recorded, in their order
     settings   settings of the run, or of the last step
+    chosen     of the settings that differ between the trials of a sweep, the values of this one
     adv_set    equal for trials that need the same D_adv; None if the method needs none
     """
 
@@ -29,6 +30,7 @@ class Trial:
     label: str
     files: tuple[records.RunFiles, ...]
     settings: Record
+    chosen: Mapping[str, object] = field(default_factory=dict)
     adv_set: tuple[object, ...] | None = None
 
     @property
@@ -48,26 +50,27 @@ class Trial:
         return any(record and record.get("status") == records.FAILED for record in kept)
 
 
-def make_trials(runs: Iterable[Run], arguments: Arguments, settings_label: str = "") -> list[Trial]:
+def make_trials(runs: Iterable[Run], arguments: Arguments, chosen: Mapping[str, object]) -> list[Trial]:
     """Return a trial for each run, or for all steps of each continual run.
 
-    arguments       of the command line, without methods, k and seeds
-    settings_label  text about the settings that differ between the trials of a sweep
+    arguments  of the command line, without methods, k and seeds
+    chosen     see Trial
     """
     chains: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
         chains[run.method.name, run.seed, None if run.is_step else run.k].append(run)
-    return [_make_trial(chain, arguments, settings_label) for chain in chains.values()]
+    return [_make_trial(chain, arguments, chosen) for chain in chains.values()]
 
 
-def _make_trial(chain: list[Run], arguments: Arguments, settings_label: str) -> Trial:
+def _make_trial(chain: list[Run], arguments: Arguments, chosen: Mapping[str, object]) -> Trial:
     last = chain[-1]
     own = ("--method", last.method.name, "--unlearn-k", str(last.k), "--seed", str(last.seed))
-    label = f"{last.method.name:10} k = {last.k:<4} seed = {last.seed}{settings_label}"
+    label = f"{last.method.name:10} k = {last.k:<4} seed = {last.seed}"
+    label += "".join(f", {name} = {value}" for name, value in chosen.items())
     adv_set = None
     if "adv" in last.method.needs:
         adv_set = (*(last.settings.get(name) for name in ADV_SETTINGS), last.seed, last.forget.in_train)
-    return Trial((*arguments, *own), label, tuple(run.files for run in chain), last.settings, adv_set)
+    return Trial((*arguments, *own), label, tuple(run.files for run in chain), last.settings, chosen, adv_set)
 
 
 def start_order(trials: Iterable[Trial], at_once: int) -> Iterator[Trial]:

@@ -3,7 +3,7 @@
 import l2ul  # noqa: F401  # isort: skip  # first: it sets the environment before torch is imported
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,18 +69,18 @@ class Workbench:
         return self.data_sets[data_set]
 
     def plan(
-        self, arguments: Arguments, trial_arguments: Arguments, settings_label: str = ""
+        self, arguments: Arguments, trial_arguments: Arguments, chosen: Mapping[str, object]
     ) -> tuple[list[trials.Trial], set[str]]:
         """Return the trials of a command and the ids of its runs that are not finished.
 
         arguments        of the command
         trial_arguments  the same without methods, k and seeds, of which each trial has its own
-        settings_label   see `trials.make_trials`
+        chosen           see `trials.Trial`
         """
         opts = unlearn_options.parse(arguments)
         experiment, runs = self.open(opts, torch.device("cpu"))
         unfinished = {run.files.identity for part in experiment.pending(runs, opts.rerun) for run in part}
-        return trials.make_trials(runs, trial_arguments, settings_label), unfinished
+        return trials.make_trials(runs, trial_arguments, chosen), unfinished
 
     def record_failure(self, arguments: Arguments, error: str) -> None:
         """Record the runs of a command as failed, but for those that have a result."""

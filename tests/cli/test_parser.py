@@ -64,7 +64,8 @@ def test_errors_are_one_sentence_with_a_suggestion(parser, capsys):
         parser, capsys, *given, "--cuont-of", "3"
     )
     assert "unknown flag --zzz (see" in fails(parser, capsys, *given, "--zzz")
-    assert "unexpected argument 'more' (see" in fails(parser, capsys, *given, "more")
+    assert "unexpected argument 'more': --input takes one value (see" in fails(parser, capsys, *given, "more")
+    assert "unexpected argument 'more' (see" in fails(parser, capsys, "more", *given)
     error = fails(parser, capsys, *given, "--goal", "missclassify")
     assert "'missclassify' is not allowed; expected one of misclassify, relabel; did you mean misclassify?" in error
     assert "--input" in fails(parser, capsys)

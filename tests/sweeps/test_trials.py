@@ -72,6 +72,15 @@ def test_the_trials_are_the_runs_of_main_unlearn_for_each_combination_without_du
     assert "pgd_eps = 2.5, unlearn_lr = 0.003" in out
 
 
+def test_values_without_an_effect_are_named(swept):
+    words = ["--method", "neggrad", "--seed", 0, "--unlearn-lr", 0.01, 0.02, "--pgd-eps", 1, 2, "--age-grouping", "TNN"]
+    code, out, _ = swept(*words, "MFD", "--dry-run")
+    assert code == 0
+    assert out.startswith("2 trials: ")
+    unused = re.findall("the values of (.*) give the same runs, which are done once", out)
+    assert sorted(unused) == ["--age-grouping", "--pgd-eps"]
+
+
 def test_a_dry_run_counts_finished_trials_and_estimates_the_time_of_the_others(swept, run):
     run("--method", "neggrad", "--seed", 0)
     code, out, _ = swept("--method", "neggrad", "--seed", 0, 1, 2, "--dry-run")
@@ -275,7 +284,8 @@ def test_the_job_script_runs_the_script_of_the_user(tmp_path):
         (["--source-free", "--pgd-eps", 1, 2], "add --search N"),
         (["--pgd-eps", "5:1:3"], "goes from 5 to 1"),
         (["--method", "nothing", "--pgd-eps", 1, 2], "nothing"),
-        (["--device", "cpu", "cuda"], "unexpected argument 'cuda'"),
+        (["--device", "cpu", "cuda"], "unexpected argument 'cuda': --device takes one value"),
+        (["--decoder", "cpu", "gpu"], "unexpected argument 'gpu': --decoder takes one value"),
         (["--dataset", "nowhere", "--dry-run"], "nowhere"),
         (["--search", 3, "--model", "resnet20", "resnet18", "--method", "adv", "--dry-run"], "no weights of resnet18"),
     ],
