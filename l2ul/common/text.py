@@ -48,6 +48,15 @@ def normal_form(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def in_file_name(name: str) -> str:
+    """Return the name of a data set or model as a part of a file name: `hf:a/b:c` becomes `hf_a--b=c`.
+
+    Different names stay different, because those of hubs contain neither -- nor =.
+    """
+    kind, colon, place = name.partition(":")
+    return f"{kind}_{place.replace('/', '--').replace(':', '=')}" if colon else name
+
+
 def is_number(text: str) -> bool:
     """Return whether a text is a whole number of at most 18 digits. Python refuses to read numbers of thousands."""
     return text.isdecimal() and len(text) <= 18

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from l2ul.common.errors import InputError
 from l2ul.common.files import atomic
 from l2ul.common.installation import CLONE, SCRIPTS
+from l2ul.common.text import in_file_name
 from l2ul.models import weight_files
 
 USUAL = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "params", "weights")
@@ -68,8 +69,7 @@ def candidates(dataset: str, model: str, data_dir: Path) -> list[Path]:
     Pretraining saves to the first. The second comes with L2UL, which has the weights for the digits. The others are in
     the layout of the released scripts.
     """
-    words = [word.replace(":", "_").replace("/", "_") if ":" in word else word for word in (dataset, model)]
-    file = Path("weights") / f"{'_'.join(words)}.safetensors"
+    file = Path("weights") / f"{in_file_name(dataset)}_{in_file_name(model)}.safetensors"
     released = Path(f"{dataset}_pretrained_models") / f"{model.removesuffix('_cifar100')}.pt"
     places = [Path(data_dir) / file, SCRIPTS / "data" / file, Path(data_dir) / released]
     return places + ([CLONE / released] if CLONE else [])

@@ -28,7 +28,7 @@ from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
 from l2ul.common.offline import offline
 from l2ul.common.progress import progress_bar
-from l2ul.common.text import read_text
+from l2ul.common.text import in_file_name, read_text
 from l2ul.data import datasets, forget_set, storage, surrogate
 from l2ul.data.image_files import ImageReader
 from l2ul.data.images import Images, as_pixels
@@ -151,11 +151,11 @@ def stem(block: rows.Block, number: int) -> str:
 
 
 def subject_name(block: rows.Block) -> str:
-    """Return the prefix of the names of the files of a block's figures."""
+    """Return the prefix of the names of the files of a block's figures, which is another one for each block."""
     parts = [block.dataset, block.age_grouping, block.model, "relabel" if block.goal == "relabel" else None]
-    name = "_".join(re.sub(r'[<>:"/\\|?*]', "_", part) for part in parts if part)
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return name if len(name.encode()) <= LONGEST else f"{name.encode()[:LONGEST].decode(errors='ignore')}_{digest}"
+    whole = "_".join(in_file_name(part) for part in parts if part)
+    name = re.sub(r'[<>:"/\\|?*]', "_", whole).encode()[:LONGEST].decode(errors="ignore")
+    return name if name == whole else f"{name}_{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)

@@ -305,7 +305,7 @@ def test_names_of_the_hub(monkeypatch, tmp_path):
         assert [load(f"hf:{name}").name for name in ("one/set", "set:small")] == ["hf:one/set", "hf:set:small"]
     assert asked == [("one/set", None), ("set", "small")]
     file = checkpoint.candidates("hf:one/set:small", "resnet20", tmp_path)[0]
-    assert file == tmp_path / "weights" / "hf_one_set_small_resnet20.safetensors"
+    assert file == tmp_path / "weights" / "hf_one--set=small_resnet20.safetensors"
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     for name in ("one/set", "x" * 300):
         with pytest.raises(

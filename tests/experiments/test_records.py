@@ -13,6 +13,7 @@ import torch
 from l2ul.common import files
 from l2ul.common.errors import InputError
 from l2ul.experiments import records
+from l2ul.models import checkpoint
 from l2ul.reporting import figure_data, figure_set, figures, read_records, rows
 
 RECORD = dict.fromkeys(records.KEYS) | {
@@ -235,4 +236,14 @@ def test_figures_have_file_names_and_titles_for_any_name(tmp_path):
         figure.subplots().set(title=f"{name} $x$", xticks=[0, 1], xticklabels=[name, name])
         paths = figures.save(figure, pd.DataFrame(), tmp_path / figure_set.stem(block, 1))
         assert [path.is_file() for path in paths] == [True] * 3
-    assert figure_set.stem(rows.Block("", None, "hf:a/b", "TNN", "timm:c", False), 1).startswith("hf_a_b_TNN_timm_c_1_")
+    name = figure_set.stem(rows.Block("", None, "hf:a/b", "TNN", "timm:c", False), 1)
+    assert name.startswith("hf_a--b_TNN_timm_c_1_")
+
+
+def test_different_names_give_different_files_of_figures_and_weights(tmp_path):
+    names = ["hf:a/b", "hf:a_b", "hf:a:b", "a_b"]
+    assert len({figure_set.stem(rows.Block("", None, name, None, "lenet", False), 1) for name in names}) == 4
+    assert len({figure_set.stem(rows.Block("", None, "mnist", None, name, False), 1) for name in names}) == 4
+    odd = ["a<b", "a>b", "a_b", "é" * 200, "é" * 201]
+    assert len({figure_set.stem(rows.Block("", None, name, None, "lenet", False), 1) for name in odd}) == 5
+    assert len({checkpoint.candidates(name, "lenet", tmp_path)[0] for name in names}) == 4
