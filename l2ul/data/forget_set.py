@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import contextlib
 from dataclasses import dataclass
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from l2ul.common import seeds
 from l2ul.common.errors import InputError, first_line
-from l2ul.common.files import file_sha256
 from l2ul.common.text import normal_form, read_text
+from l2ul.data import image_files
 from l2ul.data.folder import FolderImages
-from l2ul.data.image_files import OTHER_SUFFIXES, EmbeddedFile, ImageReader
+from l2ul.data.image_files import OTHER_SUFFIXES, EmbeddedFile, ImageFile, ImageReader, UnreadableImage
 from l2ul.data.images import Images, Split
 
 
@@ -272,10 +271,10 @@ def reject_own(folder_images: FolderImages, images: Images, advice: str) -> None
     Images are compared by their pixels, or by their files if those of the data set are files on disk.
     """
     given = _files_by_hash(folder_images.files)
-    sizes = set(map(os.path.getsize, given.values()))
+    sizes = set(map(image_files.size, given.values()))
     for what, split in (("training", images.train), ("test", images.test)):
         if isinstance(split.images, FolderImages):
-            own = _files_by_hash(files_of(split), sizes)
+            own = _files_by_hash(split.images.files, sizes)
             same = [file for digest, file in given.items() if digest in own]
         else:
             own = {image.tobytes() for image in split.images.cpu().numpy()}
@@ -284,13 +283,13 @@ def reject_own(folder_images: FolderImages, images: Images, advice: str) -> None
             raise InputError(f"{same[0]} is a {what} image of the data set", advice)
 
 
-def _files_by_hash(files: Sequence[str], sizes: set[int] | None = None) -> dict[str, str]:
+def _files_by_hash(files: Sequence[ImageFile], sizes: set[int] | None = None) -> dict[str, ImageFile]:
     """Return files, of some sizes in bytes if these are given, by the SHA-256 of their content."""
-    found: dict[str, str] = {}
+    found: dict[str, ImageFile] = {}
     for file in files:
-        with contextlib.suppress(OSError):  # which the reader of images reports
-            if sizes is None or os.path.getsize(file) in sizes:
-                found.setdefault(file_sha256(file), file)
+        with contextlib.suppress(UnreadableImage):  # which the reader of images reports
+            if sizes is None or image_files.size(file) in sizes:
+                found.setdefault(hashlib.sha256(image_files.read_bytes(file)).hexdigest(), file)
     return found
 
 

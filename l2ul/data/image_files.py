@@ -73,6 +73,10 @@ class EmbeddedFile(ABC):
         """Return the content. Raise UnreadableImage if there is none."""
 
     @abstractmethod
+    def size(self) -> int:
+        """Return the number of bytes of the content, without reading it. Raise UnreadableImage if there is none."""
+
+    @abstractmethod
     def version(self) -> str:
         """Return a text that changes when the content may have changed."""
 
@@ -84,6 +88,14 @@ def read_bytes(file: ImageFile) -> bytes:
     """Return the content of an image file. Raise UnreadableImage if it cannot be read."""
     try:
         return (file if isinstance(file, EmbeddedFile) else Path(file)).read_bytes()
+    except OSError as error:
+        raise UnreadableImage(error.strerror or first_line(error)) from None
+
+
+def size(file: ImageFile) -> int:
+    """Return the number of bytes of an image file, without reading it. Raise UnreadableImage if it cannot be read."""
+    try:
+        return file.size() if isinstance(file, EmbeddedFile) else os.path.getsize(file)
     except OSError as error:
         raise UnreadableImage(error.strerror or first_line(error)) from None
 

@@ -15,9 +15,9 @@ from torchvision.datasets import CIFAR10
 from l2ul.cli import pretrain_command
 from l2ul.common.errors import InputError
 from l2ul.data import datasets as data_sets
-from l2ul.data import folder, huggingface, storage
+from l2ul.data import folder, huggingface, storage, surrogate
 from l2ul.data.folder import FolderImages
-from l2ul.data.forget_set import files_of
+from l2ul.data.forget_set import files_of, read_folder
 from l2ul.data.images import batches
 from l2ul.models import checkpoint
 from l2ul.reporting import figure_set
@@ -89,6 +89,30 @@ def test_the_same_images_as_cifar10_give_the_same_records(script, tmp_path, monk
     chosen = ["--forget-file", tmp_path / "forget.txt", "--unlearn-k", 2, "--result-dir", tmp_path / "chosen"]
     assert script(main_unlearn.main, "--dataset", "hf:copy", *run, *chosen, "--method", "before")[0] == 0
     assert [path.read_text().split() for path in (tmp_path / "chosen" / "runs").glob("*.txt")] == [["4", "0"]]
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_a_folder_holds_no_images_of_a_data_set_on_disk(tmp_path, is_saved):
+    name = f"hf:{tmp_path / 'set'}"
+    for number, place in enumerate(("train/ant/0", "train/bee/1", "test/ant/2", "test/bee/3")):
+        file = tmp_path / "set" / f"{place}.png"
+        file.parent.mkdir(parents=True)
+        Image.fromarray(pixels(1, (9, 8 + number), seed=number)[0]).save(file)  # of several sizes: they stay on disk
+    if is_saved:  # in a table, not by the paths of their files
+        datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "set")).save_to_disk(tmp_path / "saved")
+        name = f"hf:{tmp_path / 'saved'}"
+    images = load(name)
+    assert (images.train.images.files[0].column.values[0].as_py()["bytes"] is not None) == is_saved
+    copy = tmp_path / "forget" / "ant" / "0.png"
+    copy.parent.mkdir(parents=True)
+    for what, file in (("training", "train/bee/1.png"), ("test", "test/bee/3.png")):
+        copy.write_bytes((tmp_path / "set" / file).read_bytes())
+        with pytest.raises(InputError, match=f"0.png is a {what} image of the data set; choose training images with"):
+            read_folder(tmp_path / "forget", images)
+        with pytest.raises(InputError, match=f"0.png is a {what} image of the data set; a surrogate set must not"):
+            surrogate.read(str(tmp_path / "forget"), images, load)
+    Image.fromarray(pixels(1, seed=9)[0]).save(copy)
+    assert len(read_folder(tmp_path / "forget", images)) == 1
 
 
 def test_square_images_of_one_size_stay_as_they_are(tmp_path, monkeypatch):
