@@ -76,7 +76,7 @@ def unlearn(
     settings: Settings | None = None,
     workers: int = 0,
     predict: Callable[[nn.Module], Tensor] | None = None,
-    on_start: Callable[[int | None, Curve], object] | None = None,
+    on_start: Callable[[int | None, int | None, Curve], object] | None = None,
     on_step: Callable[[dict[str, float]], object] | None = None,
     go_on: Callable[[], bool] | None = None,
     checkpoint: Checkpoint | None = None,
@@ -102,8 +102,9 @@ def unlearn(
     workers     processes that decode images of D_r that stay on disk
     predict     returns a model's predictions of D_f (k,); the loop ends as "forgotten" only if D_f is forgotten in them
                 too. By default `metrics.accuracy.predict`, whose rounding is that of all measurements
-    on_start    called before the first step with the largest number of steps, None if the method has a fixed length,
-                and with the rows of an interrupted call that this one continues
+    on_start    called before the first step with the largest number of steps, None if the method has a fixed length;
+                with the number of steps of which the loop stops after a multiple, None if it does not; and with the
+                rows of an interrupted call that this one continues
     on_step     called with each new row of the curve, which has `step` and `forgotten` (percent of D_f) for a progress
                 line
     go_on       called after each row; the loop stops if it returns False
@@ -179,7 +180,7 @@ def unlearn(
         else:
             checkpoint = None
         if on_start:
-            on_start(procedure.max_steps, list(loop.outcome.curve))
+            on_start(procedure.max_steps, procedure.stop_every, list(loop.outcome.curve))
         try:
             return loop.run(on_step or (lambda row: None), go_on or (lambda: True), checkpoint)
         finally:

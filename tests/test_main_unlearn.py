@@ -1,5 +1,6 @@
 """main_unlearn.py as users call it: runs, records, and which runs are not repeated."""
 
+import contextlib
 import json
 import re
 
@@ -14,7 +15,7 @@ from l2ul import attack, models
 from l2ul.cli import unlearn_options
 from l2ul.common.errors import Diverged
 from l2ul.data import forget_set
-from l2ul.experiments import measurement, records
+from l2ul.experiments import execution, measurement, records
 from l2ul.methods import registry
 from l2ul.methods.settings import SHARED, has_effect
 import main_unlearn
@@ -137,6 +138,21 @@ def test_another_learning_rate_repeats_neither_attack_nor_measurement_of_the_ori
     assert fast["acc_test_before"] == slow["acc_test_before"]
     with pytest.raises(TypeError):
         run(*methods_named, "--unlearn-lr", 0.03, "--no-cache")
+
+
+def test_the_progress_of_distill_names_the_step_at_which_it_may_end(run, monkeypatch):
+    shown = []
+
+    @contextlib.contextmanager
+    def progress_bar(description, total=None):
+        yield lambda count=1, note="", limit=None: shown.append((description, note.split(",")[0], limit))
+
+    monkeypatch.setattr(execution, "progress_bar", progress_bar)
+    few = ["--distill-steps", 3, "--distill-cycles", 2, "--distill-lr", 1e-6, "--distill-mixes", 8, "--robust", 0]
+    assert run("--method", "distill", "neggrad", "--max-passes", 2, *few)[0] == 0
+    ends = [note for name, note, limit in shown if (name, limit) == ("distill k 2", 6)]
+    assert ends == ["may end at step 3"] * 3 + ["may end at step 6"] * 3
+    assert not any("may end" in note for name, note, _ in shown if name == "neggrad k 2")
 
 
 def test_a_dry_run_lists_the_runs_and_does_none(run, tmp_path):

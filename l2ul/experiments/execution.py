@@ -264,12 +264,12 @@ class Experiment:
 
     def _loop(self, run: Run, model: nn.Module, inputs: dict[str, object]) -> unlearn.Outcome:
         new = run.forget.new_labels
-        done, limit = 0, None
+        done, limit, cycle = 0, None, None
         with progress_bar(f"{run.method.name} k {run.k}") as advance:
 
-            def start(max_steps: int | None, earlier: unlearn.Curve) -> None:
-                nonlocal done, limit
-                limit = max_steps
+            def start(max_steps: int | None, stop_every: int | None, earlier: unlearn.Curve) -> None:
+                nonlocal done, limit, cycle
+                limit, cycle = max_steps, stop_every
                 for row in earlier:
                     self.trackers.log(row)
                 if earlier:
@@ -279,7 +279,8 @@ class Experiment:
             def show(row: dict[str, float]) -> None:
                 nonlocal done
                 self.trackers.log(row)
-                advance(row["step"] - done, f"{row['forgotten']:.0f} % of D_f forgotten", limit)
+                end = f"may end at step {-(-row['step'] // cycle) * cycle:,}, " if cycle and cycle > 1 else ""
+                advance(row["step"] - done, f"{end}{row['forgotten']:.0f} % of D_f forgotten", limit)
                 done = row["step"]
 
             return unlearn.unlearn(

@@ -86,7 +86,7 @@ def continued(arguments, path, steps, error=KeyboardInterrupt):
             unlearn(**arguments, checkpoint=Checkpoint(path), on_step=interrupted_at({step}, error))
         assert path.exists()
     rows = []
-    calls = {"on_start": lambda max_steps, earlier: rows.extend(earlier), "on_step": rows.append}
+    calls = {"on_start": lambda max_steps, stop_every, earlier: rows.extend(earlier), "on_step": rows.append}
     outcome = unlearn(**arguments, checkpoint=Checkpoint(path), **calls)
     assert rows == outcome.curve
     return outcome
