@@ -44,7 +44,7 @@ def forget(args: argparse.Namespace) -> int:
     from l2ul.common import precision
     from l2ul.common.progress import progress_bar
     from l2ul.deletion import checks, inventory, output, report, signature, states
-    from l2ul.deletion.candidates import TimeBudget
+    from l2ul.deletion.candidates import TimeBudget, damage_note
     from l2ul.deletion.report_schema import PAGE, REPORT
     from l2ul.deletion.request import read_reference_images, read_unlabelled
     from l2ul.deletion.verify import check_no_chain, earlier_rows
@@ -152,6 +152,8 @@ def forget(args: argparse.Namespace) -> int:
     )
     headline = states.headline(contents["images"], request.forget.goal, args.also, contents["asked"]["counted"])
     log(f"{headline}: {folder / PAGE}")
+    if best and (damage := damage_note(best.agreement)):
+        log(damage)
     successful = states.count(contents["images"]).successful
     if repository:
         upload(args, folder / REPORT, repository, None if successful else "an image is not forgotten")

@@ -17,7 +17,7 @@ import torch
 from l2ul.common import progress
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
-from l2ul.deletion import checks, deployed_model, output, states
+from l2ul.deletion import candidates, checks, deployed_model, output, states
 from l2ul.deletion.candidates import Candidate
 from l2ul.metrics import preflight
 from l2ul.unlearn import Settings
@@ -430,6 +430,14 @@ def test_a_killed_command_leaves_no_output_and_can_be_repeated(forget, tiny, tmp
     assert file_sha256(tmp_path / "tiny.pth") == before
     code, _, printed = forget()
     assert (code, (tmp_path / "out" / "report.json").exists()) == (0, True), printed
+
+
+def test_a_damaged_model_is_named(forget, monkeypatch):
+    monkeypatch.setattr(candidates, "ACCEPTABLE", -1)
+    assert "too much damage" not in forget()[2]
+    monkeypatch.setattr(candidates, "ACCEPTABLE", 101)
+    printed = forget(output="again")[2]
+    assert re.search(r"  an agreement of [\d.]+ % is below 101 %", printed)
 
 
 def test_progress_lines_appear_in_a_log_file(forget, monkeypatch):

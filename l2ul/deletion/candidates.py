@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from l2ul import ProgressBar, attack, unlearn
 from l2ul.common import precision as precisions
-from l2ul.common.errors import Diverged
+from l2ul.common.errors import Diverged, Wording, option, worded
 from l2ul.data.images import stored
 from l2ul.importance import mas_importance
 from l2ul.methods import registry
@@ -137,6 +137,14 @@ class Candidate:
         stored, used = self.forgotten if self.stored is None else self.stored, self.number_forgotten
         counts = used >= WORTHWHILE * len(self._of_demanded(stored)) and not self.is_damaged
         return int(stored.sum()), min(self._enough, used) if counts else 0
+
+
+def damage_note(agreement: float) -> Wording | None:
+    """Return a sentence if agreement with the original model, in percent, is below ACCEPTABLE."""
+    if agreement >= ACCEPTABLE:
+        return None
+    damage = f"an agreement of {agreement:.1f} % is below {ACCEPTABLE:g} %, which is too much damage"
+    return worded("{}: use more {}, {} or another {}", damage, *map(option, ("minutes", "keep_images", "method")))
 
 
 @dataclass

@@ -24,7 +24,7 @@ from l2ul.common.image_sizes import TooLarge
 from l2ul.common.progress import progress_bar
 from l2ul.data.image_files import ImageReader, UnreadableImage, unreadable
 from l2ul.deletion import checks, states
-from l2ul.deletion.candidates import Candidate, TimeBudget, Unlearner
+from l2ul.deletion.candidates import Candidate, TimeBudget, Unlearner, damage_note
 from l2ul.deletion.deployed_model import BUILT, DeployedModel, check_module, unwrapped
 from l2ul.deletion.flow import Deletion
 from l2ul.deletion.report_schema import AS_STORED, AS_USED, REMOVED
@@ -50,12 +50,20 @@ NORMALISED = {
 }
 
 
-class NotForgotten(UserWarning):
-    """The warning that an image is not forgotten. `result` is what `forget` returns, also if the warning is raised."""
+class ForgetWarning(UserWarning):
+    """A warning about a result. `result` is what `forget` returns, also if the warning is raised."""
 
     def __init__(self, result: "Forgotten") -> None:
         super().__init__("; ".join(filter(None, (result.summary, result.note))))
         self.result = result
+
+
+class NotForgotten(ForgetWarning):
+    """The warning that an image is not forgotten."""
+
+
+class Damaged(ForgetWarning):
+    """The warning that all images are forgotten, but agreement with the original model is below 50 %."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,8 @@ class Forgotten:
     outcome              "removed from predictions", "partly removed from predictions", "not removed from predictions"
                          or "nothing to remove"
     summary              outcome, numbers of images and agreement in one sentence
-    note                 why the search ended before all images were forgotten, and what to do; "" for another end
+    note                 for a result with a warning, why the search ended before the time limit or what damage it did,
+                         and what to do; else ""
     labels               (k,) int64: the labels that were passed, or the original model's predictions
     recognised           (k,) bool: the original model predicts the label. Only these images can count as forgotten
     forgotten            (k,) bool: forgotten as the settings demand, by default as used
@@ -145,7 +154,8 @@ def forget(
     settings      of the method, such as distill_lr=1e-3, in place of a search. robust=0: images count as forgotten as
                   they are stored, which costs less accuracy; by default they must be forgotten as used
 
-    Warns with NotForgotten if an image is not forgotten; where warnings are errors, the exception has the result.
+    Warns with NotForgotten if an image is not forgotten, and with Damaged if all are but agreement is below 50 %. Where
+    warnings are errors, the exception has the result.
     Raises InputError for anything that cannot be unlearned as it is.
 
     Example: `result = l2ul.forget(model, images, labels)`; then `print(result)` and use `result.model`.
@@ -179,6 +189,9 @@ def forget(
     if not result.successful:
         result = replace(result, note=in_python(found.early_end or ""))
         warnings.warn(NotForgotten(result), stacklevel=2)
+    elif damage := damage_note(result.agreement):
+        result = replace(result, note="; ".join(map(in_python, filter(None, [damage, found.early_end]))))
+        warnings.warn(Damaged(result), stacklevel=2)
     return result
 
 

@@ -20,9 +20,9 @@ import l2ul
 from l2ul import models
 from l2ul.common.errors import InputError
 from l2ul.data.image_files import ImageReader
-from l2ul.deletion import search, strategies
+from l2ul.deletion import candidates, search, strategies
 from l2ul.deletion.candidates import TimeBudget
-from l2ul.deletion.forget import Forgotten, NotForgotten
+from l2ul.deletion.forget import Damaged, Forgotten, NotForgotten
 from l2ul.metrics import robustness
 from l2ul.models.classifier import Normalize
 from l2ul.objective import Forget
@@ -166,6 +166,16 @@ def test_the_warning_says_why_images_are_not_forgotten_and_what_to_do(trained, m
     assert re.search(r"use minutes=\d+ or more, surrogate with other images, or robust=0 to", result.note)
     assert str(caught[0].message) == f"{result.summary}; {result.note}"
     assert "--" not in result.note
+
+
+def test_a_damaged_model_that_forgets_all_images_comes_with_a_warning(trained, monkeypatch):
+    model, images, labels = trained
+    monkeypatch.setattr(candidates, "ACCEPTABLE", 101)
+    with pytest.warns(Damaged, match="6 of 6 images are forgotten") as caught:
+        result = l2ul.forget(model, images[:6], labels[:6], **STORED)
+    damage = f"an agreement of {result.agreement:.1f} % is below 101 %, which is too much damage"
+    assert result.note == f"{damage}: use more minutes, keep_images or another method"
+    assert str(caught[0].message) == f"{result.summary}; {result.note}"
 
 
 def test_inside_of_inference_mode(trained):
