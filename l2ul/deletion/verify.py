@@ -430,6 +430,7 @@ class Requirement:
     request     number of the request, from 1
     superseded  a later request requires a class that contradicts this
     recognised  whether the model predicted the label before this request or an earlier one
+    fulfilled   whether the model of this request met the requirement, as its report states
     """
 
     request: int
@@ -440,6 +441,7 @@ class Requirement:
     new_label: int | None
     superseded: bool = False
     recognised: bool = True
+    fulfilled: bool = True
 
     def is_met(self, predictions: Tensor) -> Tensor:
         """Return which predicted classes (n,) int64 meet the requirement, (n,) bool."""
@@ -460,6 +462,8 @@ def requirements(reports: Sequence[Report]) -> list[Requirement]:
         for row in report["images"]:
             recognised = states.was_recognised(row) or row.get("forgotten_earlier", False)
             one = Requirement(number, *(row[key] for key in keys), recognised=recognised)
+            if "called_after" in row:
+                one = replace(one, fulfilled=bool(one.is_met(torch.tensor(row["called_after"]))))
             classes = allowed.get(one.pixels_sha256, torch.arange(len(report["model"]["classes"])))
             left = classes[one.is_met(classes)]
             required.append(replace(one, superseded=not len(left)))
@@ -485,22 +489,24 @@ def check_images(required: Iterable[Requirement], predictions: Iterable[tuple[Im
 
 def _check_request(number: int, required: list[Requirement], predicted: Mapping[str, int]) -> Check:
     current = [one for one in required if not one.superseded]
-    missing, failed = [], []
+    missing, failed, unfulfilled = [], [], []
     for one in current:
         prediction = predicted.get(one.pixels_sha256, predicted.get(one.sha256))
         if prediction is None:
             missing.append(one.file)
         elif not one.is_met(torch.tensor(prediction)):
-            failed.append(one.file)
+            (failed if one.fulfilled else unfulfilled).append(one.file)
     unrecognised = [one.file for one in current if not one.recognised]
-    done = [one.file for one in current if one.recognised and one.file not in {*failed, *missing}]
+    done = [one.file for one in current if one.recognised and one.file not in {*failed, *unfulfilled, *missing}]
     finding = f"{len(done)} of {len(current) - len(unrecognised)} images forgotten as stored"
     finding += f"; {len(unrecognised)} not recognised before: {first_three(unrecognised)}" if unrecognised else ""
-    finding += f"; not forgotten: {first_three(failed)}" if failed else ""
+    stated = f"the request was not fulfilled for {first_three(unfulfilled)}, as its report states"
+    finding += f"; {stated}" if unfulfilled else ""
+    finding += f"; forgotten in the report, but not now: {first_three(failed)}" if failed else ""
     finding += f"; not in the given folders: {first_three(missing)}" if missing else ""
     superseded = len(required) - len(current)
     finding += f"; {superseded} superseded by a later request" if superseded else ""
-    passed = not failed and not missing
+    passed = not (failed or unfulfilled or missing)
     # Nothing can be confirmed if no image was recognised before, or if later requests contradict all of this one.
     unclaimed = passed and len(unrecognised) == len(current)
     return Check(f"images of request {number}", None if unclaimed else passed, finding)

@@ -58,7 +58,18 @@ def test_changed_files_and_remembered_images_fail(requested, script, tmp_path):
     torch.save(torch.load(tmp_path / "tiny.pth", weights_only=True), tmp_path / "out" / "model.pth")
     code, out, _ = script(main_forget.main, "--verify", path, "--images", tmp_path / "in", *BUILT)
     assert code == 3
-    assert "FAILED images of request 1: 0 of 6 images forgotten as stored; not forgotten: 0.png, 1.png, 2.png, …" in out
+    assert "FAILED images of request 1: 0 of 6 images forgotten as stored; forgotten in the report, but not" in out
+
+
+def test_an_unfulfilled_request_is_told_apart_from_a_changed_model(forget, script, tiny, tmp_path):
+    code, report, printed = forget("--setting", "distill_lr=1e-9")
+    assert code == 3, printed
+    words = ["--verify", tmp_path / "out" / "report.json", "--images", tmp_path / "in", *BUILT]
+    code, out, _ = script(main_forget.main, *words)
+    assert code == 3
+    assert "0 of 6 images forgotten as stored; the request was not fulfilled for 0.png, 1.png, 2.png, …, as" in out
+    assert out.count("FAILED") == 1  # the model is that of the report
+    assert "in the report, but not now" not in out
 
 
 def test_signed_reports(forget, script, tmp_path, monkeypatch):
