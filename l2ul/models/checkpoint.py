@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import json
 import math
 from pathlib import Path
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,9 @@ USUAL = ("state_dict", "model_state_dict", "model_state", "model", "net", "netwo
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # inside of names
 DEEPEST = 6  # levels of dictionaries and lists that are searched for state dicts
 SEVERAL = 4  # names that a message lists
-SMALL = 2**8  # most values of a vector that stays beside the weights, and of a NumPy array of any shape
+SMALL = 2**8  # most values of a vector that stays beside the weights, of a list, and of a NumPy array of any shape
+LISTS = list | tuple | set | frozenset
+ENCODED = re.compile(r"(?:[A-Za-z0-9+/_=-]{60,}(?:\r?\n)?)+")  # bytes in base64 or hexadecimal, in lines
 Statistics = tuple[float, ...]
 Place = tuple[object, ...]  # keys of dictionaries and positions in lists, from the top of a file to a state dict
 
@@ -395,8 +398,8 @@ def rewrite(
     Other entries with tensors, such as the state of an optimizer or averaged weights, are left out, because they derive
     from the original weights. Tensors beside the network in the same state dict stay if all that share the first part
     of their name are numbers and short vectors, such as weights of classes: others may be flattened images. So do the
-    statistics of an input normalisation, and short vectors and small arrays of NumPy anywhere. Returns the names of
-    what is left out.
+    statistics of an input normalisation, and short vectors and small arrays of NumPy anywhere. Longer lists of numbers
+    and text that encodes bytes are left out too, also of the metadata. Returns the names of what is left out.
     """
     content, metadata, form = _content(source)
     choice = _choose(content, source, weights_key, lambda state: fitting_prefixes(state, net))
@@ -417,7 +420,9 @@ def rewrite(
     for key, tensor in _state_at(content, choice.place).items():
         state[key] = compact(tensor)
     if metadata is not None:
-        target.write_bytes(serialize(content, metadata))
+        encoded = [name for name, text in metadata.items() if _may_hold_images(text, num_classes)]
+        left_out += [f"{name} (metadata)" for name in encoded]
+        target.write_bytes(serialize(content, {name: metadata[name] for name in metadata if name not in encoded}))
     else:
         with open(target, "wb") as file:  # given a path, torch would choose the format by its suffix
             torch.save(content, file, _use_new_zipfile_serialization=form != weight_files.TORCH_LEGACY)
@@ -432,24 +437,24 @@ def compact(tensor: Tensor) -> Tensor:
 
 
 def _strip_other_tensors(content: object, place: Place, weights: set[str], num_classes: int) -> list[str]:
-    """Delete all entries with tensors beside the weights at `place` from a file's content; return their names."""
+    """Delete all entries of a file beside the weights at `place` that may hold images; return their names."""
     left_out: list[str] = []
     for depth, key in enumerate(place):
         entries = _at(content, place[:depth])
         pairs = list(entries.items() if isinstance(entries, dict) else enumerate(entries))
-        for other in [one for one, value in pairs if one != key and _holds_tensors(value, num_classes)]:
+        for other in [one for one, value in pairs if one != key and _may_hold_images(value, num_classes)]:
             left_out.append(str(other))
             if isinstance(entries, dict):
                 del entries[other]
             else:
                 entries[other] = None
     for entries in (_at(content, place[:depth]) for depth in range(len(place) + 1)):
-        for name in [one for one, value in _attributes(entries).items() if _holds_tensors(value, num_classes)]:
+        for name in [one for one, value in _attributes(entries).items() if _may_hold_images(value, num_classes)]:
             delattr(entries, name)
     state = _at(content, place)
     groups: dict[str, list[object]] = {}
     for key in state:
-        if key not in weights and _holds_tensors(state[key], num_classes):
+        if key not in weights and _may_hold_images(state[key], num_classes):
             groups.setdefault(str(key).split(".")[0], []).append(key)
     for group, keys in groups.items():
         if not all(isinstance(state[key], Tensor) and _is_short(state[key], num_classes) for key in keys):
@@ -464,21 +469,33 @@ def _is_short(value: Tensor | np.ndarray, num_classes: int) -> bool:
     return value.squeeze().ndim < 2 and (math.prod(value.shape) <= SMALL or math.prod(value.shape) == num_classes)
 
 
-def _holds_tensors(value: object, num_classes: int, depth: int = 0) -> bool:
-    """Return whether there are tensors, or other values that may be weights or images, in an object that a file held.
+def _may_hold_images(value: object, num_classes: int, depth: int = 0) -> bool:
+    """Return whether an object that a file held has values that may be weights or images.
 
-    These are bytes and arrays of NumPy that are not short or small. An object nested too deeply counts as such.
+    These are tensors, bytes and text that encodes them, and arrays and lists of numbers, but for short and small ones.
+    An object nested too deeply counts as such.
     """
     if isinstance(value, Tensor) or depth > 50:
         return True
     if isinstance(value, bytes | bytearray):
         return len(value) > SMALL
+    if isinstance(value, str):
+        return any(len(run[0]) > SMALL * 4 / 3 + 2 for run in ENCODED.finditer(value))
     if isinstance(value, np.ndarray):
         return value.size > SMALL and not _is_short(value, num_classes)
+    if isinstance(value, LISTS) and _numbers(value) > SMALL and _numbers(value) != num_classes:
+        return True
     inner = [*value.values()] if isinstance(value, dict) else []
-    inner += value if isinstance(value, list | tuple | set | frozenset) else []
+    inner += value if isinstance(value, LISTS) else []
     inner += _attributes(value).values()
-    return any(_holds_tensors(one, num_classes, depth + 1) for one in inner)
+    return any(_may_hold_images(one, num_classes, depth + 1) for one in inner)
+
+
+def _numbers(value: object, depth: int = 0) -> int:
+    """Return how many numbers there are in a list of numbers, or of lists of numbers."""
+    if isinstance(value, LISTS) and depth <= 50:
+        return sum(_numbers(one, depth + 1) for one in value)
+    return isinstance(value, int | float | complex | np.number)
 
 
 def _attributes(value: object) -> dict[str, object]:

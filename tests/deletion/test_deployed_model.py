@@ -1,6 +1,7 @@
 """A model is written in the form it was read in: names, wrappers, dtypes, metadata, and no other tensors."""
 
 import argparse
+import base64
 import collections
 import contextlib
 import copy
@@ -98,6 +99,31 @@ def test_flattened_images_and_files_of_images_are_left_out(net, tmp_path):
     content = torch.load(tmp_path / "out.pt", weights_only=False)
     assert list(content) == ["state_dict", "id"]
     assert content["state_dict"].keys() - state.keys() == {"of_classes", "curve"}
+
+
+def test_lists_of_numbers_and_encoded_bytes_are_left_out(net, tmp_path):
+    before, moved = net
+    image = np.random.default_rng(0).integers(0, 256, (3, 16, 16), dtype=np.uint8)
+    encoded = base64.b64encode(image.tobytes()).decode()
+    gone = {"flat": image.flatten().tolist(), "rows": {"of": [image.tolist()]}, "uri": f"data:;base64,{encoded}"}
+    gone |= {"mime": base64.encodebytes(image.tobytes()).decode(), "hex": ["x", image.tobytes().hex()]}
+    kept = {"losses": [0.5] * 256, "weights": [0.1] * 300, "classes": [f"class{n}" for n in range(999)]}
+    kept |= {
+        "index": {f"n{n}": n for n in range(999)},
+        "path": "/data/" * 50,
+        "note": "a b" * 999,
+        "names": "\n".join(map(str, range(9999))),
+    }
+    torch.save({"state_dict": before.state_dict(), **gone, **kept}, tmp_path / "in.pt")
+    left_out = checkpoint.rewrite(tmp_path / "in.pt", moved, tmp_path / "out.pt", num_classes=300)
+    assert left_out == list(gone)
+    content = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert {name: content[name] for name in content if name != "state_dict"} == kept
+    save_file(before.state_dict(), tmp_path / "in.safetensors", {"from": "somewhere", "image": encoded})
+    left_out = checkpoint.rewrite(tmp_path / "in.safetensors", moved, tmp_path / "out.safetensors")
+    assert left_out == ["image (metadata)"]
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        assert file.metadata() == {"from": "somewhere"}
 
 
 def test_tensors_in_attributes_are_left_out(net, tmp_path):
