@@ -263,10 +263,12 @@ def _num_classes(name: str, state: dict[str, Tensor]) -> int | None:
 
 def _looks_like(state: dict[str, Tensor]) -> str:
     """Return a hint at the known network that shares most names and shapes with the file; empty if none is close."""
-    file = set(checkpoints.shapes(state).items())
+    shapes = checkpoints.shapes(state)
 
     def overlap(name: str) -> float:
         own = _known_shapes(OWN.get(name, zoo).build, name)
+        names = checkpoints.correspondence(shapes, dict(own))[0].own  # without the prefix of wrappers
+        file = {(names[key], shapes[key]) for key in names}
         return len(file & own) / len(file | own)
 
     shares = {name: overlap(name) for name in (*OWN, *zoo.COMMON)}

@@ -240,7 +240,11 @@ def test_a_file_without_a_state_dict_raises_input_error(tmp_path, content):
     ],
 )
 def test_weights_of_another_model_are_described(tmp_path, model, classes, like, complaint):
-    torch.save(initial_weights(like), tmp_path / "weights.pt")
+    state = initial_weights(like)
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match=complaint):
+        models.load(model, classes, tmp_path / "weights.pt")
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "weights.pt")
     with pytest.raises(InputError, match=complaint):
         models.load(model, classes, tmp_path / "weights.pt")
 
