@@ -446,14 +446,15 @@ def _small(classes: Tensor) -> np.ndarray:
 
 
 def read(path: Path) -> Record | None:
-    """Read a record without checking it; return None if the file is absent or holds something else."""
+    """Read a record without checking its values; return None if the file is absent or holds something else."""
     try:
         record = json.loads(read_text(path, MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and "method" in record else None
+    return record if isinstance(record, dict) and record.keys() >= set(KEYS) else None
 
 
 def read_folder(result_dir: Path) -> Iterator[Record]:
-    """Yield all records in a result folder without checking them, in the order of their ids."""
-    return filter(None, map(read, sorted((result_dir / "runs").glob("*.json"))))
+    """Yield all records in a result folder that do not break the schema, in the order of their ids."""
+    found = filter(None, map(read, sorted((result_dir / "runs").glob("*.json"))))
+    return (record for record in found if not any(problems(record)))

@@ -7,7 +7,8 @@ import statistics
 from l2ul.common.progress import format_duration
 from l2ul.experiments import records
 
-COMPARABLE = ("dataset", "model", "method")  # runs that agree in these take similar time, apart from k
+COMPARABLE = ("dataset", "model", "method")  # runs that agree in these take similar time, apart from their images
+SECONDS = [name for name in records.SCHEMA if name.startswith("seconds_")]
 
 Record = Mapping[str, object]
 
@@ -19,25 +20,20 @@ class TimeEstimates:
         self._seconds: dict[tuple, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for record in finished:
             if record["status"] != records.FAILED:
-                total = sum(value for key, value in record.items() if key.startswith("seconds_") and value)
-                self._seconds[_kind(record)][record["k"]].append(total)
+                total = sum(record[name] or 0 for name in SECONDS)
+                self._seconds[_kind(record)][_images(record)].append(total)
 
     def seconds(self, settings: Record) -> float | None:
         """Return the estimate for a run with these settings, None if there is no comparable record.
 
-        This is the median of the runs with the same k. If there are none, it is the median of the nearest k, scaled in
-        proportion to k.
+        This is the median of the runs that forget as many images. If there are none, it is the median of those with the
+        nearest number of images, scaled in proportion to it.
         """
-        by_k, k = self._seconds.get(_kind(settings)), settings["k"]
-        if not by_k:
+        by_images, images = self._seconds.get(_kind(settings)), _images(settings)
+        if not by_images:
             return None
-        nearest = min(by_k, key=lambda other: abs(other - k))
-        return statistics.median(by_k[nearest]) * k / nearest
-
-    def total(self, pending: Iterable[Record]) -> tuple[float, int]:
-        """Return the seconds of all runs with these settings together, and how many of them have no estimate."""
-        each = [self.seconds(settings) for settings in pending]
-        return sum(filter(None, each)), each.count(None)
+        nearest = min(by_images, key=lambda other: abs(other - images))
+        return statistics.median(by_images[nearest]) * images / nearest
 
 
 def sentence(pending: list[Record], finished: Iterable[Record], at_once: int = 1, source: str = "records") -> str:
@@ -47,14 +43,23 @@ def sentence(pending: list[Record], finished: Iterable[Record], at_once: int = 1
     at_once  how many of them run at the same time
     source   where the records come from, for the reader
     """
-    seconds, unknown = TimeEstimates(finished).total(pending)
-    if len(pending) == unknown:
+    estimates = TimeEstimates(finished)
+    known = [seconds for settings in pending if (seconds := estimates.seconds(settings)) is not None]
+    if not known:
         return f"no estimate of the time: {source} has no comparable run"
-    text = f"estimated time: {format_duration(seconds)}"
+    text = f"estimated time: {format_duration(sum(known))}"
+    at_once = min(at_once, len(pending))
     if at_once > 1:
-        text += f" one after the other, {format_duration(seconds / at_once)} with {at_once} at once"
+        least = max(sum(known) / at_once, *known)  # the longest run does not end earlier
+        text += f" one after the other, {format_duration(least)} with {at_once} at once"
     text += f", by the records in {source}"
+    unknown = len(pending) - len(known)
     return text + (f"; {unknown} of {len(pending)} runs have no comparable record" if unknown else "")
+
+
+def _images(settings: Record) -> int:
+    """Return how many images a run forgets: in a continual run, those of the step, while k counts all so far."""
+    return settings.get("continual_size") or settings["k"]
 
 
 def _kind(settings: Record) -> tuple[object, ...]:

@@ -172,8 +172,8 @@ class SweepRunner:
                 state = "done" if trial.identity not in unfinished else "failed" if trial.has_failed else "to do"
                 self.report(f"{state:7} {trial.identity} {trial.label}")
         if pending:
-            at_once = opts.parallel or max(1, int((os.cpu_count() or 1) / opts.cpus_per_trial))
-            settings = [trial.settings for trial in pending]
+            at_once = min(len(pending), opts.parallel or max(1, int((os.cpu_count() or 1) / opts.cpus_per_trial)))
+            settings = [trial.settings for trial in pending for _ in trial.files]  # steps have as many images each
             self.report(time_estimates.sentence(settings, self._records(), at_once, str(self.sweep.result_dir)))
 
     def _records(self) -> Iterator[Record]:

@@ -26,7 +26,7 @@ from l2ul.common import tracking
 from l2ul.common.cache import Cache
 from l2ul.data import datasets
 from l2ul.data.images import Images, Split
-from l2ul.experiments import records
+from l2ul.experiments import records, time_estimates
 from l2ul.experiments.time_estimates import TimeEstimates
 from l2ul.sweeps import monitor, ranges, ray_cluster, worker
 from l2ul.sweeps import options as sweep_options
@@ -166,16 +166,54 @@ def test_trials_that_share_a_d_adv_start_after_the_one_with_the_largest_k(tmp_pa
     assert {method for method, *_ in settings[6:]} == {"neggrad"}
 
 
+RUN = dict.fromkeys(f"seconds_{phase}" for phase in ("attack", "importance", "unlearn", "evaluate"))
+RUN |= {"dataset": "d", "model": "m", "method": "adv", "k": 16, "status": "forgotten", "seconds_unlearn": 1.0}
+
+
 def test_the_estimate_is_the_median_and_proportional_to_k():
-    run = {"dataset": "d", "model": "m", "method": "adv", "k": 16}
-    found = [
-        run | {"status": "forgotten", "seconds_attack": value, "seconds_unlearn": 1.0} for value in (1.0, 2.0, 90.0)
-    ]
-    estimates = TimeEstimates([*found, run | {"status": "failed", "seconds_attack": 0.0}])
-    assert estimates.seconds(run) == 3.0
-    assert estimates.seconds(run | {"k": 64}) == 12.0
-    assert estimates.seconds(run | {"method": "oracle"}) is None
-    assert estimates.total([run, run | {"k": 64}, run | {"method": "oracle"}]) == (15.0, 1)
+    found = [RUN | {"seconds_attack": value} for value in (1.0, 2.0, 90.0)]
+    estimates = TimeEstimates([*found, RUN | {"status": "failed", "seconds_attack": 0.0}])
+    assert estimates.seconds(RUN) == 3.0
+    assert estimates.seconds(RUN | {"k": 64}) == 12.0
+    assert estimates.seconds(RUN | {"method": "oracle"}) is None
+    others = [RUN, RUN | {"k": 64}, RUN | {"method": "oracle"}]
+    assert time_estimates.sentence(others, found) == (
+        "estimated time: 15 s, by the records in records; 1 of 3 runs have no comparable record"
+    )
+
+
+def test_the_estimate_of_a_step_is_that_of_its_images():
+    step = RUN | {"k": 64, "continual_step": 4, "continual_size": 16, "seconds_unlearn": 5.0}
+    estimates = TimeEstimates([step, RUN | {"k": 64, "seconds_unlearn": 50.0}])
+    assert estimates.seconds(step | {"k": 32, "continual_step": 2}) == 5.0
+    assert estimates.seconds(RUN | {"k": 64}) == 50.0
+
+
+def test_few_runs_take_as_long_as_the_longest():
+    runs = [RUN, RUN | {"k": 32}]
+    text = "estimated time: 60 s one after the other, 40 s with 2 at once, by the records in records"
+    assert time_estimates.sentence(runs, [RUN | {"seconds_unlearn": 20.0}], at_once=16) == text
+    assert " at once" not in time_estimates.sentence(runs[:1], [RUN], at_once=16)
+
+
+def test_the_estimate_leaves_out_damaged_records(run, tmp_path):
+    run("--method", "neggrad", "--seed", 0)
+    (path,) = (tmp_path / "runs").glob("*.json")
+    (tmp_path / "runs" / "a.json").write_text('{"method": "neggrad"}')
+    (tmp_path / "runs" / "b.json").write_text(json.dumps(json.loads(path.read_text()) | {"seconds_unlearn": "x"}))
+    code, out, err = run("--method", "neggrad", "--seed", 1, "--dry-run")
+    assert (code, "estimated time: " in out) == (0, True), err
+    path.write_text('{"method": "neggrad"}')
+    code, out, err = run("--method", "neggrad", "--seed", 0, "--evaluate", "agreement", "--dry-run")
+    assert (code, "1 run to do, 0 done" in out) == (0, True), err
+
+
+def test_a_continual_sweep_estimates_all_of_its_steps(swept, run):
+    run("--method", "neggrad", "--unlearn-k", 2)
+    steps = ["--method", "neggrad", "--unlearn-k", 8, "--continual-step", 2, "--dry-run"]
+    (one,) = re.findall("estimated time: ([0-9.]+) s, by", swept("--method", "neggrad", "--seed", 1, "--dry-run")[1])
+    (four,) = re.findall("estimated time: ([0-9.]+) s, by", swept(*steps)[1])
+    assert float(four) == pytest.approx(4 * float(one), abs=2.1)
 
 
 def fail(tmp_path, *arguments, error="RuntimeError: it broke"):
