@@ -279,7 +279,8 @@ def _alternatives(model: DeployedModel, images: Tensor) -> Iterator[tuple[int, A
 
 
 def _computation(classifier: Classifier, net: nn.Module, normalize: nn.Module, change, resize):
-    other = Classifier(classifier.name, classifier.num_classes, net, nn.Sequential(normalize))
+    layers = [normalize if layer is classifier.normalize else layer for layer in classifier.preprocess]  # some resize
+    other = Classifier(classifier.name, classifier.num_classes, net, nn.Sequential(*layers))
     other.outputs = classifier.outputs
     return lambda images: logits(other, resize(change(images)))
 

@@ -24,7 +24,7 @@ from l2ul.deletion import candidates, search, strategies
 from l2ul.deletion.candidates import TimeBudget
 from l2ul.deletion.forget import Damaged, Forgotten, NotForgotten
 from l2ul.metrics import robustness
-from l2ul.models.classifier import Normalize
+from l2ul.models.classifier import Classifier, Normalize
 from l2ul.objective import Forget
 
 FAST = {"distill_steps": 12, "distill_mixes": 16, "distill_lr": 0.03}
@@ -258,6 +258,26 @@ def test_wrong_preprocessing_is_named_with_the_arguments_of_the_function(trained
     )
     with pytest.raises(InputError, match="BGR: change the model, the images or the labels accordingly$"):
         l2ul.forget(nn.Sequential(Flip(), model), images[:16], labels[:16])
+
+
+class Fixed(nn.Module):
+    """A network for images of 8 x 8 pixels alone."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        assert images.shape[2:] == (8, 8)
+        return self.net(images)
+
+
+def test_alternatives_keep_the_size_to_which_a_classifier_resizes(trained):
+    model, images, labels = trained
+    net = Fixed(nn.Sequential(Normalize([0] * 3, [255] * 3), model))
+    resizing = Classifier("resizing", CLASSES, net, nn.Sequential(nn.AvgPool2d(2), Normalize([0] * 3, [1] * 3)))
+    with pytest.raises(InputError, match="but 16 of 16 with pixels from 0 to 255: add"):
+        l2ul.forget(resizing, images[:16].repeat_interleave(2, 2).repeat_interleave(2, 3), labels[:16])
 
 
 class Flip(nn.Module):
