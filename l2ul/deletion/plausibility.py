@@ -23,7 +23,7 @@ from l2ul.common.image_sizes import TooLarge, check_resize
 from l2ul.deletion.deployed_model import DeployedModel
 from l2ul.deletion.request import Request, class_indices, logits, order_classes
 from l2ul.models import outputs, zoo
-from l2ul.models.classifier import Classifier, Normalize
+from l2ul.models.classifier import Classifier, Normalize, first_colour_convolution, make_grey
 
 MIN_KNOWN = 0.5  # default share of images that the model must predict as their labels
 FEW = 4  # up to this many images, all but one
@@ -319,16 +319,23 @@ def _other_nets(model: DeployedModel) -> Iterator[tuple[str, str, nn.Module]]:
     state = net.state_dict()
     shapes = {key: tensor.shape for key, tensor in state.items()}
     device = next(net.parameters()).device
-    count, without_pool = model.classifier.num_classes, False
+    without_pool = False
+
+    def build(other: str) -> nn.Module:
+        built = models.OWN.get(other, zoo).build(other, model.classifier.num_classes)
+        if model.classifier.channels == 1 and first_colour_convolution(built):
+            make_grey(built)
+        return built
+
     if name in models.OWN or name.startswith(zoo.PREFIX):
         for other in (*models.OWN, *zoo.COMMON):
             if other == name:
                 continue
             with torch.device("meta"):
-                built = models.OWN.get(other, zoo).build(other, count)
+                built = build(other)
             if {key: tensor.shape for key, tensor in built.state_dict().items()} != shapes:
                 continue
-            built = models.OWN.get(other, zoo).build(other, count)
+            built = build(other)
             built.load_state_dict(state)
             lost = isinstance(getattr(net, "maxpool", None), nn.MaxPool2d) and "nopool" in other
             without_pool |= lost

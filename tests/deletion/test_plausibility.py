@@ -19,9 +19,9 @@ COUNT = 12  # classes, so that their order as text is not their order as numbers
 class Stem(nn.Module):
     """A small network with a max-pool after its first layer, or without it."""
 
-    def __init__(self, pooled, count=CLASSES):
+    def __init__(self, pooled, count=CLASSES, channels=3):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1)
         self.maxpool = nn.MaxPool2d(8) if pooled else nn.Identity()
         self.fc = nn.Linear(16 * 16, count)
 
@@ -103,7 +103,8 @@ def test_inverted_pixels_are_named(built):
     assert (code, "with inverted pixels (255 - x): build this into a module" in printed) == (2, True), printed
 
 
-def test_a_missing_max_pool_is_named(forget, trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("channels", [3, 1])
+def test_a_missing_max_pool_is_named(forget, trained, tmp_path, monkeypatch, channels):
     for name in ("stem", "stem_nopool"):
         family = SimpleNamespace(
             MEAN=(0,) * 3, STD=(1,) * 3, build=lambda name, count: Stem("nopool" not in name, count)
@@ -111,8 +112,9 @@ def test_a_missing_max_pool_is_named(forget, trained, tmp_path, monkeypatch):
         monkeypatch.setitem(models.OWN, name, family)
     _, images, labels = trained
     torch.manual_seed(0)
-    torch.save(train(Stem(False), images, labels, steps=150), tmp_path / "stem.pt")
-    save_images(tmp_path / "labelled", images, labels)
+    images = images[:, :channels]
+    torch.save(train(Stem(False, channels=channels), images, labels, steps=150), tmp_path / "stem.pt")
+    save_images(tmp_path / "labelled", images.expand(-1, 3, -1, -1), labels)
     words = ["--checkpoint", tmp_path / "stem.pt", "--min-known", 0.9]
     code, _, printed = forget("--dry-run", images="labelled", model=["--model", "stem", *words])
     assert (code, "no max-pool after the first layer: add --model stem_nopool" in printed) == (2, True), printed
