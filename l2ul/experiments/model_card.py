@@ -182,13 +182,16 @@ def outcome(record: Mapping[str, object], number: int) -> str:
 def _public(name: str, what: str, known: Collection[str] | None = None) -> str:
     """Return the name of a model or data set, without the name or path of a folder of this machine.
 
-    known  names that stand for no folder; None: all without a colon
+    known  names that stand for no folder; None: all without a colon. A data set of Hugging Face without the name of its
+           owner may be a local folder, of which records hold the last part
     """
     prefix, colon, place = name.partition(":")
     folder = place.removeprefix(timm_models.FOLDER)
     is_local = folder != place or place.startswith(("/", ".", "~")) or place.count("/") > 1 or "\\" in place
     if colon and (is_local or Path(place).is_dir()):
         return f"a {what} in a local folder ({prefix})"
+    if colon and known is not None and "/" not in place:
+        return f"a {what} ({prefix})"
     return name if colon or known is None or name in known else f"a {what} in a local folder"
 
 

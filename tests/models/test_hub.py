@@ -321,8 +321,9 @@ def test_a_card_of_a_run_shows_no_path_of_a_local_model(vit_folder):
     assert str(vit_folder) not in text
     assert vit_folder.name not in text
     assert text.count("a data set in a local folder") == 2  # a folder in --data-dir, whose name is the user's
-    for name in ("hf:/home/alice/photos", "alice_photos"):
+    for name in ("hf:/home/alice/photos", "alice_photos", "hf:alice_photos", "hf:alice_photos:default"):
         assert "alice" not in model_card.of_record(record | {"dataset": name}, 10, "b" * 64).text()
+    assert "trained on hf:ylecun/mnist " in model_card.of_record(record | {"dataset": "hf:ylecun/mnist"}, 10, "").text()
     assert text.startswith("---\nlibrary_name: transformers\n")
     assert "| to relabel | 16 |\n| of earlier steps | 16 |" in text
     assert "| predicted as their new label by this model | 12 |" in text
