@@ -64,8 +64,8 @@ def check_model(model: nn.Module, images: Tensor | FolderImages, precision: str 
 def check_trained_on(images: Images, metadata: dict[str, object], source: str) -> None:
     """Raise InputError if weights were trained on other images than `images`, as far as their file says.
 
-    metadata  of the file of the weights. Compared are the options of the reader of image files and, for data sets that
-              we split ourselves, train_sha256 and the keys of `images.settings` that it has
+    metadata  of the file of the weights. Compared are the options of the reader of image files, splits of Hugging Face
+              and, for data sets that we split ourselves, train_sha256 and the keys of `images.settings` that it has
     source    name of the file
     """
     # a file of a main_pretrain script names each option that is not the default
@@ -79,6 +79,12 @@ def check_trained_on(images: Images, metadata: dict[str, object], source: str) -
             raise InputError(
                 f"{source} was trained with {trained}, not {here}", "use the same option", "train a classifier for it"
             )
+    trained, here, test = (metadata.get("train_split"), *map(images.settings.get, ("train_split", "test_split")))
+    if is_ours and trained not in (None, here) and _split(trained) == _split(test):
+        raise InputError(
+            f"{source} was trained on --train-split {trained}, which may hold images of --test-split {test}",
+            f"use --train-split {trained} and a test split beside it",
+        )
     if not images.train_sha256:
         return
     for name, value in images.settings.items():
@@ -93,6 +99,11 @@ def check_trained_on(images: Images, metadata: dict[str, object], source: str) -
             f"{source} was trained on other images of {images.name}, which may be among the test images here",
             "use the folder of images on which it was trained",
         )
+
+
+def _split(part: object) -> str:
+    """Return the split of a part of it, such as train of train[:80%]."""
+    return str(part).partition("[")[0]
 
 
 def check_fit(model: nn.Module, images: Tensor | FolderImages, num_classes: int, precision: str = "fp32") -> None:

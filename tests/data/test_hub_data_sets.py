@@ -19,6 +19,7 @@ from l2ul.data import folder, huggingface, storage, surrogate
 from l2ul.data.folder import FolderImages
 from l2ul.data.forget_set import files_of, read_folder
 from l2ul.data.images import batches
+from l2ul.metrics import preflight
 from l2ul.models import checkpoint
 from l2ul.reporting import figure_set
 import main_pretrain_mnist_lenet
@@ -140,6 +141,17 @@ def test_square_images_of_one_size_stay_as_they_are(tmp_path, monkeypatch):
     assert load(name).train.sha256() == digest
     save(tmp_path / "insects", train=table(images[2:]), test=table(images[4:]))
     assert load(name).train.sha256() != digest
+
+
+def test_weights_of_a_part_of_a_split_are_not_tested_on_another_part_of_it(tmp_path):
+    name = save(tmp_path / "set", train=table(pixels(8)), test=table(pixels(2, seed=1)))
+    metadata = {"dataset": "hf:set", "epochs": 3, "train_split": "train[:6]"}
+    halves = load(name, train_split="train[:4]", test_split="train[4:]")
+    with pytest.raises(InputError, match=r"w was trained on --train-split train\[:6\], which may hold"):
+        preflight.check_trained_on(halves, metadata, "w")
+    preflight.check_trained_on(load(name, train_split="train[:6]", test_split="train[6:]"), metadata, "w")
+    preflight.check_trained_on(load(name), metadata, "w")
+    preflight.check_trained_on(halves, {}, "w")
 
 
 def test_other_images_are_resized_as_those_of_a_folder(tmp_path):
