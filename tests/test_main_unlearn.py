@@ -1,8 +1,10 @@
 """main_unlearn.py as users call it: runs, records, and which runs are not repeated."""
 
 import contextlib
+import importlib.util
 import json
 import re
+import sys
 
 from conftest import FAST, ROOT
 from helpers import load_records, without_costs, write_folder
@@ -184,6 +186,44 @@ def test_relabels_images_that_files_name(run, tmp_path, few_digits):
     assert (tmp_path / "runs" / f"{identity}.txt").read_text() == "7\n3\n11\n"
     (tmp_path / "labels.txt").write_text("".join(f"{(label + 1) % 10}\n" for label in new))
     assert "1 run to do, 0 done" in run(*arguments, "--unlearn-k", 3, "--method", "correct", "--dry-run")[1]
+
+
+def test_says_that_the_files_of_an_own_model_have_changed(run, tmp_path, monkeypatch):
+    def register(text):
+        (tmp_path / "mine.py").write_text(text)
+        spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "mine", module)
+        spec.loader.exec_module(module)
+        models.register("mine", module.Net)
+        return module
+
+    monkeypatch.setattr(models, "OWN", dict(models.OWN))
+    text = "from l2ul.models import resnet_small\nclass Net(resnet_small.build('resnet20', 10).__class__): pass"
+    text = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Conv2d(3, 4, 3, stride=4), nn.Flatten(), nn.Linear(4 * 8 * 8, num_classes))
+    def forward(self, x):
+        return scale(super().forward(x))
+
+def scale(x):
+    return x * 1.0
+"""
+    module = register(text)
+    torch.manual_seed(0)
+    torch.save(module.Net(10).state_dict(), tmp_path / "mine.pt")
+    command = ["--model", "mine", "--checkpoint", tmp_path / "mine.pt", "--method", "adv"]
+    assert run(*command)[0] == 0
+    assert "have changed" not in run(*command)[1]
+    register(text.replace("1.0", "-1.0"))
+    out = run(*command)[1]
+    assert "0 runs to do" in out
+    assert "the files of your model or method have changed since" in out
+    run(*command, "--rerun")
+    assert "have changed" not in run(*command)[1]
 
 
 def test_keeps_the_unlearned_model_and_repeats_the_run_if_it_is_missing(run, tmp_path, few_digits):

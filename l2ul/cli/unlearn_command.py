@@ -21,6 +21,7 @@ from l2ul.common.device import device_name
 from l2ul.common.errors import Diverged, InputError
 from l2ul.common.files import remove_parts, require_writable, tensors_sha256
 from l2ul.common.installation import command
+from l2ul.common.text import first_three
 from l2ul.common.tracking import Trackers
 from l2ul.data import forget_set
 from l2ul.data.images import Images, Split, as_pixels
@@ -285,6 +286,19 @@ def announce(
     if to_do:
         finished = records.read_folder(opts.result_dir)
         print(time_estimates.sentence([run.settings for run in to_do], finished, source=str(opts.result_dir)))
+
+
+def announce_other_code(experiment: Experiment, runs: list[Run], to_do: list[Run]) -> None:
+    """Print which runs on record were done with other code of the user: their ids do not depend on all of it."""
+    if not distributed.is_first():
+        return
+    older = [run.files.identity for run in runs if run not in to_do and experiment.has_other_code(run)]
+    if older:
+        print(
+            f"{len(older)} of the runs on record ({first_three(older)}): the files of your model or method have "
+            f"changed since; if that changes results, add --rerun",
+            flush=True,
+        )
 
 
 def check_writable(experiment: Experiment, runs: list[Run], uploads: bool = False) -> None:

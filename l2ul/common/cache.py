@@ -1,6 +1,6 @@
 """A cache on disk: tensors that are expensive to compute, under a key of everything that decides them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
 import dataclasses
 import hashlib
@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 import shutil
+import sys
 import types
 
 from filelock import FileLock
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 import torchvision
 
 from l2ul import METHOD_VERSION
-from l2ul.common.files import atomic, source_code, tensors_sha256
+from l2ul.common.files import atomic, own_code_sha256, source_code, tensors_sha256
 
 GIB = 2**30
 PREFIX, SUFFIX = "l2ul-", ".safetensors"  # of the cache's files; other files in the folder are left alone
@@ -115,13 +116,30 @@ def model_fingerprint(model: nn.Module) -> str:
     """Return a hash of a model: its layers, its parameters and buffers, source code and settings of custom layers.
 
     Settings are attributes with plain values, such as the number of heads, which a layer may not show in its repr, and
-    small tensors that are no buffers, such as a mean.
+    small tensors that are no buffers, such as a mean. Layers of other libraries depend on the version of the library.
     """
     kinds = {type(module) for module in model.modules()}
     custom = sorted(source_code(kind) for kind in kinds if not f"{kind.__module__}.".startswith(WELL_KNOWN))
     settings = [_settings(module) for module in model.modules()]
-    layers = hashlib.sha256("\n".join([repr(model), *custom, *filter(None, settings)]).encode()).hexdigest()
+    more = [code_of_model(model), *sorted(_versions(kinds))]
+    layers = hashlib.sha256("\n".join([repr(model), *custom, *filter(None, settings + more)]).encode()).hexdigest()
     return layers[:32] + tensors_sha256(dict(model.named_parameters()) | dict(model.named_buffers()))
+
+
+def code_of_model(model: nn.Module) -> str | None:
+    """Return a hash of the user's files that the layers, hooks and functions of a model are from; None without any."""
+    things: list[object] = []
+    for module in model.modules():
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        things += [type(module), *hooks, *filter(callable, vars(module).values())]
+    return own_code_sha256(things)
+
+
+def _versions(kinds: Iterable[type]) -> set[str]:
+    """Return names and versions of the libraries that layers are from, but for those that `environment` has."""
+    names = {kind.__module__.partition(".")[0] for kind in kinds} - {"torch", "torchvision", "l2ul"}
+    known = ((name, getattr(sys.modules.get(name), "__version__", None)) for name in names)
+    return {f"{name} {version}" for name, version in known if version}
 
 
 def _settings(module: nn.Module) -> str:

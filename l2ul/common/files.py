@@ -3,15 +3,21 @@
 from collections.abc import Callable, Collection, Iterable, Iterator
 import contextlib
 import csv
+import functools
 import hashlib
 import inspect
 import os
 from pathlib import Path
 import shutil
+import site
+import sys
+import sysconfig
+import types
 from typing import TYPE_CHECKING, TextIO
 import uuid
 
 from l2ul.common.errors import InputError
+from l2ul.common.installation import SCRIPTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,6 +104,45 @@ def source_code(thing: Callable) -> str:
         functions = vars(thing).values() if isinstance(thing, type) else [thing]
         codes = [function.__code__ for function in functions if hasattr(function, "__code__")]
         return repr([(code.co_code, code.co_consts, code.co_names) for code in codes])
+
+
+def own_code_sha256(things: Iterable[object]) -> str | None:
+    """Return a hash of the user's files that define functions and classes, and of the user's files that these import.
+
+    Base classes count. None if all are of L2UL or of installed packages. A file counts as it was when this function
+    first read it, which `models.register` and the registry of methods see to: it may be edited while the process runs.
+    """
+    bases = (base for thing in things for base in (thing.__mro__ if isinstance(thing, type) else [thing]))
+    found: dict[str, str] = {}  # source code by name of the module
+    names = [getattr(base, "__module__", None) for base in bases]
+    while names:
+        name = names.pop()
+        module = sys.modules.get(name) if isinstance(name, str) else None
+        if module is None or name in found or not _is_own(module):
+            continue
+        found[name] = _source_of_module(module)
+        for value in list(vars(module).values()):
+            if isinstance(value, types.ModuleType):
+                names.append(value.__name__)
+            elif isinstance(value, type | types.FunctionType):
+                names.append(value.__module__)
+    return hashlib.sha256("\n".join(sorted(found.values())).encode()).hexdigest() if found else None
+
+
+_source_of_module = functools.cache(source_code)
+
+
+@functools.cache
+def _is_own(module: types.ModuleType) -> bool:
+    """Return whether a module is a file of the user, not one of L2UL or of an installed package."""
+    file = getattr(module, "__file__", None)
+    if file is None or module.__name__.partition(".")[0] == "l2ul":
+        return False
+    if Path(file).resolve().parent == SCRIPTS and module.__name__.startswith("main_"):
+        return False
+    folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    folders |= {*site.getsitepackages(), site.getusersitepackages()}
+    return not any(Path(file).is_relative_to(folder) for folder in folders)
 
 
 def require_writable(folder: Path, *names: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import copy
 from dataclasses import dataclass, field
 import functools
+import hashlib
 from itertools import groupby
 from pathlib import Path
 import platform
@@ -15,9 +16,9 @@ import torchvision
 from l2ul import importance, unlearn
 from l2ul.common import device as devices
 from l2ul.common import distributed
-from l2ul.common.cache import Cache
+from l2ul.common.cache import Cache, code_of_model
 from l2ul.common.errors import Diverged, InputError
-from l2ul.common.files import atomic, tensors_sha256
+from l2ul.common.files import atomic, own_code_sha256, tensors_sha256
 from l2ul.common.progress import progress_bar
 from l2ul.common.tracking import Trackers
 from l2ul.experiments import model_card, records
@@ -323,6 +324,16 @@ class Experiment:
         if distributed.is_first() and self.keeps(run) and not result.diverged:
             self.save(result.outcome.model, run.files.model, run.settings)
 
+    def own_code(self, run: Run) -> str | None:
+        """Return a hash of the user's files that the model and the method of a run are from; None without any."""
+        parts = code_of_model(self.setup.classifier), own_code_sha256([run.method.implementation])
+        return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest() if any(parts) else None
+
+    def has_other_code(self, run: Run) -> bool:
+        """Return whether the record of a run was made when the user's files were others."""
+        record, own = run.files.read(), self.own_code(run)
+        return bool(record and own) and record.get("own_code", own) != own
+
     def keeps(self, run: Run) -> bool:
         """Return whether the model of a run is kept, unless the run diverges."""
         return (self.keep_models or run.is_step) and run.method.trains
@@ -342,6 +353,7 @@ class Experiment:
             "peak_memory_mib": devices.peak_memory_mib(self.device),
             "device": devices.device_name(self.device),
             **self.setup.described,
+            **({"own_code": own} if (own := self.own_code(run)) else {}),
             **({"decoded_by_cpu": len(refused)} if (refused := self.setup.images.refused) else {}),
             **self.evaluator.references.sha256,
             "test_batch_size": self.evaluator.batch_size,

@@ -255,6 +255,7 @@ SCHEMA: dict[str, Key] = {
             null=True,
         ),
         Key("method_code", SETTING, "text", f"{_HASH} of the source code of your own method", null=True),
+        Key("own_code", PROVENANCE, "text", f"{_HASH} of the files of your own model and method", null=True),
         Key("method_settings", PROVENANCE, "text", "names of the keys that are settings of your own method", null=True),
         *_results(),
         Key("acc_forget_earlier_before", RESULT, "percent", "acc_forget_earlier of the original model", null=True),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from l2ul.common.choices import GOALS, did_you_mean
 from l2ul.common.errors import InputError
-from l2ul.common.files import source_code
+from l2ul.common.files import own_code_sha256, source_code
 from l2ul.methods.settings import ATTACK, SHARED, Setting, Value, declare_settings
 
 if TYPE_CHECKING:
@@ -242,6 +242,7 @@ def _registered(declared: Method) -> Callable[[Callable], Callable]:
     def register(function: Callable) -> Callable:
         if not function.__doc__:
             raise ValueError(f"{function.__name__} has no docstring; its first line is the summary of the method")
+        own_code_sha256([function])  # reads the user's files now, as they may be edited while this process runs
         METHODS[declared.name] = replace(declared, implementation=function)
         return function
 

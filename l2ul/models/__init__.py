@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from l2ul.common.device import float32_by_default
 from l2ul.common.errors import InputError
-from l2ul.common.files import atomic, file_sha256, tensors_sha256
+from l2ul.common.files import atomic, file_sha256, own_code_sha256, tensors_sha256
 from l2ul.models import checkpoint as checkpoints
 from l2ul.models import huggingface, lenet, resnet, resnet_cifar100, resnet_small, stems, timm_models, zoo
 from l2ul.models.classifier import (
@@ -45,6 +45,7 @@ def register(
     mean, std  of the input normalisation, per channel: one value for a network that takes grey images. None: 0 and 1,
                and the network takes grey images if it does not accept colour images
     """
+    own_code_sha256([build])  # reads the user's files now, as they may be edited while this process runs
     statistic = mean if mean is not None else std
     OWN[name] = SimpleNamespace(
         MEAN=mean if mean is not None else (0,) * len(statistic or "RGB"),

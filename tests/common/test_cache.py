@@ -6,6 +6,7 @@ import importlib.util
 import os
 from pathlib import Path
 import sys
+import types
 
 from conftest import CLASSES, ROOT
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import torch
 
 from l2ul import attack, models
-from l2ul.common.cache import Cache, model_fingerprint
+from l2ul.common.cache import Cache, code_of_model, model_fingerprint
 from l2ul.data import datasets
 from l2ul.data.images import as_pixels
 from l2ul.experiments import adversarial_sets
@@ -122,6 +123,66 @@ def test_fingerprints_of_own_models_depend_on_their_code(tmp_path, monkeypatch):
     for net, value in ((one, 1.0), (same_code, 2.0)):
         net.register_buffer("scale", torch.tensor(value), persistent=False)
     assert model_fingerprint(one) != model_fingerprint(same_code)
+
+
+def import_file(path, monkeypatch, name):
+    """Import a file as a new module of this name."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("edited", ["base", "helper", "hook"])
+def test_fingerprints_depend_on_all_files_of_the_user(tmp_path, monkeypatch, edited):
+    files = {
+        "helper": "FACTOR = 1.0\ndef scaled(x): return FACTOR * x",
+        "base": "import torch\nfrom helper import scaled\nclass Base(torch.nn.Module):\n"
+        "    def forward(self, x): return scaled(x) * 1.0",
+        "hook": "def doubled(module, inputs): return tuple(x * 1.0 for x in inputs)",
+        "net": "from base import Base\nimport hook\nclass Net(Base): pass\n"
+        "def build():\n    net = Net()\n    net.register_forward_pre_hook(hook.doubled)\n    return net",
+    }
+
+    def fingerprint(folder, texts):
+        folder.mkdir()
+        for name, text in texts.items():
+            (folder / f"{name}.py").write_text(text)
+            module = import_file(folder / f"{name}.py", monkeypatch, name)
+        return model_fingerprint(module.build())
+
+    first = fingerprint(tmp_path / "first", files)
+    assert fingerprint(tmp_path / "same", files) == first
+    assert fingerprint(tmp_path / "edited", files | {edited: files[edited].replace("1.0", "2.0")}) != first
+
+
+def test_code_is_that_which_was_loaded(tmp_path, monkeypatch):
+    path = tmp_path / "mine.py"
+    path.write_text("import torch\nclass Net(torch.nn.Module): pass")
+    mine = import_file(path, monkeypatch, "mine")
+    monkeypatch.setitem(models.OWN, "mine", None)
+    models.register("mine", mine.Net)
+    before = code_of_model(mine.Net())
+    path.write_text("import torch\nclass Net(torch.nn.Module): edited = True")
+    assert code_of_model(mine.Net()) == before
+    assert code_of_model(import_file(path, monkeypatch, "mine").Net()) != before
+
+
+def test_models_of_this_project_have_no_code_of_the_user():
+    assert code_of_model(models.build("resnet20", 10)) is None
+    assert code_of_model(models.build("torchvision:resnet18", 10)) is None
+
+
+def test_fingerprints_depend_on_versions_of_libraries(monkeypatch):
+    library = types.ModuleType("library")
+    library.__version__ = "1.0"
+    monkeypatch.setitem(sys.modules, "library", library)
+    net = type("Layer", (torch.nn.Linear,), {"__module__": "library.layers"})(2, 2)
+    before = model_fingerprint(net)
+    assert model_fingerprint(net) == before
+    library.__version__ = "1.1"
+    assert model_fingerprint(net) != before
 
 
 class Heads(torch.nn.Linear):

@@ -229,7 +229,7 @@ def test_the_state_is_written_every_so_many_seconds(inputs, tmp_path, monkeypatc
     assert written == [4, 7, 10, 12]  # at 300, 600, 900 and 1,200 seconds, the last at the end of the loop
 
 
-def test_the_state_of_another_run_is_ignored_with_a_reason(inputs, tmp_path):
+def test_the_state_of_another_run_is_ignored_with_a_reason(inputs, tmp_path, monkeypatch):
     path, sentences = tmp_path / "state.pt", []
     arguments = inputs("adv")
     with pytest.raises(KeyboardInterrupt):
@@ -248,6 +248,10 @@ def test_the_state_of_another_run_is_ignored_with_a_reason(inputs, tmp_path):
         path.write_bytes(kept)
         expected = unlearn(**arguments | changed)
         same(unlearn(**arguments | changed, checkpoint=Checkpoint(path, report=sentences.append)), expected)
+    with monkeypatch.context() as patch:
+        patch.setattr("l2ul.unlearn.code_of_model", lambda model: "of other files")
+        path.write_bytes(kept)
+        same(unlearn(**arguments, checkpoint=Checkpoint(path, report=sentences.append)), unlearn(**arguments))
     model = arguments["model"]
     with torch.no_grad():
         model.head.bias.add_(0.1)
@@ -255,7 +259,7 @@ def test_the_state_of_another_run_is_ignored_with_a_reason(inputs, tmp_path):
     expected = unlearn(**arguments)
     same(unlearn(**arguments, checkpoint=Checkpoint(path, report=sentences.append)), expected)
     reason = f"{path} belongs to other settings or inputs; the run starts from its beginning"
-    assert sentences == [reason] * (len(others) + 1)
+    assert sentences == [reason] * (len(others) + 2)
 
 
 def test_a_damaged_state_is_ignored_with_a_reason(inputs, tmp_path):
