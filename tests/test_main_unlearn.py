@@ -226,6 +226,23 @@ def scale(x):
     assert "have changed" not in run(*command)[1]
 
 
+def test_a_repeated_run_keeps_the_metrics_on_record_if_it_ends_alike(run, tmp_path, monkeypatch):
+    run("--method", "adv", "--evaluate", "distance")
+    (first,) = load_records(tmp_path).values()
+    _, out, _ = run("--method", "adv", "--evaluate", "duplicates")  # repeated, as there is no model to measure
+    assert "1 run to do" in out
+    (both,) = load_records(tmp_path).values()
+    assert both["metric_distance"] == first["metric_distance"]
+    assert "metric_near_duplicates" in both
+    assert "0 runs to do, 1 done" in run("--method", "adv", "--evaluate", "distance", "duplicates")[1]
+    (file,) = (tmp_path / "runs").glob("*.json")
+    file.write_text(json.dumps(both | {"acc_test": 1.0}))  # as another machine may round
+    _, out, _ = run("--method", "adv", "--rerun")
+    assert "has ended otherwise than before; 2 metrics of then are left out" in out
+    (last,) = load_records(tmp_path).values()
+    assert not {"metric_distance", "metric_near_duplicates"} & last.keys()
+
+
 def test_keeps_the_unlearned_model_and_repeats_the_run_if_it_is_missing(run, tmp_path, few_digits):
     arguments = ["--method", "before", "neggrad", "--save-model"]
     assert run(*arguments)[0] == 0

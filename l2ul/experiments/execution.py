@@ -28,8 +28,9 @@ from l2ul.experiments.runs import Run, Setup
 from l2ul.methods.checkpoint import Checkpoint
 from l2ul.methods.settings import AttackSettings
 from l2ul.methods.stand_ins import Synthesis
-from l2ul.metrics.registry import outdated
+from l2ul.metrics.registry import EVALUATIONS, outdated
 
+ENDING = ("status", "steps", *records.ACCURACIES, "own_code")  # equal in two records of one run
 TOLERANCE = 1.0  # percentage points that an accuracy may change by rounding on another machine
 
 
@@ -361,12 +362,26 @@ class Experiment:
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
         }
+        record |= self._metrics_on_record(run, record)
         self._write_card(run, record, result)
         names = (run.earlier.names if run.earlier else []) + run.forget.names
         run.files.write(record, names, predictions, result.outcome.curve)
         self._checkpoint(run).delete()
         self.trackers.finish(record)
         self.on_record(record)
+
+    def _metrics_on_record(self, run: Run, record: dict[str, object]) -> dict[str, object]:
+        """Return the metrics that the earlier record of a run has in addition, if the run has ended as it did then."""
+        earlier = run.files.read() or {}
+        names = {name for group in EVALUATIONS.values() for name in group.names} - outdated(earlier, record)
+        more = {name: earlier[name] for name in names if name in earlier and name not in record}
+        if more and any(earlier.get(name) != record.get(name) for name in ENDING):
+            self.report(
+                f"{run.files.record}: the run has ended otherwise than before; {len(more)} metrics of then are left out"
+            )
+            return {}
+        compared = {key for group in EVALUATIONS.values() for name, key in group.compared_with.items() if name in more}
+        return more | {key: earlier[key] for key in compared}
 
     def _write_card(self, run: Run, record: dict[str, object], result: "RunResult") -> None:
         """Write the model card of a run's model if that is kept."""
