@@ -170,4 +170,10 @@ def _plain(value: object, depth: int = 0) -> object:
         return None if value.is_meta or value.is_quantized else value.to_dense().tolist()
     if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
         return f"{value.__module__}.{value.__qualname__}"
-    return value if isinstance(value, bool | int | float | str) else None
+    if isinstance(value, bool | int | float | str):
+        return value
+    if hasattr(value, "__dict__") and not isinstance(value, Tensor) and not callable(value):
+        # a namespace, or an object of a class of configurations; at most two deep, as they often refer to each other
+        public = {key: part for key, part in vars(value).items() if not key.startswith("_")}
+        return _plain(public, depth + DEEPEST // 2)
+    return None

@@ -125,6 +125,7 @@ class Experiment:
                     )
             if distributed.is_first():
                 models = self.evaluator.references.sha256
+                record = run.files.read() or record  # another command may have added other metrics meanwhile
                 stale = outdated(record, models)
                 kept = {key: value for key, value in record.items() if key not in stale}
                 new = {name: row.get(name) for name in self.evaluator.metrics}
@@ -408,7 +409,10 @@ class Experiment:
             return self.setup.classifier
         if distributed.broadcast(lambda: run.files.read()["status"] == records.DIVERGED):
             return None
-        model = self.load(run.files.model) if distributed.is_first() else copy.deepcopy(self.setup.classifier)
+        try:
+            model = self.load(run.files.model) if distributed.is_first() else copy.deepcopy(self.setup.classifier)
+        except InputError as error:  # whose advice is that for original models
+            raise InputError(error.problem, "do the run again with --rerun --save-model") from None
         distributed.copy_from_first(model)
         return model
 

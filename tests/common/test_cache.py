@@ -211,12 +211,19 @@ class Configuration:
     scale: torch.Tensor | None = None
 
 
+class Options:
+    def __init__(self, scale):
+        self.scale, self._last_used = scale, object()
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [
         (torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.4])),
         ({"depth": 2, "net": torch.nn.ReLU()}, {"depth": 3, "net": torch.nn.ReLU()}),
         (Configuration(2, torch.ones(2)), Configuration(2, torch.zeros(2))),
+        (types.SimpleNamespace(scale=1.0), types.SimpleNamespace(scale=2.0)),
+        ({"of": Options(1.0)}, {"of": Options(2.0)}),
         (torch.relu, torch.tanh),
         (torch.nn.functional.gelu, torch.nn.functional.relu),
         ([1, 2], [1, 3]),

@@ -141,6 +141,24 @@ def test_a_saved_model_that_does_not_match_its_record_is_rejected(unlearned, net
     net("another", 3.0).rename(kept)
     with pytest.raises(AssertionError, match="is not the model of .*; do the run again with --rerun --save-model"):
         unlearned(tmp_path, *arguments, "--evaluate", "distance")
+    kept.write_bytes(kept.read_bytes()[:1000])
+    with pytest.raises(AssertionError, match="is damaged .*; do the run again with --rerun --save-model"):
+        unlearned(tmp_path, *arguments, "--evaluate", "distance")
+
+
+def test_metrics_that_another_command_adds_meanwhile_are_kept(run, tmp_path, monkeypatch):
+    run("--method", "before")
+    (path,) = (tmp_path / "runs").glob("*.json")
+    true_evaluate = measurement.Evaluator.evaluate
+
+    def evaluate(*arguments):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"metric_near_duplicates": 3}))
+        return true_evaluate(*arguments)
+
+    monkeypatch.setattr(measurement.Evaluator, "evaluate", evaluate)
+    assert run("--method", "before", "--evaluate", "distance")[0] == 0
+    record = json.loads(path.read_text())
+    assert (record["metric_near_duplicates"], record["metric_distance"]) == (3, 0.0)
 
 
 def test_unusable_reference_models_are_rejected_in_one_sentence(script, few_digits, net, tmp_path):
