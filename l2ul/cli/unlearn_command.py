@@ -1,7 +1,7 @@
 """From the options of main_unlearn.py to a model, data, runs and an experiment. Also used by the workers of a sweep."""
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 import os
 from pathlib import Path
 import shlex
@@ -288,17 +288,14 @@ def announce(
         print(time_estimates.sentence([run.settings for run in to_do], finished, source=str(opts.result_dir)))
 
 
-def announce_other_code(experiment: Experiment, runs: list[Run], to_do: list[Run]) -> None:
-    """Print which runs on record were done with other code of the user: their ids do not depend on all of it."""
-    if not distributed.is_first():
-        return
-    older = [run.files.identity for run in runs if run not in to_do and experiment.has_other_code(run)]
-    if older:
-        print(
-            f"{len(older)} of the runs on record ({first_three(older)}): the files of your model or method have "
-            f"changed since; if that changes results, add --rerun",
-            flush=True,
-        )
+def other_code_note(identities: Sequence[str]) -> str | None:
+    """Return a sentence on runs on record, by their ids, that were done with other files of the user; None if none."""
+    if not identities:
+        return None
+    return (
+        f"{len(identities)} of the runs on record ({first_three(identities)}): the files of your model or method have "
+        f"changed since; if that changes results, add --rerun"
+    )
 
 
 def check_writable(experiment: Experiment, runs: list[Run], uploads: bool = False) -> None:

@@ -331,10 +331,12 @@ class Experiment:
         parts = code_of_model(self.setup.classifier), own_code_sha256([run.method.implementation])
         return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest() if any(parts) else None
 
-    def has_other_code(self, run: Run) -> bool:
-        """Return whether the record of a run was made when the user's files were others."""
-        record, own = run.files.read(), self.own_code(run)
-        return bool(record and own) and record.get("own_code", own) != own
+    def with_other_code(self, runs: list[Run]) -> list[str]:
+        """Return the ids of those of the runs whose records were made when the user's files were others."""
+        if not distributed.is_first():
+            return []
+        kept = ((run.files.identity, run.files.read(), self.own_code(run)) for run in runs)
+        return [identity for identity, record, own in kept if record and own and record.get("own_code", own) != own]
 
     def keeps(self, run: Run) -> bool:
         """Return whether the model of a run is kept, unless the run diverges."""

@@ -167,6 +167,8 @@ class SweepRunner:
         for name, values in self.sweep.axes.items():
             if all(trial.chosen[name] == values[0] for trial in planned):
                 self.report(f"the values of --{name.replace('_', '-')} give the same runs, which are done once")
+        if note := unlearn_command.other_code_note(sorted(self.workbench.other_code)):
+            self.report(note)
         if opts.dry_run:
             for trial in planned:
                 state = "done" if trial.identity not in unfinished else "failed" if trial.has_failed else "to do"

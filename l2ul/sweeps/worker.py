@@ -34,9 +34,13 @@ DataSets = dict[tuple[str, ...], Images]  # by the values of DATA_OPTIONS
 
 @dataclass
 class Workbench:
-    """Data sets, and the model used last, that a process keeps from one trial to the next."""
+    """Data sets, and the model used last, that a process keeps from one trial to the next.
+
+    other_code  ids of planned runs that are finished, and were done with other files of the user
+    """
 
     data_sets: DataSets = field(default_factory=dict)
+    other_code: set[str] = field(default_factory=set)
     _model: tuple[str, ...] | None = None  # the values of MODEL_OPTIONS of `_setup`
     _setup: Setup | None = None
 
@@ -80,6 +84,8 @@ class Workbench:
         opts = unlearn_options.parse(arguments)
         experiment, runs = self.open(opts, torch.device("cpu"))
         unfinished = {run.files.identity for part in experiment.pending(runs, opts.rerun) for run in part}
+        finished = [run for run in runs if run.files.identity not in unfinished]
+        self.other_code.update(experiment.with_other_code(finished))
         return trials.make_trials(runs, trial_arguments, chosen), unfinished
 
     def record_failure(self, arguments: Arguments, error: str) -> None:

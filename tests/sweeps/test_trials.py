@@ -26,7 +26,7 @@ from l2ul.common import tracking
 from l2ul.common.cache import Cache
 from l2ul.data import datasets
 from l2ul.data.images import Images, Split
-from l2ul.experiments import records, time_estimates
+from l2ul.experiments import execution, records, time_estimates
 from l2ul.experiments.time_estimates import TimeEstimates
 from l2ul.sweeps import monitor, ranges, ray_cluster, worker
 from l2ul.sweeps import options as sweep_options
@@ -249,6 +249,16 @@ def test_what_is_in_the_way_of_the_tables_is_refused_before_any_trial(swept, tmp
     (tmp_path / "tables" / "table.tex").mkdir(parents=True)
     code, _, err = swept("--method", "neggrad")
     assert (code, f"{tmp_path / 'tables' / 'table.tex'} is a folder" in err, err.count("\n")) == (2, True, 1), err
+
+
+def test_says_that_files_of_the_user_have_changed_since_the_runs(swept, run, monkeypatch):
+    monkeypatch.setattr(execution.Experiment, "own_code", lambda experiment, run: "as it was")
+    run("--method", "neggrad", "--seed", 0)
+    assert "have changed" not in swept("--method", "neggrad", "--seed", 0, 1, "--dry-run")[1]
+    monkeypatch.setattr(execution.Experiment, "own_code", lambda experiment, run: "edited")
+    out = swept("--method", "neggrad", "--seed", 0, 1, "--dry-run")[1]
+    assert "1 of the runs on record" in out
+    assert "the files of your model or method have changed since" in out
 
 
 def test_a_failure_never_replaces_a_result(run, tmp_path, few_digits):
