@@ -32,10 +32,8 @@ Values = dict[str, object]
 class Tracker(Protocol):
     """Follows one run at a time, in a folder. Any method may raise any exception.
 
-    package  the package that it needs, which is also the name of the extra; None: none
+    A tracker that needs a package names it in the attribute `package`. It is also the name of the extra.
     """
-
-    package: str | None
 
     def __init__(self, folder: Path): ...
 
@@ -51,8 +49,6 @@ class Tracker(Protocol):
 
 class Csv:
     """Write the curve to `<identity>.csv` row by row, then settings and record to `<identity>.json`."""
-
-    package = None
 
     def __init__(self, folder: Path):
         self.folder = folder / "csv"
@@ -222,7 +218,7 @@ TRACKERS: dict[str, type[Tracker]] = {"csv": Csv, "tensorboard": TensorBoard, "w
 def require_packages(names: Iterable[str]) -> None:
     """Raise InputError if the package of a tracker is not installed."""
     for name in names:
-        package = TRACKERS[name].package
+        package = _package(name)
         if package and not is_installed(package):
             raise _missing(name, package)
 
@@ -254,7 +250,7 @@ class Trackers:
             try:
                 self._trackers[name] = TRACKERS[name](Path(folder))
             except ImportError as error:
-                raise _missing(name, TRACKERS[name].package or error.name) from None
+                raise _missing(name, _package(name) or error.name) from None
 
     def __enter__(self) -> "Trackers":
         return self
@@ -290,6 +286,10 @@ class Trackers:
             except Exception as error:
                 del self._trackers[name]
                 self.report(f"--tracker {name} failed ({first_line(error)}); the command goes on without it")
+
+
+def _package(name: str) -> str | None:
+    return getattr(TRACKERS[name], "package", None)
 
 
 def _missing(name: str, package: str | None) -> InputError:

@@ -165,8 +165,6 @@ def test_a_package_that_cannot_be_imported_is_missing_too(tmp_path, monkeypatch)
 
 def test_a_tracker_of_your_own_follows_a_run(run, monkeypatch):
     class Mine:
-        package = None
-
         def __init__(self, folder):
             self.events = events
 
