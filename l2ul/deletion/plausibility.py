@@ -73,7 +73,7 @@ def check(request: Request, model: DeployedModel, min_known: float | None = None
     places = [place for place in new if request.folder.files[place].label is not None]
     if not places:
         if len(new) == len(request):
-            _check_dependence(request, before)
+            _check_dependence(request, before, model.classifier.channels)
         return
     labels, predictions = request.forget.labels.cpu()[places], before.argmax(1)[places]
     known = int((labels == predictions).sum())
@@ -120,7 +120,7 @@ def _predicts_one_class(labels: Tensor, predictions: Tensor) -> bool:
     return len(labels) >= MIN_ONE_CLASS and shares[1] >= ONE_CLASS and shares[0] <= 0.75
 
 
-def _check_dependence(request: Request, before: Tensor) -> None:
+def _check_dependence(request: Request, before: Tensor, channels: int) -> None:
     """Raise InputError if the outputs hardly depend on the image, though the images differ."""
     pixels = request.images[:MAX_IMAGES].float()
     if len(pixels) < 3 or pixels.std(0).mean() < VARIED * pixels.std():
@@ -132,9 +132,10 @@ def _check_dependence(request: Request, before: Tensor) -> None:
             "the model predicts {} for all {} images, and its outputs hardly depend on the image; likely causes are "
             "another input range or normalisation than in training ({}, {}; {} for pixels from 0 to 255) or {}"
         )
-        options = option("mean"), option("std"), option("std", (0.00392157,) * 3)
+        mean, std = option("mean", (0.0,) * channels), option("std", (0.00392157,) * channels)
+        of_255 = Wording(std, f"{in_python(mean)}, {in_python(std)}")
         raise InputError(
-            worded(problem, name, len(request), *options, OTHER_SIZE),
+            worded(problem, name, len(request), option("mean"), option("std"), of_255, OTHER_SIZE),
             Wording("name the labels by folders to have alternatives tried", "pass labels to have alternatives tried"),
             worded("add {} to skip this check", option("min_known", 0)),
         )
@@ -307,10 +308,9 @@ def _other_normalisations(classifier: Classifier) -> Iterator[tuple[str, str, nn
         other = Normalize(mean, std).to(own.mean.device)
         if torch.allclose(other.mean, own.mean, atol=1e-3) and torch.allclose(other.std, own.std, rtol=1e-2):
             continue
-        flags = option("std", tuple(std))
-        if not torch.equal(other.mean, own.mean):
-            flags = worded("{} {}", option("mean", tuple(mean)), flags)
-        yield words, flags, other
+        both = option("mean", tuple(mean)), option("std", tuple(std))
+        flags = both[1:] if torch.equal(other.mean, own.mean) else both
+        yield words, Wording(" ".join(flags), ", ".join(map(in_python, both))), other  # the function needs both
 
 
 def _other_nets(model: DeployedModel) -> Iterator[tuple[str, str, nn.Module]]:

@@ -253,9 +253,10 @@ def test_wrong_preprocessing_is_named_with_the_arguments_of_the_function(trained
     of_255 = nn.Sequential(Normalize([0] * 3, [255] * 3), model)
     with pytest.raises(InputError) as caught:
         l2ul.forget(of_255, images[:16], labels[:16])
-    assert str(caught.value).endswith(
-        "but 16 of 16 with pixels from 0 to 255: add std=(0.00392157, 0.00392157, 0.00392157)"
-    )
+    advised = {"mean": (0.0, 0.0, 0.0), "std": (0.00392157, 0.00392157, 0.00392157)}
+    words = ", ".join(f"{name}={value}" for name, value in advised.items())
+    assert str(caught.value).endswith(f"but 16 of 16 with pixels from 0 to 255: add {words}")
+    assert l2ul.forget(of_255, images[:6], labels[:6], **advised, **STORED).recognised.all()
     with pytest.raises(InputError, match="BGR: change the model, the images or the labels accordingly$"):
         l2ul.forget(nn.Sequential(Flip(), model), images[:16], labels[:16])
 
@@ -278,6 +279,18 @@ def test_alternatives_keep_the_size_to_which_a_classifier_resizes(trained):
     resizing = Classifier("resizing", CLASSES, net, nn.Sequential(nn.AvgPool2d(2), Normalize([0] * 3, [1] * 3)))
     with pytest.raises(InputError, match="but 16 of 16 with pixels from 0 to 255: add"):
         l2ul.forget(resizing, images[:16].repeat_interleave(2, 2).repeat_interleave(2, 3), labels[:16])
+
+
+class Grey(nn.Module):
+    """A layer that takes images of one channel and returns three."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 1, bias=False)
+        nn.init.ones_(self.conv.weight)
+
+    def forward(self, images):
+        return self.conv(images)
 
 
 class Flip(nn.Module):
@@ -528,8 +541,11 @@ def test_advice_names_arguments(trained):
     flat = copy.deepcopy(model)
     flat.head.weight.data *= 1e-3
     flat.head.bias.data = torch.tensor([0.0, 9, 0, 1, 0])
-    size = r"std=\(0.00392157, 0.00392157, 0.00392157\) for pixels from 0 to 255\) or another image size"
-    refused(f"{size}; pass labels to have alternatives tried, or add min_known=0 to skip", flat, images[:6])
+    of_255 = r"mean=\(0.0, 0.0, 0.0\), std=\(0.00392157, 0.00392157, 0.00392157\) for pixels from 0 to 255\)"
+    labels_help = "or another image size; pass labels to have alternatives tried, or add min_known=0 to skip"
+    refused(f"{of_255} {labels_help}", flat, images[:6])
+    grey = nn.Sequential(Grey(), flat)
+    refused(r"mean=\(0.0,\), std=\(0.00392157,\) for pixels from 0 to 255", grey, images[:6, :1])
     several = copy.deepcopy(model)
     levels = torch.tensor([3.0, 3, -4, -4, -4])
     several.register_forward_hook(lambda net, inputs, output: levels + 0.1 * output.tanh())
