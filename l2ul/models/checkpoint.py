@@ -33,7 +33,9 @@ DEEPEST = 6  # levels of dictionaries and lists that are searched for state dict
 SEVERAL = 4  # names that a message lists
 SMALL = 2**8  # most values of a vector that stays beside the weights, of a list, and of a NumPy array of any shape
 LISTS = list | tuple | set | frozenset
-ENCODED = re.compile(r"(?:[A-Za-z0-9+/_=-]{60,}(?:\r?\n)?)+")  # bytes in base64 or hexadecimal, in lines
+ENCODED = re.compile(  # bytes in base64 or hexadecimal, in lines of which the last may be short
+    r"(?:[A-Za-z0-9+/_=-]{60,}(?:\r?\n)?)+[A-Za-z0-9+/_=-]*"
+)
 Statistics = tuple[float, ...]
 Place = tuple[object, ...]  # keys of dictionaries and positions in lists, from the top of a file to a state dict
 
@@ -480,7 +482,7 @@ def _may_hold_images(value: object, num_classes: int, depth: int = 0) -> bool:
     if isinstance(value, bytes | bytearray):
         return len(value) > SMALL
     if isinstance(value, str):
-        return any(len(run[0]) > SMALL * 4 / 3 + 2 for run in ENCODED.finditer(value))
+        return any(_encoded_bytes(run[0]) > SMALL for run in ENCODED.finditer(value))
     if isinstance(value, np.ndarray):
         return value.size > SMALL and not _is_short(value, num_classes)
     if isinstance(value, LISTS) and _numbers(value) > SMALL and _numbers(value) != num_classes:
@@ -489,6 +491,12 @@ def _may_hold_images(value: object, num_classes: int, depth: int = 0) -> bool:
     inner += value if isinstance(value, LISTS) else []
     inner += _attributes(value).values()
     return any(_may_hold_images(one, num_classes, depth + 1) for one in inner)
+
+
+def _encoded_bytes(text: str) -> int:
+    """Return how many bytes a text in base64 or hexadecimal encodes."""
+    digits = re.sub(r"[=\r\n]", "", text)
+    return len(digits) // 2 if re.fullmatch("[0-9A-Fa-f]*", digits) else len(digits) * 3 // 4
 
 
 def _numbers(value: object, depth: int = 0) -> int:

@@ -126,6 +126,15 @@ def test_lists_of_numbers_and_encoded_bytes_are_left_out(net, tmp_path):
         assert file.metadata() == {"from": "somewhere"}
 
 
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.encodebytes, bytes.hex])
+def test_encoded_text_stays_up_to_256_bytes(net, tmp_path, encode):
+    before, moved = net
+    content = np.random.default_rng(0).bytes(257)
+    texts = [text if isinstance(text, str) else text.decode() for text in map(encode, (content[1:], content))]
+    torch.save({"state_dict": before.state_dict(), "small": texts[0], "large": texts[1]}, tmp_path / "in.pt")
+    assert checkpoint.rewrite(tmp_path / "in.pt", moved, tmp_path / "out.pt") == ["large"]
+
+
 def test_tensors_in_attributes_are_left_out(net, tmp_path):
     before, moved = net
     state = collections.OrderedDict(before.state_dict())
