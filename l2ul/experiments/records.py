@@ -218,7 +218,7 @@ SCHEMA: dict[str, Key] = {
         ),
         Key("white_level", SETTING, "number", "value of white in grey files of more than 8 bits", null=True, flag=True),
         Key("forget_dir", SETTING, "text", "name of the folder of `--forget-dir`", null=True, flag=True),
-        Key("relabel_file", SETTING, "text", "name of the file of `--relabel-file`", null=True, flag=True),
+        Key("relabel_file", PROVENANCE, "text", "name of the file of `--relabel-file`", null=True),
         Key("forget_sha256", SUBJECT, "text", f"{_HASH} of D_f: images, labels and new labels", null=True),
         Key("continual_size", SUBJECT, "integer", "images per step of a continual run", null=True, least=1),
         Key(

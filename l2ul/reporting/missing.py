@@ -153,7 +153,10 @@ def _flags(block: Block, run: Missing) -> tuple[str, ...]:
     words += ["--age-grouping", block.age_grouping] if block.age_grouping else []
     words += [*_setting_flags(block, values, runs or block.records), *_method_settings(run.method, values)]
     if values.get("listed"):
-        words += ["--forget-file", _forget_file(runs or block.records, run)]
+        listed = [record for record in runs or block.records if record["listed"]]
+        words += ["--forget-file", _closest(listed, run)["forget_file"]]
+    if relabelled := [record for record in runs or block.records if record.get("relabel_file")]:
+        words += ["--relabel-file", _closest(relabelled, run)["relabel_file"]]
     folder = min(record["result_dir"] for record in alike)
     return tuple(words + (["--result-dir", folder] if folder != RESULT_DIR else []))
 
@@ -197,9 +200,8 @@ def _method_settings(method: str, values: Record) -> list[str]:
     return ["--setting", *to_text(changed).split()] if changed else []
 
 
-def _forget_file(runs: list[Record], run: Missing) -> str:
-    """Return a file of indices of D_f that is long enough, of the same seed if there is one."""
-    listed = [record for record in runs if record["listed"]]
-    long = [record for record in listed if record["k"] >= run.k] or listed
+def _closest(runs: list[Record], run: Missing) -> Record:
+    """Return the run whose D_f has at least as many images as that of a missing run and its seed, if there is one."""
+    long = [record for record in runs if record["k"] >= run.k] or runs
     same = [record for record in long if record["seed"] == run.seed] or long
-    return min(same, key=lambda record: (record["k"], record["forget_file"]))["forget_file"]
+    return min(same, key=lambda record: (record["k"], record["forget_file"]))

@@ -55,6 +55,15 @@ def test_files_that_decide_d_f_are_named_in_commands_and_explained(folder, table
     assert f"`new` is {meaning}. Add its folder if it is not in the current one." in markdown
 
 
+def test_each_seed_has_its_own_file_of_new_labels(folder, tables):
+    run = {"goal": "relabel", "acc_relabel": 100.0, "checkpoint": "usual.pt"}
+    folder(*(run | {"seed": seed, "relabel_file": f"{seed}.txt"} for seed in (0, 1)))
+    markdown = tables("--method", "adv", "adv_imp")
+    assert "relabel_file=" not in markdown  # the seeds are one row
+    for seed in (0, 1):
+        assert re.search(f"--relabel-file {seed}.txt .*--seed {seed} --method adv_imp", markdown), markdown
+
+
 def test_each_file_of_weights_is_identified_by_its_own_hash(folder, tables):
     other = {"checkpoint": "other.pt", "checkpoint_sha256": "22" * 32}
     folder({"checkpoint": "usual.pt"}, {"seed": 1, "checkpoint": "usual.pt"}, {"method": "neggrad"} | other)
