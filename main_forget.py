@@ -151,9 +151,9 @@ def forget(args: argparse.Namespace) -> int:
         key=key,
     )
     headline = states.headline(contents["images"], request.forget.goal, args.also, contents["asked"]["counted"])
-    log(f"{headline}: {folder / PAGE}")
     if best and (damage := damage_note(best.agreement)):
         log(damage)
+    log(f"{headline}: {folder / PAGE}")
     successful = states.count(contents["images"]).successful
     if repository:
         upload(args, folder / REPORT, repository, None if successful else "an image is not forgotten")

@@ -437,7 +437,7 @@ def test_a_damaged_model_is_named(forget, monkeypatch):
     assert "too much damage" not in forget()[2]
     monkeypatch.setattr(candidates, "ACCEPTABLE", 101)
     printed = forget(output="again")[2]
-    assert re.search(r"  an agreement of [\d.]+ % is below 101 %", printed)
+    assert re.search(r"  an agreement of [\d.]+ % is below 101 %, .*\n.*removed from predictions: .*\n$", printed)
 
 
 def test_progress_lines_appear_in_a_log_file(forget, monkeypatch):

@@ -123,7 +123,7 @@ def search(
     on_candidate: Callable[[Candidate], object],
     seconds_of_checks: float = 0.0,
 ) -> tuple[list[Candidate], str | None]:
-    """Run candidates while there is time; return them, best first of equals the earlier one, and why it ended early.
+    """Run candidates while there is time. Return them, best first, then in their order, and why this ended early.
 
     first              the method's own settings
     seconds_per_step   with these settings

@@ -151,7 +151,7 @@ def stem(block: rows.Block, number: int) -> str:
 
 
 def subject_name(block: rows.Block) -> str:
-    """Return the prefix of the names of the files of a block's figures, which is another one for each block."""
+    """Return the prefix of the names of the files of a block's figures. Each block has a prefix of its own."""
     parts = [block.dataset, block.age_grouping, block.model, "relabel" if block.goal == "relabel" else None]
     whole = "_".join(in_file_name(part) for part in parts if part)
     name = re.sub(r'[<>:"/\\|?*]', "_", whole).encode()[:LONGEST].decode(errors="ignore")
