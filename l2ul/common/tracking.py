@@ -251,6 +251,10 @@ class Trackers:
                 self._trackers[name] = TRACKERS[name](Path(folder))
             except ImportError as error:
                 raise _missing(name, _package(name) or error.name) from None
+            except InputError:
+                raise
+            except Exception as error:
+                self._report_failure(name, error)
 
     def __enter__(self) -> "Trackers":
         return self
@@ -285,7 +289,10 @@ class Trackers:
                 getattr(tracker, action)(*arguments)
             except Exception as error:
                 del self._trackers[name]
-                self.report(f"--tracker {name} failed ({first_line(error)}); the command goes on without it")
+                self._report_failure(name, error)
+
+    def _report_failure(self, name: str, error: Exception) -> None:
+        self.report(f"--tracker {name} failed ({first_line(error)}); the command goes on without it")
 
 
 def _package(name: str) -> str | None:

@@ -185,6 +185,20 @@ def test_a_tracker_of_your_own_follows_a_run(run, monkeypatch):
     assert events[-1] in ("forgotten", "cap")
 
 
+def test_a_tracker_that_cannot_start_is_left_out(tmp_path, monkeypatch):
+    class Broken:
+        def __init__(self, folder):
+            raise ConnectionError("the server is unreachable")
+
+    monkeypatch.setitem(TRACKERS, "broken", Broken)
+    problems = []
+    with Trackers(["broken", "csv"], tmp_path, problems.append) as trackers:
+        trackers.start("a", "adv", SETTINGS)
+        trackers.finish(RECORD)
+    assert problems == ["--tracker broken failed (the server is unreachable); the command goes on without it"]
+    assert (tmp_path / "csv" / "a.json").exists()
+
+
 def test_wandb_online_needs_a_login(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "online")
