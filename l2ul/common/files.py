@@ -9,7 +9,6 @@ import inspect
 import os
 from pathlib import Path
 import shutil
-import site
 import sys
 import sysconfig
 import types
@@ -136,13 +135,13 @@ _source_of_module = functools.cache(source_code)
 def _is_own(module: types.ModuleType) -> bool:
     """Return whether a module is a file of the user, not one of L2UL or of an installed package."""
     file = getattr(module, "__file__", None)
-    if file is None or module.__name__.partition(".")[0] == "l2ul":
+    if file is None or module.__name__.partition(".")[0] in ("l2ul", "torch", "torchvision"):
         return False
     if Path(file).resolve().parent == SCRIPTS and module.__name__.startswith("main_"):
         return False
-    folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    folders |= {*site.getsitepackages(), site.getusersitepackages()}
-    return not any(Path(file).is_relative_to(folder) for folder in folders)
+    if {"site-packages", "dist-packages"} & set(Path(file).parts):  # also those that PYTHONPATH names
+        return False
+    return not any(Path(file).is_relative_to(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
 
 
 def require_writable(folder: Path, *names: str) -> None:

@@ -174,6 +174,15 @@ def test_models_of_this_project_have_no_code_of_the_user():
     assert code_of_model(models.build("torchvision:resnet18", 10)) is None
 
 
+def test_a_library_in_another_folder_is_no_code_of_the_user(tmp_path, monkeypatch):
+    for folder, is_own in (("site-packages", False), ("mine", True)):
+        path = tmp_path / folder / "layers.py"
+        path.parent.mkdir()
+        path.write_text("import torch\nclass Net(torch.nn.Module): pass")
+        code = code_of_model(import_file(path, monkeypatch, "layers").Net())
+        assert (code is not None) == is_own
+
+
 def test_fingerprints_depend_on_versions_of_libraries(monkeypatch):
     library = types.ModuleType("library")
     library.__version__ = "1.0"
