@@ -54,8 +54,11 @@ class ForgetWarning(UserWarning):
     """A warning about a result. `result` is what `forget` returns, also if the warning is raised."""
 
     def __init__(self, result: "Forgotten") -> None:
-        super().__init__("; ".join(filter(None, (result.summary, result.note))))
+        super().__init__(result)  # for copies and pickles
         self.result = result
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, (self.result.summary, self.result.note)))
 
 
 class NotForgotten(ForgetWarning):
@@ -283,7 +286,9 @@ def _open(
     if isinstance(net, Classifier):
         if mean is not None or processor is not None:
             raise InputError(
-                "a classifier of l2ul.models contains its normalisation", "leave out mean, std and processor"
+                "a classifier of l2ul.models contains its normalisation",
+                "leave out mean, std and processor",
+                "build it with another mean and std",
             )
         return _deployed(net), _PixelReader(net.channels)
     config = getattr(net, "config", None)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import pickle
 import re
 import subprocess
 import sys
@@ -173,6 +174,8 @@ def test_a_damaged_model_that_forgets_all_images_comes_with_a_warning(trained, m
     monkeypatch.setattr(candidates, "ACCEPTABLE", 101)
     with pytest.warns(Damaged, match="6 of 6 images are forgotten") as caught:
         result = l2ul.forget(model, images[:6], labels[:6], **STORED)
+    copied = pickle.loads(pickle.dumps(caught[0].message))
+    assert (type(copied), str(copied), copied.result.steps) == (Damaged, str(caught[0].message), result.steps)
     damage = f"an agreement of {result.agreement:.1f} % is below 101 %, which is too much damage"
     assert result.note == f"{damage}: use more minutes, keep_images or another method"
     assert str(caught[0].message) == f"{result.summary}; {result.note}"
@@ -348,7 +351,7 @@ def test_models_of_libraries_need_their_normalisation(trained):
     classifier = models.build("resnet20", 10)
     with pytest.raises(InputError, match="or pass the classifier that l2ul.models.load returns"):
         l2ul.forget(classifier.net, images)
-    with pytest.raises(InputError, match="contains its normalisation; leave out mean, std and processor"):
+    with pytest.raises(InputError, match="leave out mean, std and processor, or build it with another mean and std$"):
         l2ul.forget(classifier, images, mean=[0.5] * 3, std=[0.5] * 3)
 
 
