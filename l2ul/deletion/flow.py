@@ -1,7 +1,7 @@
-"""The flow of a deletion request, of files by `main_forget.py` and of a module and tensors by `l2ul.forget`.
+"""The flow of a deletion request: of files for `main_forget.py`, of a module and tensors for `l2ul.forget`.
 
-These make a `Deletion`, open the model and read the images, and call `check`, `prepare` and `carry_out`. Then they
-write or return the unlearned model.
+Both make a `Deletion`, open the model, read the images, and call `check`, `prepare` and `carry_out`. Then they write or
+return the unlearned model.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from l2ul.methods.settings import ATTACK, SHARED, Value
 from l2ul.metrics import preflight, robustness
 from l2ul.unlearn import Settings
 
-FREE = ("robust", "loop_precision", "distill_frozen")  # settings that the user may set without ending the search
+FREE = ("robust", "loop_precision", "distill_frozen")  # settings that the user may choose and still have a search
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Result:
 class Deletion:
     """How a request is carried out. Raises InputError for a method or settings that no request can have.
 
-    values         names and values, as text, of settings of the method; other settings than FREE replace the search
+    values         settings of the method, as names and texts; one that is not in FREE replaces the search
     has_surrogate  whether images stand for the training images, which only methods with a teacher use
     also           changed copies of the images that are to be forgotten too, names of `choices.CHANGES`
     settings       of the first candidate. A method with the setting robust forgets images as they are used by default
