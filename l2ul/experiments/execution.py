@@ -378,7 +378,7 @@ class Experiment:
         earlier = run.files.read() or {}
         names = {name for group in EVALUATIONS.values() for name in group.names} - outdated(earlier, record)
         more = {name: earlier[name] for name in names if name in earlier and name not in record}
-        if more and any(earlier.get(name) != record.get(name) for name in ENDING):
+        if more and any(earlier.get(name, record.get(name)) != record.get(name) for name in ENDING):
             self.report(
                 f"{run.files.record}: the run has ended otherwise than before; {len(more)} metrics of then are left out"
             )
