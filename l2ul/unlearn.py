@@ -22,7 +22,6 @@ from l2ul.common.choices import DIVERGED, DONE, FORGOTTEN, STOPPED
 from l2ul.common.cuda_graphs import Graphed
 from l2ul.common.device import plain_defaults
 from l2ul.common.errors import Diverged
-from l2ul.common.files import own_code_sha256
 from l2ul.common.modes import counters_on_cpu, same_requires_grad
 from l2ul.common.nested import Nested
 from l2ul.data import storage
@@ -173,11 +172,11 @@ def unlearn(
         else:  # counting on the CPU would not be part of a graph
             stack.enter_context(counters_on_cpu(unlearned))
         if checkpoint and procedure.is_resumable:
-            own_code = code_of_model(model), own_code_sha256([chosen.implementation])
+            own_code = code_of_model(model, chosen.implementation)
             code = METHOD_VERSION, torch.__version__, labels.device.type, method, chosen.code_sha256(), settings
             # of D_adv only the targets: a GPU may compute examples and importance differently each time, so `summary`
             # compares them with a tolerance
-            code += own_code if any(own_code) else ()
+            code += (own_code,) if own_code else ()
             inputs = model.state_dict(), images, labels, new_labels, adv[1] if adv else None, retain, surrogate
             if state := checkpoint.load(fingerprint(*code, *inputs), summary(adv, importance)):
                 loop.load_state_dict(state)

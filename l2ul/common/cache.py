@@ -126,9 +126,9 @@ def model_fingerprint(model: nn.Module) -> str:
     return layers[:32] + tensors_sha256(dict(model.named_parameters()) | dict(model.named_buffers()))
 
 
-def code_of_model(model: nn.Module) -> str | None:
-    """Return a hash of the user's files that the layers, hooks and functions of a model are from; None without any."""
-    things: list[object] = []
+def code_of_model(model: nn.Module, *others: object) -> str | None:
+    """Return a hash of the user's files that a model, its layers and hooks, and other functions are from, or None."""
+    things = list(others)
     for module in model.modules():
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         things += [type(module), *hooks, *filter(callable, vars(module).values())]

@@ -4,7 +4,6 @@ from collections.abc import Callable
 import copy
 from dataclasses import dataclass, field
 import functools
-import hashlib
 from itertools import groupby
 from pathlib import Path
 import platform
@@ -18,7 +17,7 @@ from l2ul.common import device as devices
 from l2ul.common import distributed
 from l2ul.common.cache import Cache, code_of_model
 from l2ul.common.errors import Diverged, InputError
-from l2ul.common.files import atomic, own_code_sha256, tensors_sha256
+from l2ul.common.files import atomic, tensors_sha256
 from l2ul.common.progress import progress_bar
 from l2ul.common.tracking import Trackers
 from l2ul.experiments import model_card, records
@@ -328,15 +327,14 @@ class Experiment:
 
     def own_code(self, run: Run) -> str | None:
         """Return a hash of the user's files that the model and the method of a run are from; None without any."""
-        parts = code_of_model(self.setup.classifier), own_code_sha256([run.method.implementation])
-        return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest() if any(parts) else None
+        return code_of_model(self.setup.classifier, run.method.implementation)
 
     def with_other_code(self, runs: list[Run]) -> list[str]:
         """Return the ids of those of the runs whose records were made when the user's files were others."""
         if not distributed.is_first():
             return []
-        kept = ((run.files.identity, run.files.read(), self.own_code(run)) for run in runs)
-        return [identity for identity, record, own in kept if record and own and record.get("own_code", own) != own]
+        own = ((run.files, code) for run in runs if (code := self.own_code(run)))  # other records are not read
+        return [files.identity for files, code in own if (files.read() or {}).get("own_code", code) != code]
 
     def keeps(self, run: Run) -> bool:
         """Return whether the model of a run is kept, unless the run diverges."""

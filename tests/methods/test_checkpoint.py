@@ -249,7 +249,7 @@ def test_the_state_of_another_run_is_ignored_with_a_reason(inputs, tmp_path, mon
         expected = unlearn(**arguments | changed)
         same(unlearn(**arguments | changed, checkpoint=Checkpoint(path, report=sentences.append)), expected)
     with monkeypatch.context() as patch:
-        patch.setattr("l2ul.unlearn.code_of_model", lambda model: "of other files")
+        patch.setattr("l2ul.unlearn.code_of_model", lambda *parts: "of other files")
         path.write_bytes(kept)
         same(unlearn(**arguments, checkpoint=Checkpoint(path, report=sentences.append)), unlearn(**arguments))
     model = arguments["model"]
