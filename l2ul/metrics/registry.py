@@ -1,4 +1,4 @@
-"""The metrics of a run: what they are computed from, the groups of `--evaluate`, and a decorator that adds a metric.
+"""The metrics of a run: their inputs, the groups of `--evaluate`, and a decorator that adds a metric.
 
 This module does not import torch, so that command lines can list the groups at once. The functions of the groups are in
 `groups.py`, which is imported when a group is first computed. Headings of table columns are in `columns.py`.
