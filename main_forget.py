@@ -80,7 +80,8 @@ def forget(args: argparse.Namespace) -> int:
     surrogate = read_unlabelled(args.surrogate, option("surrogate"), model, request, args.skip_bad)
     references = read_reference_images(args.reference_images, model, request, args.skip_bad, surrogate)
     output.check_writable(args.output, model, request, args.build, uploads=repository is not None)
-    unlearner = deletion.prepare(model, request, surrogate)
+    prepared = deletion.prepare(model, request, surrogate)
+    unlearner, settings = prepared.unlearner, prepared.settings
     recognised, how = unlearner.recognised, " as used" if unlearner.as_used else ""
     log(
         f"{states.images(len(request))} to forget{how}, goal {request.forget.goal}; {args.method}; "
@@ -97,7 +98,7 @@ def forget(args: argparse.Namespace) -> int:
 
     # Search settings that forget all images with the least damage.
     output.remove_interrupted(args.output)
-    found = deletion.carry_out(unlearner, budget, keep, lambda candidate: log_candidate(candidate, recognised))
+    found = prepared.carry_out(budget, keep, lambda candidate: log_candidate(candidate, recognised))
     if found.early_end:
         log(found.early_end)
 
@@ -132,8 +133,8 @@ def forget(args: argparse.Namespace) -> int:
         "device": devices.device_name(device),
         "precision": {"search": unlearner.precision, "checks": "fp32"},
     }
-    settings, best = deletion.settings, found.best
     free = {"robust": settings.robust, "loop_precision": settings.loop_precision}  # which leave the search free
+    best = found.best
     stopped_at = best.steps if best and best.status == STOPPED else None
     command = options.again(args, contents["chosen"] or free, stopped_at, device.type, torch.get_num_threads())
     contents["again"] = {"command": command}

@@ -182,13 +182,13 @@ def forget(
                 )
             deletion.check(opened, request, min_known, single_label)
             keep = _read_others("keep_images", keep_images, reader, request)
-            unlearner = deletion.prepare(opened, request, _read_others("surrogate", surrogate, reader, request))
+            prepared = deletion.prepare(opened, request, _read_others("surrogate", surrogate, reader, request))
 
             # Search settings, and judge the model that is returned.
-            found = deletion.carry_out(unlearner, budget, keep)
+            found = prepared.carry_out(budget, keep)
             unlearned = unwrapped(copied(model))
             _copy_weights(found.model if isinstance(unlearned, Classifier) else found.model.net, unlearned)
-            result = _result(unlearner, request, unlearned, found.best, time.perf_counter() - started)
+            result = _result(prepared.unlearner, request, unlearned, found.best, time.perf_counter() - started)
     if not result.successful:
         result = replace(result, note=in_python(found.early_end or ""))
         warnings.warn(NotForgotten(result), stacklevel=2)

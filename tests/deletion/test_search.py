@@ -1,16 +1,17 @@
 """The search of settings: which candidates run in how much time, and which is chosen."""
 
 import contextlib
-from dataclasses import dataclass, field, replace
+from dataclasses import FrozenInstanceError, dataclass, field, replace
 import re
 import time
+from types import SimpleNamespace
 
 from conftest import CLASSES
 import pytest
 import torch
 
 from l2ul.common.errors import InputError
-from l2ul.deletion import search, strategies
+from l2ul.deletion import flow, search, strategies
 from l2ul.deletion.candidates import PARTS, Candidate, TimeBudget, Unlearner, measure_step, without_synthesis
 from l2ul.deletion.flow import Deletion
 from l2ul.methods.stand_ins import Synthesis
@@ -208,12 +209,36 @@ def test_chosen_settings_replace_the_defaults():
             ("unlearn_lr", "1"),
             "method jit has no setting unlearn_lr; expected one of bn, loop_precision, precision, epochs",
         ),
-        ("adv", ("pgd_eps", "1"), "setting pgd_eps cannot be changed here"),
+        ("adv", ("pgd_eps", "1"), "setting pgd_eps cannot be changed here: deletion requests use a fixed attack"),
+        ("adv", ("adv_dtype", "uint8"), "adv_dtype cannot be changed here: deletion requests use a fixed attack"),
+        *(
+            (method, ("precision", "tf32"), "precision cannot be changed here: deletion requests measure in fp32 and")
+            for method in ("distill", "adv", "jit")
+        ),
+        ("adv", ("bn", "train"), "bn is train, but deletion requests leave the statistics of batch-norm as they are"),
     ],
 )
 def test_settings_that_the_method_does_not_allow(method, setting, expected):
     with pytest.raises(InputError, match=expected):
         Deletion(method, [setting], seed=0)
+
+
+@pytest.mark.parametrize(("fastest", "chosen"), [("bf16", []), ("bf16", [("loop_precision", "full")]), ("fp32", [])])
+def test_the_precision_of_the_loop_is_part_of_what_prepare_returns(monkeypatch, trained, fastest, chosen):
+    model, images, labels = trained
+    monkeypatch.setattr(flow.precisions, "resolve", lambda name, device: name or "fp32")  # of a CPU with bf16
+    monkeypatch.setattr(flow.preflight, "fastest_precision", lambda *_, **options: (fastest, ""))
+    request = SimpleNamespace(images=images[:2], forget=Forget(images[:2] / 255, labels[:2]), class_names="ab")
+    request.recognised_earlier = None
+    deletion = Deletion("distill", chosen, seed=0)
+    before = deletion.settings
+    prepared = deletion.prepare(SimpleNamespace(classifier=model, as_written=None), request, None)
+    in_bf16 = fastest == "bf16" and not chosen
+    assert prepared.settings == replace(before, loop_precision="bf16" if in_bf16 else "full")
+    assert prepared.unlearner.precision == ("bf16" if in_bf16 else "fp32")
+    assert deletion.settings == before
+    with pytest.raises(FrozenInstanceError):
+        deletion.seed = 1
 
 
 @pytest.mark.parametrize("minutes", [60, 5])
