@@ -59,7 +59,7 @@ def run(opts: argparse.Namespace) -> None:
         to_do, to_measure = experiment.pending(runs, opts.rerun)
         command.check_writable(experiment, to_do, uploads=repository is not None)
         command.announce(opts, device, runs, to_do, to_measure)
-        if note := command.other_code_note(experiment.with_other_code([run for run in runs if run not in to_do])):
+        for note in command.notes_on_changes(experiment.changes([run for run in runs if run not in to_do])):
             print(note, flush=True)
         if not opts.dry_run:
             experiment.add_metrics(to_measure)  # of runs on record that lack metrics of --evaluate

@@ -15,11 +15,14 @@ import torchvision
 
 from l2ul import attack, models
 from l2ul.cli import unlearn_options
+from l2ul.common import seeds
 from l2ul.common.errors import Diverged
-from l2ul.data import forget_set
+from l2ul.data import folder, forget_set
 from l2ul.experiments import execution, measurement, records
 from l2ul.methods import registry
 from l2ul.methods.settings import SHARED, has_effect
+from l2ul.metrics import columns
+from l2ul.metrics import registry as measuring_registry
 import main_unlearn
 
 
@@ -223,6 +226,123 @@ def scale(x):
     assert "the files of your model or method have changed since" in out
     run(*command, "--rerun")
     assert "have changed" not in run(*command)[1]
+
+
+def test_says_that_images_on_disk_have_changed(script, tmp_path, monkeypatch):
+    write_folder(tmp_path / "data" / "pets", size=(16, 16))
+    torch.manual_seed(0)
+    torch.save(models.build("resnet20", 2).net.state_dict(), tmp_path / "pets.pt")
+    where = ["--dataset", "pets", "--model", "resnet20", "--checkpoint", tmp_path / "pets.pt", "--result-dir", tmp_path]
+    read, true_read = [], folder.read_bytes
+    monkeypatch.setattr(folder, "read_bytes", lambda file: read.append(file) or true_read(file))
+
+    def call(*arguments, data="data"):
+        read.clear()
+        code, out, err = script(
+            main_unlearn.main, *where, "--data-dir", tmp_path / data, *FAST, "--method", "before", "oracle", *arguments
+        )
+        assert code == 0, err
+        return out
+
+    call()
+    assert len(read) == 12  # each file once
+    assert "have changed" not in call()
+    assert read == []  # the hash is in the cache
+    for file in (tmp_path / "data" / "pets" / "val").rglob("*.png"):
+        file.touch()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert "have changed" not in call(data="moved")  # the content of the files decides, not names and times
+    assert len(read) == 12
+    ant, bee = (tmp_path / "moved" / "pets" / "val" / label / "0.png" for label in ("ant", "bee"))
+    before = ant.read_bytes()
+    ant.write_bytes(bee.read_bytes())
+    changed = (
+        r"2 of the runs on record \(\w{16}, \w{16}\): the images or labels of D_r or D_test have changed since; to do"
+    )
+    for _ in range(2):
+        out = call(data="moved")
+        assert "0 runs to do, 2 done" in out
+        assert re.search(changed, out)
+    assert "have changed" not in call("--rerun", data="moved")
+    assert "have changed" not in call(data="moved")
+    bee.write_bytes(before)  # now the two images have the label of the other
+    assert re.search(changed, call(data="moved"))
+
+
+def test_says_that_images_or_labels_in_memory_have_changed(run, few_digits):
+    arguments = ["--method", "before", "finetune", "--setting", "epochs=1", "--retain-sample", 4, "--unlearn-k", 1]
+    run(*arguments)
+    assert "have changed" not in run(*arguments)[1]
+    few_digits.test.labels[0] = 9 - few_digits.test.labels[0]
+    assert "2 of the runs on record" in run(*arguments)[1]
+    assert "have changed" not in run(*arguments, "--rerun")[1]
+    sample = torch.randperm(40, generator=seeds.generator(0, "retain sample"))[:4]
+    forgotten = forget_set.choose_forget(40, 1, 0)
+    other = next(index for index in range(40) if index not in {*sample.tolist(), *forgotten.tolist()})
+    few_digits.train.images[other] = 255 - few_digits.train.images[other]
+    assert (
+        "1 of the runs on record" in run(*arguments)[1]
+    )  # of the method that trains on D_r, which is measured in part
+    code, _, err = run(*arguments[:2], *arguments[5:], "--evaluate", "distance")
+    assert code == 0, err  # the measured images are the same
+    few_digits.test.images[0] = 255 - few_digits.test.images[0]
+    code, _, err = run(*arguments[:2], *arguments[5:], "--evaluate", "duplicates")
+    assert code == 2
+    assert "the images of D_r or D_test are not those of the records of" in err
+    assert "do the runs again with --rerun" in err
+
+
+def test_records_without_a_hash_of_the_images_stay_as_they_are(run, tmp_path, few_digits):
+    run("--method", "before")
+    ((identity, record),) = load_records(tmp_path).items()
+    assert len(record.pop("data_sha256")) == 64
+    (tmp_path / "runs" / f"{identity}.json").write_text(json.dumps(record))
+    few_digits.test.images[0] = 255 - few_digits.test.images[0]
+    _, out, _ = run("--method", "before")
+    assert "0 runs to do, 1 done" in out
+    assert "have changed" not in out
+
+
+def test_own_metrics_are_measured_again_after_an_edit(run, tmp_path, monkeypatch):
+    for table in (measuring_registry.METRICS, columns.COLUMNS):  # what is registered is gone afterwards
+        monkeypatch.setitem(table, "metric_mine", None)
+        del table["metric_mine"]
+
+    def register(value):
+        (tmp_path / "mine.py").write_text(
+            f"def metric(outputs):\n    return value()\n\n\ndef value():\n    return {value}\n"
+        )
+        spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "mine", module)
+        spec.loader.exec_module(module)
+        measuring_registry.metric("metric_mine")(module.metric)
+
+    def values():
+        return {record["method"]: record["metric_mine"] for record in load_records(tmp_path).values()}
+
+    methods = ["--method", "before", "neggrad"]
+    register(1)
+    run(*methods)
+    assert "0 runs to do, 2 done\n" in run(*methods)[1]
+    register(2)
+    _, out, _ = run(*methods)
+    assert "0 runs to do, 1 done, 1 done that lack metrics" in out  # there is a model of `before`, the original one
+    assert "1 of the runs on record" in out
+    assert "the files of your metrics have changed since; to measure them again, add --rerun" in out
+    assert values() == {"before": 2, "neggrad": 1}
+    _, out, _ = run(*methods)
+    assert "0 runs to do, 2 done\n" in out
+    assert "the files of your metrics have changed since" in out
+    run(*methods, "--rerun", "--save-model")
+    assert values() == {"before": 2, "neggrad": 2}
+    assert "have changed" not in run(*methods)[1]
+    register(3)
+    assert "0 runs to do, 0 done, 2 done that lack metrics" in run(*methods, "--evaluate", "distance")[1]
+    assert values() == {"before": 3, "neggrad": 3}
+    assert "0 runs to do, 2 done\n" in run(*methods, "--evaluate", "distance")[1]
+    del measuring_registry.METRICS["metric_mine"]
+    assert "have changed" not in run(*methods)[1]  # the metric is not asked for
 
 
 def test_a_repeated_run_keeps_the_metrics_on_record_if_it_ends_alike(run, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """From the options of main_unlearn.py to a model, data, runs and an experiment. Also used by the workers of a sweep."""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import os
 from pathlib import Path
 import shlex
@@ -32,7 +32,7 @@ from l2ul.experiments.measurement import Evaluator
 from l2ul.experiments.reference_models import ReferenceModel, ReferenceModels
 from l2ul.experiments.runs import Run, Setup
 from l2ul.metrics import accuracy, preflight
-from l2ul.metrics.registry import EVALUATIONS
+from l2ul.metrics.registry import EVALUATIONS, METRICS_CODE
 from l2ul.models import checkpoint, hub, outputs
 
 ENDINGS = {  # what a status means
@@ -43,6 +43,11 @@ ENDINGS = {  # what a status means
     "failed": "failed",
 }
 ACCURACIES = {"acc_forget": "D_f", "acc_relabel": "relabelled", "acc_retain": "D_r", "acc_test": "D_test"}
+CHANGES = {  # since a run was recorded, by the key of the record
+    "own_code": "the files of your model or method have changed since; if that changes results, add --rerun",
+    METRICS_CODE: "the files of your metrics have changed since; to measure them again, add --rerun",
+    "data_sha256": "the images or labels of D_r or D_test have changed since; to do the runs again, add --rerun",
+}
 PRETRAINING = {  # script by data set; that of cifar10 for others
     "cifar10": "main_pretrain_cifar10_resnet18.py",
     "cifar100": "main_pretrain_cifar100_resnet50.py",
@@ -288,14 +293,13 @@ def announce(
         print(time_estimates.sentence([run.settings for run in to_do], finished, source=str(opts.result_dir)))
 
 
-def other_code_note(identities: Sequence[str]) -> str | None:
-    """Return a sentence on runs on record, by their ids, that were done with other files of the user; None if none."""
-    if not identities:
-        return None
-    return (
-        f"{len(identities)} of the runs on record ({first_three(identities)}): the files of your model or method have "
-        f"changed since; if that changes results, add --rerun"
-    )
+def notes_on_changes(changes: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a sentence for each key of CHANGES that has ids of runs on record, see `Experiment.changes`."""
+    return [
+        f"{len(changes[key])} of the runs on record ({first_three(changes[key])}): {sentence}"
+        for key, sentence in CHANGES.items()
+        if changes.get(key)
+    ]
 
 
 def check_writable(experiment: Experiment, runs: list[Run], uploads: bool = False) -> None:

@@ -134,6 +134,19 @@ class FolderImages(Dataset):
             digest.update(f"{file} {version(file)}".encode())
         return digest.hexdigest()
 
+    def content_sha256(self, progress: ProgressBar | None = None) -> str:
+        """Return a hash of the contents of the files, whatever their names and times. Reads all of them."""
+        digest = hashlib.sha256()
+        with progress("hash image files", len(self)) if progress else contextlib.nullcontext() as advance:
+            for file in self.files:
+                try:
+                    digest.update(hashlib.sha256(read_bytes(file)).digest())
+                except UnreadableImage as error:
+                    raise unreadable(file, error) from None
+                if advance:
+                    advance(1)
+        return digest.hexdigest()
+
     def __getitem__(self, index: int | Tensor) -> Tensor:
         if isinstance(index, Tensor) and index.ndim:
             return torch.stack([self[i] for i in index.tolist()])

@@ -114,6 +114,7 @@ class Images:
     notes         sentences about the data set that a user should see
     short_side    side to which images were resized before the centre crop, if they are no longer on disk; None if they
                   were not cropped
+    digests       hashes of parts of it that were computed, see `Evaluator.data_sha256`
     """
 
     name: str
@@ -126,6 +127,7 @@ class Images:
     train_sha256: str | None = None
     notes: tuple[str, ...] = ()
     short_side: int | None = None
+    digests: dict[tuple[str, int], str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def side(self) -> int:

@@ -1,5 +1,6 @@
 """The experiment: carry out runs one after the other, and record each as soon as it ends."""
 
+from collections import defaultdict
 from collections.abc import Callable
 import copy
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from l2ul.common.cache import Cache, code_of_model
 from l2ul.common.errors import Diverged, InputError
 from l2ul.common.files import atomic, tensors_sha256
 from l2ul.common.progress import progress_bar
+from l2ul.common.text import first_three
 from l2ul.common.tracking import Trackers
 from l2ul.experiments import model_card, records
 from l2ul.experiments.adversarial_sets import AdversarialSet, Attack
@@ -27,9 +29,17 @@ from l2ul.experiments.runs import Run, Setup
 from l2ul.methods.checkpoint import Checkpoint
 from l2ul.methods.settings import AttackSettings
 from l2ul.methods.stand_ins import Synthesis
-from l2ul.metrics.registry import EVALUATIONS, outdated
+from l2ul.metrics.registry import (
+    EVALUATIONS,
+    METRICS_CODE,
+    changed_code,
+    code_in_record,
+    outdated,
+    recorded_code,
+)
+from l2ul.metrics.registry import own_code as own_metrics_code
 
-ENDING = ("status", "steps", *records.ACCURACIES, "own_code")  # equal in two records of one run
+ENDING = ("status", "steps", *records.ACCURACIES, "own_code", "data_sha256")  # equal in two records of one run
 TOLERANCE = 1.0  # percentage points that an accuracy may change by rounding on another machine
 
 
@@ -85,8 +95,8 @@ class Experiment:
     def pending(self, runs: list[Run], rerun: bool = False) -> tuple[list[Run], list[Run]]:
         """Return the runs that are to be carried out, and those whose record lacks metrics of a model that is kept.
 
-        A run is done if its record has every metric, and its model exists where models are kept. With `rerun`, every
-        run is carried out.
+        A run is done if its record has every metric, and its model exists where models are kept. Metrics whose code has
+        changed count as lacking if there is a model. With `rerun`, every run is carried out.
         """
         actions = ["carry out"] * len(runs) if rerun else distributed.broadcast(lambda: list(map(self._action, runs)))
         return tuple(
@@ -98,6 +108,8 @@ class Experiment:
         """Carry out these runs in their order, and record each."""
         if runs:
             self.evaluator.original()  # first, so that what cannot be evaluated fails before the attack
+        for run in runs if distributed.is_first() else ():
+            self.evaluator.data_sha256(run)  # the same for files that cannot be read
         with self.trackers:
             for (_, is_step), group in groupby(runs, key=lambda run: (run.seed, run.is_step)):
                 if is_step:
@@ -107,6 +119,14 @@ class Experiment:
 
     def add_metrics(self, runs: list[Run]) -> None:
         """Evaluate the kept models of these runs and add the metrics that their records lack."""
+        changed = distributed.broadcast(lambda: self.changes(runs).get("data_sha256"))
+        if changed:
+            raise InputError(
+                f"the images of D_r or D_test are not those of the records of {first_three(changed)}, so no metric can "
+                f"be added to these records",
+                "do the runs again with --rerun --save-model",
+                "restore the images",
+            )
         for run in runs:
             record = distributed.broadcast(run.files.read)
             row = {}
@@ -125,10 +145,13 @@ class Experiment:
             if distributed.is_first():
                 models = self.evaluator.references.sha256
                 record = run.files.read() or record  # another command may have added other metrics meanwhile
-                stale = outdated(record, models)
+                stale = outdated(record, models) | changed_code(record)
                 kept = {key: value for key, value in record.items() if key not in stale}
                 new = {name: row.get(name) for name in self.evaluator.metrics}
-                record = new | kept | models  # metrics on record stay, unless their models have changed
+                code = {key: digest for key, digest in recorded_code(record).items() if key in kept}
+                code |= {key: digest for key, digest in own_metrics_code().items() if key not in kept}
+                # metrics on record stay, unless their models or their code have changed
+                record = new | kept | models | code_in_record(code)
                 run.files.rewrite(record)
                 if run.method.trains and run.files.card.exists() and record["status"] != records.DIVERGED:
                     self._write_card_of(run, record, model)
@@ -329,12 +352,22 @@ class Experiment:
         """Return a hash of the user's files that the model and the method of a run are from; None without any."""
         return code_of_model(self.setup.classifier, run.method.implementation)
 
-    def with_other_code(self, runs: list[Run]) -> list[str]:
-        """Return the ids of those of the runs whose records were made when the user's files were others."""
-        if not distributed.is_first():
-            return []
-        own = ((run.files, code) for run in runs if (code := self.own_code(run)))  # other records are not read
-        return [files.identity for files, code in own if (files.read() or {}).get("own_code", code) != code]
+    def changes(self, runs: list[Run]) -> dict[str, list[str]]:
+        """Return what has changed since runs were recorded and is no part of their ids.
+
+        By a key of records (own_code, own_metrics or data_sha256), the ids of the runs that were recorded with another
+        value. Records without the key, which are older than it, do not count, nor metrics that can be measured again.
+        """
+        found: dict[str, list[str]] = defaultdict(list)
+        for run in runs if distributed.is_first() else ():
+            record = run.files.read() or {}
+            if "own_code" in record and self.own_code(run) not in (None, record["own_code"]):
+                found["own_code"].append(run.files.identity)
+            if changed_code(record) and not self._has_model(run):
+                found[METRICS_CODE].append(run.files.identity)
+            if "data_sha256" in record and self.evaluator.data_sha256(run) != record["data_sha256"]:
+                found["data_sha256"].append(run.files.identity)
+        return dict(found)
 
     def keeps(self, run: Run) -> bool:
         """Return whether the model of a run is kept, unless the run diverges."""
@@ -356,6 +389,8 @@ class Experiment:
             "device": devices.device_name(self.device),
             **self.setup.described,
             **({"own_code": own} if (own := self.own_code(run)) else {}),
+            **code_in_record(own_metrics_code()),
+            "data_sha256": self.evaluator.data_sha256(run),
             **({"decoded_by_cpu": len(refused)} if (refused := self.setup.images.refused) else {}),
             **self.evaluator.references.sha256,
             "test_batch_size": self.evaluator.batch_size,
@@ -424,6 +459,8 @@ class Experiment:
         models = self.evaluator.references.sha256
         if not (set(self.evaluator.metrics) <= record.keys() and models.items() <= record.items()):
             return "evaluate" if self._has_model(run) else "carry out"
+        if changed_code(record) and self._has_model(run):
+            return "evaluate"
         return "carry out" if self.keep_models and not self._has_model(run) else "nothing"
 
     def _has_model(self, run: Run) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import contextlib
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+import hashlib
 import math
 from typing import TypeVar
 
@@ -14,8 +15,10 @@ from l2ul.common import device as devices
 from l2ul.common import distributed, seeds
 from l2ul.common.cache import Cache, environment, model_fingerprint
 from l2ul.common.errors import InputError
+from l2ul.common.files import tensors_sha256
 from l2ul.common.precision import exactly
 from l2ul.common.progress import progress_bar
+from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
 from l2ul.experiments.reference_models import ReferenceModel, ReferenceModels, forgotten_indices
 from l2ul.experiments.runs import Run, Setup
@@ -87,6 +90,35 @@ class Evaluator:
                 f"--retain-sample is {self.setup.retain_sample}, and all of these images are to be forgotten",
                 "use a larger sample",
             )
+
+    def data_sha256(self, run: Run) -> str:
+        """Return a hash of images and labels on which a record depends: D_test and D_r, or the retain sample of it.
+
+        If the method of the run trains on D_r, all training images count. Image files count with their content, not
+        with their names and times.
+        """
+        train = self.setup.images.train if "retain" in run.method.needs else self._splits["retain_sample"]
+        parts = [self._content("train", train), self._content("test", self.setup.images.test)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def _content(self, name: str, split: Split) -> str:
+        """Return a hash of the images and labels of a part of the data set, which is computed once."""
+        known, key = self.setup.images.digests, (name, len(split))  # a retain sample depends on its size alone
+        if key not in known:
+            images = self._files_content(split.images) if isinstance(split.images, FolderImages) else split.sha256()
+            known[key] = f"{images} {tensors_sha256({'labels': split.labels})}"
+        return known[key]
+
+    def _files_content(self, images: FolderImages) -> str:
+        """Return a hash of the contents of image files, from the cache while their sizes and times are the same."""
+        key = {"kind": "contents of files", "files": images.sha256()}
+        with self.cache.lock(key):  # waits for another command that reads the same
+            known = self.cache.get(key)
+            if known is None:
+                digest = bytes.fromhex(images.content_sha256(progress_bar))
+                known = {"sha256": torch.tensor(list(digest), dtype=torch.uint8)}
+                self.cache.put(key, known)
+        return bytes(known["sha256"].tolist()).hex()
 
     def retain_set(self, run: Run) -> Split:
         """Return D_r: the training images that neither this nor an earlier step of the run forgets."""

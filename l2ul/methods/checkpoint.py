@@ -17,6 +17,7 @@ from torch import Tensor
 
 from l2ul.common.errors import is_out_of_memory
 from l2ul.common.files import atomic
+from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
 
 FORMAT = 2  # of the file; raise it when the keys of a state change
@@ -169,7 +170,7 @@ def fingerprint(*parts: object) -> str:
     """Return a hex sha256 of settings and inputs, which identifies a run.
 
     parts  tensors, dicts of tensors, Splits, and values whose repr is the same in every process. Of a Split, labels and
-           256 images (or all file names) are hashed, as it may be too large to hash whole.
+           256 images are hashed, as it may be too large to hash whole; of files their names, sizes and times
     """
     digest = hashlib.sha256()
 
@@ -183,7 +184,7 @@ def fingerprint(*parts: object) -> str:
                 add(value)
         elif isinstance(part, Split):
             add(part.labels)
-            add("\n".join(map(str, part.images.files)) if hasattr(part.images, "files") else _sample(part.images))
+            add(part.sha256() if isinstance(part.images, FolderImages) else _sample(part.images))
         else:
             digest.update(repr(part).encode())
         digest.update(b"\n")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import importlib
 from typing import TYPE_CHECKING, TypeVar
 
+from l2ul.common.files import own_code_sha256
 from l2ul.metrics import columns
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 RETRAINED_SHA256, REFERENCES_SHA256 = "retrained_sha256", "references_sha256"  # keys of a record
+METRICS_CODE = "own_metrics"  # another one
 GAPS = ("metric_gap_forget", "metric_gap_retain", "metric_gap_test", "metric_gap_mia")
 
 
@@ -195,10 +197,34 @@ def metric(key: str, **column: object) -> Callable[[Metric], Metric]:
     columns.register(replace(columns.default(key), **column))
 
     def register(function: Metric) -> Metric:
+        own_code_sha256([function])  # reads the user's files now, as they may be edited while this process runs
         METRICS[key] = function
         return function
 
     return register
+
+
+def own_code() -> dict[str, str]:
+    """Return the start of a hash of the user's files that compute a metric, for each metric of the user by its key."""
+    hashes = {key: own_code_sha256([function]) for key, function in METRICS.items()}
+    return {key: digest[:16] for key, digest in sorted(hashes.items()) if digest}
+
+
+def recorded_code(record: dict[str, object]) -> dict[str, str]:
+    """Return what `own_code` was for the metrics of a record; empty for a record that is older than its key."""
+    return dict(word.partition("=")[::2] for word in (record.get(METRICS_CODE) or "").split())
+
+
+def code_in_record(hashes: dict[str, str]) -> dict[str, str]:
+    """Return the key of a record from which `recorded_code` reads these hashes; nothing if there are none."""
+    return {METRICS_CODE: " ".join(f"{key}={digest}" for key, digest in hashes.items())} if hashes else {}
+
+
+def changed_code(record: dict[str, object]) -> set[str]:
+    """Return the keys of the user's metrics in a record that were computed by other files than the present ones."""
+    recorded = recorded_code(record)
+    present = own_code() if recorded else {}
+    return {key for key, digest in recorded.items() if present.get(key, digest) != digest}
 
 
 def outdated(record: dict[str, object], models: dict[str, str]) -> set[str]:

@@ -16,9 +16,10 @@ LONGEST = 400  # characters of the settings in the name of a row
 OF_METHOD = (*SHARED, "course", "method_version", "method_revision", "method_code")
 # What a method starts from and is measured on. Means are compared if these are the usual ones.
 OF_DATA = {name for name, key in records.SCHEMA.items() if key.role == records.SETTING and name not in OF_METHOD}
-OF_DATA |= {"listed", "forget_sha256"}
-OF_EACH = OF_DATA - {"surrogate", "test_without", "forget_sha256"}  # which every method has, null is a value of them
+OF_DATA |= {"listed", "forget_sha256", "data_sha256"}
+OF_EACH = OF_DATA - {"surrogate", "test_without", "forget_sha256", "data_sha256"}  # which every method has, or null
 HASHES = {"checkpoint_sha256": "weights", "forget_sha256": "D_f", "surrogate_sha256": "surrogate images"}
+HASHES |= {"data_sha256": "D_r and D_test"}
 BLOCK = ("goal", "continual_size", "dataset", "age_grouping", "model")
 
 
@@ -118,6 +119,7 @@ def _name_rows(block: Block) -> None:
             if _is_used(name, record, own, users) and own.get(name) != usual
         }
     _separate_surrogates(block.records)
+    _separate_data(block.records)
     _separate_forget_sets(block.records)
     settings_of = defaultdict(set)  # of each name of a row
     for record in block.records:
@@ -155,6 +157,18 @@ def _separate_surrogates(runs: list[Record]) -> None:
     for record in runs:
         if record.get("surrogate") and len(hashes[record["surrogate"]]) > 1:
             record["differs"] = record["differs"] | {"surrogate_sha256": record.get("surrogate_sha256")}
+
+
+def _separate_data(runs: list[Record]) -> None:
+    """Separate runs whose D_r or D_test have changed without another trace: their hash joins what differs."""
+    alike = defaultdict(list)
+    for record in runs:
+        if record.get("data_sha256"):  # which older records lack
+            alike[json.dumps([record["method"], record["differs"]])].append(record)
+    for some in alike.values():
+        if len({record["data_sha256"] for record in some}) > 1:
+            for record in some:
+                record["differs"] = record["differs"] | {"data_sha256": record["data_sha256"]}
 
 
 def _separate_forget_sets(runs: list[Record]) -> None:

@@ -79,6 +79,7 @@ class SweepRunner:
         self.report(
             f"{len(known)} of {opts.search} settings are on record, {remaining} to try, {len(started)} of them started"
         )
+        self._report_changes()
         failed = 0
         if remaining and not opts.dry_run:
             failed = self._try_settings(remaining, known, started)
@@ -167,8 +168,7 @@ class SweepRunner:
         for name, values in self.sweep.axes.items():
             if all(trial.chosen[name] == values[0] for trial in planned):
                 self.report(f"the values of --{name.replace('_', '-')} give the same runs, which are done once")
-        if note := unlearn_command.other_code_note(sorted(self.workbench.other_code)):
-            self.report(note)
+        self._report_changes()
         if opts.dry_run:
             for trial in planned:
                 state = "done" if trial.identity not in unfinished else "failed" if trial.has_failed else "to do"
@@ -177,6 +177,12 @@ class SweepRunner:
             at_once = min(len(pending), opts.parallel or max(1, int((os.cpu_count() or 1) / opts.cpus_per_trial)))
             settings = [trial.settings for trial in pending for _ in trial.files]  # steps have as many images each
             self.report(time_estimates.sentence(settings, self._records(), at_once, str(self.sweep.result_dir)))
+
+    def _report_changes(self) -> None:
+        """Report what has changed since the planned runs that are finished were recorded."""
+        changes = {key: sorted(identities) for key, identities in self.workbench.changes.items()}
+        for note in unlearn_command.notes_on_changes(changes):
+            self.report(note)
 
     def _records(self) -> Iterator[Record]:
         return records.read_folder(self.sweep.result_dir)

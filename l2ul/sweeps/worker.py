@@ -3,6 +3,7 @@
 import l2ul  # noqa: F401  # isort: skip  # first: it sets the environment before torch is imported
 
 import argparse
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,11 +37,11 @@ DataSets = dict[tuple[str, ...], Images]  # by the values of DATA_OPTIONS
 class Workbench:
     """Data sets, and the model used last, that a process keeps from one trial to the next.
 
-    other_code  ids of planned runs that are finished, and were done with other files of the user
+    changes  ids of planned runs that are finished, by what has changed since, see `Experiment.changes`
     """
 
     data_sets: DataSets = field(default_factory=dict)
-    other_code: set[str] = field(default_factory=set)
+    changes: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     _model: tuple[str, ...] | None = None  # the values of MODEL_OPTIONS of `_setup`
     _setup: Setup | None = None
 
@@ -85,7 +86,8 @@ class Workbench:
         experiment, runs = self.open(opts, torch.device("cpu"))
         unfinished = {run.files.identity for part in experiment.pending(runs, opts.rerun) for run in part}
         finished = [run for run in runs if run.files.identity not in unfinished]
-        self.other_code.update(experiment.with_other_code(finished))
+        for key, identities in experiment.changes(finished).items():
+            self.changes[key].update(identities)
         return trials.make_trials(runs, trial_arguments, chosen), unfinished
 
     def record_failure(self, arguments: Arguments, error: str) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 
 from conftest import CLASSES, save_images
-from helpers import load_records, without_costs
+from helpers import load_records, without_costs, write_image
 import pytest
 import torch
 
@@ -357,6 +357,14 @@ def test_fingerprints_differ_where_inputs_do():
     ]
     assert len({fingerprint(*part) for part in parts}) == len(parts)
     assert fingerprint(*parts[4]) == fingerprint({"a": tensor.clone()})
+
+
+def test_the_fingerprint_of_files_changes_with_their_content(tmp_path):
+    split = Split(FolderImages([str(write_image(tmp_path / "a.png"))], 8), torch.zeros(1, dtype=torch.int64))
+    before = fingerprint(split)
+    assert fingerprint(split) == before
+    write_image(tmp_path / "a.png", seed=1)
+    assert fingerprint(split) != before
 
 
 def test_inputs_that_a_gpu_computes_with_other_rounding_continue(inputs, tmp_path):

@@ -103,6 +103,20 @@ def test_rows_with_surrogate_images_are_named_and_not_compared(folder, tables, t
     assert needs == {"distill": "D_f", "distill (surrogate=test:0-500)": "D_f, surrogate"}
 
 
+def test_runs_measured_on_images_that_have_changed_have_rows_of_their_own(folder, tables):
+    runs = [
+        {"acc_test": 70.0},  # of an earlier version
+        {"acc_test": 72.0, "seed": 1, "data_sha256": "a" * 64},
+        {"acc_test": 60.0, "seed": 2, "data_sha256": "b" * 64},
+    ]
+    folder(*runs[:2])
+    assert cells(tables(), "adv")[2] == "**71.00 ± 1.41**"
+    folder(runs[2])
+    markdown = tables()
+    assert [cells(markdown, f"adv (D_r and D_test {name * 12})")[2] for name in "ab"] == ["72.00", "60.00"]
+    assert cells(markdown, "adv")[2].strip("*") == "70.00"
+
+
 def test_surrogate_folders_of_one_name_with_other_images_have_rows_of_their_own(folder, tables):
     distill = {"method": "distill", "surrogate": "week"}
     folder(distill | {"surrogate_sha256": "a" * 64}, distill | {"surrogate_sha256": "b" * 64, "acc_test": 60.0})

@@ -261,6 +261,18 @@ def test_says_that_files_of_the_user_have_changed_since_the_runs(swept, run, mon
     assert "the files of your model or method have changed since" in out
 
 
+def test_says_that_images_have_changed_since_the_runs_also_in_a_search(swept, run, few_digits):
+    run("--method", "neggrad", "--seed", 0, "--unlearn-lr", 0.01)
+    few_digits.test.labels[0] = 9 - few_digits.test.labels[0]
+    expected = "1 of the runs on record"
+    assert expected in swept("--method", "neggrad", "--unlearn-lr", 0.01, 0.02, "--dry-run")[1]
+    search = ["--retain-sample", 40, "--search", 3, "--dry-run"]  # all of D_r, so that the runs are the same
+    out = swept("--method", "neggrad", "--unlearn-lr", 0.01, 0.02, *search)[1]
+    assert "1 of 3 settings are on record" in out
+    assert expected in out
+    assert "the images or labels of D_r or D_test have changed since" in out
+
+
 def test_a_failure_never_replaces_a_result(run, tmp_path, few_digits):
     run("--method", "neggrad", "--seed", 0)
     (path,) = (tmp_path / "runs").glob("*.json")
