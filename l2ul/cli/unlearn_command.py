@@ -247,7 +247,7 @@ def make_experiment(
     test_batch_size = opts.test_batch_size or accuracy.default_batch_size(device, side)
     groups = tuple(EVALUATIONS[name] for name in dict.fromkeys(opts.evaluate))
     references = _load_reference_models(opts, setup, device)
-    references.check(setup.classifier.sha256, runs)
+    references.check(setup.classifier, runs)
     evaluator = Evaluator(setup, test_batch_size, opts.workers, cache, groups, references)
     for run in runs:
         evaluator.check(run)

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from l2ul.common.errors import InputError
+from l2ul.common.files import tensors_sha256
 from l2ul.experiments.runs import Run
 from l2ul.metrics.registry import REFERENCES_SHA256, RETRAINED_SHA256
+
+RELATIVE, ABSOLUTE = 2**-8, 1e-7  # differences of weights up to these may be the rounding of a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +45,16 @@ class ReferenceModels:
             hashes[REFERENCES_SHA256] = hashlib.sha256(text.encode()).hexdigest()
         return hashes
 
-    def check(self, original_sha256: str, runs: list[Run]) -> None:
+    def check(self, original: nn.Module, runs: list[Run]) -> None:
         """Check that every model can serve as a reference for these runs.
 
-        Raises InputError if one is the original model, has weights that are not finite, or was trained on an image
-        that a run forgets.
+        Raises InputError if one has the weights of the original model or of another reference, weights that are not
+        finite, or was trained on an image that a run forgets.
         """
         named = [("--retrained", self.retrained)] if self.retrained else []
         for flag, reference in (*named, *(("--references", reference) for reference in self.references)):
             name = f"{flag} {reference.source}"
-            if reference.sha256 == original_sha256:
+            if _have_equal_weights(reference.model, original):
                 raise InputError(
                     f"{name} is the original model, which was trained on D_f", "name one trained without it"
                 )
@@ -59,6 +62,23 @@ class ReferenceModels:
                 raise InputError(f"{name} has weights that are not finite", "train it again")
             for run in runs if reference.excluded is not None else ():
                 _check_excluded(name, reference.excluded, run)
+        sources: dict[str, str] = {}
+        for reference in self.references:
+            digest = tensors_sha256(dict(reference.model.named_parameters()))
+            if digest in sources:
+                raise InputError(
+                    f"--references {reference.source} has the same weights as {sources[digest]}", "name each model once"
+                )
+            sources[digest] = reference.source
+
+
+def _have_equal_weights(first: nn.Module, second: nn.Module) -> bool:
+    """Return whether the parameters of two models are equal but for the rounding of a file to float16 or bfloat16."""
+    ours, theirs = (dict(model.named_parameters()) for model in (first, second))
+    return ours.keys() == theirs.keys() and all(
+        one.shape == theirs[name].shape and bool(((one - theirs[name]).abs() <= RELATIVE * one.abs() + ABSOLUTE).all())
+        for name, one in ours.items()
+    )
 
 
 def forgotten_indices(run: Run) -> Tensor:

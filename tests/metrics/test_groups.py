@@ -11,6 +11,7 @@ from l2ul import models, unlearn
 from l2ul.data import forget_set
 from l2ul.data.images import Split
 from l2ul.experiments import measurement
+from l2ul.experiments.reference_models import ReferenceModels
 from l2ul.metrics import accuracy as evaluate
 from l2ul.metrics import columns, groups, relearn
 import main_unlearn
@@ -52,8 +53,9 @@ def unlearned(script, few_digits, monkeypatch):
     return call
 
 
-def test_all_gaps_of_the_retrained_model_itself_are_zero(unlearned, net, tmp_path):
-    same = net("the_same", 0.0)  # another file with the classifier's weights
+def test_all_gaps_of_the_retrained_model_itself_are_zero(unlearned, net, tmp_path, monkeypatch):
+    monkeypatch.setattr(ReferenceModels, "check", lambda *_: None)  # refuses a model with the classifier's weights
+    same = net("the_same", 0.0)
     groups = ["--evaluate", "retrained", "relearn", "duplicates", "rmia", "distance"]
     records, _ = unlearned(tmp_path, *RUN, *groups, "--retrained", same, "--references", same, same)
     record, unlike = records["before", None], records["distill", None]
@@ -161,6 +163,10 @@ def test_metrics_that_another_command_adds_meanwhile_are_kept(run, tmp_path, mon
     assert (record["metric_near_duplicates"], record["metric_distance"]) == (3, 0.0)
 
 
+def torch_state(file):
+    return models.load("resnet20", 10, file).net.state_dict()
+
+
 def test_unusable_reference_models_are_rejected_in_one_sentence(script, few_digits, net, tmp_path):
     def refused(*arguments):
         code, out, err = script(main_unlearn.main, "--result-dir", tmp_path, *FAST, "--method", "before", *arguments)
@@ -181,8 +187,20 @@ def test_unusable_reference_models_are_rejected_in_one_sentence(script, few_digi
     models.save(models.build("resnet32", 10), small, {})
     assert "does not fit resnet20 with 10 classes" in refused("--evaluate", "retrained", "--retrained", small)
     trained_here = tmp_path / "whole.safetensors"
-    models.save(models.load("resnet20", 10, CHECKPOINT), trained_here, {"epochs": 3})
+    models.save(models.load("resnet20", 10, some), trained_here, {"epochs": 3})
     assert "was trained on 2 of the 2" in refused("--evaluate", "retrained", "--retrained", trained_here)
+    other_file = net("the_same", 0.0)
+    for flags in (["retrained", "--retrained"], ["rmia", "--references", net("all", 0.1)]):
+        assert f"{other_file} is the original model, which was trained on D_f" in refused(
+            "--evaluate", *flags, other_file
+        )
+    for dtype in (torch.float16, torch.bfloat16):
+        state = {name: value.to(dtype) for name, value in torch_state(other_file).items()}
+        torch.save(state, tmp_path / "rounded.pt")
+        assert "is the original model" in refused("--evaluate", "retrained", "--retrained", tmp_path / "rounded.pt")
+    torch.save(torch_state(net("all", 0.1)), tmp_path / "all.pt")
+    told = refused("--evaluate", "rmia", "--references", net("all", 0.1), tmp_path / "all.pt")
+    assert f"{tmp_path / 'all.pt'} has the same weights as {net('all', 0.1)}; name each model once" in told
     assert "not finite" in refused("--evaluate", "relearn", "--retrained", net("lost", float("nan")))
     assert "name their weights with --retrained" in refused("--evaluate", "retrained")
     assert "name their weights with --references" in refused("--evaluate", "membership", "rmia")
