@@ -13,7 +13,7 @@ from l2ul.common import choices
 from l2ul.common.choices import Number
 from l2ul.common.errors import InputError
 from l2ul.methods import registry
-from l2ul.methods.settings import SHARED
+from l2ul.methods.settings import SHARED, has_effect
 from l2ul.sweeps import ranges
 from l2ul.sweeps.ranges import Interval
 
@@ -240,3 +240,30 @@ def _check(sweep: Sweep) -> None:
     unlearn_opts = sweep.first_options
     if opts.search and len(unlearn_opts.method) > 1:
         raise InputError(f"--search is for one method, not {' '.join(unlearn_opts.method)}", "name one with --method")
+    for name in sweep.axes.keys() & SHARED.keys() if opts.search else ():
+        if not _has_effect(name, sweep.axes, unlearn_opts):
+            raise no_effect(name, f"has no effect with method {unlearn_opts.method[0]} and the other settings")
+
+
+def _has_effect(name: str, axes: dict[str, list[object]], opts: argparse.Namespace) -> bool:
+    """Return whether the method uses a setting, and the setting has an effect for some values of the others.
+
+    axes  values of the flags that the search varies
+    opts  the options of main_unlearn.py for the first of them
+    """
+    if name not in registry.get(opts.method[0]).all_settings:
+        return False
+    deciding = {SHARED[name].only_with, *SHARED[name].without} & axes.keys()
+    ends = {one: _ends(axes[one]) for one in deciding}
+    sizes = [opts.continual_step] if opts.continual_step else opts.unlearn_k or [None]
+    fixed = options.hyper_parameters(opts)
+    return any(has_effect(name, fixed | chosen | {"k": k}) for chosen in ranges.product(ends) for k in sizes)
+
+
+def _ends(values: list[object]) -> list[object]:
+    return [values[0].low, values[0].high] if isinstance(values[0], Interval) else values
+
+
+def no_effect(name: str, why: str) -> InputError:
+    """Return the error for a flag that a search cannot vary, whose records would not tell its values apart."""
+    return InputError(f"--search cannot vary --{name.replace('_', '-')}, which {why}", "leave it out", "give one value")

@@ -14,7 +14,7 @@ from l2ul.common import installation, precision
 from l2ul.experiments import records, time_estimates
 from l2ul.methods.registry import own_flags
 from l2ul.methods.settings import SHARED
-from l2ul.sweeps import optuna_search, ranges, ray_cluster, trials
+from l2ul.sweeps import options, optuna_search, ranges, ray_cluster, trials
 from l2ul.sweeps.monitor import sweep_monitor
 from l2ul.sweeps.options import Sweep
 from l2ul.sweeps.optuna_search import Settings
@@ -91,14 +91,17 @@ class SweepRunner:
         return failed
 
     def check_values(self) -> None:
-        """Raise InputError if a model, a data set or a file of the search cannot be used, before any trial."""
+        """Raise InputError if a model, a data set or a file of the search cannot be used, or a flag has no effect."""
         settings = SHARED.keys() | own_flags().keys()  # whose values were checked when they were read
         first = {name: [value] for name, value in self.sweep.first.items()}
         axes = {
             name: first[name] if name in settings or isinstance(values[0], ranges.Interval) else values
             for name, values in self.sweep.axes.items()
         }
-        self.plan(ranges.product(axes))
+        planned, _ = self.plan(ranges.product(axes))
+        for name, values in axes.items():
+            if len(values) > 1 and all(trial.chosen[name] == values[0] for trial in planned):
+                raise options.no_effect(name, "gives the same runs for all values")
 
     def _try_settings(self, count: int, known: list[tuple[Settings, float]], started: list[Settings]) -> int:
         """Try `count` settings and add them to `known`. Return how many failed."""

@@ -24,6 +24,7 @@ from l2ul import models
 from l2ul.cli import options, unlearn_command, unlearn_options
 from l2ul.common import tracking
 from l2ul.common.cache import Cache
+from l2ul.common.errors import InputError
 from l2ul.data import datasets
 from l2ul.data.images import Images, Split
 from l2ul.experiments import execution, records, time_estimates
@@ -374,9 +375,45 @@ def test_settings_of_a_method_are_combined_too(tmp_path):
 
 
 def test_a_search_in_intervals_starts_with_a_check(swept):
-    words = ["--search", 2, "--method", "neggrad", "--retain-sample", "50:100", "--unlearn-lr", "1e-4:1e-2:log"]
-    code, out, err = swept(*words, "--split-seed", 0, 1, "--dry-run")
-    assert (code, "0 of 2 settings are on record, 2 to try" in out) == (0, True), err
+    words = ["--search", 2, "--method", "neggrad", "--unlearn-lr", "1e-4:1e-2:log", "--dry-run"]
+    for sample in (["50:100"], [20, 30]):
+        code, out, err = swept(*words, "--retain-sample", *sample)
+        assert (code, "0 of 2 settings are on record, 2 to try" in out) == (0, True), err
+    code, out, err = swept(*words, "--split-seed", 0, 1)
+    assert (code, out) == (2, "")
+    assert (
+        "--search cannot vary --split-seed, which gives the same runs for all values; leave it out, or give one" in err
+    )
+
+
+ROBUST_POOL = ["--method", "distill", "--robust-pool", "8:64"]
+FURTHER = ["--method", "distill", "--distill-further-steps", 0, 1, "--distill-steps"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--method", "neggrad", "--unlearn-lr", "1e-4:1e-2", "--pgd-eps", "1:5"], "pgd-eps"),  # used_by
+        (["--method", "finetune", "--unlearn-lr", 0.1, 0.2], "unlearn-lr"),
+        (ROBUST_POOL, "robust-pool"),  # only_with
+        ([*ROBUST_POOL, "--robust", 1], None),
+        ([*ROBUST_POOL, "--robust", 0, 1], None),
+        ([*FURTHER, 5, "--unlearn-k", 80], "distill-further-steps"),  # without
+        ([*FURTHER, 0, "--unlearn-k", 80], None),
+        ([*FURTHER, "0:9", "--unlearn-k", 80], None),
+        ([*FURTHER, 0, "--unlearn-k", 64], "distill-further-steps"),  # more_than
+        ([*FURTHER, 0, "--unlearn-k", 64, 80], None),
+        ([*FURTHER, 0, "--unlearn-k", 80, "--continual-step", 8], "distill-further-steps"),
+    ],
+)
+def test_a_search_refuses_a_setting_without_an_effect(tmp_path, words, named):
+    if named is None:
+        assert parse_sweep(tmp_path, "--search", 3, *words).axes
+        return
+    with pytest.raises(
+        InputError, match=f"--search cannot vary --{named}, which has no effect with method {words[1]} "
+    ):
+        parse_sweep(tmp_path, "--search", 3, *words)
 
 
 def test_a_setting_of_a_method_of_fixed_length_can_have_one_value(swept):
