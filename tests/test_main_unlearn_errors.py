@@ -11,10 +11,30 @@ from safetensors.torch import load_file
 import torch
 import torchvision
 
+from l2ul import models
 from l2ul.cli import unlearn_command, unlearn_options
 from l2ul.data import forget_set
 from l2ul.experiments import execution
 import main_unlearn
+
+
+def test_weights_of_another_data_set_whose_file_has_the_same_name_are_refused(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "OWN", dict(models.OWN))
+    for name in ("x", "big_x"):
+        models.register(name, lambda num_classes: models.build("resnet20", num_classes).net)
+    write_folder(tmp_path / "pets", size=(16, 16))
+    write_folder(tmp_path / "pets_big", size=(16, 16))
+    torch.manual_seed(0)
+    classifier, file = models.build("resnet20", 2).eval(), tmp_path / "weights" / "pets_big_x.safetensors"
+    models.save(classifier, file, {"dataset": "pets_big"})
+    words = ["--data-dir", tmp_path, "--result-dir", tmp_path, "--method", "before", "--unlearn-k", 1, "--dry-run"]
+    code, _, err = script(main_unlearn.main, "--dataset", "pets", "--model", "big_x", *words)
+    assert code == 2
+    assert f"{file} has the weights of --dataset pets_big, not pets; name the file of the weights with" in err
+    code, _, err = script(main_unlearn.main, "--dataset", "pets_big", "--model", "x", *words)
+    assert (code, "has the weights of --model resnet20, not x" in err) == (2, True), err
+    code, _, err = script(main_unlearn.main, "--dataset", "pets", "--model", "big_x", "--checkpoint", file, *words)
+    assert code == 0, err
 
 
 def test_a_batch_of_one_image_that_batch_norm_cannot_use(run, tmp_path):

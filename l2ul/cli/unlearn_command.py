@@ -125,6 +125,8 @@ def load_setup(
     images = images.to(device)
     with distributed.local_first():  # the first process of a machine downloads weights, the others find them
         classifier = models.load(opts.model, images.num_classes, path, opts.mean, opts.std, opts.weights_key)
+    if path and not opts.checkpoint:
+        _check_found(path, classifier.metadata, {"dataset": images.name, "model": opts.model})
     classifier = classifier.to(device)
     for note in classifier.notes:
         print(note)
@@ -150,6 +152,19 @@ def load_setup(
         outputs.check_single_label(torch.cat(list(accuracy.logits(classifier, sample, fold=False))))
     preflight.check_trained_on(images, classifier.metadata, classifier.source)
     return make_setup(opts, images, classifier, Path(path).name if path else None, surrogate)
+
+
+def _check_found(path: Path, metadata: Mapping[str, object], expected: Mapping[str, str]) -> None:
+    """Raise InputError if weights that were found by their name are of another data set or model than `expected`.
+
+    The file of the data set pets and the model big_x has the same name as that of pets_big and x.
+    """
+    other = next((name for name, value in expected.items() if metadata.get(name) not in (None, value)), None)
+    if other:
+        raise InputError(
+            f"{path} has the weights of --{other} {metadata[other]}, not {expected[other]}",
+            "name the file of the weights with --checkpoint",
+        )
 
 
 def pretraining(opts: argparse.Namespace) -> list[str]:
