@@ -60,6 +60,7 @@ class DeployedModel:
     dtypes         of the weights in the file, by name, where not float32
     not_read       files of the model's folder and entries of its weights that were not read
     weights_key    which weights of a file with several
+    fixed_input    whether size and normalisation of its inputs cannot be given with it, as it defines them
     notes          sentences on what was read from the file beside the weights
     """
 
@@ -72,6 +73,7 @@ class DeployedModel:
     not_read: list[str] = field(default_factory=list)
     weights_key: str | None = None
     notes: list[str] = field(default_factory=list)
+    fixed_input: bool = False
 
     def hashes(self) -> WrittenModelHashes:
         """Return the hex sha256 of the weights, independent of the file format, and of each file by name."""
@@ -222,7 +224,9 @@ def open_output(folder: Path, build: str | None = None) -> DeployedModel:
     report, written = read_report(folder / REPORT)["model"], written_models(folder)
     if len(written) != 1:
         raise InputError(f"{folder} contains {len(written)} models", "expected the one that its report describes")
-    return reopen(report["opened_by"], report["classes"], written[0], build)
+    opened = reopen(report["opened_by"], report["classes"], written[0], build)
+    opened.fixed_input = True
+    return opened
 
 
 def written_models(folder: Path) -> list[Path]:

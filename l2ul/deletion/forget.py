@@ -290,7 +290,7 @@ def _open(
                 "leave out mean, std and processor",
                 "build it with another mean and std",
             )
-        return _deployed(net), _PixelReader(net.channels)
+        return _deployed(net, fixed_input=True), _PixelReader(net.channels, has_normalisation=True)
     config = getattr(net, "config", None)
     if hasattr(config, "problem_type"):
         huggingface.check_problem_type(config, "the model")
@@ -315,12 +315,13 @@ def _open(
         pairs = zip(("mean", "std"), ((0.0,), (1.0,)), values, strict=True)
         normalize = Normalize(*(statistics(channels, default, (key, own)) for key, default, own in pairs))
     classifier = Classifier(name, 0, net.to(memory_format=torch.channels_last), nn.Sequential(normalize))
-    return _deployed(classifier.to(_device_of(model))), _PixelReader(channels, resize)
+    deployed = _deployed(classifier.to(_device_of(model)), fixed_input=processor is not None)
+    return deployed, _PixelReader(channels, resize, has_normalisation=processor is not None)
 
 
-def _deployed(classifier: Classifier) -> DeployedModel:
+def _deployed(classifier: Classifier, fixed_input: bool) -> DeployedModel:
     opened_by = {"model": BUILT, "image_size": None, "mean": None, "std": None}
-    return DeployedModel(classifier.eval(), lambda image: image, [], opened_by)
+    return DeployedModel(classifier.eval(), lambda image: image, [], opened_by, fixed_input=fixed_input)
 
 
 def _are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
@@ -368,12 +369,14 @@ def _numbers(name: str, values: object) -> list[float] | None:
 class _PixelReader:
     """Read images as pixels of a model.
 
-    channels  of the images, 1 or 3
-    resize    from an RGB image to the uint8 pixels (C, H, W) that the model takes; None: images have their size
+    channels           of the images, 1 or 3
+    resize             from an RGB image to the uint8 pixels (C, H, W) that the model takes; None: images have its size
+    has_normalisation  whether the model or its processor contains it, so that no mean and std can be passed
     """
 
     channels: int
     resize: Any = None
+    has_normalisation: bool = False
 
     def read(self, images: ImageSource, what: str) -> tuple[list[str], Tensor]:
         """Return the name of each image and the pixels (n, C, H, W), uint8 or float32 in [0,1]; `what` is their name.
@@ -381,7 +384,7 @@ class _PixelReader:
         Raises InputError for everything else.
         """
         if isinstance(images, Tensor):
-            pixels = _checked_pixels(images, what)
+            pixels = _checked_pixels(images, what, self.has_normalisation)
             if self.resize and pixels.dtype != torch.uint8:
                 raise InputError(f"{what} has float pixels", "the processor takes 8-bit images: pass uint8")
             names = [f"image {index} of {what}" for index in range(len(pixels))]
@@ -444,7 +447,7 @@ def _type_of(value: object) -> str:
     return f"{type(value).__name__}{first}"
 
 
-def _checked_pixels(images: Tensor, what: str) -> Tensor:
+def _checked_pixels(images: Tensor, what: str, has_normalisation: bool) -> Tensor:
     """Return a copy of images on the CPU, uint8 or float32. Raise InputError unless they are pixels (k, C, H, W)."""
     _check_values(images, what)
     shape = " x ".join(map(str, images.shape)) or "of a number"
@@ -473,12 +476,13 @@ def _checked_pixels(images: Tensor, what: str) -> Tensor:
         raise InputError(f"image {index} of {what} has values that are not finite", "pass pixels in [0,1]")
     low, high = float(pixels.min()), float(pixels.max())
     if low < -TOLERANCE or high > 1 + TOLERANCE:
+        normalisation = "which the model contains" if has_normalisation else "and pass it as mean and std"
         if low >= 0 and high > 2:
             hint = "divide them by 255"
         elif high - low > 2:
-            hint = "leave out the normalisation, and pass it as mean and std"
+            hint = f"leave out the normalisation, {normalisation}"
         else:
-            hint = "clamp them, or leave out the normalisation and pass it as mean and std"
+            hint = f"clamp them, or leave out the normalisation, {normalisation}"
         raise InputError(f"{what} has values from {low:.3g} to {high:.3g}", f"expected pixels in [0,1]: {hint}")
     if high <= DARK:
         raise InputError(f"{what} has no value above {high:.2g}, so all are black", "divide by 255 only once")

@@ -51,7 +51,7 @@ CHANGES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
     ("channels in the order BGR", lambda images: images.flip(1)),
 )
 SIZES = (28, 32, 64, 96, 128, 160, 192, 224, 256, 299, 384)
-OTHER_SIZE = Wording("another image size (--image-size)", "another image size")
+OTHER_RANGE, OTHER_SIZE = "another input range or normalisation than in training", "another image size"
 
 
 def check(request: Request, model: DeployedModel, min_known: float | None = None, single_label: bool = False) -> None:
@@ -73,7 +73,7 @@ def check(request: Request, model: DeployedModel, min_known: float | None = None
     places = [place for place in new if request.folder.files[place].label is not None]
     if not places:
         if len(new) == len(request):
-            _check_dependence(request, before, model.classifier.channels)
+            _check_dependence(request, before, model)
         return
     labels, predictions = request.forget.labels.cpu()[places], before.argmax(1)[places]
     known = int((labels == predictions).sum())
@@ -120,7 +120,7 @@ def _predicts_one_class(labels: Tensor, predictions: Tensor) -> bool:
     return len(labels) >= MIN_ONE_CLASS and shares[1] >= ONE_CLASS and shares[0] <= 0.75
 
 
-def _check_dependence(request: Request, before: Tensor, channels: int) -> None:
+def _check_dependence(request: Request, before: Tensor, model: DeployedModel) -> None:
     """Raise InputError if the outputs hardly depend on the image, though the images differ."""
     pixels = request.images[:MAX_IMAGES].float()
     if len(pixels) < 3 or pixels.std(0).mean() < VARIED * pixels.std():
@@ -130,12 +130,13 @@ def _check_dependence(request: Request, before: Tensor, channels: int) -> None:
         name = request.class_names[int(before[0].argmax())]
         problem = (
             "the model predicts {} for all {} images, and its outputs hardly depend on the image; likely causes are "
-            "another input range or normalisation than in training ({}, {}; {} for pixels from 0 to 255) or {}"
+            "{} or {}"
         )
+        channels = model.classifier.channels
         mean, std = option("mean", (0.0,) * channels), option("std", (0.00392157,) * channels)
-        of_255 = Wording(std, f"{in_python(mean)}, {in_python(std)}")
+        of_255 = worded("; {} for pixels from 0 to 255", Wording(std, f"{in_python(mean)}, {in_python(std)}"))
         raise InputError(
-            worded(problem, name, len(request), option("mean"), option("std"), of_255, OTHER_SIZE),
+            worded(problem, name, len(request), *_other_inputs(model, of_255)),
             Wording("name the labels by folders to have alternatives tried", "pass labels to have alternatives tried"),
             worded("add {} to skip this check", option("min_known", 0)),
         )
@@ -152,6 +153,14 @@ class Alternative:
     words: tuple[str, ...]
     flags: tuple[str, ...]
     compute: Callable[[Tensor], Tensor]
+
+
+def _other_inputs(model: DeployedModel, remark: str = "") -> tuple[str, str]:
+    """Return another range and another size of inputs as likely causes, with what sets them if the model allows it."""
+    if model.fixed_input:
+        return OTHER_RANGE, OTHER_SIZE
+    of_range = worded("{} ({}, {}{})", OTHER_RANGE, option("mean"), option("std"), remark)
+    return of_range, Wording(f"{OTHER_SIZE} (--image-size)", OTHER_SIZE)
 
 
 def _explanation(request: Request, model: DeployedModel, places: Sequence[int], one_class: bool) -> tuple[str, ...]:
@@ -179,7 +188,7 @@ def _explanation(request: Request, model: DeployedModel, places: Sequence[int], 
             if known >= needed and (best is None or rank > best[0]):
                 all_words, all_flags = (*words, *alternative.words), (*flags, *alternative.flags)
                 best = rank, _sentence(all_words, all_flags, known, len(sample))
-    return (best[1],) if best else _causes(request, sample, one_class)
+    return (best[1],) if best else _causes(request, model, sample, one_class)
 
 
 def _sentence(words: Sequence[str], flags: Sequence[str], known: int, total: int) -> Wording:
@@ -196,7 +205,7 @@ def _fix(words: Sequence[str], options: Sequence[str], otherwise: str) -> str:
     return " and ".join([f"add {' '.join(given)}"] * bool(given) + [otherwise] * (len(words) > len(given)))
 
 
-def _causes(request: Request, sample: Sequence[int], one_class: bool) -> tuple[str, str, str]:
+def _causes(request: Request, model: DeployedModel, sample: Sequence[int], one_class: bool) -> tuple[str, str, str]:
     """Return the likely causes in the order of the evidence, when no alternative makes the labels right, and advice."""
     labels, predictions = request.forget.labels.cpu()[sample], request.logits_before[sample].argmax(1)
     pairs = Counter(zip(labels.tolist(), predictions.tolist(), strict=True))
@@ -204,11 +213,7 @@ def _causes(request: Request, sample: Sequence[int], one_class: bool) -> tuple[s
     order = "another order or numbering of the classes"
     order = Wording(f"{order} (--class-order, --class-names)", order)
     architecture = "another architecture with layers of the same shapes, such as one without max-pool"
-    inputs = [
-        worded("another input range or normalisation than in training ({}, {})", option("mean"), option("std")),
-        OTHER_SIZE,
-        Wording(f"{architecture} (--model)", architecture),
-    ]
+    inputs = [*_other_inputs(model), Wording(f"{architecture} (--model)", architecture)]
     causes = [order, *inputs] if is_renaming and not one_class else [*inputs, order]
     explanation = (
         "but a classifier predicts most of its training images correctly; likely causes are {}, {}, {}, {}, none of "
@@ -257,7 +262,7 @@ def _alternatives(model: DeployedModel, images: Tensor) -> Iterator[tuple[int, A
     """Yield alternatives with the number of their changes, ascending: architecture, normalisation, pixels, size."""
     nothing = ("", "")
     nets: list[tuple[str, str, nn.Module]] = [(*nothing, model.classifier.net), *_other_nets(model)]
-    normalisations = [(*nothing, model.classifier.normalize), *_other_normalisations(model.classifier)]
+    normalisations = [(*nothing, model.classifier.normalize), *_other_normalisations(model)]
     changes = [(*nothing, lambda images: images)] + [(words, "", change) for words, change in CHANGES]
     side = min(images.shape[2:])
     sizes = sorted(
@@ -265,7 +270,8 @@ def _alternatives(model: DeployedModel, images: Tensor) -> Iterator[tuple[int, A
     )
     sizes = [size for size in sizes if _can_resize(images, size)]
     resizings = [(*nothing, lambda images: images)]
-    resizings += [(f"images of {size} pixels", f"--image-size {size}", _resize(size)) for size in sizes]
+    flags = ["" if model.fixed_input else f"--image-size {size}" for size in sizes]
+    resizings += [(f"images of {size} pixels", flag, _resize(size)) for size, flag in zip(sizes, flags, strict=True)]
     groups = [list(enumerate(group)) for group in (nets, normalisations, changes, resizings)]
     combinations = sorted(itertools.product(*groups), key=lambda parts: sum(index > 0 for index, _ in parts))
     for parts in combinations:
@@ -298,8 +304,8 @@ def _resize(size: int) -> Callable[[Tensor], Tensor]:
     return lambda images: transforms.center_crop(transforms.resize(images, [size], antialias=True), [size, size])
 
 
-def _other_normalisations(classifier: Classifier) -> Iterator[tuple[str, str, nn.Module]]:
-    own = classifier.normalize
+def _other_normalisations(model: DeployedModel) -> Iterator[tuple[str, str, nn.Module]]:
+    own = model.classifier.normalize
     channels = own.mean.numel()
     for words, *statistics in NORMALISATIONS:
         mean, std = ([round(sum(one) / 3, 8)] if channels == 1 else list(one) for one in statistics)
@@ -310,7 +316,8 @@ def _other_normalisations(classifier: Classifier) -> Iterator[tuple[str, str, nn
             continue
         both = option("mean", tuple(mean)), option("std", tuple(std))
         flags = both[1:] if torch.equal(other.mean, own.mean) else both
-        yield words, Wording(" ".join(flags), ", ".join(map(in_python, both))), other  # the function needs both
+        both_in_python = ", ".join(map(in_python, both))  # the function needs both
+        yield words, "" if model.fixed_input else Wording(" ".join(flags), both_in_python), other
 
 
 def _other_nets(model: DeployedModel) -> Iterator[tuple[str, str, nn.Module]]:

@@ -240,24 +240,24 @@ def _check(sweep: Sweep) -> None:
     unlearn_opts = sweep.first_options
     if opts.search and len(unlearn_opts.method) > 1:
         raise InputError(f"--search is for one method, not {' '.join(unlearn_opts.method)}", "name one with --method")
+    step, method = unlearn_opts.continual_step, unlearn_opts.method[0]
+    axes = sweep.axes | {"k": [step] if step else unlearn_opts.unlearn_k or [None]}
     for name in sweep.axes.keys() & SHARED.keys() if opts.search else ():
-        if not _has_effect(name, sweep.axes, unlearn_opts):
-            raise no_effect(name, f"has no effect with method {unlearn_opts.method[0]} and the other settings")
+        if not _has_effect(name, method, axes, options.hyper_parameters(unlearn_opts)):
+            raise no_effect(name, f"has no effect with method {method} and the other settings")
 
 
-def _has_effect(name: str, axes: dict[str, list[object]], opts: argparse.Namespace) -> bool:
+def _has_effect(name: str, method: str, axes: dict[str, list[object]], others: dict[str, object]) -> bool:
     """Return whether the method uses a setting, and the setting has an effect for some values of the others.
 
-    axes  values of the flags that the search varies
-    opts  the options of main_unlearn.py for the first of them
+    axes    values of the flags that the search varies, and of k
+    others  values of all other settings
     """
-    if name not in registry.get(opts.method[0]).all_settings:
+    if name not in registry.get(method).all_settings:
         return False
-    deciding = {SHARED[name].only_with, *SHARED[name].without} & axes.keys()
-    ends = {one: _ends(axes[one]) for one in deciding}
-    sizes = [opts.continual_step] if opts.continual_step else opts.unlearn_k or [None]
-    fixed = options.hyper_parameters(opts)
-    return any(has_effect(name, fixed | chosen | {"k": k}) for chosen in ranges.product(ends) for k in sizes)
+    deciding = {"k", SHARED[name].only_with, *SHARED[name].without} & axes.keys()
+    chosen = ranges.product({one: _ends(axes[one]) for one in deciding})
+    return any(has_effect(name, others | values) for values in chosen)
 
 
 def _ends(values: list[object]) -> list[object]:

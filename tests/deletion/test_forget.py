@@ -557,6 +557,32 @@ def test_advice_names_arguments(trained):
     refused("same device.*, or move the model to the CPU$", several, images[:2])
 
 
+def test_no_mean_and_std_are_advised_for_a_classifier_that_contains_them(trained):
+    model, images, labels = trained
+
+    def classifier(net, mean, std):
+        return Classifier("tiny", CLASSES, net, nn.Sequential(Normalize([mean] * 3, [std] * 3))).eval()
+
+    def refused_without(message, *arguments):
+        with pytest.raises(InputError, match=message) as caught:
+            l2ul.forget(*arguments)
+        assert not re.search(r"mean=|std=|\(mean|as mean", str(caught.value)), caught.value
+
+    right, wrong = classifier(model, 0.0, 1.0), (labels[:16] + 1) % CLASSES
+    inside = "leave out the normalisation, which the model contains"
+    refused_without(inside, right, images[:2] / 255 * 8 - 2, labels[:2])
+    refused_without(f"clamp them, or {inside}", right, images[:2] / 255 - 0.1, labels[:2])
+    causes = "another input range or normalisation than in training, another image size"
+    refused_without(causes, right, images[:16], wrong)
+    flat = copy.deepcopy(model)
+    flat.head.weight.data *= 1e-3
+    flat.head.bias.data = torch.tensor([0.0, 9, 0, 1, 0])
+    refused_without("normalisation than in training or another image size", classifier(flat, 0.0, 1.0), images[:6])
+    other = classifier(model, 0.5, 0.02)
+    found = "with pixels in .0,1. without normalisation: change the model, the images or the labels accordingly"
+    refused_without(found, other, images[:16], labels[:16])
+
+
 def fail(module, inputs):
     raise RuntimeError("Expected all tensors to be on the same device")
 

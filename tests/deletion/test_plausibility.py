@@ -121,6 +121,16 @@ def test_a_missing_max_pool_is_named(forget, trained, tmp_path, monkeypatch, cha
     assert forget("--dry-run", images="labelled", model=["--model", "stem_nopool", *words])[0] == 0
 
 
+def test_no_mean_or_size_is_advised_for_the_output_of_a_request(forget, tiny, tmp_path):
+    _, images, labels = tiny
+    assert forget()[0] == 0
+    save_images(tmp_path / "wrong", images[6:22], (labels[6:22] + 1) % CLASSES)
+    second = ["--model", tmp_path / "out", "--build", "conftest:tiny_net"]
+    code, _, printed = forget(images="wrong", output="second", model=second)
+    assert (code, "another input range or normalisation than in training" in printed) == (2, True), printed
+    assert not any(flag in printed for flag in ("--mean", "--std", "--image-size")), printed
+
+
 def test_wrong_labels_are_an_error_with_the_likely_causes_unless_the_check_is_off(forget, tiny, tmp_path):
     save_images(tmp_path / "wrong", tiny[1][:6], (tiny[2][:6] + 1) % CLASSES)
     code, report, printed = forget(images="wrong")
