@@ -27,7 +27,7 @@ from l2ul.common.offline import offline
 from l2ul.common.text import read_text
 from l2ul.data import storage
 from l2ul.data.folder import FolderImages
-from l2ul.data.image_files import EmbeddedFile, ImageReader, UnreadableImage
+from l2ul.data.image_files import EmbeddedFile, ImageReader, UnreadableImage, version
 from l2ul.data.images import Images, Split
 
 if TYPE_CHECKING:
@@ -101,7 +101,9 @@ class Row(EmbeddedFile):
         return Path(path)
 
     def version(self) -> str:
-        return self.column.version
+        if self.column.sizes[self.index] is not None:
+            return self.column.version
+        return f"{self.column.version} {version(self._path())}"  # of a file that is not in the table
 
 
 @dataclass(frozen=True)

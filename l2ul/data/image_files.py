@@ -78,7 +78,7 @@ class EmbeddedFile(ABC):
 
     @abstractmethod
     def version(self) -> str:
-        """Return a text that changes when the content may have changed."""
+        """Return a text that changes when the content may have changed. Raise UnreadableImage if there is none."""
 
 
 ImageFile = str | Path | EmbeddedFile
@@ -102,10 +102,12 @@ def size(file: ImageFile) -> int:
 
 def version(file: ImageFile) -> str:
     """Return a text that changes when the content of an image file may have changed."""
-    if isinstance(file, EmbeddedFile):
-        return file.version()
     try:
+        if isinstance(file, EmbeddedFile):
+            return file.version()
         status = os.stat(file)
+    except UnreadableImage as error:
+        raise unreadable(file, error) from None
     except OSError as error:
         raise unreadable(file, UnreadableImage(error.strerror)) from None
     return f"{status.st_size} {status.st_mtime_ns}"
