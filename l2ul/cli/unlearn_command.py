@@ -77,12 +77,7 @@ def open_cache(opts: argparse.Namespace) -> Cache:
         print(f"nothing is cached: {error}")
         return Cache()
     remove_parts(opts.cache_dir, older_than=time.time() - ABANDONED, prefix=PREFIX)
-    return cache_of(opts)
-
-
-def cache_of(opts: argparse.Namespace) -> Cache:
-    """Return the cache that the options name, which may not be writable."""
-    return Cache() if opts.no_cache else Cache(opts.cache_dir, int(opts.cache_gib * GIB))
+    return Cache(opts.cache_dir, int(opts.cache_gib * GIB))
 
 
 def open_trackers(opts: argparse.Namespace, report: Callable[[str], object]) -> Trackers:

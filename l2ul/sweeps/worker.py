@@ -83,7 +83,7 @@ class Workbench:
         chosen           see `trials.Trial`
         """
         opts = unlearn_options.parse(arguments)
-        experiment, runs = self.open(opts, torch.device("cpu"), unlearn_command.cache_of(opts))  # of hashes of images
+        experiment, runs = self.open(opts, torch.device("cpu"))
         unfinished = {run.files.identity for part in experiment.pending(runs, opts.rerun) for run in part}
         finished = [run for run in runs if run.files.identity not in unfinished]
         for key, identities in experiment.changes(finished).items():
