@@ -94,8 +94,7 @@ class Evaluator:
     def data_sha256(self, run: Run) -> str:
         """Return a hash of images and labels on which a record depends: D_test and D_r, or the retain sample of it.
 
-        If the method of the run trains on D_r, all training images count. Image files count with their content, not
-        with their names and times.
+        If the method of the run trains on D_r, all training images count. Image files count with their names and sizes.
         """
         train = self.setup.images.train if "retain" in run.method.needs else self._splits["retain_sample"]
         parts = [self._content("train", train), self._content("test", self.setup.images.test)]
@@ -105,20 +104,10 @@ class Evaluator:
         """Return a hash of the images and labels of a part of the data set, which is computed once."""
         known, key = self.setup.images.digests, (name, len(split))  # a retain sample depends on its size alone
         if key not in known:
-            images = self._files_content(split.images) if isinstance(split.images, FolderImages) else split.sha256()
+            is_on_disk = isinstance(split.images, FolderImages)
+            images = split.images.listing_sha256() if is_on_disk else split.sha256()
             known[key] = f"{images} {tensors_sha256({'labels': split.labels})}"
         return known[key]
-
-    def _files_content(self, images: FolderImages) -> str:
-        """Return a hash of the contents of image files, from the cache while their sizes and times are the same."""
-        key = {"kind": "contents of files", "files": images.sha256()}
-        with self.cache.lock(key):  # waits for another command that reads the same
-            known = self.cache.get(key)
-            if known is None:
-                digest = bytes.fromhex(images.content_sha256(progress_bar))
-                known = {"sha256": torch.tensor(list(digest), dtype=torch.uint8)}
-                self.cache.put(key, known)
-        return bytes(known["sha256"].tolist()).hex()
 
     def retain_set(self, run: Run) -> Split:
         """Return D_r: the training images that neither this nor an earlier step of the run forgets."""

@@ -153,43 +153,16 @@ def stem(block: rows.Block, number: int) -> str:
 
 
 def subject_name(block: rows.Block) -> str:
-    """Return the prefix of the names of the files of a block's figures. Each block has a prefix of its own.
+    """Return the prefix of the names of the files of a block's figures: its parts with _ between them.
 
-    It has the parts of the block with _ between them. If this is not in a form that has one meaning, a hash follows.
+    A hash follows where the name would not tell them apart, as for the data set `pets_big` with the model `x`, whose
+    name would be that of `pets` with `big_x`.
     """
     parts = [block.dataset, block.age_grouping, block.model, "relabel" if block.goal == "relabel" else None]
     whole = "_".join(in_file_name(part) for part in parts if part)
     name = re.sub(r'[<>:"/\\|?*]', "_", whole).encode()[:LONGEST].decode(errors="ignore")
-    if name == whole and _has_one_meaning(block):
-        return name
-    return f"{name}_{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]}"
-
-
-def _has_one_meaning(block: rows.Block) -> bool:
-    """Return whether the parts of a block can be told from their names with _ between them.
-
-    The first word is the data set, or for `hf` and `fashion` the first two words. The second word is the grouping for
-    `utkface`. A last word `relabel` is the goal. A model whose first word is one of KINDS is of that library.
-    """
-    dataset, model, grouping = block.dataset, block.model, block.age_grouping or ""
-    library, colon, name = model.partition(":")
-    conditions = (
-        _is_word(dataset),
-        "_" not in grouping and bool(grouping) == (dataset == "utkface"),
-        library in KINDS if colon else model.partition("_")[0] not in KINDS,
-        (name or model).rpartition("_")[2] != "relabel",
-        not any(
-            mark in part.partition(",")[0] for part in (dataset, model) for mark in ("--", "=")
-        ),  # of `in_file_name`
-    )
-    return all(conditions)
-
-
-def _is_word(dataset: str) -> bool:
-    kind, colon, place = dataset.partition(":")
-    if colon:
-        return kind == "hf" and "_" not in place
-    return dataset == "fashion_mnist" or ("_" not in dataset and dataset not in ("hf", "fashion"))
+    is_clear = name == whole and ("_" not in block.dataset or block.dataset == "fashion_mnist")
+    return name if is_clear else f"{name}_{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
