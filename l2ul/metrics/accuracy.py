@@ -36,6 +36,7 @@ def predict(
     fold: bool = True,
     shared: bool = False,
     progress: Progress | None = None,
+    strict: bool = True,
 ) -> Tensor:
     """Return the model's predictions (N,) int64 for the images, on the CPU. The model is in eval mode.
 
@@ -46,8 +47,8 @@ def predict(
     shared      under torchrun: all processes call this with the same model and images. Each computes some of the
                 batches, and all get the predictions that a single process would compute.
     progress    called with the number of images done since the last call
-
-    Raises Diverged if a logit is not finite, as argmax would still return a class.
+    strict      raise Diverged if a logit is not finite, as argmax would still return a class; otherwise the prediction
+                for the image is -1
     """
     parts = [torch.empty(0, dtype=torch.int64, device=next(model.parameters()).device)]
     options = {"batch_size": batch_size, "workers": workers, "fold": fold, "shared": shared, "on_device": True}
@@ -57,7 +58,7 @@ def predict(
             progress(len(part) * (distributed.size() if shared else 1))
     predictions = torch.cat(parts)
     predictions = distributed.all_gather(predictions) if shared else predictions.cpu()
-    if (predictions < 0).any():
+    if strict and (predictions < 0).any():
         raise Diverged(f"the logits of {int((predictions < 0).sum())} of {len(predictions)} images are not finite")
     return predictions
 

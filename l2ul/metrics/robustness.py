@@ -137,6 +137,8 @@ def _share_of_copies(
     """Return the share (k,) of `count` changed copies of each image that is forgotten, on the CPU.
 
     required  further copies of an image that can no longer reach this share are not made, and count as recognised
+
+    So do copies with logits that are not finite: they do not show that the image is forgotten.
     """
     generator, changes = seeds.generator(SEED, purpose), Changes(kinds, probability=probability, codec=jpeg_file)
     device = forget.images.device
@@ -149,8 +151,10 @@ def _share_of_copies(
             continue
         part, numbers = part[counted], [[one[counted.to(one.device)] for one in own] for own in numbers]
         own = part.to(device)
-        predictions = accuracy.predict(model, changes.make(forget.images[own], numbers)).to(device)
-        gone = is_forgotten(predictions, forget.target_labels[own], forget.goal).long().cpu()
+        copies = changes.make(forget.images[own], numbers)
+        predictions = accuracy.predict(model, copies, strict=False).to(device)
+        gone = is_forgotten(predictions, forget.target_labels[own], forget.goal) & (predictions >= 0)
+        gone = gone.long().cpu()
         forgotten.index_add_(0, part, gone)
         recognised.index_add_(0, part, 1 - gone)
     return forgotten / count

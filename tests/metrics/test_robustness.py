@@ -75,10 +75,25 @@ def test_fewer_copies_suffice_for_what_is_forgotten(images, monkeypatch, new_lab
     assert robustness.num_passes(nn.BatchNorm2d(3), 3, in_full=False) == 3 * 70 + 512
 
 
+@pytest.mark.parametrize("new_labels", [None, torch.tensor([1, 0])])
+def test_copies_whose_logits_are_not_finite_count_as_recognised(images, new_labels):
+    class Standardised(Brightness):
+        """Not a number for images that are darker on the left."""
+
+        def forward(self, pixels):
+            is_mirrored = pixels[:, 0, 0, 0] < pixels[:, 0, 0, -1] - 0.1
+            return super().forward(pixels) / (~is_mirrored)[:, None]
+
+    used = robustness.as_used(Standardised(), Forget(images, torch.tensor([2, 2]), new_labels), images)
+    assert used.kinds["mirrored"].tolist() == [0, 1]
+    assert used.stored.tolist() == [True, True]
+    assert not used.forgotten[0]
+
+
 def test_the_first_pass_of_each_change_is_not_timed(images, monkeypatch):
     now, slow = [0.0], [100.0]  # seconds, and those that the first call takes
 
-    def predict(model, copies):
+    def predict(model, copies, **options):
         now[0] += slow.pop() if slow else 0.5 * len(copies)
         return torch.zeros(len(copies), dtype=torch.int64)
 
