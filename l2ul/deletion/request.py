@@ -178,11 +178,11 @@ def make_request(
     if new_labels is not None and (new_labels == labels).any():
         index = int((new_labels == labels).nonzero()[0])
         raise InputError(f"the new_label of {read.files[index].file} equals its label", "give another class")
-    forget, gone = Forget(pixels_of(images), labels, new_labels), states.forgotten_images(earlier)
-    places = frozenset(index for index, one in enumerate(read.files) if gone & {one.sha256, one.pixels_sha256})
-    known = states.recognised_images(earlier)
-    pairs = zip(read.files, labels.tolist(), strict=True)
-    recognised = torch.tensor([bool(known & {(one.sha256, y), (one.pixels_sha256, y)}) for one, y in pairs])
+    forget = Forget(pixels_of(images), labels, new_labels)
+    keys = [{(one.sha256, y), (one.pixels_sha256, y)} for one, y in zip(read.files, labels.tolist(), strict=True)]
+    known, gone = states.recognised_images(earlier), states.forgotten_images(earlier)
+    recognised = torch.tensor([bool(known & own) for own in keys])
+    places = frozenset(index for index, own in enumerate(keys) if gone & own)
     return Request(read, images, forget, class_names, before, earlier_labels, places, recognised)
 
 

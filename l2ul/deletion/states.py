@@ -151,7 +151,12 @@ def recognised_images(reports: Iterable[Report]) -> set[tuple[str, int]]:
     return {(row[key], row["label"]) for row in rows for key in ("sha256", "pixels_sha256")}
 
 
-def forgotten_images(reports: Iterable[Report]) -> set[str]:
-    """Return the hashes, of files and of pixels, of all images that the requests of these reports made forgotten."""
-    rows = [row for report in reports for row in report["images"] if state(row) == FORGOTTEN]
-    return {row[key] for row in rows for key in ("sha256", "pixels_sha256")}
+def forgotten_images(reports: Iterable[Report]) -> set[tuple[str, int]]:
+    """Return hashes, of files and of pixels, and labels of all images that a request made forgotten as stored."""
+    rows = [row for report in reports for row in report["images"] if state(row) == FORGOTTEN or _as_stored_only(row)]
+    return {(row[key], row["label"]) for row in rows for key in ("sha256", "pixels_sha256")}
+
+
+def _as_stored_only(row: ImageRow) -> bool:
+    """Return whether a request made an image forgotten as stored, but not as used, which the request demanded."""
+    return state(row) == STILL_RECOGNISED and was_recognised(row) and row.get("forgotten_as_stored", False)

@@ -287,6 +287,9 @@ def test_again_counts_images_as_the_request_did_if_the_model_is_that_of_a_run_as
     words = ["--verify", tmp_path / "out" / "report.json", *BUILT, "--images", tmp_path / "in", "--again"]
     code, out, err = script(main_forget.main, *words)
     assert (code, "ok     predictions again: 6 of 6 images as in the report" in out) == (0, True), out + err
+    code, report, printed = forget(output="second", model=["--model", tmp_path / "out", *BUILT])
+    assert (code, report["trials"]) == (0, []), printed
+    assert "6 were not recognised before (6 forgotten by an earlier request)" in printed
 
 
 def test_another_label_than_in_an_earlier_request_is_refused(requested, forget, tiny, tmp_path):
