@@ -198,7 +198,7 @@ def statistics(
 
 
 def check_weights(net: nn.Module, source: str) -> None:
-    """Raise InputError if a network has lazy, quantised or integer weights, which cannot be unlearned.
+    """Raise InputError if a network has lazy, complex, quantised or integer weights, which cannot be unlearned.
 
     source  what the network is, as the start of the message
     """
@@ -209,6 +209,12 @@ def check_weights(net: nn.Module, source: str) -> None:
             f"{source} has lazy weights without a shape ({lazy})",
             "replace lazy layers by layers with input sizes",
             "pass a batch through it before it is returned",
+        )
+    of_complex = next((name for name, parameter in net.named_parameters() if parameter.is_complex()), None)
+    if of_complex:
+        raise InputError(
+            f"{source} has complex weights ({of_complex})",
+            "store them as real numbers, as torch.view_as_real returns them",
         )
     quantised = [name for name, tensor in tensors if tensor.is_quantized]
     quantised += [name for name, parameter in net.named_parameters() if not parameter.is_floating_point()]
