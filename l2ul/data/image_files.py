@@ -121,6 +121,7 @@ class ImageProperties:
     peak, white  the largest value and the level of white of an image with more than 8 bits a channel; None for others
     is_colour    whether it has more than one channel; peak and white are then those of the upper 8 bits
     has_frames   whether the file has more frames or pages than the one that was read
+    is_transparent  whether the image has transparent pixels; only of images that were decoded
     """
 
     orientation: int = 1
@@ -128,6 +129,7 @@ class ImageProperties:
     white: float | None = None
     is_colour: bool = False
     has_frames: bool = False
+    is_transparent: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ class ImageReader:
             else:
                 image = opened.convert("RGB")
                 peak = max(high for _, high in image.getextrema()) if is_deep else None
-                properties = ImageProperties(orientation, peak, 255 if is_deep else None, is_colour=is_deep)
+                white, is_transparent = 255 if is_deep else None, _is_transparent(opened)
+                properties = ImageProperties(orientation, peak, white, is_colour=is_deep, is_transparent=is_transparent)
             if self.exif_orientation == "obey" and orientation in UPRIGHT:
                 image = image.transpose(UPRIGHT[orientation])
             return image, replace(properties, has_frames=_has_frames(opened))
@@ -255,6 +258,13 @@ class ImageReader:
             sentences.append(
                 f"{len(several)} of {total} files have several frames or pages ({first_three(several)}): the first of "
                 f"each is the image, the others are not read; save them as files of their own if they are images too"
+            )
+        transparent = [name for name, one in properties if one.is_transparent]
+        if transparent:
+            sentences.append(
+                f"{len(transparent)} of {total} images have transparent pixels ({first_three(transparent)}): their "
+                f"transparency is dropped, as by torchvision's ImageFolder; if the model is used with such images on a "
+                f"background, save them on it first"
             )
         ranges: dict[tuple[bool, float], list[tuple[str, float]]] = {}
         for name, one in properties:
@@ -376,6 +386,14 @@ def _has_frames(image: Image.Image) -> bool:
     try:
         return image.format != "MPO" and getattr(image, "is_animated", False)
     except Exception:  # of damaged later frames
+        return False
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Return whether pixels of a decoded image are transparent."""
+    try:
+        return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    except Exception:  # of damaged data
         return False
 
 

@@ -59,6 +59,18 @@ def test_images_that_are_not_read_are_in_the_notes(tmp_path):
     assert hidden == "1 files or folders are not read because their names begin with a dot"
 
 
+def test_images_with_transparent_pixels_are_in_the_notes(tmp_path):
+    colours = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    opaque, clear = colours.convert("RGBA"), colours.convert("RGBA")
+    clear.putpixel((0, 0), (9, 9, 9, 99))
+    for name, image in {"opaque": opaque, "clear": clear, "grey": clear.convert("LA"), "plain": colours}.items():
+        image.save(tmp_path / f"{name}.png")
+    colours.convert("P").save(tmp_path / "index.png", transparency=colours.convert("P").getpixel((0, 0)))
+    colours.convert("P").save(tmp_path / "unused.png", transparency=255)
+    (note,) = request.read_images(tmp_path, deployed_model._central_square(None)).notes
+    assert note.startswith("3 of 6 images have transparent pixels (clear.png, grey.png, index.png): their transparency")
+
+
 def test_images_whose_levels_are_scaled_are_in_the_notes(tmp_path):
     write_image(tmp_path / "0.png")
     Image.fromarray(np.full((8, 8), 50_000, np.uint16)).save(tmp_path / "deep.png")
