@@ -73,6 +73,8 @@ def forget(args: argparse.Namespace) -> int:
     request = read_images(args, model, chain)
     for note in request.folder.notes:
         log(note)
+    if model.unused:
+        log(f"the predictions do not depend on {', '.join(model.unused)}, which may stay as they are")
     for file in request.folder.unreadable:
         log(f"left out: {file.file}: {file.why}")
     deletion.check(model, request, args.min_known, args.single_label)
@@ -83,6 +85,9 @@ def forget(args: argparse.Namespace) -> int:
     prepared = deletion.prepare(model, request, surrogate)
     unlearner, settings = prepared.unlearner, prepared.settings
     recognised, how = unlearner.recognised, " as used" if unlearner.as_used else ""
+    label_notes = request.label_notes(recognised)
+    for note in label_notes:
+        log(note)
     log(
         f"{states.images(len(request))} to forget{how}, goal {request.forget.goal}; {args.method}; "
         f"{devices.device_name(device)}; search in {unlearner.precision} for at most {args.minutes:g} min"
@@ -118,6 +123,7 @@ def forget(args: argparse.Namespace) -> int:
             request_id=args.request_id,
             controller=args.controller,
             requested_on=args.requested_on,
+            label_notes=label_notes,
             surrogate=(args.surrogate, surrogate) if args.surrogate else None,
         ),
         "inventory": statements,
@@ -126,6 +132,7 @@ def forget(args: argparse.Namespace) -> int:
             "classes": request.class_names,
             "before": hashes_before,
             "not_read": model.not_read,
+            "unused": model.unused,
         },
         "earlier": earlier_rows(chain, earlier_folder),
         "seconds": {"total": round(budget.used, 1), "trials": round(sum(one.seconds for one in found.candidates), 1)},

@@ -108,6 +108,17 @@ def tiny_net(seed: int = 0) -> TinyNet:
         return TinyNet().eval()
 
 
+class WithAverage(nn.Module):
+    """A network that is used in train mode, and its averaged weights, which are used in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.average = tiny_net(), tiny_net()
+
+    def forward(self, x):
+        return (self.net if self.training else self.average)(x)
+
+
 @pytest.fixture(scope="session")
 def _trained():
     generator = torch.Generator().manual_seed(1)

@@ -9,7 +9,17 @@ import subprocess
 import sys
 import time
 
-from conftest import CLASSES, FAST_REQUEST, ROOT, TinyNet, load_tiny_net, predicted_classes, save_images, tiny_net
+from conftest import (
+    CLASSES,
+    FAST_REQUEST,
+    ROOT,
+    TinyNet,
+    WithAverage,
+    load_tiny_net,
+    predicted_classes,
+    save_images,
+    tiny_net,
+)
 from PIL import Image
 import pytest
 import torch
@@ -64,6 +74,23 @@ def test_images_are_forgotten_and_the_model_is_written_in_its_own_form(forget, t
     assert [row["label"] for row in report["images"]] == labels[:6].tolist()  # the predictions of the model
     assert file_sha256(tmp_path / "tiny.pth") == before == report["model"]["before"]["files"]["tiny.pth"]
     assert "6 of 6 images are forgotten" in printed
+    (note,) = report["asked"]["label_notes"]
+    assert note.startswith(f"6 of 6 images have no label (0.png: predicted as {labels[0]} (")
+    assert note in printed
+
+
+def test_weights_that_the_predictions_do_not_depend_on_are_named(forget, tiny, tmp_path):
+    state = load_tiny_net(tmp_path / "tiny.pth").state_dict()
+    both = {f"{part}.{name}": tensor for part in ("net", "average") for name, tensor in state.items()}
+    torch.save(both, tmp_path / "both.pt")
+    words = ["--build", "conftest:WithAverage", "--checkpoint", tmp_path / "both.pt"]
+    code, report, printed = forget(model=words)
+    assert (code, report["model"]["unused"]) == (0, ["net.*"]), printed
+    assert "the predictions do not depend on net.*, which may stay as they are" in printed
+    assert "net.*: these may be unchanged, and still contain" in (tmp_path / "out" / "report.html").read_text()
+    model = WithAverage()
+    model.load_state_dict(torch.load(tmp_path / "out" / "model.pt", weights_only=True))
+    assert (model.net.eval()(tiny[1][:6] / 255).argmax(1) == tiny[2][:6]).all()  # as the note says
 
 
 def test_the_page_needs_no_other_files_and_agrees_with_the_report(forget, tmp_path):
@@ -157,6 +184,11 @@ def test_images_that_were_not_recognised_before_never_count_as_forgotten(forget,
     assert states == expected
     assert report["trials"][0]["forgotten"] == 4
     assert "4 of 4 forgotten, " in printed
+    (note,) = report["asked"]["label_notes"]
+    assert note in printed
+    start = "2 of 6 images are not predicted as their label"
+    assert re.match(rf"{start} \(\d/\d.png: predicted as \d \(\d\d.\d %\), label \d; \d/\d.png", note)
+    assert f"<p>{note}.</p>" in (tmp_path / "out" / "report.html").read_text()
     assert re.search(
         r"4 of 6 images are forgotten as stored \(\d as used\), 2 were not recognised before, 0 are", printed
     )

@@ -69,6 +69,7 @@ def describe_request(
     request_id: str | None = None,
     controller: str | None = None,
     requested_on: str | None = None,
+    label_notes: Sequence[str] = (),
     surrogate: tuple[Path, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Return the part of a report about the request and its settings; `surrogate`: folder and images of --surrogate."""
@@ -79,6 +80,7 @@ def describe_request(
         "images": request.folder.path.resolve().name,
         "goal": request.forget.goal,
         "labels": request.label_source,
+        "label_notes": list(label_notes),
         "left_out": [asdict(file) for file in request.folder.unreadable],
         "method": deletion.method,
         "minutes": minutes,

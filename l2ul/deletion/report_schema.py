@@ -107,6 +107,7 @@ class RequestRow(TypedDict):
     exif_orientation, white_level  how image files were read, see `ImageReader`; images of reports without them were
                                    turned upright
     counted                        whether images count as forgotten as they are stored, or only if also as used
+    label_notes                    sentences about images whose label may not be their class
     image_notes                    sentences about images that other software may read differently
     """
 
@@ -116,6 +117,7 @@ class RequestRow(TypedDict):
     requested_on: NotRequired[Annotated[str, DATE] | None]
     images: NotRequired[str]
     labels: NotRequired[str]
+    label_notes: NotRequired[list[str]]
     left_out: NotRequired[list[UnreadableRow]]
     method: NotRequired[str]
     minutes: NotRequired[float]
@@ -161,6 +163,7 @@ class ModelRow(TypedDict):
 
     left_out  entries of the checkpoint that were not written again
     not_read  files of the model's folder and entries of its weights that were not read
+    unused    weights that the predictions for the images do not depend on, see `preflight.unused_weights`
     """
 
     opened_by: OpenedBy
@@ -169,6 +172,7 @@ class ModelRow(TypedDict):
     after: WrittenModelHashes
     left_out: NotRequired[list[str]]
     not_read: NotRequired[list[str]]
+    unused: NotRequired[list[str]]
 
 
 class ImageRow(TypedDict):

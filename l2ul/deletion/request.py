@@ -120,22 +120,54 @@ class Request:
         earlier = sum(image.label is None and label is not None for image, label in pairs)
         return f"{text}; for {earlier} images the label of an earlier request" if earlier else text
 
+    def label_notes(self, recognised: Tensor) -> list[str]:
+        """Return sentences about images whose label may not be their class, which is then not removed.
+
+        recognised  (k,) bool, on the CPU: see `Unlearner.recognised`
+
+        Images of earlier requests are left out.
+        """
+        files = self.folder.files
+        new = [place for place, label in enumerate(self.earlier_labels) if label is None]
+        unlabelled = [place for place in new if files[place].label is None]
+        missed = [place for place in new if files[place].label is not None and not recognised[place]]
+        notes, total = [], states.images(len(self))
+        if unlabelled:
+            notes.append(
+                f"{len(unlabelled)} of {total} have no label ({self._first_three(unlabelled)}): the prediction counts "
+                f"as the label, so the class of an image that the model misclassifies is not removed; if you know the "
+                f"labels, name them by folders or in {LABELS}"
+            )
+        if missed:
+            notes.append(
+                f"{len(missed)} of {total} are not predicted as their label ({self._first_three(missed)}): they never "
+                f"count as forgotten; if a label is wrong, correct it, because the class of the image is not removed"
+            )
+        return notes
+
+    def _described(self, place: int) -> str:
+        """Return the file of an image, the prediction for it and its label, in words."""
+        share, prediction = self.logits_before[place].double().softmax(0).max(0)
+        predicted, label = self.class_names[prediction], self.class_names[self.forget.labels[place]]
+        return f"{self.folder.files[place].file}: predicted as {predicted} ({100 * share:.1f} %), label {label}"
+
+    def _first_three(self, places: Sequence[int]) -> str:
+        return "; ".join(map(self._described, places[:3])) + "; …" * (len(places) > 3)
+
     def summary(self, max_images: int = 20) -> list[str]:
         """Return lines about the labels and the present predictions, with a line for each of the first images."""
         labels = self.forget.labels.cpu()
         counts = {
             self.class_names[index]: states.images(int((labels == index).sum())) for index in labels.unique().tolist()
         }
-        probability, predictions = self.logits_before.double().softmax(1).max(1)
+        predictions = self.logits_before.argmax(1)
         lines = [
             f"labels, from {self.label_source}: {', '.join(f'{name} ({count})' for name, count in counts.items())}",
             f"predictions: {int((predictions == labels).sum())} of {len(self)} images are classified as their label",
         ]
         new_labels = [None] * len(self) if self.forget.new_labels is None else self.forget.new_labels.tolist()
-        for index, image in enumerate(self.folder.files[:max_images]):
-            prediction, label = self.class_names[predictions[index]], self.class_names[labels[index]]
-            line = f"  {image.file}: predicted as {prediction} ({100 * probability[index]:.1f} %), label {label}"
-            new = new_labels[index]
+        for place, new in enumerate(new_labels[:max_images]):
+            line = f"  {self._described(place)}"
             lines.append(line if new is None else f"{line}, new label {self.class_names[new]}")
         lines += [f"  … and {len(self) - max_images} more"] if len(self) > max_images else []
         return lines
@@ -150,8 +182,9 @@ def make_request(
     class_order  "string" or "numeric", see `order_classes`; None: as the model or the user names them
 
     The label of an image is the one that the folder or the table gives. Without one, it is the label of an earlier
-    request for the same image, or else the model's prediction. Sets what the model returns, logits or probabilities.
-    Raises InputError if the model does not fit the images or a label is no class of the model.
+    request for the same image, or else the model's prediction. Sets what the model returns, logits or probabilities,
+    and which of its weights are not used. Raises InputError if the model does not fit the images or a label is no class
+    of the model.
     """
     images = read.images.to(next(model.classifier.parameters()).device)
     class_names = _check_class_names(model.class_names, preflight.check_model(model.classifier, images))
@@ -164,6 +197,7 @@ def make_request(
             f"the model returns logits that are not finite for {read.files[index].file}", "check the model's weights"
         )
     preflight.check_alone(model.classifier, images, before)
+    model.unused = preflight.unused_weights(model.classifier, images)
     names = [image.new_label for image in read.files]
     if any(names) and not all(names):
         file = read.files[names.index(None)].file

@@ -27,6 +27,7 @@ MEASURED, MEASURED_LARGE = 16, 4  # images on which speed is measured; of inputs
 # Relative difference of the logits of an image alone and in a batch; kernels differ between batch sizes.
 ALONE = {"fp32": 1e-2, "tf32": 0.05, "bf16": 0.05}
 MOST_ALONE = 16  # images that `check_alone` classifies alone
+NOT_DIFFERENTIABLE = "the backward pass of the model fails", "its forward must be differentiable"
 
 
 def check_model(model: nn.Module, images: Tensor | FolderImages, precision: str = "fp32") -> int:
@@ -42,7 +43,7 @@ def check_model(model: nn.Module, images: Tensor | FolderImages, precision: str 
     - equal passes return equal logits, and the logits of an image do not depend on the other images of the batch,
     - passes change no buffer that is stored with the weights,
     - gradients reach the pixels and at least one weight of a copy, and are finite,
-    - the model can be copied, and the copy has weights of its own.
+    - the model can be copied, also after a pass with gradients, and the copy has weights of its own.
     """
     images = images[torch.arange(min(2, len(images)))]
     images = torch.cat([images, images.flip(3)]) if len(images) == 1 else images
@@ -56,8 +57,12 @@ def check_model(model: nn.Module, images: Tensor | FolderImages, precision: str 
         if logits.isfinite().all():  # otherwise later code names the image
             _check_repeatable(model, pixels, logits, REPEATED[precision])
             check_alone(model, pixels[:1], logits[:1], precision)
-            _check_gradients(copied(model), pixels)
-    copied(model)
+        trained = copied(model)
+        if logits.isfinite().all():
+            _check_gradients(trained, pixels)
+            with torch.no_grad():
+                trained(pixels)
+            copied(trained)  # which fails if a module keeps a tensor of the pass with gradients
     return logits.shape[1]
 
 
@@ -315,8 +320,7 @@ def _check_gradients(model: nn.Module, pixels: Tensor) -> None:
     weights = trainable(model)
     if not weights:
         raise InputError("no weight of the model requires a gradient, so none can be unlearned", "use requires_grad_()")
-    failure = "the backward pass of the model fails", "its forward must be differentiable"
-    with _rejected(*failure), torch.enable_grad():
+    with _rejected(*NOT_DIFFERENTIABLE), torch.enable_grad():
         logits = logits_of(model(pixels)).float()
         if not logits.requires_grad:
             raise InputError(
@@ -345,6 +349,32 @@ def _check_gradients(model: nn.Module, pixels: Tensor) -> None:
             "check its forward for a root or logarithm of zero, and its weights for values beyond the range of their "
             "type",
         )
+
+
+def unused_weights(model: nn.Module, images: Tensor) -> list[str]:
+    """Return the names of the weights that the logits of images do not depend on, such as averaged weights.
+
+    images  (n, C, H, W), uint8 or float in [0,1], on the model's device; the first few are used
+
+    A module without any other weights is named in their place, with `.*`. The model is in eval mode, and `check_model`
+    accepts it.
+    """
+    passed = copied(model).eval().requires_grad_(True)
+    weights = {name.removeprefix("net."): parameter for name, parameter in passed.named_parameters()}
+    is_large = image_sets.input_side(model, images.shape[-1]) > image_sets.LARGE
+    few = as_pixels(images[: MEASURED_LARGE if is_large else MEASURED])
+    with _rejected(*NOT_DIFFERENTIABLE), torch.enable_grad():
+        logits = logits_of(passed(few))
+        gradients = torch.autograd.grad(logits.sum(), list(weights.values()), allow_unused=True)
+    used = {name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
+    return list(dict.fromkeys(_largest_unused(name, used) for name in weights if name not in used))
+
+
+def _largest_unused(name: str, used: set[str]) -> str:
+    """Return the name of an unused weight, or of the largest module that contains it and no used weight, with `.*`."""
+    parts = name.split(".")
+    modules = (".".join([*parts[:end], ""]) for end in range(1, len(parts)))
+    return next((f"{one}*" for one in modules if not any(other.startswith(one) for other in used)), name)
 
 
 def copied(model: nn.Module) -> nn.Module:

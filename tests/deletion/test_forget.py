@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 
-from conftest import CLASSES, ROOT, TinyNet, tiny_net
+from conftest import CLASSES, ROOT, TinyNet, WithAverage, tiny_net
 import numpy as np
 from PIL import Image
 import pytest
@@ -89,6 +89,15 @@ class Merging(TinyNet):
             self.head.weight.data += -0.1 if mode else 0.1
             self.is_merged = not mode
         return super().train(mode)
+
+
+def test_weights_that_the_predictions_do_not_depend_on_are_named(trained):
+    model, images, labels = trained
+    assert l2ul.forget(model, images[:2], labels[:2], **STORED).unused == ()
+    both = WithAverage()
+    both.net, both.average = copy.deepcopy(model).requires_grad_(False), model
+    result = l2ul.forget(both, images[:2], labels[:2], **STORED)
+    assert (result.successful, result.unused) == (True, ("net.*",))
 
 
 def test_a_model_that_changes_its_weights_in_eval_mode_is_refused_in_train_mode(trained):

@@ -1,6 +1,7 @@
 """A model that cannot be unlearned is refused with one sentence before any work."""
 
 from dataclasses import dataclass
+import types
 
 from conftest import tiny_net
 import pytest
@@ -76,6 +77,31 @@ class Sometimes:
         return logits if self.passes < 4 else -logits
 
 
+class History(Net):
+    """A net that keeps the logits of all its passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs = []
+
+    def forward(self, x):
+        self.outputs.append(super().forward(x))
+        return self.outputs[-1]
+
+
+class Averaged(Net):
+    """A net with averaged weights, which it uses in eval mode, and others that it never uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = Net()
+        self.average.requires_grad_(False)
+        self.token = nn.Parameter(torch.zeros(5))
+
+    def forward(self, x):
+        return super().forward(x) if self.training else self.average(x)
+
+
 class Counting(Net):
     """A net that counts its passes in a buffer, also in eval mode."""
 
@@ -147,6 +173,7 @@ NETS = {
     "forward must not convert to other types": Net(before=torch.Tensor.half),
     "same device.*as a parameter or buffer": Net(before=mixes_devices),
     "cannot be copied": Uncopied(),
+    "cannot be copied.*no tensors with a history": History(),
     "returns a model with the same weights": CopiesItself(),
     "a pass in eval mode changes passes, a buffer": Counting(),
     "so none can be unlearned; its forward must use its parameters.*by self": refers_to_itself(),
@@ -188,6 +215,16 @@ def test_modules_that_keep_a_tensor_of_the_last_pass_are_accepted():
     with pytest.warns(FutureWarning):
         torch.nn.utils.weight_norm(net.head)
     assert preflight.check_model(classifier(net), IMAGES) == 4
+
+
+def test_weights_that_the_predictions_do_not_depend_on_are_named():
+    assert preflight.unused_weights(classifier(Net()), IMAGES) == []
+    net = Averaged()
+    assert preflight.unused_weights(classifier(net), IMAGES) == ["token", "conv.*", "head.*"]
+    assert (net.training, net.average.conv.weight.requires_grad) == (True, False)
+    wrapped = nn.ModuleDict({"first": Net(), "second": Net()})
+    wrapped.forward = types.MethodType(lambda self, x: self["second"](x), wrapped)
+    assert preflight.unused_weights(classifier(wrapped), IMAGES) == ["first.*"]
 
 
 def test_buffers_that_are_no_numbers_do_not_count_as_changed():
@@ -245,6 +282,7 @@ class Packed(nn.Module):
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()), r"the net has lazy weights without a shape \(0.weight"),
         (lambda: nn.Sequential(nn.Flatten(), nn.LazyBatchNorm1d()), "lazy weights"),
         (Packed, "the net has quantised or integer weights,"),
+        (lambda: nn.ParameterDict({"w": nn.Parameter(torch.ones(3, dtype=torch.cfloat))}), r"complex weights \(w\)"),
         (lambda: nn.ParameterDict({"w": nn.Parameter(torch.ones(3, dtype=torch.int8), False)}), r"weights \(w\)"),
     ],
 )
