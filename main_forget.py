@@ -158,9 +158,15 @@ def forget(args: argparse.Namespace) -> int:
         with_thumbnails=not args.no_thumbnails,
         key=key,
     )
-    headline = states.headline(contents["images"], request.forget.goal, args.also, contents["asked"]["counted"])
+    how = args.also, contents["asked"]["counted"], len(request.folder.unreadable)
+    headline = states.headline(contents["images"], request.forget.goal, *how)
     if best and (damage := damage_note(best.agreement)):
         log(damage)
+    if best and chain:
+        log(
+            f"not checked: whether images of earlier requests ({len(chain)}) are still forgotten; check it with --verify "
+            f"{folder / REPORT} and the folders of all requests as --images"
+        )
     log(f"{headline}: {folder / PAGE}")
     successful = states.count(contents["images"]).successful
     if repository:

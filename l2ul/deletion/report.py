@@ -168,7 +168,8 @@ def thumbnail(image: Tensor) -> str:
 def page(report: Report, pictures: Sequence[str] | None = None) -> str:
     """Return a report as one HTML page without external files. `pictures` are data URLs, one per image."""
     rows, request = report["images"], report["asked"]
-    sentence = states.headline(rows, request["goal"], request.get("also", ()), request.get("counted"))
+    left_out = len(request.get("left_out", ()))
+    sentence = states.headline(rows, request["goal"], request.get("also", ()), request.get("counted"), left_out)
     return pages.render(
         "l2ul.deletion",
         "report.html.j2",

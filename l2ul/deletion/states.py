@@ -105,12 +105,16 @@ def _number(rows: Sequence[ImageRow], states: Sequence[str], key: str) -> int | 
     return sum(row[key] for row, one in zip(rows, states, strict=True) if one != NOT_RECOGNISED)
 
 
-def headline(rows: Sequence[ImageRow], goal: str, also: Sequence[str] = (), counted: str | None = None) -> str:
+def headline(
+    rows: Sequence[ImageRow], goal: str, also: Sequence[str] = (), counted: str | None = None, left_out: int = 0
+) -> str:
     """Return the result of a request in one sentence: the outcome, then the number of images in each state.
 
-    also     the changed copies that had to be forgotten too
-    counted  what counts as forgotten: "as used" or "as stored"; None in reports of earlier versions
+    also      the changed copies that had to be forgotten too
+    counted   what counts as forgotten: "as used" or "as stored"; None in reports of earlier versions
+    left_out  the number of files that could not be read
     """
+    unread = f"; {left_out} unreadable file{'s' * (left_out != 1)} left out" if left_out else ""
     counts, total = count(rows), images(len(rows))
     others = {AS_USED: f" ({counts.as_stored} as stored)", AS_STORED: f" ({counts.as_used} as used)"}
     how = f" {counted}{others[counted]}" if counted else ""
@@ -118,7 +122,7 @@ def headline(rows: Sequence[ImageRow], goal: str, also: Sequence[str] = (), coun
     changed = f", also when {' or '.join(copies)}" if copies else ""
     if counts.nothing_to_remove:
         relabelled = f"; it predicts the new label of {len(counts)} now" if goal == "relabel" else ""
-        return f"{counts.outcome}: the model recognised none of {total} before{changed}{relabelled}"
+        return f"{counts.outcome}: the model recognised none of {total} before{changed}{relabelled}{unread}"
     was, still = ("was" if counts.not_recognised == 1 else "were"), ("is" if counts.still_recognised == 1 else "are")
     parts = f"{counts.not_recognised} {was} not recognised before"
     parts += f" ({counts.forgotten_earlier} forgotten by an earlier request)" if counts.forgotten_earlier else ""
@@ -126,12 +130,12 @@ def headline(rows: Sequence[ImageRow], goal: str, also: Sequence[str] = (), coun
         met = len(counts) - counts.still_recognised
         return (
             f"{counts.outcome}: the model predicts the new label of {met} of {total}{changed}; {counts.forgotten} of "
-            f"{len(rows)} are forgotten{how}, {parts}, {counts.still_recognised} {still} not relabelled"
+            f"{len(rows)} are forgotten{how}, {parts}, {counts.still_recognised} {still} not relabelled{unread}"
         )
     verb = "is" if len(rows) == 1 else "are"
     return (
         f"{counts.outcome}: {counts.forgotten} of {total} {verb} forgotten{how}{changed}, {parts}, "
-        f"{counts.still_recognised} {still} still recognised{f' {counted}' if counted == AS_USED else ''}"
+        f"{counts.still_recognised} {still} still recognised{f' {counted}' if counted == AS_USED else ''}{unread}"
     )
 
 

@@ -30,6 +30,7 @@ def test_a_chain_of_requests_is_kept_and_the_images_of_all_are_checked(requested
     code, report, printed = forget(output="second", images="next", model=["--model", tmp_path / "out", *BUILT])
     assert code == 0, printed
     assert [one["images"] for one in report["earlier"]] == [6]
+    assert "not checked: whether images of earlier requests (1) are still forgotten; check it with --verify" in printed
     report_path = tmp_path / "second" / "report.json"
     folders = ["--images", tmp_path / "in", tmp_path / "next"]
     code, out, _ = script(main_forget.main, "--verify", report_path, *folders, *BUILT)
@@ -259,6 +260,8 @@ def test_files_that_are_left_out_are_named(forget, tmp_path):
     code, report, printed = forget("--skip-bad")
     assert (code, [one["file"] for one in report["asked"]["left_out"]]) == (0, ["damaged.png"])
     assert "left out: damaged.png: no image of a known format" in printed
+    assert "0 are still recognised; 1 unreadable file left out: " in printed
+    assert "still recognised; 1 unreadable file left out</title>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_an_image_that_was_neither_recognised_nor_relabelled_is_not_recognised_later(forget, script, tiny, tmp_path):
