@@ -602,7 +602,8 @@ def class_indices(names: Sequence[str | None], class_names: Sequence[str], defau
     normal = [normal_form(name) for name in class_names]
     known = {name: index for index, name in enumerate(normal)}
     ambiguous = {name for name, count in Counter(normal).items() if count > 1}
-    are_numbers = all(map(is_number, normal)) and known.keys() != set(map(str, range(len(normal))))
+    are_indices = known.keys() == set(map(str, range(len(normal))))
+    are_numbers = all(map(is_number, normal)) and not are_indices
     indices = []
     for position, name in enumerate(None if name is None else normal_form(name) for name in names):
         if name is None:
@@ -615,7 +616,9 @@ def class_indices(names: Sequence[str | None], class_names: Sequence[str], defau
         elif is_number(name) and int(name) < len(class_names) and not are_numbers:
             indices.append(int(name))
         else:
-            shown = ", ".join(map(repr, list(class_names)[:3]))
-            number = "" if are_numbers else f", or a number from 0 to {len(class_names) - 1}"
-            raise InputError(f"{what} {name!r} is not a class of the model", f"expected a name such as {shown}{number}")
+            number = f"a number from 0 to {len(class_names) - 1}"
+            example = f"a name such as {', '.join(map(repr, list(class_names)[:3]))}"
+            expected = number if are_indices else example if are_numbers else f"{example}, or {number}"
+            advice = ["name the classes with --class-names"] if are_indices else []
+            raise InputError(f"{what} {name!r} is not a class of the model", f"expected {expected}", *advice)
     return torch.tensor(indices)

@@ -128,6 +128,8 @@ def test_class_indices_of_names_and_numbers():
             InputError, match="label '0' is not a class of the model; expected a name such as '0?0?1', .*3'$"
         ):
             request.class_indices(["0"], numbered, None, "label")
+    with pytest.raises(InputError, match="expected a number from 0 to 1, or name the classes with --class-names$"):
+        request.class_indices(["cat"], ["0", "1"], None, "label")
 
 
 def test_labels_of_many_classes_are_found_at_once():
