@@ -73,8 +73,8 @@ def forget(args: argparse.Namespace) -> int:
     request = read_images(args, model, chain)
     for note in request.folder.notes:
         log(note)
-    if model.unused:
-        log(f"the predictions do not depend on {', '.join(model.unused)}, which may stay as they are")
+    if model.unreached:
+        log(f"no gradient of the predictions reaches {', '.join(model.unreached)}: these weights may stay as they are")
     for file in request.folder.unreadable:
         log(f"left out: {file.file}: {file.why}")
     deletion.check(model, request, args.min_known, args.single_label)
@@ -132,7 +132,7 @@ def forget(args: argparse.Namespace) -> int:
             "classes": request.class_names,
             "before": hashes_before,
             "not_read": model.not_read,
-            "unused": model.unused,
+            "unreached": model.unreached,
         },
         "earlier": earlier_rows(chain, earlier_folder),
         "seconds": {"total": round(budget.used, 1), "trials": round(sum(one.seconds for one in found.candidates), 1)},
@@ -164,8 +164,8 @@ def forget(args: argparse.Namespace) -> int:
         log(damage)
     if best and chain:
         log(
-            f"not checked: whether images of earlier requests ({len(chain)}) are still forgotten; check it with --verify "
-            f"{folder / REPORT} and the folders of all requests as --images"
+            f"not checked: whether images of earlier requests ({len(chain)}) are still forgotten; check it with "
+            f"--verify {folder / REPORT} and the folders of all requests as --images"
         )
     log(f"{headline}: {folder / PAGE}")
     successful = states.count(contents["images"]).successful

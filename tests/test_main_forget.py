@@ -79,14 +79,14 @@ def test_images_are_forgotten_and_the_model_is_written_in_its_own_form(forget, t
     assert note in printed
 
 
-def test_weights_that_the_predictions_do_not_depend_on_are_named(forget, tiny, tmp_path):
+def test_weights_that_no_gradient_reaches_are_named(forget, tiny, tmp_path):
     state = load_tiny_net(tmp_path / "tiny.pth").state_dict()
     both = {f"{part}.{name}": tensor for part in ("net", "average") for name, tensor in state.items()}
     torch.save(both, tmp_path / "both.pt")
     words = ["--build", "conftest:WithAverage", "--checkpoint", tmp_path / "both.pt"]
     code, report, printed = forget(model=words)
-    assert (code, report["model"]["unused"]) == (0, ["net.*"]), printed
-    assert "the predictions do not depend on net.*, which may stay as they are" in printed
+    assert (code, report["model"]["unreached"]) == (0, ["net.*"]), printed
+    assert "no gradient of the predictions reaches net.*: these weights may stay as they are" in printed
     assert "net.*: these may be unchanged, and still contain" in (tmp_path / "out" / "report.html").read_text()
     model = WithAverage()
     model.load_state_dict(torch.load(tmp_path / "out" / "model.pt", weights_only=True))

@@ -62,7 +62,7 @@ class DeployedModel:
     weights_key    which weights of a file with several
     fixed_input    whether size and normalisation of its inputs cannot be given with it, as it defines them
     notes          sentences on what was read from the file beside the weights
-    unused         weights that the predictions for a request do not depend on, see `preflight.unused_weights`
+    unreached      weights that no gradient of the predictions for a request reaches, see `preflight.unreached_weights`
     """
 
     classifier: Classifier
@@ -75,7 +75,7 @@ class DeployedModel:
     weights_key: str | None = None
     notes: list[str] = field(default_factory=list)
     fixed_input: bool = False
-    unused: list[str] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
 
     def hashes(self) -> WrittenModelHashes:
         """Return the hex sha256 of the weights, independent of the file format, and of each file by name."""

@@ -91,8 +91,8 @@ class Forgotten:
                          alike
     method, settings     what was run; no settings if the model is unchanged
     steps, seconds       steps of the run that was chosen, and seconds of the whole call
-    unused               weights that the predictions do not depend on, such as averaged weights. They may be unchanged,
-                         and still contain information about the images
+    unreached            weights that no gradient of the predictions reaches, such as averaged weights. They may be
+                         unchanged, and still contain information about the images
     """
 
     model: nn.Module = field(repr=False)
@@ -111,7 +111,7 @@ class Forgotten:
     steps: int
     seconds: float
     note: str = ""
-    unused: Sequence[str] = ()
+    unreached: Sequence[str] = ()
 
     @property
     def successful(self) -> bool:
@@ -192,7 +192,7 @@ def forget(
             unlearned = unwrapped(copied(model))
             _copy_weights(found.model if isinstance(unlearned, Classifier) else found.model.net, unlearned)
             result = _result(prepared.unlearner, request, unlearned, found.best, time.perf_counter() - started)
-            result = replace(result, unused=tuple(opened.unused))
+            result = replace(result, unreached=tuple(opened.unreached))
     if not result.successful:
         result = replace(result, note=in_python(found.early_end or ""))
         warnings.warn(NotForgotten(result), stacklevel=2)

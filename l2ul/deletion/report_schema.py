@@ -161,9 +161,9 @@ class WrittenModelHashes(ModelHashes):
 class ModelRow(TypedDict):
     """The model before and after the request.
 
-    left_out  entries of the checkpoint that were not written again
-    not_read  files of the model's folder and entries of its weights that were not read
-    unused    weights that the predictions for the images do not depend on, see `preflight.unused_weights`
+    left_out   entries of the checkpoint that were not written again
+    not_read   files of the model's folder and entries of its weights that were not read
+    unreached  weights that no gradient of the predictions for the images reaches, see `preflight.unreached_weights`
     """
 
     opened_by: OpenedBy
@@ -172,7 +172,7 @@ class ModelRow(TypedDict):
     after: WrittenModelHashes
     left_out: NotRequired[list[str]]
     not_read: NotRequired[list[str]]
-    unused: NotRequired[list[str]]
+    unreached: NotRequired[list[str]]
 
 
 class ImageRow(TypedDict):

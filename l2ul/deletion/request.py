@@ -183,7 +183,7 @@ def make_request(
 
     The label of an image is the one that the folder or the table gives. Without one, it is the label of an earlier
     request for the same image, or else the model's prediction. Sets what the model returns, logits or probabilities,
-    and which of its weights are not used. Raises InputError if the model does not fit the images or a label is no class
+    and the weights that are not reached. Raises InputError if the model does not fit the images or a label is no class
     of the model.
     """
     images = read.images.to(next(model.classifier.parameters()).device)
@@ -197,7 +197,7 @@ def make_request(
             f"the model returns logits that are not finite for {read.files[index].file}", "check the model's weights"
         )
     preflight.check_alone(model.classifier, images, before)
-    model.unused = preflight.unused_weights(model.classifier, images)
+    model.unreached = preflight.unreached_weights(model.classifier, images)
     names = [image.new_label for image in read.files]
     if any(names) and not all(names):
         file = read.files[names.index(None)].file

@@ -351,8 +351,8 @@ def _check_gradients(model: nn.Module, pixels: Tensor) -> None:
         )
 
 
-def unused_weights(model: nn.Module, images: Tensor) -> list[str]:
-    """Return the names of the weights that the logits of images do not depend on, such as averaged weights.
+def unreached_weights(model: nn.Module, images: Tensor) -> list[str]:
+    """Return the names of the weights that no gradient of the logits of images reaches, such as averaged weights.
 
     images  (n, C, H, W), uint8 or float in [0,1], on the model's device; the first few are used
 
@@ -366,15 +366,15 @@ def unused_weights(model: nn.Module, images: Tensor) -> list[str]:
     with _rejected(*NOT_DIFFERENTIABLE), torch.enable_grad():
         logits = logits_of(passed(few))
         gradients = torch.autograd.grad(logits.sum(), list(weights.values()), allow_unused=True)
-    used = {name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
-    return list(dict.fromkeys(_largest_unused(name, used) for name in weights if name not in used))
+    reached = {name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
+    return list(dict.fromkeys(_largest_part(name, reached) for name in weights if name not in reached))
 
 
-def _largest_unused(name: str, used: set[str]) -> str:
-    """Return the name of an unused weight, or of the largest module that contains it and no used weight, with `.*`."""
+def _largest_part(name: str, others: set[str]) -> str:
+    """Return the name of the largest module that contains a weight and none of the others, with `.*`; else `name`."""
     parts = name.split(".")
     modules = (".".join([*parts[:end], ""]) for end in range(1, len(parts)))
-    return next((f"{one}*" for one in modules if not any(other.startswith(one) for other in used)), name)
+    return next((f"{one}*" for one in modules if not any(other.startswith(one) for other in others)), name)
 
 
 def copied(model: nn.Module) -> nn.Module:

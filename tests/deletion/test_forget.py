@@ -91,13 +91,13 @@ class Merging(TinyNet):
         return super().train(mode)
 
 
-def test_weights_that_the_predictions_do_not_depend_on_are_named(trained):
+def test_weights_that_no_gradient_reaches_are_named(trained):
     model, images, labels = trained
-    assert l2ul.forget(model, images[:2], labels[:2], **STORED).unused == ()
+    assert l2ul.forget(model, images[:2], labels[:2], **STORED).unreached == ()
     both = WithAverage()
     both.net, both.average = copy.deepcopy(model).requires_grad_(False), model
     result = l2ul.forget(both, images[:2], labels[:2], **STORED)
-    assert (result.successful, result.unused) == (True, ("net.*",))
+    assert (result.successful, result.unreached) == (True, ("net.*",))
 
 
 def test_a_model_that_changes_its_weights_in_eval_mode_is_refused_in_train_mode(trained):

@@ -217,14 +217,14 @@ def test_modules_that_keep_a_tensor_of_the_last_pass_are_accepted():
     assert preflight.check_model(classifier(net), IMAGES) == 4
 
 
-def test_weights_that_the_predictions_do_not_depend_on_are_named():
-    assert preflight.unused_weights(classifier(Net()), IMAGES) == []
+def test_weights_that_no_gradient_reaches_are_named():
+    assert preflight.unreached_weights(classifier(Net()), IMAGES) == []
     net = Averaged()
-    assert preflight.unused_weights(classifier(net), IMAGES) == ["token", "conv.*", "head.*"]
+    assert preflight.unreached_weights(classifier(net), IMAGES) == ["token", "conv.*", "head.*"]
     assert (net.training, net.average.conv.weight.requires_grad) == (True, False)
     wrapped = nn.ModuleDict({"first": Net(), "second": Net()})
     wrapped.forward = types.MethodType(lambda self, x: self["second"](x), wrapped)
-    assert preflight.unused_weights(classifier(wrapped), IMAGES) == ["first.*"]
+    assert preflight.unreached_weights(classifier(wrapped), IMAGES) == ["first.*"]
 
 
 def test_buffers_that_are_no_numbers_do_not_count_as_changed():
