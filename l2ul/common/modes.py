@@ -21,6 +21,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    """Put the model in eval mode and return it. Its own `eval` or `train` may return nothing."""
+    model.eval()
+    return model
+
+
 @contextlib.contextmanager
 def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Remove these hooks after the block."""
@@ -82,4 +88,4 @@ def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """Return a copy of the model in eval mode whose parameters require no gradient, to serve as a teacher."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    return in_eval_mode(copy.deepcopy(model)).requires_grad_(False)

@@ -32,7 +32,7 @@ from l2ul.deletion.request import ImageFile, ImageFolder, Request, check_others,
 from l2ul.methods import registry
 from l2ul.methods.settings import Value
 from l2ul.metrics import agreement
-from l2ul.metrics.preflight import are_equal, check_alone, copied
+from l2ul.metrics.preflight import are_equal, check_alone, copied, rejected
 from l2ul.models import huggingface
 from l2ul.models.classifier import Classifier, Normalize, input_channels, statistics
 from l2ul.models.outputs import LOGITS
@@ -277,7 +277,9 @@ def _open(
 ) -> tuple[DeployedModel, "_PixelReader"]:
     """Return a copy of the model behind its normalisation, and what reads images for it."""
     net = unwrapped(copied(model))
-    if not _are_equal(list(_tensors(net.eval())), list(_tensors(model))):
+    with rejected("the model cannot be put in eval mode"):
+        net.eval()
+    if not _are_equal(list(_tensors(net)), list(_tensors(model))):
         raise InputError(
             "the model changes its weights in eval(), as adapters that are merged do",
             "call model.eval() first",

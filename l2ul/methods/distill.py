@@ -42,7 +42,7 @@ from l2ul.common import activations, seeds
 from l2ul.common.bn_folding import fold
 from l2ul.common.errors import InputError
 from l2ul.common.fused_optimizers import fused
-from l2ul.common.modes import frozen_copy, trainable
+from l2ul.common.modes import frozen_copy, in_eval_mode, trainable
 from l2ul.common.nested import Nested, upload_together
 from l2ul.methods.monitor import ForgetMonitor
 from l2ul.methods.procedure import Procedure
@@ -87,7 +87,7 @@ class DistillProcedure(Procedure):
         surrogate: Tensor | None = None,
     ):
         settings = self.adapted(settings, model, surrogate)
-        self.method, self.model, self.forget, self.settings = method, model.eval(), forget, settings
+        self.method, self.model, self.forget, self.settings = method, in_eval_mode(model), forget, settings
         self.own_values, self.monitor = override(method.settings, settings.method_settings), monitor
         self.teacher = Teacher(model, forget.images, settings.distill_frozen)
         frozen = self.teacher.frozen_parameters(model, forget.images)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from l2ul.common import distributed
 from l2ul.common import precision as precisions
 from l2ul.common.errors import InputError, Wording, first_line, is_out_of_memory
-from l2ul.common.modes import eval_mode, trainable
+from l2ul.common.modes import eval_mode, in_eval_mode, trainable
 from l2ul.common.precision import autocast, exactly
 from l2ul.data import images as image_sets
 from l2ul.data.folder import FolderImages
@@ -267,7 +267,7 @@ def check_alone(model: nn.Module, images: Tensor, logits: Tensor, precision: str
 
     The model is in eval mode.
     """
-    with eval_mode(model), _rejected("the model does not accept a batch of one image"):
+    with eval_mode(model), rejected("the model does not accept a batch of one image"):
         for index in sorted({place * len(images) // MOST_ALONE for place in range(MOST_ALONE)}):
             image, expected = as_pixels(images[index : index + 1]), logits[index : index + 1]
             alone = logits_of(model(image))
@@ -320,7 +320,7 @@ def _check_gradients(model: nn.Module, pixels: Tensor) -> None:
     weights = trainable(model)
     if not weights:
         raise InputError("no weight of the model requires a gradient, so none can be unlearned", "use requires_grad_()")
-    with _rejected(*NOT_DIFFERENTIABLE), torch.enable_grad():
+    with rejected(*NOT_DIFFERENTIABLE), torch.enable_grad():
         logits = logits_of(model(pixels)).float()
         if not logits.requires_grad:
             raise InputError(
@@ -359,11 +359,11 @@ def unreached_weights(model: nn.Module, images: Tensor) -> list[str]:
     A module without any other weights is named in their place, with `.*`. The model is in eval mode, and `check_model`
     accepts it.
     """
-    passed = copied(model).eval().requires_grad_(True)
+    passed = in_eval_mode(copied(model)).requires_grad_(True)
     weights = {name.removeprefix("net."): parameter for name, parameter in passed.named_parameters()}
     is_large = image_sets.input_side(model, images.shape[-1]) > image_sets.LARGE
     few = as_pixels(images[: MEASURED_LARGE if is_large else MEASURED])
-    with _rejected(*NOT_DIFFERENTIABLE), torch.enable_grad():
+    with rejected(*NOT_DIFFERENTIABLE), torch.enable_grad():
         logits = logits_of(passed(few))
         gradients = torch.autograd.grad(logits.sum(), list(weights.values()), allow_unused=True)
     reached = {name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
@@ -384,7 +384,7 @@ def copied(model: nn.Module) -> nn.Module:
         "keep no tensors with a history in its attributes (of weight_norm, spectral_norm and pruning: run a pass under "
         "torch.no_grad() first)",
     )
-    with _rejected(*failure):
+    with rejected(*failure):
         copy_of_model = copy.deepcopy(model)
     shared = {one.data_ptr() for one in model.parameters()} & {one.data_ptr() for one in copy_of_model.parameters()}
     if shared - {0}:
@@ -443,7 +443,7 @@ def check_same_model(written: nn.Module, read: nn.Module, images: Tensor) -> Non
 
 
 @contextlib.contextmanager
-def _rejected(problem: str, *advice: str) -> Iterator[None]:
+def rejected(problem: str, *advice: str) -> Iterator[None]:
     """Turn an exception of the model, which may be the user's own, into an InputError with its first line."""
     try:
         yield

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 
 from l2ul.common import seeds
-from l2ul.common.modes import trainable
+from l2ul.common.modes import in_eval_mode, trainable
 from l2ul.data.images import LARGE, StoredImages, pixels_of
 
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9  # of SGD without weight decay; small, so that the number of steps separates models
@@ -74,7 +74,7 @@ def _fine_tuning(model: nn.Module, images: Tensor, labels: Tensor, predicted: Te
     The model is in eval mode, so that batch-norm is frozen and dropout is off. The loss is cross-entropy on batches
     whose order depends on their number alone, so that models are compared on the same batches.
     """
-    tuned, pixels, predicted = copy.deepcopy(model).eval(), pixels_of(images), pixels_of(predicted)
+    tuned, pixels, predicted = in_eval_mode(copy.deepcopy(model)), pixels_of(images), pixels_of(predicted)
     order = seeds.generator(0, "relearn")
     optimizer = torch.optim.SGD(trainable(tuned), LEARNING_RATE, MOMENTUM)
     batches: list[Tensor] = []

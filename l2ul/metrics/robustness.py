@@ -17,7 +17,7 @@ from l2ul.common import seeds
 from l2ul.common.device import plain_defaults
 from l2ul.common.errors import is_out_of_memory
 from l2ul.common.memory import smaller_batch
-from l2ul.common.modes import batch_norms
+from l2ul.common.modes import batch_norms, in_eval_mode
 from l2ul.common.precision import exactly, quantised
 from l2ul.data import mixes
 from l2ul.data.changes import KINDS, PROBABILITY, Changes, jpeg_file
@@ -210,7 +210,7 @@ def recalibrated(model: nn.Module, images: Tensor) -> nn.Module:
 
     Batches have BATCH_SIZE images, and fewer if memory runs out.
     """
-    result = copy.deepcopy(model).eval()
+    result = in_eval_mode(copy.deepcopy(model))
     norms = list(batch_norms(result).values())
     momenta = [norm.momentum for norm in norms]
     if norms and len(images) == 1:
@@ -225,7 +225,7 @@ def recalibrated(model: nn.Module, images: Tensor) -> nn.Module:
             size = max(2, smaller_batch(size if size > 2 else 1, error))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    return result.eval()
+    return in_eval_mode(result)
 
 
 def _recompute_statistics(model: nn.Module, norms: Sequence[nn.Module], batches: Sequence[Tensor]) -> None:

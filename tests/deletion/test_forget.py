@@ -27,6 +27,7 @@ from l2ul.deletion.forget import Damaged, Forgotten, NotForgotten
 from l2ul.metrics import robustness
 from l2ul.models.classifier import Classifier, Normalize
 from l2ul.objective import Forget
+from l2ul.unlearn import Settings, unlearn
 
 FAST = {"distill_steps": 12, "distill_mixes": 16, "distill_lr": 0.03}
 STORED = {"robust": 0, **FAST}
@@ -107,6 +108,42 @@ def test_a_model_that_changes_its_weights_in_eval_mode_is_refused_in_train_mode(
     l2ul.forget(merging, images[:2], labels[:2], **STORED)
     with pytest.raises(InputError, match=r"changes its weights in eval\(\), .*; call model.eval\(\) first"):
         l2ul.forget(merging.train(), images[:2], labels[:2], **STORED)
+
+
+class ReturnsNothing(TinyNet):
+    """A net whose `train`, and therefore `eval`, returns nothing."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
+class NoModes(TinyNet):
+    """A net without modes, as torch.export returned them."""
+
+    def train(self, mode=True):
+        raise NotImplementedError("calling train() or eval() is not supported")
+
+
+@pytest.mark.parametrize("settings", [{"robust": 0}, {"robust": 1, "robust_images": 2}])
+def test_a_model_whose_train_returns_nothing_is_unlearned(trained, settings):
+    model, images, labels = trained
+    net = ReturnsNothing()
+    net.load_state_dict(model.state_dict())
+    result = l2ul.forget(net, images[:2], labels[:2], **FAST | settings)
+    assert result.model.training
+    result.model.eval()
+    assert torch.equal(result.model(images[:2] / 255).argmax(1), result.predictions_after)
+    short = Settings(distill_steps=2, distill_cycles=1)
+    assert unlearn(net, images[:2], labels[:2], "distill", settings=short).steps == 2
+
+
+def test_a_model_without_eval_mode_is_refused(trained, forget):
+    _, images, labels = trained
+    message = "cannot be put in eval mode (calling train() or eval() is not supported)"
+    with pytest.raises(InputError, match=f"the model {re.escape(message)}"):
+        l2ul.forget(NoModes(), images[:2], labels[:2])
+    code, _, printed = forget(model=["--build", "test_forget:NoModes"])
+    assert (code, message in printed) == (2, True)
 
 
 class Dropping(nn.Linear):
