@@ -257,17 +257,23 @@ def verify(args: argparse.Namespace) -> int:
             device=device,
             max_pixels=args.max_image_pixels,
         )
+    print_checks(results)
     if repeated:
         with advising_to_repeat():
-            results += repeat(repeated, args.verify, device)
-    for check in results:
-        print(one_line(f"{PASSED[check.passed]:6} {check.name}: {check.finding}"))
+            again = repeat(repeated, args.verify, device)
+        print_checks(again)
+        results += again
     failed = [check.name for check in results if check.passed is False]
     if repository and failed:
         print(f"not uploaded: {', '.join(failed)} failed")
     elif repository:
         upload(args, args.verify, repository)
     return NOT_FORGOTTEN if failed else 0
+
+
+def print_checks(checks: Sequence) -> None:
+    for check in checks:
+        print(one_line(f"{PASSED[check.passed]:6} {check.name}: {check.finding}"), flush=True)
 
 
 def recorded_request(args: argparse.Namespace) -> argparse.Namespace:

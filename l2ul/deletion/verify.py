@@ -11,7 +11,7 @@ import shutil
 import torch
 from torch import Tensor, nn
 
-from l2ul.common.choices import MAX_IMAGE_PIXELS
+from l2ul.common.choices import DIVERGED, MAX_IMAGE_PIXELS
 from l2ul.common.errors import Diverged, InputError, first_line, is_out_of_memory
 from l2ul.common.files import file_sha256, tensors_sha256
 from l2ul.common.text import first_three, normal_form
@@ -389,6 +389,8 @@ def check_again(
     if report.get("chosen"):
         with unlearner.show_progress("repeating the request", None) as advance:
             outcome = unlearner.unlearn(settings, on_step=lambda row: advance(1, f"{row['forgotten']:.0f} % of D_f"))
+        if outcome.status == DIVERGED:
+            return [Check("weights again", False, "the run diverged")]
         unlearned = model.as_written(outcome.model)
     expected = report["model"]["after"]["weights_sha256"]
     sha256 = tensors_sha256(unlearned.net.state_dict())

@@ -285,6 +285,27 @@ def test_an_edited_report_is_noticed(requested, script, tmp_path, change):
     assert "FAILED predictions again: 5 of 6 images as in the report; others: " in printed
 
 
+@pytest.mark.parametrize(
+    ("setting", "exit_code", "expected"),
+    [
+        ("distill_lr=1e30", 3, "FAILED weights again: the run diverged"),
+        ("distill_lr=-1", 2, "distill_lr"),
+    ],
+)
+def test_the_checks_are_printed_before_a_repetition_that_fails(
+    requested, script, tmp_path, setting, exit_code, expected
+):
+    path = tmp_path / "out" / "report.json"
+    report = json.loads(path.read_text())
+    words = report["again"]["command"]
+    (place,) = (index for index, word in enumerate(words) if word.startswith("distill_lr="))
+    words[place] = setting
+    path.write_text(json.dumps(report))
+    code, printed = verify(script, tmp_path, "--again")
+    assert (code, expected in printed) == (exit_code, True), printed
+    assert "FAILED report.json: contradicts report.html" in printed
+
+
 def swap_model(tmp_path):
     torch.save(tiny_net(1).state_dict(), tmp_path / "tiny.pth")
 
