@@ -356,7 +356,8 @@ def unreached_weights(model: nn.Module, images: Tensor) -> list[str]:
 
     images  (n, C, H, W), uint8 or float in [0,1], on the model's device; the first few are used
 
-    A module without any other weights is named in their place, with `.*`. The model is in eval mode, and `check_model`
+    They include matrices among the buffers that are stored with the weights, such as features of training images. A
+    module without any other weights is named in their place, with `.*`. The model is in eval mode, and `check_model`
     accepts it.
     """
     passed = in_eval_mode(copied(model)).requires_grad_(True)
@@ -367,7 +368,11 @@ def unreached_weights(model: nn.Module, images: Tensor) -> list[str]:
         logits = logits_of(passed(few))
         gradients = torch.autograd.grad(logits.sum(), list(weights.values()), allow_unused=True)
     reached = {name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
-    return list(dict.fromkeys(_largest_part(name, reached) for name in weights if name not in reached))
+    stored = passed.state_dict().keys()
+    buffers = {name.removeprefix("net."): buffer for name, buffer in passed.named_buffers() if name in stored}
+    matrices = [name for name, one in buffers.items() if one.is_floating_point() and sum(n > 1 for n in one.shape) > 1]
+    unreached = [name for name in weights if name not in reached] + matrices
+    return list(dict.fromkeys(_largest_part(name, reached) for name in unreached))
 
 
 def _largest_part(name: str, others: set[str]) -> str:

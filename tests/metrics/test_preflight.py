@@ -222,6 +222,12 @@ def test_weights_that_no_gradient_reaches_are_named():
     net = Averaged()
     assert preflight.unreached_weights(classifier(net), IMAGES) == ["token", "conv.*", "head.*"]
     assert (net.training, net.average.conv.weight.requires_grad) == (True, False)
+    net = Net()
+    net.tied = net.head
+    net.register_buffer("bank", torch.rand(3, 2))
+    net.register_buffer("mask", torch.rand(3, 2), persistent=False)
+    net.register_buffer("scale", torch.rand(1, 3, 1, 1))
+    assert preflight.unreached_weights(classifier(net), IMAGES) == ["bank"]
     wrapped = nn.ModuleDict({"first": Net(), "second": Net()})
     wrapped.forward = types.MethodType(lambda self, x: self["second"](x), wrapped)
     assert preflight.unreached_weights(classifier(wrapped), IMAGES) == ["first.*"]
