@@ -117,10 +117,11 @@ def version(file: ImageFile) -> str:
 class ImageProperties:
     """What a user should know about how an image was read.
 
-    orientation  EXIF orientation, 1 to 8
-    peak, white  the largest value and the level of white of an image with more than 8 bits a channel; None for others
-    is_colour    whether it has more than one channel; peak and white are then those of the upper 8 bits
-    has_frames   whether the file has more frames or pages than the one that was read
+    orientation     EXIF orientation, 1 to 8
+    peak, white     the largest value and the level of white of an image with more than 8 bits a channel; None for
+                    others
+    is_colour       whether it has more than one channel; peak and white are then those of the upper 8 bits
+    has_frames      whether the file has more frames or pages than the one that was read
     is_transparent  whether the image has transparent pixels; only of images that were decoded
     """
 

@@ -146,7 +146,8 @@ def forget(
     model         maps pixels (n, C, H, W) in [0,1] to logits (n, classes), in float32; stays as it is. Weights with
                   requires_grad=False are not trained
     images        (k, C, H, W) uint8 or float in [0,1], C is 3 or 1; or a list of PIL images or file names of one size
-    labels        (k,) the classes to forget; None: the model's predictions. With labels, wrong preprocessing is noticed
+    labels        (k,) the classes to forget; None: the model's predictions, so the class of an image that it
+                  misclassifies is not removed. With labels, wrong preprocessing is noticed
     new_labels    (k,) the classes to predict instead; None: any other class
     mean, std     of the input normalisation, per channel, for a model that takes normalised pixels
     processor     of a Hugging Face model, in place of mean and std: resizes, crops and normalises the images
