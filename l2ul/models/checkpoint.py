@@ -34,7 +34,7 @@ SEVERAL = 4  # names that a message lists
 SMALL = 2**8  # most values of a vector that stays beside the weights, of a list, and of a NumPy array of any shape
 LISTS = list | tuple | set | frozenset
 ENCODED = re.compile(  # bytes in base64 or hexadecimal, in lines of which the last may be short
-    r"(?:[A-Za-z0-9+/_=-]{60,}(?:\r?\n)?)+[A-Za-z0-9+/_=-]*"
+    r"(?:[A-Za-z0-9+/_=-]{16,}(?:\r?\n)?)+[A-Za-z0-9+/_=-]*"
 )
 Statistics = tuple[float, ...]
 Place = tuple[object, ...]  # keys of dictionaries and positions in lists, from the top of a file to a state dict
