@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor
 
-from l2ul import attack, models
+from l2ul import models
 from l2ul.cli import options, push
 from l2ul.cli.unlearn_options import PROGRAM
 from l2ul.common import distributed, precision
@@ -217,7 +217,6 @@ def make_setup(
             "relabel_file": opts.relabel_file.name if opts.relabel_file else None,
             **({"decoder": opts.decoder} if opts.decoder != "cpu" else {}),
         },
-        models.saved_suffix(classifier.name),
     )
 
 
@@ -269,11 +268,8 @@ def make_experiment(
     return Experiment(
         setup,
         evaluator,
-        save=models.save,
-        load=lambda path: models.load_saved(path, setup.classifier).to(device),
         keep_models=opts.save_model,
-        attack_batch_size=opts.attack_batch_size or attack.default_batch_size(device, side),
-        scratch_dir=opts.result_dir / "scratch",
+        attack_batch_size=opts.attack_batch_size,
         cache=cache,
         cuda_graph=opts.cuda_graph == "auto",
         trackers=trackers or Trackers(),
@@ -329,8 +325,8 @@ def check_writable(experiment: Experiment, runs: list[Run], uploads: bool = Fals
     images = train.images[torch.arange(min(2, len(train)))].to(experiment.device)
     with preflight.trial_write(original.name, run.files.model) as folder:
         path = folder / run.files.model.name
-        experiment.save(original, path, run.settings)
-        reopened = experiment.load(path)
+        models.save(original, path, run.settings)
+        reopened = models.load_saved(path, original).to(experiment.device)
         preflight.check_same_model(original, reopened, images)
         if uploads:
             (folder / "upload").mkdir()

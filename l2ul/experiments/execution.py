@@ -6,14 +6,13 @@ import copy
 from dataclasses import dataclass, field
 import functools
 from itertools import groupby
-from pathlib import Path
 import platform
 
 import torch
 from torch import Tensor, nn
 import torchvision
 
-from l2ul import importance, unlearn
+from l2ul import importance, models, unlearn
 from l2ul.common import device as devices
 from l2ul.common import distributed
 from l2ul.common.cache import Cache, code_of_model
@@ -63,10 +62,8 @@ class Experiment:
     Under torchrun every process carries out the same runs. They share the attack and the evaluation. The first process
     computes the importance, unlearns, and copies the weights to the others. It alone reads and writes files.
 
-    save, load         write an unlearned model to a path with settings as metadata, and read it
     keep_models        whether models are kept; those of continual runs always are, as the next step starts from them
-    attack_batch_size  adversarial examples made at once
-    scratch_dir        for adversarial sets that do not fit in memory
+    attack_batch_size  adversarial examples made at once; None: see `attack.default_batch_size`
     cache              for adversarial examples and synthesised images
     cuda_graph         whether the loop runs as CUDA graphs on a CUDA GPU, see `unlearn.unlearn`
     trackers           follow the runs
@@ -77,11 +74,8 @@ class Experiment:
 
     setup: Setup
     evaluator: Evaluator
-    save: Callable[[nn.Module, Path, dict[str, object]], None]
-    load: Callable[[Path], nn.Module]
     keep_models: bool = False
     attack_batch_size: int | None = None
-    scratch_dir: Path = Path("result_data/scratch")
     cache: Cache = field(default_factory=Cache)
     cuda_graph: bool = False
     trackers: Trackers = field(default_factory=Trackers)
@@ -143,15 +137,15 @@ class Experiment:
                         "do the run again with --rerun --save-model",
                     )
             if distributed.is_first():
-                models = self.evaluator.references.sha256
+                references = self.evaluator.references.sha256
                 record = run.files.read() or record  # another command may have added other metrics meanwhile
-                stale = outdated(record, models) | changed_code(record)
+                stale = outdated(record, references) | changed_code(record)
                 kept = {key: value for key, value in record.items() if key not in stale}
                 new = {name: row.get(name) for name in self.evaluator.metrics}
                 code = {key: digest for key, digest in recorded_code(record).items() if key in kept}
                 code |= {key: digest for key, digest in own_metrics_code().items() if key not in kept}
                 # metrics on record stay, unless their models or their code have changed
-                record = new | kept | models | code_in_record(code)
+                record = new | kept | references | code_in_record(code)
                 run.files.rewrite(record)
                 if run.method.trains and run.files.card.exists() and record["status"] != records.DIVERGED:
                     self._write_card_of(run, record, model)
@@ -231,7 +225,7 @@ class Experiment:
             largest.seed,
             self.attack_batch_size,
             self.evaluator.batch_size,
-            self.scratch_dir,
+            self.setup.result_dir / "scratch",
         )
         started = devices.clock(self.device)
         total = len(largest.forget) * attack.settings.num_adv_images * attack.settings.iterations
@@ -346,7 +340,7 @@ class Experiment:
 
     def _keep(self, run: Run, result: "RunResult") -> None:
         if distributed.is_first() and self.keeps(run) and not result.diverged:
-            self.save(result.outcome.model, run.files.model, run.settings)
+            models.save(result.outcome.model, run.files.model, run.settings)
 
     def own_code(self, run: Run) -> str | None:
         """Return a hash of the user's files that the model and the method of a run are from; None without any."""
@@ -444,10 +438,12 @@ class Experiment:
             return self.setup.classifier
         if distributed.broadcast(lambda: run.files.read()["status"] == records.DIVERGED):
             return None
+        model = self.setup.classifier
         try:
-            model = self.load(run.files.model) if distributed.is_first() else copy.deepcopy(self.setup.classifier)
+            model = models.load_saved(run.files.model, model) if distributed.is_first() else copy.deepcopy(model)
         except InputError as error:  # whose advice is that for original models
             raise InputError(error.problem, "do the run again with --rerun --save-model") from None
+        model = model.to(self.device)
         distributed.copy_from_first(model)
         return model
 
@@ -456,8 +452,8 @@ class Experiment:
         record = run.files.read()
         if record is None:
             return "carry out"
-        models = self.evaluator.references.sha256
-        if not (set(self.evaluator.metrics) <= record.keys() and models.items() <= record.items()):
+        references = self.evaluator.references.sha256
+        if not (set(self.evaluator.metrics) <= record.keys() and references.items() <= record.items()):
             return "evaluate" if self._has_model(run) else "carry out"
         if changed_code(record) and self._has_model(run):
             return "evaluate"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from l2ul import METHOD_VERSION
+from l2ul import METHOD_VERSION, models
 from l2ul.common.choices import HUB_OPTIONS
 from l2ul.common.errors import InputError
 from l2ul.common.text import shortened
@@ -79,7 +79,6 @@ class Setup:
     retain_sample  number of images of D_r that accuracies are measured on; None: all
     surrogate      images that stand for D_r in the methods with a teacher
     described      further keys of every record, which decide no result
-    model_suffix   suffix of the files of unlearned models
     """
 
     images: Images
@@ -90,7 +89,6 @@ class Setup:
     retain_sample: int | None = None
     surrogate: Surrogate | None = None
     described: dict[str, object] = field(default_factory=dict)
-    model_suffix: str = ".safetensors"
 
     def plan(
         self, names: list[str], sizes: list[int], seed: int, forget: ForgetSet, step_size: int | None = None
@@ -134,7 +132,7 @@ class Setup:
                 raise InputError(
                     f"{key.name} is {shortened(repr(value))}", f"expected {key.expected}, as records require"
                 )
-        files = records.RunFiles(self.result_dir, identity(settings), self.model_suffix)
+        files = records.RunFiles(self.result_dir, identity(settings), models.saved_suffix(self.classifier.name))
         if step is None:
             return Run(method, seed, forget, settings, files)
         seen = len(forget) - step[1]
