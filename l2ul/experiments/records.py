@@ -93,7 +93,7 @@ class Key:
     role: str | None
     type: str
     doc: str
-    null: bool = False
+    null: bool = True
     required: bool = False
     least: float | None = None
     choices: tuple[str, ...] | None = None
@@ -127,49 +127,56 @@ def _hyper_parameters() -> Iterator[Key]:
     for setting in SHARED.values():
         kind = {int: "integer", float: "number", str: "text"}[type(setting.default)]
         unit = f"; unit: {setting.unit}" if setting.unit else ""
-        yield Key(setting.name, SETTING, kind, f"{setting.help}{unit}", null=True, flag=True)
+        yield Key(setting.name, SETTING, kind, f"{setting.help}{unit}", flag=True)
 
 
 def _results() -> Iterator[Key]:
     for column in columns.COLUMNS.values():
         if column.key not in ("acc_forget", "acc_retain", "acc_test"):  # which are required and stand above
             kind = "percent" if column.key.startswith("acc_") else "number"
-            yield Key(column.key, RESULT, kind, column.legend, null=True)
+            yield Key(column.key, RESULT, kind, column.legend)
 
 
 _HASH = "hex SHA-256"
 SCHEMA: dict[str, Key] = {
     key.name: key
     for key in (
-        Key("dataset", SUBJECT, "name", "data set", required=True),
-        Key("model", SUBJECT, "name", "model, the value of `--model`", required=True),
-        Key("checkpoint_sha256", SETTING, "text", f"{_HASH} of the original weights", null=True, required=True),
-        Key("method", SUBJECT, "name", "unlearning method", required=True),
-        Key("needs_retain", SUBJECT, "boolean", "whether the method trains on D_r", null=True, required=True),
-        Key("goal", SUBJECT, "text", "what forgetting means", required=True, choices=GOALS),
-        Key("k", SUBJECT, "integer", "images forgotten once the run is done", required=True, least=1),
-        Key("seed", SUBJECT, "integer", "seed of the choice of D_f, the attack and the loop", required=True, least=0),
+        Key("dataset", SUBJECT, "name", "data set", required=True, null=False),
+        Key("model", SUBJECT, "name", "model, the value of `--model`", required=True, null=False),
+        Key("checkpoint_sha256", SETTING, "text", f"{_HASH} of the original weights", required=True),
+        Key("method", SUBJECT, "name", "unlearning method", required=True, null=False),
+        Key("needs_retain", SUBJECT, "boolean", "whether the method trains on D_r", required=True),
+        Key("goal", SUBJECT, "text", "what forgetting means", required=True, choices=GOALS, null=False),
+        Key("k", SUBJECT, "integer", "images forgotten once the run is done", required=True, least=1, null=False),
+        Key(
+            "seed",
+            SUBJECT,
+            "integer",
+            "seed of the choice of D_f, the attack and the loop",
+            required=True,
+            least=0,
+            null=False,
+        ),
         Key(
             "continual_step",
             SUBJECT,
             "integer",
             "number of the step in a continual run, null in other runs",
-            null=True,
             required=True,
             least=1,
         ),
-        Key("status", RESULT, "text", "how the run ended", required=True, choices=STATUSES),
-        Key("steps", RESULT, "integer", "optimizer steps taken", required=True, least=0),
+        Key("status", RESULT, "text", "how the run ended", required=True, choices=STATUSES, null=False),
+        Key("steps", RESULT, "integer", "optimizer steps taken", required=True, least=0, null=False),
         *(
-            Key(name, RESULT, "percent", columns.get(name).legend, null=True, required=True)
+            Key(name, RESULT, "percent", columns.get(name).legend, required=True)
             for name in ("acc_forget", "acc_retain", "acc_test")
         ),
         *(
-            Key(f"{name}_before", RESULT, "percent", f"{name} of the original model", null=True, required=True)
+            Key(f"{name}_before", RESULT, "percent", f"{name} of the original model", required=True)
             for name in ("acc_forget", "acc_retain", "acc_test")
         ),
         *(
-            Key(f"seconds_{phase}", COST, "number", f"seconds for {doc}", null=True, required=True, least=0)
+            Key(f"seconds_{phase}", COST, "number", f"seconds for {doc}", required=True, least=0)
             for phase, doc in {
                 "attack": "the adversarial examples",
                 "importance": "the weight importance",
@@ -182,23 +189,22 @@ SCHEMA: dict[str, Key] = {
             COST,
             "number",
             "peak memory in MiB: on a GPU since the loop began, on a CPU of the process so far",
-            null=True,
             required=True,
             least=0,
         ),
-        Key("device", MACHINE, "text", "device", null=True, required=True),
+        Key("device", MACHINE, "text", "device", required=True),
         *_hyper_parameters(),
-        Key("course", SETTING, "text", "settings of a method of fixed length, as NAME=VALUE", null=True),
-        Key("mean", SETTING, "numbers", "mean of each input channel", null=True, flag=True),
-        Key("std", SETTING, "numbers", "standard deviation of each input channel", null=True, flag=True),
-        Key("num_train", SETTING, "integer", "images in the training set", null=True, least=1),
-        Key("num_test", SETTING, "integer", "images in the test set", null=True, least=1),
-        Key("train_sha256", SETTING, "text", f"{_HASH} of the training images, if they are known", null=True),
-        Key("image_size", SETTING, "integer", "side of the input images in pixels", null=True, least=1, flag=True),
-        Key("age_grouping", SUBJECT, "name", "age groups of UTKFace", null=True),
-        Key("split_seed", SETTING, "integer", "seed of the split of UTKFace", null=True, least=0, default=0, flag=True),
+        Key("course", SETTING, "text", "settings of a method of fixed length, as NAME=VALUE"),
+        Key("mean", SETTING, "numbers", "mean of each input channel", flag=True),
+        Key("std", SETTING, "numbers", "standard deviation of each input channel", flag=True),
+        Key("num_train", SETTING, "integer", "images in the training set", least=1),
+        Key("num_test", SETTING, "integer", "images in the test set", least=1),
+        Key("train_sha256", SETTING, "text", f"{_HASH} of the training images, if they are known"),
+        Key("image_size", SETTING, "integer", "side of the input images in pixels", least=1, flag=True),
+        Key("age_grouping", SUBJECT, "name", "age groups of UTKFace"),
+        Key("split_seed", SETTING, "integer", "seed of the split of UTKFace", least=0, default=0, flag=True),
         *(
-            Key(name, SETTING, "text", f"{doc} of a data set `hf:…`", null=True, flag=True)
+            Key(name, SETTING, "text", f"{doc} of a data set `hf:…`", flag=True)
             for name, doc in {
                 "image_column": "column of images",
                 "label_column": "column of labels",
@@ -206,7 +212,7 @@ SCHEMA: dict[str, Key] = {
                 "test_split": "split of test images",
             }.items()
         ),
-        Key("decoder", SETTING, "text", "decoder of images on disk", default="cpu", flag=True),
+        Key("decoder", SETTING, "text", "decoder of images on disk", default="cpu", flag=True, null=False),
         Key(
             "exif_orientation",
             SETTING,
@@ -215,18 +221,18 @@ SCHEMA: dict[str, Key] = {
             choices=EXIF_ORIENTATIONS,
             default="ignore",
             flag=True,
+            null=False,
         ),
-        Key("white_level", SETTING, "number", "value of white in grey files of more than 8 bits", null=True, flag=True),
-        Key("forget_dir", SETTING, "text", "name of the folder of `--forget-dir`", null=True, flag=True),
-        Key("relabel_file", PROVENANCE, "text", "name of the file of `--relabel-file`", null=True),
-        Key("forget_sha256", SUBJECT, "text", f"{_HASH} of D_f: images, labels and new labels", null=True),
-        Key("continual_size", SUBJECT, "integer", "images per step of a continual run", null=True, least=1),
+        Key("white_level", SETTING, "number", "value of white in grey files of more than 8 bits", flag=True),
+        Key("forget_dir", SETTING, "text", "name of the folder of `--forget-dir`", flag=True),
+        Key("relabel_file", PROVENANCE, "text", "name of the file of `--relabel-file`"),
+        Key("forget_sha256", SUBJECT, "text", f"{_HASH} of D_f: images, labels and new labels"),
+        Key("continual_size", SUBJECT, "integer", "images per step of a continual run", least=1),
         Key(
             "retain_sample",
             SETTING,
             "integer",
             "training images that acc_retain is measured on, null for all",
-            null=True,
             least=1,
             flag=True,
         ),
@@ -235,72 +241,59 @@ SCHEMA: dict[str, Key] = {
             SETTING,
             "text",
             "unlabelled images that stand for D_r, as `--surrogate` names them; of a folder, its name",
-            null=True,
             flag=True,
         ),
-        Key("surrogate_sha256", PROVENANCE, "text", f"{_HASH} of these images", null=True),
+        Key("surrogate_sha256", PROVENANCE, "text", f"{_HASH} of these images"),
         Key(
             "test_without",
             SETTING,
             "text",
             "part of the test set that `--surrogate` names and acc_test leaves out, for a method that does not use it",
-            null=True,
         ),
-        Key("method_version", SETTING, "integer", "version of the built-in methods", null=True),
+        Key("method_version", SETTING, "integer", "version of the built-in methods"),
         Key(
             "method_revision",
             SETTING,
             "integer",
             "version of this built-in method if it is above 1, null for version 1",
-            null=True,
         ),
-        Key("method_code", SETTING, "text", f"{_HASH} of the source code of your own method", null=True),
-        Key("own_code", PROVENANCE, "text", f"{_HASH} of the files of your own model and method", null=True),
+        Key("method_code", SETTING, "text", f"{_HASH} of the source code of your own method"),
+        Key("own_code", PROVENANCE, "text", f"{_HASH} of the files of your own model and method"),
         Key(
             "own_metrics",
             PROVENANCE,
             "text",
             "keys of your own metrics, each with the start of a hash of the files that compute it, as KEY=HASH",
-            null=True,
         ),
         Key(
             "data_sha256",
             PROVENANCE,
             "text",
             f"{_HASH} of the images and labels of D_test and of D_r, or of the part of D_r that is measured",
-            null=True,
         ),
-        Key("method_settings", PROVENANCE, "text", "names of the keys that are settings of your own method", null=True),
+        Key("method_settings", PROVENANCE, "text", "names of the keys that are settings of your own method"),
         *_results(),
-        Key("acc_forget_earlier_before", RESULT, "percent", "acc_forget_earlier of the original model", null=True),
-        Key("acc_retain_low", RESULT, "percent", "lower end of the 95 % interval of a sampled acc_retain", null=True),
-        Key("acc_retain_high", RESULT, "percent", "upper end of the 95 % interval of a sampled acc_retain", null=True),
-        Key("retain_measured", RESULT, "integer", "images of D_r that acc_retain is measured on", null=True, least=0),
-        Key("adv_success", RESULT, "percent", "adversarial examples predicted as their target", null=True),
+        Key("acc_forget_earlier_before", RESULT, "percent", "acc_forget_earlier of the original model"),
+        Key("acc_retain_low", RESULT, "percent", "lower end of the 95 % interval of a sampled acc_retain"),
+        Key("acc_retain_high", RESULT, "percent", "upper end of the 95 % interval of a sampled acc_retain"),
+        Key("retain_measured", RESULT, "integer", "images of D_r that acc_retain is measured on", least=0),
+        Key("adv_success", RESULT, "percent", "adversarial examples predicted as their target"),
         Key(
             "adv_success_exact",
             RESULT,
             "percent",
             "adv_success before rounding to the stored data type, in older records",
-            null=True,
         ),
-        Key("error", RESULT, "text", "last lines of the error message of a failed run", null=True),
-        Key("attack_batch_size", MACHINE, "integer", "adversarial examples computed at once", null=True, least=1),
-        Key(
-            "decoded_by_cpu",
-            MACHINE,
-            "integer",
-            "JPEGs that `--decoder gpu` left to the CPU so far",
-            null=True,
-            least=1,
-        ),
-        Key("test_batch_size", MACHINE, "integer", "images per batch when measuring", null=True, least=1),
-        Key("python", MACHINE, "text", "version of Python", null=True),
-        Key("torch", MACHINE, "text", "version of PyTorch", null=True),
-        Key("torchvision", MACHINE, "text", "version of torchvision", null=True),
-        Key("checkpoint", PROVENANCE, "text", "name of the file of the original weights", null=True),
-        Key("retrained_sha256", PROVENANCE, "text", f"{_HASH} of the weights of the retrained model", null=True),
-        Key("references_sha256", PROVENANCE, "text", f"{_HASH} of the hashes of the reference models", null=True),
+        Key("error", RESULT, "text", "last lines of the error message of a failed run"),
+        Key("attack_batch_size", MACHINE, "integer", "adversarial examples computed at once", least=1),
+        Key("decoded_by_cpu", MACHINE, "integer", "JPEGs that `--decoder gpu` left to the CPU so far", least=1),
+        Key("test_batch_size", MACHINE, "integer", "images per batch when measuring", least=1),
+        Key("python", MACHINE, "text", "version of Python"),
+        Key("torch", MACHINE, "text", "version of PyTorch"),
+        Key("torchvision", MACHINE, "text", "version of torchvision"),
+        Key("checkpoint", PROVENANCE, "text", "name of the file of the original weights"),
+        Key("retrained_sha256", PROVENANCE, "text", f"{_HASH} of the weights of the retrained model"),
+        Key("references_sha256", PROVENANCE, "text", f"{_HASH} of the hashes of the reference models"),
     )
 }
 KEYS = tuple(key.name for key in SCHEMA.values() if key.required)  # first in every record, in this order
@@ -332,10 +325,10 @@ def lookup(name: str) -> Key:
     if name in SCHEMA:
         return SCHEMA[name]
     if name.startswith("acc_"):
-        return Key(name, RESULT, "percent", "your own metric, in percent", null=True)
+        return Key(name, RESULT, "percent", "your own metric, in percent")
     if name.startswith("metric_"):
-        return Key(name, RESULT, "number", "your own metric", null=True)
-    return Key(name, None, "any", "", null=True)
+        return Key(name, RESULT, "number", "your own metric")
+    return Key(name, None, "any", "")
 
 
 def settings(record: Record) -> Record:
