@@ -86,6 +86,11 @@ class FolderImages(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def shape(self) -> torch.Size:
+        """(N, C, size, size), as of a tensor of the images."""
+        return torch.Size([len(self), self.channels, self.size, self.size])
+
     def subset(self, indices: Tensor) -> "FolderImages":
         """Return the images at `indices`, in that order."""
         subset = copy.copy(self)

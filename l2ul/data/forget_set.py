@@ -51,9 +51,7 @@ class ForgetSet:
         Images on disk are decoded on the CPU, so that unlearning and evaluation use the same pixels.
         """
         split = self.source.subset(self.positions)
-        if isinstance(split.images, FolderImages):
-            return Split(split.images.with_decoder("cpu"), split.labels)
-        return split
+        return Split(split.images.with_decoder("cpu"), split.labels) if split.on_disk else split
 
     @property
     def indices(self) -> Tensor:
@@ -166,7 +164,7 @@ def read_forget(path: Path, num_images: int, files: Sequence[str] = ()) -> Tenso
 
 def files_of(split: Split) -> Sequence[str]:
     """Return the files of the images, if each image is a file of its own."""
-    files = split.images.files if isinstance(split.images, FolderImages) else []
+    files = split.images.files if split.on_disk else []
     return [] if files and isinstance(files[0], EmbeddedFile) else files
 
 
@@ -273,7 +271,7 @@ def reject_own(folder_images: FolderImages, images: Images, advice: str) -> None
     given = _files_by_hash(folder_images.files)
     sizes = set(map(image_files.size, given.values()))
     for what, split in (("training", images.train), ("test", images.test)):
-        if isinstance(split.images, FolderImages):
+        if split.on_disk:
             own = _files_by_hash(split.images.files, sizes)
             same = [file for digest, file in given.items() if digest in own]
         else:

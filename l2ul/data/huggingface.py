@@ -186,9 +186,9 @@ def load(
         pixels = [_in_memory(images, workers, progress) for images in pixels]
     settings = {"image_column": image, "label_column": label, "train_split": train.spec, "test_split": test.spec}
     settings |= ({} if side else {"image_size": size}) | reader.settings
-    short_side = pixels[0].short_side if isinstance(pixels[0], FolderImages) else None
-    notes = [f"{part[0].column.name}: {note}" for part in files for note in reader.examine(part, short_side)]
     parts = [Split(*pair) for pair in zip(pixels, labels, strict=True)]
+    short_side = parts[0].images.short_side if parts[0].on_disk else None
+    notes = [f"{part[0].column.name}: {note}" for part in files for note in reader.examine(part, short_side)]
     return Images(shown, len(classes), classes, *parts, settings=settings, notes=tuple(notes))
 
 

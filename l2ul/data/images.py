@@ -60,20 +60,25 @@ class Split:
         return len(self.labels)
 
     @property
+    def on_disk(self) -> bool:
+        """Whether the images are FolderImages, which are decoded when they are needed."""
+        return isinstance(self.images, FolderImages)
+
+    @property
     def side(self) -> int:
         """The height and width of the images, in pixels."""
-        return self.images.size if isinstance(self.images, FolderImages) else self.images.shape[-1]
+        return self.images.shape[-1]
 
     @property
     def channels(self) -> int:
         """The channels of the images."""
-        return self.images.channels if isinstance(self.images, FolderImages) else self.images.shape[1]
+        return self.images.shape[1]
 
     def with_channels(self, channels: int) -> "Split":
         """Return the split with its images converted from colour to grey (1) or grey to colour (3)."""
         if self.channels == channels:
             return self
-        if isinstance(self.images, FolderImages):
+        if self.on_disk:
             return Split(self.images.with_channels(channels), self.labels)
         if (self.channels, channels) == (3, 1):
             return Split(torch.cat([to_grey(part) for part in self.images.split(4096)]), self.labels)
@@ -87,20 +92,16 @@ class Split:
 
     def sha256(self) -> str:
         """Return a hash of the images: of their pixels, or of the names, sizes and times of their files."""
-        if isinstance(self.images, FolderImages):
-            return self.images.sha256()
-        return tensors_sha256({"images": self.images})
+        return self.images.sha256() if self.on_disk else tensors_sha256({"images": self.images})
 
     def subset(self, indices: Tensor) -> "Split":
         """Return the images at `indices`, in that order."""
-        if isinstance(self.images, FolderImages):
-            return Split(self.images.subset(indices), self.labels[indices])
-        return Split(self.images[indices], self.labels[indices])
+        images = self.images.subset(indices) if self.on_disk else self.images[indices]
+        return Split(images, self.labels[indices])
 
     def to(self, device: torch.device) -> "Split":
         """Return the split with its tensors on the device. FolderImages stay on disk."""
-        images = self.images if isinstance(self.images, FolderImages) else self.images.to(device)
-        return Split(images, self.labels.to(device))
+        return Split(self.images if self.on_disk else self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -141,15 +142,14 @@ class Images:
 
     def from_files(self, files: list[str], reader: ImageReader | None = None) -> FolderImages:
         """Return image files as images with the size and channels of the data set, resized and cropped like it."""
-        train = self.train.images
-        short_side = train.short_side if isinstance(train, FolderImages) else self.short_side or self.side
+        short_side = self.train.images.short_side if self.train.on_disk else self.short_side or self.side
         return FolderImages(files, self.side, short_side, reader=reader).with_channels(self.channels)
 
     @property
     def refused(self) -> set[str]:
         """The files that `--decoder gpu` left to the CPU so far, because nvJPEG cannot decode them."""
         splits = (self.train, self.validation, self.test)
-        return set().union(*(s.images.refused for s in splits if s and isinstance(s.images, FolderImages)))
+        return set().union(*(split.images.refused for split in splits if split and split.on_disk))
 
     def decoding_notes(self) -> list[str]:
         """Return a sentence about the files in `refused`, if there are any."""

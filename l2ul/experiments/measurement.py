@@ -104,8 +104,7 @@ class Evaluator:
         """Return a hash of the images and labels of a part of the data set, which is computed once."""
         known, key = self.setup.images.digests, (name, len(split))  # a retain sample depends on its size alone
         if key not in known:
-            is_on_disk = isinstance(split.images, FolderImages)
-            images = split.images.listing_sha256() if is_on_disk else split.sha256()
+            images = split.images.listing_sha256() if split.on_disk else split.sha256()
             known[key] = f"{images} {tensors_sha256({'labels': split.labels})}"
         return known[key]
 

@@ -14,7 +14,6 @@ from l2ul.common.choices import CAP
 from l2ul.common.device import upload
 from l2ul.common.memory import smaller_batch
 from l2ul.common.nested import Nested
-from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split, as_pixels
 from l2ul.objective import Batch, Terms
 
@@ -149,7 +148,7 @@ def shuffled(split: Split, batch_size: int, generator: torch.Generator, workers:
     device = split.labels.device
     order = torch.randperm(len(split), generator=generator)
     labels = split.labels[upload(order, device)].split(batch_size)[skip:]  # once a pass, so that no step waits for it
-    if isinstance(split.images, FolderImages):
+    if split.on_disk:
         loaded = split.images.loader(order.split(batch_size)[skip:], device, workers)
     else:
         own_order = upload(order, split.images.device).split(batch_size)[skip:]

@@ -22,7 +22,6 @@ from l2ul.common.errors import Diverged, InputError, is_out_of_memory
 from l2ul.common.files import atomic
 from l2ul.common.fused_optimizers import fused
 from l2ul.data.augment import crop, draw_crops, erase
-from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split, as_pixels
 from l2ul.metrics import accuracy
 from l2ul.training.recipe import Recipe
@@ -155,14 +154,13 @@ def _steps(train: Split, crop_size: int, recipe: Recipe, generator: torch.Genera
     They are drawn on the CPU and copied to the device once, so that no step waits for a copy.
     """
     device = train.labels.device
-    shape = train.images.shape[2:] if isinstance(train.images, Tensor) else (train.side, train.side)
     order = torch.randperm(len(train), generator=generator).split(recipe.batch_size)
     parts = [distributed.shard(len(batch)) for batch in order]
     shares = [part.stop - part.start for part in parts]
     parts = [part if share else slice(0, 1) for part, share in zip(parts, shares, strict=True)]
 
     def draw(count: int) -> Tensor:
-        crops = draw_crops(count, shape, recipe.crop_padding, recipe.flip, generator, crop_size)
+        crops = draw_crops(count, train.images.shape[2:], recipe.crop_padding, recipe.flip, generator, crop_size)
         return torch.cat([crops, torch.randint(crop_size, (2, count), generator=generator)]) if recipe.erase else crops
 
     draws = [draw(len(batch)) for batch in order]
@@ -170,7 +168,7 @@ def _steps(train: Split, crop_size: int, recipe: Recipe, generator: torch.Genera
     sizes = [len(indices) for indices in own]
     indices = torch.cat(own).to(device)
     crops = torch.cat([drawn[:, part] for drawn, part in zip(draws, parts, strict=True)], 1).to(device)
-    if isinstance(train.images, FolderImages):
+    if train.on_disk:
         loaded = train.images.loader(own, device, workers, torch.Generator())
     else:
         loaded = (train.images[some] for some in indices.split(sizes))
