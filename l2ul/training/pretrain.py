@@ -1,6 +1,5 @@
 """Train a classifier on a data set and save its weights where unlearning finds them."""
 
-from collections.abc import Callable
 import dataclasses
 import hashlib
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from l2ul import Progress, models
+from l2ul import models
 from l2ul.common import distributed, seeds
 from l2ul.common.errors import InputError
 from l2ul.common.text import first_three
@@ -32,14 +31,9 @@ def pretrain(
     excluded: Tensor | None = None,
     mean: list[float] | None = None,
     std: list[float] | None = None,
-    resume: bool = False,
     test_batch_size: int | None = None,
     workers: int = 0,
-    graph: bool = False,
-    report: Callable[[str], object] = lambda sentence: None,
-    on_epoch: Callable[[dict[str, float]], object] | None = None,
-    on_resume: Callable[[list[dict[str, float]]], object] | None = None,
-    progress: Progress | None = None,
+    **fit_options,
 ) -> float:
     """Train a new classifier, save it to `output` and return its accuracy on the test images, in percent.
 
@@ -49,8 +43,8 @@ def pretrain(
     excluded  indices (n,) of training images to leave out: the result is a retrained model, a reference for unlearning
     mean, std of the input normalisation; None: those of the model family
 
-    The state of the training is kept in `state_file(output)` until the weights are saved; see `loop.fit` for it and for
-    the other arguments.
+    The other arguments are those of `loop.fit`. The state of the training is kept in `state_file(output)` until the
+    weights are saved.
     """
     settings = saved_settings(images, model_name, recipe, seed, excluded)
     if excluded is not None:
@@ -78,14 +72,9 @@ def pretrain(
         seed=seed,
         state_file=state_file(output),
         identity=identity,
-        resume=resume,
         test_batch_size=test_batch_size,
         workers=workers,
-        graph=graph,
-        report=report,
-        on_epoch=on_epoch,
-        on_resume=on_resume,
-        progress=progress,
+        **fit_options,
     )
     predictions = accuracy.predict(
         classifier, images.test.images, batch_size=test_batch_size, workers=workers, shared=True
