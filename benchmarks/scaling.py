@@ -13,6 +13,7 @@ import contextlib
 import heapq
 import io
 import json
+import operator
 import os
 from pathlib import Path
 import resource
@@ -124,8 +125,8 @@ def make_up(trials: list[Trial], workbench: Workbench) -> None:
 
 def schedule(count: int, timed) -> None:
     """Measure trials that do nothing, with as many workers as cores, after the workers have started."""
-    function = ray_cluster.WorkerFunction("operator:is_not", ROOT, ROOT)
-    with ray_cluster.connect(function, ray_cluster.Resources()) as cluster:
+    function = ray_cluster.WorkerFunction(operator.is_not, ROOT, ROOT)
+    with ray_cluster.connect(function) as cluster:
         cluster.share({})
         idle = [Trial((str(number),), "", (), {}) for number in range(count)]
         list(cluster.run_trials(idle[: 2 * cluster.slots()]))

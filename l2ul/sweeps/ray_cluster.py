@@ -6,7 +6,6 @@ Ray is imported in functions, so that everything else works without it.
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
 from dataclasses import dataclass
-import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -35,14 +34,14 @@ ENVIRONMENT = {
 class WorkerFunction:
     """The function that workers call for a trial.
 
-    function     module and name, such as "l2ul.sweeps.worker:run_trial". Its arguments are those of the trial and a
-                 function that returns what `Cluster.share` has stored
+    function     a function of a module. Its arguments are those of the trial and a function that returns what
+                 `Cluster.share` has stored
     code_folder  folder with the package l2ul, at the same path on every node
     working_dir  folder that relative paths refer to
     user_script  script of the user that registers methods, models, data sets or metrics; workers run it first
     """
 
-    function: str
+    function: Callable[[Arguments, Callable[[], object]], object]
     code_folder: Path
     working_dir: Path
     user_script: Path | None = None
@@ -54,21 +53,7 @@ class WorkerFunction:
             spec = importlib.util.spec_from_file_location(USER_MODULE, self.user_script)
             module = sys.modules[USER_MODULE] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-        module, name = self.function.split(":")
-        return getattr(importlib.import_module(module), name)(arguments, shared)
-
-
-@dataclass(frozen=True)
-class Resources:
-    """The resources of a trial, and how many trials run at once at most.
-
-    gpus      None: one if there are GPUs
-    at_most   None: as many as fit
-    """
-
-    cpus: float = 1
-    gpus: float | None = None
-    at_most: int | None = None
+        return self.function(arguments, shared)
 
 
 def require_packages() -> None:
@@ -82,21 +67,30 @@ class Cluster:
     """A connection to Ray.
 
     worker_function  what workers call
+    cpus, gpus       resources of a trial; gpus is None: one if there are GPUs
+    at_most          trials at once; None: as many as fit
     per_trial        resources of a trial, as options of a Ray task
     shared           reference to what `share` has stored, in a list: Ray passes a reference in a list as it is
     num_running      trials that run now
     """
 
-    def __init__(self, worker_function: WorkerFunction, resources: Resources):
+    def __init__(
+        self,
+        worker_function: WorkerFunction,
+        cpus: float = 1,
+        gpus: float | None = None,
+        at_most: int | None = None,
+    ):
         import ray
 
-        self.ray, self.worker_function, self.resources = ray, worker_function, resources
+        self.ray, self.worker_function, self.at_most = ray, worker_function, at_most
         available = ray.cluster_resources()
-        gpus = (1 if available.get("GPU") else 0) if resources.gpus is None else resources.gpus
-        self.per_trial = {"num_cpus": resources.cpus, "num_gpus": gpus}
+        if gpus is None:
+            gpus = 1 if available.get("GPU") else 0
+        self.per_trial = {"num_cpus": cpus, "num_gpus": gpus}
         if not self.slots():
             raise InputError(
-                f"a trial needs {resources.cpus:g} CPUs and {gpus:g} GPUs, but the cluster has "
+                f"a trial needs {cpus:g} CPUs and {gpus:g} GPUs, but the cluster has "
                 f"{available.get('CPU', 0):g} and {available.get('GPU', 0):g}",
                 "lower --cpus-per-trial or --gpus-per-trial",
             )
@@ -107,7 +101,7 @@ class Cluster:
         available = self.ray.cluster_resources()
         needed = (("CPU", self.per_trial["num_cpus"]), ("GPU", self.per_trial["num_gpus"]))
         fitting = min(int(available.get(name, 0) / each + 1e-6) for name, each in needed if each)
-        return min(fitting, self.resources.at_most or fitting)
+        return min(fitting, self.at_most or fitting)
 
     def share(self, value: object) -> None:
         """Store a value for the workers, once per node."""
@@ -129,7 +123,7 @@ class Cluster:
         remaining = iter(trials)
         while True:
             slots = self.slots()
-            most = slots if self.resources.at_most else 2 * slots
+            most = slots if self.at_most else 2 * slots
             while len(submitted) < max(1, most) and (trial := next(remaining, None)):
                 submitted[task.remote(self.worker_function, trial.arguments, self.shared)] = trial
             if not submitted:
@@ -155,8 +149,11 @@ def call_worker(worker_function: WorkerFunction, arguments: Arguments, shared: l
 
 
 @contextlib.contextmanager
-def connect(worker_function: WorkerFunction, resources: Resources, address: str | None = None) -> Iterator[Cluster]:
-    """Connect to the cluster at an address. Without one, start a cluster on this machine, which ends with the block."""
+def connect(worker_function: WorkerFunction, address: str | None = None, **resources) -> Iterator[Cluster]:
+    """Connect to the cluster at an address. Without one, start a cluster on this machine, which ends with the block.
+
+    resources  of a trial, see `Cluster`
+    """
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     if address and TOKEN.exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -177,7 +174,7 @@ def connect(worker_function: WorkerFunction, resources: Resources, address: str 
         ) from None
     exit_codes.handle_sigterm()  # Ray has installed its own handler
     try:
-        yield Cluster(worker_function, resources)
+        yield Cluster(worker_function, **resources)
     finally:
         with _native_messages_discarded():
             ray.shutdown()

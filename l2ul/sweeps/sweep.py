@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 from dataclasses import dataclass, field, replace
+import functools
 import os
 from pathlib import Path
 import shlex
@@ -19,7 +20,7 @@ from l2ul.sweeps.monitor import sweep_monitor
 from l2ul.sweeps.options import Sweep
 from l2ul.sweeps.optuna_search import Settings
 from l2ul.sweeps.trials import Record, Trial
-from l2ul.sweeps.worker import TRACKER_FAILURES, Workbench
+from l2ul.sweeps.worker import TRACKER_FAILURES, Workbench, run_trial, score_trial
 
 CODE_FOLDER = installation.PACKAGE.parent  # of the clone, or of installed packages
 
@@ -51,6 +52,11 @@ class SweepRunner:
     report: Callable[[str], object] = print
     workbench: Workbench = field(default_factory=Workbench)
 
+    @property
+    def retained(self) -> str:
+        """The key of records that a search maximises: accuracy on D_r, or agreement with the original model."""
+        return "metric_answers_kept" if self.sweep.opts.source_free else "acc_retain"
+
     def run(self) -> int:
         """Do the trials that are not finished, in a dry run none. Return how many failed."""
         return self.run_search() if self.sweep.opts.search else self.run_grid()
@@ -61,7 +67,7 @@ class SweepRunner:
         self.announce(planned, pending)
         if self.sweep.opts.dry_run or not pending:
             return 0
-        with self._cluster("run_trial") as cluster, sweep_monitor(len(pending), self.report) as monitor:
+        with self._cluster(run_trial) as cluster, sweep_monitor(len(pending), self.report) as monitor:
             for ended in cluster.run_trials(trials.start_order(pending, cluster.slots())):
                 for trial, error in ended:
                     if error:
@@ -106,7 +112,7 @@ class SweepRunner:
     def _try_settings(self, count: int, known: list[tuple[Settings, float]], started: list[Settings]) -> int:
         """Try `count` settings and add them to `known`. Return how many failed."""
         search = optuna_search.Search(self.sweep.axes, self.sweep.arguments, list(known), started)
-        function = "score_trial_source_free" if self.sweep.opts.source_free else "score_trial"
+        function = functools.partial(score_trial, retained=self.retained)
         with self._cluster(function) as cluster, sweep_monitor(count, self.report) as monitor:
 
             def on_result(settings: Settings, score: float | None, error: str | None) -> None:
@@ -151,12 +157,11 @@ class SweepRunner:
         Of the latter, no more than the search still has to try.
         """
         known, started = [], []
-        retained = "metric_answers_kept" if self.sweep.opts.source_free else "acc_retain"
         for settings in optuna_search.settings_on_record(self.sweep.axes, self._records()):
             planned, pending = self.plan([settings])
             if not pending:
                 recorded = [file.read() for trial in planned for file in trial.files]
-                known.append((settings, trials.score(recorded, retained)))
+                known.append((settings, trials.score(recorded, self.retained)))
             elif any(trial.has_records for trial in planned):
                 started.append(settings)
         return known, started[: max(0, self.sweep.opts.search - len(known))]
@@ -191,18 +196,18 @@ class SweepRunner:
         return records.read_folder(self.sweep.result_dir)
 
     @contextlib.contextmanager
-    def _cluster(self, function: str) -> Iterator[ray_cluster.Cluster]:
-        """Connect to a cluster whose workers call a function of `l2ul.sweeps.worker`, and share the data sets.
+    def _cluster(self, function: Callable) -> Iterator[ray_cluster.Cluster]:
+        """Connect to a cluster whose workers call a function for each trial, and share the data sets.
 
         Reports at the end which trackers failed in trials.
         """
         unlearn_command.open_result_folders(self.sweep.first_options)
         failures = self.sweep.result_dir / TRACKER_FAILURES
         failures.unlink(missing_ok=True)
-        worker = ray_cluster.WorkerFunction(f"l2ul.sweeps.worker:{function}", CODE_FOLDER, Path.cwd(), self.user_script)
+        worker = ray_cluster.WorkerFunction(function, CODE_FOLDER, Path.cwd(), self.user_script)
         opts = self.sweep.opts
-        resources = ray_cluster.Resources(opts.cpus_per_trial, opts.gpus_per_trial, opts.parallel)
-        with ray_cluster.connect(worker, resources, opts.address) as cluster:
+        resources = {"cpus": opts.cpus_per_trial, "gpus": opts.gpus_per_trial, "at_most": opts.parallel}
+        with ray_cluster.connect(worker, opts.address, **resources) as cluster:
             cluster.share(self.workbench.data_sets)
             yield cluster
         if failures.exists():

@@ -129,11 +129,6 @@ def run_trial(arguments: Arguments, shared_data_sets: Callable[[], DataSets]) ->
     return [run.files.read() for run in runs]
 
 
-def score_trial(arguments: Arguments, shared_data_sets: Callable[[], DataSets]) -> float:
-    """Do the runs of a command and return the score of its settings by the accuracy on D_r, see `trials.score`."""
-    return trials.score(run_trial(arguments, shared_data_sets))
-
-
-def score_trial_source_free(arguments: Arguments, shared_data_sets: Callable[[], DataSets]) -> float:
-    """Do the same by the agreement with the original model on held-out adversarial examples, without D_r."""
-    return trials.score(run_trial(arguments, shared_data_sets), retained="metric_answers_kept")
+def score_trial(arguments: Arguments, shared_data_sets: Callable[[], DataSets], retained: str) -> float:
+    """Do the runs of a command and return the score of its settings, see `trials.score`."""
+    return trials.score(run_trial(arguments, shared_data_sets), retained)

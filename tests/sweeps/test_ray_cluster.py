@@ -13,7 +13,7 @@ import pytest
 from l2ul.cli import exit_codes
 from l2ul.experiments import records
 from l2ul.sweeps import ray_cluster
-from l2ul.sweeps.ray_cluster import Resources, WorkerFunction
+from l2ul.sweeps.ray_cluster import WorkerFunction
 from l2ul.sweeps.trials import Trial
 
 ray = pytest.importorskip("ray")
@@ -39,14 +39,14 @@ def behave(arguments, shared):
 @pytest.fixture
 def worker_function(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tests" / "sweeps")]))
-    return WorkerFunction("test_ray_cluster:behave", ROOT, tmp_path)
+    return WorkerFunction(behave, ROOT, tmp_path)
 
 
 def test_a_trial_that_dies_is_tried_three_times_and_others_continue(worker_function, tmp_path):
     ways = ["well", "kill", "raise", "kill twice", "well"]
     trials = [Trial((str(tmp_path / f"{number}"), how), how, (), {}) for number, how in enumerate(ways)]
     errors = {}
-    with ray_cluster.connect(worker_function, Resources(at_most=2)) as cluster:
+    with ray_cluster.connect(worker_function, at_most=2) as cluster:
         cluster.share({"answer": 42})
         for ended in cluster.run_trials(trials):
             errors |= {trial.label + trial.arguments[0]: error for trial, error in ended}
@@ -64,7 +64,7 @@ def test_each_trial_has_a_process_that_sees_the_gpu_of_the_trial(worker_function
     start = ray.init
     monkeypatch.setattr(ray, "init", lambda **options: start(num_gpus=2, num_cpus=8, **options))  # emulated GPUs
     trials = [Trial((str(tmp_path / f"{number}"), "gpu"), "", (), {}) for number in range(5)]
-    with ray_cluster.connect(worker_function, Resources(gpus=gpus)) as cluster:
+    with ray_cluster.connect(worker_function, gpus=gpus) as cluster:
         assert cluster.slots() == at_once
         cluster.share({"answer": 42})
         assert [error for ended in cluster.run_trials(trials) for _, error in ended] == [None] * 5
@@ -81,7 +81,7 @@ def test_messages_of_native_threads_that_lose_the_cluster_are_not_shown(worker_f
         shutdown()
 
     monkeypatch.setattr(ray, "shutdown", shutdown_with_message)
-    with ray_cluster.connect(worker_function, Resources(at_most=1)):
+    with ray_cluster.connect(worker_function, at_most=1):
         pass
     os.write(2, b"after\n")
     assert capfd.readouterr().err == "after\n"

@@ -431,7 +431,7 @@ def test_a_worker_with_a_gpu_does_one_trial_and_others_do_all(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "ray", fake)
     for gpus, slots, calls in ((None, 2, 1), (0.25, 8, 1), (0, 16, 0)):
-        cluster = ray_cluster.Cluster(None, ray_cluster.Resources(gpus=gpus))
+        cluster = ray_cluster.Cluster(None, gpus=gpus)
         assert cluster.slots() == slots
         assert list(cluster.run_trials([])) == []
         assert options[-1]["max_calls"] == calls
@@ -447,8 +447,8 @@ def test_trials_are_tracked_and_their_failures_and_figures_reach_the_sweep(tmp_p
     planned, pending = runner.plan(ranges.product(sweep.axes))
     assert len(pending) == 2
     cluster = types.SimpleNamespace(share=lambda value: None)
-    monkeypatch.setattr(ray_cluster, "connect", lambda *arguments: contextlib.nullcontext(cluster))
-    with runner._cluster("run_trial"):
+    monkeypatch.setattr(ray_cluster, "connect", lambda *arguments, **resources: contextlib.nullcontext(cluster))
+    with runner._cluster(worker.run_trial):
         for trial in pending:
             worker.run_trial(trial.arguments, dict)
     assert said == ["--tracker tensorboard failed ('no such key'); the command goes on without it"]
