@@ -7,10 +7,11 @@ device of the images.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from PIL import Image
 import torch
@@ -58,16 +59,9 @@ class Changes:
         strength: float = 1.0,
         codec: Codec | None = None,
     ):
-        stages = [
-            Moved(kinds, probability, strength),
-            Blurred(kinds, probability),
-            Resized(kinds, probability),
-            Recoloured(kinds, probability, strength),
-            Noisy(kinds, probability, strength),
-            Rounded(),
-            Compressed(kinds, probability, codec or jpeg_on_device),
-        ]
-        self._stages = [stage for stage in stages if stage.is_needed]
+        stages = (Moved, Blurred, Resized, Recoloured, Noisy, Rounded, Compressed)
+        options = kinds, probability, strength, codec or jpeg_on_device
+        self._stages = [stage(*options) for stage in stages if stage.needed_for & set(kinds)]
 
     def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[list[Tensor]]:
         """Draw the random numbers of copies of images of a shape (n, C, H, W).
@@ -105,10 +99,15 @@ class Changes:
         return self.make(images, self.draw(images.shape, generator, images.device))
 
 
+@dataclass(frozen=True)
 class Stage(ABC):
-    """A change of images: numbers are drawn first, and the images are changed with them."""
+    """A change of images: numbers are drawn first, and the images are changed with them. Fields as in `Changes`."""
 
-    is_needed: bool  # whether any of its kinds is asked for
+    kinds: Sequence[str]
+    probability: float
+    strength: float
+    codec: Codec
+    needed_for: ClassVar[set[str]]  # the kinds that need this stage
 
     @abstractmethod
     def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
@@ -118,10 +117,9 @@ class Stage(ABC):
     def make(self, images: Tensor, *numbers: Tensor) -> Tensor:
         """Return the changed images."""
 
-
-def _drawn(count: int, probability: float, generator: torch.Generator) -> Tensor:
-    """Return which of the copies (count,) bool a kind is in, on the CPU."""
-    return torch.rand(count, generator=generator) < probability
+    def drawn(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw which of the copies (count,) bool a kind is in, on the CPU."""
+        return torch.rand(count, generator=generator) < self.probability
 
 
 def _replaced(images: Tensor, chosen: Tensor, compute: Callable[[Tensor, Tensor], Tensor], own: Tensor) -> Tensor:
@@ -145,32 +143,30 @@ def _replaced(images: Tensor, chosen: Tensor, compute: Callable[[Tensor, Tensor]
 class Moved(Stage):
     """Mirror, turn, shift, crop and distort, by one interpolation. What is uncovered is black."""
 
-    def __init__(self, kinds: Sequence[str], probability: float, strength: float):
-        self.kinds, self.probability, self.strength = kinds, probability, strength
-        self.is_needed = bool({"mirrored", "cropped", "shifted", "distorted", TURNED} & set(kinds))
+    needed_for = {"mirrored", "cropped", "shifted", "distorted", TURNED}
 
     def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
-        count, kinds, probability, strength = shape[0], self.kinds, self.probability, self.strength
+        count, kinds, strength = shape[0], self.kinds, self.strength
         scale, shift = torch.ones(count), torch.zeros(count, 2)  # of the window cut out, in units of half a side
         sign = torch.ones(count)
         if "mirrored" in kinds:
-            sign = 1 - 2 * _drawn(count, probability, generator).float()
+            sign = 1 - 2 * self.drawn(count, generator).float()
         if "cropped" in kinds:
-            part = strength * CROP * torch.rand(count, generator=generator) * _drawn(count, probability, generator)
+            part = strength * CROP * torch.rand(count, generator=generator) * self.drawn(count, generator)
             scale = 1 - part
             shift = shift + part[:, None] * (2 * torch.rand(count, 2, generator=generator) - 1)
         if "shifted" in kinds:
-            drawn = _drawn(count, probability, generator)[:, None]
+            drawn = self.drawn(count, generator)[:, None]
             shift = shift + drawn * 2 * strength * SHIFT * (2 * torch.rand(count, 2, generator=generator) - 1)
         angle = torch.zeros(count)
         if TURNED in kinds:
-            drawn = _drawn(count, probability, generator)
+            drawn = self.drawn(count, generator)
             angle = drawn * strength * math.radians(ANGLE) * (2 * torch.rand(count, generator=generator) - 1)
         cosine, sine = scale * angle.cos(), scale * angle.sin()
         rows = torch.stack([sign * cosine, -sine, shift[:, 0], sign * sine, cosine, shift[:, 1]], 1)
         numbers = [rows.view(count, 2, 3)]
         if "distorted" in kinds:
-            drawn = _drawn(count, probability, generator)[:, None, None, None]
+            drawn = self.drawn(count, generator)[:, None, None, None]
             numbers.append(drawn * 2 * DISTORTION * (2 * torch.rand(count, 2, KNOTS, KNOTS, generator=generator) - 1))
         return numbers
 
@@ -186,12 +182,11 @@ class Moved(Stage):
 class Blurred(Stage):
     """Blur by a Gaussian of a random width, as two one-dimensional convolutions with a kernel for each image."""
 
-    def __init__(self, kinds: Sequence[str], probability: float):
-        self.probability, self.is_needed = probability, "blurred" in kinds
+    needed_for = {"blurred"}
 
     def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
         count, _, height, width = shape
-        chosen = _drawn(count, self.probability, generator)
+        chosen = self.drawn(count, generator)
         low, high = (bound * max(1.0, width / 32) for bound in BLUR)
         sigma = low + (high - low) * torch.rand(count, generator=generator)
         radius = math.ceil(3 * high)
@@ -214,11 +209,10 @@ class Blurred(Stage):
 class Resized(Stage):
     """Resize to one of SCALES and back."""
 
-    def __init__(self, kinds: Sequence[str], probability: float):
-        self.probability, self.is_needed = probability, "resized" in kinds
+    needed_for = {"resized"}
 
     def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
-        chosen = _drawn(shape[0], self.probability, generator)
+        chosen = self.drawn(shape[0], generator)
         scale = torch.randint(len(SCALES), (shape[0],), generator=generator)
         return [torch.where(chosen, scale, len(SCALES))]
 
@@ -238,11 +232,10 @@ class Resized(Stage):
 class Recoloured(Stage):
     """Change brightness, then contrast about the mean of the image."""
 
-    def __init__(self, kinds: Sequence[str], probability: float, strength: float):
-        self.probability, self.strength, self.is_needed = probability, strength, "brightness" in kinds
+    needed_for = {"brightness"}
 
     def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
-        chosen = _drawn(shape[0], self.probability, generator)[:, None]
+        chosen = self.drawn(shape[0], generator)[:, None]
         size = self.strength * torch.tensor([BRIGHTNESS, CONTRAST])
         return [1 + chosen * size * (2 * torch.rand(shape[0], 2, generator=generator) - 1)]
 
@@ -256,12 +249,11 @@ class Recoloured(Stage):
 class Noisy(Stage):
     """Add Gaussian noise."""
 
-    def __init__(self, kinds: Sequence[str], probability: float, strength: float):
-        self.probability, self.strength, self.is_needed = probability, strength, "noise" in kinds
+    needed_for = {"noise"}
 
     def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
         sigma = self.strength * NOISE * torch.rand(shape[0], generator=generator)
-        sigma = sigma * _drawn(shape[0], self.probability, generator)
+        sigma = sigma * self.drawn(shape[0], generator)
         source = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
         return [sigma[:, None, None, None], torch.randn(shape, generator=source, device=device)]
 
@@ -272,7 +264,7 @@ class Noisy(Stage):
 class Rounded(Stage):
     """Round to 256 levels in [0,1], as images are stored."""
 
-    is_needed = True
+    needed_for = {*TRAINED, *KINDS}
 
     def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
         return []
@@ -284,13 +276,12 @@ class Rounded(Stage):
 class Compressed(Stage):
     """Compress as JPEG and decompress."""
 
-    def __init__(self, kinds: Sequence[str], probability: float, codec: Codec):
-        self.probability, self.codec, self.is_needed = probability, codec, "jpeg" in kinds
+    needed_for = {"jpeg"}
 
     def draw(self, shape: torch.Size, generator: torch.Generator, device: torch.device) -> list[Tensor]:
         low, high = QUALITY
         quality = torch.randint(low, high + 1, (shape[0],), generator=generator)
-        return [_drawn(shape[0], self.probability, generator), quality]
+        return [self.drawn(shape[0], generator), quality]
 
     def make(self, images: Tensor, chosen: Tensor, quality: Tensor) -> Tensor:
         return _replaced(images, chosen, self.codec, quality)
