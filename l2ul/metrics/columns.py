@@ -78,14 +78,10 @@ def _of_attack(name: str) -> tuple[Column, Column]:
 
 _RMIA = "the attack RMIA, calibrated with reference models that were not trained on D_f"
 _GAP = "absolute difference from the retrained model in percentage points"
+_JS = "Jensen-Shannon divergence from the retrained model's outputs, in bits, 0 to 1"
+_CKA = "linear CKA with the retrained model's features, mean over layers, 0 to 1"
 _TABLE = (
-    Column(
-        "acc_forget",
-        "D_f",
-        "accuracy on the forget set, the images to forget",
-        better="down",
-        table="accuracy",
-    ),
+    Column("acc_forget", "D_f", "accuracy on the forget set, the images to forget", better="down", table="accuracy"),
     Column(
         "acc_relabel",
         "relabelled",
@@ -110,14 +106,7 @@ _TABLE = (
         table="accuracy",
         compared=True,
     ),
-    Column(
-        "acc_test",
-        "D_test",
-        "accuracy on the test set",
-        better="up",
-        table="accuracy",
-        compared=True,
-    ),
+    Column("acc_test", "D_test", "accuracy on the test set", better="up", table="accuracy", compared=True),
     *(column for attack in MEMBERSHIP_ATTACKS for column in _of_attack(attack)),
     Column("metric_rmia_auc", "RMIA AUC", f"{_RMIA}: {_AUC}"),
     Column("metric_rmia_tpr", "RMIA TPR", f"{_RMIA}: {_TPR}"),
@@ -129,34 +118,10 @@ _TABLE = (
     Column(
         "metric_tow", "ToW", "tug of war, the product of 1 - gap / 100 on D_f, D_r and D_test", digits=4, better="up"
     ),
-    Column(
-        "metric_js_forget",
-        "JS D_f",
-        "Jensen-Shannon divergence from the retrained model's outputs, in bits, 0 to 1",
-        digits=4,
-        better="down",
-    ),
-    Column(
-        "metric_js_test",
-        "JS D_test",
-        "Jensen-Shannon divergence from the retrained model's outputs, in bits, 0 to 1",
-        digits=4,
-        better="down",
-    ),
-    Column(
-        "metric_cka_forget",
-        "CKA D_f",
-        "linear CKA with the retrained model's features, mean over layers, 0 to 1",
-        digits=4,
-        better="up",
-    ),
-    Column(
-        "metric_cka_test",
-        "CKA D_test",
-        "linear CKA with the retrained model's features, mean over layers, 0 to 1",
-        digits=4,
-        better="up",
-    ),
+    Column("metric_js_forget", "JS D_f", _JS, digits=4, better="down"),
+    Column("metric_js_test", "JS D_test", _JS, digits=4, better="down"),
+    Column("metric_cka_forget", "CKA D_f", _CKA, digits=4, better="up"),
+    Column("metric_cka_test", "CKA D_test", _CKA, digits=4, better="up"),
     Column(
         "metric_distance_retrained",
         "distance to retrained",
