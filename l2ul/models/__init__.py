@@ -248,7 +248,7 @@ def infer_num_classes(name: str, state: dict[str, Tensor], source: str) -> int:
 
 def fitting_prefixes(name: str, state: dict[str, Tensor]) -> list[str]:
     """Return the prefixes with which the model, for some number of classes, fits a state dict."""
-    weights, _, _ = checkpoints.split_statistics(state)
+    weights, _, _ = checkpoints.split_off_statistics(state)
     number = _num_classes(name, weights)
     if number is None:
         return []

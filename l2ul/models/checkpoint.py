@@ -207,18 +207,6 @@ def _are_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def split_statistics(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Statistics | None, Statistics | None]:
-    """Return the weights without the mean and std of a normalisation layer, and these two, or None if absent."""
-    keys = {}
-    for key, tensor in state.items():
-        layer, _, kind = key.rpartition(".")
-        if kind in ("mean", "std") and tensor.numel() in (1, 3) and {f"{layer}.mean", f"{layer}.std"} <= state.keys():
-            keys[kind] = key
-    weights = {key: tensor for key, tensor in state.items() if key not in keys.values()}
-    values = {kind: tuple(state[key].flatten().tolist()) for kind, key in keys.items()}
-    return weights, values.get("mean"), values.get("std")
-
-
 def correspondence(keys: Collection[str], own: Collection[str]) -> list[Names]:
     """Return the prefixes of a file before names of the network, those with most names first.
 
@@ -258,7 +246,7 @@ def _size(names: Names, own: Collection[str]) -> int:
 def fitting_prefixes(state: dict[str, Tensor], net: nn.Module) -> list[str]:
     """Return the prefixes, as they stand in the file, with which all names and shapes of the network are in `state`.
 
-    Statistics of an input normalisation do not count, see `split_statistics`.
+    Statistics of an input normalisation do not count, see `split_off_statistics`.
     """
     own, (weights, _, _) = net.state_dict(), split_off_statistics(state, net)
     fitting = []
@@ -271,15 +259,25 @@ def fitting_prefixes(state: dict[str, Tensor], net: nn.Module) -> list[str]:
 
 
 def split_off_statistics(
-    state: dict[str, Tensor], net: nn.Module
+    state: dict[str, Tensor], net: nn.Module | None = None
 ) -> tuple[dict[str, Tensor], Statistics | None, Statistics | None]:
-    """Return the same as `split_statistics`, but leave a normalisation layer that the network has itself."""
-    weights, mean, std = split_statistics(state)
-    own = net.state_dict()
-    names = _best(state, own).own if mean else {}
-    if any(names.get(key) in own for key in state.keys() - weights.keys()):
-        return state, None, None
-    return weights, mean, std
+    """Return the weights without the mean and std of a normalisation layer, and these two, or None if absent.
+
+    net  a network whose own normalisation layer, if it has one, belongs to the weights
+    """
+    keys = {}
+    for key, tensor in state.items():
+        layer, _, kind = key.rpartition(".")
+        if kind in ("mean", "std") and tensor.numel() in (1, 3) and {f"{layer}.mean", f"{layer}.std"} <= state.keys():
+            keys[kind] = key
+    if "mean" in keys and net is not None:
+        own = net.state_dict()
+        names = _best(state, own).own
+        if any(names.get(key) in own for key in keys.values()):
+            return state, None, None
+    weights = {key: tensor for key, tensor in state.items() if key not in keys.values()}
+    values = {kind: tuple(state[key].flatten().tolist()) for kind, key in keys.items()}
+    return weights, values.get("mean"), values.get("std")
 
 
 def _best(state: dict[str, Tensor], own: dict[str, Tensor]) -> Names:
