@@ -436,19 +436,14 @@ def load_data(options: argparse.Namespace, whole_train: bool = False) -> "Images
     from l2ul.common.progress import progress_bar  # imports torch
     from l2ul.data import datasets
 
+    names = "image_size", "age_grouping", "split_seed", "workers", "prefetch", "decoder", *choices.HUB_OPTIONS
     return datasets.load(
         options.dataset,
         options.data_dir,
-        image_size=options.image_size,
-        age_grouping=options.age_grouping,
-        split_seed=options.split_seed,
         whole_train=whole_train,
-        workers=options.workers,
-        prefetch=options.prefetch,
-        decoder=options.decoder,
         reader=image_reader(options),
         progress=progress_bar,
-        **{name: getattr(options, name) for name in choices.HUB_OPTIONS},
+        **{name: getattr(options, name) for name in names},
     )
 
 

@@ -43,18 +43,18 @@ class Sweep:
     opts    the flags of OWN
     shared  arguments of main_unlearn.py that all trials have
     split   arguments of methods, k and seeds
-    axes    values, or one Interval, of each flag that differs between trials
+    axes    values, or an Interval, of each flag that differs between trials
     """
 
     opts: argparse.Namespace
     shared: Arguments
     split: Arguments
-    axes: dict[str, list[object]]
+    axes: dict[str, list[object] | Interval]
 
     @property
     def first(self) -> dict[str, object]:
         """The first value of each axis, or the lowest of an Interval."""
-        return {name: one[0].low if isinstance(one[0], Interval) else one[0] for name, one in self.axes.items()}
+        return {name: axis.low if isinstance(axis, Interval) else axis[0] for name, axis in self.axes.items()}
 
     @property
     def first_options(self) -> argparse.Namespace:
@@ -95,10 +95,12 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Sweep:
             split += _arguments(name, values)
         elif name in LISTS or not isinstance(values, list):
             shared += _arguments(name, values)
-        elif len(values) == 1 and not isinstance(values[0], Interval):
-            shared += _arguments(name, values[0])
-        else:
+        elif len(values) > 1:
             axes[name] = values
+        elif isinstance(values[0], Interval):
+            axes[name] = values[0]
+        else:
+            shared += _arguments(name, values[0])
     for name, known in (("precision", choices.PRECISIONS), ("loop_precision", choices.LOOP_PRECISIONS)):
         if choices.AUTO in flags.get(name, ()):
             raise InputError(
@@ -225,8 +227,8 @@ def _arguments(name: str, value: object) -> Arguments:
 def _check(sweep: Sweep) -> None:
     """Raise InputError if flags contradict each other, or main_unlearn.py refuses the first of their values."""
     opts = sweep.opts
-    intervals = [name for name, values in sweep.axes.items() if isinstance(values[0], Interval)]
-    if any(isinstance(value, Interval) for values in sweep.axes.values() for value in values[1:]):
+    intervals = [name for name, axis in sweep.axes.items() if isinstance(axis, Interval)]
+    if any(isinstance(value, Interval) for name in sweep.axes.keys() - intervals for value in sweep.axes[name]):
         raise InputError("a range without a number of points must be the only value of its flag")
     if intervals and not opts.search:
         flag = intervals[0].replace("_", "-")

@@ -12,7 +12,7 @@ from l2ul.sweeps.ray_cluster import RETRIES, Cluster, call_worker
 from l2ul.sweeps.trials import Arguments, last_lines
 
 Settings = dict[str, object]  # a value for each axis
-Axes = dict[str, list[object]]  # the values of each axis, or one Interval
+Axes = dict[str, list[object] | Interval]  # the values of each axis, or an Interval
 OnResult = Callable[[Settings, float | None, str | None], None]  # receives settings with their score or an error
 
 
@@ -34,23 +34,14 @@ class Search:
 
 def encode(axes: Axes, settings: Settings) -> Settings:
     """Return settings as Optuna sees them: a listed value is its index, because indices have an order."""
-    return {name: value if _interval(axes[name]) else axes[name].index(value) for name, value in settings.items()}
+    return {
+        name: value if isinstance(axes[name], Interval) else axes[name].index(value) for name, value in settings.items()
+    }
 
 
 def decode(axes: Axes, point: Settings) -> Settings:
     """Return the settings of which `encode` made the point."""
-    return {name: value if _interval(axes[name]) else axes[name][value] for name, value in point.items()}
-
-
-def is_in_space(axes: Axes, settings: Settings) -> bool:
-    """Return whether the search could choose these settings."""
-    return all(
-        value in (interval if (interval := _interval(axes[name])) else axes[name]) for name, value in settings.items()
-    )
-
-
-def _interval(values: list[object]) -> Interval | None:
-    return values[0] if isinstance(values[0], Interval) else None
+    return {name: value if isinstance(axes[name], Interval) else axes[name][value] for name, value in point.items()}
 
 
 def settings_on_record(axes: Axes, records: Iterable[dict[str, object]]) -> list[Settings]:
@@ -58,7 +49,7 @@ def settings_on_record(axes: Axes, records: Iterable[dict[str, object]]) -> list
     distinct = {}
     for record in records:
         settings = {name: record.get(name) for name in axes}
-        if is_in_space(axes, settings):
+        if all(value in axes[name] for name, value in settings.items()):
             distinct[tuple(settings.values())] = settings
     return list(distinct.values())
 
@@ -102,14 +93,12 @@ def _optuna(search: Search):
     from ray.tune.search.optuna import OptunaSearch
 
     space = {}
-    for name, values in search.axes.items():
-        interval = _interval(values)
-        if interval is None:
-            space[name] = distributions.IntDistribution(0, len(values) - 1)
-        elif interval.whole:
-            space[name] = distributions.IntDistribution(interval.low, interval.high, log=interval.log)
+    for name, axis in search.axes.items():
+        if not isinstance(axis, Interval):
+            space[name] = distributions.IntDistribution(0, len(axis) - 1)
         else:
-            space[name] = distributions.FloatDistribution(interval.low, interval.high, log=interval.log)
+            kind = distributions.IntDistribution if axis.whole else distributions.FloatDistribution
+            space[name] = kind(axis.low, axis.high, log=axis.log)
     started = [encode(search.axes, settings) for settings in search.started]
     sampler = OptunaSearch(
         space=space, metric="score", mode="max", seed=len(search.known), points_to_evaluate=started or None

@@ -101,7 +101,7 @@ class SweepRunner:
         settings = SHARED.keys() | own_flags().keys()  # whose values were checked when they were read
         first = {name: [value] for name, value in self.sweep.first.items()}
         axes = {
-            name: first[name] if name in settings or isinstance(values[0], ranges.Interval) else values
+            name: first[name] if name in settings or isinstance(values, ranges.Interval) else values
             for name, values in self.sweep.axes.items()
         }
         planned, _ = self.plan(ranges.product(axes))

@@ -40,7 +40,7 @@ def test_a_search_finds_its_settings_on_record(run, tmp_path, few_digits):
 
 
 def test_optuna_receives_listed_values_as_indices():
-    axes = {"pgd_eps": [1.0, 2.0, 4.0], "unlearn_lr": [Interval(1e-4, 1e-2, log=True)]}
+    axes = {"pgd_eps": [1.0, 2.0, 4.0], "unlearn_lr": Interval(1e-4, 1e-2, log=True)}
     settings = {"pgd_eps": 4.0, "unlearn_lr": 0.001}
     assert optuna_search.encode(axes, settings) == {"pgd_eps": 2, "unlearn_lr": 0.001}
     assert optuna_search.decode(axes, {"pgd_eps": 2, "unlearn_lr": 0.001}) == settings

@@ -336,6 +336,7 @@ def test_the_job_script_runs_the_script_of_the_user(tmp_path):
     [
         (["--pgd-eps", "1:5"], "--pgd-eps is a range without a number of points"),
         (["--pgd-eps", "1:5", "2:6", "--search", 3], "must be the only value"),
+        (["--pgd-eps", "1:5", 6, "--search", 3], "must be the only value"),
         (["--search", 3], "--search has nothing to choose"),
         (["--search", 3, "--pgd-eps", "1:5", "--method", "adv", "adv_imp"], "--search is for one method"),
         (
