@@ -178,7 +178,7 @@ def _differences(run: Record, reference: Record) -> dict[str, tuple[object, obje
 def _order(one: Comparison) -> tuple:
     run = one.runs[0]
     place = (run["dataset"], run["age_grouping"] or "", run["model"], run["goal"], run["continual_size"] or 0)
-    return (*place, run["k"], run["continual_step"] or 0, rows.place(run["method"]), run["row"])
+    return (*place, run["k"], run["continual_step"] or 0, rows.method_order(run["method"]), run["row"])
 
 
 def _place(one: Comparison) -> str:

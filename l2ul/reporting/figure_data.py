@@ -19,7 +19,7 @@ from l2ul.common.text import require_file
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
 from l2ul.metrics import columns
-from l2ul.reporting.rows import OF_DATA, known_settings, main_row, place
+from l2ul.reporting.rows import OF_DATA, known_settings, main_row, method_order
 
 WITH_ACCURACIES = (records.FORGOTTEN, records.DONE, records.CAP)
 MEASURED = tuple(column.key for column in columns.of_table("accuracy") if column.compared)  # D_r and D_test
@@ -69,7 +69,7 @@ def on_one_forget_set(runs: Iterable[Record], most: int | None = None) -> list[R
     first = min((run for run in runs if run["k"] == largest), key=lambda run: run["seed"])
     keys = ("k", "seed", "forget_sha256", "checkpoint_sha256")
     by_method = {run["method"]: run for run in runs if all(run.get(key) == first.get(key) for key in keys)}
-    known = sorted(by_method, key=place)
+    known = sorted(by_method, key=method_order)
     kept = sorted(known, key=lambda name: PREFERRED.index(name) if name in PREFERRED else len(PREFERRED))[:most]
     return [by_method[name] for name in known if name in kept]
 
@@ -77,7 +77,7 @@ def on_one_forget_set(runs: Iterable[Record], most: int | None = None) -> list[R
 def first_of_each_method(runs: Iterable[Record]) -> list[Record]:
     """Return a run with usual settings for each method, in the order of the registry: smallest k, first seed."""
     first = {}
-    for run in sorted(usual(runs), key=lambda run: (place(run["method"]), run["k"], run["seed"])):
+    for run in sorted(usual(runs), key=lambda run: (method_order(run["method"]), run["k"], run["seed"])):
         first.setdefault(run["method"], run)
     return list(first.values())
 

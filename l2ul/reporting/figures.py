@@ -27,7 +27,7 @@ from l2ul.methods import registry
 from l2ul.metrics import columns
 from l2ul.reporting import figure_data
 from l2ul.reporting.figure_data import MEASURED, OTHER, SWEPT
-from l2ul.reporting.rows import place as method_order
+from l2ul.reporting.rows import method_order
 
 WIDTH = 6.75  # inches: the text width of a page with two columns, for which the font sizes below are chosen
 STYLE = {

@@ -204,7 +204,7 @@ def _describe(name: str, value: object, all_digits: bool = False) -> str:
     return f"{name}={'none' if value is None else shortened(str(value))}"
 
 
-def place(method: str) -> tuple[int, str]:
+def method_order(method: str) -> tuple[int, str]:
     """Return a sort key for methods: the order of the registry, then unknown methods by name."""
     names = list(registry.METHODS)
     return (names.index(method) if method in names else len(names), method)

@@ -14,7 +14,7 @@ from l2ul.methods import registry
 from l2ul.metrics import columns
 from l2ul.metrics.columns import Column
 from l2ul.reporting import published
-from l2ul.reporting.rows import BLOCK, Block, has_usual_data, place
+from l2ul.reporting.rows import BLOCK, Block, has_usual_data, method_order
 
 CELL = (*BLOCK, "continual", "k", "continual_step")  # with a metric, the values that are compared
 
@@ -89,7 +89,7 @@ def summarise(blocks: Iterable[Block], selection: Selection) -> pd.DataFrame:
 
 def row_order(row: pd.Series | Record) -> tuple:
     """Return a sort key: methods as in the registry, of each the row with usual settings first."""
-    return (*place(row["method"]), row["row"] != row["method"], row["row"])
+    return (*method_order(row["method"]), row["row"] != row["method"], row["row"])
 
 
 def _of_block(block: Block, runs: list[Record]) -> list[Record]:
