@@ -88,6 +88,18 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Sweep:
     _add_flags(parser)
     flags = settings_as_flags(vars(parser.parse_args(argv)))
     opts = argparse.Namespace(**{name: flags.pop(name, None) for name in OWN})
+    for name, known in (("precision", choices.PRECISIONS), ("loop_precision", choices.LOOP_PRECISIONS)):
+        if choices.AUTO in flags.get(name, ()):
+            raise InputError(
+                f"--{name.replace('_', '-')} auto measures one model on one machine",
+                f"a sweep takes one of {', '.join(known)}",
+            )
+    for name in ("threads", "workers"):  # the same for any number of trials at once, for the same results
+        flags.setdefault(name, max(1, int(opts.cpus_per_trial)))
+    if opts.search:
+        flags.setdefault("retain_sample", SEARCH_SAMPLE)
+    if opts.source_free:
+        flags["evaluate"] = list(dict.fromkeys([*flags.get("evaluate", ()), "agreement"]))
     shared, split, axes = [], [], {}
     for name, value in flags.items():
         values = _flatten(name, value)
@@ -101,20 +113,6 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Sweep:
             axes[name] = values[0]
         else:
             shared += _arguments(name, values[0])
-    for name, known in (("precision", choices.PRECISIONS), ("loop_precision", choices.LOOP_PRECISIONS)):
-        if choices.AUTO in flags.get(name, ()):
-            raise InputError(
-                f"--{name.replace('_', '-')} auto measures one model on one machine",
-                f"a sweep takes one of {', '.join(known)}",
-            )
-    if "threads" not in flags:  # the same for any number of trials at once, so that results do not depend on it
-        shared += _arguments("threads", max(1, int(opts.cpus_per_trial)))
-    if "workers" not in flags:
-        shared += _arguments("workers", max(1, int(opts.cpus_per_trial)))
-    if opts.search and "retain_sample" not in flags:
-        shared += _arguments("retain_sample", SEARCH_SAMPLE)
-    if opts.source_free:
-        shared += _arguments("evaluate", list(dict.fromkeys([*flags.get("evaluate", ()), "agreement"])))
     sweep = Sweep(opts, tuple(shared), tuple(split), axes)
     _check(sweep)
     return sweep
