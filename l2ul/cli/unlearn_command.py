@@ -322,11 +322,11 @@ def check_writable(experiment: Experiment, runs: list[Run], uploads: bool = Fals
     if run is None or not distributed.is_first():
         return
     train = experiment.setup.images.train
-    images = train.images[torch.arange(min(2, len(train)))].to(experiment.device)
+    images = train.images[torch.arange(min(2, len(train)))].to(experiment.setup.device)
     with preflight.trial_write(original.name, run.files.model) as folder:
         path = folder / run.files.model.name
         models.save(original, path, run.settings)
-        reopened = models.load_saved(path, original).to(experiment.device)
+        reopened = models.load_saved(path, original).to(experiment.setup.device)
         preflight.check_same_model(original, reopened, images)
         if uploads:
             (folder / "upload").mkdir()

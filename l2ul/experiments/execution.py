@@ -82,10 +82,6 @@ class Experiment:
     on_record: Callable[[dict[str, object]], object] = lambda record: None
     report: Callable[[str], object] = lambda sentence: None
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.setup.classifier.parameters()).device
-
     def pending(self, runs: list[Run], rerun: bool = False) -> tuple[list[Run], list[Run]]:
         """Return the runs that are to be carried out, and those whose record lacks metrics of a model that is kept.
 
@@ -227,14 +223,14 @@ class Experiment:
             self.evaluator.batch_size,
             self.setup.result_dir / "scratch",
         )
-        started = devices.clock(self.device)
+        started = devices.clock(self.setup.device)
         total = len(largest.forget) * attack.settings.num_adv_images * attack.settings.iterations
         with progress_bar("attack, PGD steps", total) as advance:
             adversarial = attack.make(
                 model, *self._forget(largest), largest.first_position, cache=self.cache, progress=advance
             )
         if adversarial:
-            adversarial.seconds = devices.clock(self.device) - started
+            adversarial.seconds = devices.clock(self.setup.device) - started
         return adversarial
 
     def _importance(self, model: nn.Module, runs: list[Run]) -> Importance | None:
@@ -242,10 +238,10 @@ class Experiment:
         run = next((run for run in runs if "importance" in run.method.needs), None)
         if run is None or not distributed.is_first():
             return None
-        started = devices.clock(self.device)
+        started = devices.clock(self.setup.device)
         with progress_bar("importance", len(run.forget)) as advance:
             values = importance.mas_importance(model, self._forget(run)[0], advance)
-        return Importance(values, devices.clock(self.device) - started)
+        return Importance(values, devices.clock(self.setup.device) - started)
 
     def _unlearn(
         self,
@@ -256,7 +252,7 @@ class Experiment:
         synthesis: Synthesis,
     ) -> "RunResult":
         """Unlearn D_f of a run from `model` in the first process, and copy the result to the others."""
-        devices.reset_peak_memory(self.device)
+        devices.reset_peak_memory(self.setup.device)
         result = RunResult(unlearn.Outcome(model, "", 0))
         if distributed.is_first():
             inputs: dict[str, object] = {"synthesis": synthesis}
@@ -269,10 +265,10 @@ class Experiment:
             if "retain" in run.method.needs:
                 inputs["retain"] = self.evaluator.retain_set(run)
             if run.settings["surrogate"]:
-                inputs["surrogate"] = self.setup.surrogate.images.to(self.device)
-            started = devices.clock(self.device)
+                inputs["surrogate"] = self.setup.surrogate.images.to(self.setup.device)
+            started = devices.clock(self.setup.device)
             result.outcome = self._loop(run, model, inputs)
-            seconds = devices.clock(self.device) - started
+            seconds = devices.clock(self.setup.device) - started
             result.seconds["unlearn"] = result.outcome.seconds_before + seconds
         outcome = result.outcome
         outcome.status, outcome.steps = distributed.broadcast(lambda: (outcome.status, outcome.steps))
@@ -306,7 +302,7 @@ class Experiment:
                 model,
                 *self._forget(run),
                 run.method.name,
-                new_labels=new.to(self.device) if new is not None else None,
+                new_labels=new.to(self.setup.device) if new is not None else None,
                 settings=self.setup.loop_settings(run),
                 workers=self.evaluator.workers,
                 predict=lambda model: self.evaluator.predict_forget(run, model),
@@ -379,8 +375,8 @@ class Experiment:
             "adv_success": adversarial.success if adversarial else None,
             "attack_batch_size": adversarial.batch_size if adversarial else None,
             **{f"seconds_{phase}": round(value, 3) for phase, value in result.seconds.items()},
-            "peak_memory_mib": devices.peak_memory_mib(self.device),
-            "device": devices.device_name(self.device),
+            "peak_memory_mib": devices.peak_memory_mib(self.setup.device),
+            "device": devices.device_name(self.setup.device),
             **self.setup.described,
             **({"own_code": own} if (own := self.own_code(run)) else {}),
             **code_in_record(own_metrics_code()),
@@ -430,7 +426,7 @@ class Experiment:
 
     def _forget(self, run: Run) -> tuple[Tensor, Tensor]:
         split = run.forget.split
-        return split.pixels().to(self.device), split.labels.to(self.device)
+        return split.pixels().to(self.setup.device), split.labels.to(self.setup.device)
 
     def _load(self, run: Run) -> nn.Module | None:
         """Read the model that a run ended with in the first process and copy it to the others; None if it diverged."""
@@ -443,7 +439,7 @@ class Experiment:
             model = models.load_saved(run.files.model, model) if distributed.is_first() else copy.deepcopy(model)
         except InputError as error:  # whose advice is that for original models
             raise InputError(error.problem, "do the run again with --rerun --save-model") from None
-        model = model.to(self.device)
+        model = model.to(self.setup.device)
         distributed.copy_from_first(model)
         return model
 

@@ -71,10 +71,6 @@ class Evaluator:
         keys = ((name, group.compared_with.get(name)) for group in self.groups for name in group.names)
         return [*METRICS, *(name for name, models in keys if models in available)]
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.setup.classifier.parameters()).device
-
     @cached_property
     def retain_sample(self) -> Tensor:
         """Indices of the training images that are measured: all, or a random sample that depends on its size alone."""
@@ -115,10 +111,10 @@ class Evaluator:
 
     def predict(self, model: nn.Module, description: str) -> Predictions:
         """Predict the retain sample and D_test; `description` labels the progress. Raises Diverged."""
-        started = devices.clock(self.device)
+        started = devices.clock(self.setup.device)
         with progress_bar(description, sum(map(len, self._splits.values()))) as advance:
             result = {name: self._predict(model, split, advance) for name, split in self._splits.items()}
-        return Predictions(**result, seconds=devices.clock(self.device) - started)
+        return Predictions(**result, seconds=devices.clock(self.setup.device) - started)
 
     def original(self) -> Predictions:
         """Return the predictions of the original model, from the cache if possible."""
@@ -139,7 +135,7 @@ class Evaluator:
         classes = {"before": self._by_part(run, forget, self.original())}
         if after:
             classes["after"] = self._by_part(run, self._predict_forget(run, model), after)
-            if self._is_retrained_predicted():
+            if self.references.retrained and any(group.retrained for group in self.groups):
                 self._retrained()  # by all processes together, before the first one needs them
         predictions = {f"{part}_{when}": value for when, parts in classes.items() for part, value in parts.items()}
         if self.setup.retain_sample is not None:
@@ -149,10 +145,6 @@ class Evaluator:
         if after and distributed.is_first():
             row |= self._metrics(self._outputs(run, model, labels, classes))
         return row, predictions
-
-    def _is_retrained_predicted(self) -> bool:
-        """Return whether a group may need the predictions of the retrained model, which all processes share."""
-        return self.references.retrained is not None and any(group.retrained for group in self.groups)
 
     @cached_property
     def _splits(self) -> dict[str, Split]:
@@ -268,18 +260,18 @@ class Evaluator:
 
     def _cached(self, model: nn.Module, description: str) -> Predictions:
         """Return a model's predictions from the cache on disk, or compute and cache them."""
-        started, key, known = devices.clock(self.device), None, None
+        started, key, known = devices.clock(self.setup.device), None, None
         with contextlib.ExitStack() as stack:
             if distributed.is_first() and self.cache.folder is not None:
                 digests = {name: split.sha256() for name, split in self._splits.items()}
                 key = {"kind": "predictions", "precision": self.setup.hyper["precision"]}
-                key |= {"net": model_fingerprint(model)} | environment(self.device)
+                key |= {"net": model_fingerprint(model)} | environment(self.setup.device)
                 key |= {"train": digests["retain_sample"], "test": digests["test"]}
                 stack.enter_context(self.cache.lock(key))  # waits for another command that computes the same
                 known = self.cache.get(key)
             known = distributed.broadcast(lambda: known)
             if known:
-                seconds = devices.clock(self.device) - started
+                seconds = devices.clock(self.setup.device) - started
                 return Predictions(known["train"], known["test"], seconds)
             result = self.predict(model, description)
             if key:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from l2ul import METHOD_VERSION, models
@@ -89,6 +90,11 @@ class Setup:
     retain_sample: int | None = None
     surrogate: Surrogate | None = None
     described: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the models."""
+        return next(self.classifier.parameters()).device
 
     def plan(
         self, names: list[str], sizes: list[int], seed: int, forget: ForgetSet, step_size: int | None = None
