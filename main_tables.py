@@ -34,7 +34,6 @@ from l2ul.reporting import FIGURES
 if TYPE_CHECKING:
     import pandas as pd
 
-    from l2ul.reporting.expected import Comparison
     from l2ul.reporting.results_page import Sections
     from l2ul.reporting.rows import Block
     from l2ul.reporting.summary import Selection
@@ -126,7 +125,10 @@ def make(opts: argparse.Namespace) -> list[Path]:
     selection = summary.Selection(opts.method, opts.unlearn_k, opts.seed)
     blocks = summary.select(rows.blocks(records), opts.dataset, selection)
     numbers = summary.summarise(blocks, selection)
-    comparisons = _compare(opts.expected, blocks, selection) if opts.expected else None
+    comparisons = None
+    if opts.expected:
+        references, _ = read_records.read([opts.expected])
+        comparisons = expected.compare(blocks, references, selection)
     absent, shown = missing.parts(blocks, selection), summary.selected(blocks, selection)
     sections = [
         render.markdown(numbers, shown),
@@ -165,14 +167,6 @@ def open_output(opts: argparse.Namespace) -> Path:
     folder = opts.output or opts.result_dir[0] / "tables"
     require_writable(folder, *TABLES, *([PAGE] if opts.html else ()))
     return folder
-
-
-def _compare(folder: Path, blocks: "list[Block]", selection: "Selection") -> "list[Comparison]":
-    """Return the comparisons of the records with those of a folder."""
-    from l2ul.reporting import expected, read_records
-
-    references, _ = read_records.read([folder])
-    return expected.compare(blocks, references, selection)
 
 
 def make_page(

@@ -6,7 +6,7 @@ and figures 2 to 5 the data set. Figures 4 and 5 need unlearned models that main
 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 import functools
 import hashlib
 import io
@@ -79,10 +79,6 @@ class FigureOptions:
     samples: int = 500
     runs: list[str] | None = None
 
-    def names(self, run: Record) -> bool:
-        """Return whether `runs` names a run."""
-        return any(figure_data.path_of(run, "").name.startswith(name) for name in self.runs or ())
-
 
 def draw(
     records: Iterable[Record],
@@ -105,7 +101,7 @@ def draw(
     if options.checkpoint and not any(models.has_weights(run["model"], options.checkpoint) for run in records):
         checkpoint.require_file(Path(options.checkpoint))
     for name in options.runs or ():
-        if not any(replace(options, runs=[name]).names(run) for run in records):
+        if not any(_run_id(run).startswith(name) for run in records):
             raise InputError(
                 f"no record has a name that begins with {name!r}",
                 "expected the name of a selected record file, without .json, of a run that is not continual",
@@ -121,6 +117,10 @@ def draw(
                 continue
             paths += figures.save(figure, shown, Path(output_dir) / stem(block, number), report)
     return paths
+
+
+def _run_id(run: Record) -> str:
+    return figure_data.path_of(run, "").name
 
 
 def load_images(run: Record, data_dir: Path, download: bool = False) -> Images:
@@ -438,7 +438,7 @@ def feature_maps(subject: Subject) -> Drawn:
 def curves(subject: Subject) -> Drawn:
     """Draw figure 7."""
     if subject.options.runs:
-        runs = [run for run in subject.block.records if subject.options.names(run)]
+        runs = [run for run in subject.block.records if _run_id(run).startswith(tuple(subject.options.runs))]
         if not runs:
             raise InputError("none of the runs of --figure-runs has this data set, model and goal")
     else:

@@ -70,7 +70,7 @@ def read_files(paths: Iterable[Path]) -> tuple[list[Record], list[str]]:
             runs[_identity(record)] = (path, record)
             kept, path = path, kept
         problems.append(f"{path}: the same run as {kept}; it is counted once")
-    return [record | _added(path, record) for path, record in runs.values()], problems
+    return [_with_paths(path, record) for path, record in runs.values()], problems
 
 
 def _load(path: Path) -> Record:
@@ -102,10 +102,10 @@ def _identity(record: Record) -> str:
     return json.dumps([about, chosen], sort_keys=True)
 
 
-def _added(path: Path, record: Record) -> Record:
+def _with_paths(path: Path, record: Record) -> Record:
     file = path.with_suffix(".txt")
-    places = {"result_dir": str(path.parent.parent), "forget_file": str(file)}
-    return places | {"listed": _is_listed(file, record)}
+    added = {"result_dir": str(path.parent.parent), "forget_file": str(file), "listed": _is_listed(file, record)}
+    return record | added
 
 
 def _is_listed(file: Path, record: Record) -> bool | None:

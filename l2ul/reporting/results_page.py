@@ -120,7 +120,7 @@ def page(
     blocks    the blocks that the numbers are from
     shown     the result of `runs`
     details   details of these runs from `run_details.details`
-    pictures  figures from `picture`
+    pictures  the result of `pictures`
     """
     places = _places(frame, shown)
     tables = {
@@ -151,33 +151,21 @@ def page(
     )
 
 
-def picture(block: Block, number: int, path: Path) -> Picture:
-    """Return a figure of a block from its PNG file."""
-    source = pages.data_url(path.read_bytes(), "png")
-    caption = f"Figure {number}: {FIGURES[number].replace('_', ' ')}. {block.label}, {block.goal}"
-    facets = _facets(block.dataset, block.age_grouping, model=block.model, goal=block.goal)
-    return Picture(source, caption, facets)
-
-
 def pictures(blocks: Iterable[Block], paths: Iterable[Path]) -> list[Picture]:
     """Return the figures of the blocks that are among the files."""
-    files = {path.name: path for path in paths}
-    return [
-        picture(block, number, files[f"{figure_set.stem(block, number)}.png"])
-        for block in blocks
-        for number in FIGURES
-        if not block.continual and f"{figure_set.stem(block, number)}.png" in files
-    ]
+    files, made = {path.name: path for path in paths}, []
+    for block in (block for block in blocks if not block.continual):
+        for number, shown in FIGURES.items():
+            if path := files.get(f"{figure_set.stem(block, number)}.png"):
+                caption = f"Figure {number}: {shown.replace('_', ' ')}. {block.label}, {block.goal}"
+                made.append(Picture(pages.data_url(path.read_bytes(), "png"), caption, _facets(vars(block))))
+    return made
 
 
-def _facets(dataset: str, age_grouping: str | None, **others: str) -> dict[str, str]:
-    return {"dataset": f"{dataset} {age_grouping}" if age_grouping else dataset} | others
-
-
-def _facets_of(row: Record, needs: str) -> dict[str, str]:
-    age = None if pd.isna(row["age_grouping"]) else row["age_grouping"]
-    others = {"method": row["method"], "k": str(row["k"]), "model": row["model"], "goal": row["goal"], "needs": needs}
-    return _facets(row["dataset"], age, **others)
+def _facets(about: Record) -> dict[str, str]:
+    """Return the facets that a run, a number and a block have."""
+    age = "" if pd.isna(about["age_grouping"]) else f" {about['age_grouping']}"
+    return {"dataset": f"{about['dataset']}{age}", "model": about["model"], "goal": about["goal"]}
 
 
 def _position(run: Record) -> tuple:
@@ -252,7 +240,7 @@ def _runs(shown: list[Record], places: dict[tuple, int]) -> Table:
 def _row(row: Record, cells: list[Cell], place: int, run: int | None = None) -> Row:
     """Return a row of any table from a run or a number of `summary.summarise`."""
     needs = summary.needs(row) if run is not None else row["needs"] if row["runs"] else _published_needs(row["method"])
-    facets = _facets_of(row, needs)
+    facets = _facets(row) | {"method": row["method"], "k": str(row["k"]), "needs": needs}
     named = row if run is None else row | {"continual": row["continual_step"] is not None}
     return Row(render.line(named), facets, cells, place, run)
 
