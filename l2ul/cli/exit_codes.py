@@ -90,7 +90,9 @@ def clean_exit(
                 )
             if isinstance(error, BrokenPipeError) and _has_lost_its_reader():
                 raise SystemExit(141) from None
-            if not _is_loss_of_another_process(error):
+            from l2ul.common import distributed
+
+            if not distributed.is_lost_process(error):
                 raise
             _exit(1, f"{program}: another process of this run was lost; {after_stop}")
 
@@ -146,12 +148,6 @@ def _has_lost_its_reader() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
-
-
-def _is_loss_of_another_process(error: BaseException) -> bool:
-    from l2ul.common import distributed
-
-    return distributed.is_lost_process(error)
 
 
 def _exit(code: int, sentence: str, start: str = "") -> None:
