@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from l2ul import Progress
 from l2ul.common import device as devices
 from l2ul.common import distributed, seeds
 from l2ul.common.cache import Cache, environment, model_fingerprint
@@ -20,7 +21,7 @@ from l2ul.common.precision import exactly
 from l2ul.common.progress import progress_bar
 from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
-from l2ul.experiments.reference_models import ReferenceModel, ReferenceModels, forgotten_indices
+from l2ul.experiments.reference_models import ReferenceModel, ReferenceModels
 from l2ul.experiments.runs import Run, Setup
 from l2ul.metrics import accuracy
 from l2ul.metrics.registry import METRICS, EvaluationGroup, ReferenceOutputs, RunOutputs
@@ -131,10 +132,10 @@ class Evaluator:
         Raises Diverged if the model's logits for D_f are not finite.
         """
         key = "original on D_f", run.settings["forget_sha256"], len(run.forget)
-        forget = self._once(key, lambda: self._predict_forget(run, self.setup.classifier))
+        forget = self._once(key, lambda: self._predict_steps(run, self.setup.classifier))
         classes = {"before": self._by_part(run, forget, self.original())}
         if after:
-            classes["after"] = self._by_part(run, self._predict_forget(run, model), after)
+            classes["after"] = self._by_part(run, self._predict_steps(run, model), after)
             if self.references.retrained and any(group.retrained for group in self.groups):
                 self._retrained()  # by all processes together, before the first one needs them
         predictions = {f"{part}_{when}": value for when, parts in classes.items() for part, value in parts.items()}
@@ -157,24 +158,12 @@ class Evaluator:
         """Predict D_f as `evaluate` does, but in one process."""
         return self._predict(model, run.forget.split, shared=False)
 
-    def _predict(
-        self,
-        model: nn.Module,
-        split: Split,
-        progress: Callable[[int], object] | None = None,
-        shared: bool = True,
-    ) -> Tensor:
-        return accuracy.predict(
-            model,
-            split.images,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            shared=shared,
-            progress=progress,
-        )
+    def _predict(self, model: nn.Module, split: Split, progress: Progress | None = None, shared: bool = True) -> Tensor:
+        options = {"batch_size": self.batch_size, "workers": self.workers, "shared": shared, "progress": progress}
+        return accuracy.predict(model, split.images, **options)
 
     @exactly()
-    def _predict_forget(self, run: Run, model: nn.Module) -> Classes:
+    def _predict_steps(self, run: Run, model: nn.Module) -> Classes:
         """Predict D_f and, in a continual run, D_f of the earlier steps: in fp32, as it decides what is forgotten."""
         classes = {"forget": self._predict(model, run.forget.split)}
         return classes | ({"forget_earlier": self._predict(model, run.earlier.split)} if run.earlier else {})
@@ -287,4 +276,4 @@ class Evaluator:
 
 def _retained(run: Run, indices: Tensor) -> Tensor:
     """Return which of these training images (n,) bool are in D_r."""
-    return ~torch.isin(indices, forgotten_indices(run))
+    return ~torch.isin(indices, run.indices)

@@ -81,13 +81,8 @@ def _have_equal_weights(first: nn.Module, second: nn.Module) -> bool:
     )
 
 
-def forgotten_indices(run: Run) -> Tensor:
-    """Return the indices (n,) in the training set of the images that this run and its earlier steps forget."""
-    return torch.cat([part.indices for part in (run.forget, run.earlier) if part is not None])
-
-
 def _check_excluded(name: str, excluded: Tensor, run: Run) -> None:
-    indices = forgotten_indices(run)
+    indices = run.indices
     seen = indices[~torch.isin(indices, excluded)]
     if len(seen):
         raise InputError(

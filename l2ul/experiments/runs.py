@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l2ul import METHOD_VERSION, models
 from l2ul.common.choices import HUB_OPTIONS
@@ -63,6 +63,11 @@ class Run:
     def k(self) -> int:
         """Return the number of images that are forgotten once the run is done."""
         return self.settings["k"]
+
+    @property
+    def indices(self) -> Tensor:
+        """Return the indices (n,) in the training set of the images that the run and its earlier steps forget."""
+        return torch.cat([part.indices for part in (self.forget, self.earlier) if part is not None])
 
     @property
     def is_step(self) -> bool:
