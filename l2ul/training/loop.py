@@ -80,7 +80,12 @@ def fit(
     scheduler = _scheduler(optimizer, recipe, len(train))
     settings = dataclasses.asdict(recipe) | {"seed": seed} | (identity or {})
     state = distributed.broadcast(lambda: _state_to_resume(state_file, settings)) if resume else None
-    history, best = _restore(state, model, optimizer, scheduler) if state else ([], None)
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    history, best = [], None  # rows of the epochs before, and the best weights so far
+    if state:
+        history, best = state["history"], state["best"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     if resume and on_resume:
         on_resume(history)
     gradients = functools.partial(_gradients, distributed.data_parallel(model), recipe)
@@ -104,7 +109,9 @@ def fit(
             best = {name: value.detach().clone() for name, value in model.state_dict().items()}
         before = time.monotonic()
         if distributed.is_first() and saving <= SAVING * (before - started):
-            _save_state(state_file, settings, model, optimizer, scheduler, history, best)
+            states = {name: part.state_dict() for name, part in parts.items()}
+            with atomic(state_file) as file:
+                torch.save(states | {"settings": settings, "history": history, "best": best}, file)
             saving += time.monotonic() - before
         if on_epoch:
             on_epoch(history[-1])
@@ -217,19 +224,6 @@ def _train_epoch(
     return distributed.all_reduce(total).item()
 
 
-def _save_state(state_file: Path, settings: dict[str, object], model, optimizer, scheduler, history, best) -> None:
-    state = {
-        "settings": settings,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "history": history,
-        "best": best,
-    }
-    with atomic(state_file) as part:
-        torch.save(state, part)
-
-
 def _state_to_resume(state_file: Path, settings: dict[str, object]) -> dict[str, object] | None:
     """Return the state of a training with these settings; None if there is no file."""
     state = read_state(state_file)
@@ -252,11 +246,3 @@ def read_state(state_file: Path) -> dict[str, object] | None:
         raise InputError(
             f"{state_file} is damaged ({type(error).__name__})", "delete it to train from scratch"
         ) from None
-
-
-def _restore(state: dict[str, object], model, optimizer, scheduler) -> tuple[list, dict | None]:
-    """Load the state into model, optimizer and scheduler; return the rows and the best weights so far."""
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    return state["history"], state["best"]
