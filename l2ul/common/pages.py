@@ -1,4 +1,4 @@
-"""HTML pages from templates: files that open offline, with the style of page.css and pictures as data URLs."""
+"""Pages from templates: Markdown, and HTML that opens offline, with page.css and pictures as data URLs."""
 
 import base64
 import functools
@@ -11,26 +11,32 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 import torchvision.transforms.v2.functional as transforms
 
+from l2ul.common.markup import markdown_text
+
 
 def render(package: str, template: str, **values: object) -> str:
-    """Return a page from a template of a package, which can include `page.css`. Values are escaped.
+    """Return a page from a template of a package, which can include `page.css`.
+
+    Values are escaped in HTML. A template of Markdown, `.md.j2`, escapes plain text with the filter `text`.
 
     Values in scripts are written with the filter `tojson`, and the filter `sha256` gives the hash of a script for a
     content security policy.
     """
-    return _environment(package).get_template(template).render(values)
+    return _environment(package, not template.endswith(".md.j2")).get_template(template).render(values)
 
 
 @functools.cache  # with its templates, which take longer to compile than to render
-def _environment(package: str) -> jinja2.Environment:
+def _environment(package: str, is_html: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package, "."), jinja2.PackageLoader("l2ul.common", ".")]),
-        autoescape=True,
+        autoescape=is_html,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=not is_html,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.filters["text"] = lambda value: markdown_text(str(value))
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return environment
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import json
 from pathlib import Path
 
-import jinja2
-
 from l2ul import VERSION
+from l2ul.common import pages
 from l2ul.common.choices import CAP, DIVERGED
-from l2ul.common.markup import markdown_code, markdown_text
+from l2ul.common.markup import markdown_code
 from l2ul.data.datasets import LOADERS
 from l2ul.methods.settings import SHARED
 from l2ul.models import timm_models
@@ -60,16 +59,7 @@ class Card:
 
     def text(self) -> str:
         """Return the card in Markdown."""
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("l2ul.experiments", "."),
-            autoescape=False,  # Markdown
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-        )
-        environment.filters["text"] = lambda value: markdown_text(str(value))
-        return environment.get_template("model_card.md.j2").render(card=self)
+        return pages.render("l2ul.experiments", "model_card.md.j2", card=self)
 
 
 def method_sentence(method: str, seed: int, settings: Mapping[str, object]) -> str:
