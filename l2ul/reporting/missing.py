@@ -14,7 +14,7 @@ from l2ul.experiments.records import Record
 from l2ul.methods.registry import get, of_goal
 from l2ul.methods.settings import override, to_text
 from l2ul.models import checkpoint, zoo
-from l2ul.reporting.rows import Block
+from l2ul.reporting.rows import Block, main_row
 from l2ul.reporting.summary import Selection
 
 MOST_CHARACTERS = 2**15  # of a command; longer ones have a value that no command can have
@@ -57,14 +57,14 @@ def parts(blocks: Iterable[Block], selection: Selection) -> tuple[list[str], lis
 def find(block: Block, selection: Selection) -> list[Missing]:
     """Return the missing runs of a block, out of all its methods × k × seeds or the selected ones.
 
-    A method has a run if the method's main row has it, see `Block.main_row`. Rows with other settings are extras.
+    A method has a run if the method's main row has it, see `rows.main_row`. Rows with other settings are extras.
     Methods that are unknown or not for the goal of the block are skipped.
     """
     names = {name: {record[name] for record in block.records} for name in ("method", "k", "seed")}
     chosen = [name for name in of_goal(block.goal) if name in (selection.method or names["method"])]
     sizes = selection.sizes(block.continual_size) if selection.k else names["k"]
     seeds = selection.seed or names["seed"]
-    main = {method: block.main_row(method) for method in chosen}
+    main = {method: main_row(block.records, method) for method in chosen}
     recorded = {(record["k"], record["row"], record["seed"]) for record in block.records}
     expected = ((k, method, seed) for k in sorted(set(sizes)) for method in chosen for seed in sorted(set(seeds)))
     return [Missing(k, method, seed) for k, method, seed in expected if (k, main[method], seed) not in recorded]
@@ -129,7 +129,7 @@ def _notes_on_files(block: Block, missing: Iterable[Missing]) -> list[str]:
 
 def _runs(block: Block, run: Missing) -> list[Record]:
     """Return the runs that a missing run is like but for k and seed."""
-    row = block.main_row(run.method)
+    row = main_row(block.records, run.method)
     return [record for record in block.records if record["row"] == row]
 
 

@@ -51,9 +51,6 @@ class Block:
         """The data set in the name of a file of weights: of UTKFace with its grouping, see `cli.options.data_label`."""
         return f"{self.dataset}_{self.age_grouping}" if self.age_grouping else self.dataset
 
-    def main_row(self, method: str) -> str:
-        return main_row(self.records, method)
-
 
 def main_row(runs: Iterable[Record], method: str) -> str:
     """Return the row that represents a method: the one with usual settings, else the one with most runs."""
