@@ -1,6 +1,7 @@
 """Exceptions that end a run with one sentence, the options that it names, and how to recognise that memory ran out."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
+import contextlib
 import re
 from typing import Self
 
@@ -104,6 +105,22 @@ def first_line(error: BaseException) -> str:
     """Return the first line of the message of an error that has text, or else the name of its type."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
+
+
+@contextlib.contextmanager
+def rejected(problem: str, *advice: str) -> Iterator[None]:
+    """Turn an exception of other software in the block into an InputError, whose message has its first line.
+
+    For code that may raise anything: libraries that read files, and models of the user.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{problem} ({first_line(error)[:200]})", *advice) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

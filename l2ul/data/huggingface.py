@@ -21,7 +21,7 @@ from torch import Tensor
 
 from l2ul import ProgressBar
 from l2ul.common import distributed
-from l2ul.common.errors import InputError, first_line, is_out_of_memory
+from l2ul.common.errors import InputError, rejected
 from l2ul.common.installation import require
 from l2ul.common.offline import offline
 from l2ul.common.text import read_text
@@ -217,8 +217,15 @@ def _open(name: str, data_dir: Path, download: bool) -> "Mapping[str, Dataset]":
     place = str(folder) if folder else name.removeprefix(PREFIX).removesuffix(f":{configuration}")
     if not place:
         raise InputError(f"--dataset is {name}", "expected hf:NAME of a data set on the hub, or hf:FOLDER")
-    datasets = _package()
-    try:
+    datasets, advice = _package(), ()
+    if folder:
+        problem = "expected what save_to_disk of datasets writes, or a copy of a data set of the hub"
+    elif download:
+        problem = "there is no such folder, and it cannot be read from the hub"
+        advice = ("expected hf:NAME or hf:FOLDER, or hf:NAME:CONFIGURATION for a data set with several configurations",)
+    else:
+        problem = "it is no folder on this machine, and it is downloaded with --download only"
+    with rejected(f"cannot load the data set {name}: {problem}", *advice):
         if folder and any((folder / file).is_file() for file in SAVED):
             _check_saved(folder, name)
             splits = datasets.load_from_disk(place, keep_in_memory=False)
@@ -231,22 +238,6 @@ def _open(name: str, data_dir: Path, download: bool) -> "Mapping[str, Dataset]":
                 contextlib.nullcontext() if from_hub else offline(datasets.config),
             ):
                 splits = datasets.load_dataset(place, configuration, keep_in_memory=False)
-    except InputError:
-        raise
-    except Exception as error:  # datasets, huggingface_hub, pyarrow and fsspec each raise their own exceptions
-        if is_out_of_memory(error):
-            raise
-        advice = ()
-        if folder:
-            problem = "expected what save_to_disk of datasets writes, or a copy of a data set of the hub"
-        elif download:
-            problem = "there is no such folder, and it cannot be read from the hub"
-            advice = (
-                "expected hf:NAME or hf:FOLDER, or hf:NAME:CONFIGURATION for a data set with several configurations",
-            )
-        else:
-            problem = "it is no folder on this machine, and it is downloaded with --download only"
-        raise InputError(f"cannot load the data set {name}: {problem} ({first_line(error)[:200]})", *advice) from None
     return splits if isinstance(splits, dict) else {str(splits.split or "train"): splits}
 
 

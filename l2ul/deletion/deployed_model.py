@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from l2ul import models
-from l2ul.common.errors import InputError, is_out_of_memory
+from l2ul.common.errors import InputError, is_out_of_memory, rejected
 from l2ul.common.files import file_sha256, tensors_sha256
 from l2ul.common.image_sizes import checked
 from l2ul.common.text import read_text
 from l2ul.data.images import as_pixels
 from l2ul.deletion.report_schema import REPORT, OpenedBy, WrittenModelHashes, read_report
-from l2ul.metrics import preflight
 from l2ul.models import checkpoint as checkpoints
 from l2ul.models import huggingface, outputs, timm_models, weight_files, zoo
 from l2ul.models.classifier import Classifier, Normalize, check_weights, input_channels, statistics
@@ -368,7 +367,7 @@ def _open_built(
     dtypes = checkpoints.dtypes(state, net) or checkpoints.dtypes(net.state_dict(), net)
     net = net.float().requires_grad_(True)  # unlearning trains all weights
     weights = tensors_sha256(net.state_dict())
-    with preflight.rejected(f"the module that {build} returns cannot be put in eval mode"):
+    with rejected(f"the module that {build} returns cannot be put in eval mode"):
         net.eval()
     if tensors_sha256(net.state_dict()) != weights:
         raise InputError(

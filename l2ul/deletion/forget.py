@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as transforms
 from l2ul.common import precision
 from l2ul.common.choices import Number, did_you_mean
 from l2ul.common.device import plain_defaults
-from l2ul.common.errors import InputError, flags_in, in_python, option
+from l2ul.common.errors import InputError, flags_in, in_python, option, rejected
 from l2ul.common.image_sizes import TooLarge
 from l2ul.common.progress import progress_bar
 from l2ul.data.image_files import ImageReader, UnreadableImage, unreadable
@@ -32,7 +32,7 @@ from l2ul.deletion.request import ImageFile, ImageFolder, Request, check_others,
 from l2ul.methods import registry
 from l2ul.methods.settings import Value
 from l2ul.metrics import agreement
-from l2ul.metrics.preflight import are_equal, check_alone, copied, rejected
+from l2ul.metrics.preflight import are_equal, check_alone, copied
 from l2ul.models import huggingface
 from l2ul.models.classifier import Classifier, Normalize, input_channels, statistics
 from l2ul.models.outputs import LOGITS

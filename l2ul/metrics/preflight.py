@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l2ul.common import distributed
 from l2ul.common import precision as precisions
-from l2ul.common.errors import InputError, Wording, first_line, is_out_of_memory
+from l2ul.common.errors import InputError, Wording, first_line, is_out_of_memory, rejected
 from l2ul.common.modes import eval_mode, in_eval_mode, trainable
 from l2ul.common.precision import autocast, exactly
 from l2ul.data import images as image_sets
@@ -445,16 +445,3 @@ def check_same_model(written: nn.Module, read: nn.Module, images: Tensor) -> Non
             "a module must give back the weights that it loads, and must not keep values of earlier passes",
         )
     check_alone(read, images, before)
-
-
-@contextlib.contextmanager
-def rejected(problem: str, *advice: str) -> Iterator[None]:
-    """Turn an exception of the model, which may be the user's own, into an InputError with its first line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise InputError(f"{problem} ({first_line(error)[:200]})", *advice) from None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
-from l2ul.common.errors import InputError, first_line, is_out_of_memory
+from l2ul.common.errors import InputError, rejected
 from l2ul.common.files import other_files
 from l2ul.common.image_sizes import checked
 from l2ul.common.text import one_line
@@ -195,18 +195,12 @@ def _read(name: str, from_pretrained, **options):
     """
     place = name.removeprefix(PREFIX)
     _quiet()
+    hint = "there is no such folder, and it could not be downloaded from the hub"
     if Path(place).is_dir():
         _check_folder(Path(place))
-    try:
+        hint = "expected what save_pretrained writes: config.json, weights, preprocessor_config.json"
+    with rejected(f"cannot load {name}: {hint}"):
         content = from_pretrained(place, trust_remote_code=False, **options)
-    except Exception as error:  # transformers, huggingface_hub and safetensors each raise their own exceptions
-        if is_out_of_memory(error):
-            raise
-        if Path(place).is_dir():
-            hint = "expected what save_pretrained writes: config.json, weights, preprocessor_config.json"
-        else:
-            hint = "there is no such folder, and it could not be downloaded from the hub"
-        raise InputError(f"cannot load {name}: {hint} ({first_line(error)[:160]})") from None
     own_code = getattr(content, "auto_map", None)
     key = next((key for key in OWN_CODE if isinstance(own_code, dict) and key in own_code), None)
     if key:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import to_pil_image
 
-from l2ul.common.errors import InputError, first_line, is_out_of_memory
+from l2ul.common.errors import InputError, rejected
 from l2ul.common.files import other_files
 from l2ul.common.image_sizes import checked
 from l2ul.common.installation import require
@@ -222,24 +222,18 @@ def load(name: str, num_classes: int) -> nn.Module:
 def _create(name: str, num_classes: int | None, pretrained: bool) -> nn.Module:
     """Call timm.create_model, which reads pickles of weights as tensors only."""
     timm, chosen = _timm(), source(name)
-    try:
+    problem, advice = f"timm does not accept its {CONFIG if chosen.folder else 'arguments'}", ()
+    if chosen.model.startswith(HUB):
+        problem = f"it could not be downloaded, or timm does not accept its {CONFIG}"
+    elif pretrained:
+        problem = "its weights could not be downloaded"
+        advice = ("download them elsewhere and name the file with --checkpoint",)
+    with rejected(f"cannot load {name}: {problem}", *advice):
         size = {"img_size": chosen.data.get("img_size")}
         arguments = timm.models.resolve_model_input_args(chosen.model, size, **chosen.arguments)
         _check_config(name, arguments)
         arguments |= {} if num_classes is None else {"num_classes": num_classes}
         net = timm.create_model(**arguments, pretrained=pretrained)
-    except InputError:
-        raise
-    except Exception as error:  # timm, huggingface_hub, torch and safetensors each raise their own exceptions
-        if is_out_of_memory(error):
-            raise
-        problem, advice = f"timm does not accept its {CONFIG if chosen.folder else 'arguments'}", ()
-        if chosen.model.startswith(HUB):
-            problem = f"it could not be downloaded, or timm does not accept its {CONFIG}"
-        elif pretrained:
-            problem = "its weights could not be downloaded"
-            advice = ("download them elsewhere and name the file with --checkpoint",)
-        raise InputError(f"cannot load {name}: {problem} ({first_line(error)[:160]})", *advice) from None
     check_weights(net, name)
     changes = {key: value for key, value in chosen.data.items() if key != "img_size"}
     if "img_size" in chosen.data:
@@ -323,17 +317,9 @@ def _data_config(net: nn.Module) -> dict:
 
 def _check_logits(name: str, net: nn.Module, inputs: Tensor) -> None:
     """Raise InputError unless the network returns logits for inputs (1, C, H, W)."""
-    try:
-        with torch.inference_mode(), eval_mode(net):
-            shape = tuple(logits_of(net(inputs)).shape)
-    except Exception as error:  # layers raise anything at a size that they do not take
-        if is_out_of_memory(error):
-            raise
-        size = "x".join(map(str, inputs.shape[1:]))
-        raise InputError(
-            f"{name} cannot classify images of {size} ({first_line(error)[:160]})",
-            "name a classifier that takes images",
-        ) from None
+    problem = f"{name} cannot classify images of {'x'.join(map(str, inputs.shape[1:]))}"
+    with rejected(problem, "name a classifier that takes images"), torch.inference_mode(), eval_mode(net):
+        shape = tuple(logits_of(net(inputs)).shape)
     if shape != (1, net.num_classes):
         raise InputError(f"{name} returns {shape} for an image, not {net.num_classes} logits", "name a classifier")
 
