@@ -88,7 +88,7 @@ def relearning_speed(outputs: RunOutputs) -> dict[str, float]:
     that takes far fewer steps than the retrained model still contains information about D_f.
     """
     target = accuracy.accuracy(outputs.before["forget"], outputs.labels["forget"])
-    images, labels = outputs.split("forget").pixels().to(outputs.device), outputs.labels["forget"].to(outputs.device)
+    images, labels = _forget_set(outputs)
     result = {"metric_relearn_steps": relearn.steps_to_relearn(outputs.model, images, labels, target)}
     if outputs.retrained:
         result["metric_relearn_steps_retrained"] = outputs.once(
@@ -118,12 +118,11 @@ def agreement_with_original(outputs: RunOutputs) -> dict[str, float]:
     The examples are made from mixes of D_f, see `agreement.held_out`. No method trains on them, and no image of D_r is
     needed.
     """
-    original = outputs.original
 
     def make() -> agreement.Probe:
-        images = outputs.split("forget").pixels().to(outputs.device)
+        images, _ = _forget_set(outputs)
         num_classes = outputs.logits("forget").shape[1]
-        return agreement.held_out(original, images, num_classes, count=NUM_HELD_OUT, seed=HELD_OUT_SEED)
+        return agreement.held_out(outputs.original, images, num_classes, count=NUM_HELD_OUT, seed=HELD_OUT_SEED)
 
     probe = outputs.once("held-out examples", make)
     return {"metric_answers_kept": agreement.measure(outputs.model, probe).percent}
@@ -135,12 +134,10 @@ def robustness_as_used(outputs: RunOutputs) -> dict[str, float]:
     See `robustness.as_used`. Batch-norm is recalibrated on images of D_r. The rate of a change of images is the share
     of changed copies that are forgotten, that of a change of the model the share of images.
     """
-    device = outputs.device
-    new_labels = outputs.new_labels.to(device) if outputs.new_labels is not None else None
-    images = as_pixels(outputs.split("forget").pixels().to(device))
-    forget = Forget(images, outputs.labels["forget"].to(device), new_labels)
-    others, _ = outputs.once("images of D_r", lambda: _sample_of_retain(outputs))
-    used = robustness.as_used(outputs.model, forget, others)
+    images, labels = _forget_set(outputs)
+    new_labels = outputs.new_labels.to(outputs.device) if outputs.new_labels is not None else None
+    others, _ = _sample_of_retain(outputs)
+    used = robustness.as_used(outputs.model, Forget(as_pixels(images), labels, new_labels), others)
     rates = {f"metric_forgotten_{change}": value for change, value in used.rates().items()}
     return {"metric_forgotten_as_used": 100 * float(used.forgotten.double().mean()), **rates}
 
@@ -151,9 +148,9 @@ def recalibration(outputs: RunOutputs) -> dict[str, float]:
     An unlearning that relies on the old statistics is undone by new ones. See `robustness.recalibrated`.
     metric_recalibrated_mixes is the accuracy on D_f after a recalibration on mixes of D_f, which needs no other images.
     """
-    images, _ = outputs.once("images of D_r", lambda: _sample_of_retain(outputs))
-    model = robustness.recalibrated(outputs.model, images)
-    pixels = as_pixels(outputs.split("forget").pixels().to(outputs.device))
+    others, _ = _sample_of_retain(outputs)
+    model = robustness.recalibrated(outputs.model, others)
+    pixels = as_pixels(_forget_set(outputs)[0])
     on_mixes = robustness.recalibrated(outputs.model, robustness.stand_ins(pixels))
     predictions = {
         "forget": accuracy.predict(model, pixels),
@@ -209,18 +206,25 @@ def fine_tuning(outputs: RunOutputs) -> dict[str, float]:
 
     See `relearn.recognised_after_tuning`. Information about D_f that is hidden, and not removed, comes back.
     """
-    device = outputs.device
-    images, labels = (one.to(device) for one in outputs.once("images of D_r", lambda: _sample_of_retain(outputs)))
-    forget = outputs.split("forget").pixels().to(device), outputs.labels["forget"].to(device)
-    return {"metric_tuned_forget": relearn.recognised_after_tuning(outputs.model, *forget, images, labels)}
+    others = (one.to(outputs.device) for one in _sample_of_retain(outputs))
+    return {"metric_tuned_forget": relearn.recognised_after_tuning(outputs.model, *_forget_set(outputs), *others)}
+
+
+def _forget_set(outputs: RunOutputs) -> tuple[Tensor, Tensor]:
+    """Return the images of D_f as they are stored and their labels, on the device of the models."""
+    return outputs.split("forget").pixels().to(outputs.device), outputs.labels["forget"].to(outputs.device)
 
 
 def _sample_of_retain(outputs: RunOutputs) -> tuple[Tensor, Tensor]:
-    """Return images of D_r, drawn at random, and their labels."""
-    retain = outputs.split("retain")
-    drawn = torch.randperm(len(retain), generator=seeds.generator(HELD_OUT_SEED, "recalibration"))
-    sample = retain.subset(drawn[:NUM_SAMPLED])
-    return sample.pixels(), sample.labels
+    """Return images of D_r, drawn at random and once for all runs with this D_f, and their labels."""
+
+    def sample() -> tuple[Tensor, Tensor]:
+        retain = outputs.split("retain")
+        drawn = torch.randperm(len(retain), generator=seeds.generator(HELD_OUT_SEED, "recalibration"))
+        chosen = retain.subset(drawn[:NUM_SAMPLED])
+        return chosen.pixels(), chosen.labels
+
+    return outputs.once("images of D_r", sample)
 
 
 def _membership_attacks(outputs: RunOutputs, logits: Callable[[str], Tensor]) -> dict[str, dict[str, float]]:
