@@ -19,7 +19,7 @@ from l2ul.cli.parser import (
 )
 from l2ul.common import choices, tracking
 from l2ul.common.choices import Number, OneOf
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, option
 from l2ul.experiments import defaults
 from l2ul.experiments.defaults import COMMON_DEFAULTS, DEFAULTS, default
 from l2ul.methods import registry
@@ -487,7 +487,7 @@ def fill_defaults(options: argparse.Namespace) -> None:
     for name, value in registry.parse_settings(options.setting, options.method).items():
         by_flag = own.get(name) if name not in SHARED else getattr(options, name)
         if by_flag not in (None, value):
-            flag = f"--{name.replace('_', '-')}"
+            flag = option(name)
             raise InputError(f"{flag} {by_flag} and --setting {name}={value} contradict each other", "give one of them")
         if name in SHARED:
             setattr(options, name, value)

@@ -14,7 +14,7 @@ from torchvision import datasets as torchvision_datasets
 from l2ul import ProgressBar
 from l2ul.common import distributed
 from l2ul.common.device import plain_defaults
-from l2ul.common.errors import InputError, first_line
+from l2ul.common.errors import InputError, first_line, option
 from l2ul.common.text import normal_form, require_utf8_name
 from l2ul.data import huggingface, utkface
 from l2ul.data.folder import PREFETCH, FolderImages
@@ -75,7 +75,7 @@ def load(
         return huggingface.load(name, data_dir, download=download, **table, **decoding)
     flag = next((flag for flag, value in table.items() if value is not None), None)
     if flag:
-        raise InputError(f"--{flag.replace('_', '-')} is for --dataset hf:NAME_OR_FOLDER, not {name}", "leave it out")
+        raise InputError(f"{option(flag)} is for --dataset hf:NAME_OR_FOLDER, not {name}", "leave it out")
     if name in LOADERS:
         options = {"image_size": image_size, "age_grouping": age_grouping, "split_seed": split_seed}
         options |= {"whole_train": whole_train, "workers": workers, "download": download, "progress": progress}

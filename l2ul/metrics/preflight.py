@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l2ul.common import distributed
 from l2ul.common import precision as precisions
-from l2ul.common.errors import InputError, Wording, first_line, is_out_of_memory, rejected
+from l2ul.common.errors import InputError, Wording, first_line, is_out_of_memory, option, rejected
 from l2ul.common.modes import eval_mode, in_eval_mode, trainable
 from l2ul.common.precision import autocast, exactly
 from l2ul.data import images as image_sets
@@ -79,7 +79,7 @@ def check_trained_on(images: Images, metadata: dict[str, object], source: str) -
         here = images.settings.get(name, default)
         trained = metadata.get(name, default if is_ours else here)
         if trained != here:
-            flag = f"--{name.replace('_', '-')}"
+            flag = option(name)
             trained, here = (f"{flag} {value}" if value else f"no {flag}" for value in (trained, here))
             raise InputError(
                 f"{source} was trained with {trained}, not {here}", "use the same option", "train a classifier for it"
@@ -95,7 +95,7 @@ def check_trained_on(images: Images, metadata: dict[str, object], source: str) -
     for name, value in images.settings.items():
         if metadata.get(name) not in (None, value):
             raise InputError(
-                f"{source} was trained with --{name.replace('_', '-')} {metadata[name]}, not {value}",
+                f"{source} was trained with {option(name)} {metadata[name]}, not {value}",
                 "use that value",
                 f"train a classifier for {value}",
             )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from l2ul import models
 from l2ul.common import seeds
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, option
 from l2ul.common.text import require_file
 from l2ul.experiments import records
 from l2ul.experiments.records import Record
@@ -127,7 +127,7 @@ def ablations(runs: Iterable[Record], k: int | None = None) -> pd.DataFrame:
     for (setting, *subject, _), same in swept.items():
         sizes[tuple(subject)] += _values(same, setting)
     if not sizes:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in SWEPT)
+        flags = ", ".join(option(name) for name in SWEPT)
         raise InputError("no records differ in a single setting", f"run main_unlearn.py with several values of {flags}")
     shown, tables = max(sizes, key=lambda subject: (sizes[subject], subject)), []
     for setting in SWEPT:

@@ -11,7 +11,7 @@ from l2ul.cli import options, unlearn_options
 from l2ul.cli.parser import Parser, nonnegative_float, positive_float, positive_int
 from l2ul.common import choices
 from l2ul.common.choices import Number
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, option
 from l2ul.methods import registry
 from l2ul.methods.settings import SHARED, has_effect
 from l2ul.sweeps import ranges
@@ -91,7 +91,7 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Sweep:
     for name, known in (("precision", choices.PRECISIONS), ("loop_precision", choices.LOOP_PRECISIONS)):
         if choices.AUTO in flags.get(name, ()):
             raise InputError(
-                f"--{name.replace('_', '-')} auto measures one model on one machine",
+                f"{option(name)} auto measures one model on one machine",
                 f"a sweep takes one of {', '.join(known)}",
             )
     for name in ("threads", "workers"):  # the same for any number of trials at once, for the same results
@@ -187,7 +187,7 @@ def settings_as_flags(flags: dict[str, object]) -> dict[str, object]:
         if name not in SHARED and name not in own:
             pairs.append((name, text))
         elif name in flags:
-            raise InputError(f"--{name.replace('_', '-')} and --setting {name}={text} are both given", "give one")
+            raise InputError(f"{option(name)} and --setting {name}={text} are both given", "give one")
         else:
             moved.setdefault(name, []).append(_values(name, text))
     others = {name: value for name, value in flags.items() if name != "setting"}
@@ -229,8 +229,8 @@ def _check(sweep: Sweep) -> None:
     if any(isinstance(value, Interval) for name in sweep.axes.keys() - intervals for value in sweep.axes[name]):
         raise InputError("a range without a number of points must be the only value of its flag")
     if intervals and not opts.search:
-        flag = intervals[0].replace("_", "-")
-        raise InputError(f"--{flag} is a range without a number of points", "give it as lo:hi:n", "add --search N")
+        problem = f"{option(intervals[0])} is a range without a number of points"
+        raise InputError(problem, "give it as lo:hi:n", "add --search N")
     if opts.source_free and not opts.search:
         raise InputError("--source-free only applies to a search", "add --search N")
     if opts.search and not sweep.axes:

@@ -12,6 +12,7 @@ import torch
 
 from l2ul.cli import unlearn_command, unlearn_options
 from l2ul.common import installation, precision
+from l2ul.common.errors import option
 from l2ul.experiments import records, time_estimates
 from l2ul.methods.registry import own_flags
 from l2ul.methods.settings import SHARED
@@ -175,7 +176,7 @@ class SweepRunner:
         )
         for name, values in self.sweep.axes.items():
             if all(trial.chosen[name] == values[0] for trial in planned):
-                self.report(f"the values of --{name.replace('_', '-')} give the same runs, which are done once")
+                self.report(f"the values of {option(name)} give the same runs, which are done once")
         self._report_changes()
         if opts.dry_run:
             for trial in planned:
