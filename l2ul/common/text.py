@@ -1,9 +1,10 @@
-"""Read text files, compare names as people write them (Unicode normal forms), and shorten texts for display."""
+"""Read text and JSON files, compare names as people write them (Unicode normal forms), shorten texts for display."""
 
 import codecs
 from collections.abc import Sequence
 import errno
 import hashlib
+import json
 import os
 from pathlib import Path
 import re
@@ -29,6 +30,15 @@ def read_text(path: Path, most: int | None = None) -> str:
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Return the object in a JSON file; empty if the file is absent or holds something else."""
+    try:
+        content = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def require_file(path: Path, most: int) -> None:

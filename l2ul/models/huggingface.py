@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 from l2ul.common.errors import InputError, rejected
 from l2ul.common.files import other_files
 from l2ul.common.image_sizes import checked
-from l2ul.common.text import one_line
+from l2ul.common.text import one_line, read_json
 from l2ul.models.classifier import Normalize, check_weights, statistics
 from l2ul.models.preprocessing import LEVELS, Resize, agree, smooth_image
 
@@ -216,8 +216,8 @@ def _read(name: str, from_pretrained, **options):
 def _check_folder(folder: Path) -> None:
     """Raise InputError for a folder with an adapter, which would be ignored, or of another library."""
     if (folder / ADAPTER).is_file():
-        raise _adapter_error(str(folder), _read_json(folder / ADAPTER))
-    config = _read_json(folder / "config.json")
+        raise _adapter_error(str(folder), read_json(folder / ADAPTER))
+    config = read_json(folder / "config.json")
     if "model_type" in config:
         return
     if isinstance(config.get("architecture"), str):
@@ -242,16 +242,7 @@ def _check_hub_adapter(name: str) -> None:
     with contextlib.suppress(Exception):  # the repository was read before, so this means that there is no such file
         file = find_adapter_config_file(place)
     if file:
-        raise _adapter_error(place, _read_json(Path(file)))
-
-
-def _read_json(path: Path) -> dict:
-    """Return the object in a JSON file; empty if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        raise _adapter_error(place, read_json(Path(file)))
 
 
 def _adapter_error(place: str, adapter: dict) -> InputError:
@@ -295,7 +286,7 @@ def unread_files(folder: Path) -> list[str]:
 def _weights_files(folder: Path) -> list[str]:
     """Return the names of the files of weights in a folder that transformers reads: one, or an index and its parts."""
     weights = next((name for name in WEIGHTS if (folder / name).is_file()), "")
-    parts = _read_json(folder / weights).get("weight_map", {}) if weights.endswith(".index.json") else {}
+    parts = read_json(folder / weights).get("weight_map", {}) if weights.endswith(".index.json") else {}
     return [weights, *(str(part) for part in (parts.values() if isinstance(parts, dict) else ()))]
 
 
@@ -406,10 +397,10 @@ def save_known(net: nn.Module, name: str, folder: Path, mean: list[float], std: 
     transformers keeps all other entries of the files from which they were read, such as paths and notes.
     """
     save(net, name, folder, mean, std)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     kept = {"config.json": _defined(config, net.config) | {key: config[key] for key in LABELS if key in config}}
     for file in PROCESSORS:  # dictionaries in them have the keys of sizes alone, which transformers checks
-        kept[file] = {key: value for key, value in _read_json(folder / file).items() if key in PROCESSOR_KEYS}
+        kept[file] = {key: value for key, value in read_json(folder / file).items() if key in PROCESSOR_KEYS}
     for file, content in kept.items():
         if content:
             (folder / file).write_text(json.dumps(content, indent=2), encoding="utf-8")

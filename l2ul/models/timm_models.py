@@ -22,7 +22,7 @@ from l2ul.common.files import other_files
 from l2ul.common.image_sizes import checked
 from l2ul.common.installation import require
 from l2ul.common.modes import eval_mode
-from l2ul.common.text import read_text
+from l2ul.common.text import read_json, read_text
 from l2ul.models.classifier import Normalize, check_weights, logits_of
 from l2ul.models.preprocessing import Resize, agree, smooth_image
 
@@ -73,11 +73,7 @@ class Source:
 
 def is_folder(path: Path) -> bool:
     """Return whether a folder has a config.json as timm writes it. timm need not be installed."""
-    try:
-        config = json.loads(read_text(path / CONFIG))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(config, dict) and isinstance(config.get("architecture"), str)
+    return isinstance(read_json(path / CONFIG).get("architecture"), str)
 
 
 def source(name: str) -> Source:
