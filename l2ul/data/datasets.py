@@ -7,7 +7,6 @@ from pathlib import Path
 import socket
 
 import torch
-from torch import Tensor
 import torch.nn.functional as F
 from torchvision import datasets as torchvision_datasets
 
@@ -17,7 +16,7 @@ from l2ul.common.device import plain_defaults
 from l2ul.common.errors import InputError, first_line, option
 from l2ul.common.text import normal_form, require_utf8_name
 from l2ul.data import huggingface, utkface
-from l2ul.data.folder import PREFETCH, FolderImages
+from l2ul.data.folder import PREFETCH, FolderImages, class_labels
 from l2ul.data.image_files import OTHER_SUFFIXES, ImageReader
 from l2ul.data.images import Images, Split
 
@@ -206,7 +205,7 @@ def _image_folder(name: str, folder: Path, size: int | None, *, reader: ImageRea
     stays = side is not None and (side == size or (size is None and side <= DEFAULT_SIZE))
     size = side if stays else size or DEFAULT_SIZE
     splits = [
-        Split(FolderImages(some, size, size if stays else None, reader=reader, **reading), _labels(part, classes))
+        Split(FolderImages(some, size, size if stays else None, reader=reader, **reading), class_labels(part, classes))
         for some, part in zip(files, (train, test), strict=True)
     ]
     notes = [
@@ -248,8 +247,3 @@ def _notes(part: torchvision_datasets.ImageFolder, reader: ImageReader, short_si
             f"{other[0].suffix} files; convert them to use them"
         )
     return notes
-
-
-def _labels(part: torchvision_datasets.ImageFolder, classes: list[str]) -> Tensor:
-    index = {normal_form(name): number for number, name in enumerate(classes)}
-    return torch.tensor([index[normal_form(part.classes[target])] for target in part.targets])

@@ -17,16 +17,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import io
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from l2ul import ProgressBar
 from l2ul.common.choices import PREFETCH
 from l2ul.common.errors import InputError, first_line
 from l2ul.common.image_sizes import TooLarge, check_resize
+from l2ul.common.text import normal_form
 from l2ul.data.image_files import ImageFile, ImageReader, UnreadableImage, read_bytes, size, unreadable, version
 from l2ul.data.storage import DecodedImages
 
 READER_VERSION = 2  # part of the hashes by which caches find predictions; it grows when files give other pixels
+
+
+def class_labels(folder: ImageFolder, classes: Sequence[str]) -> Tensor:
+    """Return the labels (n,) of the images of a folder: the places of the names of their subfolders in `classes`."""
+    index = {normal_form(name): number for number, name in enumerate(classes)}
+    return torch.tensor([index[normal_form(folder.classes[target])] for target in folder.targets])
 
 
 def check_decoder(decoder: str, device: torch.device) -> None:

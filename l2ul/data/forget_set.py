@@ -17,7 +17,7 @@ from l2ul.common import seeds
 from l2ul.common.errors import InputError, first_line
 from l2ul.common.text import normal_form, read_text
 from l2ul.data import image_files
-from l2ul.data.folder import FolderImages
+from l2ul.data.folder import FolderImages, class_labels
 from l2ul.data.image_files import OTHER_SUFFIXES, EmbeddedFile, ImageFile, ImageReader, UnreadableImage
 from l2ul.data.images import Images, Split
 
@@ -243,8 +243,8 @@ def read_folder(folder: Path, images: Images, reader: ImageReader | None = None)
     Raises InputError if a subfolder is not a class, or an image is also in the training or test set.
     """
     image_folder = open_folder(folder)
-    index = {normal_form(name): number for number, name in enumerate(images.classes)}
-    unknown = [name for name in image_folder.classes if normal_form(name) not in index]
+    known = set(map(normal_form, images.classes))
+    unknown = [name for name in image_folder.classes if normal_form(name) not in known]
     if unknown:
         raise InputError(
             f"--forget-dir {folder} has a subfolder {unknown[0]!r}, which is no class of the data set",
@@ -252,10 +252,7 @@ def read_folder(folder: Path, images: Images, reader: ImageReader | None = None)
         )
     folder_images = images.from_files([file for file, _ in image_folder.samples], reader)
     reject_own(folder_images, images, "choose training images with --forget-file, and leave out test images")
-    return Split(
-        folder_images,
-        torch.tensor([index[normal_form(image_folder.classes[target])] for target in image_folder.targets]),
-    )
+    return Split(folder_images, class_labels(image_folder, images.classes))
 
 
 def is_image_name(file: str) -> bool:
