@@ -74,16 +74,13 @@ def _check_push(opts: argparse.Namespace) -> None:
 def _check_evaluations(opts: argparse.Namespace) -> None:
     """Raise InputError if a group of metrics lacks the models it compares with, or models are given that none uses."""
     for flag, paths in (("retrained", opts.retrained), ("references", opts.references)):
-        compares = {
-            name: [group.compared_with.get(metric) == f"{flag}_sha256" for metric in group.names]
-            for name, group in EVALUATIONS.items()
-        }
-        lacking = [name for name in opts.evaluate if all(compares[name]) and not paths]
+        compared = {name: getattr(group, flag) for name, group in EVALUATIONS.items() if getattr(group, flag)}
+        lacking = [name for name in opts.evaluate if compared.get(name) == EVALUATIONS[name].names and not paths]
         if lacking:
             raise InputError(
                 f"--evaluate {lacking[0]} compares with models trained without D_f",
                 f"train them with a main_pretrain script and --exclude, and name their weights with --{flag}",
             )
-        if paths and not any(any(compares[name]) for name in opts.evaluate):
-            groups = " or ".join(f"--evaluate {name}" for name, uses in compares.items() if any(uses))
+        if paths and not compared.keys() & set(opts.evaluate):
+            groups = " or ".join(f"--evaluate {name}" for name in compared)
             raise InputError(f"--{flag} is given, but no metric uses it", f"add {groups}")
