@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+import itertools
 import math
 from pathlib import Path
 
@@ -220,9 +221,7 @@ class Attack:
 
 def _consecutive(positions: list[int], longest: int) -> Iterator[tuple[int, int]]:
     """Yield start and stop of each run of consecutive positions, cut to at most `longest`."""
-    start = None
-    for index, position in enumerate(positions):
-        start = position if start is None else start
-        if position + 1 - start == longest or index + 1 == len(positions) or positions[index + 1] != position + 1:
-            yield start, position + 1
-            start = None
+    for _, pairs in itertools.groupby(enumerate(positions), lambda pair: pair[1] - pair[0]):
+        run = [position for _, position in pairs]
+        for start in range(run[0], run[-1] + 1, longest):
+            yield start, min(start + longest, run[-1] + 1)
