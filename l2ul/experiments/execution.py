@@ -74,13 +74,13 @@ class Experiment:
 
     setup: Setup
     evaluator: Evaluator
-    keep_models: bool = False
-    attack_batch_size: int | None = None
-    cache: Cache = field(default_factory=Cache)
-    cuda_graph: bool = False
-    trackers: Trackers = field(default_factory=Trackers)
-    on_record: Callable[[dict[str, object]], object] = lambda record: None
-    report: Callable[[str], object] = lambda sentence: None
+    keep_models: bool
+    attack_batch_size: int | None
+    cache: Cache
+    cuda_graph: bool
+    trackers: Trackers
+    on_record: Callable[[dict[str, object]], object]
+    report: Callable[[str], object]
 
     def pending(self, runs: list[Run], rerun: bool = False) -> tuple[list[Run], list[Run]]:
         """Return the runs that are to be carried out, and those whose record lacks metrics of a model that is kept.

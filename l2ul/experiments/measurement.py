@@ -59,10 +59,10 @@ class Evaluator:
 
     setup: Setup
     batch_size: int
-    workers: int = 0
-    cache: Cache = field(default_factory=Cache)
-    groups: tuple[EvaluationGroup, ...] = ()
-    references: ReferenceModels = field(default_factory=ReferenceModels)
+    workers: int
+    cache: Cache
+    groups: tuple[EvaluationGroup, ...]
+    references: ReferenceModels
     _memory: dict[object, object] = field(default_factory=dict)
 
     @property
