@@ -56,14 +56,8 @@ def pretrain(
     images = images.with_channels(classifier.channels).to(device)
     if distributed.is_first():
         _check_writable(classifier, output, images)
-    identity = {
-        "model": model_name,
-        "dataset": images.name,
-        "statistics": [mean, std],
-        "excluded": excluded.tolist() if excluded is not None else None,
-        "train_sha256": images.train_sha256,
-        "num_train": len(images.train),
-    } | images.settings
+    identity = {"excluded": None, "train_sha256": None} | settings
+    identity |= {"statistics": [mean, std], "num_train": len(images.train)}
     loop.fit(
         classifier,
         images.train,
