@@ -9,11 +9,8 @@ import zlib
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 from l2ul import models
-from l2ul.common import seeds
 from l2ul.common.errors import InputError, option
 from l2ul.common.text import require_file
 from l2ul.experiments import records
@@ -288,9 +285,3 @@ def curves(runs: Iterable[Record]) -> pd.DataFrame:
     ).abs().max() < 1e-6:
         table = table.drop(columns="forgotten")
     return table[[*CURVE_KEYS, *measured(table)]]
-
-
-def sample(among: Tensor, count: int, seed: int, purpose: str) -> Tensor:
-    """Return at most `count` of the indices, drawn with the seed, in their original order."""
-    drawn = seeds.stream(seed, purpose).permutation(len(among))[:count]
-    return among[torch.from_numpy(drawn).sort().values]

@@ -24,6 +24,7 @@ import torch
 from l2ul import attack, models
 from l2ul.common import device as devices
 from l2ul.common import precision as precisions
+from l2ul.common import seeds
 from l2ul.common.choices import HUB_OPTIONS
 from l2ul.common.errors import InputError
 from l2ul.common.files import file_sha256
@@ -280,7 +281,9 @@ class Subject:
         return torch.from_numpy(indices)
 
     def sample(self, run: Record, split: str, among: torch.Tensor) -> torch.Tensor:
-        return figure_data.sample(among, self.options.samples, run["seed"], f"figure {split}")
+        """Return the indices that a figure shows of a split, drawn from `among` and in its order."""
+        drawn = seeds.stream(run["seed"], f"figure {split}").permutation(len(among))[: self.options.samples]
+        return among[torch.from_numpy(drawn).sort().values]
 
     def title(self, runs: list[Record]) -> str:
         sizes = " ".join(f"{k}" for k in sorted({run["k"] for run in runs}))
