@@ -201,7 +201,8 @@ class ImageReader:
             try:
                 with self._open(file) as image:
                     check_resize(*image.size, short_side)
-                    orientation = 1 if _is_turned_by_pillow(image) else _orientation(image)
+                    # Pillow turns the image of a TIFF upright when it decodes it, whatever its loader is
+                    orientation = 1 if image.format == "TIFF" else _orientation(image)
                     is_deep = _has_deep_channels(image)
             except (TooManyPixels, TooLarge) as error:
                 raise unreadable(file, error) from None
@@ -396,11 +397,6 @@ def _is_transparent(image: Image.Image) -> bool:
         return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
     except Exception:  # of damaged data
         return False
-
-
-def _is_turned_by_pillow(image: Image.Image) -> bool:
-    """Return whether Pillow turns the image upright when it decodes it, whatever its loader is."""
-    return image.format == "TIFF"
 
 
 def _is_deep_grey(image: Image.Image) -> bool:

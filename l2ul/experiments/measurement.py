@@ -19,7 +19,6 @@ from l2ul.common.errors import InputError
 from l2ul.common.files import tensors_sha256
 from l2ul.common.precision import exactly
 from l2ul.common.progress import progress_bar
-from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
 from l2ul.experiments.reference_models import ReferenceModel, ReferenceModels
 from l2ul.experiments.runs import Run, Setup

@@ -175,7 +175,11 @@ class Setup:
                 name: self.hyper[name] if name in used and setting_values.has_effect(name, values) else None
                 for name in SHARED
             },
-            **(_of_fixed_length(own) if method.is_fixed_length else _of_own_flags(own)),
+            **(
+                {"course": setting_values.to_text(own), "method_settings": None}
+                if method.is_fixed_length
+                else _of_own_flags(own)
+            ),
             **statistics,
             "num_train": len(images.train),
             "num_test": len(images.test),
@@ -194,11 +198,6 @@ class Setup:
             "train_sha256": images.train_sha256,
             "method_code": method.code_sha256(),
         }
-
-
-def _of_fixed_length(values: Mapping[str, object]) -> dict[str, object]:
-    """Return the key of a record for the settings of a method of fixed length."""
-    return {"course": setting_values.to_text(values), "method_settings": None}
 
 
 def _of_own_flags(values: Mapping[str, object]) -> dict[str, object]:

@@ -245,7 +245,8 @@ def _check_config(name: str, arguments: dict) -> None:
         raise InputError(f"{name} sets {min(own)} in model_args of its {CONFIG}, which is not allowed", "leave it out")
     config = arguments["pretrained_cfg"]
     size = _list(config.get("input_size", (3, 224, 224)))
-    if len(size) != 3 or not all(map(_is_side, [*size, *_list(arguments.get("img_size") or ())])):
+    _, is_side = DATA_ARGUMENTS["img_size"]
+    if len(size) != 3 or not all(map(is_side, [*size, *_list(arguments.get("img_size") or ())])):
         raise InputError(
             f"{name} has images of size {arguments.get('img_size') or size} in its {CONFIG}",
             f"expected channels, height and width, from 1 to {LARGEST}",
@@ -263,10 +264,6 @@ def _are_statistics(values: object, channels: int, is_valid: Callable[[float], b
     """Return whether values are one number per channel; three of a colour model also fit a grey one."""
     is_list = isinstance(values, list | tuple) and len(values) in (1, 3, channels)
     return is_list and all(isinstance(one, int | float) and is_valid(one) for one in values)
-
-
-def _is_side(value: object) -> bool:
-    return DATA_ARGUMENTS["img_size"][1](value)
 
 
 def _list(values: object) -> list:

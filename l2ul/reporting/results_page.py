@@ -122,7 +122,7 @@ def page(
     details   details of these runs from `run_details.details`
     pictures  the result of `pictures`
     """
-    places = _places(frame, shown)
+    places, compared = _places(frame, shown), sections.expected
     tables = {
         "means": _means(frame, blocks, shown, places),
         "metrics": _metrics(frame, places),
@@ -144,7 +144,7 @@ def page(
         version=l2ul.VERSION,
         tables=tables,
         pictures=pictures,
-        expected=None if sections.expected is None else _expected(sections.expected),
+        expected=None if compared is None else (*expected.table(compared), expected.notes(compared)),
         sections=sections,
         details=details | {"facets": FACETS},
         markdown=html,
@@ -276,11 +276,6 @@ def _notes(frame: pd.DataFrame, blocks: list[Block]) -> list[str]:
     accuracies = frame[[columns.get(name).table == "accuracy" for name in frame["metric"]]]
     groups = (rows for _, rows in accuracies.groupby(["goal", "continual"]))
     return list(dict.fromkeys(note for rows in groups for note in render.accuracy_notes(rows, blocks, MEANS)))
-
-
-def _expected(comparisons: list[Comparison]) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return headings, lines and notes."""
-    return *expected.table(comparisons), expected.notes(comparisons)
 
 
 def _summary(shown: list[Record]) -> str:
