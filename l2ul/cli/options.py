@@ -377,7 +377,7 @@ def add(group: Group | Parser, flag: str, text: str, required: bool = False, **k
     if "choices" in keywords:
         keywords["type"] = OneOf(tuple(keywords.pop("choices")))
     kind = keywords.get("type")
-    if isinstance(kind, OneOf):
+    if isinstance(kind, OneOf) and not kind.several:
         keywords.setdefault("metavar", f"{{{','.join(kind.names)}}}")
     elif isinstance(kind, Number):
         keywords.setdefault("metavar", "N" if kind.kind is int else "X")

@@ -98,43 +98,30 @@ class Number:
 
 
 @dataclass(frozen=True)
-class _Names:
-    """A list of names. Calling it checks a text. `parts` returns what has to be one of the names."""
+class OneOf:
+    """A list of names. Calling it checks a text.
+
+    several  whether a value has one or more of the names, joined by +, in place of one
+    """
 
     names: tuple[str, ...]
+    several: bool = False
 
     def __call__(self, text: str) -> str:
-        """Return the text. Raises InvalidValue if a part of it is not one of the names."""
+        """Return the text. Raises InvalidValue if it is not one of the names."""
         return self.check(text)
 
     def check(self, value: object) -> str:
-        """Return a value whose parts are names. Raises InvalidValue if one is not."""
-        for part in self.parts(value):
+        """Return a value. Raises InvalidValue if it is not one of the names."""
+        for part in str(value).split("+") if self.several else [value]:
             if part not in self.names:
                 hint = did_you_mean(str(part), self.names)
                 raise InvalidValue(f"{value!r} is not allowed", f"expected {self.expected}{hint}")
         return value
 
-
-class OneOf(_Names):
-    """A list of names, of which a value is one."""
-
-    def parts(self, value: object) -> list[object]:
-        return [value]
-
     @property
     def expected(self) -> str:
         """List the names in words, as in "one of train, eval"."""
+        if self.several:
+            return f"some of {', '.join(self.names)}, joined by +"
         return f"one of {', '.join(self.names)}" if len(self.names) > 1 else self.names[0]
-
-
-class SomeOf(_Names):
-    """A list of names, of which a value has one or more, joined by +."""
-
-    def parts(self, value: object) -> list[object]:
-        return str(value).split("+")
-
-    @property
-    def expected(self) -> str:
-        """List the names in words."""
-        return f"some of {', '.join(self.names)}, joined by +"

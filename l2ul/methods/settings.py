@@ -22,7 +22,6 @@ from l2ul.common.choices import (
     InvalidValue,
     Number,
     OneOf,
-    SomeOf,
 )
 from l2ul.common.errors import InputError
 
@@ -83,10 +82,10 @@ class Setting:
         return f"--{self.name.replace('_', '-')}"
 
     @property
-    def type(self) -> Number | OneOf | SomeOf:
+    def type(self) -> Number | OneOf:
         """Return what reads a value from text and checks it."""
         if self.choices:
-            return SomeOf(self.choices) if self.several else OneOf(self.choices)
+            return OneOf(self.choices, self.several)
         is_open = self.above is not None
         return Number(type(self.default), self.above if is_open else self.minimum, is_open, self.maximum)
 
