@@ -25,21 +25,6 @@ FURTHER = "further keys"  # in place of the role of keys that the schema does no
 Report = Callable[[str], object]
 
 
-class Pool(list):
-    """A list that has each value once."""
-
-    def __init__(self):
-        super().__init__()
-        self._places: dict[str, int] = {}
-
-    def place(self, value: object) -> int:
-        """Return the index of a value, which is added if it is new."""
-        place = self._places.setdefault(json.dumps(value), len(self))
-        if place == len(self):
-            self.append(value)
-        return place
-
-
 def details(
     runs: Iterable[Record],
     data_dir: Path,
@@ -66,7 +51,8 @@ def details(
     sources  data sets: names of classes, and for each image label and thumbnail. The first images of each run have
              thumbnails if there are more than MOST_THUMBNAILS.
     """
-    values, forget, gallery, made = Pool(), Pool(), Gallery(data_dir, download, report), {}
+    values, forget = {}, {}  # by JSON text, the indices of the values
+    gallery, made = Gallery(data_dir, download, report), {}
     for run in runs:
         notes: list[str] = []
         names, before, after = _forget_set(run, notes)
@@ -76,9 +62,9 @@ def details(
             "id": name,
             "file": str(file),
             "goal": run["goal"],
-            "values": {role: values.place(part) for role, part in _by_role(run).items()},
+            "values": {role: _index(values, part) for role, part in _by_role(run).items()},
             "curve": _curve(run, notes),
-            "forget": forget.place(names),
+            "forget": _index(forget, names),
             "source": gallery.place(run, names, notes),
             "before": before,
             "after": after,
@@ -86,9 +72,15 @@ def details(
         }
         progress(1)
     gallery.finish(with_thumbnails)
+    values, forget = (list(map(json.loads, shared)) for shared in (values, forget))
     known = {name for part in values for name in part}
     docs = {name: key.doc + UNITS.get(key.type, "") for name, key in records.SCHEMA.items() if name in known}
     return {"runs": list(made.values()), "values": values, "docs": docs, "forget": forget, "sources": gallery.sources}
+
+
+def _index(shared: dict[str, int], value: object) -> int:
+    """Return the index of a value among those that runs share. It is added if it is new."""
+    return shared.setdefault(json.dumps(value), len(shared))
 
 
 def _by_role(run: Record) -> dict[str, Record]:
