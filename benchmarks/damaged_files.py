@@ -150,14 +150,12 @@ def damage(content: bytes, generator: random.Random) -> tuple[bytes, str]:
         count = generator.choice((1, 2, 8, 64))
         for _ in range(count):
             # half of the changes are in the first kibibyte, where formats keep their structure
-            changed[generator.randrange(min(size, 1024) if generator.random() < 0.5 else size)] = generator.randrange(
-                256
-            )
+            value = generator.randrange(256)
+            changed[generator.randrange(min(size, 1024) if generator.random() < 0.5 else size)] = value
         return bytes(changed), f"{count} bytes changed"
     if kind == "zeros":
-        return content[:place] + bytes(len(content[place : place + length])) + content[
-            place + length :
-        ], "a block zeroed"
+        zeros = bytes(len(content[place : place + length]))
+        return content[:place] + zeros + content[place + length :], "a block zeroed"
     if kind == "repeat":
         return content[:place] + content[place : place + length] * 2 + content[place + length :], "a block repeated"
     if kind == "remove":
@@ -169,12 +167,18 @@ def damage(content: bytes, generator: random.Random) -> tuple[bytes, str]:
     return b"", "empty"
 
 
+def write_intact(place: Path, pixels: Tensor, labels: Tensor, generator: random.Random) -> None:
+    """Write three of the images for a request, in a subfolder per class."""
+    for index in generator.sample(range(len(pixels)), 3):
+        file = place / "in" / str(int(labels[index])) / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_image(pixels[index], file)
+
+
 def damaged_image(place: Path, number: int, net, pixels, labels, generator) -> tuple[list[str], str]:
     """Make a request of three intact images and a damaged one; return its arguments and what was damaged."""
     form = FORMATS[number % len(FORMATS)]
-    for index in generator.sample(range(len(pixels)), 3):
-        (place / "in" / str(int(labels[index]))).mkdir(parents=True, exist_ok=True)
-        save_image(pixels[index], place / "in" / str(int(labels[index])) / f"{index}.png")
+    write_intact(place, pixels, labels, generator)
     index = generator.randrange(len(pixels))
     file = place / "in" / str(int(labels[index])) / f"damaged.{form}"
     file.parent.mkdir(exist_ok=True)
@@ -188,9 +192,7 @@ def damaged_image(place: Path, number: int, net, pixels, labels, generator) -> t
 
 def damaged_checkpoint(place: Path, number: int, net, pixels, labels, generator) -> tuple[list[str], str]:
     """Make a request on a damaged checkpoint; return its arguments and what was damaged."""
-    for index in generator.sample(range(len(pixels)), 3):
-        (place / "in" / str(int(labels[index]))).mkdir(parents=True, exist_ok=True)
-        save_image(pixels[index], place / "in" / str(int(labels[index])) / f"{index}.png")
+    write_intact(place, pixels, labels, generator)
     state = net.state_dict()
     wrapped = {"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}

@@ -252,7 +252,7 @@ class Bench:
     def profile(self) -> str:
         """Return tables of the time of the attack and of a step of adv_imp by operator."""
         inputs, forget = self._inputs(self.opts.step_k, "adv_imp"), self.forget(16)
-        told = []
+        tables = []
         for name, part in {
             "attack": lambda: self._our_attack(forget, self.opts.pairs // 16),
             "step of adv_imp": lambda: self._our_steps("adv_imp", *inputs, self.opts.steps),
@@ -260,7 +260,7 @@ class Bench:
             with torch.profiler.profile() as profiler:
                 part()
             order = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-            told.append(
+            tables.append(
                 f"{name}\n{profiler.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=44)}"
             )
-        return "\n".join(told)
+        return "\n".join(tables)

@@ -43,19 +43,15 @@ def main() -> None:
     opts = parse()
     device = device_module.choose_device(opts.device, opts.no_cuda, opts.threads)
     bench, found, rows = measure(opts, device)
-    told = {"device": device_module.device_name(device), "model": opts.model, "trained": bench.trained}
-    told |= {
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "precision": opts.precision,
-        "repeats": opts.repeats,
-    }
+    about = {"device": device_module.device_name(device), "model": opts.model, "trained": bench.trained}
+    about |= {"cpu": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+    about |= {"precision": opts.precision, "repeats": opts.repeats}
     profile = bench.profile() if opts.profile else ""
     with atomic(opts.output) as file:
-        record = told | {"items": rows, "seconds": found, "profile": profile.splitlines()}
+        record = about | {"items": rows, "seconds": found, "profile": profile.splitlines()}
         file.write_text(json.dumps(record, indent=1) + "\n")
     print(pd.DataFrame(rows).round(4).to_string(index=False, na_rep=""))
-    print(f"record: {opts.output}; {', '.join(f'{key} {value}' for key, value in told.items())}")
+    print(f"record: {opts.output}; {', '.join(f'{key} {value}' for key, value in about.items())}")
     print(profile)
     for item in rows:
         floor = f", {100 * item['of the floor']:.0f} % of the floor" if "of the floor" in item else ""
