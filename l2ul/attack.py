@@ -18,12 +18,11 @@ from l2ul.common.bn_folding import folded
 from l2ul.common.device import plain_defaults
 from l2ul.common.memory import multiple_of_eight, smaller_batch
 from l2ul.common.modes import eval_mode, frozen
-from l2ul.data import images as image_sets
 from l2ul.data.forget_set import other_class
-from l2ul.data.images import as_pixels, input_side
+from l2ul.data.images import LARGE, as_pixels, input_side
 
 MIN_BATCH = 16  # smallest batch of the attack; smaller batches are filled with copies, see `multiple_of_eight`
-BATCH_SIZE = {"cpu": (128, 16), "mps": (512, 64), "cuda": (2048, 256)}  # by device type: (images up to 64 px, larger)
+BATCH_SIZE = {"cpu": (128, 16), "mps": (512, 64), "cuda": (2048, 256)}  # by device type: (images up to LARGE, larger)
 
 
 @plain_defaults()
@@ -167,7 +166,7 @@ def adversarial_set(
 
 def default_batch_size(device: torch.device, side: int) -> int:
     """Return the default number of examples of `side` x `side` pixels computed at once on the device."""
-    return image_sets.default_batch_size(BATCH_SIZE, device, side)
+    return BATCH_SIZE[device.type][side > LARGE]
 
 
 def random_targets(labels: Tensor, num_classes: int, num_adv_images: int, seed: int, first_position: int = 0) -> Tensor:

@@ -210,14 +210,6 @@ def stored(images: Tensor | StoredImages) -> Tensor:
     return images.stored if isinstance(images, StoredImages) else images
 
 
-def default_batch_size(sizes: dict[str, tuple[int, int]], device: torch.device, side: int) -> int:
-    """Return the default batch size for images of (side, side) pixels.
-
-    sizes  for each type of device, the batch size for images up to LARGE pixels a side and for larger ones
-    """
-    return sizes[device.type][side > LARGE]
-
-
 def batches(
     images: Tensor | StoredImages | FolderImages,
     batch_size: int,

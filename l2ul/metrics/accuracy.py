@@ -13,17 +13,16 @@ from l2ul.common.errors import Diverged
 from l2ul.common.memory import smaller_batch
 from l2ul.common.modes import eval_mode
 from l2ul.common.precision import exactly
-from l2ul.data import images as image_sets
 from l2ul.data.folder import FolderImages
-from l2ul.data.images import as_pixels, batches, input_side
+from l2ul.data.images import LARGE, as_pixels, batches, input_side
 from l2ul.objective import Forget
 
-BATCH_SIZE = {"cpu": (256, 64), "mps": (512, 64), "cuda": (2048, 256)}  # images per batch; of large images
+BATCH_SIZE = {"cpu": (256, 64), "mps": (512, 64), "cuda": (2048, 256)}  # images per batch; of images above LARGE
 
 
 def default_batch_size(device: torch.device, side: int) -> int:
     """Return the default number of images per batch, for square images with sides of `side` pixels."""
-    return image_sets.default_batch_size(BATCH_SIZE, device, side)
+    return BATCH_SIZE[device.type][side > LARGE]
 
 
 @plain_defaults()
