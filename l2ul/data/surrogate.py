@@ -104,7 +104,7 @@ def _part_of(images: Images, name: str, part: str, first: str | None, last: str 
 
 def _in_memory(images: Tensor | FolderImages) -> Tensor:
     """Return images as a tensor, a random part of them if they take more than LARGEST bytes."""
-    number = max(1, LARGEST // images[0].numel())
+    number = max(1, LARGEST // images.shape[1:].numel())
     if number < len(images):
         chosen = torch.randperm(len(images), generator=seeds.generator(0, "surrogate"))[:number].sort().values
         return images[chosen]

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from l2ul.common.errors import is_out_of_memory
 from l2ul.common.files import atomic
-from l2ul.data.folder import FolderImages
 from l2ul.data.images import Split
 
 FORMAT = 2  # of the file; raise it when the keys of a state change
@@ -184,7 +183,7 @@ def fingerprint(*parts: object) -> str:
                 add(value)
         elif isinstance(part, Split):
             add(part.labels)
-            add(part.sha256() if isinstance(part.images, FolderImages) else _sample(part.images))
+            add(part.sha256() if part.on_disk else _sample(part.images))
         else:
             digest.update(repr(part).encode())
         digest.update(b"\n")
