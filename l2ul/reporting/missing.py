@@ -112,7 +112,7 @@ def _notes_on_files(block: Block, missing: Iterable[Missing]) -> list[str]:
     """Return notes that identify files and folders of the commands: a record holds a name at most, not its folder."""
     notes = []
     for run in missing:
-        words, digest = _flags(block, run), str(_values(block, run).get("checkpoint_sha256"))[:12]
+        words, digest = _flags(block, run), str(_like(block, run)[1].get("checkpoint_sha256"))[:12]
         meanings = {
             "--checkpoint": f"the file with the weights of {markdown_text(block.model)} whose SHA-256 begins with "
             f"{digest}",
@@ -127,21 +127,16 @@ def _notes_on_files(block: Block, missing: Iterable[Missing]) -> list[str]:
     return notes
 
 
-def _runs(block: Block, run: Missing) -> list[Record]:
-    """Return the runs that a missing run is like but for k and seed."""
+def _like(block: Block, run: Missing) -> tuple[list[Record], Record]:
+    """Return the runs that a missing run is like but for k and seed, and its settings."""
     row = main_row(block.records, run.method)
-    return [record for record in block.records if record["row"] == row]
-
-
-def _values(block: Block, run: Missing) -> Record:
-    """Return the settings of a missing run."""
-    runs = _runs(block, run)
-    return block.usual | (runs[0]["differs"] if runs else {})
+    runs = [record for record in block.records if record["row"] == row]
+    return runs, block.usual | (runs[0]["differs"] if runs else {})
 
 
 def _flags(block: Block, run: Missing) -> tuple[str, ...]:
     """Return the flags of a run other than data set, model, k, seed and method."""
-    runs, values = _runs(block, run), _values(block, run)
+    runs, values = _like(block, run)
     if "teacher" not in get(run.method).needs:
         values["surrogate"] = (runs[0] if runs else values).get("test_without")
     # file of weights and result folder come from runs with the same weights, if there are any
