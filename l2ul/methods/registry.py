@@ -8,9 +8,9 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, replace
 from functools import cache
 import hashlib
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from l2ul.common.choices import GOALS, did_you_mean
@@ -105,10 +105,7 @@ class Method:
     @property
     def terms(self) -> Implementation | None:
         """Return the implementation, imported if necessary."""
-        if isinstance(self.implementation, str):
-            module, _, function = self.implementation.partition(":")
-            return getattr(import_module(module), function)
-        return self.implementation
+        return resolve_name(self.implementation) if isinstance(self.implementation, str) else self.implementation
 
     @property
     def summary(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-import importlib
+import pkgutil
 from typing import TYPE_CHECKING, TypeVar
 
 from l2ul.common.files import own_code_sha256
@@ -113,10 +113,7 @@ class EvaluationGroup:
 
     def compute(self, outputs: RunOutputs) -> dict[str, float]:
         """Return the metrics by key; those that need reference models only if `outputs` has these."""
-        function = self.function
-        if isinstance(function, str):
-            module, _, name = function.partition(":")
-            function = getattr(importlib.import_module(module), name)
+        function = pkgutil.resolve_name(self.function) if isinstance(self.function, str) else self.function
         return function(outputs)
 
 
