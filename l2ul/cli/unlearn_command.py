@@ -177,8 +177,8 @@ def pretraining(opts: argparse.Namespace) -> list[str]:
 
 def check_files(opts: argparse.Namespace) -> None:
     """Raise InputError if a file or folder that the options name is missing: before data and weights are loaded."""
-    if opts.checkpoint:
-        models.require_checkpoint(opts.model, opts.checkpoint)
+    if opts.checkpoint and not models.has_weights(opts.model, opts.checkpoint):
+        checkpoint.require_file(Path(opts.checkpoint))
     retrained = [("--retrained", opts.retrained)] if opts.retrained else []
     for flag, path in (*retrained, *(("--references", path) for path in opts.references or ())):
         if not path.exists():

@@ -70,12 +70,6 @@ def check_name(name: str) -> None:
     )
 
 
-def require_checkpoint(name: str, checkpoint: str | Path) -> None:
-    """Raise InputError unless `checkpoint` is a file, or the name of pretrained weights of the torchvision model."""
-    if not has_weights(name, checkpoint):
-        checkpoints.require_file(Path(checkpoint))
-
-
 def has_weights(name: str, choice: str | Path) -> bool:
     """Return whether `choice` is the name of pretrained weights of the torchvision model `name`."""
     return name in zoo.names() and zoo.has_weights(name, str(choice))
