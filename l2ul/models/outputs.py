@@ -12,7 +12,7 @@ LOGITS, PROBABILITIES = "logits", "probabilities"
 SMALLEST = 1e-30  # probabilities below this count as this: softmax rounds small ones to 0, which has no logarithm
 SUM_TOLERANCE = 5e-3  # of the sum of a row of probabilities, for 16-bit outputs
 BATCH = 64  # images on which outputs are judged
-WIDE = 100.0  # standard deviation of the noise on pixels that separates bounded outputs from small logits
+WIDE = 100.0  # of noise that separates bounded outputs from small logits: added to pixels, or a factor of weights
 
 
 def log_probabilities(probabilities: Tensor) -> Tensor:
@@ -105,12 +105,24 @@ def is_multi_label(logits: Tensor) -> bool:
 
 
 def _is_unbounded(classifier: nn.Module, pixels: Tensor, outputs: Tensor) -> bool:
-    """Return whether outputs that lie in [0,1] leave it for images of a far wider range, as logits may.
+    """Return whether outputs that lie in [0,1] leave it for images, or weights, of a far wider range, as logits may.
 
     A classifier that is hardly trained can return logits between 0 and 1 for every image. A Sigmoid never leaves [0,1].
+    Wide weights are for models that normalise their features, such as transformers: these are bounded in the pixels.
     """
     if not outputs.is_floating_point() or not outputs.any() or outputs.min() < 0 or outputs.max() > 1:
         return False
-    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)).to(pixels)
-    wide = classifier(pixels + WIDE * noise).float()
-    return bool((wide.min() < -SUM_TOLERANCE) | (wide.max() > 1 + SUM_TOLERANCE))
+    generator = torch.Generator().manual_seed(0)
+
+    def wide_noise(values: Tensor) -> Tensor:
+        return WIDE * torch.randn(values.shape, generator=generator).to(values)
+
+    def leaves(wide: Tensor) -> bool:  # False for NaN
+        return bool((wide.float().min() < -SUM_TOLERANCE) | (wide.float().max() > 1 + SUM_TOLERANCE))
+
+    if leaves(classifier(pixels + wide_noise(pixels))):
+        return True
+    changed = copy.deepcopy(classifier)
+    for weights in changed.parameters():
+        weights.mul_(wide_noise(weights))
+    return leaves(changed(pixels))

@@ -125,18 +125,26 @@ def test_a_hugging_face_model_of_another_problem_is_refused(script, vit_folder, 
     assert (code, problem in err, err.count("\n")) == (2, True, 1)
 
 
-def test_small_logits_of_an_untrained_net_are_no_sigmoid_outputs():
-    classifier = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+@pytest.mark.parametrize(
+    "norm",
+    [nn.Identity(), nn.LayerNorm(3 * 8 * 8)],  # with the latter, logits are bounded for all pixels
+)
+def test_small_logits_of_an_untrained_net_are_no_sigmoid_outputs(norm):
+    last = nn.Linear(3 * 8 * 8, 2)
+    classifier = nn.Sequential(nn.Flatten(), norm, last)
     with torch.no_grad():
-        classifier[1].weight.normal_(0, 1e-3, generator=torch.Generator().manual_seed(0))
-        classifier[1].bias.fill_(0.4)
+        last.weight.normal_(0, 1e-3, generator=torch.Generator().manual_seed(0))
+        last.bias.fill_(0.4)
     pixels = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits = classifier(pixels)
+    before = [weights.clone() for weights in classifier.parameters()]
     assert 0 < logits.min() < logits.max() < 1
     assert outputs.adapt(classifier, pixels) == outputs.LOGITS
+    assert all(map(torch.equal, classifier.parameters(), before))
     with pytest.raises(InputError, match="as a Sigmoid does"):
         outputs.adapt(nn.Sequential(*classifier, nn.Sigmoid()), pixels)
+    assert outputs.adapt(nn.Sequential(*classifier, nn.Softmax(1)), pixels) == outputs.PROBABILITIES
 
 
 def test_logits_of_single_label_models_do_not_look_like_several_labels():
