@@ -68,7 +68,7 @@ def run(opts: argparse.Namespace) -> None:
                 print(note)
             if distributed.is_first():
                 results = [run.files.read() for run in runs]
-                print(summary.brief(results).to_string(index=False))
+                print(summary.brief_text(summary.brief(results)))
                 if note := command.divergence_note(results):
                     print(note)
                 print(f"records: {opts.result_dir / 'runs'}")

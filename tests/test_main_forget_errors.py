@@ -167,6 +167,7 @@ CASES = [
     (None, f"{REST}", "no classifier is named; give --model"),
     (None, f"--model resnet20 {REST}", "no weights are given for resnet20; give their file as --checkpoint"),
     (None, f"--model resnet21 --checkpoint {{}}/tiny.pt {REST}", "unknown model 'resnet21'"),
+    (None, f"--model {{}}/my_vit {REST}", "name a folder that exists, or name a module of your own with --build"),
     (None, f"--model resnet20 --checkpoint {{}}/none.pt {REST}", "there is no checkpoint"),
     (None, f"--model resnet20 --checkpoint {{}}/tiny.pt {REST}", "does not fit resnet20"),
     (None, f"--model {{}}/tiny.pt {REST}", "is a file; give the architecture as --model"),

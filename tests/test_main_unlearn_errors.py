@@ -88,6 +88,7 @@ def test_without_a_writable_cache_the_runs_continue_and_a_line_says_so(run):
     [
         (["--dataset", "svhn"], "there is no data set 'svhn'"),
         (["--model", "resnet19"], "unknown model 'resnet19'"),
+        (["--model", "mine"], "start the command from the file that registers it (docs/extending.md)"),
         (["--method", "adv", "sgd"], "unknown method 'sgd'; expected one of before, neggrad"),
         (["--method", "sgd"], "(see main_unlearn.py --help)"),
         (["--checkpoint", "none.pt"], "there is no checkpoint none.pt"),

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import sys
 
 from conftest import FAST, ROOT
 from helpers import load_records
@@ -15,6 +16,8 @@ from l2ul.methods import registry as methods_registry
 from l2ul.methods.settings import Setting
 from l2ul.metrics import columns
 from l2ul.metrics import registry as measuring_registry
+import main_tables
+import main_unlearn
 
 EXAMPLES = {
     re.match(r"# (my_\w+)\.py", block)[1]: block
@@ -44,8 +47,9 @@ def example(script, tmp_path, few_digits):
         registry.update(before)
 
 
-def test_there_are_five():
-    assert list(EXAMPLES) == ["my_method", "my_setting", "my_net", "my_data", "my_metric"]
+def test_there_are_seven():
+    names = ["my_method", "my_setting", "my_net", "my_training", "my_tables", "my_data", "my_metric"]
+    assert list(EXAMPLES) == names
 
 
 def test_a_method(example):
@@ -90,6 +94,37 @@ def test_a_net(example, tmp_path):
     records = example("my_net", "--model", "small", "--checkpoint", tmp_path / "small.pt")
     assert {record["model"] for record in records} == {"small"}
     assert records[0]["mean"] == "0.3 0.3 0.3"
+
+
+def test_a_net_is_trained_and_drawn(example, script, monkeypatch, tmp_path):
+    write(tmp_path, "my_net")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_net", raising=False)
+
+    def run(name, *words):
+        path = str(write(tmp_path, name))
+        code, out, err = script(lambda: runpy.run_path(path, run_name="__main__"), *words)
+        assert (code, err) == (0, ""), err
+        return out
+
+    weights = tmp_path / "small.safetensors"
+    run("my_training", "--dataset", "digits", "--epochs", 1, "--output", weights)
+    net = ["--model", "small", "--checkpoint", weights]
+    (record,) = example("my_net", *net, "--method", "neggrad", "--save-model")
+    assert record["checkpoint"] == weights.name
+    (card,) = (tmp_path / "models").glob("*.md")
+    assert '\n# first import the file that registers "small"\nmodel = models.load("small"' in card.read_text()
+    out = run("my_tables", "--result-dir", tmp_path, "--checkpoint", weights, "--figures", 4)
+    assert "digits_small_4_layer_similarity.png" in out
+    models.OWN.pop("small")
+    code, out, _ = script(main_tables.main, "--result-dir", tmp_path, "--figures", 4, 5)
+    assert code == 0
+    assert "digits_small: figures 4 5 were left out: unknown model 'small': expected one of" in out
+    code, _, err = script(main_unlearn.main, "--model", "small")
+    assert (code, "for a network of your own, start the command from the file that registers it" in err) == (2, True)
+    runpy.run_path(str(tmp_path / "my_net.py"))
+    code, _, err = script(main_unlearn.main, "--model", "small")
+    assert (code, "train them with a file that registers the network" in err) == (2, True), err
 
 
 def test_a_data_set(example, tmp_path):

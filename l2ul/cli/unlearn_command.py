@@ -36,10 +36,10 @@ from l2ul.metrics.registry import EVALUATIONS, METRICS_CODE
 from l2ul.models import checkpoint, hub, outputs
 
 ENDINGS = {  # what a status means
-    "forgotten": "forgotten after {steps} steps",
-    "cap": "not forgotten after {steps} steps",
-    "diverged": "diverged after {steps} steps",
-    "done": "done after {steps} steps",
+    "forgotten": "forgotten after {steps}",
+    "cap": "not forgotten after {steps}",
+    "diverged": "diverged after {steps}",
+    "done": "done after {steps}",
     "failed": "failed",
 }
 ACCURACIES = {"acc_forget": "D_f", "acc_relabel": "relabelled", "acc_retain": "D_r", "acc_test": "D_test"}
@@ -116,7 +116,7 @@ def load_setup(
         candidates = checkpoint.candidates(label, opts.model, opts.data_dir)
         raise InputError(
             f"no weights of {opts.model} for {label}: looked for {', '.join(map(str, candidates))}",
-            f"train them with: {shlex.join(pretraining(opts))}",
+            models.TRAIN_OWN if models.is_of_user(opts.model) else f"train them with: {shlex.join(pretraining(opts))}",
             "name a file with --checkpoint",
         )
     images, surrogate = (load_data or options.load_data)(opts), None
@@ -368,7 +368,8 @@ def run_line(record: dict[str, object]) -> str:
     parts = [time.strftime("%H:%M:%S"), f"{record['method']:7}", f"k {record['k']:<3}", f"seed {record['seed']}"]
     parts += [f"step {record['continual_step']}"] if record["continual_step"] else []
     is_unchanged = record["status"] == "done" and not record["steps"]  # method `before`
-    ending = "not changed" if is_unchanged else ENDINGS[record["status"]].format(steps=record["steps"])
+    steps = f"{record['steps']} step{'s' * (record['steps'] != 1)}"
+    ending = "not changed" if is_unchanged else ENDINGS[record["status"]].format(steps=steps)
     if record.get("robust") and record["status"] == "forgotten":  # which the run checks in changed copies alone
         ending += ", at least 95 % also in changed copies"
     elif record.get("robust"):  # D_f as stored may be forgotten before changed copies are

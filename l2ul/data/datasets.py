@@ -189,7 +189,12 @@ def _image_folder(name: str, folder: Path, size: int | None, *, reader: ImageRea
             f"subfolders train and val, but {folder / 'train'} does not exist",
             "name the folder above it with --data-dir",
         )
-    held_out = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), folder / "val")
+    held_out = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), None)
+    if held_out is None:
+        raise InputError(
+            f"{folder} has no subfolder val or test, which holds the test images",
+            "put them into one, with a folder per class",
+        )
     train, test = _read_image_folder(folder / "train"), _read_image_folder(held_out)
     classes = WNIDS.read_text().split() if name == "imagenet" else train.classes
     for part in (train, test):

@@ -89,7 +89,7 @@ def class_names(grouping: str) -> list[str]:
 def split_files(names: list[str], split_seed: int) -> list[Tensor]:
     """Return the indices of the training (80 %), validation (10 %) and test images among sorted file names.
 
-    The 23,708 images of UTKFace are split into 18,966, 2,371 and 2,371, as in the paper.
+    The 23,708 images of UTKFace are split into 18,966, 2,371 and 2,371, as in the released scripts.
     """
     order = torch.randperm(len(names), generator=seeds.generator(split_seed, "utkface split"))
     train, validation = round(0.8 * len(names)), round(0.1 * len(names))

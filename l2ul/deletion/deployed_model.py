@@ -197,7 +197,7 @@ def _open(
     if path.is_dir():
         is_timm = timm_models.is_folder(path)
         model = f"{timm_models.PREFIX + timm_models.FOLDER if is_timm else huggingface.PREFIX}{model}"
-    models.check_name(model)
+    models.check_name(model, "name a folder that exists", "name a module of your own with --build")
     if model.startswith(timm_models.PREFIX):
         if timm_models.source(model).folder:
             _refuse_flags({"--checkpoint": checkpoint}, f"{model}, which contains its weights")

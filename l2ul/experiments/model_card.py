@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import json
 from pathlib import Path
 
-from l2ul import VERSION
+from l2ul import VERSION, models
 from l2ul.common import pages
 from l2ul.common.choices import CAP, DIVERGED
 from l2ul.common.markup import markdown_code
@@ -69,10 +69,11 @@ def method_sentence(method: str, seed: int, settings: Mapping[str, object]) -> s
 
 
 def opening(model: str, num_classes: int, file: str, mean: object = None, std: object = None) -> str:
-    """Return how to open a file of weights of a network of this project or of torchvision."""
+    """Return how to open a file of weights of a network of this project, of torchvision or of the user."""
     statistics = "".join(f", {name}={list(values)}" for name, values in (("mean", mean), ("std", std)) if values)
+    registered = f"# first import the file that registers {json.dumps(model)}\n" if models.is_of_user(model) else ""
     return (
-        "```python\nfrom l2ul import models\n\n"
+        f"```python\nfrom l2ul import models\n\n{registered}"
         f'model = models.load({json.dumps(model)}, {num_classes}, "{file}"{statistics})\n```\n\n'
         "It takes pixels (n, channels, height, width) in [0,1] and returns logits."
     )

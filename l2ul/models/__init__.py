@@ -30,6 +30,10 @@ from l2ul.models.classifier import (
 SUFFIX = ".safetensors"
 OWN = {name: family for family in (resnet, resnet_cifar100, resnet_small, stems, lenet) for name in family.NAMES}
 
+BUILT_IN = frozenset(OWN)
+TRAIN_OWN = "train them with a file that registers the network and calls a training script (docs/extending.md)"
+FROM_A_FILE = "for a network of your own, start the command from the file that registers it (docs/extending.md)"
+
 __all__ = ["OWN", "Classifier", "build", "check_name", "load", "load_saved", "register", "save", "saved_suffix"]
 
 
@@ -55,8 +59,16 @@ def register(
     )
 
 
-def check_name(name: str) -> None:
-    """Raise InputError unless `name` is in `OWN`, or torchvision:NAME, timm:NAME_OR_FOLDER or hf:NAME_OR_FOLDER."""
+def is_of_user(name: str) -> bool:
+    """Return whether a name is of a model that the user registers, in this process or in another one."""
+    return name not in BUILT_IN and ":" not in name
+
+
+def check_name(name: str, *advice: str) -> None:
+    """Raise InputError unless `name` is in `OWN`, or torchvision:NAME, timm:NAME_OR_FOLDER or hf:NAME_OR_FOLDER.
+
+    advice  alternatives to these names, for the message; by default how the commands take a network of the user
+    """
     if name.startswith(timm_models.PREFIX):
         timm_models.source(name)
         return
@@ -66,7 +78,8 @@ def check_name(name: str) -> None:
     hint = f"did you mean {near}? " if near in zoo.names() else ""
     raise InputError(
         f"unknown model {name!r}: {hint}expected one of {', '.join(OWN)}, torchvision:NAME, timm:NAME_OR_FOLDER or "
-        f"hf:NAME_OR_FOLDER"
+        f"hf:NAME_OR_FOLDER",
+        *(advice or [FROM_A_FILE]),
     )
 
 

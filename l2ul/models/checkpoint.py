@@ -77,7 +77,11 @@ def candidates(dataset: str, model: str, data_dir: Path) -> list[Path]:
     file = Path("weights") / f"{in_file_name(dataset)}_{in_file_name(model)}.safetensors"
     released = Path(f"{dataset}_pretrained_models") / f"{model.removesuffix('_cifar100')}.pt"
     places = [Path(data_dir) / file, SCRIPTS / "data" / file, Path(data_dir) / released]
-    return places + ([CLONE / released] if CLONE else [])
+    places += [CLONE / released] if CLONE else []
+    different: dict[Path, Path] = {}
+    for place in places:
+        different.setdefault(place.resolve(), place)
+    return list(different.values())
 
 
 def find(dataset: str, model: str, data_dir: Path) -> Path | None:

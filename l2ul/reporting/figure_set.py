@@ -4,6 +4,7 @@ Figures 1 and 6 need records alone, figure 7 the curves beside them. Figure 3 ne
 and figures 2 to 5 the data set. Figures 4 and 5 need unlearned models that main_unlearn.py saved with --save-model.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
 from dataclasses import dataclass, field
@@ -109,14 +110,17 @@ def draw(
             )
     paths = []
     for block in rows.blocks(records):
-        subject = Subject(options, block, report)
+        subject, left_out = Subject(options, block, report), defaultdict(list)
         for number in sorted(set(numbers)):
             try:
                 figure, shown = DRAW[number](subject)
             except InputError as error:
-                report(f"{subject.name}: figure {number} was left out: {error.without(FLAGS_OF_RUNS)}")
+                left_out[str(error.without(FLAGS_OF_RUNS))].append(number)
                 continue
             paths += figures.save(figure, shown, Path(output_dir) / stem(block, number), report)
+        for reason, some in left_out.items():
+            which = f"figure{'s' * (len(some) > 1)} {' '.join(map(str, some))}"
+            report(f"{subject.name}: {which} {'were' if len(some) > 1 else 'was'} left out: {reason}")
     return paths
 
 
@@ -298,9 +302,10 @@ def accuracy_against_k(subject: Subject) -> Drawn:
     shown = list(filter(rows.has_usual_data, shown)) or shown  # others have another "before"
     table = figure_data.accuracies(shown)
     if len(runs) > len(shown):
+        number = len(runs) - len(shown)
         subject.report(
-            f"{subject.name}: figure 1 shows one row of settings for each method; {len(runs) - len(shown)} runs with "
-            f"other settings are left out"
+            f"{subject.name}: figure 1 shows one row of settings for each method; {number} "
+            f"{'runs with other settings are' if number > 1 else 'run with other settings is'} left out"
         )
     most = int(table["runs"][table["method"] != "before"].max())
     note = f"mean ± standard deviation of up to {most} seeds" if most > 1 else "one seed"

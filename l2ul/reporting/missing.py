@@ -50,7 +50,7 @@ def parts(blocks: Iterable[Block], selection: Selection) -> tuple[list[str], lis
         notes += [f"Commands of more than {MOST_CHARACTERS:,} characters are left out."] * (len(needed) < len(every))
         cells += describe(block, absent)
         lines += needed
-        notes += _notes_on_files(block, absent) if needed else []
+        notes += [*_notes_on_files(block, absent), *_notes_on_code(block, absent)] if needed else []
     return cells, lines, list(dict.fromkeys(notes))
 
 
@@ -127,6 +127,16 @@ def _notes_on_files(block: Block, missing: Iterable[Missing]) -> list[str]:
     return notes
 
 
+def _notes_on_code(block: Block, missing: Iterable[Missing]) -> list[str]:
+    """Return a note on the model and the methods that the user registers: main_unlearn.py lacks them."""
+    names = [block.model] if models.is_of_user(block.model) else []
+    names += sorted({run.method for run in missing if get(run.method).code_sha256()})
+    if not names:
+        return []
+    listed = ", ".join(map(markdown_code, names))
+    return [f"In place of main_unlearn.py, start the file of yours that registers {listed}."]
+
+
 def _like(block: Block, run: Missing) -> tuple[list[Record], Record]:
     """Return the runs that a missing run is like but for k and seed, and its settings."""
     row = main_row(block.records, run.method)
@@ -160,7 +170,8 @@ def _implied(block: Block) -> dict[str, set]:
     """Return the values that main_unlearn.py uses without a flag, other than the defaults of the schema."""
     family = models.OWN.get(block.model, zoo)
     statistics = {name: {" ".join(f"{value:g}" for value in getattr(family, name.upper()))} for name in ("mean", "std")}
-    files = {path.name for path in checkpoint.candidates(block.data_label, block.model, Path())}
+    places = checkpoint.candidates(block.data_label, block.model, Path())
+    files = {path.name for path in (places[:1] if models.is_of_user(block.model) else places)}
     # the default of other data sets depends on their images
     sides = {128} if block.age_grouping else {224} if block.dataset == "imagenet" else set()
     return statistics | {"checkpoint": files, "image_size": sides}

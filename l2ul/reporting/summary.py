@@ -233,6 +233,13 @@ def brief(results: list[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def brief_text(table: pd.DataFrame) -> str:
+    """Return the table of `brief` as text: numbers aligned on the right, columns two or more spaces apart."""
+    left = {"method", "seeds", "runs"}
+    align = ["left" if name in left else "right" for name in table]
+    return table.to_markdown(index=False, tablefmt="plain", disable_numparse=True, colalign=align)
+
+
 def _ending(run: Record) -> str:
     """Return how a run ended that did not forget all of D_f, "" for another."""
     if run["status"] != records.CAP:

@@ -25,6 +25,7 @@ RECORD = {
         ({"status": "cap", "robust": 1}, "not forgotten as used after 300 steps"),
         ({"status": "diverged", "robust": 1}, "diverged after 300 steps"),
         ({"status": "done", "steps": 0}, "not changed"),
+        ({"status": "done", "steps": 1}, "done after 1 step"),
     ],
 )
 def test_it_says_how_the_run_ended(facts, ending):

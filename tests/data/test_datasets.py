@@ -148,7 +148,7 @@ def test_a_folder_of_the_wrong_shape_raises_input_error(tmp_path):
     with pytest.raises(InputError, match="there is no data set 'nothing': expected digits, cifar10.* with --data-dir"):
         datasets.load("nothing", tmp_path)
     write_folder(tmp_path / "one", parts=("train",))
-    with pytest.raises(InputError, match="val"):
+    with pytest.raises(InputError, match="one has no subfolder val or test, which holds the test images; put them"):
         datasets.load("one", tmp_path)
     write_folder(tmp_path / "one", ("ant", "cat"), ("test",))
     with pytest.raises(InputError, match="has a class 'cat'; expected a class of"):

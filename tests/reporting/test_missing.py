@@ -41,6 +41,16 @@ def test_weights_without_a_file_name_are_identified_by_their_hash(folder, tables
     assert "`FILE` is the file with the weights of resnet20 whose SHA-256 begins with 12fca82f0beb." in markdown
 
 
+def test_commands_for_a_network_of_the_user_name_its_weights_and_say_what_to_start(folder, tables):
+    folder({"model": "small", "checkpoint": "small.pt"})
+    markdown = tables("--seed", 0, 1)
+    assert "--model small --checkpoint small.pt" in markdown
+    assert "\nIn place of main_unlearn.py, start the file of yours that registers `small`.\n" in markdown
+    folder({"checkpoint": "resnet20.pt"})  # the name that the released scripts use
+    (line,) = [line for line in tables("--seed", 0, 1).splitlines() if "--model resnet20" in line]
+    assert "--checkpoint" not in line
+
+
 @pytest.mark.parametrize(
     ("key", "meaning"),
     [
