@@ -345,7 +345,7 @@ def log_candidate(candidate, recognised) -> None:
     """Print a finished candidate of the search. Only images that the original model recognised count as forgotten."""
     from l2ul.deletion.candidates import describe
 
-    limit = f"; --minutes or --max-steps stopped it at step {candidate.steps}" if candidate.status == STOPPED else ""
+    limit = f"; the limit of time or steps stopped it at step {candidate.steps}" if candidate.status == STOPPED else ""
     agreement = ", ".join(f"agreement {kept.percent:.1f} % ({kept.name})" for kept in candidate.kept)
     forgotten = f"{int((candidate.forgotten & recognised).sum())} of {int(recognised.sum())} forgotten"
     if candidate.stored is not None and not candidate.stored.equal(candidate.forgotten):

@@ -232,7 +232,7 @@ def test_the_search_ends_within_the_time_limit(tiny, script, tmp_path):
     lines = [line for line in out.splitlines() if re.match(r"\d\d:\d\d:\d\d  .*: \d of 6 forgotten", line)]
     assert len(lines) == len(report["trials"])  # a line per candidate
     ending = re.compile(
-        r"agreement [\d.]+ % \(images to keep\), \d+ s(; --minutes or --max-steps stopped it at step \d+)?$"
+        r"agreement [\d.]+ % \(images to keep\), \d+ s(; the limit of time or steps stopped it at step \d+)?$"
     )
     assert all(ending.search(line) for line in lines), lines
 
@@ -406,6 +406,11 @@ def test_a_hugging_face_folder_loads_with_transformers_and_gives_the_logits_of_t
     words = ["--model", vit_folder, "--images", tmp_path / "in", "--output", tmp_path / "out", *FAST_REQUEST]
     assert script(main_forget.main, *words)[0] == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "(a folder of transformers)" in page
+    listed = page.split("All settings of the chosen candidate")[1].split("</details>")[0]
+    assert "<code>distill_lr=" in listed
+    assert not any(f"<code>{name}=" in listed for name in ("unlearn_lr", "robust_pool"))  # they have no effect
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "model").eval()
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out" / "model")
     for row in report["images"]:
@@ -535,4 +540,4 @@ def test_a_line_of_a_candidate_counts_recognised_images_as_used_and_as_stored(ca
     stored = None if stored is None else torch.tensor(stored)
     candidate = Candidate(Settings(), {"robust": 0}, "stopped", 3, 2.0, used, [], None, stored)
     main_forget.log_candidate(candidate, torch.tensor([True, True, True, False]))
-    assert f"robust 0: {expected}, 2 s; --minutes or --max-steps stopped it at step 3" in capsys.readouterr().out
+    assert f"robust 0: {expected}, 2 s; the limit of time or steps stopped it at step 3" in capsys.readouterr().out

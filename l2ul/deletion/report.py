@@ -21,10 +21,19 @@ from l2ul.common.files import tensors_sha256
 from l2ul.common.installation import command
 from l2ul.deletion import states
 from l2ul.deletion.candidates import Candidate
+from l2ul.deletion.deployed_model import BUILT
 from l2ul.deletion.flow import Deletion, Result
 from l2ul.deletion.report_schema import AS_STORED, AS_USED, Report
 from l2ul.deletion.request import Request
+from l2ul.methods import registry
+from l2ul.methods.settings import Value, has_effect
+from l2ul.models import huggingface, timm_models
 
+OPENED_AS = {  # what the page says of a model that has no name of its own
+    huggingface.PREFIX: "a folder of transformers",
+    timm_models.PREFIX: "a folder of timm",
+    BUILT: "a module of your own",
+}
 THUMBNAIL = 96  # pixels of the longer side
 NOT_CLAIMED = (
     "That the images no longer influence the weights. The report shows how the model classifies these images. A model "
@@ -165,9 +174,16 @@ def thumbnail(image: Tensor) -> str:
     return pages.thumbnail(image, THUMBNAIL)
 
 
+def _used_settings(report: Report) -> dict[str, Value]:
+    """Return the settings of the chosen candidate that have an effect on it."""
+    chosen = report["chosen"] or {}
+    values = registry.loop_settings(report["asked"]["method"], chosen)
+    return {name: value for name, value in values.items() if has_effect(name, {**chosen, "k": len(report["images"])})}
+
+
 def page(report: Report, pictures: Sequence[str] | None = None) -> str:
     """Return a report as one HTML page without external files. `pictures` are data URLs, one per image."""
-    rows, request = report["images"], report["asked"]
+    rows, request, model = report["images"], report["asked"], report["model"]["opened_by"]["model"]
     left_out = len(request.get("left_out", ()))
     sentence = states.headline(rows, request["goal"], request.get("also", ()), request.get("counted"), left_out)
     return pages.render(
@@ -178,6 +194,8 @@ def page(report: Report, pictures: Sequence[str] | None = None) -> str:
         thumbnails=pictures,
         counts=states.count(rows),
         headline=sentence[0].upper() + sentence[1:],
+        opened_as=OPENED_AS.get(model, model),
+        used_settings=_used_settings(report),
         inventory_titles=INVENTORY,
         program=shlex.join(command("main_forget.py")),
         readable_time=states.readable_time,

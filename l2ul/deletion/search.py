@@ -7,7 +7,7 @@ import math
 
 from torch import Tensor
 
-from l2ul.common.choices import STOPPED
+from l2ul.common.choices import CAP, STOPPED
 from l2ul.common.errors import Wording, option, worded
 from l2ul.deletion import strategies
 from l2ul.deletion.candidates import Candidate, TimeBudget, Unlearner, describe, measure_step, without_synthesis
@@ -35,8 +35,8 @@ def find_candidates(
     keep_images   (n, 3, H, W) images that must keep their predictions: a further probe
     on_candidate  called with each candidate when it is finished
 
-    The reason is a sentence if the search ends before the time is up, see `search`, or if the limit of time or steps
-    stops the run with the user's settings, and None otherwise.
+    The reason is a sentence if the search ends before the time is up, see `search`, or if the run with the user's
+    settings ends before all images are forgotten, and None otherwise.
     """
     if unlearner.uses_teacher:
         length = cycle_length(first, len(unlearner.train_set))
@@ -53,10 +53,18 @@ def find_candidates(
     if fixed:
         candidate = unlearner.run_candidate(first, fixed, of_search)
         on_candidate(candidate)
-        limits = Wording("--minutes or --max-steps", "minutes")
-        end = worded("{} stopped the run at step {}: use a larger limit", limits, candidate.steps)
-        return [candidate], end if candidate.status == STOPPED else None
+        return [candidate], _end_of_only(candidate, unlearner.max_steps)
     return search(unlearner, first, of_search, seconds_per_step, on_candidate, seconds_of_checks)
+
+
+def _end_of_only(candidate: Candidate, max_steps: int | None) -> str | None:
+    """Return what ended the only run, with the user's settings, before all images were forgotten; None: nothing did."""
+    if candidate.status == STOPPED:
+        limit = "--max-steps" if candidate.steps == max_steps else option("minutes")
+        return worded("{} stopped the run at step {}: use a larger limit", limit, candidate.steps)
+    if candidate.status == CAP:
+        return f"the run took all of its {candidate.steps} steps before all images were forgotten: use other settings"
+    return None
 
 
 SEARCH_SHARE = 0.8  # of the time: the search ends then, or earlier if the checks after it take longer

@@ -10,7 +10,7 @@ from conftest import CLASSES
 import pytest
 import torch
 
-from l2ul.common.errors import InputError
+from l2ul.common.errors import InputError, in_python
 from l2ul.deletion import flow, search, strategies
 from l2ul.deletion.candidates import PARTS, Candidate, TimeBudget, Unlearner, measure_step, without_synthesis
 from l2ul.deletion.flow import Deletion
@@ -466,5 +466,15 @@ def test_a_limit_that_stops_a_run_with_settings_of_the_user_is_stated(max_steps,
     first, budget = Settings(distill_steps=4, distill_cycles=1, distill_mixes=4), TimeBudget(60, time.perf_counter())
     (one,), end = search.find_candidates(unlearner, first, budget, fixed={"distill_steps": 4})
     assert one.steps == (max_steps or 4)
-    stated = "--minutes or --max-steps stopped the run at step 2: use a larger limit"
-    assert end == (stated if max_steps else None)
+    all_taken = "the run took all of its 4 steps before all images were forgotten: use other settings"
+    assert end == ("--max-steps stopped the run at step 2: use a larger limit" if max_steps else all_taken)
+
+
+def test_a_time_limit_that_stops_a_run_with_settings_of_the_user_is_stated(trained):
+    model, images, labels = trained
+    forget = Forget(images[:2] / 255, labels[:2])
+    unlearner = Unlearner(model, forget, forget, "distill", CLASSES, 0, lambda model: model)
+    first, budget = Settings(distill_steps=4, distill_cycles=1, distill_mixes=4), TimeBudget(1e-6, time.perf_counter())
+    (one,), end = search.find_candidates(unlearner, first, budget, fixed={"distill_steps": 4})
+    assert end == f"--minutes stopped the run at step {one.steps}: use a larger limit"
+    assert in_python(end) == f"minutes stopped the run at step {one.steps}: use a larger limit"
