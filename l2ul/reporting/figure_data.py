@@ -110,7 +110,9 @@ def accuracies(runs: Iterable[Record]) -> pd.DataFrame:
 
 
 def ablations(runs: Iterable[Record], k: int | None = None) -> pd.DataFrame:
-    """Return `means` by setting, value and method, of runs that differ in a single setting of SWEPT.
+    """Return `means` by setting, value and method, of runs that differ in a single setting.
+
+    The settings are those of SWEPT, and numbers that methods of the user declare.
 
     All runs have one k, weights and images, those with most values (the largest such k). For each setting and method,
     the runs are those with most values of the setting and all other settings equal. Each setting has a row for the
@@ -119,7 +121,8 @@ def ablations(runs: Iterable[Record], k: int | None = None) -> pd.DataFrame:
     Raises InputError if no runs differ in a single setting.
     """
     runs = [run for run in runs if run["method"] != "before" and k in (None, run["k"])]
-    swept = {(setting, *key): same for setting in SWEPT for key, same in _sweeps(runs, setting).items()}
+    settings = [*SWEPT, *_own_numbers(runs)]
+    swept = {(setting, *key): same for setting in settings for key, same in _sweeps(runs, setting).items()}
     sizes = Counter()
     for (setting, *subject, _), same in swept.items():
         sizes[tuple(subject)] += _values(same, setting)
@@ -127,13 +130,19 @@ def ablations(runs: Iterable[Record], k: int | None = None) -> pd.DataFrame:
         flags = ", ".join(option(name) for name in SWEPT)
         raise InputError("no records differ in a single setting", f"run main_unlearn.py with several values of {flags}")
     shown, tables = max(sizes, key=lambda subject: (sizes[subject], subject)), []
-    for setting in SWEPT:
+    for setting in settings:
         same = [run for (*subject, _), group in swept.items() if subject == [setting, *shown] for run in group]
         if same:
             frame = pd.DataFrame(same).assign(setting=setting, value=[float(run[setting]) for run in same])
             before = _before(frame).assign(setting=setting, k=shown[0])
             tables += [means(frame, ["setting", "value", "method", "k"]), before]
     return pd.concat(tables, ignore_index=True)
+
+
+def _own_numbers(runs: list[Record]) -> list[str]:
+    """Return the names of settings that methods of the user declare and that are numbers."""
+    names = {name for run in runs for name in (run.get("method_settings") or "").split()} - SWEPT.keys()
+    return sorted(name for name in names if all(isinstance(run.get(name, 0), int | float | None) for run in runs))
 
 
 def _sweeps(runs: list[Record], setting: str) -> dict[tuple[int, str, str], list[Record]]:

@@ -238,11 +238,11 @@ def _side_by_side(table: pd.DataFrame) -> pd.DataFrame:
 @_styled
 def ablations(table: pd.DataFrame, title: str) -> Figure:
     """Draw figure 6 from `figure_data.ablations`: a column for each setting, a row for each metric."""
-    settings = [name for name in SWEPT if name in set(table["setting"])]
+    settings = list(dict.fromkeys(table["setting"]))
     figure = _figure(max(WIDTH * len(settings) / 4, 3.4), 4.2, title)
     grid = figure.subplots(len(MEASURED), len(settings), sharey="row", squeeze=False)
     for column, setting in zip(grid.T, settings, strict=True):
-        rows, (label, logarithmic) = table[table["setting"] == setting], SWEPT[setting]
+        rows, (label, logarithmic) = table[table["setting"] == setting], SWEPT.get(setting, (setting, False))
         for axes, measure in zip(column, MEASURED, strict=True):
             _lines(axes, rows, "value", measure)
             _values_axis(axes, rows["value"].dropna(), logarithmic)
@@ -398,6 +398,7 @@ def similarity(table: pd.DataFrame, title: str) -> Figure:
             xlabel="layer, first to last",
             ylim=(0, 1.03),
         )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     grid[0].set_ylabel("linear CKA with the original model")
     _legend(figure, table)
     return figure

@@ -227,12 +227,25 @@ def accuracy_notes(rows: pd.DataFrame, blocks: list[Block], on_runs: str | None 
     if (rows["row"] != rows["method"]).any():
         notes.append(
             "Rows with brackets: the same method with other settings, weights or images, which the brackets name."
+            + _usual_settings(rows, blocks)
         )
     if rows["published"].notna().any():
         derived = rows.get("derived", pd.Series(dtype=object)).eq(True).any()
         also = " (derived): computed from other numbers of that source." if derived else ""
         notes.append(f"¹ Published by others, not measured here: {published.SOURCE}.{also}")
     return notes
+
+
+def _usual_settings(rows: pd.DataFrame, blocks: list[Block]) -> str:
+    """Return a sentence on the settings of rows without brackets, of those that brackets name; "" if there are none."""
+    labels: dict[str, list[str]] = {}
+    for block in _of(rows, blocks):
+        if named := block.usual_text():
+            labels.setdefault(named, []).append(block.label)
+    if not labels:
+        return ""
+    each = list(labels) if len(labels) == 1 else [f"{', '.join(some)}: {named}" for named, some in labels.items()]
+    return f" Rows without brackets: {markdown_text('; '.join(each))}."
 
 
 def _other_notes(rows: pd.DataFrame) -> list[str]:

@@ -51,6 +51,11 @@ class Block:
         """The data set in the name of a file of weights: of UTKFace with its grouping, see `cli.options.data_label`."""
         return f"{self.dataset}_{self.age_grouping}" if self.age_grouping else self.dataset
 
+    def usual_text(self) -> str:
+        """Return the usual values of the settings that names of rows name, without hashes; "" if there are none."""
+        named = {name for record in self.records for name in record["differs"]} - {*HASHES, "listed"}
+        return ", ".join(_describe(name, self.usual.get(name)) for name in sorted(named))
+
 
 def main_row(runs: Iterable[Record], method: str) -> str:
     """Return the row that represents a method: the one with usual settings, else the one with most runs."""

@@ -121,6 +121,9 @@ def test_similarity_of_a_model_with_itself_is_one_in_every_layer(trained):
     table = features.similarity(model, [("adv", model)], {"forget": images[:4], "test": images[4:]})
     assert table["cka"].to_numpy() == pytest.approx(1)
     assert table[["split", "images", "position"]].drop_duplicates().shape[0] == 6
+    figure = figures.similarity(pd.concat([table, table.assign(split="retain")]), "")
+    for axes in figure.axes:  # layers are whole numbers
+        assert all(tick == round(tick) for tick in axes.get_xticks())
 
 
 def test_last_features_are_the_inputs_of_the_classifying_layer(trained):
@@ -418,7 +421,7 @@ def test_figures_without_inputs_are_reported_and_the_others_drawn(tmp_path, few_
     drawn = {path.name.split("_")[2] for path in made}
     assert drawn == {"1", "3", "7"}  # the others need more digits than the fixture has
     printed = capsys.readouterr().out
-    assert "figure 4 was left out: no saved models beside the records; run main_unlearn.py with --save-model" in printed
+    assert "figures 4 5 were left out: no saved models beside the records; run main_unlearn.py with --save" in printed
     assert (
         "figure 2 was left out: digits has 40 training images, but the records are of a training set of 1438" in printed
     )
@@ -572,6 +575,14 @@ def test_ablations_compare_older_records_that_lack_a_setting_with_newer_ones():
     table = figure_data.ablations(some_runs(copies=[newer]))
     assert set(table["setting"]) == {"pgd_eps"}
     assert set(table["value"].dropna()) == {1.0, 4.0}
+
+
+def test_ablations_show_numbers_that_a_method_of_the_user_declares():
+    own = {"method": "own", "method_settings": "temperature kind", "kind": "soft"}
+    table = figure_data.ablations(some_runs(copies=[own | {"temperature": 2}, own | {"temperature": 4}]))
+    assert set(table["setting"]) == {"temperature"}
+    assert set(table["value"].dropna()) == {2.0, 4.0}
+    assert {axes.get_xlabel() for axes in figures.ablations(table, "title").axes} == {"", "temperature"}
 
 
 def test_ablations_compare_only_runs_with_the_same_weights_and_images():

@@ -85,6 +85,7 @@ def test_other_settings_and_weights_are_rows_of_their_own(folder, tables):
     assert cells(markdown, "adv (weights ffffffffffff)")[2] == "90.00 (n=1)"  # not compared with the others
     assert "`before`, rows with other weights or images and published numbers are not compared." in markdown
     assert "Rows with brackets" in markdown
+    assert "Rows without brackets: bn=train, pgd_eps=4, unlearn_lr=0.001.\n" in markdown
     assert "## Missing" not in markdown  # rows with brackets are extras
 
 
@@ -366,6 +367,9 @@ def test_the_table_on_the_screen_has_means_over_seeds_and_counts_runs_that_did_n
     assert (second["D_test %"], second["runs"]) == ("-", "1 (1 diverged)")
     (row,) = summary.brief([record]).to_dict("records")
     assert (row["steps"], row["runs"]) == (str(record["steps"]), "1")
+    heading, line, _ = summary.brief_text(table).splitlines()
+    assert re.split("  +", heading)[-2:] == ["seeds", "runs"]
+    assert re.split("  +", line)[-2:] == ["0 1 2", "3 (1 not forgotten, 1 diverged)"]
 
 
 def test_runs_of_robust_that_forgot_as_stored_are_averaged_and_counted_as_not_forgotten_as_used(folder, tables):
