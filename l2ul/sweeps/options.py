@@ -247,7 +247,7 @@ def _check(sweep: Sweep) -> None:
             raise no_effect(name, f"has no effect with method {method} and the other settings")
 
 
-def _has_effect(name: str, method: str, axes: dict[str, list[object]], others: dict[str, object]) -> bool:
+def _has_effect(name: str, method: str, axes: dict[str, list[object] | Interval], others: dict[str, object]) -> bool:
     """Return whether the method uses a setting, and the setting has an effect for some values of the others.
 
     axes    values of the flags that the search varies, and of k
@@ -260,8 +260,8 @@ def _has_effect(name: str, method: str, axes: dict[str, list[object]], others: d
     return any(has_effect(name, others | values) for values in chosen)
 
 
-def _ends(values: list[object]) -> list[object]:
-    return [values[0].low, values[0].high] if isinstance(values[0], Interval) else values
+def _ends(axis: list[object] | Interval) -> list[object]:
+    return [axis.low, axis.high] if isinstance(axis, Interval) else axis
 
 
 def no_effect(name: str, why: str) -> InputError:
