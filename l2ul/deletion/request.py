@@ -160,11 +160,14 @@ class Request:
         counts = {
             self.class_names[index]: states.images(int((labels == index).sum())) for index in labels.unique().tolist()
         }
-        predictions = self.logits_before.argmax(1)
-        lines = [
-            f"labels, from {self.label_source}: {', '.join(f'{name} ({count})' for name, count in counts.items())}",
-            f"predictions: {int((predictions == labels).sum())} of {len(self)} images are classified as their label",
-        ]
+        listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
+        lines = [f"labels, from {self.label_source}: {listed}"]
+        pairs = zip(self.folder.files, self.earlier_labels, strict=True)
+        labelled = torch.tensor([image.label is not None or label is not None for image, label in pairs])
+        right = int((self.logits_before.argmax(1) == labels)[labelled].sum())
+        which = "images" if labelled.all() else "images with a label"
+        if labelled.any():  # the label of the others is the prediction
+            lines.append(f"predictions: {right} of {int(labelled.sum())} {which} are classified as their label")
         new_labels = [None] * len(self) if self.forget.new_labels is None else self.forget.new_labels.tolist()
         for place, new in enumerate(new_labels[:max_images]):
             line = f"  {self._described(place)}"

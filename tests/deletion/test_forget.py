@@ -327,7 +327,7 @@ def test_alternatives_keep_the_size_to_which_a_classifier_resizes(trained):
     model, images, labels = trained
     net = Fixed(nn.Sequential(Normalize([0] * 3, [255] * 3), model))
     resizing = Classifier("resizing", CLASSES, net, nn.Sequential(nn.AvgPool2d(2), Normalize([0] * 3, [1] * 3)))
-    with pytest.raises(InputError, match="but 16 of 16 with pixels from 0 to 255: add"):
+    with pytest.raises(InputError, match="but 16 of 16 with pixels from 0 to 255: change the model"):
         l2ul.forget(resizing, images[:16].repeat_interleave(2, 2).repeat_interleave(2, 3), labels[:16])
 
 

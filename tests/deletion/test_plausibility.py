@@ -189,7 +189,7 @@ def test_orders_of_class_names():
 
 def test_alternatives_enlarge_no_narrow_image():
     classifier = Classifier("x", CLASSES, tiny_net(), nn.Sequential(Normalize([0.0] * 3, [1.0] * 3)))
-    model = SimpleNamespace(classifier=classifier, opened_by={"model": "build"})
+    model = SimpleNamespace(classifier=classifier, opened_by={"model": "build"}, fixed_input=False)
 
     def sizes(height):
         found = plausibility._alternatives(model, torch.zeros(1, 3, height, 8, dtype=torch.uint8))
