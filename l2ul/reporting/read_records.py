@@ -1,5 +1,6 @@
 """Read and check the records of result folders. A file that cannot be used is reported with the reason."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
 import json
@@ -56,21 +57,24 @@ def read(folders: Iterable[Path]) -> tuple[list[Record], list[str]]:
 def read_files(paths: Iterable[Path]) -> tuple[list[Record], list[str]]:
     """Read records from files, see `read`. Of several records of a run, the first that did not fail is used."""
     problems: list[str] = []
-    runs: dict[str, tuple[Path, Record]] = {}
+    runs: dict[str, list[tuple[Path, Record]]] = defaultdict(list)  # several of one identity if images have changed
     for path in paths:
         try:
             record = _load(path)
         except InputError as error:
             problems.append(f"{path}: {error}")
             continue
-        kept, twin = runs.setdefault(_identity(record), (path, record))
-        if twin is record:
+        alike = runs[_identity(record)]
+        place = next((place for place, (_, twin) in enumerate(alike) if _have_same_images(twin, record)), None)
+        if place is None:
+            alike.append((path, record))
             continue
+        kept, twin = alike[place]
         if twin["status"] == records.FAILED != record["status"]:
-            runs[_identity(record)] = (path, record)
+            alike[place] = (path, record)
             kept, path = path, kept
         problems.append(f"{path}: the same run as {kept}; it is counted once")
-    return [_with_paths(path, record) for path, record in runs.values()], problems
+    return [_with_paths(path, record) for alike in runs.values() for path, record in alike], problems
 
 
 def _load(path: Path) -> Record:
@@ -100,6 +104,12 @@ def _identity(record: Record) -> str:
     chosen = records.stated(records.settings(record), record["dataset"])
     about = {name: record.get(name) for name in (*records.IDENTITY, "surrogate_sha256")}
     return json.dumps([about, chosen], sort_keys=True)
+
+
+def _have_same_images(first: Record, second: Record) -> bool:
+    """Return whether D_r and D_test of two records are the same, as far as is known: older records lack the hash."""
+    hashes = {record["data_sha256"] for record in (first, second) if record.get("data_sha256")}
+    return len(hashes) < 2
 
 
 def _with_paths(path: Path, record: Record) -> Record:

@@ -235,6 +235,15 @@ def test_a_record_of_a_failed_run_does_not_hide_the_run_that_was_repeated_elsewh
     assert problems.count("the same run as") == problems.count("b/runs/01.json; it is counted once") == 2
 
 
+def test_runs_on_images_that_have_changed_are_not_counted_as_one(folder, tables):
+    folder({"data_sha256": "a" * 64}, into="a/runs")
+    folder({"data_sha256": "b" * 64, "acc_test": 60.0}, into="b/runs")
+    folder({"data_sha256": "b" * 64, "acc_test": 60.0}, {}, into="c/runs")  # {}: of an earlier version
+    markdown = tables()
+    assert [cells(markdown, f"adv (D_r and D_test {name * 12})")[2] for name in "ab"] == ["70.00", "60.00"]
+    assert markdown.split("## Problems")[1].count("the same run as") == 2
+
+
 def test_without_a_valid_record_there_is_no_table(tmp_path, tables):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "a.json").write_text("{")
