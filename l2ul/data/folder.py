@@ -9,6 +9,7 @@ import hashlib
 from io import BytesIO
 import itertools
 import math
+import os
 from pathlib import Path
 import warnings
 
@@ -155,7 +156,7 @@ class FolderImages(Dataset):
         """
         digest = hashlib.sha256()
         for file in self.files:
-            name = "/".join(Path(file).parts[-2:]) if isinstance(file, str | Path) else ""
+            name = "/".join(os.fspath(file).split(os.sep)[-2:]) if isinstance(file, str | Path) else ""
             try:
                 digest.update(f"{name} {size(file)}\n".encode())
             except UnreadableImage as error:
