@@ -158,8 +158,8 @@ def forget(args: argparse.Namespace) -> int:
         with_thumbnails=not args.no_thumbnails,
         key=key,
     )
-    how = args.also, contents["asked"]["counted"], len(request.folder.unreadable)
-    headline = states.headline(contents["images"], request.forget.goal, *how)
+    counted, left_out = contents["asked"]["counted"], len(request.folder.unreadable)
+    headline = states.headline(contents["images"], request.forget.goal, args.also, counted, left_out)
     if best and (damage := damage_note(best.agreement)):
         log(damage)
     if best and chain:

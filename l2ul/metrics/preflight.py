@@ -54,11 +54,10 @@ def check_model(model: nn.Module, images: Tensor | FolderImages, precision: str 
     with eval_mode(model), autocast(device, precision):
         logits = _check_outputs(model, pixels)
         _check_buffers(model, buffers)
+        trained = copied(model)
         if logits.isfinite().all():  # otherwise later code names the image
             _check_repeatable(model, pixels, logits, REPEATED[precision])
             check_alone(model, pixels[:1], logits[:1], precision)
-        trained = copied(model)
-        if logits.isfinite().all():
             _check_gradients(trained, pixels)
             with torch.no_grad():
                 trained(pixels)

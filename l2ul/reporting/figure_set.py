@@ -46,7 +46,6 @@ MOST_METHODS = 4  # in figures 3 to 5, unless methods are named
 SHOWN_IMAGES, SHOWN_EXAMPLES = 4, 3  # of figure 2
 DOWNLOADED = "could not be downloaded"  # in messages of `models.load`
 LONGEST = 160  # bytes of the beginning of a file name
-KINDS = ("torchvision", "timm", "hf")  # of models, before a colon
 FLAGS_OF_RUNS = {  # which decide how data and models are read; main_tables.py lacks them
     *("--image-size", "--image-column", "--label-column", "--train-split", "--test-split", "--weights-key"),
     *("--mean", "--std", "--exif-orientation", "--white-level", "--max-image-pixels"),

@@ -266,4 +266,4 @@ def _ends(axis: list[object] | Interval) -> list[object]:
 
 def no_effect(name: str, why: str) -> InputError:
     """Return the error for a flag that a search cannot vary, whose records would not tell its values apart."""
-    return InputError(f"--search cannot vary --{name.replace('_', '-')}, which {why}", "leave it out", "give one value")
+    return InputError(f"--search cannot vary {option(name)}, which {why}", "leave it out", "give one value")
