@@ -119,7 +119,7 @@ def test_a_net_is_trained_and_drawn(example, script, monkeypatch, tmp_path):
     models.OWN.pop("small")
     code, out, _ = script(main_tables.main, "--result-dir", tmp_path, "--figures", 4, 5)
     assert code == 0
-    assert "digits_small: figures 4 5 were left out: unknown model 'small': expected one of" in out
+    assert "digits_small: figures 4, 5 were left out: unknown model 'small': expected one of" in out
     code, _, err = script(main_unlearn.main, "--model", "small")
     assert (code, "for a network of your own, start the command from the file that registers it" in err) == (2, True)
     runpy.run_path(str(tmp_path / "my_net.py"))

@@ -118,7 +118,7 @@ def draw(
                 continue
             paths += figures.save(figure, shown, Path(output_dir) / stem(block, number), report)
         for reason, some in left_out.items():
-            which = f"figure{'s' * (len(some) > 1)} {' '.join(map(str, some))}"
+            which = f"figure{'s' * (len(some) > 1)} {', '.join(map(str, some))}"
             report(f"{subject.name}: {which} {'were' if len(some) > 1 else 'was'} left out: {reason}")
     return paths
 

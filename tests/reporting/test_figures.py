@@ -421,7 +421,7 @@ def test_figures_without_inputs_are_reported_and_the_others_drawn(tmp_path, few_
     drawn = {path.name.split("_")[2] for path in made}
     assert drawn == {"1", "3", "7"}  # the others need more digits than the fixture has
     printed = capsys.readouterr().out
-    assert "figures 4 5 were left out: no saved models beside the records; run main_unlearn.py with --save" in printed
+    assert "figures 4, 5 were left out: no saved models beside the records; run main_unlearn.py with --save" in printed
     assert (
         "figure 2 was left out: digits has 40 training images, but the records are of a training set of 1438" in printed
     )
