@@ -1,6 +1,6 @@
 """Check before any work that a model can be unlearned and fits the data set: outputs, gradients, classes, training."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 import contextlib
 import copy
 from pathlib import Path
@@ -357,24 +357,37 @@ def unreached_weights(model: nn.Module, images: Tensor) -> list[str]:
 
     They include matrices among the buffers that are stored with the weights, such as features of training images. A
     module without any other weights is named in their place, with `.*`. The model is in eval mode, and `check_model`
-    accepts it.
+    accepts it. Weights with requires_grad=False count as reached if its forward fails with requires_grad=True.
     """
-    passed = in_eval_mode(copied(model)).requires_grad_(True)
-    weights = {name.removeprefix("net."): parameter for name, parameter in passed.named_parameters()}
     is_large = image_sets.input_side(model, images.shape[-1]) > image_sets.LARGE
     few = as_pixels(images[: MEASURED_LARGE if is_large else MEASURED])
-    with rejected(*NOT_DIFFERENTIABLE), torch.enable_grad():
-        logits = logits_of(passed(few))
-        gradients = torch.autograd.grad(logits.sum(), list(weights.values()), allow_unused=True)
-    reached = {name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
-    stored = passed.state_dict().keys()
-    buffers = {name.removeprefix("net."): buffer for name, buffer in passed.named_buffers() if name in stored}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    with rejected(*NOT_DIFFERENTIABLE):
+        try:
+            reached = _reached_weights(copied(model).requires_grad_(True), few)
+        except Exception as error:  # such as a weight that the forward changes in place
+            if not frozen or is_out_of_memory(error):
+                raise
+            reached = frozen | _reached_weights(copied(model), few)
+    stored = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
     matrices = [name for name, one in buffers.items() if one.is_floating_point() and sum(n > 1 for n in one.shape) > 1]
-    unreached = [name for name in weights if name not in reached] + matrices
+    unreached = [name for name, _ in model.named_parameters() if name not in reached] + matrices
+    unreached, reached = ([name.removeprefix("net.") for name in names] for names in (unreached, reached))
     return list(dict.fromkeys(_largest_part(name, reached) for name in unreached))
 
 
-def _largest_part(name: str, others: set[str]) -> str:
+def _reached_weights(model: nn.Module, images: Tensor) -> set[str]:
+    """Return the names of the weights that require a gradient and have one of the logits, in eval mode."""
+    model = in_eval_mode(model)
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.enable_grad():
+        logits = logits_of(model(images))
+        gradients = torch.autograd.grad(logits.sum(), list(weights.values()), allow_unused=True)
+    return {name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
+
+
+def _largest_part(name: str, others: Collection[str]) -> str:
     """Return the name of the largest module that contains a weight and none of the others, with `.*`; else `name`."""
     parts = name.split(".")
     modules = (".".join([*parts[:end], ""]) for end in range(1, len(parts)))

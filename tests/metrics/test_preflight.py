@@ -102,6 +102,19 @@ class Averaged(Net):
         return super().forward(x) if self.training else self.average(x)
 
 
+class InPlace(Net):
+    """A net that changes a weight without a gradient in its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.spare = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        self.last.mul_(0).add_(x.detach().mean())
+        return super().forward(x)
+
+
 class Counting(Net):
     """A net that counts its passes in a buffer, also in eval mode."""
 
@@ -231,6 +244,7 @@ def test_weights_that_no_gradient_reaches_are_named():
     wrapped = nn.ModuleDict({"first": Net(), "second": Net()})
     wrapped.forward = types.MethodType(lambda self, x: self["second"](x), wrapped)
     assert preflight.unreached_weights(classifier(wrapped), IMAGES) == ["first.*"]
+    assert preflight.unreached_weights(classifier(InPlace()), IMAGES) == ["spare"]
 
 
 def test_buffers_that_are_no_numbers_do_not_count_as_changed():
