@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from l2ul.common.errors import InputError, Wording, worded
+from l2ul.common.errors import InputError, Wording, is_out_of_memory, worded
 from l2ul.common.modes import eval_mode
 
 LOGITS, PROBABILITIES = "logits", "probabilities"
@@ -125,4 +125,9 @@ def _is_unbounded(classifier: nn.Module, pixels: Tensor, outputs: Tensor) -> boo
     changed = copy.deepcopy(classifier)
     for weights in changed.parameters():
         weights.mul_(wide_noise(weights))
-    return leaves(changed(pixels))
+    try:
+        return leaves(changed(pixels))
+    except Exception as error:  # a forward may refuse such weights
+        if is_out_of_memory(error):
+            raise
+        return False

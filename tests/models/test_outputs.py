@@ -147,6 +147,19 @@ def test_small_logits_of_an_untrained_net_are_no_sigmoid_outputs(norm):
     assert outputs.adapt(nn.Sequential(*classifier, nn.Softmax(1)), pixels) == outputs.PROBABILITIES
 
 
+def test_a_forward_that_refuses_other_weights_is_accepted():
+    class Scaled(nn.Linear):
+        """A layer whose weights must be positive definite."""
+
+        def forward(self, x):
+            return x @ torch.linalg.cholesky(self.weight)
+
+    layer = Scaled(4, 4, bias=False)
+    layer.weight.data = torch.eye(4)
+    pixels = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert outputs.adapt(nn.Sequential(nn.Flatten(), layer, nn.Softmax(1)), pixels) == outputs.PROBABILITIES
+
+
 def test_logits_of_single_label_models_do_not_look_like_several_labels():
     generator = torch.Generator().manual_seed(0)
     labels = F.one_hot(torch.arange(20) % 10, 10)
