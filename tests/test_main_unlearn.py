@@ -303,9 +303,8 @@ def test_own_metrics_are_measured_again_after_an_edit(run, tmp_path, monkeypatch
         del table["metric_mine"]
 
     def register(value):
-        (tmp_path / "mine.py").write_text(
-            f"def metric(outputs):\n    return value()\n\n\ndef value():\n    return {value}\n"
-        )
+        text = f"def metric(outputs):\n    return value()\n\n\ndef value():\n    return {value}\n"
+        (tmp_path / "mine.py").write_text(text + "#" * value)  # of another size: Python compiles it again
         spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, "mine", module)
