@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from l2ul.common.modes import eval_mode, removing
+from l2ul.common.modes import eval_mode, frozen_copy, removing
 
 Pair = tuple[str, str]  # names of a convolution and of the batch-norm that alone reads its output
 KNOWN = "_l2ul_foldable"  # attribute of a model: the result of `foldable`, which copies of the model share
@@ -57,7 +57,7 @@ def foldable(model: nn.Module, sample: Tensor) -> tuple[Pair, ...]:
 
 def _verified_pairs(model: nn.Module, sample: Tensor) -> tuple[Pair, ...]:
     try:
-        probe = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
+        probe = frozen_copy(model).cpu().double()
         _randomise(probe)
         sample = sample[:1].detach().cpu().double()
         pairs, expected = _adjacent(probe, sample)

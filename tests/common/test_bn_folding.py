@@ -26,6 +26,19 @@ def with_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+class Silent(nn.Sequential):
+    """A net whose `train`, and therefore `eval`, returns nothing."""
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
+def test_a_model_whose_train_returns_nothing_is_folded():
+    model = Silent(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model.eval()
+    assert foldable(model, torch.rand(1, 3, 8, 8)) == (("0", "1"),)
+
+
 @pytest.mark.parametrize(
     ("name", "side", "some_stay"),
     [
