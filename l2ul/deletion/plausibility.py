@@ -65,12 +65,12 @@ def check(request: Request, model: DeployedModel, min_known: float | None = None
     model, only the outputs are checked.
     """
     before = request.logits_before.double()
-    new = [place for place, label in enumerate(request.earlier_labels) if label is None]
+    new = request.new
     if new and not single_label:
         outputs.check_single_label(before[new])
     if min_known == 0:
         return
-    places = [place for place in new if request.folder.files[place].label is not None]
+    places = sorted({*new} - {*request.unlabelled})
     if not places:
         if len(new) == len(request):
             _check_dependence(request, before, model)

@@ -120,6 +120,16 @@ class Request:
         earlier = sum(image.label is None and label is not None for image, label in pairs)
         return f"{text}; for {earlier} images the label of an earlier request" if earlier else text
 
+    @property
+    def new(self) -> list[int]:
+        """Places of the images that are in no earlier request."""
+        return [place for place, label in enumerate(self.earlier_labels) if label is None]
+
+    @property
+    def unlabelled(self) -> list[int]:
+        """Places of the images whose label is the prediction of the model, as nothing gives one."""
+        return [place for place in self.new if self.folder.files[place].label is None]
+
     def label_notes(self, recognised: Tensor) -> list[str]:
         """Return sentences about images whose label may not be their class, which is then not removed.
 
@@ -127,10 +137,8 @@ class Request:
 
         Images of earlier requests are left out.
         """
-        files = self.folder.files
-        new = [place for place, label in enumerate(self.earlier_labels) if label is None]
-        unlabelled = [place for place in new if files[place].label is None]
-        missed = [place for place in new if files[place].label is not None and not recognised[place]]
+        unlabelled = self.unlabelled
+        missed = [place for place in sorted({*self.new} - {*unlabelled}) if not recognised[place]]
         notes, total = [], states.images(len(self))
         if unlabelled:
             notes.append(
@@ -162,12 +170,11 @@ class Request:
         }
         listed = ", ".join(f"{name} ({count})" for name, count in counts.items())
         lines = [f"labels, from {self.label_source}: {listed}"]
-        pairs = zip(self.folder.files, self.earlier_labels, strict=True)
-        labelled = torch.tensor([image.label is not None or label is not None for image, label in pairs])
+        labelled = sorted({*range(len(self))} - {*self.unlabelled})
         right = int((self.logits_before.argmax(1) == labels)[labelled].sum())
-        which = "images" if labelled.all() else "images with a label"
-        if labelled.any():  # the label of the others is the prediction
-            lines.append(f"predictions: {right} of {int(labelled.sum())} {which} are classified as their label")
+        which = "images" if len(labelled) == len(self) else "images with a label"
+        if labelled:
+            lines.append(f"predictions: {right} of {len(labelled)} {which} are classified as their label")
         new_labels = [None] * len(self) if self.forget.new_labels is None else self.forget.new_labels.tolist()
         for place, new in enumerate(new_labels[:max_images]):
             line = f"  {self._described(place)}"

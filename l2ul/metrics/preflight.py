@@ -355,9 +355,9 @@ def unreached_weights(model: nn.Module, images: Tensor) -> list[str]:
 
     images  (n, C, H, W), uint8 or float in [0,1], on the model's device; the first few are used
 
-    They include matrices among the buffers that are stored with the weights, such as features of training images. A
-    module without any other weights is named in their place, with `.*`. The model is in eval mode, and `check_model`
-    accepts it. Weights with requires_grad=False count as reached if its forward fails with requires_grad=True.
+    They include matrices among the buffers that are stored with the weights, such as features of training images. If no
+    weight of a module is reached, its name with `.*` stands for all of them. `check_model` must accept the model, which
+    is in eval mode. Weights with requires_grad=False count as reached if its forward fails with requires_grad=True.
     """
     is_large = image_sets.input_side(model, images.shape[-1]) > image_sets.LARGE
     few = as_pixels(images[: MEASURED_LARGE if is_large else MEASURED])

@@ -156,34 +156,40 @@ def _separate_surrogates(runs: list[Record]) -> None:
     hashes = defaultdict(set)
     for record in runs:
         hashes[record.get("surrogate")].add(record.get("surrogate_sha256"))
-    for record in runs:
-        if record.get("surrogate") and len(hashes[record["surrogate"]]) > 1:
-            record["differs"] = record["differs"] | {"surrogate_sha256": record.get("surrogate_sha256")}
+    _join(
+        "surrogate_sha256",
+        (record for record in runs if record.get("surrogate") and len(hashes[record["surrogate"]]) > 1),
+    )
 
 
 def _separate_data(runs: list[Record]) -> None:
     """Separate runs whose D_r or D_test have changed without another trace: their hash joins what differs."""
-    alike = defaultdict(list)
-    for record in runs:
-        if record.get("data_sha256"):  # which older records lack
-            alike[json.dumps([record["method"], record["differs"]])].append(record)
-    for some in alike.values():
+    for some in _alike(record for record in runs if record.get("data_sha256")):  # which older records lack
         if len({record["data_sha256"] for record in some}) > 1:
-            for record in some:
-                record["differs"] = record["differs"] | {"data_sha256": record["data_sha256"]}
+            _join("data_sha256", some)
 
 
 def _separate_forget_sets(runs: list[Record]) -> None:
     """Separate runs that differ in D_f only: the hash of D_f joins what differs, for all seeds with such a D_f."""
-    alike = defaultdict(list)
-    for record in runs:
-        alike[json.dumps([record["method"], record["differs"]])].append(record)
-    for some in alike.values():
+    for some in _alike(runs):
         counts = Counter(map(_draw, some))
-        hashes = {record.get("forget_sha256") for record in some if counts[_draw(record)] > 1}
-        for record in some:
-            if counts[_draw(record)] > 1 or record.get("forget_sha256") in hashes - {None}:
-                record["differs"] = record["differs"] | {"forget_sha256": record.get("forget_sha256")}
+        hashes = {record.get("forget_sha256") for record in some if counts[_draw(record)] > 1} - {None}
+        found = [one for one in some if counts[_draw(one)] > 1 or one.get("forget_sha256") in hashes]
+        _join("forget_sha256", found)
+
+
+def _alike(runs: Iterable[Record]) -> list[list[Record]]:
+    """Return groups of the runs that have one method and differ from the usual settings alike."""
+    groups = defaultdict(list)
+    for record in runs:
+        groups[json.dumps([record["method"], record["differs"]])].append(record)
+    return list(groups.values())
+
+
+def _join(name: str, runs: Iterable[Record]) -> None:
+    """Add a hash to what differs in the runs, so that each of its values has a row."""
+    for record in runs:
+        record["differs"] = record["differs"] | {name: record.get(name)}
 
 
 def _draw(record: Record) -> tuple:
